@@ -1,0 +1,1 @@
+//! What lints cannot say: crate edges, file length, documented modules.

@@ -1,0 +1,1 @@
+//! Control plane: reconciles InferenceModels and publishes routes.

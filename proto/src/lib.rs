@@ -1,0 +1,21 @@
+//! Wire types: the gRPC services, generated from `proto/`, and the file that tells a pod what to load.
+
+pub mod pod_config;
+
+/// Package `trustformers.v1`: what callers of a model see.
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, reason = "generated code")]
+pub mod v1 {
+    tonic::include_proto!("trustformers.v1");
+}
+
+/// Package `trustformers.control.v1`: the operator's route feed.
+pub mod control {
+    /// Version 1 of the feed.
+    #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, reason = "generated code")]
+    pub mod v1 {
+        tonic::include_proto!("trustformers.control.v1");
+    }
+}
+
+/// The encoded `FileDescriptorSet` of both packages, for server reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

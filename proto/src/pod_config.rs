@@ -1,0 +1,132 @@
+//! `pod.yaml`: what one pod must load. The operator writes it into a ConfigMap, the pod reads it at start.
+//!
+//! It lives beside the wire types because it is one: both sides must agree on it across versions. Unknown keys
+//! are refused, so that a field that an older pod would ignore is an error instead of a silent difference.
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the file inside the mounted ConfigMap.
+pub const FILE_NAME: &str = "pod.yaml";
+
+/// The pod's whole configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PodConfig {
+    /// The model to load and serve.
+    pub model: PodModel,
+    /// Engine settings.
+    #[serde(default)]
+    pub engine: PodEngine,
+    /// How long in-flight requests may take to end after SIGTERM, in milliseconds.
+    #[serde(default = "default_drain_timeout_ms")]
+    pub drain_timeout_ms: u64,
+}
+
+/// What to load, and the names it answers to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PodModel {
+    /// Names that callers may use: `namespace/name` first, then the bare name.
+    pub names: Vec<String>,
+    /// The revision this configuration stands for; echoed in the model's status.
+    pub revision: String,
+    /// Folder or file with the model, as mounted in the pod.
+    pub path: String,
+    /// Globs below `path` that pick the model's files; empty picks what the folder holds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
+    /// Expected sha256, 64 lower-case hex digits, of the file (of several: of their sorted digest lines).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+}
+
+/// Settings of the engine; each default is the engine's own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PodEngine {
+    /// `auto` or `cpu`; default `auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// `fast` or `exact`; default `fast`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numerics: Option<String>,
+    /// Longest prompt plus answer, in tokens; default: the smaller of the model's own limit and 8192.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_tokens: Option<u32>,
+    /// Sequences that decode together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_batch_size: Option<u32>,
+    /// Requests that may wait for a place in the batch; one more is answered 429.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_queue: Option<u32>,
+}
+
+fn default_drain_timeout_ms() -> u64 {
+    60_000
+}
+
+/// Why a `pod.yaml` could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum PodConfigError {
+    /// The text is not YAML of this shape.
+    #[error("pod.yaml: {0}")]
+    Syntax(#[from] serde_yaml::Error),
+    /// The list of names is empty.
+    #[error("pod.yaml: model.names is empty: give at least one name")]
+    NoName,
+}
+
+impl PodConfig {
+    /// Parses the text of a `pod.yaml`.
+    ///
+    /// # Errors
+    /// Names the key that is unknown, missing or of the wrong kind.
+    pub fn parse(text: &str) -> Result<Self, PodConfigError> {
+        let config: Self = serde_yaml::from_str(text)?;
+        if config.model.names.is_empty() {
+            return Err(PodConfigError::NoName);
+        }
+        Ok(config)
+    }
+
+    /// The text of this configuration, ending in a newline. `parse` reads it back.
+    ///
+    /// # Errors
+    /// Only if a value cannot be written as YAML, which no value of these types does.
+    pub fn to_yaml(&self) -> Result<String, PodConfigError> {
+        Ok(serde_yaml::to_string(self)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  files: ['*.gguf']\n  sha256: ab\nengine: {device: cpu, numerics: exact, contextTokens: 64, maxBatchSize: 2, maxQueue: 3}\ndrainTimeoutMs: 5\n";
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let config = PodConfig::parse(FULL).unwrap();
+        assert_eq!(config.engine.context_tokens, Some(64));
+        assert_eq!(PodConfig::parse(&config.to_yaml().unwrap()).unwrap(), config);
+    }
+
+    #[test]
+    fn defaults_stand_where_nothing_is_said() {
+        let config = PodConfig::parse("model: {names: [a], revision: r, path: /m}\n").unwrap();
+        assert_eq!(config.engine, PodEngine::default());
+        assert_eq!(config.drain_timeout_ms, 60_000);
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let error = PodConfig::parse("model: {names: [a], revision: r, path: /m, sha: x}\n").unwrap_err();
+        assert!(error.to_string().contains("sha"), "{error}");
+    }
+
+    #[test]
+    fn no_name_is_refused() {
+        let error = PodConfig::parse("model: {names: [], revision: r, path: /m}\n").unwrap_err();
+        assert!(error.to_string().contains("model.names"), "{error}");
+    }
+}

@@ -1,0 +1,1 @@
+//! The Inference trait and the thin HTTP and gRPC codecs over it.

@@ -1,0 +1,1 @@
+//! CPU backend: run-time dispatch over SIMD tiers.

@@ -1,0 +1,1 @@
+//! The engine: scheduler, paged KV, sampling; owns the device thread.

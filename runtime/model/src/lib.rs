@@ -1,0 +1,1 @@
+//! Model files: GGUF, tokenizers, architectures lowered to a Plan.

@@ -1,0 +1,1 @@
+//! The pod: engine behind gRPC and HTTP, health, metrics, drain.

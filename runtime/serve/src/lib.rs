@@ -1,0 +1,1 @@
+//! All in one process, and the library trustformers_serve.

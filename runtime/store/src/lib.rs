@@ -1,0 +1,1 @@
+//! Model sources: files, globs and digests.
