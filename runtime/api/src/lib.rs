@@ -1,1 +1,59 @@
-//! The Inference trait and the thin HTTP and gRPC codecs over it.
+//! The `Inference` trait and the thin HTTP and gRPC codecs over it.
+//!
+//! A server of models is one value that implements [`Inference`]; everything a caller can see of it over HTTP or
+//! gRPC is made here, once, so that both protocols agree on defaults, limits, errors and on when the head of an
+//! answer may be sent: only when the first token exists or the request has failed. Until then a gateway may still
+//! try elsewhere, and an overload is a real 429 instead of a broken stream.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`inference`] | the trait, and the words it is spoken in |
+//! | [`error`] | every way a request fails, with its HTTP status and gRPC code |
+//! | [`fields`] | defaults and limits of a request's fields, shared by both protocols |
+//! | [`http`], [`grpc`] | the codecs |
+//! | [`health`] | liveness, readiness and start-up, over both |
+//! | [`server`] | a listener for HTTP/1.1 and HTTP/2 that ends gracefully |
+//! | [`nearest`] | "did you mean" for field names |
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+pub mod error;
+pub mod fields;
+pub mod grpc;
+pub mod health;
+pub mod http;
+pub mod inference;
+pub mod nearest;
+pub mod server;
+
+#[cfg(test)]
+mod fake;
+
+pub use error::ApiError;
+pub use fields::{Asked, Defaults, Generation};
+pub use health::{Health, Verdict};
+pub use inference::{Answer, Event, FinishReason, Inference, Usage};
+
+/// Longest request body or message that is read, in bytes. A prompt of 128 Ki tokens at the customary 4 bytes a
+/// token is half a MiB, so this leaves room for escapes and for longer contexts while a handful of callers
+/// cannot fill the memory. gRPC's usual bound is the same.
+pub const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
+
+/// What the codecs serve from.
+#[derive(Clone)]
+pub struct Api {
+    /// Who answers.
+    pub inference: Arc<dyn Inference>,
+    /// Ends the streams that would otherwise never end by themselves (watches of models and of health). It is
+    /// cancelled when the server's connections must close, so that they do not hold them open.
+    pub closing: CancellationToken,
+}
+
+impl Api {
+    /// Serves from `inference` until `closing` is cancelled.
+    pub fn new(inference: Arc<dyn Inference>, closing: CancellationToken) -> Self {
+        Self { inference, closing }
+    }
+}

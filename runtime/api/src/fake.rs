@@ -1,0 +1,148 @@
+//! A server of models for the codecs' own tests: it plays a script and counts what runs.
+
+use std::sync::{Arc, Mutex};
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use trustformers_proto::v1;
+
+use crate::health::{Health, Verdict};
+use crate::inference::{Answer, Event, FinishReason, Inference, Models, Usage};
+use crate::{Api, ApiError, Generation};
+
+/// What each request gets.
+#[derive(Clone, Default)]
+pub(crate) struct Script {
+    refusal: Option<ApiError>,
+    pieces: Vec<String>,
+    failure: Option<ApiError>,
+    hangs: bool,
+}
+
+impl Script {
+    pub(crate) fn tokens(pieces: &[&str]) -> Self {
+        Self { pieces: pieces.iter().map(ToString::to_string).collect(), ..Self::default() }
+    }
+    pub(crate) fn refused(error: ApiError) -> Self {
+        Self { refusal: Some(error), ..Self::default() }
+    }
+    pub(crate) fn fails_before_a_token(error: ApiError) -> Self {
+        Self::default().then_fails(error)
+    }
+    pub(crate) fn then_fails(self, error: ApiError) -> Self {
+        Self { failure: Some(error), ..self }
+    }
+    pub(crate) fn then_hangs(self) -> Self {
+        Self { hangs: true, ..self }
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct Fake {
+    script: Script,
+    running: Arc<watch::Sender<usize>>,
+    last: Arc<Mutex<Option<Generation>>>,
+    models: Arc<watch::Sender<Models>>,
+    ready: Arc<watch::Sender<Verdict>>,
+    closing: CancellationToken,
+}
+
+/// Counts an answer for as long as its stream lives.
+struct Running(Arc<watch::Sender<usize>>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+impl Fake {
+    pub(crate) fn with(script: Script) -> Self {
+        let mut model = v1::ModelStatus {
+            name: "fake".into(),
+            digest: "d1".into(),
+            device: "cpu".into(),
+            ..Default::default()
+        };
+        model.set_state(v1::ModelState::Ready);
+        Self {
+            script,
+            running: Arc::new(watch::Sender::new(0)),
+            last: Arc::default(),
+            models: Arc::new(watch::Sender::new(vec![model].into())),
+            ready: Arc::new(watch::Sender::new(Verdict::yes("ready"))),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    pub(crate) fn api(&self) -> Api {
+        Api::new(Arc::new(self.clone()), self.closing.clone())
+    }
+
+    pub(crate) fn last_request(&self) -> Generation {
+        self.last.lock().unwrap().clone().unwrap()
+    }
+
+    pub(crate) fn running(&self) -> usize {
+        *self.running.borrow()
+    }
+
+    pub(crate) async fn until_running(&self, wanted: usize) {
+        self.running.subscribe().wait_for(|count| *count == wanted).await.unwrap();
+    }
+}
+
+impl Health for Fake {
+    fn liveness(&self) -> Verdict {
+        Verdict::yes("alive")
+    }
+    fn startup(&self) -> Verdict {
+        Verdict::yes("started")
+    }
+    fn readiness(&self) -> watch::Receiver<Verdict> {
+        self.ready.subscribe()
+    }
+}
+
+impl Inference for Fake {
+    fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
+        *self.last.lock().unwrap() = Some(request);
+        let script = self.script.clone();
+        if let Some(error) = script.refusal {
+            return Box::pin(async { Err(error) });
+        }
+        self.running.send_modify(|count| *count += 1);
+        let running = Running(self.running.clone());
+        let completion_tokens = u32::try_from(script.pieces.len()).unwrap();
+        let mut steps: Vec<Result<Event, ApiError>> = Vec::new();
+        for (id, text) in (0..).zip(script.pieces) {
+            steps.push(Ok(Event::Token { id, text }));
+        }
+        let usage = Usage { prompt_tokens: 3, completion_tokens };
+        steps.push(match script.failure {
+            Some(error) => Err(error),
+            None => Ok(Event::Finished { reason: FinishReason::Stop, usage }),
+        });
+        if script.hangs {
+            steps.pop();
+        }
+        let tail =
+            if script.hangs { futures::stream::pending().boxed() } else { futures::stream::empty().boxed() };
+        let events = futures::stream::iter(steps)
+            .chain(tail)
+            .map(move |event| {
+                let _alive_with_the_stream = &running;
+                event
+            })
+            .boxed();
+        Box::pin(async {
+            Ok(Answer { id: "gen-1".into(), model: "fake".into(), model_digest: "d1".into(), events })
+        })
+    }
+
+    fn watch_models(&self) -> watch::Receiver<Models> {
+        self.models.subscribe()
+    }
+}

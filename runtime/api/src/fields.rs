@@ -1,0 +1,147 @@
+//! Defaults and limits of a request's fields, in one place for both protocols.
+//!
+//! The protocols differ in one thing only: JSON can leave a field out, proto3 cannot, so over gRPC 0 stands for
+//! "not given". The temperature's default differs too, as promised to users: 0.7 over HTTP, greedy over gRPC.
+
+use trustformers_proto::v1;
+
+use crate::error::ApiError;
+
+/// What stands where a field is not given.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Defaults {
+    /// New tokens at most.
+    pub max_tokens: u32,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus of sampling.
+    pub top_p: f32,
+}
+
+/// Defaults of the HTTP routes.
+pub const HTTP_DEFAULTS: Defaults = Defaults { max_tokens: 100, temperature: 0.7, top_p: 0.9 };
+/// Defaults of the gRPC methods.
+pub const GRPC_DEFAULTS: Defaults = Defaults { max_tokens: 100, temperature: 0.0, top_p: 0.9 };
+
+/// Highest temperature; above it sampling is noise, and a value such as 70 is a slip for 0.70.
+pub const MAX_TEMPERATURE: f32 = 100.0;
+
+/// A request as it was asked, before defaults and checks.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Asked {
+    /// The text to continue.
+    pub prompt: String,
+    /// A model's name.
+    pub model: Option<String>,
+    /// New tokens at most.
+    pub max_tokens: Option<u32>,
+    /// 0 is greedy.
+    pub temperature: Option<f32>,
+    /// Nucleus of sampling in (0, 1].
+    pub top_p: Option<f32>,
+    /// Makes sampling repeatable.
+    pub seed: Option<u64>,
+}
+
+/// A request whose fields are all within their limits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// The text to continue, not empty.
+    pub prompt: String,
+    /// A model's name; none where the caller left the choice open.
+    pub model: Option<String>,
+    /// New tokens at most, 1 or more.
+    pub max_tokens: u32,
+    /// 0 is greedy; up to [`MAX_TEMPERATURE`].
+    pub temperature: f32,
+    /// Nucleus of sampling in (0, 1].
+    pub top_p: f32,
+    /// Makes sampling repeatable.
+    pub seed: Option<u64>,
+}
+
+impl Asked {
+    /// Fills in what was left out and checks what was given.
+    ///
+    /// # Errors
+    /// [`ApiError::InvalidRequest`] that names the field.
+    pub fn check(self, defaults: &Defaults) -> Result<Generation, ApiError> {
+        let request = Generation {
+            prompt: self.prompt,
+            model: self.model.filter(|name| !name.is_empty()),
+            max_tokens: self.max_tokens.unwrap_or(defaults.max_tokens),
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            seed: self.seed,
+        };
+        if request.prompt.is_empty() {
+            return Err(ApiError::field("prompt", "is empty: give the text that the model is to continue"));
+        }
+        if request.max_tokens == 0 {
+            return Err(ApiError::field("max_tokens", "0 asks for nothing: give 1 or more"));
+        }
+        if !(0.0..=MAX_TEMPERATURE).contains(&request.temperature) {
+            let found = request.temperature;
+            return Err(ApiError::field(
+                "temperature",
+                format!("{found} is not within 0 (greedy) to {MAX_TEMPERATURE}"),
+            ));
+        }
+        if !(request.top_p > 0.0 && request.top_p <= 1.0) {
+            let found = request.top_p;
+            return Err(ApiError::field("top_p", format!("{found} is not above 0 and at most 1")));
+        }
+        Ok(request)
+    }
+}
+
+impl From<v1::GenerateRequest> for Asked {
+    fn from(request: v1::GenerateRequest) -> Self {
+        Self {
+            prompt: request.prompt,
+            model: Some(request.model),
+            max_tokens: Some(request.max_tokens).filter(|count| *count != 0),
+            temperature: Some(request.temperature),
+            top_p: Some(request.top_p).filter(|share| *share != 0.0),
+            seed: request.seed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked() -> Asked {
+        Asked { prompt: "Hi".into(), ..Asked::default() }
+    }
+
+    #[test]
+    fn what_is_left_out_takes_the_protocols_defaults() {
+        let http = asked().check(&HTTP_DEFAULTS).unwrap();
+        assert_eq!((http.max_tokens, http.temperature, http.top_p), (100, 0.7, 0.9));
+        let message = v1::GenerateRequest { prompt: "Hi".into(), ..Default::default() };
+        let grpc = Asked::from(message).check(&GRPC_DEFAULTS).unwrap();
+        assert_eq!((grpc.max_tokens, grpc.temperature, grpc.top_p), (100, 0.0, 0.9));
+        assert_eq!((grpc.model, grpc.seed), (None, None));
+    }
+
+    #[test]
+    fn what_is_out_of_its_limits_is_refused_by_name() {
+        let cases = [
+            ("prompt", Asked { prompt: String::new(), ..asked() }),
+            ("max_tokens", Asked { max_tokens: Some(0), ..asked() }),
+            ("temperature", Asked { temperature: Some(-0.1), ..asked() }),
+            ("temperature", Asked { temperature: Some(f32::NAN), ..asked() }),
+            ("temperature", Asked { temperature: Some(101.0), ..asked() }),
+            ("top_p", Asked { top_p: Some(0.0), ..asked() }),
+            ("top_p", Asked { top_p: Some(1.1), ..asked() }),
+            ("top_p", Asked { top_p: Some(f32::NAN), ..asked() }),
+        ];
+        for (name, request) in cases {
+            let error = request.check(&HTTP_DEFAULTS).unwrap_err();
+            assert!(matches!(&error, ApiError::InvalidRequest { field: Some(field), .. } if field == name));
+            assert!(error.to_string().starts_with(name), "{error}");
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! The gRPC services of `trustformers.v1`, `grpc.health.v1` and reflection, over the same [`Api`] as HTTP.
+//!
+//! They are given as one axum router, so that a listener can carry them beside plain HTTP routes (gRPC and
+//! `GET /metrics` on one port).
+
+use std::pin::Pin;
+
+use axum::Router;
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
+use tokio::time::Instant;
+use tokio_stream::wrappers::WatchStream;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status};
+use tonic_health::pb::health_server::HealthServer;
+use trustformers_proto::v1;
+use trustformers_proto::v1::health_service_server::{HealthService, HealthServiceServer};
+use trustformers_proto::v1::inference_service_server::{InferenceService, InferenceServiceServer};
+use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceServer};
+
+use crate::fields::{Asked, GRPC_DEFAULTS};
+use crate::health::GrpcHealth;
+use crate::http::ended_early;
+use crate::inference::{Answer, Event};
+use crate::{Api, ApiError, MAX_BODY_BYTES};
+
+/// The services whose health and reflection are served, by their full names.
+pub const SERVICES: &[&str] = &[
+    "trustformers.v1.InferenceService",
+    "trustformers.v1.ModelService",
+    "trustformers.v1.HealthService",
+    "grpc.health.v1.Health",
+];
+
+/// Why reflection could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum ReflectionError {
+    /// The descriptors do not fit together.
+    #[error("gRPC reflection: {0}")]
+    Descriptors(#[from] tonic_reflection::server::Error),
+}
+
+/// All services over `api`.
+///
+/// # Errors
+/// Only if the compiled-in descriptors were broken, which the tests rule out.
+pub fn router(api: Api) -> Result<Router, ReflectionError> {
+    let mut reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(trustformers_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+    for service in SERVICES {
+        reflection = reflection.with_service_name(*service);
+    }
+    let health = GrpcHealth::new(api.inference.clone(), SERVICES, api.closing.clone());
+    let inference = InferenceServiceServer::new(api.clone()).max_decoding_message_size(MAX_BODY_BYTES);
+    Ok(Routes::new(inference)
+        .add_service(ModelServiceServer::new(api.clone()))
+        .add_service(HealthServiceServer::new(api))
+        .add_service(HealthServer::new(health))
+        .add_service(reflection.build_v1()?)
+        .into_axum_router())
+}
+
+#[tonic::async_trait]
+impl InferenceService for Api {
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<v1::GenerateResponse>, Status> {
+        let started = Instant::now();
+        let checked = Asked::from(request.into_inner()).check(&GRPC_DEFAULTS)?;
+        let Answer { id, model, model_digest, mut events } = self.inference.generate(checked).await?;
+        let mut response = v1::GenerateResponse { id, model, model_digest, ..Default::default() };
+        while let Some(event) = events.next().await {
+            match event? {
+                Event::Token { id, text } => {
+                    response.tokens.push(id);
+                    response.text.push_str(&text);
+                }
+                Event::Finished { reason, usage } => {
+                    response.set_finish_reason(reason.to_proto());
+                    response.usage = Some(usage.to_proto());
+                    response.latency_ms = milliseconds(started);
+                    return Ok(Response::new(response));
+                }
+            }
+        }
+        Err(ended_early().into())
+    }
+
+    type GenerateStreamStream = BoxStream<'static, Result<v1::GenerateStreamResponse, Status>>;
+
+    async fn generate_stream(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStreamStream>, Status> {
+        let started = Instant::now();
+        let checked = Asked::from(request.into_inner()).check(&GRPC_DEFAULTS)?;
+        let mut answer = self.inference.generate(checked).await?;
+        // The head goes out only once there is a token: until then this is still an ordinary, retriable failure.
+        let first = answer.events.next().await.ok_or_else(ended_early)??;
+        let events = std::mem::replace(&mut answer.events, futures::stream::empty().boxed());
+        let all = futures::stream::once(async { Ok(first) }).chain(events);
+        let messages = all.map(move |event| Ok(message(event?, &answer, started)));
+        Ok(Response::new(messages.boxed()))
+    }
+}
+
+fn message(event: Event, head: &Answer, started: Instant) -> v1::GenerateStreamResponse {
+    match event {
+        Event::Token { id, text } => v1::GenerateStreamResponse {
+            id: head.id.clone(),
+            model: head.model.clone(),
+            text,
+            token: id,
+            ..Default::default()
+        },
+        Event::Finished { reason, usage } => v1::GenerateStreamResponse {
+            id: head.id.clone(),
+            model: head.model.clone(),
+            finish_reason: reason.to_proto() as i32,
+            usage: Some(usage.to_proto()),
+            latency_ms: milliseconds(started),
+            model_digest: head.model_digest.clone(),
+            ..Default::default()
+        },
+    }
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}
+
+#[tonic::async_trait]
+impl ModelService for Api {
+    async fn list_models(
+        &self,
+        _: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        let models = self.inference.watch_models().borrow().to_vec();
+        Ok(Response::new(v1::ListModelsResponse { models }))
+    }
+
+    type WatchModelsStream = Pin<Box<dyn Stream<Item = Result<v1::WatchModelsResponse, Status>> + Send>>;
+
+    async fn watch_models(
+        &self,
+        _: Request<v1::WatchModelsRequest>,
+    ) -> Result<Response<Self::WatchModelsStream>, Status> {
+        let closed = self.closing.clone().cancelled_owned();
+        let changes = WatchStream::new(self.inference.watch_models())
+            .map(|models| Ok(v1::WatchModelsResponse { models: models.to_vec() }))
+            .take_until(closed);
+        Ok(Response::new(Box::pin(changes)))
+    }
+}
+
+#[tonic::async_trait]
+impl HealthService for Api {
+    async fn check(
+        &self,
+        request: Request<v1::HealthCheckRequest>,
+    ) -> Result<Response<v1::HealthCheckResponse>, Status> {
+        use v1::health_check_response::ServingStatus;
+        let service = request.into_inner().service;
+        if !service.is_empty() && !SERVICES.contains(&service.as_str()) {
+            let message =
+                format!("service: {service:?} is not served here; known are: {}", SERVICES.join(", "));
+            return Err(ApiError::InvalidRequest { field: Some("service".into()), message }.into());
+        }
+        let verdict = self.inference.readiness().borrow().clone();
+        let status = if verdict.ok { ServingStatus::Serving } else { ServingStatus::NotServing };
+        Ok(Response::new(v1::HealthCheckResponse { status: status as i32, message: verdict.message }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::{Fake, Script};
+    use tokio_util::sync::CancellationToken;
+    use tonic::Code;
+    use tonic::transport::Channel;
+    use v1::inference_service_client::InferenceServiceClient;
+    use v1::model_service_client::ModelServiceClient;
+
+    /// A real server on a free port of the loopback, and a channel to it.
+    async fn start(fake: &Fake) -> (Channel, CancellationToken, tokio::task::JoinHandle<()>) {
+        let listener = crate::server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(crate::server::serve(listener, router(fake.api()).unwrap(), stop.clone()));
+        let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        (channel, stop, task)
+    }
+
+    fn prompt(text: &str) -> v1::GenerateRequest {
+        v1::GenerateRequest { prompt: text.into(), ..Default::default() }
+    }
+
+    #[tokio::test]
+    async fn a_whole_answer_has_text_tokens_reason_and_usage_and_zeros_mean_defaults() {
+        let fake = Fake::with(Script::tokens(&["Hello", " you"]));
+        let (channel, ..) = start(&fake).await;
+        let answer = InferenceServiceClient::new(channel).generate(prompt("Say")).await.unwrap().into_inner();
+        assert_eq!((answer.text.as_str(), answer.tokens.as_slice()), ("Hello you", [0, 1].as_slice()));
+        assert_eq!(answer.finish_reason(), v1::FinishReason::Stop);
+        assert_eq!(answer.usage.unwrap().total_tokens, 5);
+        assert_eq!(answer.model_digest, "d1");
+        let asked = fake.last_request();
+        assert_eq!((asked.max_tokens, asked.temperature, asked.top_p), (100, 0.0, 0.9));
+    }
+
+    #[tokio::test]
+    async fn a_stream_ends_with_a_message_that_carries_the_reason_and_no_token() {
+        let fake = Fake::with(Script::tokens(&["a", "b"]));
+        let (channel, ..) = start(&fake).await;
+        let stream =
+            InferenceServiceClient::new(channel).generate_stream(prompt("x")).await.unwrap().into_inner();
+        let all: Vec<_> = stream.map(Result::unwrap).collect().await;
+        assert_eq!(all.iter().map(|message| message.text.as_str()).collect::<String>(), "ab");
+        let last = all.last().unwrap();
+        assert_eq!((last.finish_reason(), last.text.as_str()), (v1::FinishReason::Stop, ""));
+        assert!(all[..2].iter().all(|message| message.finish_reason == 0 && message.usage.is_none()));
+    }
+
+    #[tokio::test]
+    async fn a_refusal_before_the_first_token_is_the_calls_own_status() {
+        let error = ApiError::Overloaded { message: "full".into(), retry_after_s: 1 };
+        for script in [Script::refused(error.clone()), Script::fails_before_a_token(error.clone())] {
+            let (channel, ..) = start(&Fake::with(script)).await;
+            let status = InferenceServiceClient::new(channel).generate_stream(prompt("x")).await.unwrap_err();
+            assert_eq!(status.code(), Code::ResourceExhausted);
+            assert_eq!(status.metadata().get("retry-after").unwrap(), "1");
+        }
+    }
+
+    #[tokio::test]
+    async fn dropping_a_stream_or_a_call_cancels_it() {
+        let fake = Fake::with(Script::tokens(&["a"]).then_hangs());
+        let (channel, ..) = start(&fake).await;
+        let mut client = InferenceServiceClient::new(channel);
+        let stream = client.generate_stream(prompt("x")).await.unwrap();
+        fake.until_running(1).await;
+        drop(stream);
+        fake.until_running(0).await;
+        let mut other = client.clone();
+        let call = tokio::spawn(async move { other.generate(prompt("x")).await });
+        fake.until_running(1).await;
+        call.abort();
+        fake.until_running(0).await;
+    }
+
+    #[tokio::test]
+    async fn a_watch_of_models_does_not_hold_up_the_end_of_the_server() {
+        let fake = Fake::with(Script::tokens(&[]));
+        let (channel, stop, task) = start(&fake).await;
+        let mut watch =
+            ModelServiceClient::new(channel).watch_models(v1::WatchModelsRequest {}).await.unwrap();
+        let first = watch.get_mut().message().await.unwrap().unwrap();
+        assert_eq!((first.models[0].name.as_str(), first.models[0].state()), ("fake", v1::ModelState::Ready));
+        fake.api().closing.cancel();
+        stop.cancel();
+        assert!(watch.get_mut().message().await.unwrap().is_none());
+        task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_message_beyond_the_bound_is_refused() {
+        let (channel, ..) = start(&Fake::with(Script::tokens(&["a"]))).await;
+        let status = InferenceServiceClient::new(channel)
+            .generate(prompt(&"x".repeat(MAX_BODY_BYTES + 1)))
+            .await
+            .unwrap_err();
+        assert_eq!(status.code(), Code::OutOfRange);
+    }
+
+    #[tokio::test]
+    async fn reflection_lists_what_is_served() {
+        use tonic_reflection::pb::v1::ServerReflectionRequest;
+        use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+        use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+        use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+        let (channel, ..) = start(&Fake::with(Script::tokens(&[]))).await;
+        let ask = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let requests = futures::stream::iter([ask]);
+        let mut answers =
+            ServerReflectionClient::new(channel).server_reflection_info(requests).await.unwrap().into_inner();
+        let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+        let MessageResponse::ListServicesResponse(list) = answer else { panic!("{answer:?}") };
+        let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
+        for service in SERVICES {
+            assert!(names.contains(service), "{names:?}");
+        }
+        assert!(!names.iter().any(|name| name.contains("control")), "{names:?}");
+    }
+}
