@@ -1,0 +1,212 @@
+//! Writing a model down: one line per operation, checked as it goes.
+//!
+//! The first mistake is remembered and reported by [`PlanBuilder::finish`] with the number of its op, so that model
+//! code reads like the formulas it implements. Values are defined once ([`PlanBuilder::rope`] alone changes one in
+//! place), which is what lets passes reorder and the arena reuse memory.
+
+use std::sync::Arc;
+
+use crate::{
+    AttentionShape, Epilogue, FusedOps, Hyper, Limits, Op, Plan, PlanError, RopeSpec, RowSpace, WeightId,
+    Weights, arena, passes,
+};
+
+/// A matrix that some op makes; belongs to its builder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Value(pub(crate) u32);
+
+/// What is known of a [`Value`] before it has a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ValueInfo {
+    pub(crate) cols: usize,
+    pub(crate) rows: RowSpace,
+    /// A column range of another value: that value, and the first column.
+    pub(crate) part_of: Option<(Value, usize)>,
+}
+
+/// A model written down but not yet placed; what passes work on.
+#[derive(Debug, Default)]
+pub(crate) struct Draft {
+    pub(crate) ops: Vec<Op<Value>>,
+    pub(crate) values: Vec<ValueInfo>,
+}
+
+impl Draft {
+    pub(crate) fn info(&self, value: Value) -> ValueInfo {
+        self.values[value.0 as usize]
+    }
+
+    pub(crate) fn new_value(&mut self, cols: usize, rows: RowSpace) -> Value {
+        self.values.push(ValueInfo { cols, rows, part_of: None });
+        // A plan of four billion values would have exhausted memory long before.
+        Value(u32::try_from(self.values.len() - 1).unwrap_or(u32::MAX))
+    }
+}
+
+/// Collects a model's ops. See the crate's tests for a whole small model.
+pub struct PlanBuilder<'a> {
+    weights: &'a Weights,
+    hyper: Hyper,
+    limits: Limits,
+    draft: Draft,
+    first_error: Option<PlanError>,
+}
+
+impl<'a> PlanBuilder<'a> {
+    /// Starts a plan for a model of these sizes and steps up to these limits.
+    #[must_use]
+    pub fn new(weights: &'a Weights, hyper: Hyper, limits: Limits) -> Self {
+        let first_error = hyper.check().and_then(|()| limits.check()).err();
+        Self { weights, hyper, limits, draft: Draft::default(), first_error }
+    }
+
+    /// Rows of the embedding table for the step's tokens.
+    pub fn embed(&mut self, table: WeightId) -> Value {
+        let weight = self.weights.get(table);
+        let (rows, cols) = (weight.rows(), weight.cols());
+        self.check(rows >= self.hyper.vocab, "embed", || {
+            format!("a table of {rows} rows for a larger vocabulary")
+        });
+        let out = self.draft.new_value(cols, RowSpace::Tokens);
+        self.push(Op::Embed { table, out }, out)
+    }
+
+    /// Root-mean-square norm of each row, times `weight`.
+    pub fn rms_norm(&mut self, input: Value, weight: WeightId, eps: f32) -> Value {
+        let info = self.draft.info(input);
+        let w = self.weights.get(weight);
+        let shape = (w.rows(), w.cols());
+        self.check(shape == (1, info.cols), "rms_norm", || {
+            format!("weight is {} x {}, the input has {} columns", shape.0, shape.1, info.cols)
+        });
+        let out = self.draft.new_value(info.cols, info.rows);
+        self.push(Op::RmsNorm { input, weight, eps, out }, out)
+    }
+
+    /// `weight · row` for each row.
+    pub fn matmul(&mut self, input: Value, weight: WeightId) -> Value {
+        let info = self.draft.info(input);
+        self.check_projection("matmul", input, weight);
+        let out = self.draft.new_value(self.weights.get(weight).rows(), info.rows);
+        self.push(Op::MatMul { input, weights: vec![weight], epilogue: Epilogue::None, out }, out)
+    }
+
+    /// Turns the heads of `data` in place; the same value comes back, its unturned form is gone.
+    pub fn rope(&mut self, data: Value, spec: RopeSpec) -> Value {
+        let info = self.draft.info(data);
+        let fits =
+            spec.head_dim > 0 && info.cols.is_multiple_of(spec.head_dim) && info.rows == RowSpace::Tokens;
+        self.check(fits, "rope", || format!("{} columns are no whole heads of {}", info.cols, spec.head_dim));
+        let dims_ok = spec.dims > 0 && spec.dims.is_multiple_of(2) && spec.dims <= spec.head_dim;
+        self.check(dims_ok, "rope", || {
+            format!("{} rotary dimensions in heads of {}", spec.dims, spec.head_dim)
+        });
+        self.push(Op::Rope { data, spec }, data)
+    }
+
+    /// Stores this step's keys and values in the cache of `layer`.
+    pub fn kv_write(&mut self, layer: usize, keys: Value, values: Value) {
+        let cols = self.hyper.kv_heads * self.hyper.head_dim;
+        for value in [keys, values] {
+            let info = self.draft.info(value);
+            self.check(info.cols == cols && info.rows == RowSpace::Tokens, "kv_write", || {
+                format!("{} columns, the cache has {cols}", info.cols)
+            });
+        }
+        self.check_layer("kv_write", layer);
+        self.push(Op::KvWrite { layer, keys, values }, keys);
+    }
+
+    /// Causal attention of `query` over the cache of `layer`, which must have been written before in this plan.
+    pub fn attention(&mut self, layer: usize, query: Value, scale: f32) -> Value {
+        let Hyper { heads, kv_heads, head_dim, .. } = self.hyper;
+        let info = self.draft.info(query);
+        self.check(info.cols == heads * head_dim && info.rows == RowSpace::Tokens, "attention", || {
+            format!("{} columns, {heads} heads of {head_dim} were expected", info.cols)
+        });
+        self.check_layer("attention", layer);
+        let written =
+            self.draft.ops.iter().any(|op| matches!(op, Op::KvWrite { layer: l, .. } if *l == layer));
+        self.check(written, "attention", || format!("layer {layer} is read before it is written"));
+        let shape = AttentionShape { heads, kv_heads, head_dim };
+        let out = self.draft.new_value(info.cols, info.rows);
+        self.push(Op::Attention { layer, query, shape, scale, out }, out)
+    }
+
+    /// `silu(gate) * up`.
+    pub fn silu_mul(&mut self, gate: Value, up: Value) -> Value {
+        let out = self.like("silu_mul", gate, up);
+        self.push(Op::SiluMul { gate, up, out }, out)
+    }
+
+    /// `a + b`.
+    pub fn add(&mut self, a: Value, b: Value) -> Value {
+        let out = self.like("add", a, b);
+        self.push(Op::Add { a, b, out }, out)
+    }
+
+    /// Keeps only the rows whose logits are wanted.
+    pub fn gather_rows(&mut self, input: Value) -> Value {
+        let info = self.draft.info(input);
+        self.check(info.rows == RowSpace::Tokens, "gather_rows", || "rows were gathered before".into());
+        let out = self.draft.new_value(info.cols, RowSpace::Logits);
+        self.push(Op::GatherRows { input, out }, out)
+    }
+
+    /// Projects gathered rows onto the vocabulary: the step's answer.
+    pub fn logits(&mut self, input: Value, weight: WeightId) {
+        let (info, rows, vocab) = (self.draft.info(input), self.weights.get(weight).rows(), self.hyper.vocab);
+        self.check(info.rows == RowSpace::Logits, "logits", || "gather the rows first".into());
+        self.check(rows == vocab, "logits", || format!("{rows} rows for a vocabulary of {vocab}"));
+        self.check_projection("logits", input, weight);
+        let out = self.draft.new_value(rows, RowSpace::Logits);
+        self.push(Op::Logits { input, weight, out }, out);
+    }
+
+    /// Fuses what the device claims, places the buffers, and freezes the plan.
+    ///
+    /// # Errors
+    /// The first mistake made while writing, or an arena that overflows.
+    pub fn finish(mut self, fused: &FusedOps) -> Result<Plan, PlanError> {
+        let logits = self.draft.ops.iter().filter(|op| matches!(op, Op::Logits { .. })).count();
+        self.check(logits == 1, "logits", || format!("a plan ends in logits exactly once, found {logits}"));
+        if let Some(error) = self.first_error {
+            return Err(error);
+        }
+        passes::run(&mut self.draft, fused, self.weights);
+        let layout = arena::place(&self.draft, &self.limits)?;
+        let weight_names: Arc<[String]> = self.weights.iter().map(|(_, w)| w.name().to_owned()).collect();
+        let ops = self.draft.ops.iter().map(|op| op.map(|value| layout.buf(value))).collect();
+        Ok(Plan { ops, hyper: self.hyper, limits: self.limits, arena_bytes: layout.bytes, weight_names })
+    }
+
+    fn push(&mut self, op: Op<Value>, result: Value) -> Value {
+        self.draft.ops.push(op);
+        result
+    }
+
+    fn check(&mut self, ok: bool, op: &'static str, detail: impl FnOnce() -> String) {
+        if !ok && self.first_error.is_none() {
+            self.first_error = Some(PlanError::Shape { index: self.draft.ops.len(), op, detail: detail() });
+        }
+    }
+
+    fn check_layer(&mut self, op: &'static str, layer: usize) {
+        let layers = self.hyper.layers;
+        self.check(layer < layers, op, || format!("layer {layer} of a model with {layers}"));
+    }
+
+    fn check_projection(&mut self, op: &'static str, input: Value, weight: WeightId) {
+        let (cols, w) = (self.draft.info(input).cols, self.weights.get(weight));
+        let (wcols, name) = (w.cols(), w.name().to_owned());
+        self.check(wcols == cols, op, || format!("{name} takes {wcols} columns, the input has {cols}"));
+    }
+
+    fn like(&mut self, op: &'static str, a: Value, b: Value) -> Value {
+        let (ia, ib) = (self.draft.info(a), self.draft.info(b));
+        self.check((ia.cols, ia.rows) == (ib.cols, ib.rows), op, || {
+            format!("{} and {} columns", ia.cols, ib.cols)
+        });
+        self.draft.new_value(ia.cols, ia.rows)
+    }
+}

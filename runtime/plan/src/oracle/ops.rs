@@ -1,0 +1,192 @@
+//! Each op as its definition says, row by row.
+
+use super::Memory;
+use crate::{
+    AttentionShape, Buf, Epilogue, Op, RopeLayout, RopeSpec, RowSpace, StepInput, WeightId, Weights,
+    rope::RopeTable,
+};
+
+/// One step under way.
+pub(super) struct Step<'a> {
+    pub(super) input: &'a StepInput,
+    pub(super) weights: &'a Weights,
+    pub(super) ropes: &'a [(RopeSpec, RopeTable)],
+    pub(super) memory: &'a mut Memory,
+}
+
+impl Step<'_> {
+    /// Runs one op; [`Op::Logits`] answers the step's logits.
+    pub(super) fn run(&mut self, op: &Op) -> Option<Vec<f32>> {
+        match *op {
+            Op::Embed { table, out } => self.embed(table, out),
+            Op::RmsNorm { input, weight, eps, out } => self.rms_norm(input, weight, eps, out),
+            Op::MatMul { input, ref weights, epilogue, out } => self.matmul(input, weights, epilogue, out),
+            Op::Rope { data, spec } => self.rope(data, &spec),
+            Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values),
+            Op::Attention { layer, query, shape, scale, out } => {
+                self.attention(layer, query, (shape, scale), out)
+            }
+            Op::SiluMul { gate, up, out } => {
+                self.zip(gate, up, out, |g, u| {
+                    (f64::from(g) / (1.0 + f64::from(-g).exp()) * f64::from(u)) as f32
+                });
+            }
+            Op::Add { a, b, out } => self.zip(a, b, out, |a, b| a + b),
+            Op::GatherRows { input, out } => {
+                for (i, &row) in self.input.logits_rows.iter().enumerate() {
+                    let values = self.row(input, row as usize).to_vec();
+                    self.store(out, i, &values);
+                }
+            }
+            Op::Logits { input, weight, out } => {
+                self.matmul(input, &[weight], Epilogue::None, out);
+                return Some((0..self.rows(out)).flat_map(|r| self.row(out, r).to_vec()).collect());
+            }
+        }
+        None
+    }
+
+    fn rows(&self, buf: Buf) -> usize {
+        match buf.rows {
+            RowSpace::Tokens => self.input.rows(),
+            RowSpace::Logits => self.input.logits_rows.len(),
+        }
+    }
+
+    fn row(&self, buf: Buf, row: usize) -> &[f32] {
+        let start = buf.offset / size_of::<f32>() + row * buf.stride;
+        &self.memory.arena[start..start + buf.cols]
+    }
+
+    fn store(&mut self, buf: Buf, row: usize, values: &[f32]) {
+        let start = buf.offset / size_of::<f32>() + row * buf.stride;
+        self.memory.arena[start..start + buf.cols].copy_from_slice(values);
+    }
+
+    fn zip(&mut self, a: Buf, b: Buf, out: Buf, f: impl Fn(f32, f32) -> f32) {
+        for r in 0..self.rows(out) {
+            let values: Vec<f32> =
+                self.row(a, r).iter().zip(self.row(b, r)).map(|(&a, &b)| f(a, b)).collect();
+            self.store(out, r, &values);
+        }
+    }
+
+    fn embed(&mut self, table: WeightId, out: Buf) {
+        let mut values = vec![0.0; out.cols];
+        for (r, &token) in self.input.tokens.iter().enumerate() {
+            self.weights.get(table).dequantise_row(token as usize, &mut values);
+            self.store(out, r, &values);
+        }
+    }
+
+    fn rms_norm(&mut self, input: Buf, weight: WeightId, eps: f32, out: Buf) {
+        let mut weights = vec![0.0; input.cols];
+        self.weights.get(weight).dequantise_row(0, &mut weights);
+        for r in 0..self.rows(input) {
+            let row = self.row(input, r);
+            let mean = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / row.len() as f64;
+            let factor = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
+            let values: Vec<f32> = row.iter().zip(&weights).map(|(v, w)| v * factor * w).collect();
+            self.store(out, r, &values);
+        }
+    }
+
+    fn matmul(&mut self, input: Buf, weights: &[WeightId], epilogue: Epilogue, out: Buf) {
+        let rows = self.rows(input);
+        let inputs: Vec<Vec<f32>> = (0..rows).map(|r| self.row(input, r).to_vec()).collect();
+        let mut outputs = vec![Vec::with_capacity(out.cols); rows];
+        let mut stored = vec![0.0; input.cols];
+        for &id in weights {
+            let weight = self.weights.get(id);
+            for feature in 0..weight.rows() {
+                weight.dequantise_row(feature, &mut stored);
+                for (output, input) in outputs.iter_mut().zip(&inputs) {
+                    output.push(dot(&stored, input));
+                }
+            }
+        }
+        for (r, mut output) in outputs.into_iter().enumerate() {
+            if let Epilogue::Add(residual) = epilogue {
+                output.iter_mut().zip(self.row(residual, r)).for_each(|(o, v)| *o += v);
+            }
+            self.store(out, r, &output);
+        }
+    }
+
+    fn rope(&mut self, data: Buf, spec: &RopeSpec) {
+        // Compiling made a table for every spec of the plan; without one there is nothing to turn by.
+        let Some((_, table)) = self.ropes.iter().find(|(known, _)| known == spec) else { return };
+        for r in 0..self.input.rows() {
+            let (cos, sin) = table.at(self.input.positions[r] as usize);
+            let mut values = self.row(data, r).to_vec();
+            for head in values.chunks_exact_mut(spec.head_dim) {
+                for i in 0..spec.dims / 2 {
+                    let (a, b) = match spec.layout {
+                        RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+                        RopeLayout::Neox => (i, i + spec.dims / 2),
+                    };
+                    let (x, y) = (head[a], head[b]);
+                    head[a] = x * cos[i] - y * sin[i];
+                    head[b] = x * sin[i] + y * cos[i];
+                }
+            }
+            self.store(data, r, &values);
+        }
+    }
+
+    fn kv_write(&mut self, layer: usize, keys: Buf, values: Buf) {
+        for s in 0..self.input.sequences() {
+            for r in self.input.rows_of(s) {
+                for (side, buf) in [keys, values].into_iter().enumerate() {
+                    let row = self.row(buf, r).to_vec();
+                    let position = self.input.positions[r] as usize;
+                    let start = self.memory.cache.index(layer, side, self.input.blocks_of(s), position);
+                    self.memory.cache.values[start..start + row.len()].copy_from_slice(&row);
+                }
+            }
+        }
+    }
+
+    fn attention(&mut self, layer: usize, query: Buf, (shape, scale): (AttentionShape, f32), out: Buf) {
+        let AttentionShape { heads, kv_heads, head_dim } = shape;
+        for s in 0..self.input.sequences() {
+            let table = self.input.blocks_of(s);
+            for r in self.input.rows_of(s) {
+                let positions = self.input.positions[r] as usize + 1;
+                let mut values = vec![0.0; query.cols];
+                for h in 0..heads {
+                    let kv = h / (heads / kv_heads) * head_dim..(h / (heads / kv_heads) + 1) * head_dim;
+                    let q = &self.row(query, r)[h * head_dim..(h + 1) * head_dim];
+                    let score = |p| {
+                        f64::from(dot(q, &self.memory.cache.slice(layer, 0, table, p)[kv.clone()]) * scale)
+                    };
+                    let scores: Vec<f64> = (0..positions).map(score).collect();
+                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let shares: Vec<f64> = scores.iter().map(|v| (v - largest).exp()).collect();
+                    let total: f64 = shares.iter().sum();
+                    let mut mixed = vec![0.0f64; head_dim];
+                    for (p, share) in shares.iter().enumerate() {
+                        let v = &self.memory.cache.slice(layer, 1, table, p)[kv.clone()];
+                        mixed.iter_mut().zip(v).for_each(|(m, &v)| *m += share * f64::from(v));
+                    }
+                    let head = &mut values[h * head_dim..(h + 1) * head_dim];
+                    head.iter_mut().zip(mixed).for_each(|(o, m)| *o = (m / total) as f32);
+                }
+                self.store(out, r, &values);
+            }
+        }
+    }
+}
+
+/// Sum of products in f64, in eight interleaved partial sums that are added pairwise at the end, so that the compiler may
+/// use vector registers without changing the order.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f64; 8];
+    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+        for (sum, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += f64::from(a) * f64::from(b);
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = sums;
+    (((a + b) + (c + d)) + ((e + f) + (g + h))) as f32
+}

@@ -1,0 +1,184 @@
+//! The immutable result of lowering a model: ops in order, the arena they live in, and the model's sizes.
+
+use std::sync::Arc;
+
+use crate::{BackendError, Op, WeightId, Weights};
+
+/// Sizes of a model that the cache, the scheduler and validation need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hyper {
+    /// Width of the residual stream.
+    pub width: usize,
+    /// Transformer blocks, each with its own cache.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Size of the vocabulary.
+    pub vocab: usize,
+    /// Tokens a sequence may have.
+    pub context: usize,
+}
+
+/// The largest step a plan accepts; the arena is sized by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Rows (tokens) per step.
+    pub rows: usize,
+    /// Sequences per step.
+    pub sequences: usize,
+    /// Rows of logits per step.
+    pub logits_rows: usize,
+}
+
+/// Why a model could not be lowered.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlanError {
+    /// Operands that do not fit each other.
+    #[error("op {index} ({op}): {detail}")]
+    Shape {
+        /// Number of the op in writing order.
+        index: usize,
+        /// Its name.
+        op: &'static str,
+        /// What does not fit.
+        detail: String,
+    },
+    /// A size of the model or a limit that is zero or inconsistent.
+    #[error("{field} is {value}: {detail}")]
+    Size {
+        /// Field of [`Hyper`] or [`Limits`].
+        field: &'static str,
+        /// Its value.
+        value: usize,
+        /// What it should be.
+        detail: &'static str,
+    },
+    /// The arena's size overflows.
+    #[error("an arena for {rows} rows is larger than memory can be; lower the rows per step")]
+    ArenaOverflow {
+        /// Rows asked for.
+        rows: usize,
+    },
+}
+
+/// What a model does in one step. Immutable; made by [`crate::PlanBuilder`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    pub(crate) ops: Vec<Op>,
+    pub(crate) hyper: Hyper,
+    pub(crate) limits: Limits,
+    pub(crate) arena_bytes: usize,
+    /// Names by id, so that a dump and an error can say which weight is meant.
+    pub(crate) weight_names: Arc<[String]>,
+}
+
+impl Plan {
+    /// The ops, in the order they run.
+    #[must_use]
+    pub fn ops(&self) -> &[Op] {
+        &self.ops
+    }
+
+    /// Sizes of the model.
+    #[must_use]
+    pub const fn hyper(&self) -> &Hyper {
+        &self.hyper
+    }
+
+    /// The largest step it accepts.
+    #[must_use]
+    pub const fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Bytes of the arena that all buffers lie in.
+    #[must_use]
+    pub const fn arena_bytes(&self) -> usize {
+        self.arena_bytes
+    }
+
+    /// Name of a weight of this plan.
+    ///
+    /// # Panics
+    /// When the id belongs to another model.
+    #[must_use]
+    pub fn weight_name(&self, id: WeightId) -> &str {
+        &self.weight_names[id.index()]
+    }
+
+    /// Checks that this plan can run where another was loaded: same sizes, same weights, no larger an arena.
+    ///
+    /// # Errors
+    /// [`BackendError::Mismatch`] naming what differs.
+    pub fn check_loaded(
+        &self,
+        hyper: &Hyper,
+        arena_bytes: usize,
+        weights: &Weights,
+    ) -> Result<(), BackendError> {
+        let same_weights = self.weight_names.len() == weights.len()
+            && self.weight_names.iter().zip(weights.iter()).all(|(name, (_, weight))| name == weight.name());
+        let checks = [
+            (self.hyper == *hyper, "it has other sizes"),
+            (self.arena_bytes <= arena_bytes, "it needs a larger arena: load with the largest plan"),
+            (same_weights, "it names other weights"),
+        ];
+        checks.into_iter().find(|(ok, _)| !ok).map_or(Ok(()), |(_, what)| Err(BackendError::Mismatch(what)))
+    }
+
+    /// A stable text form, one line per op: golden files in tests, and the answer to "what does it run?".
+    #[must_use]
+    pub fn dump(&self) -> String {
+        crate::dump::dump(self)
+    }
+}
+
+impl Hyper {
+    /// # Errors
+    /// [`PlanError::Size`] when a size is zero, or the heads do not divide.
+    pub(crate) fn check(&self) -> Result<(), PlanError> {
+        let Self { width, layers, heads, kv_heads, head_dim, vocab, context } = *self;
+        let sizes = [
+            ("width", width),
+            ("layers", layers),
+            ("heads", heads),
+            ("kv_heads", kv_heads),
+            ("head_dim", head_dim),
+            ("vocab", vocab),
+            ("context", context),
+        ];
+        above_zero(&sizes)?;
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(PlanError::Size {
+                field: "heads",
+                value: heads,
+                detail: "must be a multiple of kv_heads",
+            });
+        }
+        // Every number that a step carries is a u32.
+        match sizes.iter().find(|(_, value)| u32::try_from(*value).is_err()) {
+            Some(&(field, value)) => Err(PlanError::Size { field, value, detail: "must fit 32 bits" }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Limits {
+    /// # Errors
+    /// [`PlanError::Size`] when a limit is zero.
+    pub(crate) fn check(&self) -> Result<(), PlanError> {
+        let Self { rows, sequences, logits_rows } = *self;
+        above_zero(&[("rows", rows), ("sequences", sequences), ("logits_rows", logits_rows)])
+    }
+}
+
+fn above_zero(sizes: &[(&'static str, usize)]) -> Result<(), PlanError> {
+    match sizes.iter().find(|(_, value)| *value == 0) {
+        Some(&(field, value)) => Err(PlanError::Size { field, value, detail: "must be above zero" }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,69 @@
+//! Sines and cosines of rotary position embeddings, computed once at load.
+//!
+//! The angle is the f32 product of the position and the f32 frequency, as the float32 reference implementation has it;
+//! only its sine and cosine are taken in f64 and rounded, so that every backend turns by the same numbers.
+
+use crate::RopeSpec;
+
+/// `(cos, sin)` of every position and pair.
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    pairs: usize,
+    /// Position after position: `pairs` cosines, then `pairs` sines.
+    values: Vec<f32>,
+}
+
+impl RopeTable {
+    /// Positions `0..context`.
+    #[must_use]
+    pub fn new(spec: &RopeSpec, context: usize) -> Self {
+        let pairs = spec.dims / 2;
+        let frequencies: Vec<f32> = (0..pairs)
+            .map(|i| {
+                let exponent = (2 * i) as f32 / spec.dims as f32;
+                (1.0 / f64::from(spec.base).powf(f64::from(exponent))) as f32
+            })
+            .collect();
+        let mut values = Vec::with_capacity(context * 2 * pairs);
+        for position in 0..context {
+            let angles = frequencies.iter().map(|f| f64::from(position as f32 * f));
+            values.extend(angles.clone().map(|a| a.cos() as f32));
+            values.extend(angles.map(|a| a.sin() as f32));
+        }
+        Self { pairs, values }
+    }
+
+    /// Cosines and sines of one position, `dims / 2` each.
+    ///
+    /// # Panics
+    /// When `position` is not below the context.
+    #[must_use]
+    pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
+        self.values[position * 2 * self.pairs..(position + 1) * 2 * self.pairs].split_at(self.pairs)
+    }
+
+    /// Bytes it takes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        (self.values.len() * size_of::<f32>()) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::RopeLayout;
+
+    #[test]
+    fn first_pair_turns_by_the_position_in_radians() {
+        let spec = RopeSpec { layout: RopeLayout::Interleaved, base: 10_000.0, dims: 4, head_dim: 4 };
+        let table = RopeTable::new(&spec, 3);
+        assert_eq!(table.at(0), (&[1.0, 1.0][..], &[0.0, 0.0][..]));
+        let (cos, sin) = table.at(2);
+        assert_eq!((cos[0], sin[0]), (2f64.cos() as f32, 2f64.sin() as f32));
+        // The second of two pairs turns base^(-2/4) = 1/100 as fast.
+        let (c, s) = ((0.02f32 as f64).cos() as f32, (0.02f32 as f64).sin() as f32);
+        assert!((cos[1] - c).abs() < 1e-7 && (sin[1] - s).abs() < 1e-8);
+        assert_eq!(table.bytes(), 3 * 4 * 4);
+    }
+}

@@ -1,0 +1,274 @@
+//! The tensors of a model, as the plan sees them: a name, a type, a shape and bytes that something else keeps alive.
+//!
+//! Bytes are a range of a shared source (usually a mapped file), so that a model of several gigabytes is described
+//! without being read. Shapes are checked against the bytes when a weight is made; nobody checks again.
+
+use std::{collections::HashMap, ops::Range, sync::Arc};
+
+use crate::DType;
+
+/// What keeps weight bytes alive: a mapped file, or a vector in tests.
+pub type WeightBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Why a weight was refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WeightError {
+    /// The row is no whole number of blocks of its type.
+    #[error("tensor {name}: rows of {cols} columns cannot be stored as {dtype}, which packs {} at a time", .dtype.block_len())]
+    RaggedRow {
+        /// The tensor's name in its file.
+        name: String,
+        /// Its element type.
+        dtype: DType,
+        /// Its columns.
+        cols: usize,
+    },
+    /// The byte range does not hold exactly `rows` rows, or lies outside its source.
+    #[error(
+        "tensor {name}: {rows} x {cols} {dtype} needs {needed} bytes, but range {start}..{end} of a {source_len}-byte file was given"
+    )]
+    WrongSize {
+        /// The tensor's name in its file.
+        name: String,
+        /// Its element type.
+        dtype: DType,
+        /// Its rows.
+        rows: usize,
+        /// Its columns.
+        cols: usize,
+        /// Bytes that the shape needs.
+        needed: u128,
+        /// Start of the range given.
+        start: usize,
+        /// End of the range given.
+        end: usize,
+        /// Bytes of the source.
+        source_len: usize,
+    },
+    /// Two tensors have one name.
+    #[error("tensor {0} occurs twice in the model's files")]
+    Duplicate(String),
+}
+
+/// Names a weight of one [`Weights`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WeightId(pub(crate) u32);
+
+impl WeightId {
+    /// Position in its [`Weights`].
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A matrix of `rows` output features by `cols` input features, row-major; a vector has one row.
+#[derive(Clone)]
+pub struct Weight {
+    name: String,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    source: WeightBytes,
+    range: Range<usize>,
+}
+
+impl Weight {
+    /// Describes bytes `range` of `source` as a `shape.0 × shape.1` (rows × columns) matrix of `dtype`.
+    ///
+    /// # Errors
+    /// [`WeightError`] when the columns are no whole blocks or the range is not exactly the matrix.
+    pub fn new(
+        name: impl Into<String>,
+        dtype: DType,
+        shape: (usize, usize),
+        source: WeightBytes,
+        range: Range<usize>,
+    ) -> Result<Self, WeightError> {
+        let (name, (rows, cols)) = (name.into(), shape);
+        let Some(row_bytes) = dtype.row_bytes(cols) else {
+            return Err(WeightError::RaggedRow { name, dtype, cols });
+        };
+        let needed = row_bytes as u128 * rows as u128;
+        let source_len = (*source).as_ref().len();
+        if range.start > range.end || range.end > source_len || (range.end - range.start) as u128 != needed {
+            let (start, end) = (range.start, range.end);
+            return Err(WeightError::WrongSize { name, dtype, rows, cols, needed, start, end, source_len });
+        }
+        Ok(Self { name, dtype, rows, cols, source, range })
+    }
+
+    /// A weight that owns `values` as f32; for tests and small made models.
+    ///
+    /// # Errors
+    /// [`WeightError::WrongSize`] when `values` is not `rows × cols` long.
+    pub fn from_f32(
+        name: impl Into<String>,
+        shape: (usize, usize),
+        values: &[f32],
+    ) -> Result<Self, WeightError> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let range = 0..bytes.len();
+        Self::new(name, DType::F32, shape, Arc::new(bytes), range)
+    }
+
+    /// The tensor's name in its file.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Element type.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Output features.
+    #[must_use]
+    pub const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    #[must_use]
+    pub const fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// All bytes, row after row.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &(*self.source).as_ref()[self.range.clone()]
+    }
+
+    /// Bytes of one row.
+    ///
+    /// # Panics
+    /// When `row` is not below [`Self::rows`].
+    #[must_use]
+    pub fn row(&self, row: usize) -> &[u8] {
+        assert!(row < self.rows, "row {row} of {}, which has {}", self.name, self.rows);
+        let row_bytes = self.cols / self.dtype.block_len() * self.dtype.block_bytes();
+        &self.bytes()[row * row_bytes..(row + 1) * row_bytes]
+    }
+
+    /// Writes one row as f32 into `out`, which is [`Self::cols`] long.
+    ///
+    /// # Panics
+    /// When `row` is not below [`Self::rows`] or `out` is not `cols` long.
+    pub fn dequantise_row(&self, row: usize, out: &mut [f32]) {
+        self.dtype.dequantise(self.row(row), out);
+    }
+}
+
+impl std::fmt::Debug for Weight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}[{}, {}]", self.name, self.dtype, self.rows, self.cols)
+    }
+}
+
+/// Every tensor of one model; ids are given in the order of [`Weights::push`].
+#[derive(Debug, Clone, Default)]
+pub struct Weights {
+    list: Vec<Weight>,
+    by_name: HashMap<String, WeightId>,
+}
+
+impl Weights {
+    /// No weights.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a weight.
+    ///
+    /// # Errors
+    /// [`WeightError::Duplicate`] when the name is taken.
+    pub fn push(&mut self, weight: Weight) -> Result<WeightId, WeightError> {
+        let id = WeightId(
+            u32::try_from(self.list.len()).map_err(|_| WeightError::Duplicate(weight.name.clone()))?,
+        );
+        if self.by_name.contains_key(&weight.name) {
+            return Err(WeightError::Duplicate(weight.name));
+        }
+        self.by_name.insert(weight.name.clone(), id);
+        self.list.push(weight);
+        Ok(id)
+    }
+
+    /// The weight of that name.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<WeightId> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The weight itself.
+    ///
+    /// # Panics
+    /// When `id` came from another, larger [`Weights`].
+    #[must_use]
+    pub fn get(&self, id: WeightId) -> &Weight {
+        &self.list[id.index()]
+    }
+
+    /// Every weight with its id.
+    pub fn iter(&self) -> impl Iterator<Item = (WeightId, &Weight)> {
+        (0..).map(WeightId).zip(&self.list)
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Bytes of all weights as stored.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.list.iter().map(|w| w.range.len() as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_checked_against_bytes() {
+        let source: WeightBytes = Arc::new(vec![0u8; 68]);
+        assert!(Weight::new("a", DType::Q8_0, (2, 32), source.clone(), 0..68).is_ok());
+        assert!(matches!(
+            Weight::new("a", DType::Q8_0, (2, 33), source.clone(), 0..68),
+            Err(WeightError::RaggedRow { cols: 33, .. })
+        ));
+        for range in [0..67, 1..69, 60..20] {
+            assert!(matches!(
+                Weight::new("a", DType::Q8_0, (2, 32), source.clone(), range),
+                Err(WeightError::WrongSize { needed: 68, .. })
+            ));
+        }
+        // A shape whose size overflows is refused, not wrapped.
+        assert!(Weight::new("a", DType::F32, (usize::MAX, 1 << 40), source, 0..68).is_err());
+    }
+
+    #[test]
+    fn names_are_unique_and_found() {
+        let mut weights = Weights::new();
+        let id = weights.push(Weight::from_f32("x", (1, 2), &[1.0, 2.0]).unwrap()).unwrap();
+        assert_eq!(weights.find("x"), Some(id));
+        assert_eq!(weights.find("y"), None);
+        let again = weights.push(Weight::from_f32("x", (1, 2), &[1.0, 2.0]).unwrap());
+        assert_eq!(again, Err(WeightError::Duplicate("x".into())));
+        let mut row = [0.0; 2];
+        weights.get(id).dequantise_row(0, &mut row);
+        assert_eq!(row, [1.0, 2.0]);
+    }
+}
