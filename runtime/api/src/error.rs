@@ -175,7 +175,7 @@ impl ApiError {
         match self {
             Self::InvalidRequest { field: Some(field), .. } => error["field"] = json!(field),
             Self::ModelRequired { choices } | Self::UnknownModel { choices, .. } => {
-                error["choices"] = json!(choices)
+                error["choices"] = json!(choices);
             }
             _ => {}
         }

@@ -1,0 +1,178 @@
+//! The digest of a model: the name of exactly these bytes.
+//!
+//! Of one file it is the file's sha256, so that it equals what `sha256sum` and model hubs print. Of several it is the
+//! sha256 of their sorted lines `<sha256>  <path>`, each ending in a newline: what
+//! `sha256sum FILES | LC_ALL=C sort | sha256sum` prints in the model's folder.
+
+use std::fmt;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::error::StoreError;
+use crate::select::ModelFile;
+
+/// Bytes read at once: large enough that the system reads ahead, small enough to report progress often.
+const CHUNK_BYTES: usize = 1024 * 1024;
+
+/// A sha256 as 64 lower-case hex digits.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Digest(String);
+
+/// How far hashing is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HashProgress {
+    /// Bytes hashed so far, of all files.
+    pub done_bytes: u64,
+    /// Bytes of all files when they were picked.
+    pub total_bytes: u64,
+}
+
+impl Digest {
+    /// The 64 digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Compares with a pinned digest, which may be written in either case and with `sha256:` before it.
+    ///
+    /// # Errors
+    /// [`StoreError::InvalidPin`] for a pin that is no sha256, [`StoreError::DigestMismatch`] with both.
+    pub fn check_pin(&self, pin: &str) -> Result<(), StoreError> {
+        let digits = pin.strip_prefix("sha256:").unwrap_or(pin);
+        if digits.len() != 64 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(StoreError::InvalidPin { found: pin.to_owned() });
+        }
+        let expected = digits.to_ascii_lowercase();
+        if expected == self.0 {
+            Ok(())
+        } else {
+            Err(StoreError::DigestMismatch { expected, found: self.0.clone() })
+        }
+    }
+
+    fn of(hasher: Sha256) -> Self {
+        let mut text = String::with_capacity(64);
+        for byte in hasher.finalize() {
+            // Writing into a String cannot fail.
+            let _ = write!(text, "{byte:02x}");
+        }
+        Self(text)
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+pub(crate) fn hash_files(
+    files: &[ModelFile],
+    total_bytes: u64,
+    progress: &mut dyn FnMut(HashProgress),
+) -> Result<Digest, StoreError> {
+    let mut done_bytes = 0;
+    let mut lines = Vec::with_capacity(files.len());
+    let mut only = None;
+    for file in files {
+        let digest = hash_file(&file.path, &mut |bytes| {
+            done_bytes += bytes;
+            progress(HashProgress { done_bytes, total_bytes });
+        })?;
+        lines.push(format!("{digest}  {}\n", file.name));
+        only = Some(digest);
+    }
+    if let (1, Some(digest)) = (files.len(), only) {
+        return Ok(digest);
+    }
+    lines.sort_unstable();
+    let mut hasher = Sha256::new();
+    for line in &lines {
+        hasher.update(line.as_bytes());
+    }
+    Ok(Digest::of(hasher))
+}
+
+fn hash_file(path: &Path, read_bytes: &mut dyn FnMut(u64)) -> Result<Digest, StoreError> {
+    let mut file = File::open(path).map_err(|error| StoreError::io(path, error))?;
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        match file.read(&mut chunk) {
+            Ok(0) => return Ok(Digest::of(hasher)),
+            Ok(count) => {
+                hasher.update(&chunk[..count]);
+                read_bytes(count as u64);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(StoreError::io(path, error)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Source;
+    use std::fs;
+
+    const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+    fn digest(files: &[(&str, &[u8])], patterns: &[&str]) -> Digest {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        let patterns: Vec<String> = patterns.iter().map(ToString::to_string).collect();
+        let resolved = Source::from_path(folder.path()).resolve(&patterns).unwrap();
+        resolved.digest(&mut |_| {}).unwrap()
+    }
+
+    #[test]
+    fn one_file_has_its_own_sha256() {
+        assert_eq!(digest(&[("m.gguf", b"abc")], &[]).as_str(), ABC);
+        assert_eq!(digest(&[("m.gguf", b"")], &[]).as_str(), EMPTY);
+    }
+
+    #[test]
+    fn several_files_have_the_sha256_of_their_sorted_lines() {
+        // printf '%s  b\n%s  a\n' ba78... e3b0... | LC_ALL=C sort | sha256sum
+        let found = digest(&[("a", b""), ("b", b"abc")], &["*"]);
+        let mut hasher = Sha256::new();
+        hasher.update(format!("{ABC}  b\n{EMPTY}  a\n"));
+        assert_eq!(found, Digest::of(hasher), "lines are sorted by digest, not by name");
+        assert_ne!(digest(&[("a", b""), ("c", b"abc")], &["*"]), found, "names count");
+    }
+
+    #[test]
+    fn progress_ends_at_the_total() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("m.gguf"), vec![7; CHUNK_BYTES + 5]).unwrap();
+        let resolved = Source::from_path(folder.path()).resolve(&[]).unwrap();
+        let mut seen = Vec::new();
+        resolved.digest(&mut |progress| seen.push(progress)).unwrap();
+        assert!(seen.len() >= 2 && seen.is_sorted_by_key(|progress| progress.done_bytes));
+        let total_bytes = resolved.total_bytes();
+        assert_eq!(seen.last(), Some(&HashProgress { done_bytes: total_bytes, total_bytes }));
+    }
+
+    #[test]
+    fn a_pin_must_be_a_sha256_and_match() {
+        let found = digest(&[("m.gguf", b"abc")], &[]);
+        for pin in [ABC.to_owned(), ABC.to_uppercase(), format!("sha256:{ABC}")] {
+            found.check_pin(&pin).unwrap();
+        }
+        let error = found.check_pin(EMPTY).unwrap_err();
+        assert!(
+            matches!(&error, StoreError::DigestMismatch { expected, found } if expected == EMPTY && found == ABC)
+        );
+        for pin in ["", "abc", &ABC[1..], "sha256:xyz"] {
+            assert!(matches!(found.check_pin(pin), Err(StoreError::InvalidPin { .. })), "{pin}");
+        }
+    }
+}

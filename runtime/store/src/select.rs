@@ -1,0 +1,232 @@
+//! Picks a model's files from its source.
+//!
+//! Without patterns a folder must hold exactly one `.gguf` file: guessing between two would serve the wrong model
+//! half of the time. With patterns each one must pick something, since a pattern that picks nothing is a slip.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use globset::GlobBuilder;
+
+use crate::digest::{Digest, HashProgress, hash_files};
+use crate::error::StoreError;
+use crate::source::Source;
+
+/// Files that are looked at in one source; the largest models have a few hundred.
+const MAX_FILES: usize = 10_000;
+/// Folders within folders that are looked into.
+const MAX_DEPTH: usize = 8;
+/// Names that a message lists.
+const LISTED: usize = 12;
+
+/// One file of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelFile {
+    /// Path below the source's folder, with `/` between its parts; for a source that is one file, its name.
+    pub name: String,
+    /// Where to open it.
+    pub path: PathBuf,
+    /// Its size in bytes when it was picked.
+    pub bytes: u64,
+}
+
+/// The files that make up a model, sorted by name; at least one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    files: Vec<ModelFile>,
+}
+
+impl Source {
+    /// Picks the model's files: the source itself where it is a file; what `patterns` match below it where it is a
+    /// folder (`*` stays within a folder, `**` does not); without patterns its only `.gguf` file.
+    ///
+    /// # Errors
+    /// A source that does not exist or cannot be read, or a choice that is empty or not clear.
+    pub fn resolve(&self, patterns: &[String]) -> Result<Resolved, StoreError> {
+        let root = self.path();
+        let meta = fs::metadata(root).map_err(|error| StoreError::io(root, error))?;
+        if meta.is_dir() {
+            return if patterns.is_empty() { only_model_file(root) } else { matching(root, patterns) };
+        }
+        if !patterns.is_empty() {
+            return Err(StoreError::PatternsForFile { path: root.to_owned() });
+        }
+        let name = utf8(root.file_name().map_or(root, Path::new), root)?;
+        Ok(Resolved { files: vec![ModelFile { name, path: root.to_owned(), bytes: meta.len() }] })
+    }
+}
+
+impl Resolved {
+    /// The files, sorted by name.
+    pub fn files(&self) -> &[ModelFile] {
+        &self.files
+    }
+
+    /// Size of all files in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
+
+    /// Reads every file once and gives the model's digest. `progress` is called after every MiB or so.
+    ///
+    /// # Errors
+    /// A file that cannot be read or has gone.
+    pub fn digest(&self, progress: &mut dyn FnMut(HashProgress)) -> Result<Digest, StoreError> {
+        hash_files(&self.files, self.total_bytes(), progress)
+    }
+}
+
+fn only_model_file(folder: &Path) -> Result<Resolved, StoreError> {
+    let all = walk(folder, 1)?;
+    let is_model = |file: &&ModelFile| file.name.to_ascii_lowercase().ends_with(".gguf");
+    let found: Vec<ModelFile> = all.iter().filter(is_model).cloned().collect();
+    match found.len() {
+        1 => Ok(Resolved { files: found }),
+        0 => Err(StoreError::NoModelFile { folder: folder.to_owned(), holds: names(&all) }),
+        _ => Err(StoreError::SeveralModelFiles { folder: folder.to_owned(), found: names(&found) }),
+    }
+}
+
+fn matching(folder: &Path, patterns: &[String]) -> Result<Resolved, StoreError> {
+    let all = walk(folder, MAX_DEPTH)?;
+    let mut picked: Vec<ModelFile> = Vec::new();
+    for pattern in patterns {
+        let glob = GlobBuilder::new(pattern).literal_separator(true).build().map_err(|error| {
+            StoreError::InvalidPattern { pattern: pattern.clone(), why: error.kind().to_string() }
+        })?;
+        let matcher = glob.compile_matcher();
+        let before = picked.len();
+        let known = all.iter().any(|file| matcher.is_match(&file.name));
+        if !known {
+            return Err(StoreError::NothingMatches {
+                pattern: pattern.clone(),
+                folder: folder.to_owned(),
+                holds: names(&all),
+            });
+        }
+        let new = all.iter().filter(|file| matcher.is_match(&file.name));
+        let new: Vec<ModelFile> = new.filter(|file| !picked[..before].contains(file)).cloned().collect();
+        picked.extend(new);
+    }
+    picked.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(Resolved { files: picked })
+}
+
+/// Every file below `root`, sorted by name. Entries that begin with `..` are left out: kubelet keeps the versions of a
+/// mounted volume there, and they would show each file twice.
+fn walk(root: &Path, depth: usize) -> Result<Vec<ModelFile>, StoreError> {
+    let mut files = Vec::new();
+    let mut folders = vec![(root.to_owned(), String::new(), depth)];
+    while let Some((folder, prefix, depth)) = folders.pop() {
+        let entries = fs::read_dir(&folder).map_err(|error| StoreError::io(&folder, error))?;
+        for entry in entries {
+            let entry = entry.map_err(|error| StoreError::io(&folder, error))?;
+            let path = entry.path();
+            let name = utf8(Path::new(&entry.file_name()), &path)?;
+            if name.starts_with("..") {
+                continue;
+            }
+            let meta = fs::metadata(&path).map_err(|error| StoreError::io(&path, error))?;
+            let name = format!("{prefix}{name}");
+            if meta.is_file() {
+                files.push(ModelFile { name, path, bytes: meta.len() });
+            } else if meta.is_dir() && depth > 1 {
+                folders.push((path, format!("{name}/"), depth - 1));
+            }
+            if files.len() + folders.len() > MAX_FILES {
+                return Err(StoreError::TooManyFiles { folder: root.to_owned(), limit: MAX_FILES });
+            }
+        }
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(files)
+}
+
+fn utf8(name: &Path, path: &Path) -> Result<String, StoreError> {
+    name.to_str().map(str::to_owned).ok_or_else(|| StoreError::NameNotUtf8 { path: path.to_owned() })
+}
+
+fn names(files: &[ModelFile]) -> Vec<String> {
+    let mut names: Vec<String> = files.iter().take(LISTED).map(|file| file.name.clone()).collect();
+    if files.len() > LISTED {
+        names.push(format!("and {} more", files.len() - LISTED));
+    }
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tempfile::TempDir;
+
+    fn folder(files: &[&str]) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for file in files {
+            let path = folder.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, file.as_bytes()).unwrap();
+        }
+        folder
+    }
+
+    fn picked(folder: &TempDir, patterns: &[&str]) -> Result<Vec<String>, StoreError> {
+        let patterns: Vec<String> = patterns.iter().map(ToString::to_string).collect();
+        let resolved = Source::from_path(folder.path()).resolve(&patterns)?;
+        Ok(resolved.files().iter().map(|file| file.name.clone()).collect())
+    }
+
+    #[test]
+    fn a_folder_gives_its_only_model_file() {
+        assert_eq!(picked(&folder(&["README.md", "m.GGUF", "sub/other.gguf"]), &[]).unwrap(), ["m.GGUF"]);
+    }
+
+    #[test]
+    fn none_or_several_model_files_are_errors_that_list_what_is_there() {
+        let none = picked(&folder(&["README.md"]), &[]).unwrap_err();
+        assert!(none.to_string().contains("README.md"), "{none}");
+        let empty = picked(&folder(&[]), &[]).unwrap_err();
+        assert!(empty.to_string().contains("holds: nothing"), "{empty}");
+        let several = picked(&folder(&["b.gguf", "a.gguf", "c.txt"]), &[]).unwrap_err();
+        assert!(several.to_string().ends_with("a.gguf, b.gguf"), "{several}");
+    }
+
+    #[test]
+    fn patterns_pick_by_name_and_star_stays_in_its_folder() {
+        let folder = folder(&["m-Q4_1.gguf", "m-Q8_0.gguf", "sub/m-Q4_1.gguf", "t.json"]);
+        assert_eq!(picked(&folder, &["*Q4_1.gguf"]).unwrap(), ["m-Q4_1.gguf"]);
+        assert_eq!(picked(&folder, &["**/*Q4_1.gguf"]).unwrap(), ["m-Q4_1.gguf", "sub/m-Q4_1.gguf"]);
+        let both = picked(&folder, &["t.json", "*Q8_0.gguf", "*.json"]).unwrap();
+        assert_eq!(both, ["m-Q8_0.gguf", "t.json"], "each file once, sorted");
+    }
+
+    #[test]
+    fn a_pattern_that_picks_nothing_or_cannot_be_read_is_an_error() {
+        let folder = folder(&["a.gguf"]);
+        let nothing = picked(&folder, &["*.gguf", "*.bin"]).unwrap_err();
+        assert!(nothing.to_string().contains("*.bin") && nothing.to_string().contains("a.gguf"), "{nothing}");
+        assert!(matches!(picked(&folder, &["["]), Err(StoreError::InvalidPattern { .. })));
+    }
+
+    #[test]
+    fn a_file_is_itself_and_takes_no_patterns() {
+        let folder = folder(&["any.name"]);
+        let source = Source::from_path(folder.path().join("any.name"));
+        assert_eq!(source.resolve(&[]).unwrap().files()[0].name, "any.name");
+        assert!(matches!(source.resolve(&["*".into()]), Err(StoreError::PatternsForFile { .. })));
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let error = Source::from_path("/no/such/model.gguf").resolve(&[]).unwrap_err();
+        assert_eq!(error.reason(), "SourceNotFound");
+        assert!(error.to_string().contains("/no/such/model.gguf"));
+    }
+
+    #[test]
+    fn a_volume_as_kubelet_mounts_it_shows_each_file_once() {
+        let folder = folder(&["..2026_01/m.gguf"]);
+        std::os::unix::fs::symlink("..2026_01", folder.path().join("..data")).unwrap();
+        std::os::unix::fs::symlink("..data/m.gguf", folder.path().join("m.gguf")).unwrap();
+        assert_eq!(picked(&folder, &["**/*.gguf"]).unwrap(), ["m.gguf"]);
+    }
+}
