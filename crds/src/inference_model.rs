@@ -1,0 +1,266 @@
+//! `InferenceModel`: one model and how it is served.
+#![allow(unreachable_pub, reason = "the derive repeats the struct inside a function")]
+
+use kube::{CustomResource, CustomResourceExt, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{InferenceModelStatus, PodSettings, Runtime, Source};
+
+/// Longest name of an InferenceModel. The names of what is made for it add at most 18 characters, and a Service's
+/// name ends at 63.
+pub const MAX_NAME_CHARS: usize = 45;
+
+/// One model and how it is served.
+#[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[kube(
+    group = "serving.trustformers.dev",
+    version = "v1alpha1",
+    kind = "InferenceModel",
+    plural = "inferencemodels",
+    shortname = "imodel",
+    category = "trustformers",
+    namespaced,
+    doc = "One model and how it is served.",
+    status = "InferenceModelStatus",
+    derive = "PartialEq",
+    scale(
+        spec_replicas_path = ".spec.scaling.replicas",
+        status_replicas_path = ".status.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    validation = Rule::new("self.metadata.name.matches('^[a-z]([-a-z0-9]{0,43}[a-z0-9])?$')").message(
+        "metadata.name: at most 45 characters, lower-case letters, digits and '-', starting with a letter: it becomes the name of a Service"
+    ),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status",
+        description = "Whether the wanted revision serves with all its replicas"
+    ),
+    printcolumn(
+        name = "Device",
+        type_ = "string",
+        json_path = ".status.device",
+        description = "Where the model really runs"
+    ),
+    printcolumn(
+        name = "Revision",
+        type_ = "string",
+        json_path = ".status.stable.revision",
+        description = "The revision that serves"
+    ),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "URL", type_ = "string", json_path = ".status.url"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(
+        name = "Replicas",
+        type_ = "integer",
+        json_path = ".status.readyReplicas",
+        description = "Pods that serve",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Digest",
+        type_ = "string",
+        json_path = ".status.digest",
+        description = "sha256 of the loaded file",
+        priority = 1
+    )
+)]
+#[serde(rename_all = "camelCase")]
+pub struct InferenceModelSpec {
+    /// Where the model's files come from.
+    pub source: Source,
+
+    /// How the model is run.
+    #[serde(default)]
+    pub runtime: Runtime,
+
+    /// How many pods serve it.
+    #[serde(default)]
+    pub scaling: Scaling,
+
+    /// How gateways treat its requests.
+    #[serde(default)]
+    pub traffic: Traffic,
+
+    /// How many of its pods an eviction may take at once.
+    #[serde(default)]
+    pub disruption: Disruption,
+
+    /// Where its pods may run and what they carry.
+    #[serde(default)]
+    pub pod: PodSettings,
+}
+
+/// How many pods serve the model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Scaling {
+    /// Pods that serve the model. Zero stops it.
+    #[serde(default = "default_replicas")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub replicas: i32,
+}
+
+fn default_replicas() -> i32 {
+    1
+}
+
+impl Default for Scaling {
+    fn default() -> Self {
+        Self { replicas: default_replicas() }
+    }
+}
+
+/// How gateways treat the model's requests.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Traffic {
+    /// From a request's arrival to the first byte of its answer, such as `60s`, `1m30s` or `500ms`.
+    #[serde(default = "default_timeout")]
+    #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h))+$"))]
+    pub timeout: String,
+
+    /// More attempts, each on another pod, while no byte of the answer has come.
+    #[serde(default = "default_retries")]
+    #[schemars(range(min = 0, max = 10))]
+    pub retries: u32,
+
+    /// How long the requests of a pod that ends may take to end.
+    #[serde(default = "default_drain_timeout")]
+    #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h))+$"))]
+    pub drain_timeout: String,
+}
+
+fn default_timeout() -> String {
+    "60s".to_owned()
+}
+
+fn default_retries() -> u32 {
+    2
+}
+
+fn default_drain_timeout() -> String {
+    "60s".to_owned()
+}
+
+impl Default for Traffic {
+    fn default() -> Self {
+        Self {
+            timeout: default_timeout(),
+            retries: default_retries(),
+            drain_timeout: default_drain_timeout(),
+        }
+    }
+}
+
+/// How many of the model's pods an eviction may take at once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Disruption {
+    /// Serving pods that a node drain may take at once. Pods that do not serve may always be evicted.
+    #[serde(default = "default_max_unavailable")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub max_unavailable: i32,
+}
+
+fn default_max_unavailable() -> i32 {
+    1
+}
+
+impl Default for Disruption {
+    fn default() -> Self {
+        Self { max_unavailable: default_max_unavailable() }
+    }
+}
+
+/// The CustomResourceDefinition as YAML, as the committed copies hold it.
+///
+/// # Errors
+/// Only if the schema cannot be written as YAML, which the tests rule out.
+pub fn crd_yaml() -> Result<String, serde_yaml::Error> {
+    serde_yaml::to_string(&InferenceModel::crd())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    fn schema() -> Value {
+        let crd = serde_json::to_value(InferenceModel::crd()).unwrap();
+        crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone()
+    }
+
+    /// Calls `visit` with the dotted path of every schema node below `node`.
+    fn walk(node: &Value, path: &str, visit: &mut dyn FnMut(&str, &Value)) {
+        visit(path, node);
+        for (name, property) in node["properties"].as_object().into_iter().flatten() {
+            walk(property, &format!("{path}.{name}"), visit);
+        }
+        if node["items"].is_object() {
+            walk(&node["items"], &format!("{path}[]"), visit);
+        }
+        if node["additionalProperties"].is_object() {
+            walk(&node["additionalProperties"], &format!("{path}{{}}"), visit);
+        }
+    }
+
+    #[test]
+    fn a_four_line_model_has_every_default() {
+        let model: InferenceModel = serde_yaml::from_str(
+            "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\nmetadata: {name: chat}\nspec: {source: {uri: 'oci://x/y:z'}}\n",
+        )
+        .unwrap();
+        insta::assert_yaml_snapshot!(model.spec);
+    }
+
+    #[test]
+    fn the_schema_has_the_defaults_that_the_types_have() {
+        let spec = &schema()["properties"]["spec"]["properties"];
+        assert_eq!(spec["scaling"]["default"], serde_json::to_value(Scaling::default()).unwrap());
+        assert_eq!(spec["runtime"]["default"], serde_json::to_value(Runtime::default()).unwrap());
+        assert_eq!(spec["traffic"]["default"], serde_json::to_value(Traffic::default()).unwrap());
+        assert_eq!(spec["scaling"]["properties"]["replicas"]["default"], 1);
+        assert_eq!(spec["runtime"]["properties"]["batching"]["properties"]["maxQueue"]["default"], 512);
+    }
+
+    #[test]
+    fn everything_in_the_spec_is_bounded_and_documented() {
+        let mut faults = Vec::new();
+        walk(&schema()["properties"]["spec"], "spec", &mut |path, node| {
+            let bounded = match node["type"].as_str() {
+                Some("string") => node["maxLength"].is_u64() || node["enum"].is_array(),
+                Some("array") => node["maxItems"].is_u64() && node["x-kubernetes-list-type"].is_string(),
+                Some("object") if node["additionalProperties"].is_object() => node["maxProperties"].is_u64(),
+                _ => true,
+            };
+            if !bounded {
+                faults.push(format!("{path} is not bounded: {node}"));
+            }
+            let is_field = !path.ends_with(']') && !path.ends_with('}');
+            if is_field && !node["description"].is_string() {
+                faults.push(format!("{path} has no description"));
+            }
+        });
+        assert!(faults.is_empty(), "{faults:#?}");
+    }
+
+    #[test]
+    fn the_rule_on_the_uri_lists_what_is_supported() {
+        let rules = schema()["properties"]["spec"]["properties"]["source"]["properties"]["uri"]
+            ["x-kubernetes-validations"]
+            .to_string();
+        assert!(rules.contains("oci://IMAGE") && rules.contains("pvc://CLAIM[/PATH]"), "{rules}");
+    }
+
+    #[test]
+    fn the_definition_names_the_group_and_version_of_this_crate() {
+        let crd = InferenceModel::crd();
+        assert_eq!(crd.spec.group, crate::GROUP);
+        assert_eq!(crd.spec.versions[0].name, crate::VERSION);
+        assert!(crd_yaml().unwrap().contains("specReplicasPath: .spec.scaling.replicas"));
+    }
+}

@@ -1,0 +1,145 @@
+//! How the model is run: device, numerics, sizes, and the container around it.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::Quantity;
+
+/// How the model is run.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Runtime {
+    /// The device that computes. `auto` takes the best one the pod finds; what was taken is in `status.device`.
+    #[serde(default)]
+    pub device: Device,
+
+    /// `fast` may quantise activations; `exact` computes in f32 with results that do not depend on the batch.
+    #[serde(default)]
+    pub numerics: Numerics,
+
+    /// Longest prompt plus answer, in tokens. Left out: the model's own limit, at most 8192.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 16, max = 1_048_576))]
+    pub context_tokens: Option<u32>,
+
+    /// How requests share the engine.
+    #[serde(default)]
+    pub batching: Batching,
+
+    /// Image of the pod's container. Left out: the operator's own choice for this version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    pub image: Option<String>,
+
+    /// Environment of the pod's container.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 64),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"])
+    )]
+    pub env: Vec<EnvVar>,
+
+    /// Requests and limits of the pod's container.
+    #[serde(default)]
+    pub resources: Resources,
+}
+
+/// A device that can compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The best device that the pod finds.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+}
+
+impl Device {
+    /// The name as users write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+/// How numbers are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Numerics {
+    /// Activations may be quantised.
+    #[default]
+    Fast,
+    /// f32 activations; the same answer alone and in a batch.
+    Exact,
+}
+
+impl Numerics {
+    /// The name as users write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Exact => "exact",
+        }
+    }
+}
+
+/// How requests share the engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Batching {
+    /// Sequences that decode together.
+    #[serde(default = "default_max_batch_size")]
+    #[schemars(range(min = 1, max = 256))]
+    pub max_batch_size: u32,
+
+    /// Requests of one pod that may wait for a place in the batch; one more is answered 429.
+    #[serde(default = "default_max_queue")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub max_queue: u32,
+}
+
+fn default_max_batch_size() -> u32 {
+    32
+}
+
+fn default_max_queue() -> u32 {
+    512
+}
+
+impl Default for Batching {
+    fn default() -> Self {
+        Self { max_batch_size: default_max_batch_size(), max_queue: default_max_queue() }
+    }
+}
+
+/// One variable of the container's environment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct EnvVar {
+    /// Name of the variable.
+    #[schemars(length(min = 1, max = 128), regex(pattern = r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"))]
+    pub name: String,
+    /// Its value.
+    #[serde(default)]
+    #[schemars(length(max = 4096))]
+    pub value: String,
+}
+
+/// Requests and limits of the pod's container, as in a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Resources {
+    /// What the container may use at most.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16))]
+    pub limits: BTreeMap<String, Quantity>,
+    /// What the scheduler sets aside.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16))]
+    pub requests: BTreeMap<String, Quantity>,
+}

@@ -1,0 +1,132 @@
+//! Where pods may run and what they carry: settings that are passed through to the pod.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Settings of the pods that the operator passes through. The operator's own labels and annotations win.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PodSettings {
+    /// Labels that a node must carry.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32), with = "BTreeMap<String, LabelValue>")]
+    pub node_selector: BTreeMap<String, String>,
+
+    /// Taints that the pods tolerate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]
+    pub tolerations: Vec<Toleration>,
+
+    /// How the pods of this model spread over the cluster.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 8),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["topologyKey"])
+    )]
+    pub topology_spread: Vec<TopologySpread>,
+
+    /// PriorityClass of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub priority_class_name: Option<String>,
+
+    /// RuntimeClass of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub runtime_class_name: Option<String>,
+
+    /// ServiceAccount of the pods, for its image pull secrets. Left out: one that the operator makes for this model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub service_account_name: Option<String>,
+
+    /// More labels for the pods.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32), with = "BTreeMap<String, LabelValue>")]
+    pub labels: BTreeMap<String, String>,
+
+    /// More annotations for the pods.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32), with = "BTreeMap<String, AnnotationValue>")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// A label's value.
+#[derive(JsonSchema)]
+#[schemars(inline)]
+#[allow(dead_code, reason = "carries the schema of the map's values alone")]
+struct LabelValue(
+    #[schemars(length(max = 63), regex(pattern = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"))] String,
+);
+
+/// An annotation's value.
+#[derive(JsonSchema)]
+#[schemars(inline)]
+#[allow(dead_code, reason = "carries the schema of the map's values alone")]
+struct AnnotationValue(#[schemars(length(max = 4096))] String);
+
+/// A taint that the pods tolerate, as in a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Toleration {
+    /// The taint's key. Left out, with operator `Exists`: every taint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 316))]
+    pub key: Option<String>,
+    /// How the value is compared.
+    #[serde(default)]
+    pub operator: TolerationOperator,
+    /// The taint's value, for operator `Equal`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 63))]
+    pub value: Option<String>,
+    /// The taint's effect. Left out: every effect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effect: Option<TolerationEffect>,
+    /// For effect `NoExecute`: seconds that the pod stays after the taint came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub toleration_seconds: Option<i64>,
+}
+
+/// How a toleration compares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub enum TolerationOperator {
+    /// Key and value are those of the taint.
+    #[default]
+    Equal,
+    /// The key is that of the taint.
+    Exists,
+}
+
+/// What a taint does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum TolerationEffect {
+    /// New pods stay away.
+    NoSchedule,
+    /// New pods stay away if they can.
+    PreferNoSchedule,
+    /// Running pods are evicted too.
+    NoExecute,
+}
+
+/// One rule of how pods spread.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TopologySpread {
+    /// Node label whose values are the places to spread over, such as `kubernetes.io/hostname`.
+    #[schemars(length(min = 1, max = 316))]
+    pub topology_key: String,
+    /// Pods that one place may have more than another.
+    #[serde(default = "default_max_skew")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub max_skew: i32,
+    /// True: a pod that would break the rule waits. False: the rule is a wish.
+    #[serde(default)]
+    pub required: bool,
+}
+
+fn default_max_skew() -> i32 {
+    1
+}
