@@ -1,0 +1,300 @@
+//! The callers' side: asks through the gateway by HTTP, SSE and gRPC, at the nodes' own addresses.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{Method, Request, Response, body::Incoming};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use serde::Deserialize;
+use tonic::transport::{Channel, Endpoint};
+use trustformers_proto::v1::{
+    FinishReason, GenerateRequest, GenerateStreamResponse, inference_service_client::InferenceServiceClient,
+};
+
+use crate::{
+    ask::{Answer, Ask, Failure},
+    cluster::is_test_address,
+    sse::{Event, Parser, Piece},
+};
+
+/// No request of a story takes longer, whatever it meets.
+const REQUEST_LIMIT: Duration = Duration::from_secs(60);
+
+/// Where one node lets callers in.
+#[derive(Debug, Clone)]
+struct Door {
+    http: String,
+    grpc: Channel,
+}
+
+/// The gateway as a caller outside the cluster sees it. Clones share their connections.
+#[derive(Clone)]
+pub struct Gateway {
+    doors: Arc<Vec<Door>>,
+    turn: Arc<AtomicUsize>,
+    client: Client<HttpConnector, Full<Bytes>>,
+}
+
+#[derive(Deserialize)]
+struct GenerateAnswer {
+    text: String,
+    tokens: Vec<u32>,
+    finish_reason: String,
+}
+
+impl Gateway {
+    /// A gateway that listens on these ports at each of these addresses, which requests take in turn.
+    ///
+    /// # Errors
+    /// When an address is outside the test cluster's network: stories send nothing there.
+    pub fn new(addresses: &[String], http_port: u16, grpc_port: u16) -> Result<Self> {
+        let mut doors = Vec::new();
+        for address in addresses {
+            ensure!(is_test_address(address), "{address} is outside the test cluster's network");
+            let grpc = Endpoint::from_shared(format!("http://{address}:{grpc_port}"))?
+                .connect_timeout(Duration::from_secs(3))
+                .timeout(REQUEST_LIMIT)
+                .connect_lazy();
+            doors.push(Door { http: format!("http://{address}:{http_port}"), grpc });
+        }
+        ensure!(!doors.is_empty(), "no address to reach the gateway at");
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(Duration::from_secs(3)));
+        let client = Client::builder(TokioExecutor::new()).build(connector);
+        Ok(Self { doors: Arc::new(doors), turn: Arc::new(AtomicUsize::new(0)), client })
+    }
+
+    /// The address of the first node's HTTP door, for `curl` and for messages.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.doors[0].http
+    }
+
+    fn door(&self) -> &Door {
+        &self.doors[self.turn.fetch_add(1, Ordering::Relaxed) % self.doors.len()]
+    }
+
+    /// `GET path`: the status and the body's text.
+    ///
+    /// # Errors
+    /// When no answer came.
+    pub async fn get(&self, path: &str) -> Result<(u16, String)> {
+        let request = Request::get(format!("{}{path}", self.door().http)).body(Full::default())?;
+        let answer = async {
+            let response = self.client.request(request).await?;
+            let status = response.status().as_u16();
+            let body = response.into_body().collect().await?.to_bytes();
+            anyhow::Ok((status, String::from_utf8_lossy(&body).into_owned()))
+        };
+        tokio::time::timeout(REQUEST_LIMIT, answer)
+            .await
+            .with_context(|| format!("no answer to GET {path}"))?
+    }
+
+    async fn post(&self, path: &str, ask: &Ask) -> Result<Response<Incoming>, Failure> {
+        let body = serde_json::json!({
+            "model": ask.model, "prompt": ask.prompt, "max_tokens": ask.max_tokens, "temperature": 0,
+        });
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("{}{path}", self.door().http))
+            .header("content-type", "application/json")
+            .body(Full::from(body.to_string()))
+            .map_err(|error| Failure::connection(&error))?;
+        let response =
+            self.client.request(request).await.map_err(|error| Failure::connection(&error_chain(&error)))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.map_err(|error| Failure::connection(&error))?;
+        Err(Failure::Refused { status, message: String::from_utf8_lossy(&body.to_bytes()).into_owned() })
+    }
+
+    /// Asks by `POST /v1/generate`.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn http(&self, ask: &Ask) -> Result<Answer, Failure> {
+        let started = Instant::now();
+        let answer = async {
+            let response = self.post("/v1/generate", ask).await?;
+            let body =
+                response.into_body().collect().await.map_err(|error| Failure::connection(&error))?.to_bytes();
+            serde_json::from_slice::<GenerateAnswer>(&body).map_err(|error| Failure::connection(&error))
+        };
+        let answer = limited(answer).await?;
+        Ok(Answer {
+            text: answer.text,
+            tokens: answer.tokens,
+            finish_reason: answer.finish_reason,
+            first_token: started.elapsed(),
+        })
+    }
+
+    /// Asks by `POST /v1/generate/stream`; `on_token` hears of each token as it comes.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn sse(&self, ask: &Ask, on_token: impl FnMut(usize)) -> Result<Answer, Failure> {
+        let mut gathered = Gathered::new(on_token);
+        limited(async {
+            let mut body = self.post("/v1/generate/stream", ask).await?.into_body();
+            let mut parser = Parser::default();
+            while let Some(frame) = body.frame().await {
+                let frame = frame.map_err(|error| gathered.broken(&error_chain(&error)))?;
+                for event in parser.take(frame.data_ref().map_or(&[][..], |data| &data[..])) {
+                    match event {
+                        Event::Piece(Piece { text, token, finish_reason }) => {
+                            gathered.take(&text, token, finish_reason);
+                        }
+                        Event::Done => return gathered.whole(),
+                        Event::Odd(text) => return Err(gathered.broken(&text)),
+                    }
+                }
+            }
+            Err(gathered.broken(&"the stream ended without [DONE]"))
+        })
+        .await
+    }
+
+    /// Asks by the unary gRPC `Generate`.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn grpc(&self, ask: &Ask) -> Result<Answer, Failure> {
+        let started = Instant::now();
+        let mut client = InferenceServiceClient::new(self.door().grpc.clone());
+        let answer =
+            limited(async { client.generate(request(ask)).await.map_err(|it| refused(&it)) }).await?;
+        let answer = answer.into_inner();
+        Ok(Answer {
+            finish_reason: reason(answer.finish_reason).unwrap_or_default(),
+            text: answer.text,
+            tokens: answer.tokens,
+            first_token: started.elapsed(),
+        })
+    }
+
+    /// Asks by the gRPC stream `GenerateStream`; `on_token` hears of each token as it comes.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn grpc_stream(&self, ask: &Ask, on_token: impl FnMut(usize)) -> Result<Answer, Failure> {
+        let mut gathered = Gathered::new(on_token);
+        limited(async {
+            let mut client = InferenceServiceClient::new(self.door().grpc.clone());
+            let mut stream =
+                client.generate_stream(request(ask)).await.map_err(|it| refused(&it))?.into_inner();
+            loop {
+                match stream.message().await {
+                    Ok(Some(GenerateStreamResponse { text, token, finish_reason, .. })) => {
+                        let reason = reason(finish_reason);
+                        gathered.take(&text, reason.is_none().then_some(token), reason);
+                    }
+                    Ok(None) => return gathered.whole(),
+                    Err(status) => return Err(gathered.broken(&status)),
+                }
+            }
+        })
+        .await
+    }
+}
+
+/// What a stream has brought so far.
+struct Gathered<F> {
+    answer: Answer,
+    started: Instant,
+    on_token: F,
+}
+
+impl<F: FnMut(usize)> Gathered<F> {
+    fn new(on_token: F) -> Self {
+        let answer = Answer {
+            text: String::new(),
+            tokens: Vec::new(),
+            finish_reason: String::new(),
+            first_token: Duration::ZERO,
+        };
+        Self { answer, started: Instant::now(), on_token }
+    }
+
+    fn take(&mut self, text: &str, token: Option<u32>, finish_reason: Option<String>) {
+        self.answer.text.push_str(text);
+        self.answer.finish_reason = finish_reason.unwrap_or_default();
+        if let Some(token) = token {
+            if self.answer.tokens.is_empty() {
+                self.answer.first_token = self.started.elapsed();
+            }
+            self.answer.tokens.push(token);
+            (self.on_token)(self.answer.tokens.len());
+        }
+    }
+
+    fn whole(&self) -> Result<Answer, Failure> {
+        if self.answer.finish_reason.is_empty() {
+            return Err(self.broken(&"the stream ended without a finish reason"));
+        }
+        Ok(self.answer.clone())
+    }
+
+    fn broken(&self, message: &dyn std::fmt::Display) -> Failure {
+        Failure::Broken { tokens: self.answer.tokens.clone(), message: message.to_string() }
+    }
+}
+
+async fn limited<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let ended = tokio::time::timeout(REQUEST_LIMIT, work).await;
+    ended.unwrap_or_else(|_| Err(Failure::connection(&format!("no end within {REQUEST_LIMIT:?}"))))
+}
+
+fn request(ask: &Ask) -> GenerateRequest {
+    GenerateRequest {
+        model: ask.model.clone(),
+        prompt: ask.prompt.clone(),
+        max_tokens: ask.max_tokens,
+        ..GenerateRequest::default()
+    }
+}
+
+fn reason(wire: i32) -> Option<String> {
+    match FinishReason::try_from(wire) {
+        Ok(FinishReason::Stop) => Some("stop".to_owned()),
+        Ok(FinishReason::Length) => Some("length".to_owned()),
+        Ok(FinishReason::Unspecified) => None,
+        Err(_) => Some(format!("unknown finish reason {wire}")),
+    }
+}
+
+fn refused(status: &tonic::Status) -> Failure {
+    let http = match status.code() {
+        tonic::Code::InvalidArgument => 400,
+        tonic::Code::NotFound => 404,
+        tonic::Code::ResourceExhausted => 429,
+        tonic::Code::Unavailable => 503,
+        tonic::Code::DeadlineExceeded => 504,
+        _ => 500,
+    };
+    Failure::Refused { status: http, message: status.to_string() }
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

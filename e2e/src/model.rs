@@ -1,0 +1,190 @@
+//! InferenceModels as any client of the API sees them: the stories read what is on the wire and not the operator's
+//! own types, so that a field that is renamed by accident fails here.
+
+use anyhow::{Context, Result};
+use kube::{
+    Api,
+    api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams},
+};
+use serde_json::{Value, json};
+
+use crate::{cluster::Cluster, wait::Until};
+
+/// The model image that the test nodes hold.
+pub const SMOLLM2: &str = "oci://localhost/smollm2-135m-instruct:q4_1";
+
+/// The InferenceModels of one namespace.
+#[derive(Clone)]
+pub struct Models {
+    /// The API for them.
+    pub api: Api<DynamicObject>,
+    namespace: String,
+}
+
+/// One condition of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Condition {
+    /// Which one.
+    pub kind: String,
+    /// `True`, `False` or `Unknown`.
+    pub status: String,
+    /// Machine-readable cause.
+    pub reason: String,
+    /// The sentence for a person.
+    pub message: String,
+}
+
+impl Models {
+    /// The InferenceModels of `namespace`.
+    #[must_use]
+    pub fn new(cluster: &Cluster, namespace: &str) -> Self {
+        let api = Api::namespaced_with(cluster.client.clone(), namespace, &resource());
+        Self { api, namespace: namespace.to_owned() }
+    }
+
+    /// The name by which callers ask for `name` whatever other namespaces hold.
+    #[must_use]
+    pub fn full_name(&self, name: &str) -> String {
+        format!("{}/{name}", self.namespace)
+    }
+
+    /// Applies a model with this spec, as `kubectl apply --server-side` would.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub async fn apply(&self, name: &str, spec: Value) -> Result<DynamicObject> {
+        let resource = resource();
+        let object = json!({
+            "apiVersion": resource.api_version, "kind": resource.kind,
+            "metadata": {"name": name}, "spec": spec,
+        });
+        let manager = PatchParams::apply("stories");
+        self.api
+            .patch(name, &manager, &Patch::Apply(object))
+            .await
+            .with_context(|| format!("could not apply {name}"))
+    }
+
+    /// Applies the model of a file, as a person would.
+    ///
+    /// # Errors
+    /// When kubectl does not take it.
+    pub async fn apply_file(&self, cluster: &Cluster, file: &str) -> Result<()> {
+        let path = cluster.settings.repository.join(file);
+        let path = path.to_str().context("the checkout's path is not UTF-8")?;
+        cluster.kubectl(&["--namespace", &self.namespace, "apply", "--filename", path]).stdout().await?;
+        Ok(())
+    }
+
+    /// Merges a change into a model's spec.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub async fn change(&self, name: &str, spec: Value) -> Result<()> {
+        let patch = Patch::Merge(json!({"spec": spec}));
+        self.api
+            .patch(name, &PatchParams::default(), &patch)
+            .await
+            .with_context(|| format!("could not change {name}"))?;
+        Ok(())
+    }
+
+    /// Deletes a model.
+    ///
+    /// # Errors
+    /// When there is no such model.
+    pub async fn delete(&self, name: &str) -> Result<()> {
+        self.api.delete(name, &DeleteParams::default()).await?;
+        Ok(())
+    }
+
+    /// Waits until the model is ready with every replica, and its status is about its present spec.
+    ///
+    /// # Errors
+    /// When that takes more than `limit_s`.
+    pub async fn ready(&self, name: &str, limit_s: u64) -> Result<DynamicObject> {
+        let what = format!("InferenceModel {name} is ready");
+        self.until(name, Until::new(&what, limit_s), |model| is_ready(model).then(|| model.clone())).await
+    }
+
+    /// Waits until `look` finds something in the model.
+    ///
+    /// # Errors
+    /// When the limit passes.
+    pub async fn until<T>(
+        &self,
+        name: &str,
+        until: Until<'_>,
+        look: impl Fn(&DynamicObject) -> Option<T>,
+    ) -> Result<T> {
+        until.object(self.api.clone(), name, |found| found.and_then(&look)).await
+    }
+}
+
+/// True where the status is about the present spec, and every replica is ready.
+#[must_use]
+pub fn is_ready(model: &DynamicObject) -> bool {
+    let observed = model.data.pointer("/status/observedGeneration").and_then(Value::as_i64);
+    let wanted = model.data.pointer("/spec/scaling/replicas").and_then(Value::as_i64).unwrap_or(1);
+    let ready = model.data.pointer("/status/readyReplicas").and_then(Value::as_i64).unwrap_or(0);
+    observed == model.metadata.generation
+        && ready == wanted
+        && condition(model, "Ready").is_some_and(|it| it.status == "True")
+}
+
+/// The model's conditions.
+#[must_use]
+pub fn conditions(model: &DynamicObject) -> Vec<Condition> {
+    let list = model.data.pointer("/status/conditions").and_then(Value::as_array);
+    let text =
+        |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let one = |it: &Value| Condition {
+        kind: text(it, "type"),
+        status: text(it, "status"),
+        reason: text(it, "reason"),
+        message: text(it, "message"),
+    };
+    list.into_iter().flatten().map(one).collect()
+}
+
+/// One condition of the model.
+#[must_use]
+pub fn condition(model: &DynamicObject, kind: &str) -> Option<Condition> {
+    conditions(model).into_iter().find(|it| it.kind == kind)
+}
+
+/// A text of the model's status, by JSON pointer; empty where there is none.
+#[must_use]
+pub fn status_text<'a>(model: &'a DynamicObject, pointer: &str) -> &'a str {
+    model.data.pointer(&format!("/status{pointer}")).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn resource() -> ApiResource {
+    ApiResource::from_gvk(&GroupVersionKind::gvk("serving.trustformers.dev", "v1alpha1", "InferenceModel"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(generation: i64, ready: i64, condition: &str) -> DynamicObject {
+        serde_json::from_value(json!({
+            "metadata": {"name": "m", "generation": generation},
+            "spec": {"scaling": {"replicas": 2}},
+            "status": {
+                "observedGeneration": 3, "readyReplicas": ready, "stable": {"revision": "r"},
+                "conditions": [{"type": "Ready", "status": condition, "reason": "R", "message": "m"}],
+            },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn ready_means_all_replicas_of_the_present_spec() {
+        assert!(is_ready(&model(3, 2, "True")));
+        assert!(!is_ready(&model(4, 2, "True")), "the status is about an older spec");
+        assert!(!is_ready(&model(3, 1, "True")), "a replica is missing");
+        assert!(!is_ready(&model(3, 2, "False")), "the condition says no");
+        assert_eq!(status_text(&model(3, 2, "True"), "/stable/revision"), "r");
+    }
+}

@@ -1,0 +1,75 @@
+//! Finds the one process behind a container and ends it hard, as a crash or the kernel would.
+//!
+//! The nodes share this machine's process table, so the process is looked up by the container's id in its cgroup
+//! path, and by its own process namespace: pid 1 there is the container's program.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, bail, ensure};
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::command::Invocation;
+
+/// The pid, on this machine, of the first process of `container` in `pod`.
+///
+/// # Errors
+/// When the container has not started, or the process is not found exactly once.
+pub fn container_pid(pod: &Pod, container: &str) -> Result<u32> {
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let statuses = pod.status.as_ref().and_then(|it| it.container_statuses.as_ref());
+    let status = statuses.into_iter().flatten().find(|it| it.name == container);
+    let id = status.and_then(|it| it.container_id.as_deref()).and_then(|it| it.strip_prefix("containerd://"));
+    let id = id.with_context(|| format!("container {container} of pod {name} has not started"))?;
+    // A short id could be part of another path: containerd's have 64 hex digits.
+    ensure!(id.len() == 64, "container {container} of pod {name} has the odd id {id}");
+    first_process(Path::new("/proc"), id)
+}
+
+fn first_process(proc: &Path, id: &str) -> Result<u32> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(proc)? {
+        let folder = entry?;
+        let Some(pid) = folder.file_name().to_str().and_then(|it| it.parse::<u32>().ok()) else { continue };
+        // Processes end while we look: a file that is gone belongs to none that we want.
+        let cgroup = fs::read_to_string(folder.path().join("cgroup")).unwrap_or_default();
+        let status = fs::read_to_string(folder.path().join("status")).unwrap_or_default();
+        let inner = status.lines().find_map(|it| it.strip_prefix("NSpid:"));
+        if cgroup.contains(id) && inner.and_then(|it| it.split_whitespace().last()) == Some("1") {
+            found.push(pid);
+        }
+    }
+    match found[..] {
+        [pid] => Ok(pid),
+        _ => bail!(
+            "expected one first process of container {id}, found {found:?}: are the nodes on this machine?"
+        ),
+    }
+}
+
+/// Sends SIGKILL to exactly this process.
+///
+/// # Errors
+/// When there is no such process, or this user may not end it.
+pub async fn kill_hard(pid: u32) -> Result<()> {
+    Invocation::new(Path::new("kill"), ["-9", &pid.to_string()]).stdout().await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_first_process_of_the_container_counts() {
+        let proc = tempfile::tempdir().unwrap();
+        let id = "ab".repeat(32);
+        for (pid, cgroup, inner) in [("10", id.as_str(), "1"), ("11", id.as_str(), "7"), ("12", "other", "1")]
+        {
+            let folder = proc.path().join(pid);
+            fs::create_dir(&folder).unwrap();
+            fs::write(folder.join("cgroup"), format!("1:pids:/nodes/n1/kubepods/podx/{cgroup}\n")).unwrap();
+            fs::write(folder.join("status"), format!("Name:\tx\nNSpid:\t{pid}\t{inner}\n")).unwrap();
+        }
+        assert_eq!(first_process(proc.path(), &id).unwrap(), 10);
+        assert!(first_process(proc.path(), &"cd".repeat(32)).is_err());
+    }
+}

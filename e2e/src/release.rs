@@ -1,0 +1,123 @@
+//! The Helm release under test, and where its gateway lets callers in.
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::{
+    apps::v1::Deployment,
+    core::v1::{Pod, Service},
+};
+use kube::{Api, runtime::watcher};
+use tokio::sync::OnceCell;
+
+use crate::{cluster::Cluster, gateway::Gateway, wait::Until};
+
+/// Name of the release.
+pub const RELEASE: &str = "trustformers";
+
+/// Namespace of the release.
+pub const NAMESPACE: &str = "trustformers-system";
+
+/// Name of the operator's Deployment.
+pub const OPERATOR: &str = "trustformers-operator";
+
+/// Name of the gateway's Deployment and Service.
+pub const GATEWAY: &str = "trustformers-gateway";
+
+/// Installs or upgrades the release with the images under test, and returns what Helm said.
+///
+/// # Errors
+/// When Helm fails, or what it installed does not become ready.
+pub async fn install(cluster: &Cluster) -> Result<String> {
+    let chart = cluster.settings.chart();
+    let tag = format!("image.tag={}", cluster.settings.image_tag);
+    let said = cluster
+        .helm(&[
+            "upgrade",
+            "--install",
+            RELEASE,
+            chart.to_str().context("the checkout's path is not UTF-8")?,
+            "--namespace",
+            NAMESPACE,
+            "--create-namespace",
+            "--set-string",
+            &tag,
+            "--set",
+            "gateway.service.type=NodePort",
+            "--wait",
+            "--timeout",
+            "120s",
+        ])
+        .stdout()
+        .await?;
+    for name in [OPERATOR, GATEWAY] {
+        ready(cluster, name).await?;
+    }
+    Ok(said)
+}
+
+/// Installs the release unless this run of the stories has done so already.
+///
+/// # Errors
+/// As [`install`].
+pub async fn installed(cluster: &Cluster) -> Result<()> {
+    static INSTALLED: OnceCell<()> = OnceCell::const_new();
+    INSTALLED.get_or_try_init(|| async { install(cluster).await.map(drop) }).await?;
+    Ok(())
+}
+
+/// Waits until every replica of one of the release's Deployments is available and up to date.
+///
+/// # Errors
+/// When that takes more than a minute.
+pub async fn ready(cluster: &Cluster, name: &str) -> Result<()> {
+    let deployments = Api::<Deployment>::namespaced(cluster.client.clone(), NAMESPACE);
+    let what = format!("every replica of {name} is available");
+    Until::new(&what, 60)
+        .object(deployments, name, |found| {
+            let status = found?.status.as_ref()?;
+            let wanted = found?.spec.as_ref()?.replicas.unwrap_or(1);
+            let current = status.observed_generation == found?.metadata.generation
+                && status.replicas.unwrap_or(0) == wanted
+                && status.updated_replicas.unwrap_or(0) == wanted
+                && status.available_replicas.unwrap_or(0) == wanted;
+            current.then_some(())
+        })
+        .await
+}
+
+/// Sets the number of replicas of one of the release's Deployments.
+///
+/// # Errors
+/// When the API server refuses.
+pub async fn scale(cluster: &Cluster, name: &str, replicas: u32) -> Result<()> {
+    let replicas = format!("--replicas={replicas}");
+    cluster.kubectl(&["--namespace", NAMESPACE, "scale", "deployment", name, &replicas]).stdout().await?;
+    Ok(())
+}
+
+/// The pods of one of the release's Deployments, through its own selector.
+#[must_use]
+pub fn pods_of(component: &str) -> watcher::Config {
+    watcher::Config::default().labels(&format!("app.kubernetes.io/component={component}"))
+}
+
+/// The API for the release's pods.
+#[must_use]
+pub fn pods(cluster: &Cluster) -> Api<Pod> {
+    Api::namespaced(cluster.client.clone(), NAMESPACE)
+}
+
+/// The gateway at its node ports on every node.
+///
+/// # Errors
+/// When the Service has none, or a node is outside the test cluster's network.
+pub async fn gateway(cluster: &Cluster) -> Result<Gateway> {
+    let service = Api::<Service>::namespaced(cluster.client.clone(), NAMESPACE).get(GATEWAY).await?;
+    let ports = service.spec.and_then(|it| it.ports).unwrap_or_default();
+    let node_port = |name: &str| {
+        let port = ports.iter().find(|it| it.name.as_deref() == Some(name)).and_then(|it| it.node_port);
+        let port = port.with_context(|| format!("Service {GATEWAY} has no node port named {name}"))?;
+        u16::try_from(port).with_context(|| format!("node port {port} of {GATEWAY}"))
+    };
+    let addresses: Vec<String> = cluster.nodes().await?.into_iter().map(|(_, address)| address).collect();
+    Gateway::new(&addresses, node_port("http")?, node_port("grpc")?)
+}

@@ -1,0 +1,151 @@
+//! One story: a namespace of its own, a gateway to ask, a limit on its time. Whatever happens in it, what it made
+//! is deleted at its end; when it fails, what the cluster knows is written to stderr first.
+
+use std::{
+    panic::{AssertUnwindSafe, resume_unwind},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use futures::FutureExt;
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use kube::{
+    Api,
+    api::{DeleteParams, PostParams},
+    runtime::watcher,
+};
+
+use crate::{cluster::Cluster, gateway::Gateway, model::Models, release, wait::Until};
+
+/// No story may take longer than this.
+const STORY_LIMIT: Duration = Duration::from_secs(150);
+
+/// What a story has at hand.
+pub struct Story {
+    /// The cluster that it plays on.
+    pub cluster: Cluster,
+    /// Its own namespace.
+    pub namespace: String,
+    namespaces: Mutex<Vec<String>>,
+}
+
+/// Tells one story on the installed release. `name` becomes part of its namespaces' names.
+///
+/// # Errors
+/// What the story itself ends with, or why it could not begin.
+///
+/// # Panics
+/// With the story's own panic, once everything is tidied up.
+pub async fn tell(name: &str, story: impl AsyncFnOnce(&Story) -> Result<()>) -> Result<()> {
+    let started = Instant::now();
+    let cluster = Cluster::connect().await?;
+    release::installed(&cluster).await.context("could not install the release")?;
+    let mut stage = Story { cluster, namespace: String::new(), namespaces: Mutex::default() };
+    stage.namespace = stage.new_namespace(name).await?;
+    let limited = tokio::time::timeout(STORY_LIMIT, story(&stage));
+    let ended = AssertUnwindSafe(limited).catch_unwind().await;
+    let played = started.elapsed();
+    let good = matches!(ended, Ok(Ok(Ok(()))));
+    if !good {
+        stage.dump().await;
+    }
+    let tidied = stage.tidy().await;
+    eprintln!(
+        "story {name}: {:.1} s, and {:.1} s to tidy up",
+        played.as_secs_f64(),
+        (started.elapsed() - played).as_secs_f64()
+    );
+    match ended {
+        Err(panic) => resume_unwind(panic),
+        Ok(Err(_)) => anyhow::bail!("story {name} did not end within {STORY_LIMIT:?}"),
+        Ok(Ok(outcome)) => outcome.and(tidied),
+    }
+}
+
+impl Story {
+    /// Makes one more namespace that is deleted at the story's end.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub async fn new_namespace(&self, name: &str) -> Result<String> {
+        // The time keeps apart a story's runs: a namespace of an earlier one may still be ending.
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis();
+        let name = format!("story-{name}-{}", now % 100_000_000);
+        let mut namespace = Namespace::default();
+        namespace.metadata.name = Some(name.clone());
+        Api::all(self.cluster.client.clone()).create(&PostParams::default(), &namespace).await?;
+        // A story that panicked elsewhere still has its namespaces tidied up.
+        self.namespaces.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(name.clone());
+        Ok(name)
+    }
+
+    /// The gateway under test.
+    ///
+    /// # Errors
+    /// When its Service cannot be read.
+    pub async fn gateway(&self) -> Result<Gateway> {
+        release::gateway(&self.cluster).await
+    }
+
+    /// The models of this story's own namespace.
+    #[must_use]
+    pub fn models(&self) -> Models {
+        Models::new(&self.cluster, &self.namespace)
+    }
+
+    /// Pods of this story's own namespace.
+    #[must_use]
+    pub fn pods(&self) -> Api<Pod> {
+        Api::namespaced(self.cluster.client.clone(), &self.namespace)
+    }
+
+    fn made(&self) -> Vec<String> {
+        self.namespaces.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    async fn tidy(&self) -> Result<()> {
+        for namespace in self.made() {
+            // Pods of an earlier story would take the processor from the next one: wait for their end, but not
+            // for the namespace's, which takes its controller several seconds more.
+            let arguments = ["delete", "inferencemodels", "--all", "--namespace", &namespace, "--wait=false"];
+            self.cluster.kubectl(&arguments).stdout().await?;
+            let namespaces = Api::<Namespace>::all(self.cluster.client.clone());
+            namespaces.delete(&namespace, &DeleteParams::default()).await?;
+            let pods = Api::<Pod>::namespaced(self.cluster.client.clone(), &namespace);
+            let gone = Until::new("the story's pods are gone", 60);
+            gone.watched(pods, watcher::Config::default(), |left| left.is_empty().then_some(())).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes to stderr what a person would look at first.
+    async fn dump(&self) {
+        let mut looks: Vec<Vec<String>> = Vec::new();
+        for namespace in self.made() {
+            looks.push(words(&format!("-n {namespace} describe inferencemodels")));
+            looks.push(words(&format!("-n {namespace} get all,configmaps -o wide")));
+            looks.push(words(&format!("-n {namespace} describe pods")));
+            looks.push(words(&format!("-n {namespace} get events --sort-by=.lastTimestamp")));
+            looks.push(words(&format!(
+                "-n {namespace} logs -l app.kubernetes.io/managed-by=trustformers-operator --prefix --tail=40"
+            )));
+        }
+        let system = release::NAMESPACE;
+        looks.push(words(&format!("-n {system} get pods -o wide")));
+        looks.push(words(&format!("-n {system} logs deployment/{} --all-pods --tail=80", release::OPERATOR)));
+        looks.push(words(&format!("-n {system} logs deployment/{} --all-pods --tail=40", release::GATEWAY)));
+        for look in looks {
+            let arguments: Vec<&str> = look.iter().map(String::as_str).collect();
+            eprintln!("\n=== kubectl {}", arguments.join(" "));
+            match self.cluster.kubectl(&arguments).output().await {
+                Ok(said) => eprintln!("{}{}", said.stdout, said.stderr),
+                Err(error) => eprintln!("{error:#}"),
+            }
+        }
+    }
+}
+
+fn words(line: &str) -> Vec<String> {
+    line.split_whitespace().map(str::to_owned).collect()
+}

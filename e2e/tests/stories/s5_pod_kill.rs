@@ -1,0 +1,110 @@
+//! One of two pods dies without a word: its own streams end, and nothing else happens to anybody.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::watcher;
+use serde_json::json;
+use trustformers_e2e::{
+    ask::{Ask, Failure},
+    load::{Steady, Streams},
+    metrics,
+    model::SMOLLM2,
+    process,
+    story::{Story, tell},
+    wait::Until,
+};
+
+const STREAMS: usize = 8;
+
+/// Long enough that no stream ends before the kill: the pods make a few hundred tokens a second together.
+const TOKENS: u32 = 96;
+
+#[tokio::test]
+async fn only_the_streams_of_the_killed_pod_end() -> Result<()> {
+    tell("pod-kill", async |story| {
+        // Given: two pods on two nodes, and what the model answers when nothing happens.
+        let (models, gateway) = (story.models(), story.gateway().await?);
+        let spec = json!({
+            "source": {"uri": SMOLLM2},
+            "runtime": {"numerics": "exact", "contextTokens": 512},
+            "scaling": {"replicas": 2},
+        });
+        models.apply("pair", spec).await?;
+        models.ready("pair", 90).await?;
+        let pods = pods(story).await?;
+        let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
+        assert_eq!((pods.len(), nodes.len()), (2, 2), "two pods on {nodes:?}");
+        let ask = Ask::new(&models.full_name("pair"), "2, 4, 8, 16, 32, 64, 128, 256, 512, 1024,", TOKENS);
+        let quiet = gateway.sse(&ask, |_| ()).await?;
+        assert_eq!(quiet.tokens.len(), usize::try_from(TOKENS)?, "the prompt ends early: {quiet:?}");
+
+        // When: streams run on both, and one pod's process is killed.
+        let (victim, pid) = (name(&pods[0])?, process::container_pid(&pods[0], "runtime")?);
+        let mut streams = Streams::open(&gateway, vec![ask.clone(); STREAMS])?;
+        streams.all_begun(Duration::from_secs(20)).await?;
+        let short = Ask { max_tokens: 2, ..ask };
+        let steady = Steady::start(&gateway, short, 3)?;
+        let on_victim = in_flight(story, victim).await?;
+        process::kill_hard(pid).await?;
+
+        // Then: at most the streams of that pod broke, and every other one is whole, token for token.
+        let outcomes = streams.ended().await?;
+        let broken: Vec<&Failure> = outcomes.iter().filter_map(|it| it.as_ref().err()).collect();
+        eprintln!("{} of {STREAMS} streams broke; the killed pod had {on_victim} requests", broken.len());
+        assert!(!broken.is_empty(), "no stream was on the killed pod: nothing was shown");
+        assert!(broken.len() < STREAMS, "every stream broke: {broken:?}");
+        assert!(broken.len() <= on_victim, "{} broke, but the pod had {on_victim}: {broken:?}", broken.len());
+        for whole in outcomes.iter().flatten() {
+            assert_eq!(whole.tokens, quiet.tokens);
+        }
+        // What a broken stream had brought is right as far as it goes.
+        for failure in broken {
+            let Failure::Broken { tokens, .. } = failure else {
+                panic!("a stream that had begun was {failure}")
+            };
+            assert!(!tokens.is_empty() && quiet.tokens.starts_with(tokens), "{failure}");
+        }
+
+        // And: the model becomes whole again, and no request failed meanwhile.
+        restarted(story, victim).await?;
+        models.ready("pair", 90).await?;
+        let requests = steady.stop().await?;
+        let failed: Vec<_> = requests.iter().filter_map(|it| it.as_ref().err()).collect();
+        assert!(failed.is_empty(), "{} of {} requests failed: {failed:?}", failed.len(), requests.len());
+        assert!(requests.len() >= 5, "only {} requests were made", requests.len());
+        Ok(())
+    })
+    .await
+}
+
+async fn pods(story: &Story) -> Result<Vec<Pod>> {
+    let label = "serving.trustformers.dev/model=pair";
+    Ok(story.pods().list(&kube::api::ListParams::default().labels(label)).await?.items)
+}
+
+fn name(pod: &Pod) -> Result<&str> {
+    pod.metadata.name.as_deref().context("a pod without a name")
+}
+
+/// The requests that a pod computes or has waiting, by its own account.
+async fn in_flight(story: &Story, pod: &str) -> Result<usize> {
+    let page = story.cluster.pod_get(&story.namespace, pod, "/metrics").await?;
+    let mut sum = 0.0;
+    for metric in ["trustformers_requests_running", "trustformers_requests_waiting"] {
+        sum += metrics::sum(&page, metric)
+            .with_context(|| format!("pod {pod} has no metric {metric}:\n{page}"))?;
+    }
+    // Counts are small whole numbers.
+    Ok(sum as usize)
+}
+
+async fn restarted(story: &Story, pod: &str) -> Result<()> {
+    let restarted = |pods: &[&Pod]| {
+        let statuses = pods.first()?.status.as_ref()?.container_statuses.as_ref()?;
+        (statuses.iter().any(|it| it.restart_count > 0)).then_some(())
+    };
+    let this = watcher::Config::default().fields(&format!("metadata.name={pod}"));
+    Until::new("the killed container is started again", 60).watched(story.pods(), this, restarted).await
+}

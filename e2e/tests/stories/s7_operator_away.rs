@@ -1,0 +1,146 @@
+//! The control plane goes away, and nobody who asks a model notices.
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::watcher;
+use serde_json::json;
+use trustformers_e2e::{
+    ask::Ask,
+    gateway::Gateway,
+    model::SMOLLM2,
+    process,
+    release::{self, GATEWAY, OPERATOR},
+    story::{Story, tell},
+    wait::Until,
+};
+
+#[tokio::test]
+async fn the_gateway_serves_without_the_operator() -> Result<()> {
+    tell("operator-away", async |story| {
+        // Given: a model that serves.
+        let (models, gateway) = (story.models(), story.gateway().await?);
+        models
+            .apply("steady", json!({"source": {"uri": SMOLLM2}, "runtime": {"contextTokens": 256}}))
+            .await?;
+        models.ready("steady", 60).await?;
+        let ask = Ask::new(&models.full_name("steady"), "Hello", 2);
+        let expected = gateway.http(&ask).await?.tokens;
+
+        // When: the operator is gone.
+        release::scale(&story.cluster, OPERATOR, 0).await?;
+        let outcome = without_the_operator(story, &gateway, &ask, &expected).await;
+        // Whatever was found, the operator comes back for the stories after this one.
+        release::scale(&story.cluster, OPERATOR, 1).await?;
+        release::ready(&story.cluster, OPERATOR).await?;
+        outcome?;
+
+        // Then: it still answers when the operator is back, and follows it again: a deleted model is known no more.
+        assert_eq!(gateway.http(&ask).await?.tokens, expected);
+        models.delete("steady").await?;
+        unknown(&gateway, &ask).await
+    })
+    .await
+}
+
+async fn without_the_operator(story: &Story, gateway: &Gateway, ask: &Ask, expected: &[u32]) -> Result<()> {
+    let none = |pods: &[&Pod]| pods.is_empty().then_some(());
+    let gone = Until::new("no operator pod is left", 45);
+    gone.watched(release::pods(&story.cluster), release::pods_of("operator"), none).await?;
+
+    // Then: the gateway answers from its last table.
+    assert_eq!(gateway.http(ask).await?.tokens, expected);
+
+    // And: even after its own process was killed, from the copy on disk.
+    let pod = release::pods(&story.cluster)
+        .list(&kube::api::ListParams::default().labels("app.kubernetes.io/component=gateway"))
+        .await?
+        .items
+        .into_iter()
+        .next()
+        .context("no gateway pod")?;
+    process::kill_hard(process::container_pid(&pod, "gateway")?).await?;
+    restarted(story, &pod).await?;
+    release::ready(&story.cluster, GATEWAY).await?;
+    let back = Until::new("the restarted gateway answers", 15);
+    let tokens = back.asked(|| async { Ok(Some(gateway.http(ask).await?.tokens)) }).await?;
+    assert_eq!(tokens, expected);
+    Ok(())
+}
+
+#[tokio::test]
+async fn another_operator_takes_over() -> Result<()> {
+    tell("take-over", async |story| {
+        // Given: two operators, of which one leads, and a model that serves.
+        let (models, gateway) = (story.models(), story.gateway().await?);
+        models
+            .apply("handed", json!({"source": {"uri": SMOLLM2}, "runtime": {"contextTokens": 256}}))
+            .await?;
+        models.ready("handed", 60).await?;
+        let ask = Ask::new(&models.full_name("handed"), "Hello", 2);
+        release::scale(&story.cluster, OPERATOR, 2).await?;
+        let outcome = the_leader_dies(story, &gateway, &ask).await;
+        release::scale(&story.cluster, OPERATOR, 1).await?;
+        release::ready(&story.cluster, OPERATOR).await?;
+        outcome
+    })
+    .await
+}
+
+async fn the_leader_dies(story: &Story, gateway: &Gateway, ask: &Ask) -> Result<()> {
+    release::ready(&story.cluster, OPERATOR).await?;
+    let leader = leader_other_than(story, None).await?;
+
+    // When: the leader's pod is deleted without grace, as when its node is lost.
+    let name = leader.metadata.name.clone().context("a pod without a name")?;
+    let arguments = [
+        "--namespace",
+        release::NAMESPACE,
+        "delete",
+        "pod",
+        &name,
+        "--grace-period=0",
+        "--force",
+        "--wait=false",
+    ];
+    process::kill_hard(process::container_pid(&leader, "operator")?).await?;
+    story.cluster.kubectl(&arguments).output().await?;
+
+    // Then: another one leads, and requests go on meanwhile.
+    gateway.http(ask).await?;
+    leader_other_than(story, Some(&name)).await?;
+
+    // And: the feed goes on: what is deleted now is known no more soon after.
+    gateway.http(ask).await?;
+    story.models().delete("handed").await?;
+    unknown(gateway, ask).await
+}
+
+async fn leader_other_than(story: &Story, name: Option<&str>) -> Result<Pod> {
+    let leads = watcher::Config::default().labels("serving.trustformers.dev/leader=true");
+    let other = |pods: &[&Pod]| {
+        let pod = pods.iter().find(|it| it.metadata.name.as_deref() != name)?;
+        Some((*pod).clone())
+    };
+    Until::new("an operator leads", 60).watched(release::pods(&story.cluster), leads, other).await
+}
+
+async fn unknown(gateway: &Gateway, ask: &Ask) -> Result<()> {
+    let unknown = Until::new("the gateway answers 404 for the deleted model", 30);
+    unknown
+        .asked(|| async {
+            let status = gateway.http(ask).await.err().and_then(|failure| failure.status());
+            Ok((status == Some(404)).then_some(()))
+        })
+        .await
+}
+
+async fn restarted(story: &Story, pod: &Pod) -> Result<()> {
+    let restarts = |pod: &Pod| {
+        let statuses = pod.status.as_ref().and_then(|it| it.container_statuses.as_ref());
+        statuses.into_iter().flatten().map(|it| it.restart_count).sum::<i32>()
+    };
+    let before = restarts(pod);
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let again = |found: Option<&Pod>| (restarts(found?) > before).then_some(());
+    Until::new("the container is started again", 60).object(release::pods(&story.cluster), name, again).await
+}
