@@ -1,1 +1,49 @@
-//! The engine: scheduler, paged KV, sampling; owns the device thread.
+//! The engine: scheduler, paged KV cache and sampling behind one thread that owns the device.
+//!
+//! An [`Engine`] is started from a loaded model and a backend. Callers submit requests through a handle that never
+//! waits for the device and read a [`Generation`], a stream of tokens that cancels its work when dropped. Inside, one
+//! thread runs steps: each is the decode rows of all running sequences plus chunks of waiting prompts up to a token
+//! budget, so sequences join and leave between any two steps.
+//!
+//! Everything is bounded: requests in flight, rows per step, KV blocks (reserved for the worst case at admission, so
+//! nothing ever has to be evicted) and the events of a request. Refusals are immediate and typed.
+//!
+//! ```no_run
+//! # async fn example(model: std::sync::Arc<trustformers_model::Model>) -> Result<(), Box<dyn std::error::Error>> {
+//! use futures::StreamExt;
+//! use trustformers_engine::{Engine, EngineConfig, EngineMetrics, GenerateParams, GenerationEvent};
+//!
+//! let metrics = EngineMetrics::register(&prometheus::Registry::new())?;
+//! let backend = Box::new(trustformers_plan::oracle::Oracle::new());
+//! let engine = Engine::start(model, backend, &EngineConfig::default(), &metrics)?;
+//! let mut generation = engine.submit(&GenerateParams::greedy("Hello", 16))?;
+//! while let Some(event) = generation.next().await {
+//!     if let GenerationEvent::Token { text, .. } = event? {
+//!         print!("{text}");
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod blocks;
+mod config;
+mod device;
+mod generation;
+mod handle;
+mod metrics;
+mod request;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod shared;
+
+pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, StartError};
+pub use generation::Generation;
+pub use handle::{Engine, EngineInfo};
+pub use metrics::EngineMetrics;
+pub use request::{
+    FinishReason, GenerateError, GenerateParams, GenerationEvent, Prompt, SubmitError, Timings,
+};
+pub use shared::Heartbeat;
+pub use trustformers_plan::{LoadProgress, MemoryReport, Numerics};

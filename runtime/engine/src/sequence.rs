@@ -1,0 +1,220 @@
+//! One request inside the engine: first a waiting job, then a running sequence.
+
+use crate::blocks::Blocks;
+use crate::generation::EventResult;
+use crate::metrics::{Counted, ModelMetrics};
+use crate::request::{FinishReason, GenerateError, GenerationEvent, Timings};
+use crate::sampler::{Choice, Sampler, Sampling};
+use crate::scheduler::Wants;
+use crate::shared::Ticket;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::mpsc;
+use trustformers_model::{Detokenizer, Tokenizer};
+use trustformers_plan::{LogitsRows, SequenceStep};
+
+/// A request on its way to the device.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) prompt: Arc<[u32]>,
+    /// Tokens to produce at most; with the prompt no more than the context.
+    pub(crate) max_tokens: usize,
+    /// KV blocks of the worst case.
+    pub(crate) blocks: usize,
+    pub(crate) sampling: Sampling,
+    /// Whether an end token ends it. Only the warm-up goes on.
+    pub(crate) ends_at_eos: bool,
+    pub(crate) submitted: Instant,
+    pub(crate) events: mpsc::Sender<EventResult>,
+    /// `None` for requests that are not a caller's.
+    pub(crate) metrics: Option<ModelMetrics>,
+    /// Counts it as waiting while this exists.
+    pub(crate) waiting: Option<Counted>,
+    /// Its place among the requests in flight, given back when it is dropped.
+    pub(crate) _ticket: Ticket,
+}
+
+impl Job {
+    /// Whether the caller dropped its generation.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+}
+
+/// What became of a sequence after a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum After {
+    /// It goes on.
+    Running,
+    /// It ended and its caller was told.
+    Ended,
+}
+
+/// A request that has its KV blocks and takes part in steps.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    job: Job,
+    blocks: Blocks,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    /// Tokens in the cache.
+    cached: usize,
+    /// Tokens produced.
+    produced: usize,
+    /// The latest token, which is not in the cache yet.
+    latest: u32,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    _running: Option<Counted>,
+}
+
+impl Sequence {
+    /// Admits a job with the blocks that were reserved for it.
+    pub(crate) fn new(mut job: Job, blocks: Blocks) -> Self {
+        job.waiting = None;
+        let running = job.metrics.as_ref().map(|metrics| Counted::new(&metrics.running));
+        Self {
+            sampler: Sampler::new(job.sampling),
+            blocks,
+            detokenizer: Detokenizer::new(),
+            cached: 0,
+            produced: 0,
+            latest: 0,
+            started: None,
+            first_token: None,
+            last_token: None,
+            _running: running,
+            job,
+        }
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.job.is_cancelled()
+    }
+
+    pub(crate) fn metrics(&self) -> Option<&ModelMetrics> {
+        self.job.metrics.as_ref()
+    }
+
+    /// What it wants from the next step.
+    pub(crate) fn wants(&self) -> Wants {
+        match self.job.prompt.len().checked_sub(self.cached) {
+            Some(left) if left > 0 => Wants::Prompt(left),
+            _ => Wants::Decode,
+        }
+    }
+
+    /// Its part of a step with `rows` rows.
+    pub(crate) fn step(&self, rows: usize) -> SequenceStep<'_> {
+        let (tokens, logits) = match self.wants() {
+            Wants::Prompt(left) => {
+                let logits = if rows == left { LogitsRows::Last } else { LogitsRows::None };
+                (&self.job.prompt[self.cached..self.cached + rows], logits)
+            }
+            Wants::Decode => (std::slice::from_ref(&self.latest), LogitsRows::Last),
+        };
+        SequenceStep { tokens, cached_tokens: self.cached, blocks: self.blocks.ids(), logits }
+    }
+
+    /// Notes that a step of `rows` rows begins.
+    pub(crate) fn step_begins(&mut self) {
+        if self.started.is_none() {
+            let now = Instant::now();
+            self.started = Some(now);
+            if let Some(metrics) = self.metrics() {
+                metrics.queue_wait.observe((now - self.job.submitted).as_secs_f64());
+            }
+        }
+    }
+
+    /// Takes note of a finished step and of its logits where it had any.
+    pub(crate) fn step_done(&mut self, rows: usize, logits: Option<&[f32]>, tokenizer: &Tokenizer) -> After {
+        if let (Wants::Prompt(_), Some(metrics)) = (self.wants(), self.metrics()) {
+            metrics.prompt_tokens.inc_by(rows as u64);
+        }
+        self.cached += rows;
+        let Some(logits) = logits else { return After::Running };
+        match self.sampler.choose(logits) {
+            Ok(choice) => self.token(choice, tokenizer),
+            Err(error) => {
+                self.fail(error);
+                After::Ended
+            }
+        }
+    }
+
+    fn token(&mut self, choice: Choice, tokenizer: &Tokenizer) -> After {
+        self.latest = choice.id;
+        self.produced += 1;
+        self.note_time();
+        let reason = if self.job.ends_at_eos && tokenizer.eos_ids().contains(&choice.id) {
+            Some(FinishReason::Stop)
+        } else {
+            (self.produced == self.job.max_tokens).then_some(FinishReason::Length)
+        };
+        let mut text = self.detokenizer.push(tokenizer.token_bytes(choice.id));
+        if reason.is_some() {
+            text.push_str(&self.detokenizer.finish());
+        }
+        self.tell(Ok(GenerationEvent::Token { id: choice.id, text, margin: choice.margin }));
+        match reason {
+            None => After::Running,
+            Some(reason) => {
+                self.finish(reason);
+                After::Ended
+            }
+        }
+    }
+
+    fn note_time(&mut self) {
+        let now = Instant::now();
+        if let Some(metrics) = self.metrics() {
+            metrics.generated_tokens.inc();
+            match self.last_token {
+                Some(last) => metrics.inter_token.observe((now - last).as_secs_f64()),
+                None => metrics.first_token.observe((now - self.job.submitted).as_secs_f64()),
+            }
+        }
+        self.first_token.get_or_insert(now);
+        self.last_token = Some(now);
+    }
+
+    fn finish(&mut self, reason: FinishReason) {
+        if let Some(metrics) = self.metrics() {
+            match reason {
+                FinishReason::Stop => metrics.stop.inc(),
+                FinishReason::Length => metrics.length.inc(),
+            }
+        }
+        let timings = self.timings();
+        self.tell(Ok(GenerationEvent::Finished {
+            reason,
+            prompt_tokens: self.job.prompt.len(),
+            completion_tokens: self.produced,
+            timings,
+        }));
+    }
+
+    fn timings(&self) -> Timings {
+        let submitted = self.job.submitted;
+        let started = self.started.unwrap_or(submitted);
+        let first = self.first_token.unwrap_or(started);
+        let last = self.last_token.unwrap_or(first);
+        Timings { queue: started - submitted, prefill: first - started, decode: last - first }
+    }
+
+    /// Ends it with an error.
+    pub(crate) fn fail(&mut self, error: GenerateError) {
+        if let Some(metrics) = self.metrics() {
+            metrics.failed.inc();
+        }
+        self.tell(Err(error));
+    }
+
+    fn tell(&self, event: EventResult) {
+        // The channel holds every event of the longest answer, so only a caller that has gone refuses one, which the
+        // next step's sweep notices.
+        let _gone = self.job.events.try_send(event);
+    }
+}

@@ -1,0 +1,215 @@
+//! What the engine's thread and its callers both see: a handful of atomics.
+//!
+//! Admission, liveness and draining must work while the device thread is busy or hung, so none of them sends it a
+//! message and waits for an answer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// Whether an engine makes progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// Time since the last finished step, or since work arrived if none was finished after that. Meaningful for
+    /// liveness only together with `work_pending`.
+    pub last_step_age: Duration,
+    /// Whether any request waits or is computed.
+    pub work_pending: bool,
+    /// Whether the engine's thread still runs. False after a stop or a panic.
+    pub alive: bool,
+}
+
+/// State that both sides read and write without waiting.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    born: Instant,
+    /// Most requests in flight: those of one batch plus the queue.
+    limit: usize,
+    in_flight: AtomicUsize,
+    running: AtomicUsize,
+    /// Microseconds from `born` to the last sign of progress.
+    progress_us: AtomicU64,
+    accepting: AtomicBool,
+    stopping: AtomicBool,
+    alive: AtomicBool,
+    /// Told whenever `in_flight` reaches zero or the thread ends.
+    changed: Notify,
+}
+
+impl Shared {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self {
+            born: Instant::now(),
+            limit,
+            in_flight: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            progress_us: AtomicU64::new(0),
+            accepting: AtomicBool::new(true),
+            stopping: AtomicBool::new(false),
+            alive: AtomicBool::new(true),
+            changed: Notify::new(),
+        }
+    }
+
+    /// A place among the requests in flight, or `None` when all are taken.
+    pub(crate) fn enter(self: &Arc<Self>) -> Option<Ticket> {
+        let before = self
+            .in_flight
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < self.limit).then_some(n + 1))
+            .ok()?;
+        Some(self.ticket(before))
+    }
+
+    /// A place whatever the limit, for the engine's own requests.
+    pub(crate) fn enter_unbounded(self: &Arc<Self>) -> Ticket {
+        let before = self.in_flight.fetch_add(1, Ordering::SeqCst);
+        self.ticket(before)
+    }
+
+    fn ticket(self: &Arc<Self>, before: usize) -> Ticket {
+        if before == 0 {
+            // The clock of liveness starts when work arrives, not when the engine last had some.
+            self.step_done();
+        }
+        Ticket { shared: Arc::clone(self) }
+    }
+
+    pub(crate) fn step_done(&self) {
+        let us = u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.progress_us.store(us, Ordering::SeqCst);
+    }
+
+    pub(crate) fn heartbeat(&self) -> Heartbeat {
+        let progress = Duration::from_micros(self.progress_us.load(Ordering::SeqCst));
+        Heartbeat {
+            last_step_age: self.born.elapsed().saturating_sub(progress),
+            work_pending: self.in_flight() > 0,
+            alive: self.alive.load(Ordering::SeqCst),
+        }
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.in_flight().saturating_sub(self.running.load(Ordering::SeqCst))
+    }
+
+    pub(crate) fn set_running(&self, running: usize) {
+        self.running.store(running, Ordering::SeqCst);
+    }
+
+    pub(crate) fn accepting(&self) -> bool {
+        self.accepting.load(Ordering::SeqCst) && self.alive.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn refuse_new(&self) {
+        self.accepting.store(false, Ordering::SeqCst);
+    }
+
+    pub(crate) fn stop(&self) {
+        self.refuse_new();
+        self.stopping.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn thread_ended(&self) {
+        self.alive.store(false, Ordering::SeqCst);
+        self.set_running(0);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until `done` holds; `done` is asked again after every change.
+    async fn until(&self, done: impl Fn(&Self) -> bool) {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if done(self) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until nothing is in flight or the thread has ended.
+    pub(crate) async fn until_idle(&self) {
+        self.until(|s| s.in_flight() == 0 || !s.alive.load(Ordering::SeqCst)).await;
+    }
+
+    /// Waits until the thread has ended.
+    pub(crate) async fn until_ended(&self) {
+        self.until(|s| !s.alive.load(Ordering::SeqCst)).await;
+    }
+}
+
+/// A request's place in flight. It travels with the request and is given back wherever the request is dropped, so no
+/// path can forget it.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    shared: Arc<Shared>,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if self.shared.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.shared.changed.notify_waiters();
+        }
+    }
+}
+
+/// Marks the thread as ended even when it unwinds.
+#[derive(Debug)]
+pub(crate) struct EndMark(pub(crate) Arc<Shared>);
+
+impl Drop for EndMark {
+    fn drop(&mut self) {
+        self.0.thread_ended();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_bounded_and_come_back() {
+        let shared = Arc::new(Shared::new(2));
+        let first = shared.enter().unwrap();
+        let second = shared.enter().unwrap();
+        assert!(shared.enter().is_none());
+        drop(first);
+        let third = shared.enter().unwrap();
+        assert_eq!(shared.in_flight(), 2);
+        drop((second, third));
+        assert_eq!(shared.in_flight(), 0);
+    }
+
+    #[test]
+    fn work_on_a_dead_thread_shows_as_pending_and_not_alive() {
+        let shared = Arc::new(Shared::new(1));
+        drop(EndMark(Arc::clone(&shared)));
+        let _ticket = shared.enter();
+        let beat = shared.heartbeat();
+        assert!(beat.work_pending && !beat.alive);
+        assert!(!shared.accepting());
+    }
+
+    #[tokio::test]
+    async fn waiting_for_idle_ends_with_the_last_ticket() {
+        let shared = Arc::new(Shared::new(2));
+        let ticket = shared.enter().unwrap();
+        let waiter = tokio::spawn({
+            let shared = Arc::clone(&shared);
+            async move { shared.until_idle().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiter.is_finished());
+        drop(ticket);
+        waiter.await.unwrap();
+    }
+}

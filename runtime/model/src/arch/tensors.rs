@@ -1,0 +1,78 @@
+//! Finding an architecture's tensors by name and shape, and noticing those that it has no use for.
+
+use crate::gguf::GgufProblem;
+use trustformers_plan::{DType, WeightId, Weights};
+
+/// Looks tensors up and remembers which were.
+pub(crate) struct TensorFinder<'a> {
+    weights: &'a Weights,
+    used: Vec<bool>,
+}
+
+impl<'a> TensorFinder<'a> {
+    pub(super) fn new(weights: &'a Weights) -> Self {
+        Self { weights, used: vec![false; weights.len()] }
+    }
+
+    /// A matrix of `rows` by `cols` that must be there.
+    pub(super) fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<WeightId, GgufProblem> {
+        self.optional_matrix(name, rows, cols)?.ok_or_else(|| GgufProblem::Tensor {
+            name: name.to_owned(),
+            why: format!(
+                "it is missing ({rows} x {cols} was expected); the file is incomplete: convert it again"
+            ),
+        })
+    }
+
+    /// A matrix of `rows` by `cols` that may be left out.
+    pub(super) fn optional_matrix(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Option<WeightId>, GgufProblem> {
+        let Some(id) = self.weights.find(name) else { return Ok(None) };
+        let weight = self.weights.get(id);
+        if (weight.rows(), weight.cols()) != (rows, cols) {
+            let why = format!(
+                "it is {} x {}, the file's keys ask for {rows} x {cols}; convert the model again",
+                weight.rows(),
+                weight.cols()
+            );
+            return Err(GgufProblem::Tensor { name: name.to_owned(), why });
+        }
+        self.used[id.index()] = true;
+        Ok(Some(id))
+    }
+
+    /// A vector of `len` plain floats that must be there.
+    pub(super) fn vector(&mut self, name: &str, len: usize) -> Result<WeightId, GgufProblem> {
+        let id = self.matrix(name, 1, len)?;
+        match self.weights.get(id).dtype() {
+            DType::F32 => Ok(id),
+            other => Err(GgufProblem::Tensor {
+                name: name.to_owned(),
+                why: format!("it is stored as {other}; norm weights must be F32: convert the model again"),
+            }),
+        }
+    }
+
+    /// Rows of a matrix with `cols` columns, whatever they are.
+    pub(super) fn rows_of(&self, name: &str) -> Option<usize> {
+        self.weights.find(name).map(|id| self.weights.get(id).rows())
+    }
+
+    /// Refuses a file with tensors that nothing asked for.
+    pub(super) fn all_used(&self, architecture: &str) -> Result<(), GgufProblem> {
+        match self.weights.iter().find(|(id, _)| !self.used[id.index()]) {
+            None => Ok(()),
+            Some((_, weight)) => Err(GgufProblem::Tensor {
+                name: weight.name().to_owned(),
+                why: format!(
+                    "it is not part of the {architecture} architecture as it is supported here; without it the \
+                     model would answer wrongly"
+                ),
+            }),
+        }
+    }
+}

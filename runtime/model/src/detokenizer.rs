@@ -1,0 +1,105 @@
+//! From token bytes to text, one token at a time, never half a character.
+
+/// Holds back bytes that do not make a whole character yet. Whatever the cuts between tokens, the pieces together
+/// are the text that all bytes together would give.
+#[derive(Debug, Default, Clone)]
+pub struct Detokenizer {
+    held: Vec<u8>,
+}
+
+impl Detokenizer {
+    /// Nothing held.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a token's bytes and gives the text that is final now. Bytes that can never become a character turn into
+    /// U+FFFD.
+    pub fn push(&mut self, bytes: &[u8]) -> String {
+        self.held.extend_from_slice(bytes);
+        let mut text = String::new();
+        let mut rest = self.held.as_slice();
+        loop {
+            match std::str::from_utf8(rest) {
+                Ok(valid) => {
+                    text.push_str(valid);
+                    rest = &[];
+                    break;
+                }
+                Err(error) => {
+                    let (valid, bad) = rest.split_at(error.valid_up_to());
+                    // The bytes before the error were just found to be valid.
+                    text.push_str(std::str::from_utf8(valid).unwrap_or_default());
+                    rest = bad;
+                    match error.error_len() {
+                        Some(len) => {
+                            text.push(char::REPLACEMENT_CHARACTER);
+                            rest = &rest[len..];
+                        }
+                        None => break,
+                    }
+                }
+            }
+        }
+        let kept = rest.len();
+        self.held.drain(..self.held.len() - kept);
+        text
+    }
+
+    /// Ends the text: bytes still held turn into U+FFFD.
+    pub fn finish(&mut self) -> String {
+        let text = String::from_utf8_lossy(&self.held).into_owned();
+        self.held.clear();
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn an_emoji_in_four_tokens_appears_with_the_last() {
+        let mut detokenizer = Detokenizer::new();
+        let bytes = "🦀".as_bytes();
+        for byte in &bytes[..3] {
+            assert_eq!(detokenizer.push(&[*byte]), "");
+        }
+        assert_eq!(detokenizer.push(&bytes[3..]), "🦀");
+        assert_eq!(detokenizer.finish(), "");
+    }
+
+    #[test]
+    fn what_never_became_a_character_is_replaced_at_the_end() {
+        let mut detokenizer = Detokenizer::new();
+        assert_eq!(detokenizer.push(b"a\xf0\x9f"), "a");
+        assert_eq!(detokenizer.finish(), "\u{fffd}");
+        assert_eq!(detokenizer.finish(), "");
+    }
+
+    #[test]
+    fn a_broken_byte_does_not_hold_back_what_follows() {
+        assert_eq!(Detokenizer::new().push(b"a\xffb\xc3(c"), "a\u{fffd}b\u{fffd}(c");
+    }
+
+    proptest! {
+        #[test]
+        fn any_cuts_give_the_same_text(
+            pieces in prop::collection::vec(
+                prop_oneof![
+                    prop::collection::vec(any::<u8>(), 0..4),
+                    any::<char>().prop_map(|c| c.to_string().into_bytes()),
+                ],
+                0..40,
+            ),
+            cut in 1usize..5,
+        ) {
+            let all: Vec<u8> = pieces.concat();
+            let mut detokenizer = Detokenizer::new();
+            let mut text: String = all.chunks(cut).map(|bytes| detokenizer.push(bytes)).collect();
+            text.push_str(&detokenizer.finish());
+            prop_assert_eq!(text, String::from_utf8_lossy(&all));
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Why a model could not be loaded. Every message names the file.
+
+use crate::gguf::{GgufError, GgufProblem};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+use trustformers_plan::{PlanError, WeightError};
+
+/// Why a model could not be loaded.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// The file could not be opened or read. May go away by itself when the storage is remote.
+    #[error("{}: cannot be {action}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried: `opened`, `read` or `mapped`.
+        action: &'static str,
+        /// The operating system's words.
+        source: std::io::Error,
+    },
+    /// The path is not a file.
+    #[error("{}: it is not a regular file; give the path of one .gguf file", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The file is not a GGUF file that can be served.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The architecture is not known here.
+    #[error("{}: architecture {found:?} is not supported; supported: {supported}", path.display())]
+    Architecture {
+        /// The file.
+        path: PathBuf,
+        /// What the file says.
+        found: String,
+        /// What could be served.
+        supported: String,
+    },
+    /// The tokenizer in the file cannot be used.
+    #[error("{}: {problem}", path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        problem: TokenizerProblem,
+    },
+    /// The tensors do not make weights.
+    #[error("{}: {problem}", path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with them.
+        #[source]
+        problem: WeightError,
+    },
+    /// The model cannot be written down as a plan.
+    #[error("{}: {problem}", path.display())]
+    Plan {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        #[source]
+        problem: PlanError,
+    },
+}
+
+impl LoadError {
+    /// Whether trying again may help: the storage failed, not the content.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Io { .. })
+    }
+
+    /// A GGUF problem in the file `path`.
+    pub(crate) fn gguf(path: &Path, problem: GgufProblem) -> Self {
+        GgufError { path: path.to_owned(), problem }.into()
+    }
+}
+
+/// What is wrong with a tokenizer.
+#[derive(Debug, Error)]
+pub enum TokenizerProblem {
+    /// A key is missing or of the wrong type.
+    #[error(transparent)]
+    Key(#[from] GgufProblem),
+    /// The kind of tokenizer, or its way to split text, is not known here.
+    #[error("key {key} is {found:?}, which is not supported; supported: {supported}")]
+    Unsupported {
+        /// The key.
+        key: &'static str,
+        /// What the file says.
+        found: String,
+        /// What could be used.
+        supported: &'static str,
+    },
+    /// A list of the tokenizer has an entry that makes no sense.
+    #[error("key {key}: {why}; convert the model again")]
+    Entry {
+        /// The key.
+        key: &'static str,
+        /// Which entry and what is wrong.
+        why: String,
+    },
+    /// The tokenizer library refused the vocabulary or a text.
+    #[error("the tokenizer failed: {0}")]
+    Library(String),
+}

@@ -1,0 +1,143 @@
+//! What can be wrong with a GGUF file, in words that name the place and the next step.
+
+use super::ValueType;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// A problem together with the file that has it.
+#[derive(Debug, Error)]
+#[error("{}: {problem}", path.display())]
+pub struct GgufError {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    #[source]
+    pub problem: GgufProblem,
+}
+
+/// What is wrong with a GGUF file.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum GgufProblem {
+    /// The first four bytes are not `GGUF`.
+    #[error("it is not a GGUF file (it begins with {found:02x?}); convert the model to GGUF")]
+    NotGguf {
+        /// Its first bytes, at most four.
+        found: Vec<u8>,
+    },
+    /// The file is for big-endian machines.
+    #[error("it is a big-endian GGUF file; convert the model to little-endian")]
+    BigEndian,
+    /// A version that is not read.
+    #[error("GGUF version {version} is not supported (2 and 3 are); convert the model again")]
+    Version {
+        /// The version it says.
+        version: u32,
+    },
+    /// The file ends too early.
+    #[error("it ends while {what} is read at byte {at}; it is truncated or corrupt: download it again")]
+    Truncated {
+        /// What was being read.
+        what: String,
+        /// Where.
+        at: usize,
+    },
+    /// A count or length that the rest of the file cannot hold, or that no model has.
+    #[error("{what} is {count}, more than {most}; the file is corrupt: download it again")]
+    Absurd {
+        /// What is counted.
+        what: String,
+        /// What the file claims.
+        count: u64,
+        /// What could be.
+        most: u64,
+    },
+    /// Text that is not UTF-8.
+    #[error("{what} is not valid UTF-8; the file is corrupt: download it again")]
+    Utf8 {
+        /// Which text.
+        what: String,
+    },
+    /// A value type that does not exist.
+    #[error("key {key}: value type {code} does not exist; the file is corrupt or newer than this program")]
+    ValueType {
+        /// The key.
+        key: String,
+        /// The type's number.
+        code: u32,
+    },
+    /// Arrays of arrays are in no model format.
+    #[error("key {key}: arrays of arrays are not supported; convert the model again")]
+    NestedArray {
+        /// The key.
+        key: String,
+    },
+    /// A truth value that is neither 0 nor 1.
+    #[error("key {key}: {byte} is neither false (0) nor true (1); the file is corrupt: download it again")]
+    Bool {
+        /// The key.
+        key: String,
+        /// The byte.
+        byte: u8,
+    },
+    /// A key or tensor that occurs twice.
+    #[error("{what} occurs twice; the file is corrupt: convert the model again")]
+    Duplicate {
+        /// Which.
+        what: String,
+    },
+    /// A required key is absent.
+    #[error("key {key} is missing; convert the model again with a current converter")]
+    MissingKey {
+        /// The key.
+        key: String,
+    },
+    /// A key with a value of the wrong type.
+    #[error("key {key} is {found}, {expected} was expected; convert the model again")]
+    WrongType {
+        /// The key.
+        key: String,
+        /// What was needed.
+        expected: &'static str,
+        /// What it is.
+        found: String,
+    },
+    /// A key with a value that cannot be served.
+    #[error("key {key}: {why}")]
+    BadValue {
+        /// The key.
+        key: String,
+        /// What is wrong and what is supported.
+        why: String,
+    },
+    /// An alignment that the format does not allow.
+    #[error("key general.alignment is {alignment}; a power of two from 8 to 65536 was expected")]
+    Alignment {
+        /// What the file says.
+        alignment: u64,
+    },
+    /// A tensor whose description makes no sense.
+    #[error("tensor {name}: {why}")]
+    Tensor {
+        /// The tensor.
+        name: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A tensor stored in a way that is not supported.
+    #[error(
+        "tensor {name} is stored as {dtype}, which is not supported; use a file with F32, F16, Q8_0 or Q4_1 tensors"
+    )]
+    UnsupportedType {
+        /// The tensor.
+        name: String,
+        /// The type's name, or its number where it has none.
+        dtype: String,
+    },
+}
+
+impl GgufProblem {
+    /// A key whose value has another type than was expected.
+    pub(super) fn wrong_type(key: &str, expected: &'static str, found: ValueType) -> Self {
+        Self::WrongType { key: key.to_owned(), expected, found: found.to_string() }
+    }
+}

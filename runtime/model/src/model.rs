@@ -1,0 +1,167 @@
+//! A loaded model: weights, tokenizer, facts, and the way to a plan.
+
+use crate::arch::{self, ArchSizes, Architecture};
+use crate::error::LoadError;
+use crate::gguf::Gguf;
+use crate::source::{self, ReadProgress};
+use crate::tokenizer::Tokenizer;
+use std::path::Path;
+use std::sync::Arc;
+use trustformers_plan::{FusedOps, Limits, Plan, PlanError, Weight, WeightBytes, Weights};
+
+/// What a model's file says about it, for people, schedulers and APIs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelFacts {
+    /// The architecture's name, such as `llama`.
+    pub architecture: String,
+    /// The name that the file carries, if any.
+    pub name: Option<String>,
+    /// How many weights it has.
+    pub parameters: u64,
+    /// Longest sequence that it was made for, in tokens.
+    pub context_tokens: usize,
+    /// How many tokens its vocabulary has.
+    pub vocabulary: usize,
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Key and value heads per block.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Size of its file in bytes.
+    pub file_bytes: u64,
+    /// The chat template that the file carries, if any, as the Jinja text that it is.
+    pub chat_template: Option<String>,
+}
+
+/// What a plan is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanRequest {
+    /// Longest sequence in tokens; capped by the model's own context.
+    pub context_tokens: usize,
+    /// The largest step.
+    pub limits: Limits,
+    /// What the device has fused kernels for.
+    pub fused: FusedOps,
+}
+
+/// A model that passed every check and can be run. Its weights are ranges of the mapped file.
+#[derive(Debug)]
+pub struct Model {
+    weights: Arc<Weights>,
+    tokenizer: Tokenizer,
+    facts: ModelFacts,
+    architecture: Box<dyn Architecture>,
+}
+
+impl Model {
+    /// Reads and checks a GGUF file. `progress` is told after each megabyte that was read.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the file, by name; [`LoadError::is_transient`] tells a failing storage from bad content.
+    pub fn load(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Result<Self, LoadError> {
+        let file = source::open(path, progress)?;
+        Self::from_bytes(path, &file)
+    }
+
+    /// Checks a GGUF file that is in memory already. `path` is only used in messages.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the content, by name.
+    pub fn from_bytes(path: &Path, file: &WeightBytes) -> Result<Self, LoadError> {
+        let bytes: &[u8] = (**file).as_ref();
+        let wrong = |problem| LoadError::gguf(path, problem);
+        let gguf = Gguf::parse(bytes).map_err(wrong)?;
+        let weights =
+            weights(&gguf, file).map_err(|problem| LoadError::Weights { path: path.to_owned(), problem })?;
+        let name = gguf.metadata.string("general.architecture").map_err(wrong)?;
+        let architecture = match arch::resolve(name, &gguf.metadata, &weights) {
+            Some(resolved) => resolved.map_err(wrong)?,
+            None => {
+                return Err(LoadError::Architecture {
+                    path: path.to_owned(),
+                    found: name.to_owned(),
+                    supported: arch::supported(),
+                });
+            }
+        };
+        let tokenizer = Tokenizer::from_gguf(&gguf, bytes)
+            .map_err(|problem| LoadError::Tokenizer { path: path.to_owned(), problem })?;
+        let facts = facts(&gguf, architecture.sizes(), bytes.len()).map_err(wrong)?;
+        check_vocabulary(&tokenizer, &facts).map_err(wrong)?;
+        let model = Self { weights: Arc::new(weights), tokenizer, facts, architecture };
+        model.check_plan().map_err(|problem| LoadError::Plan { path: path.to_owned(), problem })?;
+        Ok(model)
+    }
+
+    /// Lowers the smallest plan, so that a model that cannot be written down is refused at load.
+    fn check_plan(&self) -> Result<(), PlanError> {
+        let limits = Limits { rows: 1, sequences: 1, logits_rows: 1 };
+        let context_tokens = self.facts.context_tokens;
+        self.plan(&PlanRequest { context_tokens, limits, fused: FusedOps::default() }).map(|_| ())
+    }
+
+    /// Writes the model down for these limits and this device.
+    ///
+    /// # Errors
+    /// Limits that are zero or larger than memory.
+    pub fn plan(&self, request: &PlanRequest) -> Result<Plan, PlanError> {
+        self.architecture.plan(&self.weights, request)
+    }
+
+    /// The weights that plans name.
+    pub fn weights(&self) -> &Arc<Weights> {
+        &self.weights
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// What the file says.
+    pub fn facts(&self) -> &ModelFacts {
+        &self.facts
+    }
+}
+
+fn weights(gguf: &Gguf, file: &WeightBytes) -> Result<Weights, trustformers_plan::WeightError> {
+    let mut weights = Weights::new();
+    for tensor in &gguf.tensors {
+        let source = Arc::clone(file);
+        weights.push(Weight::new(
+            tensor.name.clone(),
+            tensor.dtype,
+            tensor.matrix(),
+            source,
+            tensor.range.clone(),
+        )?)?;
+    }
+    Ok(weights)
+}
+
+fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts, crate::gguf::GgufProblem> {
+    let meta = &gguf.metadata;
+    let elements = |dims: &[usize]| dims.iter().map(|d| *d as u64).product::<u64>();
+    Ok(ModelFacts {
+        architecture: meta.string("general.architecture")?.to_owned(),
+        name: meta.opt_string("general.name")?.map(str::to_owned),
+        parameters: gguf.tensors.iter().map(|tensor| elements(&tensor.dims)).sum(),
+        context_tokens: sizes.context_tokens,
+        vocabulary: sizes.vocabulary,
+        layers: sizes.layers,
+        kv_heads: sizes.kv_heads,
+        head_dim: sizes.head_dim,
+        file_bytes: file_bytes as u64,
+        chat_template: meta.opt_string("tokenizer.chat_template")?.map(str::to_owned),
+    })
+}
+
+/// Some converters pad the embedding; a padded row has no text, so more rows than tokens are fine, fewer are not.
+fn check_vocabulary(tokenizer: &Tokenizer, facts: &ModelFacts) -> Result<(), crate::gguf::GgufProblem> {
+    if tokenizer.len() <= facts.vocabulary {
+        return Ok(());
+    }
+    let why = format!("{} tokens for {} rows of tensor token_embd.weight", tokenizer.len(), facts.vocabulary);
+    Err(crate::gguf::GgufProblem::BadValue { key: "tokenizer.ggml.tokens".to_owned(), why })
+}

@@ -1,0 +1,211 @@
+//! Small Llama models with random weights that depend on nothing but a seed.
+//!
+//! Tests of the engine, the pod and the whole cluster need a model that loads in a millisecond and answers the same
+//! on every machine. It has the shape, the file format and the tokenizer of a real one (byte-level, so every text can
+//! be said); only what it says is meaningless.
+//!
+//! The recipe is short enough to repeat in another language: element `i` of a tensor is
+//! `(mix(seed XOR fnv1a(name), i) >> 40) / 2^23 - 1`, times `scale / sqrt(columns)`, where `mix` is the SplitMix64
+//! output function on `start + (i + 1) * 0x9E3779B97F4A7C15`; norm weights are 1. Quantised tensors are rounded from
+//! these values block by block.
+
+use crate::gguf::{GgufValue, GgufWriter};
+use crate::tokenizer::byte_chars;
+use half::f16;
+use trustformers_plan::DType;
+
+/// Spread of the embedding, and of the other matrices, before the division by the root of the columns. Larger than in
+/// a trained model, so that answers depend visibly on the prompt.
+const SCALE: f32 = 3.0;
+
+/// Control tokens, the first ids of the vocabulary.
+const CONTROL_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+
+/// Pairs that the tokenizer merges, in order, written as bytes with a space where the byte-level alphabet has `Ġ`.
+const MERGES: [(&str, &str); 12] = [
+    (" ", "t"),
+    ("h", "e"),
+    ("i", "n"),
+    (" t", "he"),
+    ("e", "r"),
+    (" ", "a"),
+    ("o", "n"),
+    ("l", "l"),
+    ("he", "ll"),
+    ("hell", "o"),
+    (" ", "w"),
+    ("in", "g"),
+];
+
+/// The shape of a seeded model. The default takes about 200 KB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeededModel {
+    /// What all weights come from.
+    pub seed: u64,
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements of a head; even. `heads * head_dim` is the width and a multiple of 32 where weights are quantised.
+    pub head_dim: usize,
+    /// Width of the feed-forward part; a multiple of 32 where weights are quantised.
+    pub feed_forward: usize,
+    /// Longest sequence in tokens.
+    pub context_tokens: usize,
+    /// How the matrices are stored; norms are F32 always.
+    pub dtype: DType,
+    /// Whether the head is the embedding itself.
+    pub tied: bool,
+}
+
+impl Default for SeededModel {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            feed_forward: 128,
+            context_tokens: 256,
+            dtype: DType::F32,
+            tied: true,
+        }
+    }
+}
+
+impl SeededModel {
+    /// Ids of the vocabulary: control tokens, 256 bytes, merges.
+    pub fn vocabulary(&self) -> usize {
+        CONTROL_TOKENS.len() + 256 + MERGES.len()
+    }
+
+    /// The bytes of the GGUF file.
+    ///
+    /// # Panics
+    /// When rows cannot be stored in the wanted type: see the fields' rules.
+    pub fn gguf(&self) -> Vec<u8> {
+        let mut file = GgufWriter::new();
+        self.metadata(&mut file);
+        tokenizer(&mut file);
+        let (width, vocabulary) = (self.heads * self.head_dim, self.vocabulary());
+        self.matrix(&mut file, "token_embd.weight", vocabulary, width);
+        for layer in 0..self.layers {
+            let name = |part: &str| format!("blk.{layer}.{part}.weight");
+            let kv = self.kv_heads * self.head_dim;
+            norm(&mut file, &name("attn_norm"), width);
+            self.matrix(&mut file, &name("attn_q"), width, width);
+            self.matrix(&mut file, &name("attn_k"), kv, width);
+            self.matrix(&mut file, &name("attn_v"), kv, width);
+            self.matrix(&mut file, &name("attn_output"), width, width);
+            norm(&mut file, &name("ffn_norm"), width);
+            self.matrix(&mut file, &name("ffn_gate"), self.feed_forward, width);
+            self.matrix(&mut file, &name("ffn_up"), self.feed_forward, width);
+            self.matrix(&mut file, &name("ffn_down"), width, self.feed_forward);
+        }
+        norm(&mut file, "output_norm.weight", width);
+        if !self.tied {
+            self.matrix(&mut file, "output.weight", vocabulary, width);
+        }
+        file.finish()
+    }
+
+    fn metadata(&self, file: &mut GgufWriter) {
+        let text = |t: &str| GgufValue::String(t.to_owned());
+        // Sizes of a test model fit 32 bits by a wide margin.
+        let number = |n: usize| GgufValue::U32(n as u32);
+        file.pair("general.architecture", &text("llama"))
+            .pair("general.name", &text("Seeded test model"))
+            .pair("llama.block_count", &number(self.layers))
+            .pair("llama.context_length", &number(self.context_tokens))
+            .pair("llama.embedding_length", &number(self.heads * self.head_dim))
+            .pair("llama.feed_forward_length", &number(self.feed_forward))
+            .pair("llama.attention.head_count", &number(self.heads))
+            .pair("llama.attention.head_count_kv", &number(self.kv_heads))
+            .pair("llama.attention.layer_norm_rms_epsilon", &GgufValue::F32(1e-5))
+            .pair("llama.rope.freq_base", &GgufValue::F32(10_000.0))
+            .pair("llama.rope.dimension_count", &number(self.head_dim))
+            .pair("llama.vocab_size", &number(self.vocabulary()));
+    }
+
+    fn matrix(&self, file: &mut GgufWriter, name: &str, rows: usize, cols: usize) {
+        let start = self.seed ^ fnv1a(name);
+        let scale = SCALE / (cols as f32).sqrt();
+        let values: Vec<f32> = (0..(rows * cols) as u64).map(|i| element(start, i) * scale).collect();
+        file.tensor(name, &[cols, rows], self.dtype, &store(&values, self.dtype));
+    }
+}
+
+fn norm(file: &mut GgufWriter, name: &str, width: usize) {
+    file.tensor(name, &[width], DType::F32, &store(&vec![1.0; width], DType::F32));
+}
+
+fn tokenizer(file: &mut GgufWriter) {
+    let chars = byte_chars();
+    let spell = |text: &str| text.bytes().map(|byte| chars[usize::from(byte)]).collect::<String>();
+    let mut tokens: Vec<String> = CONTROL_TOKENS.iter().map(|token| (*token).to_owned()).collect();
+    tokens.extend(chars.iter().map(char::to_string));
+    tokens.extend(MERGES.iter().map(|(left, right)| spell(left) + &spell(right)));
+    let types = (0..tokens.len()).map(|id| if id < CONTROL_TOKENS.len() { 3 } else { 1 }).collect();
+    let merges = MERGES.iter().map(|(left, right)| format!("{} {}", spell(left), spell(right))).collect();
+    file.pair("tokenizer.ggml.model", &GgufValue::String("gpt2".to_owned()))
+        .pair("tokenizer.ggml.pre", &GgufValue::String("smollm".to_owned()))
+        .pair("tokenizer.ggml.tokens", &GgufValue::Strings(tokens))
+        .pair("tokenizer.ggml.token_type", &GgufValue::Integers(types))
+        .pair("tokenizer.ggml.merges", &GgufValue::Strings(merges))
+        .pair("tokenizer.ggml.bos_token_id", &GgufValue::U32(1))
+        .pair("tokenizer.ggml.eos_token_id", &GgufValue::U32(2))
+        .pair("tokenizer.ggml.add_bos_token", &GgufValue::Bool(false));
+}
+
+/// Element `index` of the sequence that starts at `start`, in [-1, 1).
+fn element(start: u64, index: u64) -> f32 {
+    let mut z = start.wrapping_add((index + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^= z >> 31;
+    // 24 bits are exact in f32.
+    (z >> 40) as f32 / (1 << 23) as f32 - 1.0
+}
+
+fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3)
+    })
+}
+
+/// Values as `dtype` stores them, rounded to the nearest.
+fn store(values: &[f32], dtype: DType) -> Vec<u8> {
+    let blocks = values.chunks_exact(dtype.block_len());
+    assert!(blocks.remainder().is_empty(), "{} values are no whole {dtype} blocks", values.len());
+    match dtype {
+        DType::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        DType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+        DType::Q8_0 => blocks.flat_map(store_q8_0).collect(),
+        DType::Q4_1 => blocks.flat_map(store_q4_1).collect(),
+    }
+}
+
+fn store_q8_0(block: &[f32]) -> Vec<u8> {
+    let largest = block.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    let scale = f16::from_f32(largest / 127.0);
+    let quantum =
+        |value: f32| if largest > 0.0 { (value / scale.to_f32()).round().clamp(-127.0, 127.0) } else { 0.0 };
+    let quanta = block.iter().map(|value| (quantum(*value) as i8).cast_unsigned());
+    scale.to_le_bytes().into_iter().chain(quanta).collect()
+}
+
+fn store_q4_1(block: &[f32]) -> Vec<u8> {
+    let least = block.iter().copied().fold(f32::INFINITY, f32::min);
+    let most = block.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (scale, minimum) = (f16::from_f32((most - least) / 15.0), f16::from_f32(least));
+    let quantum = |value: f32| {
+        let steps = (value - minimum.to_f32()) / scale.to_f32();
+        if steps.is_finite() { steps.round().clamp(0.0, 15.0) as u8 } else { 0 }
+    };
+    let (low, high) = block.split_at(block.len() / 2);
+    let pairs = low.iter().zip(high).map(|(low, high)| quantum(*low) | (quantum(*high) << 4));
+    scale.to_le_bytes().into_iter().chain(minimum.to_le_bytes()).chain(pairs).collect()
+}

@@ -1,0 +1,249 @@
+//! The tokenizer that a GGUF file carries: byte-level BPE, built from the file's own vocabulary and merges.
+
+use crate::detokenizer::Detokenizer;
+use crate::error::TokenizerProblem;
+use crate::gguf::Gguf;
+use std::collections::HashMap;
+use std::fmt;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::{AddedToken, Tokenizer as Library};
+
+const MODEL: &str = "tokenizer.ggml.model";
+const PRE: &str = "tokenizer.ggml.pre";
+const TOKENS: &str = "tokenizer.ggml.tokens";
+const TYPES: &str = "tokenizer.ggml.token_type";
+const MERGES: &str = "tokenizer.ggml.merges";
+const BEGIN: &str = "tokenizer.ggml.bos_token_id";
+
+/// Token types as GGUF numbers them; the others are plain text.
+const TYPE_CONTROL: i64 = 3;
+const TYPE_USER_DEFINED: i64 = 4;
+
+/// Text to ids and ids to text, as one model was trained with.
+pub struct Tokenizer {
+    library: Library,
+    bytes: TokenBytes,
+    begin: Option<u32>,
+    eos: Vec<u32>,
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer").field("len", &self.len()).field("eos", &self.eos).finish_non_exhaustive()
+    }
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer that `gguf`, parsed from `file`, describes.
+    pub(crate) fn from_gguf(gguf: &Gguf, file: &[u8]) -> Result<Self, TokenizerProblem> {
+        let meta = &gguf.metadata;
+        match meta.string(MODEL)? {
+            "gpt2" => {}
+            other => return Err(unsupported(MODEL, other, "gpt2 (byte-level BPE)")),
+        }
+        let split = split_rule(meta.opt_string(PRE)?.unwrap_or("default"))?;
+        let tokens = texts(gguf, file, TOKENS)?;
+        let types = token_types(gguf, file, tokens.len())?;
+        let mut vocab = Vocab::default();
+        for (token, id) in tokens.iter().zip(0..) {
+            vocab.entry((*token).to_owned()).or_insert(id);
+        }
+        let merges = merges(gguf, file)?;
+        let model = BPE::builder()
+            .vocab_and_merges(vocab, merges)
+            .build()
+            .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
+        let mut library = Library::new(model);
+        library.with_pre_tokenizer(Some(split));
+        let special =
+            tokens.iter().zip(&types).filter(|(token, kind)| is_special(**kind) && !token.is_empty());
+        library
+            .add_special_tokens(special.map(|(token, _)| AddedToken::from(*token, true).normalized(false)))
+            .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
+        let id = |key: &'static str| -> Result<Option<u32>, TokenizerProblem> {
+            let Some(id) = meta.opt_unsigned(key)? else { return Ok(None) };
+            match u32::try_from(id).ok().filter(|id| (*id as usize) < tokens.len()) {
+                Some(id) => Ok(Some(id)),
+                None => Err(entry(key, format!("id {id} is outside the vocabulary of {}", tokens.len()))),
+            }
+        };
+        let begin = if meta.opt_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(false) {
+            let begin = id(BEGIN)?;
+            Some(
+                begin
+                    .ok_or_else(|| entry(BEGIN, "it is missing although add_bos_token is true".to_owned()))?,
+            )
+        } else {
+            None
+        };
+        let mut eos: Vec<u32> = [id("tokenizer.ggml.eos_token_id")?, id("tokenizer.ggml.eot_token_id")?]
+            .into_iter()
+            .flatten()
+            .collect();
+        eos.dedup();
+        Ok(Self { library, bytes: TokenBytes::new(&tokens, &types), begin, eos })
+    }
+
+    /// The ids of a text. Special tokens spelled in it are recognised; a begin token comes first only where the
+    /// model's file asks for one.
+    ///
+    /// # Errors
+    /// The library's own; none is known for valid UTF-8.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerProblem> {
+        let encoding = self
+            .library
+            .encode_fast(text, false)
+            .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
+        Ok(self.begin.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+    }
+
+    /// The text of all ids; control tokens have none.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let mut detokenizer = Detokenizer::new();
+        let mut text: String = ids.iter().map(|id| detokenizer.push(self.token_bytes(*id))).collect();
+        text.push_str(&detokenizer.finish());
+        text
+    }
+
+    /// The bytes that a token adds to a text; none for control tokens and ids outside the vocabulary.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.bytes.get(id)
+    }
+
+    /// Ids that end a generation.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// The id that is put before every text, if the model wants one.
+    pub fn begin_id(&self) -> Option<u32> {
+        self.begin
+    }
+
+    /// How many tokens the vocabulary has.
+    pub fn len(&self) -> usize {
+        self.bytes.ends.len()
+    }
+
+    /// Whether the vocabulary is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+fn unsupported(key: &'static str, found: &str, supported: &'static str) -> TokenizerProblem {
+    TokenizerProblem::Unsupported { key, found: found.to_owned(), supported }
+}
+
+fn entry(key: &'static str, why: String) -> TokenizerProblem {
+    TokenizerProblem::Entry { key, why }
+}
+
+fn is_special(kind: i64) -> bool {
+    matches!(kind, TYPE_CONTROL | TYPE_USER_DEFINED)
+}
+
+/// How text is cut before merging. The names are those of the GGUF key.
+fn split_rule(name: &str) -> Result<PreTokenizerWrapper, TokenizerProblem> {
+    match name {
+        // Every digit by itself, then the words of GPT-2's expression, each as bytes. Neither step adds a space.
+        "smollm" => {
+            Ok(Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]).into())
+        }
+        other => Err(unsupported(PRE, other, "smollm")),
+    }
+}
+
+fn texts<'a>(gguf: &Gguf, file: &'a [u8], key: &'static str) -> Result<Vec<&'a str>, TokenizerProblem> {
+    let array = gguf.metadata.array(key, file)?;
+    let texts: Vec<&str> =
+        array.strings().ok_or_else(|| entry(key, "it is not a list of texts".to_owned()))?.collect();
+    if texts.is_empty() {
+        return Err(entry(key, "it is empty".to_owned()));
+    }
+    if u32::try_from(texts.len()).is_err() {
+        return Err(entry(key, format!("{} entries are more than ids can number", texts.len())));
+    }
+    Ok(texts)
+}
+
+/// The type of every token; all plain where the file says nothing.
+fn token_types(gguf: &Gguf, file: &[u8], count: usize) -> Result<Vec<i64>, TokenizerProblem> {
+    let Some(array) = gguf.metadata.opt_array(TYPES, file)? else { return Ok(vec![1; count]) };
+    let types: Vec<i64> =
+        array.integers().ok_or_else(|| entry(TYPES, "it is not a list of integers".to_owned()))?.collect();
+    if types.len() != count {
+        return Err(entry(TYPES, format!("{} entries for a vocabulary of {count}", types.len())));
+    }
+    Ok(types)
+}
+
+fn merges(gguf: &Gguf, file: &[u8]) -> Result<Vec<(String, String)>, TokenizerProblem> {
+    texts(gguf, file, MERGES)?
+        .into_iter()
+        .map(|merge| match merge.split_once(' ') {
+            Some((left, right)) if !left.is_empty() && !right.is_empty() => {
+                Ok((left.to_owned(), right.to_owned()))
+            }
+            _ => Err(entry(MERGES, format!("{merge:?} is not two pieces with a space between"))),
+        })
+        .collect()
+}
+
+/// The character that stands for a byte in a byte-level vocabulary: printable Latin-1 for itself, the others in order
+/// from U+0100 on.
+pub(crate) fn byte_chars() -> [char; 256] {
+    let mut next = 0x100_u32;
+    std::array::from_fn(|byte| {
+        let printable = matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+        let code = if printable {
+            byte as u32
+        } else {
+            next += 1;
+            next - 1
+        };
+        // All codes are below U+0200, where no surrogate lies.
+        char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER)
+    })
+}
+
+/// The bytes of every token, one after the other, so that a large vocabulary is two allocations.
+struct TokenBytes {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl TokenBytes {
+    fn new(tokens: &[&str], types: &[i64]) -> Self {
+        let of_char: HashMap<char, u8> = byte_chars().into_iter().zip(0..=255).collect();
+        let mut all = Self { bytes: Vec::new(), ends: Vec::with_capacity(tokens.len()) };
+        for (token, kind) in tokens.iter().zip(types) {
+            match *kind {
+                TYPE_CONTROL => {}
+                TYPE_USER_DEFINED => all.bytes.extend_from_slice(token.as_bytes()),
+                _ => {
+                    let from = all.bytes.len();
+                    let whole = token.chars().all(|c| of_char.get(&c).map(|b| all.bytes.push(*b)).is_some());
+                    if !whole {
+                        // A token that no byte-level text can produce; it stands for itself.
+                        all.bytes.truncate(from);
+                        all.bytes.extend_from_slice(token.as_bytes());
+                    }
+                }
+            }
+            all.ends.push(all.bytes.len());
+        }
+        all
+    }
+
+    fn get(&self, id: u32) -> &[u8] {
+        let id = id as usize;
+        let Some(end) = self.ends.get(id) else { return &[] };
+        let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.bytes[start..*end]
+    }
+}
