@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# binaries.sh link FOLDER NAME...   builds what is missing and makes FOLDER/NAME point at it
+# binaries.sh path NAME             builds it if it is missing and prints its path
+# binaries.sh source MODULE PATH    prints the folder of Go module PATH as pinned by modules/MODULE
+#
+# Binaries live under a name that holds the digest of the pins, the Go version and the flags: a changed pin gives a new
+# folder, and a cluster that runs goes on with the files it was started with.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+export GOFLAGS="-buildvcs=false -mod=readonly" GOWORK=off GOTOOLCHAIN=local
+
+row() { awk -v name="$1" '$1 == name { print; found = 1 } END { exit !found }' "$CLUSTER_SRC/binaries.txt" || fail "no such binary: $1" "known: binaries.txt"; }
+
+# Kubernetes clients compare versions, and a binary built from a module says v0.0.0 unless it is told.
+linker_flags() {
+  local module=$1 version
+  case $module in
+    kubernetes)
+      version=$(awk '$1 == "k8s.io/kubernetes" { print $2 }' "$CLUSTER_SRC/modules/kubernetes/go.mod")
+      local minor=${version#v1.}
+      echo "-s -w -X k8s.io/component-base/version.gitVersion=$version -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=${minor%%.*} -X k8s.io/component-base/version.gitTreeState=clean" ;;
+    runc) echo "-s -w -X main.version=$(awk '$1 == "github.com/opencontainers/runc" { print substr($2, 2) }' "$CLUSTER_SRC/modules/runc/go.mod")" ;;
+    *) echo "-s -w" ;;
+  esac
+}
+
+# store_of MODULE BUILD: the folder for that module's binaries.
+store_of() {
+  local digest
+  digest=$(cd "$CLUSTER_SRC/modules/$1" && { cat go.mod go.sum; go version; linker_flags "$1"; echo "$2"; } | sha256sum | cut -c1-12)
+  echo "$BIN_STORE/$1-$digest"
+}
+
+# build NAME: prints the path of the binary, which exists when this returns.
+build() {
+  local name module package kind store target began flags=()
+  read -r name module package kind <<<"$(row "$1")"
+  store=$(store_of "$module" "$kind")
+  target=$store/$name
+  if [ ! -x "$target" ]; then
+    began=$SECONDS
+    say "building $name from $package ..."
+    mkdir -p "$store"
+    [ "$kind" = seccomp ] && flags=(-tags=seccomp)
+    # Built beside and renamed, so that an interrupted build never leaves half a binary under the final name.
+    (cd "$CLUSTER_SRC/modules/$module" &&
+      CGO_ENABLED=$([ "$kind" = seccomp ] && echo 1 || echo 0) \
+        go build -trimpath "${flags[@]}" -ldflags "$(linker_flags "$module")" -o "$target.part" "$package") >&2 ||
+      fail "building $name failed" "module: $CLUSTER_SRC/modules/$module"
+    mv "$target.part" "$target"
+    say "built $name in $((SECONDS - began)) s"
+  fi
+  echo "$target"
+}
+
+main() {
+  command -v go >/dev/null || fail "go is not installed (1.26 or newer is needed to build the cluster's binaries)" "see preflight.sh"
+  local verb=${1:?link, path or source}
+  shift
+  case $verb in
+    link)
+      local folder=$1 name path
+      shift
+      mkdir -p "$folder"
+      for name in "$@"; do
+        path=$(build "$name")
+        ln -sfn "$path" "$folder/$name"
+      done ;;
+    path) build "$1" ;;
+    source) (cd "$CLUSTER_SRC/modules/$1" && go mod download "$2" >&2 && go list -m -f '{{.Dir}}' "$2") ;;
+    *) fail "unknown verb $verb" ;;
+  esac
+}
+
+# Two runs at once would build the same file twice; the second one waits and then finds it.
+mkdir -p "$BIN_STORE"
+exec 8>"$BIN_STORE/.lock"
+flock 8
+main "$@" 8>&- 

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# down.sh: ends the cluster and everything it made, also what a crash left, and prints what is left: nothing.
+# Pods get no time to end by themselves. Binaries, images and models stay cached.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$CLUSTER_SRC/process.sh"
+source "$CLUSTER_SRC/cgroups.sh"
+source "$CLUSTER_SRC/lan.sh"
+source "$CLUSTER_SRC/sysctls.sh"
+source "$CLUSTER_SRC/leftovers.sh"
+
+[ "$(id -u)" = 0 ] || fail "the cluster runs as root: run this as root too"
+take_lock
+if count_leftovers >/dev/null; then
+  say "there is no cluster"
+else
+  names=()
+  for record in "$STATE"/run/*.pid; do [ -e "$record" ] && names+=("$(basename "$record" .pid)"); done
+  # Those that would start things again are ended first; the rest follows by cgroup.
+  [ ${#names[@]} = 0 ] || stop 5 $(printf '%s\n' "${names[@]}" | grep -E '^(kubelet|kube-controller-manager|kwok)' || true)
+  [ ${#names[@]} = 0 ] || stop 3 $(printf '%s\n' "${names[@]}" | grep -v '^space' || true)
+  remove_leftovers
+fi
+if left=$(count_leftovers); then say "down: $left are left"; else fail "not everything could be removed: $left"; fi
