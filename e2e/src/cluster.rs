@@ -66,24 +66,26 @@ impl Cluster {
         self.kubectl(&["--namespace", namespace, "describe", kind, name]).stdout().await
     }
 
-    /// The nodes' names and internal addresses, sorted by name.
+    /// Names and internal addresses of the nodes that run containers, sorted by name. Nodes that are only objects
+    /// have no address.
     ///
     /// # Errors
-    /// When a node has no address, or one outside the test cluster's network.
+    /// When there is no such node, or one has an address outside the test cluster's network.
     pub async fn nodes(&self) -> Result<Vec<(String, String)>> {
         let list = Api::<Node>::all(self.client.clone()).list(&kube::api::ListParams::default()).await?;
         let mut nodes = Vec::new();
         for node in list {
             let name = node.metadata.name.unwrap_or_default();
             let addresses = node.status.and_then(|it| it.addresses).unwrap_or_default();
-            let address = addresses.into_iter().find(|it| it.type_ == "InternalIP");
-            let address = address.with_context(|| format!("node {name} has no InternalIP"))?.address;
+            let Some(address) = addresses.into_iter().find(|it| it.type_ == "InternalIP") else { continue };
+            let address = address.address;
             ensure!(
                 is_test_address(&address),
                 "node {name} has {address}, which is outside {CLUSTER_NETWORK}0/24"
             );
             nodes.push((name, address));
         }
+        ensure!(!nodes.is_empty(), "the cluster has no node that runs containers");
         nodes.sort();
         Ok(nodes)
     }

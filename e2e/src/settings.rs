@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 pub struct Settings {
     /// Credentials of the test cluster's administrator.
     pub kubeconfig: PathBuf,
-    /// Folder with helm, kubectl and ctr.
+    /// Folder with helm and kubectl.
     pub bin: PathBuf,
     /// Tag of the images that the nodes already hold.
     pub image_tag: String,
@@ -37,7 +37,7 @@ impl Settings {
         };
         let kubeconfig =
             required("TRUSTFORMERS_E2E_KUBECONFIG", "the path of the test cluster's kubeconfig")?;
-        let bin = required("TRUSTFORMERS_E2E_BIN", "the folder with helm, kubectl and ctr")?;
+        let bin = required("TRUSTFORMERS_E2E_BIN", "the folder with helm and kubectl")?;
         let image_tag = required("TRUSTFORMERS_E2E_IMAGE_TAG", "the tag of the images on the nodes")?;
         let cache = match variable("XDG_CACHE_HOME") {
             Some(folder) => PathBuf::from(folder),
@@ -59,7 +59,7 @@ impl Settings {
             "TRUSTFORMERS_E2E_KUBECONFIG names {}, which is no file: run `make cluster-up`",
             settings.kubeconfig.display()
         );
-        for tool in ["helm", "kubectl", "ctr"] {
+        for tool in ["helm", "kubectl"] {
             let path = settings.bin.join(tool);
             ensure!(path.is_file(), "TRUSTFORMERS_E2E_BIN: {} is missing", path.display());
         }
