@@ -1,0 +1,55 @@
+# What there is to do here. Each target is a script below e2e/ that can be read and run alone.
+SHELL := /usr/bin/env bash
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-down test cluster-up cluster-down cluster-status kubectl images models report fmt lint audit release
+
+NODES ?= 1
+export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  With KUBECONFIG set, demo, demo-down and kubectl work on that cluster; everything else always uses our own."
+	@echo "  Caches: $${XDG_CACHE_HOME:-$$HOME/.cache}/trustformers"
+
+demo: ## from nothing to tokens on a Kubernetes on this machine (Linux, root)
+	@e2e/tasks/demo.sh
+
+demo-down: ## takes the demo away and leaves nothing
+	@e2e/tasks/demo-down.sh
+
+test: ## every rung: style, unit, parity, stories on a two-node cluster; prints what each took
+	@e2e/tasks/test.sh
+
+cluster-up: ## a Kubernetes on this machine [NODES=2] [WITH="metrics-server kwok=20 gpu=2"]
+	@e2e/cluster/up.sh --nodes $(NODES) --with "$(WITH)"
+
+cluster-down: ## ends it and prints what is left: nothing
+	@e2e/cluster/down.sh
+
+cluster-status: ## what of it is there
+	@e2e/cluster/status.sh
+
+kubectl: ## kubectl on it: make kubectl ARGS="get pods -A"
+	@e2e/cluster/kubectl.sh $(ARGS)
+
+images: ## images of our programs, without a container engine; loaded into the running cluster [TAG=v0.1.0]
+	@e2e/images/build.sh
+
+models: ## the test model, and its image; loaded into the running cluster
+	@e2e/models/fetch.sh
+
+report: ## time to first token, image sizes, decode speed, what each rung took
+	@e2e/tasks/report.sh
+
+fmt: ## formats the code
+	@cargo fmt --all
+
+lint: ## format, lints, licences, the repository's own rules
+	@e2e/tasks/lint.sh
+
+audit: ## known vulnerabilities in dependencies (fetches the advisory database)
+	@e2e/tasks/cargo-deny.sh check advisories
+
+release: ## optimised programs in target/release
+	@cargo build --locked --release --workspace --bins
