@@ -209,6 +209,22 @@ impl<B: Copy> Op<B> {
         }
     }
 
+    /// Every weight the op reads.
+    #[must_use]
+    pub fn weights(&self) -> Vec<WeightId> {
+        match self {
+            Self::Embed { table, .. } => vec![*table],
+            Self::RmsNorm { weight, .. } | Self::Logits { weight, .. } => vec![*weight],
+            Self::MatMul { weights, .. } => weights.clone(),
+            Self::Rope { .. }
+            | Self::KvWrite { .. }
+            | Self::Attention { .. }
+            | Self::SiluMul { .. }
+            | Self::Add { .. }
+            | Self::GatherRows { .. } => vec![],
+        }
+    }
+
     /// The buffer the op fills, if it makes a new one.
     #[must_use]
     pub const fn output(&self) -> Option<B> {

@@ -1,0 +1,109 @@
+//! Where the threads of a step must meet.
+//!
+//! Ops split their work differently (by rows, features, heads), so a barrier is needed wherever an op touches bytes that
+//! an op since the last barrier wrote, or writes bytes that one read. That is decided once, when a plan is compiled.
+
+use trustformers_plan::{Buf, Op};
+
+/// Something that ops share.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Resource {
+    /// A part of the arena.
+    Arena(Buf),
+    /// One layer of the cache.
+    Cache(usize),
+    /// The buffers that projections and attentions share for their intermediate results.
+    Scratch,
+}
+
+/// For each op, whether a barrier must lie before it.
+pub(crate) fn barriers(ops: &[Op]) -> Vec<bool> {
+    let mut since: Vec<(Resource, bool)> = Vec::new();
+    ops.iter()
+        .map(|op| {
+            let mine = accesses(op);
+            let meets = |(r, w): &(Resource, bool)| since.iter().any(|(q, v)| (*w || *v) && conflict(r, q));
+            let barrier = mine.iter().any(meets);
+            if barrier {
+                since.clear();
+            }
+            since.extend(mine);
+            barrier
+        })
+        .collect()
+}
+
+/// What an op touches, and whether it writes it.
+fn accesses(op: &Op) -> Vec<(Resource, bool)> {
+    let turned = matches!(op, Op::Rope { .. });
+    let mut list: Vec<_> = op.inputs().into_iter().map(|buf| (Resource::Arena(buf), turned)).collect();
+    list.extend(op.output().map(|buf| (Resource::Arena(buf), true)));
+    match op {
+        Op::KvWrite { layer, .. } => list.push((Resource::Cache(*layer), true)),
+        Op::Attention { layer, .. } => {
+            list.push((Resource::Cache(*layer), false));
+            list.push((Resource::Scratch, true));
+        }
+        Op::MatMul { .. } | Op::Logits { .. } => list.push((Resource::Scratch, true)),
+        Op::Embed { .. }
+        | Op::RmsNorm { .. }
+        | Op::Rope { .. }
+        | Op::SiluMul { .. }
+        | Op::Add { .. }
+        | Op::GatherRows { .. } => {}
+    }
+    list
+}
+
+fn conflict(a: &Resource, b: &Resource) -> bool {
+    match (a, b) {
+        (Resource::Arena(a), Resource::Arena(b)) => may_overlap(a, b),
+        (a, b) => a == b,
+    }
+}
+
+/// Whether two buffers may share bytes. Column ranges of one allocation are apart when their columns are; how many rows
+/// a step has is not known here, so anything else is taken to reach to the arena's end.
+fn may_overlap(a: &Buf, b: &Buf) -> bool {
+    let (low, high) = if a.offset <= b.offset { (a, b) } else { (b, a) };
+    let distance = (high.offset - low.offset) / size_of::<f32>();
+    let side_by_side = low.stride == high.stride
+        && low.rows == high.rows
+        && distance >= low.cols
+        && distance + high.cols <= low.stride;
+    !side_by_side
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use trustformers_plan::{RopeLayout, RopeSpec, RowSpace};
+
+    fn buf(offset: usize, cols: usize, stride: usize) -> Buf {
+        Buf { offset, cols, stride, rows: RowSpace::Tokens }
+    }
+
+    #[test]
+    fn columns_of_one_allocation_do_not_meet() {
+        assert!(!may_overlap(&buf(0, 32, 64), &buf(128, 16, 64)));
+        assert!(!may_overlap(&buf(192, 16, 64), &buf(128, 16, 64)));
+        assert!(may_overlap(&buf(0, 33, 64), &buf(128, 16, 64)));
+        assert!(may_overlap(&buf(128, 16, 64), &buf(128, 16, 64)));
+        // Its last columns would wrap into the first's next row.
+        assert!(may_overlap(&buf(0, 32, 64), &buf(192, 17, 64)));
+        assert!(may_overlap(&buf(0, 32, 64), &buf(128, 16, 32)));
+    }
+
+    #[test]
+    fn turning_queries_and_keys_needs_one_meeting() {
+        let spec = RopeSpec { layout: RopeLayout::Neox, base: 1e4, dims: 8, head_dim: 8 };
+        let (q, k, v) = (buf(0, 32, 64), buf(128, 16, 64), buf(192, 16, 64));
+        let ops = [
+            Op::Rope { data: q, spec },
+            Op::Rope { data: k, spec },
+            Op::KvWrite { layer: 0, keys: k, values: v },
+            Op::KvWrite { layer: 1, keys: k, values: v },
+        ];
+        assert_eq!(barriers(&ops), [false, false, true, false]);
+    }
+}

@@ -1,0 +1,107 @@
+//! Norms and element-wise ops on one row or a part of it.
+
+use super::simd::{LANES, ROUND_MAGIC, Simd};
+
+/// `e^x` to about one unit in the last place: `2^n · e^r` with `|r| ≤ ln 2 / 2` and a polynomial of degree six in `r`
+/// (the coefficients are those of the Cephes library's single-precision exponential). Below -87 it stays at e^-87,
+/// above 88 at e^88: neither overflows nor becomes zero, and both vanish beside what they are added to.
+///
+/// # Safety
+/// The tier's instructions exist.
+#[inline(always)]
+pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: arithmetic only.
+    unsafe {
+        let x = S::min(S::max(x, S::splat(-87.0)), S::splat(88.0));
+        let shifted = S::fma(x, S::splat(std::f32::consts::LOG2_E), S::splat(ROUND_MAGIC));
+        let n = S::sub(shifted, S::splat(ROUND_MAGIC));
+        // ln 2 in two parts, the first with few bits so that its product with `n` is exact.
+        let r = S::fma(n, S::splat(-0.693_359_4), x);
+        let r = S::fma(n, S::splat(2.121_944_4e-4), r);
+        let mut p = S::splat(1.987_569_1e-4);
+        for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+            p = S::fma(p, r, S::splat(c));
+        }
+        let e = S::add(S::fma(S::mul(p, r), r, r), S::splat(1.0));
+        S::mul(e, S::pow2(shifted))
+    }
+}
+
+/// `out = silu(gate) * up` for `len` values.
+///
+/// # Safety
+/// The tier's instructions exist and the pointers have `len` values; `out` overlaps neither input.
+#[inline(always)]
+pub(crate) unsafe fn silu_mul<S: Simd>(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
+    let mut at = 0;
+    while at < len {
+        let lanes = LANES.min(len - at);
+        // SAFETY: full vectors lie inside; the rest goes through arrays of a full vector.
+        unsafe {
+            if lanes == LANES {
+                let value = gated::<S>(S::load(gate.add(at)), S::load(up.add(at)));
+                S::store(out.add(at), value);
+            } else {
+                let (mut g, mut u) = ([0.0; LANES], [0.0; LANES]);
+                g[..lanes].copy_from_slice(std::slice::from_raw_parts(gate.add(at), lanes));
+                u[..lanes].copy_from_slice(std::slice::from_raw_parts(up.add(at), lanes));
+                let value = gated::<S>(S::load(g.as_ptr()), S::load(u.as_ptr()));
+                S::store(g.as_mut_ptr(), value);
+                std::ptr::copy_nonoverlapping(g.as_ptr(), out.add(at), lanes);
+            }
+        }
+        at += lanes;
+    }
+}
+
+#[inline(always)]
+unsafe fn gated<S: Simd>(gate: S::F, up: S::F) -> S::F {
+    // SAFETY: arithmetic only.
+    unsafe {
+        let e = exp::<S>(S::sub(S::splat(0.0), gate));
+        S::mul(S::div(gate, S::add(S::splat(1.0), e)), up)
+    }
+}
+
+/// `out = a + b` for `len` values.
+///
+/// # Safety
+/// The pointers have `len` values; `out` overlaps neither input.
+#[inline(always)]
+pub(crate) unsafe fn add(a: *const f32, b: *const f32, out: *mut f32, len: usize) {
+    // SAFETY: the caller vouches for the lengths.
+    let (a, b, out) = unsafe {
+        (
+            std::slice::from_raw_parts(a, len),
+            std::slice::from_raw_parts(b, len),
+            std::slice::from_raw_parts_mut(out, len),
+        )
+    };
+    for (out, (a, b)) in out.iter_mut().zip(a.iter().zip(b)) {
+        *out = a + b;
+    }
+}
+
+/// `out = input / sqrt(mean(input²) + eps) * weight`; squares are summed in f64, in eight interleaved sums.
+///
+/// # Safety
+/// `input` and `out` are as long as `weight` and do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn rms_norm(input: *const f32, weight: &[f32], eps: f32, out: *mut f32) {
+    // SAFETY: the caller vouches for the lengths.
+    let (input, out) = unsafe {
+        (std::slice::from_raw_parts(input, weight.len()), std::slice::from_raw_parts_mut(out, weight.len()))
+    };
+    let mut sums = [0.0f64; 8];
+    for eight in input.chunks(8) {
+        for (sum, v) in sums.iter_mut().zip(eight) {
+            *sum += f64::from(*v) * f64::from(*v);
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = sums;
+    let mean = (((a + b) + (c + d)) + ((e + f) + (g + h))) / weight.len() as f64;
+    let factor = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
+    for (out, (v, w)) in out.iter_mut().zip(input.iter().zip(weight)) {
+        *out = v * factor * w;
+    }
+}

@@ -1,0 +1,177 @@
+//! Sixteen lanes, by three sets of instructions.
+//!
+//! Kernels are written once over [`Simd`] and compiled per tier inside functions that enable the tier's instructions;
+//! everything here is inlined into those, which is what makes the intrinsics legal. Fused multiply-add is part of the
+//! trait because its rounding is: the scalar tier has none and rounds twice.
+
+/// Lanes of a vector; the rows of a packed group.
+pub(crate) const LANES: usize = 16;
+
+/// Adding this to a small number leaves its nearest integer in the low bits (1.5 · 2²³).
+pub(crate) const ROUND_MAGIC: f32 = 12_582_912.0;
+
+/// Sixteen f32 (`F`) and sixteen times four bytes (`I`, which is also sixteen i32).
+///
+/// # Safety
+/// Every method needs the instructions of its tier and, where it takes a pointer, the full width behind it.
+pub(crate) trait Simd: Copy {
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixty-four bytes, or sixteen i32.
+    type I: Copy;
+    /// Whether there are 32 registers of the full width.
+    const WIDE: bool;
+    /// Whether [`Self::dot_i8`] adds `128 · Σx`, because it takes its first operand as it is stored (`q + 128`).
+    const DOT_IS_OFFSET: bool;
+
+    unsafe fn splat(v: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn store(p: *mut f32, v: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// Sixteen halves.
+    unsafe fn load_half(p: *const u16) -> Self::F;
+    /// `2^n` where `v` is `n + ROUND_MAGIC`, `n` an integer in -126..=127.
+    unsafe fn pow2(v: Self::F) -> Self::F;
+
+    unsafe fn zero_i() -> Self::I;
+    unsafe fn load_i(p: *const u8) -> Self::I;
+    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
+    /// i32 to f32.
+    unsafe fn to_f(v: Self::I) -> Self::F;
+    /// Low four bits of each byte.
+    unsafe fn low(v: Self::I) -> Self::I;
+    /// High four bits of each byte.
+    unsafe fn high(v: Self::I) -> Self::I;
+    /// Byte `j` (0..4, lowest first) of each 32-bit lane, unsigned, as f32.
+    unsafe fn byte(v: Self::I, j: i32) -> Self::F;
+    /// `acc + Σ w[4 i + j] · x[j]` per lane `i`; `w` are 0..=15, `x` four signed bytes.
+    unsafe fn dot_u4(acc: Self::I, w: Self::I, x: i32) -> Self::I;
+    /// The same for `w` stored as `q + 128`; see [`Self::DOT_IS_OFFSET`]. `x` are -127..=127.
+    unsafe fn dot_i8(acc: Self::I, w: Self::I, x: i32) -> Self::I;
+    /// Asks for a line that will be read soon; any address is allowed.
+    unsafe fn prefetch(p: *const u8);
+}
+
+/// f16 bits to f32, without asking the processor what it can do each time.
+#[inline(always)]
+pub(crate) fn half_to_f32(bits: u16) -> f32 {
+    half::f16::from_bits(bits).to_f32_const()
+}
+
+/// Plain arrays.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+#[inline(always)]
+fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl Simd for Scalar {
+    type F = [f32; LANES];
+    type I = [i32; LANES];
+    const WIDE: bool = false;
+    const DOT_IS_OFFSET: bool = false;
+
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> Self::F {
+        [v; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        // SAFETY: the caller vouches for sixteen values.
+        unsafe { p.cast::<Self::F>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::F) {
+        // SAFETY: the caller vouches for sixteen values.
+        unsafe { p.cast::<Self::F>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
+        // As the vector instructions: the second operand where the comparison fails.
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn load_half(p: *const u16) -> Self::F {
+        // SAFETY: the caller vouches for sixteen values.
+        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(half_to_f32)
+    }
+    #[inline(always)]
+    unsafe fn pow2(v: Self::F) -> Self::F {
+        v.map(|v| f32::from_bits((v.to_bits() << 23).wrapping_add(127 << 23)))
+    }
+    #[inline(always)]
+    unsafe fn zero_i() -> Self::I {
+        [0; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load_i(p: *const u8) -> Self::I {
+        // SAFETY: the caller vouches for 64 bytes.
+        unsafe { p.cast::<Self::I>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn to_f(v: Self::I) -> Self::F {
+        v.map(|v| v as f32)
+    }
+    #[inline(always)]
+    unsafe fn low(v: Self::I) -> Self::I {
+        v.map(|v| v & 0x0f0f_0f0f)
+    }
+    #[inline(always)]
+    unsafe fn high(v: Self::I) -> Self::I {
+        v.map(|v| (v >> 4) & 0x0f0f_0f0f)
+    }
+    #[inline(always)]
+    unsafe fn byte(v: Self::I, j: i32) -> Self::F {
+        v.map(|v| ((v >> (8 * j)) & 255) as f32)
+    }
+    #[inline(always)]
+    unsafe fn dot_u4(acc: Self::I, w: Self::I, x: i32) -> Self::I {
+        let x = x.to_le_bytes().map(|b| i32::from(b.cast_signed()));
+        std::array::from_fn(|i| (0..4).fold(acc[i], |sum, j| sum + ((w[i] >> (8 * j)) & 255) * x[j]))
+    }
+    #[inline(always)]
+    unsafe fn dot_i8(acc: Self::I, w: Self::I, x: i32) -> Self::I {
+        let x = x.to_le_bytes().map(|b| i32::from(b.cast_signed()));
+        std::array::from_fn(|i| (0..4).fold(acc[i], |sum, j| sum + (((w[i] >> (8 * j)) & 255) - 128) * x[j]))
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+}

@@ -1,0 +1,394 @@
+//! One thread's way through a plan.
+//!
+//! Every method here does this thread's share of one op. Safety rests on three things that hold for the whole file:
+//! the step was validated against the plan, the plan's buffers lie in the arena and do not overlap while they live, and
+//! [`crate::hazards`] put a barrier wherever one thread's share meets another's.
+
+use trustformers_plan::{
+    AttentionShape, Buf, DType, Epilogue, KV_BLOCK_TOKENS, Numerics, Op, Plan, RopeLayout, RopeSpec,
+    RowSpace, StepInput, WeightId,
+};
+
+use crate::{
+    kernels::{
+        attention::{Attend, CHUNK_TOKENS, cache_index, partial_len},
+        matmul::{MatMul, Rows, Target},
+        quantise::QuantBuffer,
+    },
+    model::Shared,
+    pack::BLOCK_COLS,
+    pool::{Aborted, Barrier, share},
+};
+
+/// Rows that each thread quantises for itself: repeating so little costs less than meeting once more.
+pub(crate) const PRIVATE_ROWS: usize = 4;
+/// With fewer (row, key/value head) pairs per thread than this, attention is split by chunks too.
+pub(crate) const ITEMS_PER_THREAD: usize = 4;
+/// Columns per unit of element-wise work.
+const UNIT_COLS: usize = 256;
+
+/// A step under way, as all threads see it.
+pub(crate) struct Step<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) plan: &'a Plan,
+    pub(crate) barriers: &'a [bool],
+    pub(crate) input: &'a StepInput,
+    pub(crate) row_sequences: &'a [u32],
+    pub(crate) threads: usize,
+}
+
+/// This thread's number, and where it meets the others.
+#[derive(Clone, Copy)]
+struct Me<'a> {
+    number: usize,
+    barrier: &'a Barrier,
+}
+
+impl Step<'_> {
+    /// Runs this thread's share of every op.
+    pub(crate) fn run(&self, number: usize, barrier: &Barrier) -> Result<(), Aborted> {
+        let me = Me { number, barrier };
+        for (op, &barrier_before) in self.plan.ops().iter().zip(self.barriers) {
+            if barrier_before {
+                barrier.wait()?;
+            }
+            self.op(op, me)?;
+        }
+        Ok(())
+    }
+
+    /// Appends the logits; for the caller's thread, after all have ended.
+    pub(crate) fn read_logits(&self, logits: &mut Vec<f32>) {
+        for op in self.plan.ops() {
+            if let Op::Logits { out, .. } = op {
+                for row in 0..self.rows(*out) {
+                    // SAFETY: the row lies in the arena, and no thread runs any more.
+                    logits.extend_from_slice(unsafe {
+                        std::slice::from_raw_parts(self.at(*out, row), out.cols)
+                    });
+                }
+            }
+        }
+    }
+
+    fn op(&self, op: &Op, me: Me<'_>) -> Result<(), Aborted> {
+        match *op {
+            Op::Embed { table, out } => self.embed(table, out, me),
+            Op::RmsNorm { input, weight, eps, out } => {
+                let weight = &self.shared.vectors[&weight];
+                for row in self.my_share(self.rows(out), me) {
+                    // SAFETY: see the module; the row is this thread's.
+                    unsafe {
+                        (self.shared.kernels.rms_norm)(self.at(input, row), weight, eps, self.at(out, row))
+                    };
+                }
+            }
+            Op::MatMul { input, ref weights, epilogue, out } => {
+                return self.matmul(weights, (input, epilogue, out), me);
+            }
+            Op::Logits { input, weight, out } => {
+                return self.matmul(&[weight], (input, Epilogue::None, out), me);
+            }
+            Op::Rope { data, spec } => self.rope(data, &spec, me),
+            Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values, me),
+            Op::Attention { layer, query, shape, scale, out } => {
+                return self.attention(&Attention { layer, query, shape, scale, out }, me);
+            }
+            Op::SiluMul { gate, up, out } => {
+                self.element_wise(self.shared.kernels.silu_mul, (gate, up, out), me)
+            }
+            Op::Add { a, b, out } => self.element_wise(self.shared.kernels.add, (a, b, out), me),
+            Op::GatherRows { input, out } => {
+                for i in self.my_share(self.rows(out), me) {
+                    let row = self.input.logits_rows[i] as usize;
+                    // SAFETY: see the module; the buffers do not overlap.
+                    unsafe { std::ptr::copy_nonoverlapping(self.at(input, row), self.at(out, i), out.cols) };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn rows(&self, buf: Buf) -> usize {
+        match buf.rows {
+            RowSpace::Tokens => self.input.rows(),
+            RowSpace::Logits => self.input.logits_rows.len(),
+        }
+    }
+
+    fn my_share(&self, total: usize, me: Me<'_>) -> std::ops::Range<usize> {
+        share(total, self.threads, me.number)
+    }
+
+    fn at(&self, buf: Buf, row: usize) -> *mut f32 {
+        debug_assert!(row < self.rows(buf));
+        // SAFETY: the buffer is one of the plan's, and validation bounded the rows.
+        unsafe { self.shared.arena.row(buf, row) }
+    }
+
+    fn embed(&self, table: WeightId, out: Buf, me: Me<'_>) {
+        let table = self.shared.weights.get(table);
+        for row in self.my_share(self.input.rows(), me) {
+            // SAFETY: see the module; the row is this thread's.
+            let out = unsafe { std::slice::from_raw_parts_mut(self.at(out, row), out.cols) };
+            table.dequantise_row(self.input.tokens[row] as usize, out);
+        }
+    }
+
+    fn element_wise(
+        &self,
+        kernel: unsafe fn(*const f32, *const f32, *mut f32, usize),
+        (a, b, out): (Buf, Buf, Buf),
+        me: Me<'_>,
+    ) {
+        let units = out.cols.div_ceil(UNIT_COLS);
+        for unit in self.my_share(self.rows(out) * units, me) {
+            let (row, first) = (unit / units, unit % units * UNIT_COLS);
+            let len = UNIT_COLS.min(out.cols - first);
+            // SAFETY: see the module; the columns are this thread's.
+            unsafe {
+                kernel(
+                    self.at(a, row).add(first),
+                    self.at(b, row).add(first),
+                    self.at(out, row).add(first),
+                    len,
+                );
+            }
+        }
+    }
+
+    fn rope(&self, data: Buf, spec: &RopeSpec, me: Me<'_>) {
+        // Compiling checked that the table exists.
+        let Some((_, table)) = self.shared.ropes.iter().find(|(known, _)| known == spec) else { return };
+        let heads = data.cols / spec.head_dim;
+        for unit in self.my_share(self.input.rows() * heads, me) {
+            let (row, head) = (unit / heads, unit % heads);
+            let (cos, sin) = table.at(self.input.positions[row] as usize);
+            // SAFETY: see the module; the head is this thread's.
+            let head = unsafe {
+                std::slice::from_raw_parts_mut(self.at(data, row).add(head * spec.head_dim), spec.head_dim)
+            };
+            for (i, (cos, sin)) in cos.iter().zip(sin).enumerate() {
+                let (a, b) = match spec.layout {
+                    RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+                    RopeLayout::Neox => (i, i + spec.dims / 2),
+                };
+                let (x, y) = (head[a], head[b]);
+                head[a] = x * cos - y * sin;
+                head[b] = x * sin + y * cos;
+            }
+        }
+    }
+
+    /// First value of a layer's cache.
+    fn layer_cache(&self, layer: usize) -> *mut f32 {
+        let hyper = &self.shared.hyper;
+        let layer_len = self.shared.kv_blocks * 2 * KV_BLOCK_TOKENS * hyper.kv_heads * hyper.head_dim;
+        self.shared.cache.ptr().wrapping_add(layer * layer_len)
+    }
+
+    fn table(&self, row: usize) -> &[u32] {
+        self.input.blocks_of(self.row_sequences[row] as usize)
+    }
+
+    fn kv_write(&self, layer: usize, keys: Buf, values: Buf, me: Me<'_>) {
+        let hyper = &self.shared.hyper;
+        let shape = AttentionShape { heads: hyper.heads, kv_heads: hyper.kv_heads, head_dim: hyper.head_dim };
+        let dim = shape.head_dim;
+        for row in self.my_share(self.input.rows(), me) {
+            let position = self.input.positions[row] as usize;
+            let (block, slot) = (self.table(row)[position / KV_BLOCK_TOKENS], position % KV_BLOCK_TOKENS);
+            for kv_head in 0..shape.kv_heads {
+                // SAFETY: validation put the block inside the cache and lets one row alone write the slot.
+                unsafe {
+                    let (k, v) =
+                        (self.at(keys, row).add(kv_head * dim), self.at(values, row).add(kv_head * dim));
+                    let cached = self.layer_cache(layer).add(cache_index(&shape, block as usize, kv_head));
+                    for d in 0..dim {
+                        *cached.add(d * KV_BLOCK_TOKENS + slot) = *k.add(d);
+                    }
+                    std::ptr::copy_nonoverlapping(v, cached.add(dim * KV_BLOCK_TOKENS + slot * dim), dim);
+                }
+            }
+        }
+    }
+}
+
+/// The operands of a [`Op::Attention`].
+struct Attention {
+    layer: usize,
+    query: Buf,
+    shape: AttentionShape,
+    scale: f32,
+    out: Buf,
+}
+
+// === projections ===
+
+impl Step<'_> {
+    fn matmul(
+        &self,
+        weights: &[WeightId],
+        (input, epilogue, out): (Buf, Epilogue, Buf),
+        me: Me<'_>,
+    ) -> Result<(), Aborted> {
+        let rows = self.rows(out);
+        if rows == 0 {
+            return Ok(());
+        }
+        let matrices = weights.iter().map(|id| &self.shared.matrices[id]);
+        let quantised = |dtype| matches!(dtype, DType::Q8_0 | DType::Q4_1);
+        let quantise = self.shared.numerics == Numerics::Fast && matrices.clone().any(|m| quantised(m.dtype));
+        let buffer = if quantise { Some(self.quantise(input, rows, me)?) } else { None };
+
+        let total = matrices.clone().map(|m| m.groups()).sum();
+        let mine = self.my_share(total, me);
+        let (mut first_group, mut first_col) = (0, 0);
+        for matrix in matrices {
+            let end = first_group + matrix.groups();
+            let groups = mine.start.max(first_group)..mine.end.min(end);
+            if !groups.is_empty() {
+                // SAFETY: see the module; the groups' outputs are this thread's.
+                unsafe {
+                    (self.shared.kernels.matmul)(&MatMul {
+                        matrix,
+                        groups: groups.start - first_group..groups.end - first_group,
+                        input: Rows { ptr: self.at(input, 0), stride: input.stride, count: rows },
+                        quantised: buffer.as_ref().map(QuantBuffer::rows).filter(|_| quantised(matrix.dtype)),
+                        target: Target {
+                            ptr: self.at(out, 0).add(first_col),
+                            stride: out.stride,
+                            residual: match epilogue {
+                                Epilogue::None => None,
+                                Epilogue::Add(r) => {
+                                    Some((self.at(r, 0).add(first_col).cast_const(), r.stride))
+                                }
+                            },
+                        },
+                        panel: self.shared.scratch.threads[me.number].panel.ptr(),
+                    });
+                }
+            }
+            first_group = end;
+            first_col += matrix.rows;
+        }
+        Ok(())
+    }
+
+    /// Quantises a projection's input: few rows by each thread for itself, many once for all.
+    fn quantise(&self, input: Buf, rows: usize, me: Me<'_>) -> Result<QuantBuffer, Aborted> {
+        let cols = input.cols / BLOCK_COLS * BLOCK_COLS;
+        let scratch = &self.shared.scratch;
+        let private = rows <= PRIVATE_ROWS;
+        let memory = if private { &scratch.threads[me.number].quantised } else { &scratch.quantised };
+        // SAFETY: loading sized both for the widest projection and their numbers of rows.
+        let buffer = unsafe { QuantBuffer::new(memory.ptr().cast(), rows, cols) };
+        let mine = if private { 0..rows } else { self.my_share(rows, me) };
+        for row in mine {
+            // SAFETY: the row is this thread's, in its own memory or its share of the common one.
+            unsafe { (self.shared.kernels.quantise)(&buffer, row, self.at(input, row)) };
+        }
+        if !private {
+            me.barrier.wait()?;
+        }
+        Ok(buffer)
+    }
+}
+
+// === attention ===
+
+impl Step<'_> {
+    fn attention(&self, a: &Attention, me: Me<'_>) -> Result<(), Aborted> {
+        let (rows, kv_heads) = (self.input.rows(), a.shape.kv_heads);
+        let longest = self.input.context_lens.iter().max().map_or(0, |&tokens| tokens as usize);
+        if rows * kv_heads < ITEMS_PER_THREAD * self.threads && longest > CHUNK_TOKENS && self.threads > 1 {
+            return self.attention_by_chunks(a, me);
+        }
+        let partials = self.shared.scratch.threads[me.number].partials.ptr();
+        // Neighbouring rows cost about the same, so taking every n-th balances the threads; one head after the other
+        // keeps its keys and values in the cache.
+        for item in (me.number..rows * kv_heads).step_by(self.threads) {
+            let (row, kv_head) = (item % rows, item / rows);
+            let attend = self.attend(a, row);
+            // SAFETY: see the module; the partials are this thread's, and so are the row's heads.
+            unsafe {
+                for chunk in 0..attend.chunks() {
+                    (self.shared.kernels.attend)(
+                        &attend,
+                        kv_head,
+                        chunk,
+                        partials.add(chunk * chunk_len(&a.shape)),
+                    );
+                }
+                let group = a.shape.heads / kv_heads;
+                for head in 0..group {
+                    let from = partials.add(head * partial_len(&a.shape));
+                    self.merge(a, (row, kv_head * group + head), from, attend.chunks());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for few rows with long contexts: chunks are the units of work, and merging follows a barrier.
+    fn attention_by_chunks(&self, a: &Attention, me: Me<'_>) -> Result<(), Aborted> {
+        let (rows, kv_heads, group) = (self.input.rows(), a.shape.kv_heads, a.shape.heads / a.shape.kv_heads);
+        let item_len = self.shared.hyper.context.div_ceil(CHUNK_TOKENS) * chunk_len(&a.shape);
+        let partials = |row: usize, kv_head: usize| {
+            self.shared.scratch.partials.ptr().wrapping_add((row * kv_heads + kv_head) * item_len)
+        };
+        let total = (0..rows).map(|row| self.attend(a, row).chunks() * kv_heads).sum();
+        let mine = self.my_share(total, me);
+        let mut first = 0;
+        for row in 0..rows {
+            let attend = self.attend(a, row);
+            let count = attend.chunks() * kv_heads;
+            for unit in mine.start.max(first)..mine.end.min(first + count) {
+                let (kv_head, chunk) = ((unit - first) / attend.chunks(), (unit - first) % attend.chunks());
+                // SAFETY: see the module; the chunk's partials are this thread's.
+                unsafe {
+                    let out = partials(row, kv_head).add(chunk * chunk_len(&a.shape));
+                    (self.shared.kernels.attend)(&attend, kv_head, chunk, out);
+                }
+            }
+            first += count;
+        }
+        me.barrier.wait()?;
+        for unit in self.my_share(rows * a.shape.heads, me) {
+            let (row, head) = (unit / a.shape.heads, unit % a.shape.heads);
+            // SAFETY: the barrier lies between the partials' writing and this; the head is this thread's.
+            unsafe {
+                let from = partials(row, head / group).add(head % group * partial_len(&a.shape));
+                self.merge(a, (row, head), from, self.attend(a, row).chunks());
+            }
+        }
+        Ok(())
+    }
+
+    fn attend(&self, a: &Attention, row: usize) -> Attend<'_> {
+        Attend {
+            shape: a.shape,
+            scale: a.scale,
+            cache: self.layer_cache(a.layer),
+            table: self.table(row),
+            query: self.at(a.query, row),
+            positions: self.input.positions[row] as usize + 1,
+        }
+    }
+
+    /// # Safety
+    /// `from` is the first of the head's `chunks` partials, a chunk apart; nobody else writes the head.
+    unsafe fn merge(&self, a: &Attention, (row, head): (usize, usize), from: *const f32, chunks: usize) {
+        let dim = a.shape.head_dim;
+        // SAFETY: as above, and see the module.
+        unsafe {
+            let out = self.at(a.out, row).add(head * dim);
+            (self.shared.kernels.merge)(from, chunk_len(&a.shape), chunks, (out, dim));
+        }
+    }
+}
+
+/// Values of one chunk's partials: all query heads of a key/value head.
+const fn chunk_len(shape: &AttentionShape) -> usize {
+    shape.heads / shape.kv_heads * partial_len(shape)
+}
