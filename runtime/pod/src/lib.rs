@@ -1,1 +1,27 @@
-//! The pod: engine behind gRPC and HTTP, health, metrics, drain.
+//! The pod: engines behind gRPC and HTTP, with states that can be watched, health, metrics and drain.
+//!
+//! The process serves its status from the first moment and loads in the background, so that somebody who watches
+//! sees the bytes go by, and sees the reason when loading fails. It never exits because a model is bad: a restart would
+//! fail the same way and hide the cause. The library half is what `trustformers-serve` runs several models with.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`spec`] | what to load and with which settings |
+//! | [`device`] | which backend a device's name means |
+//! | [`load`] | files → digest → model → engine, blocking, with progress |
+//! | [`failure`] | why that failed, and whether to try again |
+//! | [`board`] | the states of all models, published |
+//! | [`lifecycle`] | one model from Pending to Ready or Failed |
+//! | [`models`] | the `Inference` over all of them |
+//! | [`activity`] | who is being answered, and when the last one came |
+//! | [`process`] | listeners, signals, drain: the whole life of the process |
+
+pub mod activity;
+pub mod board;
+pub mod device;
+pub mod failure;
+pub mod lifecycle;
+pub mod load;
+pub mod models;
+pub mod process;
+pub mod spec;

@@ -1,0 +1,104 @@
+//! Who is being answered, and when the last one came: what a drain waits for.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// Counts requests from their arrival until their last byte was made or their caller left.
+#[derive(Debug)]
+pub struct Activity {
+    in_flight: watch::Sender<usize>,
+    last_arrival: Mutex<Instant>,
+}
+
+/// One request; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Request(Arc<Activity>);
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        self.0.in_flight.send_modify(|count| *count -= 1);
+    }
+}
+
+impl Activity {
+    /// Nothing has come yet.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { in_flight: watch::Sender::new(0), last_arrival: Mutex::new(Instant::now()) })
+    }
+
+    /// A request has come.
+    pub fn begin(self: &Arc<Self>) -> Request {
+        *self.last_arrival.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.in_flight.send_modify(|count| *count += 1);
+        Request(Arc::clone(self))
+    }
+
+    /// Requests being answered.
+    pub fn in_flight(&self) -> usize {
+        *self.in_flight.borrow()
+    }
+
+    /// Waits until no request has come for `quiet`, counted from this call at the earliest.
+    pub async fn until_quiet(&self, quiet: Duration) {
+        let begin = Instant::now();
+        loop {
+            let last = *self.last_arrival.lock().unwrap_or_else(PoisonError::into_inner);
+            let until = last.max(begin) + quiet;
+            if until <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(until).await;
+        }
+    }
+
+    /// Waits until nothing is being answered.
+    pub async fn until_idle(&self) {
+        // The sender lives in this very value, so the channel cannot be closed.
+        let _ = self.in_flight.subscribe().wait_for(|count| *count == 0).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn quiet_is_counted_from_the_last_arrival() {
+        let activity = Activity::new();
+        let begin = Instant::now();
+        let waiting = {
+            let activity = activity.clone();
+            tokio::spawn(async move { activity.until_quiet(Duration::from_secs(2)).await })
+        };
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        drop(activity.begin());
+        waiting.await.unwrap();
+        assert_eq!(begin.elapsed().as_millis(), 3500);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_arrival_long_ago_does_not_shorten_the_quiet() {
+        let activity = Activity::new();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let begin = Instant::now();
+        activity.until_quiet(Duration::from_secs(2)).await;
+        assert_eq!(begin.elapsed().as_secs(), 2);
+    }
+
+    #[tokio::test]
+    async fn idle_is_when_the_last_request_is_dropped() {
+        let activity = Activity::new();
+        let (one, two) = (activity.begin(), activity.begin());
+        drop(one);
+        assert_eq!(activity.in_flight(), 1);
+        let waiting = {
+            let activity = activity.clone();
+            tokio::spawn(async move { activity.until_idle().await })
+        };
+        drop(two);
+        waiting.await.unwrap();
+    }
+}

@@ -1,0 +1,263 @@
+//! The states of all models, published to whoever watches.
+//!
+//! One writer side, any number of readers, the latest value always: a watcher that is slow skips states instead of
+//! holding anybody up. Readiness is a function of the states, so the two can never contradict each other.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use std::sync::Arc;
+use tokio::sync::watch;
+use trustformers_api::Verdict;
+use trustformers_api::http::state_word;
+use trustformers_api::inference::Models;
+use trustformers_proto::v1::{ModelState, ModelStatus};
+
+use crate::failure::Failure;
+use crate::spec::ModelSpec;
+
+/// Publishes the states.
+#[derive(Debug)]
+pub struct Board {
+    models: watch::Sender<Models>,
+    ready: watch::Sender<Verdict>,
+}
+
+/// What is known of a model once it is loaded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LoadedFacts {
+    /// sha256 of its files.
+    pub digest: String,
+    /// The device, in its own words.
+    pub device: String,
+    /// Longest sequence in tokens.
+    pub context_tokens: u32,
+}
+
+impl Board {
+    /// All models Pending.
+    pub fn new(specs: &[ModelSpec]) -> Self {
+        let models: Vec<ModelStatus> = specs
+            .iter()
+            .map(|spec| ModelStatus {
+                name: spec.name().to_owned(),
+                revision: spec.revision.clone(),
+                task: "generate".to_owned(),
+                state: ModelState::Pending as i32,
+                since_unix_ms: now_unix_ms(),
+                ..ModelStatus::default()
+            })
+            .collect();
+        let ready = watch::Sender::new(readiness(&models));
+        Self { models: watch::Sender::new(models.into()), ready }
+    }
+
+    /// The states now and after each change.
+    pub fn watch(&self) -> watch::Receiver<Models> {
+        self.models.subscribe()
+    }
+
+    /// Readiness now and after each change.
+    pub fn watch_readiness(&self) -> watch::Receiver<Verdict> {
+        self.ready.subscribe()
+    }
+
+    /// The state of one model.
+    pub fn status(&self, index: usize) -> ModelStatus {
+        self.models.borrow()[index].clone()
+    }
+
+    /// Whether loading is over, one way or the other, for every model.
+    pub fn startup(&self) -> Verdict {
+        let models = self.models.borrow();
+        match models.iter().find(|model| is_starting(model.state())) {
+            Some(model) => Verdict::no(describe(model)),
+            None => Verdict::yes("start-up is over"),
+        }
+    }
+
+    /// A model enters a state. Progress and a cause of an earlier state are forgotten.
+    pub fn enter(&self, index: usize, state: ModelState) {
+        self.change(index, state, |model| {
+            model.reason.clear();
+            model.message.clear();
+        });
+    }
+
+    /// Loading has come so far. Counted as one state, whatever the figures.
+    pub fn progress(&self, index: usize, loaded_bytes: u64, total_bytes: u64) {
+        self.publish(index, |model| {
+            model.loaded_bytes = loaded_bytes;
+            model.total_bytes = total_bytes;
+        });
+    }
+
+    /// The model is on its device; what is known of it stays with it from now on.
+    pub fn loaded(&self, index: usize, facts: &LoadedFacts) {
+        self.publish(index, |model| {
+            model.digest.clone_from(&facts.digest);
+            model.device.clone_from(&facts.device);
+            model.context_tokens = facts.context_tokens;
+        });
+    }
+
+    /// Loading failed but is tried again; the state stays and the cause shows.
+    pub fn will_retry(&self, index: usize, failure: &Failure, wait: Duration) {
+        let message = format!("{failure}; trying again in {:.1} s", wait.as_secs_f64());
+        self.publish(index, |model| {
+            model.reason = failure.reason.to_owned();
+            model.message = message;
+        });
+    }
+
+    /// Loading failed for good.
+    pub fn failed(&self, index: usize, failure: &Failure) {
+        self.change(index, ModelState::Failed, |model| {
+            model.reason = failure.reason.to_owned();
+            model.message.clone_from(&failure.message);
+        });
+    }
+
+    /// The process was asked to end: no model is ready any more.
+    pub fn draining(&self) {
+        let count = self.models.borrow().len();
+        for index in 0..count {
+            if self.status(index).state() != ModelState::Failed {
+                self.enter(index, ModelState::Draining);
+            }
+        }
+    }
+
+    fn change(&self, index: usize, state: ModelState, more: impl FnOnce(&mut ModelStatus)) {
+        self.publish(index, |model| {
+            if model.state() != state {
+                model.since_unix_ms = now_unix_ms();
+            }
+            model.set_state(state);
+            more(model);
+        });
+        let model = self.status(index);
+        let (name, state) = (model.name.as_str(), state_word(state));
+        if model.message.is_empty() {
+            tracing::info!(model = name, state, "model state");
+        } else {
+            tracing::error!(model = name, state, reason = model.reason, "{}", model.message);
+        }
+    }
+
+    fn publish(&self, index: usize, change: impl FnOnce(&mut ModelStatus)) {
+        self.models.send_modify(|models| change(&mut Arc::make_mut(models)[index]));
+        let verdict = readiness(&self.models.borrow());
+        self.ready.send_if_modified(|present| {
+            let differs = *present != verdict;
+            *present = verdict;
+            differs
+        });
+    }
+}
+
+/// Ready means: every model has left its start-up, none drains, and at least one serves.
+fn readiness(models: &[ModelStatus]) -> Verdict {
+    let blocking = |model: &&ModelStatus| is_starting(model.state()) || model.state() == ModelState::Draining;
+    if let Some(model) = models.iter().find(blocking) {
+        return Verdict::no(describe(model));
+    }
+    let failed: Vec<String> =
+        models.iter().filter(|model| model.state() == ModelState::Failed).map(describe).collect();
+    if models.iter().any(|model| model.state() == ModelState::Ready) {
+        let but = if failed.is_empty() { String::new() } else { format!(", but {}", failed.join("; ")) };
+        return Verdict::yes(format!("ready{but}"));
+    }
+    Verdict::no(if failed.is_empty() { "no model is loaded".to_owned() } else { failed.join("; ") })
+}
+
+fn is_starting(state: ModelState) -> bool {
+    matches!(state, ModelState::Pending | ModelState::Loading | ModelState::Warming)
+}
+
+/// One clause about a model's state, with its cause. Without byte counts: readiness must not change with each of them.
+pub fn describe(model: &ModelStatus) -> String {
+    let state = format!("model {} is {}", model.name, state_word(model.state()));
+    if model.message.is_empty() { state } else { format!("{state} ({}): {}", model.reason, model.message) }
+}
+
+fn now_unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use trustformers_store::Source;
+
+    fn board(names: &[&str]) -> Board {
+        let specs: Vec<ModelSpec> =
+            names.iter().map(|name| ModelSpec::new(*name, Source::from_path("/m"))).collect();
+        Board::new(&specs)
+    }
+
+    fn ready(board: &Board) -> bool {
+        board.watch_readiness().borrow().ok
+    }
+
+    #[test]
+    fn readiness_and_startup_follow_the_states() {
+        let board = board(&["a"]);
+        for state in [ModelState::Pending, ModelState::Loading, ModelState::Warming] {
+            board.enter(0, state);
+            assert_eq!((ready(&board), board.startup().ok), (false, false), "{state:?}");
+        }
+        board.enter(0, ModelState::Ready);
+        assert_eq!((ready(&board), board.startup().ok), (true, true));
+        board.draining();
+        assert_eq!((ready(&board), board.startup().ok), (false, true));
+    }
+
+    #[test]
+    fn a_failed_model_keeps_its_cause_and_the_other_serves() {
+        let board = board(&["a", "b"]);
+        board.failed(0, &Failure::permanent("DigestMismatch", "wrong bytes"));
+        assert!(!ready(&board), "b is still starting");
+        board.enter(1, ModelState::Ready);
+        let verdict = board.watch_readiness().borrow().clone();
+        assert!(verdict.ok && verdict.message.contains("wrong bytes"), "{verdict:?}");
+        board.draining();
+        assert_eq!(
+            (board.status(0).state(), board.status(0).reason.as_str()),
+            (ModelState::Failed, "DigestMismatch")
+        );
+    }
+
+    #[test]
+    fn alone_a_failed_model_makes_the_server_not_ready_with_the_cause() {
+        let board = board(&["a"]);
+        board.failed(0, &Failure::permanent("MalformedModel", "not a model"));
+        let verdict = board.watch_readiness().borrow().clone();
+        assert!(!verdict.ok && verdict.message.contains("(MalformedModel): not a model"), "{verdict:?}");
+    }
+
+    #[tokio::test]
+    async fn progress_reaches_watchers_of_models_and_leaves_readiness_alone() {
+        let board = board(&["a"]);
+        let (mut models, mut readiness) = (board.watch(), board.watch_readiness());
+        models.mark_unchanged();
+        readiness.mark_unchanged();
+        board.progress(0, 3, 9);
+        assert!(models.has_changed().unwrap() && !readiness.has_changed().unwrap());
+        let status = models.borrow_and_update()[0].clone();
+        assert_eq!((status.loaded_bytes, status.total_bytes), (3, 9));
+    }
+
+    #[test]
+    fn a_retry_shows_its_cause_until_the_next_state() {
+        let board = board(&["a"]);
+        board.enter(0, ModelState::Loading);
+        let failure = Failure { reason: "SourceUnreadable", message: "slow disk".into(), transient: true };
+        board.will_retry(0, &failure, Duration::from_millis(500));
+        let status = board.status(0);
+        assert_eq!((status.state(), status.reason.as_str()), (ModelState::Loading, "SourceUnreadable"));
+        assert!(status.message.contains("again in 0.5 s"), "{}", status.message);
+        board.enter(0, ModelState::Loading);
+        assert_eq!(board.status(0).message, "");
+    }
+}

@@ -1,0 +1,113 @@
+//! Why a model could not be loaded: one word for machines, one sentence for people, and whether to try again.
+
+use trustformers_engine::{GenerateError, StartError};
+use trustformers_model::gguf::GgufProblem;
+use trustformers_model::{LoadError, TokenizerProblem};
+use trustformers_store::StoreError;
+
+use crate::device::DeviceError;
+use crate::spec::SpecError;
+
+/// Why a model could not be loaded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// CamelCase, as it stands in states and conditions: `SourceNotFound`, `DigestMismatch`, `MalformedModel`, ...
+    pub reason: &'static str,
+    /// What is wrong and what to do.
+    pub message: String,
+    /// Whether the same attempt may succeed later without anybody changing anything.
+    pub transient: bool,
+}
+
+impl Failure {
+    /// A failure that stays.
+    pub fn permanent(reason: &'static str, message: impl ToString) -> Self {
+        Self { reason, message: message.to_string(), transient: false }
+    }
+}
+
+impl From<SpecError> for Failure {
+    fn from(error: SpecError) -> Self {
+        Self::permanent("InvalidConfiguration", error)
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self { reason: error.reason(), transient: error.is_transient(), message: error.to_string() }
+    }
+}
+
+impl From<LoadError> for Failure {
+    fn from(error: LoadError) -> Self {
+        let reason = match &error {
+            LoadError::Io { .. } => "SourceUnreadable",
+            LoadError::NotAFile { .. } => "InvalidSource",
+            LoadError::Gguf(wrong) => match wrong.problem {
+                GgufProblem::BigEndian
+                | GgufProblem::Version { .. }
+                | GgufProblem::UnsupportedType { .. } => "UnsupportedModel",
+                _ => "MalformedModel",
+            },
+            LoadError::Architecture { .. }
+            | LoadError::Plan { .. }
+            | LoadError::Tokenizer { problem: TokenizerProblem::Unsupported { .. }, .. } => {
+                "UnsupportedModel"
+            }
+            LoadError::Tokenizer { .. } | LoadError::Weights { .. } => "MalformedModel",
+        };
+        Self { reason, transient: error.is_transient(), message: error.to_string() }
+    }
+}
+
+impl From<DeviceError> for Failure {
+    fn from(error: DeviceError) -> Self {
+        Self::permanent("DeviceUnavailable", error)
+    }
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        let reason = match &error {
+            StartError::Invalid { .. } => "InvalidConfiguration",
+            StartError::KvTooSmall { .. } => "InsufficientMemory",
+            StartError::Backend { .. } => "UnsupportedModel",
+            StartError::Thread(_) => "NoThread",
+        };
+        Self::permanent(reason, error)
+    }
+}
+
+impl From<GenerateError> for Failure {
+    fn from(error: GenerateError) -> Self {
+        Self::permanent("WarmUpFailed", format!("the warm-up generation failed: {error}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_a_file_decides_the_reason() {
+        let folder = tempfile::tempdir().unwrap();
+        let load = |bytes: Vec<u8>| {
+            let file = folder.path().join("m.gguf");
+            std::fs::write(&file, bytes).unwrap();
+            Failure::from(trustformers_model::Model::load(&file, &mut |_| {}).unwrap_err())
+        };
+        let garbage = load(b"not a model at all".to_vec());
+        assert_eq!((garbage.reason, garbage.transient), ("MalformedModel", false));
+        assert!(garbage.message.contains("m.gguf"), "{garbage}");
+        let version = load([b"GGUF".as_slice(), &9_u32.to_le_bytes(), &[0; 16]].concat());
+        assert_eq!(version.reason, "UnsupportedModel", "{version}");
+    }
+
+    #[test]
+    fn an_io_error_is_tried_again() {
+        let source = std::io::Error::from(std::io::ErrorKind::TimedOut);
+        let failure = Failure::from(LoadError::Io { path: "m".into(), action: "read", source });
+        assert_eq!((failure.reason, failure.transient), ("SourceUnreadable", true));
+    }
+}

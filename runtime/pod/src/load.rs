@@ -1,0 +1,266 @@
+//! From files to an engine: resolve, digest, pin, read, put on the device. Blocking; run it on a thread of its own.
+//!
+//! The file is read twice, once for its digest and once by the model's reader. The second time it comes from the page
+//! cache, and in exchange nothing is ever parsed that was not what was pinned.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prometheus::{GaugeVec, Opts, Registry};
+use trustformers_engine::{Engine, EngineInfo, EngineMetrics};
+use trustformers_model::Model;
+use trustformers_store::{Digest, Resolved};
+
+use crate::board::LoadedFacts;
+use crate::device::OpenDevice;
+use crate::failure::Failure;
+use crate::spec::ModelSpec;
+
+/// Told how far loading has come: bytes done and bytes in all, of the model's files. The digest, the reading and the
+/// way to the device count a third of the bytes each, so the figure rises once from nothing to all.
+pub type OnProgress = Arc<dyn Fn(u64, u64) + Send + Sync>;
+
+/// The passes over a model's bytes.
+const PASSES: u64 = 3;
+
+/// What loading needs beside the model's own settings; one for a process.
+pub struct Loader {
+    open_device: OpenDevice,
+    engines: EngineMetrics,
+    seconds: GaugeVec,
+    /// One load at a time: two at once would only share the same disk and cores.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// A model on its device, not warmed up yet.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// The engine that runs it.
+    pub engine: Engine,
+    /// sha256 of its files.
+    pub digest: Digest,
+    /// Where the time went.
+    pub timings: LoadTimings,
+}
+
+/// Where the time of a load went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LoadTimings {
+    /// Finding the files and computing their digest.
+    pub digest: Duration,
+    /// Reading and checking the model.
+    pub read: Duration,
+    /// Putting it on the device.
+    pub device: Duration,
+}
+
+impl Loader {
+    /// A loader that counts in `registry`.
+    ///
+    /// # Errors
+    /// When the registry already holds metrics of these names: one loader serves a whole process.
+    pub fn new(open_device: OpenDevice, registry: &Registry) -> Result<Self, prometheus::Error> {
+        let options = Opts::new(
+            "trustformers_model_load_seconds",
+            "How long the last load of a model took, by phase: digest, read, device, warm_up.",
+        );
+        let seconds = GaugeVec::new(options, &["model", "phase"])?;
+        registry.register(Box::new(seconds.clone()))?;
+        let engines = EngineMetrics::register(registry)?;
+        Ok(Self { open_device, engines, seconds, turn: tokio::sync::Mutex::default() })
+    }
+
+    /// Loads a model.
+    ///
+    /// # Errors
+    /// Whatever stands in the way, with its reason.
+    pub fn load(&self, spec: &ModelSpec, progress: &OnProgress) -> Result<Loaded, Failure> {
+        let started = Instant::now();
+        let files = spec.source.resolve(&spec.files)?;
+        let total = files.total_bytes();
+        // `pass` is 0, 1 or 2; every pass reports its own bytes, scaled to a third of the whole.
+        let report = |pass: u64, done: u64, of: u64| {
+            let share = if of == 0 { 0 } else { mul_div(total, done.min(of), of * PASSES) };
+            progress(mul_div(total, pass, PASSES) + share, total);
+        };
+        let digest = files.digest(&mut |hashed| report(0, hashed.done_bytes, hashed.total_bytes))?;
+        if let Some(pin) = &spec.sha256 {
+            digest.check_pin(pin)?;
+        }
+        let hashed = Instant::now();
+        let model = Model::load(model_file(&files)?, &mut |read| report(1, read.bytes, read.total_bytes))?;
+        let read = Instant::now();
+        let backend = (self.open_device)(spec)?;
+        let on_device = {
+            let progress = Arc::clone(progress);
+            move |taken: trustformers_engine::LoadProgress| {
+                let share = if taken.total_bytes == 0 {
+                    0
+                } else {
+                    mul_div(total, taken.done_bytes.min(taken.total_bytes), taken.total_bytes * PASSES)
+                };
+                progress(mul_div(total, PASSES - 1, PASSES) + share, total);
+            }
+        };
+        let engine = Engine::start_with_progress(
+            Arc::new(model),
+            backend,
+            &spec.engine,
+            &self.engines,
+            Box::new(on_device),
+        )?;
+        progress(total, total);
+        let timings = LoadTimings { digest: hashed - started, read: read - hashed, device: read.elapsed() };
+        self.note(spec, &engine, &digest, timings);
+        Ok(Loaded { engine, digest, timings })
+    }
+
+    /// Waits for a turn to load; it ends when the guard is dropped.
+    pub async fn turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// How long the warm-up took, beside the phases of the load.
+    pub fn note_warm_up(&self, spec: &ModelSpec, took: Duration) {
+        self.seconds.with_label_values(&[spec.name(), "warm_up"]).set(took.as_secs_f64());
+    }
+
+    fn note(&self, spec: &ModelSpec, engine: &Engine, digest: &Digest, timings: LoadTimings) {
+        let phases = [("digest", timings.digest), ("read", timings.read), ("device", timings.device)];
+        for (phase, took) in phases {
+            self.seconds.with_label_values(&[spec.name(), phase]).set(took.as_secs_f64());
+        }
+        let facts = engine.model().facts();
+        let EngineInfo {
+            device,
+            context_tokens,
+            max_batch_size,
+            max_queue,
+            token_budget,
+            kv_blocks,
+            memory,
+            ..
+        } = engine.info();
+        tracing::info!(
+            model = spec.name(),
+            architecture = facts.architecture,
+            parameters = facts.parameters,
+            digest = digest.as_str(),
+            device,
+            context_tokens,
+            max_batch_size,
+            max_queue,
+            token_budget,
+            kv_blocks,
+            "model loaded"
+        );
+        tracing::info!(
+            model = spec.name(),
+            weights_mib = mib(memory.weights_bytes),
+            kv_mib = mib(memory.kv_bytes),
+            activations_mib = mib(memory.arena_bytes),
+            other_mib = mib(memory.other_bytes),
+            total_mib = mib(memory.total_bytes()),
+            file_mib = mib(facts.file_bytes),
+            "memory of the model on its device (the file itself is mapped and can be dropped by the system)"
+        );
+    }
+}
+
+impl Loaded {
+    /// What the board shows of it.
+    pub fn facts(&self) -> LoadedFacts {
+        let info = self.engine.info();
+        LoadedFacts {
+            digest: self.digest.to_string(),
+            device: info.device.clone(),
+            context_tokens: u32::try_from(info.context_tokens).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// `a * b / c` without overflow on the way.
+fn mul_div(a: u64, b: u64, c: u64) -> u64 {
+    u64::try_from(u128::from(a) * u128::from(b) / u128::from(c.max(1))).unwrap_or(u64::MAX)
+}
+
+/// Mebibytes with one decimal, for people.
+fn mib(bytes: u64) -> f64 {
+    (bytes as f64 / 104_857.6).round() / 10.0
+}
+
+/// The file among those picked that is the model. The others (a licence, a card) only count in the digest.
+fn model_file(files: &Resolved) -> Result<&std::path::Path, Failure> {
+    let is_model = |name: &str| name.to_ascii_lowercase().ends_with(".gguf");
+    let mut models = files.files().iter().filter(|file| is_model(&file.name));
+    match (models.next(), models.next()) {
+        (Some(file), None) => Ok(&file.path),
+        (None, _) if files.files().len() == 1 => Ok(&files.files()[0].path),
+        (None, _) => Err(Failure::permanent("ModelFileNotFound", "none of the picked files is a .gguf file")),
+        (Some(one), Some(other)) => Err(Failure::permanent(
+            "UnsupportedModel",
+            format!(
+                "{} and {} were both picked; models in several .gguf files cannot be read by this version, so pick \
+                 one with \"files\"",
+                one.name, other.name
+            ),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+    use trustformers_model::seeded::SeededModel;
+    use trustformers_plan::oracle::Oracle;
+    use trustformers_store::Source;
+
+    fn loader() -> Loader {
+        Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &Registry::new()).unwrap()
+    }
+
+    #[test]
+    fn a_seeded_model_loads_and_progress_rises_once_to_its_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes = SeededModel::default().gguf();
+        std::fs::write(folder.path().join("m.gguf"), &bytes).unwrap();
+        let spec = ModelSpec::new("m", Source::from_path(folder.path()));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let progress: OnProgress = {
+            let seen = seen.clone();
+            Arc::new(move |done, total| seen.lock().unwrap().push((done, total)))
+        };
+        let loaded = loader().load(&spec, &progress).unwrap();
+        let seen = seen.lock().unwrap();
+        let total = bytes.len() as u64;
+        assert!(seen.is_sorted() && seen.iter().all(|(_, of)| *of == total), "{seen:?}");
+        assert_eq!(seen.last(), Some(&(total, total)));
+        assert_eq!(loaded.facts().digest.len(), 64);
+        assert_eq!(loaded.facts().context_tokens, 256);
+    }
+
+    #[test]
+    fn a_wrong_pin_stops_before_the_model_is_parsed() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("m.gguf"), b"not a model").unwrap();
+        let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
+        let quiet: OnProgress = Arc::new(|_, _| {});
+        assert_eq!(loader().load(&spec, &quiet).unwrap_err().reason, "MalformedModel");
+        spec.sha256 = Some("0".repeat(64));
+        let failure = loader().load(&spec, &quiet).unwrap_err();
+        assert_eq!((failure.reason, failure.transient), ("DigestMismatch", false));
+    }
+
+    #[test]
+    fn two_model_files_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["a.gguf", "b.gguf"] {
+            std::fs::write(folder.path().join(name), b"x").unwrap();
+        }
+        let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
+        spec.files = vec!["*.gguf".into()];
+        let failure = loader().load(&spec, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
+        assert!(failure.message.contains("a.gguf and b.gguf"), "{failure}");
+    }
+}

@@ -1,0 +1,86 @@
+//! `trustformers-runtime`: the program of a model's pod.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use trustformers_proto::pod_config::PodConfig;
+use trustformers_runtime::device;
+use trustformers_runtime::process::{Drain, Listen, Settings, run};
+use trustformers_runtime::spec::ModelSpec;
+use trustformers_telemetry::logs::{self, LogFormat, LogOptions};
+use trustformers_telemetry::metrics;
+
+/// After SIGTERM, new requests are served until none has come for this long: endpoint lists of routers and kube-proxy
+/// lag by a second or so.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// Loads one model and serves it over HTTP and gRPC.
+///
+/// The file given by --config says what to load; in a cluster the operator writes it. The status is served from the
+/// first moment, while the model loads: GET /v1/models, GET /health/ready, gRPC ModelService/WatchModels. A model that
+/// cannot be loaded does not end the process: it stays up and says why.
+///
+/// HTTP: POST /v1/generate, POST /v1/generate/stream, GET /v1/models, /health, /health/live, /health/ready,
+/// /health/startup, /metrics. gRPC: trustformers.v1, grpc.health.v1, reflection.
+///
+/// SIGTERM drains: readiness falls at once, requests are answered to their end (at most drainTimeoutMs of the
+/// configuration), then the process ends. A second signal ends at once.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110)]
+struct Flags {
+    /// What to load: a YAML file with model.names, model.revision, model.path and, where wanted, model.files,
+    /// model.sha256, engine.{device, numerics, contextTokens, maxBatchSize, maxQueue} and drainTimeoutMs.
+    #[arg(long, value_name = "FILE", default_value = "/etc/trustformers/pod.yaml")]
+    config: PathBuf,
+    /// Address of HTTP; [::] listens on every address, IPv4 too.
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:8080")]
+    http_address: SocketAddr,
+    /// Address of gRPC.
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:9090")]
+    grpc_address: SocketAddr,
+    /// Threads of the CPU device; by default as many as the process may use (its CPU limit counts).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Log lines as text or json, on stderr.
+    #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, trace, or directives such as info,trustformers_engine=debug.
+    #[arg(long, value_name = "FILTER", env = "RUST_LOG", default_value = "info")]
+    log: String,
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    match serve(flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("trustformers-runtime: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(flags: Flags) -> anyhow::Result<()> {
+    let Flags { config, http_address, grpc_address, threads, log_format, log } = flags;
+    logs::init(&LogOptions { format: log_format, filter: log })?;
+    let text = std::fs::read_to_string(&config)
+        .with_context(|| format!("{} cannot be read; name the file with --config", config.display()))?;
+    let parsed = PodConfig::parse(&text).with_context(|| format!("{} is not valid", config.display()))?;
+    let spec = ModelSpec::from_pod(&parsed, threads.map(usize::from))
+        .with_context(|| format!("{} cannot be honoured", config.display()))?;
+    let settings = Settings {
+        models: vec![spec],
+        listen: Listen { http: http_address, grpc: grpc_address, metrics: None },
+        drain: Drain { quiet: QUIET, timeout: Duration::from_millis(parsed.drain_timeout_ms) },
+    };
+    let registry = metrics::new_registry("trustformers-runtime", env!("CARGO_PKG_VERSION"))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(run(settings, registry, device::real()));
+    // A load under way on a blocking thread must not hold up the end.
+    runtime.shutdown_background();
+    Ok(outcome?)
+}

@@ -1,0 +1,360 @@
+//! The `Inference` over engines in this process: finds the model that is asked for and passes the request on.
+//!
+//! A request that is refused is refused here, at once and with what to do. Liveness asks the engines' heartbeats and
+//! the progress of loading, never an engine's queue.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use trustformers_api::inference::Models;
+use trustformers_api::{
+    Answer, ApiError, Event, FinishReason, Generation, Health, Inference, Usage, Verdict,
+};
+use trustformers_engine::{GenerateError, GenerateParams, GenerationEvent, Prompt, SubmitError};
+use trustformers_proto::v1::ModelState;
+
+use crate::activity::{self, Activity};
+use crate::board::{Board, describe};
+use crate::lifecycle::{Serving, Slot};
+use crate::load::Loader;
+use crate::spec::{ModelSpec, SpecError};
+
+/// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget of a large
+/// model on a slow CPU, takes a few seconds.
+const ENGINE_STALL: Duration = Duration::from_secs(60);
+/// Loading without a sign of life for this long: the storage hangs in a way that a restart may cure.
+const LOAD_STALL: Duration = Duration::from_secs(600);
+/// Seconds after which a refused caller may try again: a small model frees a place within one.
+const RETRY_AFTER_S: u32 = 1;
+/// Prompts above this many bytes are tokenised away from the threads that serve connections. Below it takes less than
+/// the few milliseconds that a connection may be kept waiting.
+const LONG_PROMPT_BYTES: usize = 16 * 1024;
+
+/// All models of this process.
+pub struct ModelServer {
+    slots: Vec<Arc<Slot>>,
+    by_name: HashMap<String, usize>,
+    board: Arc<Board>,
+    activity: Arc<Activity>,
+    loading: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl ModelServer {
+    /// Takes the models, Pending.
+    ///
+    /// # Errors
+    /// When there are none, or two claim one name.
+    pub fn new(specs: Vec<ModelSpec>) -> Result<Self, SpecError> {
+        if specs.is_empty() {
+            return Err(SpecError::new("models", "is empty: give at least one model"));
+        }
+        let board = Arc::new(Board::new(&specs));
+        let mut by_name = HashMap::new();
+        for (index, spec) in specs.iter().enumerate() {
+            for name in &spec.names {
+                if by_name.insert(name.clone(), index).is_some_and(|other| other != index) {
+                    return Err(SpecError::new(
+                        format!("models[{index}].name"),
+                        format!("{name:?} is taken by another model; give each its own name"),
+                    ));
+                }
+            }
+        }
+        let slots = (0..).zip(specs).map(|(index, spec)| Arc::new(Slot::new(spec, index))).collect();
+        Ok(Self { slots, by_name, board, activity: Activity::new(), loading: Mutex::default() })
+    }
+
+    /// Begins to load every model. The loader takes them one at a time, but one that has to be tried again does not
+    /// hold up the others.
+    pub fn start_loading(&self, loader: &Arc<Loader>) {
+        let mut loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        for slot in &self.slots {
+            loading.push(tokio::spawn(slot.clone().run(self.board.clone(), loader.clone())));
+        }
+    }
+
+    /// The published states.
+    pub fn board(&self) -> &Arc<Board> {
+        &self.board
+    }
+
+    /// Who is being answered.
+    pub fn activity(&self) -> &Arc<Activity> {
+        &self.activity
+    }
+
+    /// Stops loading and ends every engine; what they were answering ends with an error.
+    pub async fn stop(&self) {
+        let tasks = std::mem::take(&mut *self.loading.lock().unwrap_or_else(PoisonError::into_inner));
+        for task in tasks {
+            task.abort();
+        }
+        for serving in self.slots.iter().filter_map(|slot| slot.serving()) {
+            serving.engine.stop().await;
+        }
+    }
+
+    fn choices(&self) -> Vec<String> {
+        self.slots.iter().map(|slot| slot.spec.name().to_owned()).collect()
+    }
+
+    fn find(&self, asked: Option<&str>) -> Result<&Arc<Slot>, ApiError> {
+        match asked {
+            Some(name) => match self.by_name.get(name) {
+                Some(index) => Ok(&self.slots[*index]),
+                None => Err(ApiError::UnknownModel { asked: name.to_owned(), choices: self.choices() }),
+            },
+            None if self.slots.len() == 1 => Ok(&self.slots[0]),
+            None => Err(ApiError::ModelRequired { choices: self.choices() }),
+        }
+    }
+
+    /// What answers for this slot now. Draining still answers: callers that have not heard of it yet are served.
+    fn serving(&self, slot: &Slot) -> Result<Arc<Serving>, ApiError> {
+        let status = self.board.status(slot.index);
+        let serves = matches!(status.state(), ModelState::Ready | ModelState::Draining);
+        match slot.serving() {
+            Some(serving) if serves => Ok(serving),
+            _ => {
+                let may_pass = status.state() != ModelState::Failed;
+                let message = describe(&status);
+                Err(ApiError::Unavailable { message, retry_after_s: may_pass.then_some(RETRY_AFTER_S) })
+            }
+        }
+    }
+
+    async fn admit(&self, request: Generation) -> Result<Answer, ApiError> {
+        let slot = self.find(request.model.as_deref())?;
+        let serving = self.serving(slot)?;
+        let busy = self.activity.begin();
+        let Generation { prompt, max_tokens, temperature, top_p, seed, model: _ } = request;
+        let long = prompt.len() > LONG_PROMPT_BYTES;
+        let params = GenerateParams {
+            prompt: Prompt::Text(prompt),
+            max_tokens: max_tokens as usize,
+            temperature,
+            top_p,
+            seed,
+            margins: false,
+        };
+        let submitted = if long {
+            let engine = serving.engine.clone();
+            tokio::task::spawn_blocking(move || engine.submit(&params))
+                .await
+                .map_err(|error| ApiError::Internal { message: format!("tokenising broke off: {error}") })?
+        } else {
+            serving.engine.submit(&params)
+        };
+        let generation = submitted.map_err(|error| refused(&error))?;
+        Ok(Answer {
+            id: format!("gen-{}", uuid::Uuid::new_v4().simple()),
+            model: slot.spec.name().to_owned(),
+            model_digest: serving.digest.clone(),
+            events: generation.map(move |event| translate(event, &busy)).boxed(),
+        })
+    }
+}
+
+/// `_busy` is only carried: it ends when the stream is dropped.
+fn translate(
+    event: Result<GenerationEvent, GenerateError>,
+    _busy: &activity::Request,
+) -> Result<Event, ApiError> {
+    let count = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
+    match event {
+        Ok(GenerationEvent::Token { id, text, .. }) => Ok(Event::Token { id, text }),
+        Ok(GenerationEvent::Finished { reason, prompt_tokens, completion_tokens, .. }) => {
+            Ok(Event::Finished {
+                reason: match reason {
+                    trustformers_engine::FinishReason::Stop => FinishReason::Stop,
+                    trustformers_engine::FinishReason::Length => FinishReason::Length,
+                },
+                usage: Usage {
+                    prompt_tokens: count(prompt_tokens),
+                    completion_tokens: count(completion_tokens),
+                },
+            })
+        }
+        Err(error @ GenerateError::Stopped) => {
+            Err(ApiError::Unavailable { message: error.to_string(), retry_after_s: Some(RETRY_AFTER_S) })
+        }
+        Err(error) => Err(ApiError::Internal { message: error.to_string() }),
+    }
+}
+
+fn refused(error: &SubmitError) -> ApiError {
+    let message = error.to_string();
+    match error {
+        SubmitError::Overloaded { .. } => ApiError::Overloaded { message, retry_after_s: RETRY_AFTER_S },
+        SubmitError::PromptTooLong { .. } => ApiError::TooLong { message },
+        SubmitError::Invalid { field, .. } => {
+            ApiError::InvalidRequest { field: Some((*field).to_owned()), message }
+        }
+        SubmitError::Stopped => ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) },
+    }
+}
+
+impl Health for ModelServer {
+    fn liveness(&self) -> Verdict {
+        for slot in &self.slots {
+            let status = self.board.status(slot.index);
+            let name = slot.spec.name();
+            match (slot.serving(), status.state()) {
+                (_, ModelState::Draining | ModelState::Failed) => {}
+                (Some(serving), _) => {
+                    let beat = serving.engine.heartbeat();
+                    if !beat.alive {
+                        return Verdict::no(format!(
+                            "the engine of {name} has ended unexpectedly; see the log"
+                        ));
+                    }
+                    if beat.work_pending && beat.last_step_age > ENGINE_STALL {
+                        let age = beat.last_step_age.as_secs();
+                        return Verdict::no(format!(
+                            "the engine of {name} has work but made no step for {age} s"
+                        ));
+                    }
+                }
+                (None, ModelState::Loading) if slot.progress_age() > LOAD_STALL => {
+                    let age = slot.progress_age().as_secs();
+                    return Verdict::no(format!("loading {name} made no progress for {age} s"));
+                }
+                _ => {}
+            }
+        }
+        Verdict::yes("alive")
+    }
+
+    fn startup(&self) -> Verdict {
+        self.board.startup()
+    }
+
+    fn readiness(&self) -> watch::Receiver<Verdict> {
+        self.board.watch_readiness()
+    }
+}
+
+impl Inference for ModelServer {
+    fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
+        Box::pin(self.admit(request))
+    }
+
+    fn watch_models(&self) -> watch::Receiver<Models> {
+        self.board.watch()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use trustformers_model::seeded::SeededModel;
+    use trustformers_plan::oracle::Oracle;
+    use trustformers_store::Source;
+
+    fn request(model: Option<&str>) -> Generation {
+        Generation {
+            prompt: "Hello".into(),
+            model: model.map(str::to_owned),
+            max_tokens: 4,
+            temperature: 0.0,
+            top_p: 1.0,
+            seed: None,
+        }
+    }
+
+    /// A server of one seeded model, ready; the folder must outlive it.
+    async fn ready(configure: impl FnOnce(&mut ModelSpec)) -> (ModelServer, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("m.gguf"), SeededModel::default().gguf()).unwrap();
+        let mut spec = ModelSpec::new("ns/m", Source::from_path(folder.path()));
+        spec.names.push("m".into());
+        configure(&mut spec);
+        let server = ModelServer::new(vec![spec]).unwrap();
+        let loader =
+            Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &prometheus::Registry::new()).unwrap();
+        server.start_loading(&Arc::new(loader));
+        server.readiness().wait_for(|verdict| verdict.ok).await.unwrap();
+        (server, folder)
+    }
+
+    async fn tokens(mut answer: Answer) -> (Vec<u32>, Option<FinishReason>) {
+        let (mut ids, mut end) = (Vec::new(), None);
+        while let Some(event) = answer.events.next().await {
+            match event.unwrap() {
+                Event::Token { id, .. } => ids.push(id),
+                Event::Finished { reason, .. } => end = Some(reason),
+            }
+        }
+        (ids, end)
+    }
+
+    #[tokio::test]
+    async fn a_model_answers_to_each_of_its_names_and_to_none() {
+        let (server, _folder) = ready(|_| {}).await;
+        let mut all = Vec::new();
+        for name in [None, Some("m"), Some("ns/m")] {
+            let answer = server.generate(request(name)).await.unwrap();
+            assert_eq!((answer.model.as_str(), answer.model_digest.len()), ("ns/m", 64));
+            all.push(tokens(answer).await);
+        }
+        assert!(!all[0].0.is_empty() && all[0].1.is_some());
+        assert!(all.iter().all(|one| *one == all[0]), "greedy answers are the same: {all:?}");
+        assert_eq!(server.activity().in_flight(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_unknown_name_lists_the_choices_and_several_models_need_one() {
+        let (server, _folder) = ready(|_| {}).await;
+        let error = server.generate(request(Some("x"))).await.err().unwrap();
+        assert!(matches!(error, ApiError::UnknownModel { choices, .. } if choices == ["ns/m"]));
+        let spec = |name: &str| ModelSpec::new(name, Source::from_path("/none"));
+        let two = ModelServer::new(vec![spec("a"), spec("b")]).unwrap();
+        let error = two.generate(request(None)).await.err().unwrap();
+        assert!(matches!(error, ApiError::ModelRequired { choices } if choices == ["a", "b"]));
+        let error = two.generate(request(Some("b"))).await.err().unwrap();
+        assert!(
+            matches!(&error, ApiError::Unavailable { message, .. } if message.contains("b is pending")),
+            "{error}"
+        );
+        assert!(ModelServer::new(vec![spec("a"), spec("a")]).is_err());
+        assert!(ModelServer::new(Vec::new()).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_prompt_that_does_not_fit_is_too_long_on_either_path() {
+        let (server, _folder) = ready(|spec| spec.engine.context_tokens = Some(16)).await;
+        for words in [40, 4000] {
+            let mut long = request(None);
+            long.prompt = "word ".repeat(words);
+            let error = server.generate(long).await.err().unwrap();
+            assert!(matches!(&error, ApiError::TooLong { message } if message.contains("15")), "{error}");
+        }
+        assert_eq!(server.activity().in_flight(), 0);
+    }
+
+    #[tokio::test]
+    async fn while_draining_requests_are_still_answered_and_after_stop_they_are_not() {
+        let (server, _folder) = ready(|_| {}).await;
+        server.board().draining();
+        assert!(!server.readiness().borrow().ok && server.liveness().ok);
+        tokens(server.generate(request(None)).await.unwrap()).await;
+        server.stop().await;
+        let error = server.generate(request(None)).await.err().unwrap();
+        assert!(matches!(error, ApiError::Unavailable { retry_after_s: Some(_), .. }), "{error}");
+        assert!(server.liveness().ok, "an engine that was told to end is not a reason to restart");
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_ended_by_itself_is_not_alive() {
+        let (server, _folder) = ready(|_| {}).await;
+        assert!(server.liveness().ok);
+        server.slots[0].serving().unwrap().engine.stop().await;
+        let verdict = server.liveness();
+        assert!(!verdict.ok && verdict.message.contains("ns/m"), "{verdict:?}");
+    }
+}

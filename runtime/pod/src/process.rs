@@ -1,0 +1,251 @@
+//! The life of the process: listen, load, serve, drain.
+//!
+//! The order is the point. Listeners open before loading begins, so that status can be seen from the first moment.
+//! On a signal readiness falls at once, but requests are still served until a short quiet shows that routers have
+//! heard of it; only then connections are told to close, and the process ends when the last answer has been given.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use prometheus::Registry;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use trustformers_api::{Api, grpc, http, server};
+use trustformers_telemetry::metrics;
+
+use crate::device;
+use crate::load::Loader;
+use crate::models::ModelServer;
+use crate::spec::{ModelSpec, SpecError};
+
+/// Longest time that requests are waited for to become quiet, as a share of the whole drain: the rest belongs to those
+/// in flight.
+const QUIET_SHARE: u32 = 4;
+/// After the drain's time is over, the time in which cut-off requests may still be told so.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Where to listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// HTTP API, health and metrics.
+    pub http: SocketAddr,
+    /// gRPC.
+    pub grpc: SocketAddr,
+    /// `GET /metrics` once more; may be the same as `grpc`.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// How the process ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drain {
+    /// After the signal, new requests are served until none has come for this long.
+    pub quiet: Duration,
+    /// From the signal until whoever is still being answered is cut off.
+    pub timeout: Duration,
+}
+
+/// What a process serves and how.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The models, loaded in this order.
+    pub models: Vec<ModelSpec>,
+    /// Where to listen.
+    pub listen: Listen,
+    /// How to end.
+    pub drain: Drain,
+}
+
+/// Why a process could not start serving. What goes wrong later is a model's state, not an error.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The models' settings contradict each other.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// An address cannot be listened on.
+    #[error(
+        "cannot listen on {address} for {purpose}: {source}; is another server running, or the address taken?"
+    )]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What it is for.
+        purpose: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The metrics do not fit together.
+    #[error(transparent)]
+    Metrics(#[from] metrics::MetricsError),
+    /// gRPC reflection could not be set up.
+    #[error(transparent)]
+    Reflection(#[from] grpc::ReflectionError),
+    /// Signals cannot be received.
+    #[error("signals cannot be received: {0}")]
+    Signals(std::io::Error),
+}
+
+impl From<prometheus::Error> for StartError {
+    fn from(error: prometheus::Error) -> Self {
+        Self::Metrics(error.into())
+    }
+}
+
+/// A process that listens and loads.
+pub struct Process {
+    models: Arc<ModelServer>,
+    servers: JoinSet<()>,
+    /// Ends the streams that never end by themselves.
+    closing: CancellationToken,
+    /// Ends the listeners.
+    stop: CancellationToken,
+    drain: Drain,
+    http: SocketAddr,
+    grpc: SocketAddr,
+}
+
+impl Process {
+    /// Opens the listeners, then begins to load. Returns at once; the models' states tell the rest.
+    ///
+    /// # Errors
+    /// [`StartError`], before anything was loaded.
+    pub async fn start(
+        settings: Settings,
+        registry: Registry,
+        open: device::OpenDevice,
+    ) -> Result<Self, StartError> {
+        let Settings { models, listen, drain } = settings;
+        let loader = Arc::new(Loader::new(open, &registry)?);
+        let models = Arc::new(ModelServer::new(models)?);
+        let (closing, stop) = (CancellationToken::new(), CancellationToken::new());
+        let api = Api::new(models.clone(), closing.clone());
+        let figures = metrics::router(registry);
+
+        let http_listener = open_listener(listen.http, "HTTP").await?;
+        let grpc_listener = open_listener(listen.grpc, "gRPC").await?;
+        let own_metrics = match listen.metrics {
+            Some(address) if address != listen.grpc && address != listen.http => {
+                Some(open_listener(address, "metrics").await?)
+            }
+            _ => None,
+        };
+        let (http, grpc) = (address_of(&http_listener, listen.http), address_of(&grpc_listener, listen.grpc));
+        let mut grpc_routes = grpc::router(api.clone())?;
+        if listen.metrics == Some(listen.grpc) {
+            grpc_routes = grpc_routes.merge(figures.clone());
+        }
+        let mut servers = JoinSet::new();
+        let mut spawn = |listener: TcpListener, router: Router| {
+            servers.spawn(server::serve(listener, router, stop.clone()));
+        };
+        spawn(http_listener, http::router(api).merge(figures.clone()));
+        spawn(grpc_listener, grpc_routes);
+        if let Some(listener) = own_metrics {
+            spawn(listener, figures);
+        }
+        tracing::info!(http = %http, grpc = %grpc, "listening");
+        models.start_loading(&loader);
+        Ok(Self { models, servers, closing, stop, drain, http, grpc })
+    }
+
+    /// The address that HTTP is served on, with the port that was given.
+    pub fn http_address(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// The address that gRPC is served on, with the port that was given.
+    pub fn grpc_address(&self) -> SocketAddr {
+        self.grpc
+    }
+
+    /// The models.
+    pub fn models(&self) -> &Arc<ModelServer> {
+        &self.models
+    }
+
+    /// Drains and ends. Returns whether every request in flight could be answered.
+    pub async fn drain(mut self) -> bool {
+        let begin = Instant::now();
+        let deadline = begin + self.drain.timeout;
+        self.models.board().draining();
+        let quiet = self.models.activity().until_quiet(self.drain.quiet);
+        if tokio::time::timeout(self.drain.timeout / QUIET_SHARE, quiet).await.is_err() {
+            tracing::warn!("requests keep coming although readiness is down; closing their connections");
+        }
+        self.closing.cancel();
+        self.stop.cancel();
+        let in_flight = self.models.activity().in_flight();
+        tracing::info!(in_flight, "no new connections; waiting for those in flight");
+        let all_answered = tokio::time::timeout_at(deadline, self.servers_end()).await.is_ok();
+        if !all_answered {
+            let in_flight = self.models.activity().in_flight();
+            tracing::warn!(in_flight, "the drain's time is over; cutting off what is still in flight");
+        }
+        self.models.stop().await;
+        if !all_answered {
+            let _ = tokio::time::timeout(LAST_WORDS, self.servers_end()).await;
+        }
+        tracing::info!(took_ms = begin.elapsed().as_millis(), "ended");
+        all_answered
+    }
+
+    async fn servers_end(&mut self) {
+        while self.servers.join_next().await.is_some() {}
+    }
+}
+
+/// The signals that end the process. A second one ends it without draining.
+pub struct EndSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl EndSignals {
+    /// Receives SIGTERM and SIGINT from now on.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn new() -> Result<Self, StartError> {
+        let receive = |kind| signal(kind).map_err(StartError::Signals);
+        Ok(Self {
+            terminate: receive(SignalKind::terminate())?,
+            interrupt: receive(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for one; gives its name.
+    pub async fn received(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Serves until a signal comes, then drains. A second signal ends at once.
+///
+/// # Errors
+/// [`StartError`] when serving could not begin.
+pub async fn run(settings: Settings, registry: Registry, open: device::OpenDevice) -> Result<(), StartError> {
+    let mut signals = EndSignals::new()?;
+    let process = Process::start(settings, registry, open).await?;
+    let name = signals.received().await;
+    tracing::info!(signal = name, "draining; a second signal ends at once");
+    tokio::select! {
+        _ = process.drain() => {}
+        name = signals.received() => tracing::warn!(signal = name, "ended without waiting"),
+    }
+    Ok(())
+}
+
+async fn open_listener(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, StartError> {
+    server::bind(address).await.map_err(|source| StartError::Listen { address, purpose, source })
+}
+
+fn address_of(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
+    listener.local_addr().unwrap_or(asked)
+}

@@ -1,0 +1,377 @@
+//! `config.yaml` of the one-process server.
+//!
+//! A key that is not known is an error with its path and the nearest known one; a key that is promised and not built yet
+//! is refused as such. Neither is ever silently ignored: who set it would believe that it holds.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde_yaml::Value;
+use trustformers_runtime::device::DeviceChoice;
+use trustformers_runtime::process::Listen;
+use trustformers_runtime::spec::ModelSpec;
+use trustformers_store::Source;
+
+use crate::yaml::{Keys, Section, wrong};
+
+/// Name of the file in the working directory.
+pub const FILE_NAME: &str = "config.yaml";
+
+/// A file that works as it stands once its path names a model.
+pub const EXAMPLE: &str = "\
+# Everything but `models` may be left out; these are the defaults.
+server:
+  host: \"0.0.0.0\"        # every address, IPv6 too; \"127.0.0.1\" for this machine alone
+  port: 8080             # HTTP: /v1/generate, /v1/models, /health, /metrics
+  grpc_port: 9090
+batching:
+  max_batch_size: 32     # 1-256: sequences that are computed together
+models:
+  - name: smollm2
+    path: /models/SmolLM2-135M-Instruct.Q4_1.gguf    # a .gguf file, or a folder that holds one
+    device: auto         # auto | cpu
+    max_batch_size: 32
+monitoring:
+  prometheus: {enabled: true, port: 9090}    # may equal grpc_port; /metrics is always on server.port too
+";
+
+const ROOT: Keys = Keys {
+    known: &["server", "batching", "models", "monitoring"],
+    later: &[("cache", "remove it; answers are not cached")],
+};
+const SERVER: Keys = Keys { known: &["host", "port", "grpc_port"], later: &[] };
+const BATCHING: Keys = Keys {
+    known: &["max_batch_size", "strategy"],
+    later: &[
+        ("max_wait_time_ms", "remove it; generation is batched continuously, so no request waits for others"),
+        ("enable_priority", "remove it; requests are taken in the order of their arrival"),
+    ],
+};
+const MODEL: Keys = Keys { known: &["name", "path", "device", "max_batch_size"], later: &[] };
+const MONITORING: Keys = Keys {
+    known: &["prometheus"],
+    later: &[
+        ("jaeger", "remove it; traces are not exported"),
+        ("otlp", "remove it; traces are not exported"),
+        ("zipkin", "remove it; traces are not exported"),
+    ],
+};
+const PROMETHEUS: Keys = Keys { known: &["enabled", "port"], later: &[] };
+
+/// What to serve and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where to listen.
+    pub server: ServerConfig,
+    /// Sequences that are computed together, 1 to 256, for models that do not say themselves.
+    pub max_batch_size: Option<usize>,
+    /// The models, loaded in this order.
+    pub models: Vec<ModelConfig>,
+    /// One more port for `GET /metrics`; may equal the gRPC port.
+    pub prometheus_port: Option<u16>,
+}
+
+/// Where to listen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServerConfig {
+    /// The address; unspecified (`0.0.0.0`, `::`) means every address of both families.
+    pub host: IpAddr,
+    /// HTTP's port; 0 takes any that is free.
+    pub port: u16,
+    /// gRPC's port; 0 takes any that is free.
+    pub grpc_port: u16,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self { host: Ipv4Addr::UNSPECIFIED.into(), port: 8080, grpc_port: 9090 }
+    }
+}
+
+/// One model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelConfig {
+    /// The name that callers use.
+    pub name: String,
+    /// A file, or a folder that holds one model file; a relative path counts from the working directory. Also
+    /// `file://` URIs.
+    pub path: String,
+    /// Where it runs.
+    pub device: DeviceChoice,
+    /// Sequences that are computed together, 1 to 256.
+    pub max_batch_size: Option<usize>,
+}
+
+/// Why a configuration cannot be used. Each names the file or the path of the key.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error(
+        "{} cannot be read: {source}; name a file with --config (trustformers-serve --print-config-example shows one)",
+        path.display()
+    )]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The text is not YAML.
+    #[error("it is not valid YAML: {0}")]
+    Syntax(#[from] serde_yaml::Error),
+    /// No such key.
+    #[error("{path}: there is no such key; {hint}")]
+    UnknownKey {
+        /// The key's path.
+        path: String,
+        /// The nearest known key, or all of them.
+        hint: String,
+    },
+    /// The key or value is promised and not built yet.
+    #[error("{path}: not available in this version; {advice}")]
+    NotAvailable {
+        /// The key's path.
+        path: String,
+        /// What to do meanwhile.
+        advice: String,
+    },
+    /// A value is wrong.
+    #[error("{path}: {message}")]
+    Value {
+        /// The key's path.
+        path: String,
+        /// What is wrong and what is allowed.
+        message: String,
+    },
+}
+
+impl FromStr for Config {
+    type Err = ConfigError;
+
+    /// Reads the text of a `config.yaml`.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let mut root = Section::read("", serde_yaml::from_str(text)?, ROOT)?;
+        let server = match root.section("server", SERVER)? {
+            Some(section) => server(section)?,
+            None => ServerConfig::default(),
+        };
+        let max_batch_size = match root.section("batching", BATCHING)? {
+            Some(section) => batching(section)?,
+            None => None,
+        };
+        let list: Vec<Value> = root.need("models", "a list of {name, path}")?;
+        let models =
+            (0..).zip(list).map(|(index, value)| model(index, value)).collect::<Result<Vec<_>, _>>()?;
+        if models.is_empty() {
+            return Err(wrong("models", "is empty: give at least one {name, path}"));
+        }
+        let prometheus_port = match root.section("monitoring", MONITORING)? {
+            Some(section) => monitoring(section)?,
+            None => None,
+        };
+        if server.port == server.grpc_port && server.port != 0 {
+            return Err(wrong(
+                "server.grpc_port",
+                "is the same as server.port; gRPC needs a port of its own",
+            ));
+        }
+        Ok(Self { server, max_batch_size, models, prometheus_port })
+    }
+}
+
+impl Config {
+    /// The addresses to listen on.
+    pub fn listen(&self) -> Listen {
+        let ServerConfig { host, port, grpc_port } = self.server;
+        Listen {
+            http: SocketAddr::new(host, port),
+            grpc: SocketAddr::new(host, grpc_port),
+            metrics: self.prometheus_port.map(|port| SocketAddr::new(host, port)),
+        }
+    }
+
+    /// The models with everything that an engine needs.
+    ///
+    /// # Errors
+    /// A path whose scheme cannot be read, with the model's place in the list.
+    pub fn specs(&self, threads: Option<usize>) -> Result<Vec<ModelSpec>, ConfigError> {
+        (0..).zip(&self.models).map(|(index, model): (usize, _)| self.spec(index, model, threads)).collect()
+    }
+
+    fn spec(
+        &self,
+        index: usize,
+        model: &ModelConfig,
+        threads: Option<usize>,
+    ) -> Result<ModelSpec, ConfigError> {
+        let ModelConfig { name, path, device, max_batch_size } = model;
+        let source =
+            Source::from_str(path).map_err(|error| wrong(&format!("models[{index}].path"), error))?;
+        let mut spec = ModelSpec::new(name.clone(), source);
+        spec.device = *device;
+        spec.threads = threads;
+        if let Some(size) = max_batch_size.or(self.max_batch_size) {
+            spec.set_max_batch_size(size);
+        }
+        Ok(spec)
+    }
+}
+
+fn server(mut section: Section) -> Result<ServerConfig, ConfigError> {
+    let default = ServerConfig::default();
+    let host = match section.take::<String>("host")? {
+        None => default.host,
+        Some(text) if text == "localhost" => Ipv4Addr::LOCALHOST.into(),
+        Some(text) => text.parse().map_err(|_| {
+            let message =
+                format!("{text:?} is not an address; use \"0.0.0.0\", \"127.0.0.1\" or this machine's own");
+            wrong(&section.path_of("host"), message)
+        })?,
+    };
+    let port = section.take("port")?.unwrap_or(default.port);
+    let grpc_port = section.take("grpc_port")?.unwrap_or(default.grpc_port);
+    Ok(ServerConfig { host, port, grpc_port })
+}
+
+fn batching(mut section: Section) -> Result<Option<usize>, ConfigError> {
+    if let Some(strategy) = section.take::<String>("strategy")? {
+        let path = section.path_of("strategy");
+        match strategy.as_str() {
+            "dynamic" => {}
+            "time" | "size" | "priority" => {
+                let advice =
+                    "use \"dynamic\": requests join and leave the batch between any two steps".to_owned();
+                return Err(ConfigError::NotAvailable { path: format!("{path}: {strategy}"), advice });
+            }
+            other => return Err(wrong(&path, format!("{other:?} is no strategy; use \"dynamic\""))),
+        }
+    }
+    batch_size(&mut section)
+}
+
+fn batch_size(section: &mut Section) -> Result<Option<usize>, ConfigError> {
+    let size: Option<usize> = section.take("max_batch_size")?;
+    match size {
+        Some(size) if !(1..=256).contains(&size) => {
+            Err(wrong(&section.path_of("max_batch_size"), format!("{size} is not within 1 to 256")))
+        }
+        size => Ok(size),
+    }
+}
+
+fn model(index: usize, value: Value) -> Result<ModelConfig, ConfigError> {
+    let mut section = Section::read(&format!("models[{index}]"), value, MODEL)?;
+    let name: String = section.need("name", "the name that callers use")?;
+    if name.is_empty() {
+        return Err(wrong(&section.path_of("name"), "is empty: give the name that callers use"));
+    }
+    let path = section.need("path", "a .gguf file or a folder that holds one")?;
+    let device = match section.take::<String>("device")? {
+        None => DeviceChoice::Auto,
+        Some(text) => text.parse().map_err(|error| wrong(&section.path_of("device"), error))?,
+    };
+    let max_batch_size = batch_size(&mut section)?;
+    Ok(ModelConfig { name, path, device, max_batch_size })
+}
+
+fn monitoring(mut section: Section) -> Result<Option<u16>, ConfigError> {
+    let Some(mut prometheus) = section.section("prometheus", PROMETHEUS)? else {
+        return Ok(None);
+    };
+    let enabled = prometheus.take("enabled")?.unwrap_or(true);
+    let port: Option<u16> = prometheus.take("port")?;
+    Ok(port.filter(|_| enabled))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        Config::from_str(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_example_is_the_defaults() {
+        let config = Config::from_str(EXAMPLE).unwrap();
+        assert_eq!(config.server, ServerConfig::default());
+        assert_eq!((config.max_batch_size, config.prometheus_port), (Some(32), Some(9090)));
+        assert_eq!(config.models[0].name, "smollm2");
+        assert_eq!(config.listen().metrics, Some(config.listen().grpc));
+    }
+
+    #[test]
+    fn several_models_take_their_own_batch_or_the_common_one() {
+        let config = Config::from_str(
+            "batching: {max_batch_size: 200, strategy: dynamic}\n\
+             models: [{name: a, path: /a, max_batch_size: 16}, {name: b, path: 'file:///b', device: cpu}]",
+        )
+        .unwrap();
+        let specs = config.specs(Some(3)).unwrap();
+        assert_eq!(specs.iter().map(|spec| spec.engine.max_batch_size).collect::<Vec<_>>(), [16, 200]);
+        assert_eq!((specs[1].name(), specs[1].device, specs[1].threads), ("b", DeviceChoice::Cpu, Some(3)));
+        assert_eq!(specs[1].source, Source::from_path("/b"));
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_with_its_path_and_the_nearest_known_one() {
+        for (text, path, hint) in [
+            ("sever: {}", "sever: ", "\"server\""),
+            ("server: {grpcPort: 1}\nmodels: []", "server.grpcPort: ", "\"grpc_port\""),
+            ("models: [{name: a, path: /a}, {nam: b, path: /b}]", "models[1].nam: ", "\"name\""),
+            (
+                "monitoring: {prometheus: {ports: 1}}\nmodels: [{name: a, path: /a}]",
+                "monitoring.prometheus.ports",
+                "port",
+            ),
+            ("completely_different: 1", "completely_different", "known are: server"),
+        ] {
+            let error = error(text);
+            assert!(error.starts_with(path) && error.contains(hint), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_promised_and_not_built_is_refused_as_such() {
+        let models = "models: [{name: a, path: /a}]";
+        for (text, path) in [
+            ("cache: {enabled: true}", "cache"),
+            ("batching: {max_wait_time_ms: 10}", "batching.max_wait_time_ms"),
+            ("batching: {strategy: priority}", "batching.strategy: priority"),
+            ("batching: {enable_priority: true}", "batching.enable_priority"),
+            ("monitoring: {jaeger: {enabled: true}}", "monitoring.jaeger"),
+        ] {
+            let error = error(&format!("{text}\n{models}"));
+            assert!(error.starts_with(path) && error.contains("not available in this version"), "{error}");
+        }
+        let error = error("models: [{name: a, path: /a, device: 'cuda:0'}]");
+        assert!(
+            error.starts_with("models[0].device: device \"cuda:0\" is not available in this version"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_their_path() {
+        let models = "models: [{name: a, path: /a}]";
+        for (text, path) in [
+            (String::new(), "models: is missing"),
+            ("models: []".into(), "models: is empty"),
+            ("models: [{path: /a}]".into(), "models[0].name: is missing"),
+            ("models: [a]".into(), "models[0]: expected keys and values, found a text"),
+            (format!("server: {{port: 70000}}\n{models}"), "server.port: "),
+            (format!("server: {{host: here}}\n{models}"), "server.host: \"here\" is not an address"),
+            (format!("server: {{port: 9090}}\n{models}"), "server.grpc_port: is the same"),
+            (format!("batching: {{max_batch_size: 257}}\n{models}"), "batching.max_batch_size: 257"),
+            (format!("batching: {{strategy: fast}}\n{models}"), "batching.strategy: \"fast\""),
+        ] {
+            let error = error(&text);
+            assert!(error.starts_with(path), "{error}");
+        }
+        assert!(error("server: [").contains("not valid YAML"));
+        let config = Config::from_str("models: [{name: a, path: 'hf://org/a'}]").unwrap();
+        let error = config.specs(None).unwrap_err().to_string();
+        assert!(error.starts_with("models[0].path: hf://"), "{error}");
+    }
+}

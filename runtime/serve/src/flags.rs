@@ -1,0 +1,100 @@
+//! The command line, and its help.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use trustformers_telemetry::logs::LogFormat;
+
+/// Serves models over HTTP and gRPC in one process; with `generate`, answers one prompt and ends.
+///
+/// Without a subcommand it reads config.yaml of the working directory (or --config), listens, loads the models in the
+/// background and serves until SIGINT (Ctrl-C) or SIGTERM; then answers in flight are given before it ends. A second
+/// Ctrl-C ends at once.
+///
+///   trustformers-serve --print-config-example > config.yaml
+///   trustformers-serve
+///   curl -d '{"prompt": "The capital of France is", "max_tokens": 8}' http://localhost:8080/v1/generate
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110, verbatim_doc_comment, args_conflicts_with_subcommands = true)]
+pub(crate) struct Flags {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) serve: ServeFlags,
+    /// Log lines as text or json, on stderr.
+    #[arg(long, global = true, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, trace, or directives such as info,trustformers_engine=debug.
+    /// By default info when serving and warn for generate.
+    #[arg(long, global = true, value_name = "FILTER", env = "RUST_LOG")]
+    pub(crate) log: Option<String>,
+}
+
+/// How to serve.
+#[derive(Debug, Args)]
+pub(crate) struct ServeFlags {
+    /// The configuration, instead of config.yaml of the working directory.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Prints a configuration to begin with, and ends.
+    #[arg(long)]
+    pub(crate) print_config_example: bool,
+    /// Threads of the CPU device; by default as many as the process may use.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+}
+
+/// What to do instead of serving.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Answers one prompt: text to stdout as it is made, or with --json one object at the end.
+    Generate(GenerateFlags),
+}
+
+/// One prompt and how to answer it.
+///
+/// Special tokens that are spelled in the prompt (such as <|im_start|>) are recognised. A begin token is put before it
+/// only where the model's file asks for one. Progress and logs go to stderr.
+///
+/// Exit status: 0 answered; 1 the model could not be loaded or failed; 2 the command line or the prompt is wrong;
+/// 130 interrupted.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct GenerateFlags {
+    /// The model: a .gguf file or a folder that holds one, as a path or a file:// URI.
+    #[arg(long, value_name = "PATH|URI")]
+    pub(crate) model: String,
+    /// The text to continue.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        required_unless_present = "prompt_file",
+        conflicts_with = "prompt_file"
+    )]
+    pub(crate) prompt: Option<String>,
+    /// A file whose bytes are the text to continue, a final newline included. Must be UTF-8.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// New tokens at most, the end token included.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) max_tokens: u32,
+    /// 0 is greedy: the same prompt gives the same answer. Higher is more varied.
+    #[arg(long, value_name = "T", default_value_t = 0.7)]
+    pub(crate) temperature: f32,
+    /// Samples from the likeliest tokens that together have this probability.
+    #[arg(long, value_name = "P", default_value_t = 0.9)]
+    pub(crate) top_p: f32,
+    /// Makes sampling repeatable.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// fast: activations may be quantised. exact: f32 activations, the same alone or batched.
+    #[arg(long, value_name = "fast|exact", default_value = "fast")]
+    pub(crate) numerics: String,
+    /// Threads of the CPU device; by default as many as the process may use.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Prints one JSON object: prompt_tokens, tokens (ids, the end token included when it was produced), text,
+    /// finish_reason, timings_ms.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

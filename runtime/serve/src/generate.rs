@@ -1,0 +1,282 @@
+//! `trustformers-serve generate`: load a model, answer one prompt, end.
+//!
+//! stdout carries the answer alone (text as it is made, or one JSON object), so that it can be piped; progress and logs
+//! go to stderr.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use trustformers_api::fields::HTTP_DEFAULTS;
+use trustformers_api::{ApiError, Asked};
+use trustformers_engine::{GenerateError, GenerateParams, Generation, GenerationEvent, Prompt, SubmitError};
+use trustformers_runtime::device;
+use trustformers_runtime::failure::Failure;
+use trustformers_runtime::load::{Loaded, Loader, OnProgress};
+use trustformers_runtime::process::{EndSignals, StartError};
+use trustformers_runtime::spec::{ModelSpec, numerics_of};
+use trustformers_store::{Source, StoreError};
+
+use crate::flags::GenerateFlags;
+
+/// Status of a process that was interrupted, as shells give it.
+const INTERRUPTED: u8 = 130;
+
+/// Why no answer was given.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum GenerateFailure {
+    /// `--model` names nothing that can be read.
+    #[error("--model: {0}")]
+    Model(StoreError),
+    /// `--numerics` is no such word.
+    #[error("--numerics: {0}")]
+    Numerics(String),
+    /// A field of the request is wrong.
+    #[error("--{0}")]
+    Field(ApiError),
+    /// The prompt's file cannot be read.
+    #[error("--prompt-file: {} cannot be read: {source}", path.display())]
+    PromptUnreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The prompt's file is not text.
+    #[error(
+        "--prompt-file: {} is not UTF-8 (byte {at} cannot be read); convert it, for example with iconv",
+        path.display()
+    )]
+    PromptNotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Place of the first wrong byte.
+        at: usize,
+    },
+    /// The model could not be loaded.
+    #[error("{} ({})", .0, .0.reason)]
+    Load(#[from] Failure),
+    /// The engine refused the request.
+    #[error(transparent)]
+    Refused(#[from] SubmitError),
+    /// The generation broke off.
+    #[error(transparent)]
+    Broken(#[from] GenerateError),
+    /// The process could not be set up.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The answer could not be written.
+    #[error("stdout cannot be written: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+impl GenerateFailure {
+    /// 2 for what the caller typed, 1 for the rest.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Model(_)
+            | Self::Numerics(_)
+            | Self::Field(_)
+            | Self::PromptUnreadable { .. }
+            | Self::PromptNotUtf8 { .. } => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// What is to be done, checked.
+struct Task {
+    spec: ModelSpec,
+    params: GenerateParams,
+    json: bool,
+}
+
+/// An answer as it grows.
+#[derive(Debug, Default)]
+struct Answer {
+    prompt_ids: Vec<u32>,
+    ids: Vec<u32>,
+    text: String,
+    finish_reason: &'static str,
+    first_token: Duration,
+    prefill: Duration,
+    decode: Duration,
+}
+
+/// Runs the subcommand.
+pub(crate) fn run(flags: GenerateFlags) -> Result<ExitCode, GenerateFailure> {
+    let began = Instant::now();
+    let task = task(flags)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let mut signals = EndSignals::new()?;
+        tokio::select! {
+            done = answer(task, began) => done.map(|()| ExitCode::SUCCESS),
+            _ = signals.received() => Ok(ExitCode::from(INTERRUPTED)),
+        }
+    });
+    // A load that was interrupted sits on a blocking thread and must not hold up the end.
+    runtime.shutdown_background();
+    match outcome {
+        // Whoever read the answer has seen enough.
+        Err(GenerateFailure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            Ok(ExitCode::SUCCESS)
+        }
+        outcome => outcome,
+    }
+}
+
+fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
+    let GenerateFlags {
+        model,
+        prompt,
+        prompt_file,
+        max_tokens,
+        temperature,
+        top_p,
+        seed,
+        numerics,
+        threads,
+        json,
+    } = flags;
+    let source = Source::from_str(&model).map_err(GenerateFailure::Model)?;
+    let name =
+        source.path().file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
+    let mut spec = ModelSpec::new(name, source);
+    spec.engine.numerics = numerics_of(&numerics).map_err(GenerateFailure::Numerics)?;
+    spec.threads = threads.map(usize::from);
+    // One prompt needs room for one sequence.
+    spec.engine.max_batch_size = 1;
+    spec.engine.max_queue = 1;
+    let prompt = match prompt_file {
+        Some(path) => prompt_of(&path)?,
+        None => prompt.unwrap_or_default(),
+    };
+    let asked = Asked {
+        prompt,
+        model: None,
+        max_tokens: Some(max_tokens),
+        temperature: Some(temperature),
+        top_p: Some(top_p),
+        seed,
+    };
+    let checked = asked.check(&HTTP_DEFAULTS).map_err(GenerateFailure::Field)?;
+    let params = GenerateParams {
+        prompt: Prompt::Text(checked.prompt),
+        max_tokens: checked.max_tokens as usize,
+        temperature: checked.temperature,
+        top_p: checked.top_p,
+        seed: checked.seed,
+        margins: false,
+    };
+    Ok(Task { spec, params, json })
+}
+
+/// The file's bytes as they are, a final newline included.
+fn prompt_of(path: &Path) -> Result<String, GenerateFailure> {
+    let bytes = std::fs::read(path)
+        .map_err(|source| GenerateFailure::PromptUnreadable { path: path.to_owned(), source })?;
+    String::from_utf8(bytes).map_err(|error| GenerateFailure::PromptNotUtf8 {
+        path: path.to_owned(),
+        at: error.utf8_error().valid_up_to(),
+    })
+}
+
+async fn answer(task: Task, began: Instant) -> Result<(), GenerateFailure> {
+    let Task { spec, params, json } = task;
+    let loaded = load(spec).await?;
+    let load = began.elapsed();
+    let generation = loaded.engine.submit(&params)?;
+    let answer = collect(generation, !json).await?;
+    let engine = loaded.engine;
+    let stopped = engine.stop();
+    if json {
+        let object = answer.to_json(load, began.elapsed());
+        let mut stdout = std::io::stdout().lock();
+        writeln!(stdout, "{object}")?;
+        stdout.flush()?;
+    }
+    stopped.await;
+    Ok(())
+}
+
+async fn load(spec: ModelSpec) -> Result<Loaded, GenerateFailure> {
+    let bar = ProgressBar::new(0);
+    bar.set_style(bar_style());
+    bar.set_message(spec.name().to_owned());
+    let progress: OnProgress = {
+        let bar = bar.clone();
+        Arc::new(move |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        })
+    };
+    let loader = Loader::new(device::real(), &prometheus::Registry::new()).map_err(StartError::from)?;
+    let loading = tokio::task::spawn_blocking(move || loader.load(&spec, &progress));
+    let outcome = loading
+        .await
+        .map_err(|error| Failure::permanent("InternalError", format!("loading broke off: {error}")))?;
+    bar.finish_and_clear();
+    Ok(outcome?)
+}
+
+/// indicatif draws on stderr, and only where that is a terminal.
+fn bar_style() -> ProgressStyle {
+    ProgressStyle::with_template("loading {msg} {wide_bar} {bytes}/{total_bytes} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+async fn collect(mut generation: Generation, print: bool) -> Result<Answer, GenerateFailure> {
+    let submitted = Instant::now();
+    let mut answer = Answer { prompt_ids: generation.prompt_ids().to_vec(), ..Answer::default() };
+    while let Some(event) = generation.next().await {
+        match event? {
+            GenerationEvent::Token { id, text, .. } => {
+                if answer.ids.is_empty() {
+                    answer.first_token = submitted.elapsed();
+                }
+                answer.ids.push(id);
+                answer.text.push_str(&text);
+                if print {
+                    let mut stdout = std::io::stdout().lock();
+                    stdout.write_all(text.as_bytes())?;
+                    stdout.flush()?;
+                }
+            }
+            GenerationEvent::Finished { reason, timings, .. } => {
+                answer.finish_reason = reason.as_str();
+                answer.prefill = timings.prefill;
+                answer.decode = timings.decode;
+            }
+        }
+    }
+    if print && !answer.text.ends_with('\n') {
+        writeln!(std::io::stdout())?;
+    }
+    Ok(answer)
+}
+
+impl Answer {
+    fn to_json(&self, load: Duration, total: Duration) -> Value {
+        let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
+        json!({
+            "prompt_tokens": self.prompt_ids,
+            "tokens": self.ids,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "timings_ms": {
+                "load": ms(load),
+                "prefill": ms(self.prefill),
+                "first_token": ms(self.first_token),
+                "decode": ms(self.decode),
+                "total": ms(total),
+            },
+        })
+    }
+}
