@@ -66,7 +66,9 @@ pub enum Phase {
     Loading,
     /// The wanted revision serves with all its replicas.
     Ready,
-    /// Some pods serve, but not all that should, or something is wrong.
+    /// Some pods serve while others load or are replaced, as planned.
+    Updating,
+    /// Some pods serve, and something is wrong with others.
     Degraded,
     /// Nothing serves, and the conditions say why.
     Failed,

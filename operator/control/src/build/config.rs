@@ -1,0 +1,47 @@
+//! The ConfigMap with `pod.yaml`, which tells a pod what to load.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::ConfigMap;
+use trustformers_proto::pod_config::{FILE_NAME, PodConfig, PodConfigError, PodEngine, PodModel};
+
+use super::meta;
+use super::pod::MODEL_DIR;
+use crate::validate::ValidatedModel;
+use crate::{hash, names};
+
+/// Its name holds the hash of its content: a change makes a new ConfigMap and thereby a new pod template, and the
+/// pods of the old one keep the file they started with.
+pub(super) fn config_map(model: &ValidatedModel, revision: &str) -> Result<ConfigMap, PodConfigError> {
+    let text = pod_config(model, revision).to_yaml()?;
+    let mut metadata = meta(model, &names::config_map(&model.name, &hash::short(&text)));
+    metadata.labels = Some(names::revision_labels(&model.name, revision));
+    Ok(ConfigMap {
+        metadata,
+        data: Some(BTreeMap::from([(FILE_NAME.to_owned(), text)])),
+        immutable: Some(true),
+        ..ConfigMap::default()
+    })
+}
+
+fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
+    let runtime = &model.runtime;
+    PodConfig {
+        model: PodModel {
+            names: vec![format!("{}/{}", model.namespace, model.name), model.name.clone()],
+            revision: revision.to_owned(),
+            path: MODEL_DIR.to_owned(),
+            files: model.source.files.clone(),
+            sha256: model.source.sha256.clone(),
+        },
+        engine: PodEngine {
+            device: Some(runtime.device.as_str().to_owned()),
+            numerics: Some(runtime.numerics.as_str().to_owned()),
+            context_tokens: runtime.context_tokens,
+            max_batch_size: Some(runtime.batching.max_batch_size),
+            max_queue: Some(runtime.batching.max_queue),
+        },
+        // Validation bounds the span to a week, so that it fits.
+        drain_timeout_ms: u64::try_from(model.drain_timeout.as_millis()).unwrap_or(u64::MAX),
+    }
+}

@@ -1,0 +1,44 @@
+//! The Deployment: the pool of pods that serve the model.
+
+use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use super::{Platform, meta, pod};
+use crate::names;
+use crate::validate::ValidatedModel;
+
+/// Loading may take as long as it takes; whether it still goes on is told by our own conditions. A week keeps the
+/// Deployment's own verdict out of the way.
+const PROGRESS_DEADLINE_S: i32 = 7 * 24 * 3600;
+
+/// A new pod serves before an old one ends: `maxUnavailable: 0`, `maxSurge: 1`.
+pub(super) fn deployment(
+    model: &ValidatedModel,
+    platform: &Platform,
+    revision: &str,
+    config_map: &str,
+) -> Deployment {
+    Deployment {
+        metadata: meta(model, &model.name),
+        spec: Some(DeploymentSpec {
+            replicas: Some(model.replicas),
+            selector: LabelSelector {
+                match_labels: Some(names::model_labels(&model.name)),
+                ..LabelSelector::default()
+            },
+            strategy: Some(DeploymentStrategy {
+                type_: Some("RollingUpdate".to_owned()),
+                rolling_update: Some(RollingUpdateDeployment {
+                    max_surge: Some(IntOrString::Int(1)),
+                    max_unavailable: Some(IntOrString::Int(0)),
+                }),
+            }),
+            progress_deadline_seconds: Some(PROGRESS_DEADLINE_S),
+            revision_history_limit: Some(1),
+            template: pod::template(model, platform, revision, config_map),
+            ..DeploymentSpec::default()
+        }),
+        status: None,
+    }
+}

@@ -1,0 +1,234 @@
+//! The pod template: one container under the restricted Pod Security Standard, with the model mounted read-only.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{
+    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, ImageVolumeSource,
+    PersistentVolumeClaimVolumeSource, PodReadinessGate, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
+    ResourceRequirements, SeccompProfile, SecurityContext, Toleration, TopologySpreadConstraint, Volume,
+    VolumeMount,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use trustformers_crds::{Resources, TolerationEffect, TolerationOperator};
+use trustformers_proto::pod_config::FILE_NAME;
+
+use super::Platform;
+use crate::validate::{Mount, ValidatedModel};
+use crate::{hash, names};
+
+/// Where the model's files are mounted.
+pub(super) const MODEL_DIR: &str = "/models";
+/// Where `pod.yaml` is mounted.
+const CONFIG_DIR: &str = "/etc/trustformers";
+/// User and group of the process; the images know them as `nonroot`.
+const NONROOT: i64 = 65_532;
+/// Time beyond the drain that kubelet leaves before it kills: the last answers are written and files closed.
+const END_MARGIN_S: i64 = 10;
+
+pub(super) fn template(
+    model: &ValidatedModel,
+    platform: &Platform,
+    revision: &str,
+    config_map: &str,
+) -> PodTemplateSpec {
+    let mut labels = model.pod.labels.clone();
+    labels.extend(names::revision_labels(&model.name, revision));
+    let mut annotations = model.pod.annotations.clone();
+    annotations.insert(names::POOL_ANNOTATION.to_owned(), hash::pool(model));
+    annotations.insert("kubectl.kubernetes.io/default-container".to_owned(), names::CONTAINER.to_owned());
+    PodTemplateSpec {
+        metadata: Some(ObjectMeta {
+            labels: Some(labels),
+            annotations: Some(annotations),
+            ..ObjectMeta::default()
+        }),
+        spec: Some(pod_spec(model, platform, config_map)),
+    }
+}
+
+fn pod_spec(model: &ValidatedModel, platform: &Platform, config_map: &str) -> PodSpec {
+    let pod = &model.pod;
+    let account = pod.service_account_name.clone().unwrap_or_else(|| names::service_account(&model.name));
+    // Validation bounds the drain to a week.
+    let drain_s = i64::try_from(model.drain_timeout.as_millis().div_ceil(1000)).unwrap_or(i64::MAX / 2);
+    PodSpec {
+        containers: vec![container(model, platform)],
+        volumes: Some(vec![config_volume(config_map), model_volume(&model.mount, platform)]),
+        service_account_name: Some(account),
+        automount_service_account_token: Some(false),
+        enable_service_links: Some(false),
+        termination_grace_period_seconds: Some(drain_s + END_MARGIN_S),
+        readiness_gates: Some(vec![PodReadinessGate { condition_type: names::ROUTABLE_GATE.to_owned() }]),
+        security_context: Some(PodSecurityContext {
+            run_as_non_root: Some(true),
+            run_as_user: Some(NONROOT),
+            run_as_group: Some(NONROOT),
+            fs_group: Some(NONROOT),
+            fs_group_change_policy: Some("OnRootMismatch".to_owned()),
+            seccomp_profile: Some(SeccompProfile {
+                type_: "RuntimeDefault".to_owned(),
+                localhost_profile: None,
+            }),
+            ..PodSecurityContext::default()
+        }),
+        node_selector: some(pod.node_selector.clone()),
+        tolerations: some_list(pod.tolerations.iter().map(toleration).collect()),
+        topology_spread_constraints: some_list(spread(model)),
+        priority_class_name: pod.priority_class_name.clone(),
+        runtime_class_name: pod.runtime_class_name.clone(),
+        ..PodSpec::default()
+    }
+}
+
+fn container(model: &ValidatedModel, platform: &Platform) -> Container {
+    let port = |name: &str, number: u16| ContainerPort {
+        name: Some(name.to_owned()),
+        container_port: i32::from(number),
+        protocol: Some("TCP".to_owned()),
+        ..ContainerPort::default()
+    };
+    let env = model.runtime.env.iter().map(|one| EnvVar {
+        name: one.name.clone(),
+        value: Some(one.value.clone()),
+        value_from: None,
+    });
+    Container {
+        name: names::CONTAINER.to_owned(),
+        image: Some(model.runtime.image.clone().unwrap_or_else(|| platform.runtime_image.clone())),
+        image_pull_policy: Some(platform.pull_policy.clone()),
+        args: Some(vec!["--config".to_owned(), format!("{CONFIG_DIR}/{FILE_NAME}")]),
+        env: some_list(env.collect()),
+        ports: Some(vec![port("http", names::HTTP_PORT), port("grpc", names::GRPC_PORT)]),
+        resources: resources(&model.runtime.resources),
+        volume_mounts: Some(vec![mount("config", CONFIG_DIR, None), model_mount(&model.mount)]),
+        readiness_probe: Some(probe("/health/ready", 1)),
+        liveness_probe: Some(probe("/health/live", 10)),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            read_only_root_filesystem: Some(true),
+            capabilities: Some(Capabilities { drop: Some(vec!["ALL".to_owned()]), add: None }),
+            ..SecurityContext::default()
+        }),
+        ..Container::default()
+    }
+}
+
+/// There is no startup probe: it would kill a long load. Liveness answers from the first moment, and readiness says
+/// when the model serves.
+fn probe(path: &str, period_seconds: i32) -> Probe {
+    Probe {
+        http_get: Some(HTTPGetAction {
+            path: Some(path.to_owned()),
+            port: IntOrString::String("http".to_owned()),
+            ..HTTPGetAction::default()
+        }),
+        period_seconds: Some(period_seconds),
+        timeout_seconds: Some(5),
+        failure_threshold: Some(3),
+        ..Probe::default()
+    }
+}
+
+fn config_volume(config_map: &str) -> Volume {
+    Volume {
+        name: "config".to_owned(),
+        config_map: Some(ConfigMapVolumeSource {
+            name: config_map.to_owned(),
+            ..ConfigMapVolumeSource::default()
+        }),
+        ..Volume::default()
+    }
+}
+
+fn model_volume(source: &Mount, platform: &Platform) -> Volume {
+    let mut volume = Volume { name: "model".to_owned(), ..Volume::default() };
+    match source {
+        Mount::Image { reference } => {
+            volume.image = Some(ImageVolumeSource {
+                reference: Some(reference.clone()),
+                pull_policy: Some(platform.pull_policy.clone()),
+            });
+        }
+        Mount::Claim { claim, .. } => {
+            volume.persistent_volume_claim =
+                Some(PersistentVolumeClaimVolumeSource { claim_name: claim.clone(), read_only: Some(true) });
+        }
+    }
+    volume
+}
+
+fn model_mount(source: &Mount) -> VolumeMount {
+    let path = match source {
+        Mount::Claim { path, .. } if !path.is_empty() => Some(path.clone()),
+        Mount::Claim { .. } | Mount::Image { .. } => None,
+    };
+    mount("model", MODEL_DIR, path)
+}
+
+fn mount(name: &str, at: &str, sub_path: Option<String>) -> VolumeMount {
+    VolumeMount {
+        name: name.to_owned(),
+        mount_path: at.to_owned(),
+        read_only: Some(true),
+        sub_path,
+        ..VolumeMount::default()
+    }
+}
+
+fn resources(wanted: &Resources) -> Option<ResourceRequirements> {
+    let amounts = |map: &BTreeMap<String, trustformers_crds::Quantity>| {
+        some(map.iter().map(|(name, amount)| (name.clone(), Quantity(amount.0.clone()))).collect())
+    };
+    let (limits, requests) = (amounts(&wanted.limits), amounts(&wanted.requests));
+    let any = limits.is_some() || requests.is_some();
+    any.then_some(ResourceRequirements { limits, requests, claims: None })
+}
+
+fn toleration(one: &trustformers_crds::Toleration) -> Toleration {
+    Toleration {
+        key: one.key.clone(),
+        operator: Some(
+            match one.operator {
+                TolerationOperator::Equal => "Equal",
+                TolerationOperator::Exists => "Exists",
+            }
+            .to_owned(),
+        ),
+        value: one.value.clone(),
+        effect: one.effect.map(|effect| {
+            match effect {
+                TolerationEffect::NoSchedule => "NoSchedule",
+                TolerationEffect::PreferNoSchedule => "PreferNoSchedule",
+                TolerationEffect::NoExecute => "NoExecute",
+            }
+            .to_owned()
+        }),
+        toleration_seconds: one.toleration_seconds,
+    }
+}
+
+fn spread(model: &ValidatedModel) -> Vec<TopologySpreadConstraint> {
+    let rule = |one: &trustformers_crds::TopologySpread| TopologySpreadConstraint {
+        max_skew: one.max_skew,
+        topology_key: one.topology_key.clone(),
+        when_unsatisfiable: if one.required { "DoNotSchedule" } else { "ScheduleAnyway" }.to_owned(),
+        label_selector: Some(LabelSelector {
+            match_labels: Some(names::model_labels(&model.name)),
+            ..LabelSelector::default()
+        }),
+        // Old and new pods of a rollout are spread apart from each other.
+        match_label_keys: Some(vec!["pod-template-hash".to_owned()]),
+        ..TopologySpreadConstraint::default()
+    };
+    model.pod.topology_spread.iter().map(rule).collect()
+}
+
+fn some<K: Ord, V>(map: BTreeMap<K, V>) -> Option<BTreeMap<K, V>> {
+    (!map.is_empty()).then_some(map)
+}
+
+fn some_list<T>(list: Vec<T>) -> Option<Vec<T>> {
+    (!list.is_empty()).then_some(list)
+}

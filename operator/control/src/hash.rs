@@ -1,0 +1,166 @@
+//! Hashes that decide whether something changed: the revision (what is loaded) and the pool (what loads it).
+//!
+//! They are computed over text written out here field by field, never over a serialised struct: a new field with
+//! its default, or a new version of a serialiser, must not change the hash of a model that nobody touched, since
+//! that would restart its pods on an upgrade of the operator. Golden tests hold the values. A field that comes later
+//! adds a line only where it differs from its default.
+
+use std::fmt::Write as _;
+
+use sha2::{Digest, Sha256};
+
+use crate::validate::ValidatedModel;
+
+/// Hex digits of a hash in names and labels: 40 bits, for telling apart the few revisions of one model.
+const SHORT_DIGITS: usize = 10;
+
+/// Lower-case hex digits of the sha256 of `text`.
+#[must_use]
+pub fn sha256_hex(text: &str) -> String {
+    Sha256::digest(text.as_bytes()).iter().fold(String::new(), |mut hex, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}
+
+/// The first digits of the sha256 of `text`, short enough for names.
+#[must_use]
+pub fn short(text: &str) -> String {
+    sha256_hex(text)[..SHORT_DIGITS].to_owned()
+}
+
+/// Hash of what is loaded: source and engine settings. Replicas, routing and the pod's template are not in it.
+#[must_use]
+pub fn revision(model: &ValidatedModel) -> String {
+    let mut lines = Lines::default();
+    lines.add("source.uri", &model.source.uri);
+    for glob in &model.source.files {
+        lines.add("source.files", glob);
+    }
+    lines.add_if("source.sha256", model.source.sha256.as_deref());
+    lines.add("runtime.device", model.runtime.device.as_str());
+    lines.add("runtime.numerics", model.runtime.numerics.as_str());
+    lines.add_if("runtime.contextTokens", model.runtime.context_tokens.map(|n| n.to_string()).as_deref());
+    lines.add("runtime.batching.maxBatchSize", &model.runtime.batching.max_batch_size.to_string());
+    lines.add("runtime.batching.maxQueue", &model.runtime.batching.max_queue.to_string());
+    short(&lines.0)
+}
+
+/// Hash of the settings that make the pod around the model: image, environment, resources, scheduling.
+#[must_use]
+pub fn pool(model: &ValidatedModel) -> String {
+    let mut lines = Lines::default();
+    lines.add_if("runtime.image", model.runtime.image.as_deref());
+    for variable in &model.runtime.env {
+        lines.add(&format!("runtime.env.{}", variable.name), &variable.value);
+    }
+    for (kind, amounts) in
+        [("limits", &model.runtime.resources.limits), ("requests", &model.runtime.resources.requests)]
+    {
+        for (resource, amount) in amounts {
+            lines.add(&format!("runtime.resources.{kind}.{resource}"), &amount.0);
+        }
+    }
+    let pod = &model.pod;
+    for (kind, map) in
+        [("nodeSelector", &pod.node_selector), ("labels", &pod.labels), ("annotations", &pod.annotations)]
+    {
+        for (key, value) in map {
+            lines.add(&format!("pod.{kind}.{key}"), value);
+        }
+    }
+    for one in &pod.tolerations {
+        let parts =
+            [one.key.as_deref(), Some(operator(one.operator)), one.value.as_deref(), one.effect.map(effect)];
+        let seconds = one.toleration_seconds.map(|n| n.to_string()).unwrap_or_default();
+        lines.add("pod.tolerations", &format!("{parts:?} {seconds}"));
+    }
+    for one in &pod.topology_spread {
+        lines.add("pod.topologySpread", &format!("{} {} {}", one.topology_key, one.max_skew, one.required));
+    }
+    lines.add_if("pod.priorityClassName", pod.priority_class_name.as_deref());
+    lines.add_if("pod.runtimeClassName", pod.runtime_class_name.as_deref());
+    lines.add_if("pod.serviceAccountName", pod.service_account_name.as_deref());
+    short(&lines.0)
+}
+
+fn operator(operator: trustformers_crds::TolerationOperator) -> &'static str {
+    match operator {
+        trustformers_crds::TolerationOperator::Equal => "Equal",
+        trustformers_crds::TolerationOperator::Exists => "Exists",
+    }
+}
+
+fn effect(effect: trustformers_crds::TolerationEffect) -> &'static str {
+    match effect {
+        trustformers_crds::TolerationEffect::NoSchedule => "NoSchedule",
+        trustformers_crds::TolerationEffect::PreferNoSchedule => "PreferNoSchedule",
+        trustformers_crds::TolerationEffect::NoExecute => "NoExecute",
+    }
+}
+
+/// Lines `key=length:value`; the length keeps a value with a line break from looking like another key.
+#[derive(Default)]
+struct Lines(String);
+
+impl Lines {
+    fn add(&mut self, key: &str, value: &str) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(self.0, "{key}={}:{value}", value.len());
+    }
+
+    fn add_if(&mut self, key: &str, value: Option<&str>) {
+        if let Some(value) = value {
+            self.add(key, value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::validate::tests::valid;
+
+    const FULL: &str = "{source: {uri: 'pvc://w/a', files: ['*.gguf'], sha256: aa}, runtime: {device: cpu, numerics: exact, contextTokens: 64, image: i, env: [{name: A, value: b}], resources: {limits: {cpu: 2}}}, pod: {nodeSelector: {a: b}, tolerations: [{key: k, effect: NoSchedule}], topologySpread: [{topologyKey: t}]}}";
+
+    #[test]
+    fn the_hashes_of_a_stored_model_never_change() {
+        // A new value here means that upgrading the operator restarts the pods of every model. Don't.
+        let plain = valid("chat", "{source: {uri: 'oci://localhost/smollm2-135m-instruct:q4_1'}}");
+        let full = valid("chat", FULL);
+        let all = [revision(&plain), pool(&plain), revision(&full), pool(&full)];
+        insta::assert_yaml_snapshot!(all);
+    }
+
+    #[test]
+    fn the_revision_is_what_is_loaded_and_nothing_else() {
+        let base = revision(&valid("chat", "{source: {uri: 'oci://x'}}"));
+        for same in [
+            "{source: {uri: 'oci://x'}, scaling: {replicas: 5}}",
+            "{source: {uri: 'oci://x'}, traffic: {timeout: 1s, retries: 0}}",
+            "{source: {uri: 'oci://x'}, pod: {labels: {a: b}}}",
+            "{source: {uri: 'oci://x'}, runtime: {image: other}}",
+        ] {
+            assert_eq!(revision(&valid("chat", same)), base, "{same}");
+        }
+        for other in [
+            "{source: {uri: 'oci://y'}}",
+            "{source: {uri: 'oci://x', sha256: aa}}",
+            "{source: {uri: 'oci://x', files: [a]}}",
+            "{source: {uri: 'oci://x'}, runtime: {numerics: exact}}",
+            "{source: {uri: 'oci://x'}, runtime: {contextTokens: 64}}",
+            "{source: {uri: 'oci://x'}, runtime: {batching: {maxQueue: 1}}}",
+        ] {
+            assert_ne!(revision(&valid("chat", other)), base, "{other}");
+        }
+    }
+
+    #[test]
+    fn the_pool_is_the_pod_and_not_the_model() {
+        let base = pool(&valid("chat", "{source: {uri: 'oci://x'}}"));
+        assert_eq!(pool(&valid("chat", "{source: {uri: 'oci://y'}, scaling: {replicas: 3}}")), base);
+        assert_ne!(pool(&valid("chat", "{source: {uri: 'oci://x'}, runtime: {image: other}}")), base);
+        assert_ne!(pool(&valid("chat", "{source: {uri: 'oci://x'}, pod: {nodeSelector: {a: b}}}")), base);
+    }
+}

@@ -1,0 +1,169 @@
+//! What the control plane needs to know of a pod, read from the stored object.
+
+use k8s_openapi::api::core::v1::{Pod, PodCondition};
+
+use crate::causes::{self, Cause};
+use crate::names;
+
+/// One pod of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodView {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// The model that it was made for.
+    pub model: String,
+    /// The revision that it loads.
+    pub revision: String,
+    /// Its address, once it has one.
+    pub address: Option<String>,
+    /// How often kubelet restarted its container.
+    pub restarts: u32,
+    /// Its container runs, ready or not.
+    pub running: bool,
+    /// Its containers passed their readiness probes, which the runtime's does only after its warm-up.
+    pub containers_ready: bool,
+    /// Kubernetes counts it as ready: containers and readiness gate.
+    pub ready: bool,
+    /// It was asked to end.
+    pub deleting: bool,
+    /// It ended and will not run again.
+    pub ended: bool,
+    /// Its readiness gate, as stored.
+    pub gate: Option<StoredGate>,
+    /// Why it does not serve, as far as kubelet and the scheduler say.
+    pub cause: Option<Cause>,
+}
+
+/// The readiness gate of a pod as it is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredGate {
+    /// Whether it is true.
+    pub open: bool,
+    /// The restart of the container that it was opened for.
+    pub restarts: Option<u32>,
+}
+
+impl PodView {
+    /// Reads a pod; `None` where it was not made for a model.
+    #[must_use]
+    pub fn of(pod: &Pod) -> Option<Self> {
+        let label = |key: &str| pod.metadata.labels.as_ref()?.get(key).cloned();
+        let status = pod.status.as_ref();
+        let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or_default();
+        Some(Self {
+            namespace: pod.metadata.namespace.clone()?,
+            name: pod.metadata.name.clone()?,
+            uid: pod.metadata.uid.clone()?,
+            model: label(names::MODEL_LABEL)?,
+            revision: label(names::REVISION_LABEL)?,
+            address: status.and_then(|status| status.pod_ip.clone()).filter(|ip| !ip.is_empty()),
+            restarts: causes::restarts(pod),
+            running: causes::runs(pod),
+            containers_ready: is_true(pod, "ContainersReady"),
+            ready: is_true(pod, "Ready"),
+            deleting: pod.metadata.deletion_timestamp.is_some(),
+            ended: matches!(phase, "Succeeded" | "Failed"),
+            gate: condition(pod, names::ROUTABLE_GATE).map(|gate| StoredGate {
+                open: gate.status == "True",
+                restarts: acknowledged_restarts(gate),
+            }),
+            cause: causes::of_pod(pod),
+        })
+    }
+
+    /// Whether gateways may send it requests. Not whether it is `Ready`: that waits for the gateways.
+    #[must_use]
+    pub fn routable(&self) -> bool {
+        self.containers_ready && !self.deleting && !self.ended && self.address.is_some()
+    }
+
+    /// Whether it counts as one of the model's pods.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        !self.deleting && !self.ended
+    }
+}
+
+/// Message of a gate that is open; `acknowledged_restarts` reads the number back, so that a new leader knows what
+/// the last one waited for.
+#[must_use]
+pub fn open_message(restarts: u32) -> String {
+    format!("every gateway has this pod in its table; restarts of the container: {restarts}")
+}
+
+fn acknowledged_restarts(gate: &PodCondition) -> Option<u32> {
+    gate.message.as_deref()?.rsplit_once(": ")?.1.parse().ok()
+}
+
+fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<&'a PodCondition> {
+    pod.status.as_ref()?.conditions.as_ref()?.iter().find(|one| one.type_ == kind)
+}
+
+fn is_true(pod: &Pod, kind: &str) -> bool {
+    condition(pod, kind).is_some_and(|one| one.status == "True")
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A pod that serves: its containers are ready, its gate is not set.
+    pub(crate) fn view(model: &str, name: &str) -> PodView {
+        PodView {
+            namespace: "team".to_owned(),
+            name: name.to_owned(),
+            uid: format!("uid-{name}"),
+            model: model.to_owned(),
+            revision: "r1".to_owned(),
+            address: Some("10.0.0.1".to_owned()),
+            restarts: 0,
+            running: true,
+            containers_ready: true,
+            ready: true,
+            deleting: false,
+            ended: false,
+            gate: None,
+            cause: None,
+        }
+    }
+
+    fn read(status: &str) -> PodView {
+        let text = format!(
+            "metadata: {{name: p, namespace: team, uid: u, labels: {{serving.trustformers.dev/model: chat, serving.trustformers.dev/revision: r}}}}\nstatus: {status}\n"
+        );
+        PodView::of(&serde_yaml::from_str(&text).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn routable_needs_ready_containers_and_not_the_pods_own_readiness() {
+        let pod = read(
+            "{podIP: 10.0.0.1, conditions: [{type: ContainersReady, status: 'True'}, {type: Ready, status: 'False'}]}",
+        );
+        assert!(pod.routable() && !pod.ready);
+        assert!(!read("{podIP: 10.0.0.1, conditions: [{type: Ready, status: 'True'}]}").routable());
+        assert!(!read("{conditions: [{type: ContainersReady, status: 'True'}]}").routable());
+        assert!(!PodView { deleting: true, ..pod }.routable());
+    }
+
+    #[test]
+    fn the_gates_message_is_read_back() {
+        let gate = |message: &str| {
+            read(&format!(
+                "{{conditions: [{{type: serving.trustformers.dev/routable, status: 'True', message: '{message}'}}]}}"
+            ))
+            .gate
+        };
+        assert_eq!(gate(&open_message(3)), Some(StoredGate { open: true, restarts: Some(3) }));
+        assert_eq!(gate("words"), Some(StoredGate { open: true, restarts: None }));
+    }
+
+    #[test]
+    fn a_pod_of_somebody_else_is_none_of_ours() {
+        let pod: Pod = serde_yaml::from_str("metadata: {name: p, namespace: n, uid: u}").unwrap();
+        assert_eq!(PodView::of(&pod), None);
+    }
+}

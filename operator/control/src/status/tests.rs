@@ -1,0 +1,208 @@
+//! Tests of the status, from pods and reports written by hand.
+
+use super::*;
+use crate::pods::tests::view;
+use crate::validate::tests::valid;
+
+const NOW: i64 = 1_800_000_000;
+
+fn deployment(wanted: i32, updated: i32) -> Deployment {
+    serde_yaml::from_str(&format!(
+        "metadata: {{name: chat, generation: 2}}\nspec: {{selector: {{}}, template: {{}}}}\nstatus: {{observedGeneration: 2, replicas: {wanted}, updatedReplicas: {updated}}}\n"
+    ))
+    .unwrap()
+}
+
+fn report(state: ModelState) -> ModelStatus {
+    ModelStatus {
+        state: state as i32,
+        digest: "d1".to_owned(),
+        device: "cpu".to_owned(),
+        ..ModelStatus::default()
+    }
+}
+
+struct Case {
+    replicas: i32,
+    deployment: Deployment,
+    pods: Vec<PodView>,
+    reports: BTreeMap<String, ModelStatus>,
+    holder: Option<ModelKey>,
+    previous: InferenceModelStatus,
+    at: i64,
+}
+
+impl Case {
+    fn new(replicas: i32) -> Self {
+        Self {
+            replicas,
+            deployment: deployment(replicas, replicas),
+            pods: Vec::new(),
+            reports: BTreeMap::new(),
+            holder: None,
+            previous: InferenceModelStatus::default(),
+            at: NOW,
+        }
+    }
+
+    fn pod(mut self, pod: PodView, report: Option<ModelStatus>) -> Self {
+        if let Some(report) = report {
+            self.reports.insert(pod.uid.clone(), report);
+        }
+        self.pods.push(pod);
+        self
+    }
+
+    fn status(&self) -> InferenceModelStatus {
+        let spec = format!("{{source: {{uri: 'oci://x'}}, scaling: {{replicas: {}}}}}", self.replicas);
+        let observed = Observed {
+            deployment: Some(&self.deployment),
+            pods: &self.pods,
+            reports: &self.reports,
+            name_holder: self.holder.as_ref(),
+            url: "http://gateway",
+            now: Timestamp::from_second(self.at).unwrap(),
+        };
+        status(&valid("chat", &spec), "r1", observed, &self.previous)
+    }
+}
+
+fn not_ready(name: &str) -> PodView {
+    PodView { ready: false, containers_ready: false, ..view("chat", name) }
+}
+
+fn condition<'a>(status: &'a InferenceModelStatus, kind: &str) -> (&'a str, &'a str) {
+    let one = status.conditions.iter().find(|one| one.type_ == kind).unwrap();
+    (one.status.as_str(), one.reason.as_str())
+}
+
+#[test]
+fn all_replicas_of_the_revision_make_it_ready() {
+    let case = Case::new(2)
+        .pod(view("chat", "a"), Some(report(ModelState::Ready)))
+        .pod(view("chat", "b"), Some(report(ModelState::Ready)));
+    insta::assert_yaml_snapshot!(case.status());
+}
+
+#[test]
+fn nothing_yet_is_pending() {
+    let status = Case::new(1).status();
+    assert_eq!(status.phase, Some(Phase::Pending));
+    assert_eq!(condition(&status, "Progressing"), ("True", "Starting"));
+    assert_eq!(condition(&status, "Degraded"), ("False", "AsExpected"));
+}
+
+#[test]
+fn loading_tells_bytes_and_the_time_left() {
+    let loading = ModelStatus {
+        loaded_bytes: 25,
+        total_bytes: 100,
+        since_unix_ms: u64::try_from((NOW - 10) * 1000).unwrap(),
+        ..report(ModelState::Loading)
+    };
+    let status = Case::new(1).pod(not_ready("a"), Some(loading)).status();
+    assert_eq!(status.phase, Some(Phase::Loading));
+    assert_eq!(status.loading, Some(Loading { bytes: 25, total_bytes: 100, eta_seconds: Some(30) }));
+    assert_eq!(condition(&status, "Serving"), ("False", "Loading"));
+}
+
+#[test]
+fn a_failed_load_shows_the_pods_own_words() {
+    let failed = ModelStatus {
+        reason: "DigestMismatch".to_owned(),
+        message: "model.gguf has sha256 aa, spec.source.sha256 wants bb".to_owned(),
+        ..report(ModelState::Failed)
+    };
+    let status = Case::new(1).pod(not_ready("a"), Some(failed)).status();
+    assert_eq!(status.phase, Some(Phase::Failed));
+    for (kind, value) in
+        [("Ready", "False"), ("Progressing", "False"), ("Degraded", "True"), ("Serving", "False")]
+    {
+        assert_eq!(condition(&status, kind), (value, "DigestMismatch"), "{kind}");
+    }
+    assert_eq!(status.digest, None, "what failed to load is not the model's digest");
+}
+
+#[test]
+fn a_bad_update_leaves_the_old_revision_serving_and_says_so() {
+    let mut broken = not_ready("new");
+    broken.cause = Some(Cause { reason: "ErrImagePull".to_owned(), message: "no image".to_owned() });
+    let old = PodView { revision: "r0".to_owned(), ..view("chat", "old") };
+    let mut case = Case::new(1).pod(old, Some(report(ModelState::Ready))).pod(broken, None);
+    case.deployment = deployment(2, 1);
+    case.previous.stable = Some(StableRevision { revision: "r0".to_owned(), digest: Some("d0".to_owned()) });
+    let status = case.status();
+    assert_eq!(status.phase, Some(Phase::Degraded));
+    assert_eq!(condition(&status, "Serving"), ("True", "PodsServe"));
+    assert_eq!(condition(&status, "Degraded"), ("True", "ErrImagePull"));
+    assert_eq!(status.stable.unwrap().revision, "r0");
+    assert_eq!(status.digest.as_deref(), Some("d0"));
+}
+
+#[test]
+fn ready_waits_for_the_deployments_controller_to_see_the_new_template() {
+    let mut case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
+    case.deployment.metadata.generation = Some(3);
+    let status = case.status();
+    assert_eq!(status.phase, Some(Phase::Updating));
+    assert_eq!(condition(&status, "Ready"), ("False", "RollingOut"));
+}
+
+#[test]
+fn warm_pods_wait_for_gateways() {
+    let status = Case::new(1)
+        .pod(PodView { ready: false, ..view("chat", "a") }, Some(report(ModelState::Ready)))
+        .status();
+    assert_eq!(condition(&status, "Progressing"), ("True", "WaitingForGateways"));
+}
+
+#[test]
+fn no_replica_wanted_is_stopped_and_not_degraded() {
+    let status = Case::new(0).status();
+    assert_eq!(status.phase, Some(Phase::Stopped));
+    assert_eq!(condition(&status, "Ready"), ("False", "Stopped"));
+    assert_eq!(condition(&status, "Degraded").0, "False");
+}
+
+#[test]
+fn pods_that_could_not_be_made_are_a_cause() {
+    let mut case = Case::new(1);
+    case.deployment = serde_yaml::from_str(
+        "metadata: {generation: 1}\nspec: {selector: {}, template: {}}\nstatus: {conditions: [{type: ReplicaFailure, status: 'True', reason: FailedCreate, message: exceeded quota}]}\n",
+    )
+    .unwrap();
+    assert_eq!(condition(&case.status(), "Degraded"), ("True", "FailedCreate"));
+}
+
+#[test]
+fn a_taken_bare_name_is_told_and_forgotten() {
+    let mut case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
+    case.holder = Some(("older".to_owned(), "chat".to_owned()));
+    let status = case.status();
+    assert_eq!(condition(&status, "BareName"), ("False", "Taken"));
+    assert_eq!(status.phase, Some(Phase::Ready));
+    case.holder = None;
+    case.previous = status;
+    assert!(case.status().conditions.iter().all(|one| one.type_ != "BareName"));
+}
+
+#[test]
+fn an_unchanged_state_gives_an_equal_status_later() {
+    let mut case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
+    case.previous = case.status();
+    case.at += 60;
+    assert_eq!(case.status(), case.previous);
+}
+
+#[test]
+fn a_refused_edit_keeps_what_serves() {
+    let case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
+    let before = case.status();
+    let cause = Cause { reason: "InvalidSpec".to_owned(), message: "spec.source.uri: no".to_owned() };
+    let after = refused(9, &cause, &before, Timestamp::from_second(NOW + 1).unwrap());
+    assert_eq!(after.phase, Some(Phase::Degraded));
+    assert_eq!(after.observed_generation, Some(9));
+    assert_eq!(after.stable, before.stable);
+    assert_eq!(condition(&after, "Serving"), ("True", "PodsServe"));
+    assert_eq!(condition(&after, "Degraded"), ("True", "InvalidSpec"));
+}
