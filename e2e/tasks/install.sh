@@ -22,7 +22,7 @@ demo_namespace() {
 install_chart() {
   demo_namespace $SYSTEM_NAMESPACE
   helm upgrade --install trustformers "$REPO_DIR/charts/trustformers" --namespace $SYSTEM_NAMESPACE --wait --timeout 180s "$@" >/dev/null ||
-    { kubectl -n $SYSTEM_NAMESPACE get pods -o wide >&2; kubectl -n $SYSTEM_NAMESPACE get events --sort-by=.lastTimestamp >&2 | tail -15; fail "the chart did not become ready"; }
+    { kubectl -n $SYSTEM_NAMESPACE get pods -o wide >&2; kubectl -n $SYSTEM_NAMESPACE get events --sort-by=.lastTimestamp | tail -15 >&2; fail "the chart did not become ready"; }
 }
 
 apply_model() { # URI
