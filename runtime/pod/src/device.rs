@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use trustformers_plan::Backend;
+use trustformers_cpu::{CpuBackend, CpuConfig};
+use trustformers_plan::{Backend, BackendError, Caps, LoadSpec, Loaded};
 
 use crate::spec::ModelSpec;
 
@@ -60,14 +62,43 @@ impl fmt::Display for DeviceChoice {
 /// Makes the backend for a model. A parameter of loading, so that tests can bring their own.
 pub type OpenDevice = Box<dyn Fn(&ModelSpec) -> Result<Box<dyn Backend>, DeviceError> + Send + Sync>;
 
-/// The real devices.
+/// The real devices. Models on the CPU share its threads, one step at a time: two sets of threads on the same cores
+/// would wait for each other at every barrier.
 pub fn real() -> OpenDevice {
-    Box::new(|spec| match spec.device {
+    let cpu: Mutex<Option<SharedBackend>> = Mutex::new(None);
+    Box::new(move |spec| match spec.device {
         DeviceChoice::Auto | DeviceChoice::Cpu => {
-            let backend = trustformers_plan::oracle::Oracle::new();
-            Ok(Box::new(backend))
+            let mut cpu = cpu.lock().unwrap_or_else(PoisonError::into_inner);
+            let shared = match &*cpu {
+                Some(shared) => shared.clone(),
+                None => cpu.insert(open_cpu(spec)?).clone(),
+            };
+            Ok(Box::new(shared))
         }
     })
+}
+
+fn open_cpu(spec: &ModelSpec) -> Result<SharedBackend, DeviceError> {
+    let backend = CpuBackend::new(CpuConfig { threads: spec.threads, ..CpuConfig::default() })
+        .map_err(|error| DeviceError::Unusable { device: "cpu".to_owned(), message: error.to_string() })?;
+    Ok(SharedBackend { caps: backend.caps().clone(), backend: Arc::new(Mutex::new(Box::new(backend))) })
+}
+
+/// One backend for several engines.
+#[derive(Clone)]
+struct SharedBackend {
+    caps: Caps,
+    backend: Arc<Mutex<Box<dyn Backend>>>,
+}
+
+impl Backend for SharedBackend {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner).load(spec)
+    }
 }
 
 #[cfg(test)]

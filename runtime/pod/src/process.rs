@@ -185,7 +185,10 @@ impl Process {
             let in_flight = self.models.activity().in_flight();
             tracing::warn!(in_flight, "the drain's time is over; cutting off what is still in flight");
         }
-        self.models.stop().await;
+        // A device that hangs inside a step cannot be stopped; the process ends without it.
+        if tokio::time::timeout(LAST_WORDS, self.models.stop()).await.is_err() {
+            tracing::warn!("an engine did not end; leaving it");
+        }
         if !all_answered {
             let _ = tokio::time::timeout(LAST_WORDS, self.servers_end()).await;
         }

@@ -1,0 +1,300 @@
+//! The whole process over real connections: status while loading and after failing, and the drain.
+//!
+//! The device is the scalar oracle behind a gate, so that a test decides when a step may be made and nothing depends on
+//! how fast the machine is.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use prometheus::Registry;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tonic::transport::Channel;
+use trustformers_api::{ApiError, Generation, Inference};
+use trustformers_model::seeded::SeededModel;
+use trustformers_plan::oracle::Oracle;
+use trustformers_plan::{
+    Backend, BackendError, Caps, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput, StepOutput,
+};
+use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
+use trustformers_proto::v1::model_service_client::ModelServiceClient;
+use trustformers_proto::v1::{
+    GenerateRequest, GenerateStreamResponse, ModelState, ModelStatus, WatchModelsRequest,
+};
+use trustformers_runtime::process::{Drain, Listen, Process, Settings};
+use trustformers_runtime::spec::ModelSpec;
+use trustformers_store::Source;
+
+/// Counts down the steps that may still be made; `usize::MAX` is any number.
+#[derive(Clone)]
+struct Gate(Arc<(Mutex<usize>, Condvar)>);
+
+impl Gate {
+    fn open() -> Self {
+        Self(Arc::new((Mutex::new(usize::MAX), Condvar::new())))
+    }
+    fn allow(&self, steps: usize) {
+        *self.0.0.lock().unwrap() = steps;
+        self.0.1.notify_all();
+    }
+    fn pass(&self) {
+        let mut left = self.0.1.wait_while(self.0.0.lock().unwrap(), |left| *left == 0).unwrap();
+        if *left != usize::MAX {
+            *left -= 1;
+        }
+    }
+}
+
+/// The oracle behind a gate.
+struct Gated<T: ?Sized>(Gate, Box<T>);
+
+impl Backend for Gated<dyn Backend> {
+    fn caps(&self) -> &Caps {
+        self.1.caps()
+    }
+    fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
+        Ok(Box::new(Gated(self.0.clone(), self.1.load(spec)?)))
+    }
+}
+
+impl Loaded for Gated<dyn Loaded> {
+    fn memory(&self) -> MemoryReport {
+        self.1.memory()
+    }
+    fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
+        Ok(Box::new(Gated(self.0.clone(), self.1.compile(plan)?)))
+    }
+}
+
+impl Executable for Gated<dyn Executable> {
+    fn submit(&mut self, input: &StepInput) -> Result<(), BackendError> {
+        self.0.pass();
+        self.1.submit(input)
+    }
+    fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
+        self.1.wait(output)
+    }
+}
+
+struct Server {
+    process: Process,
+    gate: Gate,
+    http: SocketAddr,
+    _folder: TempDir,
+}
+
+/// What a test wants otherwise than usual.
+struct Wish {
+    bytes: Vec<u8>,
+    sha256: Option<String>,
+    drain: Drain,
+}
+
+impl Default for Wish {
+    fn default() -> Self {
+        let drain = Drain { quiet: Duration::ZERO, timeout: Duration::from_secs(60) };
+        Self { bytes: SeededModel::default().gguf(), sha256: None, drain }
+    }
+}
+
+async fn start(wish: Wish) -> Server {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("m.gguf"), wish.bytes).unwrap();
+    let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
+    spec.sha256 = wish.sha256;
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let settings = Settings {
+        models: vec![spec],
+        listen: Listen { http: any, grpc: any, metrics: None },
+        drain: wish.drain,
+    };
+    let gate = Gate::open();
+    let behind = gate.clone();
+    let open = Box::new(move |_: &ModelSpec| {
+        let backend: Box<dyn Backend> = Box::new(Oracle::new());
+        Ok(Box::new(Gated(behind.clone(), backend)) as Box<dyn Backend>)
+    });
+    let process = Process::start(settings, Registry::new(), open).await.unwrap();
+    let http = process.http_address();
+    Server { process, gate, http, _folder: folder }
+}
+
+impl Server {
+    async fn until(&self, state: ModelState) -> ModelStatus {
+        let mut watch = self.process.models().board().watch();
+        let models = watch.wait_for(|models| models[0].state() == state).await.unwrap();
+        models[0].clone()
+    }
+
+    async fn channel(&self) -> Channel {
+        let address = format!("http://{}", self.process.grpc_address());
+        Channel::from_shared(address).unwrap().connect().await.unwrap()
+    }
+}
+
+/// The whole answer to a request on a connection of its own.
+async fn http(address: SocketAddr, request: &str) -> std::io::Result<String> {
+    let mut connection = TcpStream::connect(address).await?;
+    connection.write_all(request.as_bytes()).await?;
+    let mut text = String::new();
+    connection.read_to_string(&mut text).await?;
+    Ok(text)
+}
+
+async fn get(address: SocketAddr, path: &str) -> String {
+    http(address, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")).await.unwrap()
+}
+
+fn post(path: &str, body: &str) -> String {
+    let length = body.len();
+    format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}")
+}
+
+fn prompt(max_tokens: u32) -> GenerateRequest {
+    GenerateRequest { prompt: "Hello".into(), max_tokens, ..Default::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readiness_comes_after_the_warm_up_and_the_page_of_metrics_names_the_model() {
+    let server = start(Wish::default()).await;
+    server.until(ModelState::Ready).await;
+    assert!(get(server.http, "/health/ready").await.starts_with("HTTP/1.1 200"));
+    assert!(get(server.http, "/health/startup").await.starts_with("HTTP/1.1 200"));
+    let answer =
+        http(server.http, &post("/v1/generate", r#"{"prompt":"Hello","max_tokens":3}"#)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"completion_tokens\":3"), "{answer}");
+    let metrics = get(server.http, "/metrics").await;
+    for series in [
+        "trustformers_requests_total{model=\"m\"",
+        "trustformers_model_load_seconds{model=\"m\",phase=\"warm_up\"}",
+    ] {
+        assert!(metrics.contains(series), "{series} is not in {metrics}");
+    }
+    assert!(server.process.drain().await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_it_warms_up_it_is_alive_and_not_ready_and_refuses_with_its_state() {
+    let server = start(Wish::default()).await;
+    server.gate.allow(0);
+    server.until(ModelState::Warming).await;
+    assert!(get(server.http, "/health/live").await.starts_with("HTTP/1.1 200"));
+    let ready = get(server.http, "/health/ready").await;
+    assert!(ready.starts_with("HTTP/1.1 503") && ready.contains("model m is warming"), "{ready}");
+    let refused = http(server.http, &post("/v1/generate", r#"{"prompt":"a"}"#)).await.unwrap();
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("retry-after: 1"), "{refused}");
+    server.gate.allow(usize::MAX);
+    server.until(ModelState::Ready).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_cannot_be_loaded_is_shown_with_its_cause_everywhere_and_the_process_stays() {
+    let wrong = Some("0".repeat(64));
+    let cases = [
+        (Wish { sha256: wrong, ..Wish::default() }, "DigestMismatch"),
+        (Wish { bytes: b"no model".to_vec(), ..Wish::default() }, "MalformedModel"),
+    ];
+    for (wish, reason) in cases {
+        let server = start(wish).await;
+        let mut client = ModelServiceClient::new(server.channel().await);
+        let mut watch = client.watch_models(WatchModelsRequest {}).await.unwrap().into_inner();
+        let status = loop {
+            let status = watch.message().await.unwrap().unwrap().models.remove(0);
+            if status.state() == ModelState::Failed {
+                break status;
+            }
+        };
+        assert_eq!(status.reason, reason);
+        let ready = get(server.http, "/health/ready").await;
+        assert!(ready.starts_with("HTTP/1.1 503") && ready.contains(reason), "{ready}");
+        assert!(get(server.http, "/v1/models").await.contains(&format!("\"reason\":\"{reason}\"")));
+        assert!(get(server.http, "/health/live").await.starts_with("HTTP/1.1 200"));
+        let refused =
+            InferenceServiceClient::new(server.channel().await).generate(prompt(1)).await.unwrap_err();
+        assert!(
+            refused.code() == tonic::Code::Unavailable && refused.message().contains(reason),
+            "{refused:?}"
+        );
+        assert!(server.process.drain().await, "a watch does not hold up the end");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_lets_streams_end_and_serves_newcomers_until_it_is_quiet() {
+    let drain = Drain { quiet: Duration::from_millis(500), timeout: Duration::from_secs(60) };
+    let server = start(Wish { drain, ..Wish::default() }).await;
+    server.until(ModelState::Ready).await;
+    let mut client = InferenceServiceClient::new(server.channel().await);
+    server.gate.allow(3);
+    let mut stream = client.generate_stream(prompt(40)).await.unwrap().into_inner();
+    let (gate, address, models) = (server.gate.clone(), server.http, server.process.models().clone());
+    let draining = tokio::spawn(server.process.drain());
+    models.board().watch_readiness().wait_for(|verdict| !verdict.ok).await.unwrap();
+    assert!(get(address, "/health/ready").await.starts_with("HTTP/1.1 503"));
+    assert!(get(address, "/health/live").await.starts_with("HTTP/1.1 200"));
+    let newcomer = tokio::spawn(async move {
+        http(address, &post("/v1/generate", r#"{"prompt":"Hello","max_tokens":2}"#)).await
+    });
+    gate.allow(usize::MAX);
+    let mut tokens = 0;
+    let mut reason = 0;
+    while let Some(message) = stream.message().await.unwrap() {
+        reason = message.finish_reason;
+        tokens += usize::from(reason == 0);
+    }
+    assert!(tokens > 3 && reason != 0, "{tokens} tokens, finish reason {reason}");
+    assert!(newcomer.await.unwrap().unwrap().starts_with("HTTP/1.1 200"));
+    assert!(draining.await.unwrap(), "everything was answered");
+    assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+}
+
+/// A server whose drain has no time at all, and a stream of it that is stuck after its first token.
+async fn stuck() -> (Server, tonic::Streaming<GenerateStreamResponse>) {
+    let drain = Drain { quiet: Duration::ZERO, timeout: Duration::ZERO };
+    let server = start(Wish { drain, ..Wish::default() }).await;
+    server.until(ModelState::Ready).await;
+    server.gate.allow(1);
+    let mut client = InferenceServiceClient::new(server.channel().await);
+    let mut stream = client.generate_stream(prompt(40)).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().finish_reason, 0);
+    (server, stream)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_drains_time_is_over_what_is_in_flight_is_told_so() {
+    let (server, mut stream) = stuck().await;
+    let (gate, models) = (server.gate.clone(), server.process.models().clone());
+    let draining = tokio::spawn(server.process.drain());
+    let request = Generation {
+        prompt: "Hello".into(),
+        model: None,
+        max_tokens: 1,
+        temperature: 0.0,
+        top_p: 1.0,
+        seed: None,
+    };
+    // The engine refuses once it was told to stop; only then the step that hangs may end.
+    while !matches!(models.generate(request.clone()).await, Err(ApiError::Unavailable { .. })) {
+        tokio::task::yield_now().await;
+    }
+    gate.allow(usize::MAX);
+    let status = loop {
+        match stream.message().await {
+            Ok(message) => assert_eq!(message.unwrap().finish_reason, 0, "it did not finish"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), tonic::Code::Unavailable, "{status:?}");
+    assert!(!draining.await.unwrap(), "not everything was answered");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_hangs_does_not_keep_the_process_from_ending() {
+    let (server, mut stream) = stuck().await;
+    let gate = server.gate.clone();
+    assert!(!server.process.drain().await, "not everything was answered");
+    assert!(stream.message().await.is_err(), "the connection was cut");
+    gate.allow(usize::MAX);
+}

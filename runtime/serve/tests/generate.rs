@@ -1,0 +1,148 @@
+//! `trustformers-serve generate` as users run it: the built program, on a seeded model and on the real one.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use trustformers_model::seeded::SeededModel;
+
+const REAL_MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+
+fn generate(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_trustformers-serve")).arg("generate").args(arguments).output().unwrap()
+}
+
+fn seeded(folder: &Path) -> String {
+    let file = folder.join("tiny.gguf");
+    std::fs::write(&file, SeededModel::default().gguf()).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
+fn json(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", stderr(output));
+    let text = std::str::from_utf8(&output.stdout).unwrap();
+    assert_eq!(text.lines().count(), 1, "exactly one object: {text}");
+    serde_json::from_str(text).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u64> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect()
+}
+
+#[test]
+fn json_is_one_object_with_ids_text_reason_and_times_and_greedy_repeats() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = seeded(folder.path());
+    let uri = format!("file://{model}");
+    let run = |model: &str| {
+        let fixed =
+            ["--prompt", "Hello", "--max-tokens", "5", "--temperature", "0", "--numerics", "exact", "--json"];
+        json(&generate(&[&["--model", model], fixed.as_slice()].concat()))
+    };
+    let answer = run(&model);
+    let keys: Vec<&String> = answer.as_object().unwrap().keys().collect();
+    assert_eq!(keys, ["prompt_tokens", "tokens", "text", "finish_reason", "timings_ms"]);
+    assert!(!ids(&answer["prompt_tokens"]).is_empty() && !ids(&answer["tokens"]).is_empty());
+    assert!(["stop", "length"].contains(&answer["finish_reason"].as_str().unwrap()));
+    for time in ["load", "prefill", "first_token", "decode", "total"] {
+        assert!(answer["timings_ms"][time].as_f64().unwrap() >= 0.0, "{answer}");
+    }
+    let again = run(&uri);
+    assert_eq!((&answer["tokens"], &answer["text"]), (&again["tokens"], &again["text"]));
+}
+
+#[test]
+fn a_prompt_file_is_taken_byte_for_byte_and_without_json_the_text_alone_is_on_stdout() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = seeded(folder.path());
+    let file = folder.path().join("prompt.txt");
+    let count = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        let path = file.to_str().unwrap();
+        let arguments =
+            ["--model", &model, "--prompt-file", path, "--max-tokens", "1", "--seed", "7", "--json"];
+        ids(&json(&generate(&arguments))["prompt_tokens"]).len()
+    };
+    assert_eq!(count("Hello\n"), count("Hello") + 1, "the final newline is part of the prompt");
+
+    let arguments = ["--model", &model, "--prompt", "Hello", "--max-tokens", "5", "--temperature", "0"];
+    let text = generate(&arguments);
+    let same = json(&generate(&[arguments.as_slice(), &["--json"]].concat()));
+    let printed = String::from_utf8(text.stdout).unwrap();
+    assert_eq!(printed.trim_end_matches('\n'), same["text"].as_str().unwrap().trim_end_matches('\n'));
+}
+
+#[test]
+fn what_is_wrong_is_named_on_stderr_with_its_own_status_and_stdout_stays_empty() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = seeded(folder.path());
+    let bad_prompt = folder.path().join("latin1.txt");
+    std::fs::write(&bad_prompt, b"caf\xe9").unwrap();
+    let bad_model = folder.path().join("bad.gguf");
+    std::fs::write(&bad_model, b"no model").unwrap();
+    let prompt = ["--prompt", "a"];
+    let cases: Vec<(Vec<&str>, i32, &str)> = vec![
+        ([&["--model", "hf://org/name"], prompt.as_slice()].concat(), 2, "hf://"),
+        ([&["--model", "/no/such.gguf"], prompt.as_slice()].concat(), 1, "/no/such.gguf"),
+        ([&["--model", bad_model.to_str().unwrap()], prompt.as_slice()].concat(), 1, "MalformedModel"),
+        (vec!["--model", &model, "--prompt-file", bad_prompt.to_str().unwrap()], 2, "byte 3"),
+        (vec!["--model", &model, "--prompt-file", "/no/prompt"], 2, "/no/prompt"),
+        (vec!["--model", &model, "--prompt", ""], 2, "prompt"),
+        (vec!["--model", &model, "--prompt", "a", "--top-p", "2"], 2, "top_p"),
+        (vec!["--model", &model, "--prompt", "a", "--numerics", "best"], 2, "exact"),
+        (vec!["--model", &model], 2, "--prompt"),
+    ];
+    for (arguments, code, text) in cases {
+        let output = generate(&[arguments.as_slice(), &["--json"]].concat());
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
+        assert!(message.contains(text), "{arguments:?}: {message}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+/// Where the test models are kept, as `make models` puts them.
+fn real_model() -> Option<PathBuf> {
+    let folder = std::env::var_os("TRUSTFORMERS_MODELS").map(PathBuf::from).or_else(|| {
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
+        Some(cache.join("trustformers/models"))
+    })?;
+    let file = folder.join(REAL_MODEL);
+    if file.is_file() {
+        return Some(file);
+    }
+    let required = std::env::var("TRUSTFORMERS_REQUIRE_MODELS").is_ok_and(|value| value == "1");
+    assert!(!required, "{} is missing; run `make models`", file.display());
+    eprintln!("skipped: {} is missing; run `make models`", file.display());
+    None
+}
+
+#[test]
+fn the_real_model_knows_the_capital_of_france_and_recognises_special_tokens() {
+    let Some(model) = real_model() else { return };
+    let model = model.to_str().unwrap();
+    let prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n";
+    let answer = json(&generate(&[
+        "--model",
+        model,
+        "--prompt",
+        prompt,
+        "--max-tokens",
+        "24",
+        "--temperature",
+        "0",
+        "--numerics",
+        "exact",
+        "--json",
+    ]));
+    assert!(answer["text"].as_str().unwrap().contains("Paris"), "{answer}");
+    assert_eq!(ids(&answer["prompt_tokens"])[0], 1, "<|im_start|> is one token: {answer}");
+    if answer["finish_reason"] == "stop" {
+        assert_eq!(ids(&answer["tokens"]).last(), Some(&2), "the end token is among the tokens: {answer}");
+    }
+}
