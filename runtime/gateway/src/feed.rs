@@ -1,0 +1,213 @@
+//! The gateway's side of the operator's route feed.
+//!
+//! One stream in each direction. The gateway speaks first, then on each table it put in force, when it begins to
+//! leave, and every second, because the operator takes five seconds of silence for absence. A lost stream is opened
+//! again for ever; meanwhile the last table serves.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::Endpoint;
+use tonic::{Request, Status, Streaming};
+use trustformers_proto::control::v1::route_service_client::RouteServiceClient;
+use trustformers_proto::control::v1::{GatewayReport, RouteTable};
+
+use crate::backoff::Backoff;
+use crate::gateway::{Gateway, Source, Taken};
+
+/// How often a report is sent when nothing changes.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// Connecting, or the first head of the operator's stream, takes no longer.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+const PING_INTERVAL: Duration = Duration::from_secs(2);
+const PING_TIMEOUT: Duration = Duration::from_secs(3);
+/// An endpoint takes about 100 bytes on the wire: room for some hundred thousand.
+const TABLE_LIMIT_BYTES: usize = 64 << 20;
+/// Reports that wait for the network: one of each cause that can come at once (start, table, leaving, second). A
+/// report that finds no place is dropped, since the next second's says the same.
+const REPORTS_WAITING: usize = 4;
+
+/// Where the feed is, and as whom to ask for it.
+#[derive(Debug, Clone)]
+pub(crate) struct FeedSettings {
+    /// The operator's feed.
+    pub(crate) endpoint: Endpoint,
+    /// File with the token to present; read at each connect, because kubelet replaces it before it expires.
+    pub(crate) token_file: Option<PathBuf>,
+    /// This gateway's name in reports.
+    pub(crate) instance: String,
+}
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+enum FeedError {
+    #[error("--feed-token-file {path}: {cause}", path = path.display())]
+    TokenFile { path: PathBuf, cause: std::io::Error },
+    #[error("--feed-token-file {path} holds no token", path = path.display())]
+    TokenText { path: PathBuf },
+    #[error("{address}: {cause}", cause = innermost(cause))]
+    Connect { address: String, cause: tonic::transport::Error },
+    #[error("{address}: the stream did not open within {} s", OPEN_TIMEOUT.as_secs())]
+    Slow { address: String },
+    #[error("{address}: {}", refusal(status))]
+    Refused { address: String, status: Status },
+    #[error("{address}: the operator ended the stream")]
+    Ended { address: String },
+}
+
+/// The transport's own message says only "transport error"; what happened is at the end of the chain.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
+}
+
+fn refusal(status: &Status) -> String {
+    format!("{:?}: {}", status.code(), status.message())
+}
+
+/// Follows the feed until `stop`.
+pub(crate) async fn follow(settings: FeedSettings, gateway: Arc<Gateway>, stop: CancellationToken) {
+    let mut backoff = Backoff::default();
+    loop {
+        let ended = tokio::select! {
+            () = stop.cancelled() => return,
+            ended = session(&settings, &gateway, &mut backoff) => ended,
+        };
+        gateway.metrics.feed_connected(false);
+        let pause = backoff.next(&gateway.dice);
+        let serving = gateway.version().map_or_else(|| "none".to_owned(), |version| version.to_string());
+        let pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+        match ended {
+            Ok(never) => match never {},
+            Err(error) => {
+                tracing::warn!(%error, pause_ms, table = serving, "the route feed is down; trying again");
+            }
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+/// One stream, from connecting to its end, which is always an error.
+async fn session(
+    settings: &FeedSettings,
+    gateway: &Gateway,
+    backoff: &mut Backoff,
+) -> Result<std::convert::Infallible, FeedError> {
+    let address = settings.endpoint.uri().to_string();
+    let token = token(settings).await?;
+    let channel = settings
+        .endpoint
+        .clone()
+        .connect_timeout(OPEN_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .connect()
+        .await
+        .map_err(|cause| FeedError::Connect { address: address.clone(), cause })?;
+    let (reports, sent) = mpsc::channel(REPORTS_WAITING);
+    let speaker = Speaker { settings, gateway, reports };
+    speaker.report();
+    let mut request = Request::new(ReceiverStream::new(sent));
+    if let Some(token) = token {
+        request.metadata_mut().insert("authorization", token);
+    }
+    let mut client = RouteServiceClient::new(channel).max_decoding_message_size(TABLE_LIMIT_BYTES);
+    let tables = match timeout(OPEN_TIMEOUT, client.watch(request)).await {
+        Ok(Ok(response)) => response.into_inner(),
+        Ok(Err(status)) => return Err(FeedError::Refused { address, status }),
+        Err(_elapsed) => return Err(FeedError::Slow { address }),
+    };
+    gateway.metrics.feed_connected(true);
+    tracing::info!(address, "the route feed is open");
+    speaker.converse(tables, backoff, address).await
+}
+
+async fn token(settings: &FeedSettings) -> Result<Option<MetadataValue<Ascii>>, FeedError> {
+    let Some(path) = &settings.token_file else { return Ok(None) };
+    let text = tokio::fs::read_to_string(path)
+        .await
+        .map_err(|cause| FeedError::TokenFile { path: path.clone(), cause })?;
+    let text = text.trim();
+    let mut value: MetadataValue<Ascii> = Some(text)
+        .filter(|text| !text.is_empty())
+        .and_then(|text| format!("Bearer {text}").parse().ok())
+        .ok_or_else(|| FeedError::TokenText { path: path.clone() })?;
+    value.set_sensitive(true);
+    Ok(Some(value))
+}
+
+struct Speaker<'a> {
+    settings: &'a FeedSettings,
+    gateway: &'a Gateway,
+    reports: mpsc::Sender<GatewayReport>,
+}
+
+impl Speaker<'_> {
+    fn report(&self) {
+        let report = GatewayReport {
+            instance: self.settings.instance.clone(),
+            acknowledged: self.gateway.version().map(Into::into),
+            draining: self.gateway.drain.is_leaving(),
+        };
+        // A full queue means that the network stands still; see REPORTS_WAITING.
+        let _sent_or_repeated = self.reports.try_send(report);
+    }
+
+    async fn converse(
+        &self,
+        mut tables: Streaming<RouteTable>,
+        backoff: &mut Backoff,
+        address: String,
+    ) -> Result<std::convert::Infallible, FeedError> {
+        let mut leaving = self.gateway.drain.watch();
+        let mut second = interval(REPORT_INTERVAL);
+        second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The first tick comes at once, and the first report is on its way already.
+        second.tick().await;
+        loop {
+            tokio::select! {
+                table = tables.message() => match table {
+                    Ok(Some(table)) => {
+                        backoff.reset();
+                        self.take(table);
+                        self.report();
+                    }
+                    Ok(None) => return Err(FeedError::Ended { address }),
+                    Err(status) => return Err(FeedError::Refused { address, status }),
+                },
+                _ = second.tick() => self.report(),
+                Ok(()) = leaving.changed() => self.report(),
+            }
+        }
+    }
+
+    fn take(&self, table: RouteTable) {
+        match self.gateway.take(table, Source::Feed) {
+            Ok(Taken::InForce(version)) => tracing::info!(%version, "a routing table is in force"),
+            // What the operator sends first on each stream.
+            Ok(Taken::Same(version)) => tracing::debug!(%version, "the routing table is in force already"),
+            Ok(Taken::Stale { offered, in_force }) => {
+                self.gateway.metrics.table_refused("stale");
+                tracing::warn!(%offered, %in_force, "an older routing table came and is ignored");
+            }
+            Err(error) => {
+                self.gateway.metrics.table_refused("invalid");
+                tracing::error!(%error, "a routing table can't be used; the one before it stays");
+            }
+        }
+    }
+}

@@ -1,0 +1,360 @@
+//! A routing table as this gateway holds it: parsed once, then only read.
+//!
+//! A table from the operator is taken whole or not at all, because acknowledging it tells the operator that every
+//! pod in it can be reached through this gateway. The one thing that is settled here instead of refused is two
+//! routes that claim the same alias: the first keeps it, so that one ambiguous name can't stop all routing.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use trustformers_proto::control::v1 as wire;
+
+/// Orders tables: the lease term first, then the counter of that term's leader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// Transitions of the leader lease.
+    pub term: u64,
+    /// Counts the tables of one leader.
+    pub counter: u64,
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.term, self.counter)
+    }
+}
+
+impl From<Version> for wire::TableVersion {
+    fn from(version: Version) -> Self {
+        Self { term: version.term, counter: version.counter }
+    }
+}
+
+/// One container of one pod, as the acknowledgement means it: a restart makes it another endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct EndpointId {
+    /// UID of the pod.
+    pub pod_uid: String,
+    /// Restarts of its container.
+    pub restart_count: u32,
+    /// Where it takes HTTP.
+    pub http: SocketAddr,
+    /// Where it takes gRPC.
+    pub grpc: SocketAddr,
+}
+
+/// An endpoint and the name that logs call it by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointSpec {
+    /// Name of the pod.
+    pub pod_name: String,
+    /// Identity and addresses.
+    pub id: EndpointId,
+}
+
+/// The pods of one revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backend {
+    /// Revision of the model.
+    pub revision: String,
+    /// sha256 of its weights.
+    pub digest: String,
+    /// Share of the route's requests, relative to the other backends'.
+    pub weight: u32,
+    /// Pods that may be asked.
+    pub endpoints: Vec<EndpointSpec>,
+}
+
+/// What a route promises its callers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    /// From the request's arrival to the head of the answer; `None` is no limit.
+    pub first_byte_timeout: Option<Duration>,
+    /// More attempts, each on another endpoint, while no byte of the answer has come.
+    pub retries: u32,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self { first_byte_timeout: None, retries: 1 }
+    }
+}
+
+/// One model that callers can name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// `namespace/name`.
+    pub name: String,
+    /// Every name that callers may use for it, without those that an earlier route holds.
+    pub aliases: Vec<String>,
+    /// Revisions and their shares.
+    pub backends: Vec<Backend>,
+    /// Timeouts and retries.
+    pub policy: Policy,
+}
+
+impl Route {
+    /// Endpoints of all revisions together.
+    #[must_use]
+    pub fn endpoint_count(&self) -> usize {
+        self.backends.iter().map(|backend| backend.endpoints.len()).sum()
+    }
+}
+
+/// Why a table was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TableError {
+    /// Nothing orders it.
+    #[error("the table carries no version")]
+    NoVersion,
+    /// A route can't be named.
+    #[error("route {index} of table {version} has no name")]
+    UnnamedRoute {
+        /// Version of the table.
+        version: Version,
+        /// Place in the list, from 0.
+        index: usize,
+    },
+    /// Two routes have one name.
+    #[error("route {route} is in table {version} twice")]
+    DuplicateRoute {
+        /// Version of the table.
+        version: Version,
+        /// The name.
+        route: String,
+    },
+    /// An endpoint can't be reached as it is written.
+    #[error("route {route}, pod {pod}: {field} is {value:?}, expected {expected}")]
+    Endpoint {
+        /// The route's name.
+        route: String,
+        /// The pod's name.
+        pod: String,
+        /// Which field is wrong.
+        field: &'static str,
+        /// What it holds.
+        value: String,
+        /// What it should hold.
+        expected: &'static str,
+    },
+}
+
+/// Why no route was found for a model's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lookup {
+    /// No route answers to the name.
+    Unknown,
+    /// No name was given, and there is not exactly one route to take.
+    NameRequired,
+}
+
+/// A parsed table.
+#[derive(Debug, Clone)]
+pub struct Table {
+    /// Which table this is.
+    pub version: Version,
+    /// The routes, in the operator's order.
+    pub routes: Vec<Route>,
+    names: HashMap<String, usize>,
+}
+
+impl Table {
+    /// Parses what the operator sent.
+    ///
+    /// # Errors
+    /// Names the route, pod and field that can't be used; then no part of the table is.
+    pub fn parse(table: wire::RouteTable) -> Result<Self, TableError> {
+        let version = table.version.ok_or(TableError::NoVersion)?;
+        let version = Version { term: version.term, counter: version.counter };
+        let mut names = HashMap::new();
+        // Full names go first: no alias of another route may shadow them.
+        for (index, route) in table.routes.iter().enumerate() {
+            if route.name.is_empty() {
+                return Err(TableError::UnnamedRoute { version, index });
+            }
+            if names.insert(route.name.clone(), index).is_some() {
+                return Err(TableError::DuplicateRoute { version, route: route.name.clone() });
+            }
+        }
+        let mut routes = Vec::with_capacity(table.routes.len());
+        for (index, route) in table.routes.into_iter().enumerate() {
+            let aliases = route
+                .aliases
+                .into_iter()
+                .filter(|alias| claim(&mut names, alias, index, &route.name))
+                .collect();
+            let backends = route
+                .backends
+                .into_iter()
+                .map(|backend| parse_backend(backend, &route.name))
+                .collect::<Result<_, _>>()?;
+            let policy = route.policy.map_or_else(Policy::default, parse_policy);
+            routes.push(Route { name: route.name, aliases, backends, policy });
+        }
+        Ok(Self { version, routes, names })
+    }
+
+    /// Finds the route for a model's name; an empty name means the only route.
+    ///
+    /// # Errors
+    /// Says whether the name is unknown or was needed.
+    pub fn find(&self, model: &str) -> Result<usize, Lookup> {
+        if model.is_empty() {
+            return if self.routes.len() == 1 { Ok(0) } else { Err(Lookup::NameRequired) };
+        }
+        self.names.get(model).copied().ok_or(Lookup::Unknown)
+    }
+
+    /// The names of all routes, for an error that lists the choices.
+    #[must_use]
+    pub fn choices(&self) -> Vec<String> {
+        self.routes.iter().map(|route| route.name.clone()).collect()
+    }
+}
+
+/// Gives the alias to the route if it is free. An alias that equals the route's own name is kept as well.
+fn claim(names: &mut HashMap<String, usize>, alias: &str, index: usize, route: &str) -> bool {
+    let holder = *names.entry(alias.to_owned()).or_insert(index);
+    if holder != index {
+        tracing::warn!(alias, route, "the name is held by another route of the table, which keeps it");
+    }
+    holder == index && !alias.is_empty()
+}
+
+fn parse_policy(policy: wire::Policy) -> Policy {
+    let limit_ms = policy.first_byte_timeout_ms;
+    Policy {
+        first_byte_timeout: (limit_ms > 0).then(|| Duration::from_millis(limit_ms)),
+        retries: policy.retries,
+    }
+}
+
+fn parse_backend(backend: wire::Backend, route: &str) -> Result<Backend, TableError> {
+    let endpoints = backend
+        .endpoints
+        .into_iter()
+        .map(|endpoint| parse_endpoint(endpoint, route))
+        .collect::<Result<_, _>>()?;
+    Ok(Backend { revision: backend.revision, digest: backend.digest, weight: backend.weight, endpoints })
+}
+
+fn parse_endpoint(endpoint: wire::Endpoint, route: &str) -> Result<EndpointSpec, TableError> {
+    let wrong = |field, value: &dyn fmt::Display, expected| TableError::Endpoint {
+        route: route.to_owned(),
+        pod: endpoint.pod_name.clone(),
+        field,
+        value: value.to_string(),
+        expected,
+    };
+    let ip: IpAddr =
+        endpoint.address.parse().map_err(|_| wrong("address", &endpoint.address, "an IP address"))?;
+    let port = |field, value: u32| match u16::try_from(value) {
+        Ok(port) if port > 0 => Ok(SocketAddr::new(ip, port)),
+        _ => Err(wrong(field, &value, "a port from 1 to 65535")),
+    };
+    let http = port("http_port", endpoint.http_port)?;
+    let grpc = port("grpc_port", endpoint.grpc_port)?;
+    let id = EndpointId { pod_uid: endpoint.pod_uid, restart_count: endpoint.restart_count, http, grpc };
+    Ok(EndpointSpec { pod_name: endpoint.pod_name, id })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(name: &str, aliases: &[&str]) -> wire::Route {
+        wire::Route {
+            name: name.to_owned(),
+            aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
+            backends: vec![wire::Backend {
+                revision: "r1".to_owned(),
+                digest: "d1".to_owned(),
+                weight: 1,
+                endpoints: vec![wire::Endpoint {
+                    pod_name: "pod-a".to_owned(),
+                    pod_uid: "uid-a".to_owned(),
+                    restart_count: 2,
+                    address: "10.0.0.7".to_owned(),
+                    http_port: 8080,
+                    grpc_port: 9090,
+                }],
+            }],
+            policy: Some(wire::Policy { first_byte_timeout_ms: 1500, retries: 2 }),
+        }
+    }
+
+    fn table(routes: Vec<wire::Route>) -> wire::RouteTable {
+        wire::RouteTable { version: Some(wire::TableVersion { term: 3, counter: 4 }), routes }
+    }
+
+    #[test]
+    fn a_route_answers_to_its_name_and_its_aliases() {
+        let parsed = Table::parse(table(vec![
+            route("default/a", &["default/a", "a"]),
+            route("default/b", &["default/b", "b"]),
+        ]))
+        .unwrap();
+        assert_eq!(parsed.version, Version { term: 3, counter: 4 });
+        for (name, index) in [("default/a", 0), ("a", 0), ("default/b", 1), ("b", 1)] {
+            assert_eq!(parsed.find(name), Ok(index), "{name}");
+        }
+        assert_eq!(parsed.find("c"), Err(Lookup::Unknown));
+        assert_eq!(parsed.find(""), Err(Lookup::NameRequired));
+        let policy = parsed.routes[0].policy;
+        assert_eq!(policy, Policy { first_byte_timeout: Some(Duration::from_millis(1500)), retries: 2 });
+        let endpoint = &parsed.routes[0].backends[0].endpoints[0];
+        assert_eq!(endpoint.id.http, "10.0.0.7:8080".parse().unwrap());
+        assert_eq!(endpoint.id.grpc, "10.0.0.7:9090".parse().unwrap());
+        assert_eq!(endpoint.id.restart_count, 2);
+    }
+
+    #[test]
+    fn the_only_route_needs_no_name() {
+        let parsed = Table::parse(table(vec![route("default/a", &["a"])])).unwrap();
+        assert_eq!(parsed.find(""), Ok(0));
+        let empty = Table::parse(table(Vec::new())).unwrap();
+        assert_eq!(empty.find(""), Err(Lookup::NameRequired));
+    }
+
+    #[test]
+    fn the_first_route_keeps_a_doubled_alias_and_full_names_win() {
+        let parsed =
+            Table::parse(table(vec![route("one/a", &["a", "two/a"]), route("two/a", &["a"])])).unwrap();
+        assert_eq!(parsed.find("a"), Ok(0));
+        assert_eq!(parsed.find("two/a"), Ok(1));
+        assert_eq!(parsed.routes[0].aliases, ["a"]);
+        assert!(parsed.routes[1].aliases.is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_reached_refuses_the_table_by_name() {
+        let mut bad = route("default/a", &[]);
+        bad.backends[0].endpoints[0].address = "pod.example".to_owned();
+        let text = Table::parse(table(vec![bad])).unwrap_err().to_string();
+        assert!(text.contains("default/a") && text.contains("pod-a") && text.contains("address"), "{text}");
+        let mut bad = route("default/a", &[]);
+        bad.backends[0].endpoints[0].grpc_port = 70_000;
+        let text = Table::parse(table(vec![bad])).unwrap_err().to_string();
+        assert!(text.contains("grpc_port") && text.contains("70000"), "{text}");
+    }
+
+    #[test]
+    fn names_and_versions_are_required_once() {
+        let mut unversioned = table(Vec::new());
+        unversioned.version = None;
+        assert_eq!(Table::parse(unversioned).unwrap_err(), TableError::NoVersion);
+        let twice = table(vec![route("default/a", &[]), route("default/a", &[])]);
+        assert!(matches!(Table::parse(twice).unwrap_err(), TableError::DuplicateRoute { .. }));
+        let unnamed = table(vec![route("", &[])]);
+        assert!(matches!(Table::parse(unnamed).unwrap_err(), TableError::UnnamedRoute { index: 0, .. }));
+    }
+
+    #[test]
+    fn versions_order_by_term_then_counter() {
+        let version = |term, counter| Version { term, counter };
+        assert!(version(1, 9) < version(2, 0));
+        assert!(version(2, 0) < version(2, 1));
+    }
+}

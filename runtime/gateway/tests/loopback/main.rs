@@ -1,0 +1,167 @@
+//! The gateway between real servers on the loopback interface: a fake operator that feeds it tables, and pods whose
+//! every step the tests decide.
+//!
+//! Nothing here sleeps: a test waits for what it wants to see, and a limit turns waiting in vain into a failure.
+
+#![allow(clippy::unwrap_used, reason = "a test that meets what it does not expect has failed")]
+
+mod drain;
+mod feed;
+mod grpc;
+mod operator;
+mod pods;
+mod retry;
+mod routing;
+mod streams;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use clap::Parser;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+use trustformers_gateway::{Running, Settings, start};
+
+use operator::Operator;
+
+/// Nothing that a test waits for takes longer, on the busiest machine.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Waits for something that must happen.
+async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(LIMIT, future).await {
+        Ok(value) => value,
+        Err(_elapsed) => panic!("waited in vain: {what}"),
+    }
+}
+
+/// Asks again and again until the answer is yes.
+async fn until<F: Future<Output = bool>>(what: &str, mut asked: impl FnMut() -> F) {
+    soon(what, async {
+        while !asked().await {
+            // Between two looks at what another task does; how long is of no importance.
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await;
+}
+
+/// A gateway under test, its operator and its state folder.
+struct Scene {
+    gateway: Running,
+    operator: Operator,
+    state: tempfile::TempDir,
+    client: Client<HttpConnector, Full<Bytes>>,
+}
+
+/// The flags of a gateway that listens where the system likes.
+fn settings(feed: SocketAddr, state: &std::path::Path, more: &[&str]) -> Settings {
+    let feed = format!("http://{feed}");
+    let state = state.to_str().unwrap();
+    let fixed = [
+        "trustformers-gateway",
+        "--feed",
+        &feed,
+        "--state-dir",
+        state,
+        "--http-address",
+        "127.0.0.1:0",
+        "--grpc-address",
+        "127.0.0.1:0",
+        "--instance",
+        "gateway-under-test",
+        "--drain-timeout",
+        "300ms",
+    ];
+    Settings::parse_from(fixed.iter().chain(more))
+}
+
+impl Scene {
+    /// A gateway that has put the operator's table in force.
+    async fn with_table(table: operator::Table) -> Self {
+        let operator = Operator::start().await;
+        let state = tempfile::tempdir().unwrap();
+        let gateway = start(settings(operator.address(), state.path(), &[])).await.unwrap();
+        let scene = Self { gateway, operator, state, client: client(false) };
+        scene.publish(table).await;
+        scene
+    }
+
+    /// Publishes a table and waits until it is acknowledged.
+    async fn publish(&self, table: operator::Table) {
+        let version = table.version();
+        self.operator.publish(table);
+        self.operator.acknowledged(version).await;
+    }
+
+    fn http(&self) -> SocketAddr {
+        self.gateway.http_address()
+    }
+
+    fn grpc(&self) -> String {
+        format!("http://{}", self.gateway.grpc_address())
+    }
+
+    /// Sends a prompt to a model and returns the head of the answer.
+    async fn ask(&self, model: &str) -> Response<Incoming> {
+        let body = serde_json::json!({"model": model, "prompt": "p"}).to_string();
+        soon("the head of an answer", self.client.request(post(self.http(), "/v1/generate", body)))
+            .await
+            .unwrap()
+    }
+
+    /// Sends a prompt and returns status and body.
+    async fn answer(&self, model: &str) -> (StatusCode, String) {
+        text(self.ask(model).await).await
+    }
+
+    async fn get(&self, path: &str) -> (StatusCode, String) {
+        get(&self.client, self.http(), path).await
+    }
+
+    /// The value of a line of the metrics page; 0 where there is no such line.
+    async fn metric(&self, line: &str) -> f64 {
+        let (_, page) = self.get("/metrics").await;
+        let value = page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' '));
+        value.map_or(0.0, |value| value.parse().unwrap())
+    }
+}
+
+fn client(http2: bool) -> Client<HttpConnector, Full<Bytes>> {
+    Client::builder(TokioExecutor::new()).http2_only(http2).build_http()
+}
+
+fn post(address: SocketAddr, path: &str, body: impl Into<Bytes>) -> Request<Full<Bytes>> {
+    Request::builder()
+        .method(Method::POST)
+        .uri(format!("http://{address}{path}"))
+        .header("content-type", "application/json")
+        .body(Full::new(body.into()))
+        .unwrap()
+}
+
+async fn get(
+    client: &Client<HttpConnector, Full<Bytes>>,
+    address: SocketAddr,
+    path: &str,
+) -> (StatusCode, String) {
+    let request = Request::get(format!("http://{address}{path}")).body(Full::default()).unwrap();
+    text(soon("a page", client.request(request)).await.unwrap()).await
+}
+
+async fn text(response: Response<Incoming>) -> (StatusCode, String) {
+    let status = response.status();
+    let body = soon("the end of an answer", response.into_body().collect()).await.unwrap().to_bytes();
+    (status, String::from_utf8(body.to_vec()).unwrap())
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}

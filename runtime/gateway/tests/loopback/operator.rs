@@ -1,0 +1,211 @@
+//! A fake operator: publishes the tables that a test writes and keeps the reports that come back.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+
+use futures::{Stream, StreamExt};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
+use tonic::{Request, Response, Status, Streaming};
+use trustformers_proto::control::v1 as wire;
+use trustformers_proto::control::v1::route_service_server::{RouteService, RouteServiceServer};
+
+use crate::soon;
+
+/// A table in the making.
+#[derive(Clone)]
+pub(crate) struct Table(wire::RouteTable);
+
+impl Table {
+    pub(crate) fn new(term: u64, counter: u64) -> Self {
+        Self(wire::RouteTable { version: Some(wire::TableVersion { term, counter }), routes: Vec::new() })
+    }
+
+    /// Adds a route that answers to `default/NAME` and `NAME`.
+    pub(crate) fn route(mut self, name: &str) -> Self {
+        self.0.routes.push(wire::Route {
+            name: format!("default/{name}"),
+            aliases: vec![format!("default/{name}"), name.to_owned()],
+            backends: Vec::new(),
+            policy: Some(wire::Policy { first_byte_timeout_ms: 0, retries: 1 }),
+        });
+        self
+    }
+
+    /// Sets the last route's policy.
+    pub(crate) fn policy(mut self, first_byte_timeout_ms: u64, retries: u32) -> Self {
+        self.0.routes.last_mut().unwrap().policy = Some(wire::Policy { first_byte_timeout_ms, retries });
+        self
+    }
+
+    /// Adds a revision to the last route, whose pods take HTTP and gRPC on one port.
+    pub(crate) fn backend(mut self, revision: &str, weight: u32, pods: &[SocketAddr]) -> Self {
+        let endpoints = pods.iter().map(|address| wire::Endpoint {
+            pod_name: format!("pod-{}", address.port()),
+            pod_uid: format!("uid-{}", address.port()),
+            restart_count: 0,
+            address: address.ip().to_string(),
+            http_port: u32::from(address.port()),
+            grpc_port: u32::from(address.port()),
+        });
+        self.0.routes.last_mut().unwrap().backends.push(wire::Backend {
+            revision: revision.to_owned(),
+            digest: format!("digest-{revision}"),
+            weight,
+            endpoints: endpoints.collect(),
+        });
+        self
+    }
+
+    pub(crate) fn version(&self) -> wire::TableVersion {
+        self.0.version.unwrap()
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    reports: Vec<wire::GatewayReport>,
+    tokens: Vec<Option<String>>,
+}
+
+struct Service {
+    tables: watch::Receiver<Option<wire::RouteTable>>,
+    seen: Arc<Mutex<Seen>>,
+    changed: Arc<watch::Sender<()>>,
+}
+
+#[tonic::async_trait]
+impl RouteService for Service {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::RouteTable, Status>> + Send>>;
+
+    async fn watch(
+        &self,
+        request: Request<Streaming<wire::GatewayReport>>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let token = request.metadata().get("authorization").map(|token| token.to_str().unwrap().to_owned());
+        self.seen.lock().unwrap().tokens.push(token);
+        let mut reports = request.into_inner();
+        let (seen, changed) = (Arc::clone(&self.seen), Arc::clone(&self.changed));
+        tokio::spawn(async move {
+            while let Some(Ok(report)) = reports.next().await {
+                seen.lock().unwrap().reports.push(report);
+                changed.send_replace(());
+            }
+        });
+        let tables = WatchStream::new(self.tables.clone()).filter_map(async |table| table.map(Ok));
+        Ok(Response::new(Box::pin(tables)))
+    }
+}
+
+/// A running fake operator.
+pub(crate) struct Operator {
+    address: SocketAddr,
+    tables: watch::Sender<Option<wire::RouteTable>>,
+    seen: Arc<Mutex<Seen>>,
+    changed: Arc<watch::Sender<()>>,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Operator {
+    pub(crate) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut operator = Self {
+            address: listener.local_addr().unwrap(),
+            tables: watch::Sender::new(None),
+            seen: Arc::default(),
+            changed: Arc::new(watch::Sender::new(())),
+            server: None,
+        };
+        operator.serve(listener);
+        operator
+    }
+
+    fn serve(&mut self, listener: TcpListener) {
+        let service = Service {
+            tables: self.tables.subscribe(),
+            seen: Arc::clone(&self.seen),
+            changed: Arc::clone(&self.changed),
+        };
+        let server = tonic::transport::Server::builder()
+            .add_service(RouteServiceServer::new(service))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        self.server = Some(tokio::spawn(async move { server.await.unwrap() }));
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Goes away: every stream breaks and nobody listens.
+    pub(crate) async fn stop(&mut self) {
+        let server = self.server.take().unwrap();
+        server.abort();
+        let _aborted = server.await;
+        // tonic serves connections on tasks of their own; a stream that ends breaks them too.
+        let (tables, _) = watch::channel(None);
+        let last = self.tables.borrow().clone();
+        self.tables = tables;
+        self.tables.send_replace(last);
+    }
+
+    /// Comes back at the same address.
+    pub(crate) async fn come_back(&mut self) {
+        let listener = soon("the operator's port", async {
+            loop {
+                match TcpListener::bind(self.address).await {
+                    Ok(listener) => return listener,
+                    Err(_taken) => tokio::task::yield_now().await,
+                }
+            }
+        })
+        .await;
+        self.serve(listener);
+    }
+
+    pub(crate) fn publish(&self, table: Table) {
+        self.tables.send_replace(Some(table.0));
+    }
+
+    pub(crate) fn tokens(&self) -> Vec<Option<String>> {
+        self.seen.lock().unwrap().tokens.clone()
+    }
+
+    pub(crate) fn reports(&self) -> usize {
+        self.seen.lock().unwrap().reports.len()
+    }
+
+    /// Waits for a report like this, among those that came after the first `skip`.
+    pub(crate) async fn report(
+        &self,
+        skip: usize,
+        wanted: impl Fn(&wire::GatewayReport) -> bool,
+    ) -> wire::GatewayReport {
+        let mut changed = self.changed.subscribe();
+        soon("a report", async {
+            loop {
+                changed.mark_unchanged();
+                let found = self
+                    .seen
+                    .lock()
+                    .unwrap()
+                    .reports
+                    .iter()
+                    .skip(skip)
+                    .find(|report| wanted(report))
+                    .cloned();
+                if let Some(found) = found {
+                    return found;
+                }
+                changed.changed().await.unwrap();
+            }
+        })
+        .await
+    }
+
+    pub(crate) async fn acknowledged(&self, version: wire::TableVersion) {
+        self.report(0, |report| report.acknowledged == Some(version)).await;
+    }
+}

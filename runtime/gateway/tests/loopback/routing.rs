@@ -1,0 +1,304 @@
+//! Who gets a request, and what is said when nobody does.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use futures::future::join_all;
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use tokio::sync::mpsc;
+
+use crate::operator::{Operator, Table};
+use crate::pods::{Pod, full, written};
+use crate::{Scene, client, get, json, post, settings, soon, text, until};
+use trustformers_gateway::start;
+
+#[tokio::test]
+async fn requests_go_where_the_name_says() {
+    let (one, two) = (Pod::named("one").await, Pod::named("two").await);
+    let table = Table::new(1, 1).route("a").backend("r1", 1, &[one.address]);
+    let table = table.route("b").backend("r1", 1, &[two.address]);
+    let scene = Scene::with_table(table).await;
+    for (name, pod) in [("a", "one"), ("default/a", "one"), ("b", "two"), ("default/b", "two")] {
+        assert_eq!(scene.answer(name).await, (StatusCode::OK, pod.to_owned()), "{name}");
+    }
+    let (status, body) = scene.answer("c").await;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+    let error = &json(&body)["error"];
+    assert_eq!(error["type"], "unknown_model");
+    assert_eq!(error["choices"], serde_json::json!(["default/a", "default/b"]));
+    let (status, body) = scene.answer("").await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(json(&body)["error"]["type"], "model_required");
+    let refused = r#"trustformers_gateway_refused_total{protocol="http",reason="unknown_model"}"#;
+    assert!((scene.metric(refused).await - 1.0).abs() < 0.5);
+}
+
+#[tokio::test]
+async fn the_only_model_needs_no_name_and_unknown_paths_below_v1_are_for_the_pod() {
+    let pod = Pod::start(|head, body| async move {
+        let text = format!("{} {}", head.uri.path_and_query().unwrap(), body.len());
+        Ok(full(StatusCode::IM_A_TEAPOT, text))
+    })
+    .await;
+    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let request = post(scene.http(), "/v1/embeddings?x=1", r#"{"input": "i"}"#);
+    let (status, body) = text(scene.client.request(request).await.unwrap()).await;
+    assert_eq!((status, body.as_str()), (StatusCode::IM_A_TEAPOT, "/v1/embeddings?x=1 14"));
+}
+
+#[tokio::test]
+async fn headers_tell_for_whom_and_hops_keep_theirs() {
+    let pod = Pod::start(|_, _| async {
+        let mut answer = full(StatusCode::OK, "x");
+        answer.headers_mut().insert("x-from-pod", "yes".parse().unwrap());
+        Ok(answer)
+    })
+    .await;
+    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let mut request = post(scene.http(), "/v1/generate", r#"{"model": "a"}"#);
+    for (name, value) in [
+        ("host", "models.example"),
+        ("connection", "x-secret"),
+        ("x-secret", "s"),
+        ("x-forwarded-for", "198.51.100.9"),
+        ("x-request-id", "id-7"),
+        ("authorization", "Bearer t"),
+    ] {
+        request.headers_mut().insert(name, value.parse().unwrap());
+    }
+    let response = scene.client.request(request).await.unwrap();
+    assert_eq!(response.headers()["x-request-id"], "id-7");
+    assert_eq!(response.headers()["x-from-pod"], "yes");
+    let head = pod.last_head();
+    assert_eq!(head.headers["x-forwarded-for"], "198.51.100.9, 127.0.0.1");
+    assert_eq!(head.headers["x-request-id"], "id-7");
+    assert_eq!(head.headers["authorization"], "Bearer t");
+    assert!(!head.headers.contains_key("x-secret") && !head.headers.contains_key("connection"));
+    assert_eq!(head.uri.authority().unwrap(), "models.example");
+    assert_eq!(head.version, http::Version::HTTP_2);
+    let made = scene.ask("a").await.headers()["x-request-id"].clone();
+    assert_eq!(pod.last_head().headers["x-request-id"], made);
+}
+
+#[tokio::test]
+async fn a_split_is_exact() {
+    let (old, new) = (Pod::named("old").await, Pod::named("new").await);
+    let table = |counter, weights: (u32, u32)| {
+        let table = Table::new(1, counter).route("a");
+        table.backend("r1", weights.0, &[old.address]).backend("r2", weights.1, &[new.address])
+    };
+    let scene = Scene::with_table(table(1, (95, 5))).await;
+    for (counter, weights, expected) in
+        [(1, (95, 5), (190, 10)), (2, (50, 50), (100, 100)), (3, (0, 7), (0, 200))]
+    {
+        scene.publish(table(counter, weights)).await;
+        let before = (old.requests(), new.requests());
+        for chunk in 0..20 {
+            // Concurrent, as real traffic is.
+            let answers = join_all((0..10).map(|_| scene.answer("a"))).await;
+            assert!(answers.iter().all(|(status, _)| *status == StatusCode::OK), "{chunk}: {answers:?}");
+        }
+        assert_eq!((old.requests() - before.0, new.requests() - before.1), expected, "{weights:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_pod_with_fewer_requests_is_asked_until_answers_end() {
+    let (writers, mut held) = mpsc::channel(8);
+    let slow = Pod::start(move |_, _| {
+        let writers = writers.clone();
+        async move {
+            let (answer, writer) = written();
+            writers.send(writer).await?;
+            Ok(answer)
+        }
+    })
+    .await;
+    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[slow.address])).await;
+    let first = scene.ask("a").await;
+    let writer = soon("the first request", held.recv()).await.unwrap();
+    let quick = Pod::named("quick").await;
+    let both = Table::new(1, 2).route("a").backend("r1", 1, &[slow.address, quick.address]);
+    scene.publish(both).await;
+    // The head of the first answer came long ago, but its body has not ended: it counts.
+    for _ in 0..20 {
+        assert_eq!(scene.answer("a").await.1, "quick");
+    }
+    drop(writer);
+    assert_eq!(text(first).await.1, "");
+    // Now both are free, and a tie is broken by chance: the slow one is asked again before long.
+    let mut answers = Vec::new();
+    until("the freed pod to be asked", || {
+        answers.push(tokio::spawn(scene.client.request(post(
+            scene.http(),
+            "/v1/generate",
+            r#"{"model":"a"}"#,
+        ))));
+        async { slow.requests() == 2 }
+    })
+    .await;
+    drop(held);
+}
+
+#[tokio::test]
+async fn pages_tell_the_state() {
+    let operator = Operator::start().await;
+    let state = tempfile::tempdir().unwrap();
+    let gateway = start(settings(operator.address(), state.path(), &[])).await.unwrap();
+    let (client, address) = (client(false), gateway.http_address());
+    let (status, body) = get(&client, address, "/health/ready").await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(body.contains("no routing table"), "{body}");
+    assert_eq!(get(&client, address, "/health/live").await.0, StatusCode::OK);
+    assert_eq!(get(&client, address, "/health/startup").await.0, StatusCode::SERVICE_UNAVAILABLE);
+    let early = client.request(post(address, "/v1/generate", "{}")).await.unwrap();
+    assert_eq!(early.headers()["retry-after"], "1");
+    assert_eq!(json(&text(early).await.1)["error"]["type"], "no_table");
+    let pod = Pod::named("one").await;
+    let scene = Scene { gateway, operator, state, client };
+    let table = Table::new(3, 8).route("a").backend("r1", 90, &[pod.address]).backend("r2", 10, &[]);
+    scene.publish(table).await;
+    for path in ["/health", "/health/ready", "/health/startup"] {
+        assert_eq!(scene.get(path).await.0, StatusCode::OK, "{path}");
+    }
+    let (_, body) = scene.get("/v1/models").await;
+    let model = &json(&body)["data"][0];
+    assert_eq!(model["id"], "default/a");
+    assert_eq!(model["aliases"], serde_json::json!(["default/a", "a"]));
+    assert_eq!(model["ready_endpoints"], 1);
+    let second =
+        serde_json::json!({"revision": "r2", "digest": "digest-r2", "weight": 10, "ready_endpoints": 0});
+    assert_eq!(model["revisions"][1], second);
+    scene.answer("a").await;
+    for (line, value) in [
+        ("trustformers_gateway_table_term", 3.0),
+        ("trustformers_gateway_table_counter", 8.0),
+        ("trustformers_gateway_feed_connected", 1.0),
+        (
+            r#"trustformers_gateway_requests_total{code="2xx",protocol="http",revision="r1",route="default/a"}"#,
+            1.0,
+        ),
+        (r#"trustformers_gateway_in_flight{revision="r1",route="default/a"}"#, 0.0),
+        (r#"trustformers_gateway_first_byte_seconds_count{revision="r1",route="default/a"}"#, 1.0),
+    ] {
+        let found = scene.metric(line).await;
+        assert!((found - value).abs() < 1e-9, "{line} is {found}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_served_is_refused_with_the_reason() {
+    let pod = Pod::named("one").await;
+    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let send = async |method: &str, path: &str, body: &str| {
+        let request = Request::builder().method(method).uri(format!("http://{}{path}", scene.http()));
+        let request = request.body(Full::new(Bytes::from(body.to_owned()))).unwrap();
+        let (status, body) = text(scene.client.request(request).await.unwrap()).await;
+        (status.as_u16(), json(&body)["error"]["type"].as_str().unwrap().to_owned())
+    };
+    for (method, path, body, status, kind) in [
+        ("GET", "/elsewhere", "", 404, "unknown_route"),
+        ("POST", "/", "{}", 404, "unknown_route"),
+        ("GET", "/v1/generate", "", 405, "method_not_allowed"),
+        ("POST", "/v1/models", "{}", 405, "method_not_allowed"),
+        ("POST", "/v1/models/load", "{}", 403, "operated"),
+        ("POST", "/v1/generate", "{", 400, "invalid_request"),
+    ] {
+        assert_eq!(send(method, path, body).await, (status, kind.to_owned()), "{method} {path}");
+    }
+    assert_eq!(pod.requests(), 0);
+}
+
+#[tokio::test]
+async fn a_long_body_is_refused_announced_or_not() {
+    let pod = Pod::named("one").await;
+    let operator = Operator::start().await;
+    let state = tempfile::tempdir().unwrap();
+    let gateway =
+        start(settings(operator.address(), state.path(), &["--body-limit-bytes", "1000"])).await.unwrap();
+    let scene = Scene { gateway, operator, state, client: client(false) };
+    scene.publish(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let body = format!(r#"{{"prompt": "{}"}}"#, "x".repeat(2000));
+    let (status, answer) =
+        text(scene.client.request(post(scene.http(), "/v1/generate", body.clone())).await.unwrap()).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert!(json(&answer)["error"]["message"].as_str().unwrap().contains("1000"), "{answer}");
+    // Without a length the limit is met while reading.
+    let stream = tokio::net::TcpStream::connect(scene.http()).await.unwrap();
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let (pieces, stream) = mpsc::channel(1);
+    let stream = tokio_stream::wrappers::ReceiverStream::new(stream);
+    let request = Request::post("/v1/generate").body(http_body_util::StreamBody::new(stream)).unwrap();
+    let answer = sender.send_request(request);
+    let feed = async {
+        let piece =
+            || Ok::<_, std::convert::Infallible>(http_body::Frame::data(Bytes::from(vec![b' '; 300])));
+        // The gateway answers after the fourth piece and takes no more.
+        while pieces.send(piece()).await.is_ok() {}
+    };
+    let answer = soon("a refusal", async {
+        tokio::select! {
+            answer = answer => answer.unwrap(),
+            // Nobody takes pieces any more, which may show before the answer does.
+            () = feed => std::future::pending().await,
+        }
+    })
+    .await;
+    assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    assert_eq!(pod.requests(), 0);
+    let short = scene.answer("a").await;
+    assert_eq!(short.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn many_streams_open_a_second_connection_and_one_serves_few() {
+    let (writers, mut held) = mpsc::channel(256);
+    let pod = Pod::start(move |_, _| {
+        let writers = writers.clone();
+        async move {
+            let (answer, writer) = written();
+            writers.send(writer).await?;
+            Ok(answer)
+        }
+    })
+    .await;
+    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let mut answers = Vec::new();
+    let mut open = Vec::new();
+    for _ in 0..100 {
+        answers.push(scene.ask("a").await);
+        open.push(held.recv().await.unwrap());
+    }
+    assert_eq!(pod.connections(), 1);
+    answers.push(scene.ask("a").await);
+    open.push(held.recv().await.unwrap());
+    assert_eq!(pod.connections(), 2);
+    drop(open);
+    let ended = join_all(answers.into_iter().map(|answer| answer.into_body().collect())).await;
+    assert!(ended.iter().all(Result::is_ok));
+    let next = scene.ask("a").await;
+    drop(held.recv().await);
+    assert_eq!(text(next).await.0, StatusCode::OK);
+    assert_eq!(pod.connections(), 2);
+}
+
+#[tokio::test]
+async fn callers_may_speak_http2() {
+    let pod = Pod::named("one").await;
+    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let http2 = client(true);
+    let answers = join_all((0..50).map(|_| async {
+        let response = http2.request(post(scene.http(), "/v1/generate", r#"{"model": "a"}"#)).await.unwrap();
+        assert_eq!(response.version(), http::Version::HTTP_2);
+        text(response).await
+    }))
+    .await;
+    let mut counts = HashMap::new();
+    for answer in answers {
+        *counts.entry(answer).or_insert(0) += 1;
+    }
+    assert_eq!(counts, HashMap::from([((StatusCode::OK, "one".to_owned()), 50)]));
+}
