@@ -228,7 +228,8 @@ mod tests {
         let registry = Registry::new();
         let metrics = EngineMetrics::register(&registry).unwrap();
         metrics.for_model("m");
-        metrics.watch("m", &Arc::new(Shared::new(1)));
+        let shared = Arc::new(Shared::new(1));
+        metrics.watch("m", &shared);
         let families = registry.gather();
         assert_eq!(families.len(), 11);
         assert!(families.iter().all(|f| f.name().starts_with("trustformers_")));
@@ -244,7 +245,7 @@ mod tests {
         let age = || {
             let families = registry.gather();
             let found = families.iter().find(|f| f.name() == "trustformers_last_step_age_seconds")?;
-            Some(found.get_metric()[0].get_gauge().value())
+            Some(found.get_metric()[0].get_gauge().get_value())
         };
         assert_eq!(age(), Some(0.0));
         let ticket = shared.enter_unbounded();

@@ -53,7 +53,6 @@ pub(crate) enum After {
 /// A request that has its KV blocks and takes part in steps.
 #[derive(Debug)]
 pub(crate) struct Sequence {
-    job: Job,
     blocks: Blocks,
     sampler: Sampler,
     detokenizer: Detokenizer,
@@ -67,6 +66,8 @@ pub(crate) struct Sequence {
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     _running: Option<Counted>,
+    /// Last, so that its place in flight is given back after everything else: an idle engine holds nothing.
+    job: Job,
 }
 
 impl Sequence {

@@ -61,19 +61,23 @@ impl Model {
     /// Whatever is wrong with the file, by name; [`LoadError::is_transient`] tells a failing storage from bad content.
     pub fn load(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Result<Self, LoadError> {
         let file = source::open(path, progress)?;
-        Self::from_bytes(path, &file)
+        Self::from_bytes(path, file)
     }
 
     /// Checks a GGUF file that is in memory already. `path` is only used in messages.
     ///
     /// # Errors
     /// Whatever is wrong with the content, by name.
-    pub fn from_bytes(path: &Path, file: &WeightBytes) -> Result<Self, LoadError> {
-        let bytes: &[u8] = (**file).as_ref();
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "so that callers need not spell the cast to a shared source"
+    )]
+    pub fn from_bytes(path: &Path, file: WeightBytes) -> Result<Self, LoadError> {
+        let bytes: &[u8] = (*file).as_ref();
         let wrong = |problem| LoadError::gguf(path, problem);
         let gguf = Gguf::parse(bytes).map_err(wrong)?;
         let weights =
-            weights(&gguf, file).map_err(|problem| LoadError::Weights { path: path.to_owned(), problem })?;
+            weights(&gguf, &file).map_err(|problem| LoadError::Weights { path: path.to_owned(), problem })?;
         let name = gguf.metadata.string("general.architecture").map_err(wrong)?;
         let architecture = match arch::resolve(name, &gguf.metadata, &weights) {
             Some(resolved) => resolved.map_err(wrong)?,

@@ -209,3 +209,60 @@ fn store_q4_1(block: &[f32]) -> Vec<u8> {
     let pairs = low.iter().zip(high).map(|(low, high)| quantum(*low) | (quantum(*high) << 4));
     scale.to_le_bytes().into_iter().chain(minimum.to_le_bytes()).chain(pairs).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Model;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    #[test]
+    fn every_storage_type_loads_and_stays_near_the_values() {
+        let load = |dtype| {
+            let file = SeededModel { dtype, ..SeededModel::default() }.gguf();
+            Model::from_bytes(Path::new("seeded.gguf"), Arc::new(file)).unwrap()
+        };
+        let row = |model: &Model| {
+            let weights = model.weights();
+            let weight = weights.get(weights.find("blk.1.ffn_down.weight").unwrap());
+            let mut row = vec![0.0; weight.cols()];
+            weight.dequantise_row(3, &mut row);
+            row
+        };
+        let exact = row(&load(DType::F32));
+        let largest = exact.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+        assert!(largest > 0.1, "{largest}");
+        for (dtype, share) in [(DType::F16, 0.001), (DType::Q8_0, 0.006), (DType::Q4_1, 0.07)] {
+            let stored = row(&load(dtype));
+            let off = exact.iter().zip(&stored).fold(0.0_f32, |off, (a, b)| off.max((a - b).abs()));
+            assert!(off <= largest * share, "{dtype}: {off} of {largest}");
+            assert_eq!(off > 0.0, dtype != DType::F32);
+        }
+    }
+
+    #[test]
+    fn the_seed_decides_everything() {
+        let model = |seed| SeededModel { seed, ..SeededModel::default() }.gguf();
+        assert_eq!(model(1), model(1));
+        assert_ne!(model(1), model(2));
+        // The recipe's first numbers, for whoever repeats it elsewhere.
+        let start = 1 ^ fnv1a("token_embd.weight");
+        let first = [0, 1].map(|index| element(start, index));
+        assert!(first.iter().all(|value| (-1.0..1.0).contains(value)) && first[0] != first[1]);
+    }
+
+    #[test]
+    fn facts_are_those_of_the_shape() {
+        let file = SeededModel::default().gguf();
+        let size = file.len() as u64;
+        let model = Model::from_bytes(Path::new("seeded.gguf"), Arc::new(file)).unwrap();
+        let facts = model.facts();
+        assert_eq!((facts.architecture.as_str(), facts.context_tokens), ("llama", 256));
+        assert_eq!((facts.vocabulary, facts.layers, facts.kv_heads, facts.head_dim), (271, 2, 2, 16));
+        assert_eq!(facts.file_bytes, size);
+        assert_eq!(facts.chat_template, None);
+        let layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64;
+        assert_eq!(facts.parameters, 271 * 64 + 2 * layer + 64);
+    }
+}

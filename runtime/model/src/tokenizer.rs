@@ -89,7 +89,8 @@ impl Tokenizer {
     }
 
     /// The ids of a text. Special tokens spelled in it are recognised; a begin token comes first only where the
-    /// model's file asks for one.
+    /// model's file asks for one. A byte that the vocabulary has no token for is left out, as the implementations do
+    /// that models are trained with; SmolLM2 lacks six control characters and the bytes of unassigned planes.
     ///
     /// # Errors
     /// The library's own; none is known for valid UTF-8.
@@ -245,5 +246,151 @@ impl TokenBytes {
         let Some(end) = self.ends.get(id) else { return &[] };
         let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.bytes[start..*end]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Model;
+    use crate::gguf::{GgufValue, GgufWriter};
+    use crate::seeded::SeededModel;
+    use proptest::prelude::*;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    fn seeded() -> Model {
+        Model::from_bytes(Path::new("seeded.gguf"), Arc::new(SeededModel::default().gguf())).unwrap()
+    }
+
+    #[test]
+    fn texts_come_back_and_merges_are_used() {
+        let model = seeded();
+        let tokenizer = model.tokenizer();
+        for text in ["", "hello the world", "žluťoučký kůň 🦀👩‍💻", "a\r\n\t b  ", "1234567890", "\0\u{7f}"]
+        {
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(tokenizer.decode(&ids), text);
+        }
+        assert_eq!(tokenizer.encode("hello").unwrap().len(), 1);
+        assert_eq!(tokenizer.encode("in the").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn special_tokens_are_recognised_and_have_no_text() {
+        let model = seeded();
+        let tokenizer = model.tokenizer();
+        let ids = tokenizer.encode("<|im_start|>t<|im_end|>").unwrap();
+        assert_eq!((ids[0], ids[2], ids.len()), (1, 2, 3));
+        assert_eq!(tokenizer.decode(&ids), "t");
+        assert_eq!(tokenizer.eos_ids(), [2]);
+        assert_eq!(tokenizer.token_bytes(u32::MAX), b"");
+    }
+
+    #[test]
+    fn digits_stand_alone_and_words_keep_their_space() {
+        let splits = |text: &str| {
+            let mut cut = tokenizers::PreTokenizedString::from(text);
+            let rule = split_rule("smollm").unwrap();
+            tokenizers::PreTokenizer::pre_tokenize(&rule, &mut cut).unwrap();
+            let parts = cut.get_splits(tokenizers::OffsetReferential::Original, tokenizers::OffsetType::Byte);
+            parts.into_iter().map(|(_, (from, to), _)| text[from..to].to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(splits("In 2024, it's  x"), ["In", " ", "2", "0", "2", "4", ",", " it", "'s", " ", " x"]);
+    }
+
+    /// A file with a tokenizer of three tokens, each key replaceable.
+    fn tokenizer_with(key: &str, value: &GgufValue) -> Result<Tokenizer, String> {
+        let text = |t: &str| GgufValue::String(t.to_owned());
+        let texts = |t: &[&str]| GgufValue::Strings(t.iter().map(|t| (*t).to_owned()).collect());
+        let defaults = [
+            (MODEL, text("gpt2")),
+            (PRE, text("smollm")),
+            (TOKENS, texts(&["a", "b", "ab", "<end>"])),
+            (TYPES, GgufValue::Integers(vec![1, 1, 1, 3])),
+            (MERGES, texts(&["a b"])),
+            ("tokenizer.ggml.eos_token_id", GgufValue::U32(3)),
+            ("tokenizer.ggml.eot_token_id", GgufValue::U32(3)),
+        ];
+        let mut file = GgufWriter::new();
+        for (name, default) in defaults.iter().filter(|(name, _)| *name != key) {
+            file.pair(name, default);
+        }
+        file.pair(key, value);
+        let bytes = file.finish();
+        Tokenizer::from_gguf(&Gguf::parse(&bytes).unwrap(), &bytes).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_by_name() {
+        let text = |t: &str| GgufValue::String(t.to_owned());
+        let cases = [
+            (MODEL, text("llama"), "key tokenizer.ggml.model is \"llama\", which is not supported"),
+            (
+                PRE,
+                text("qwen2"),
+                "key tokenizer.ggml.pre is \"qwen2\", which is not supported; supported: smollm",
+            ),
+            (TOKENS, GgufValue::Strings(vec![]), "key tokenizer.ggml.tokens: it is empty"),
+            (TOKENS, GgufValue::Integers(vec![1]), "key tokenizer.ggml.tokens: it is not a list of texts"),
+            (TYPES, GgufValue::Integers(vec![1]), "1 entries for a vocabulary of 4"),
+            (MERGES, GgufValue::Strings(vec!["ab".into()]), "\"ab\" is not two pieces"),
+            (MERGES, GgufValue::Strings(vec!["a z".into()]), "the tokenizer failed"),
+            ("tokenizer.ggml.eos_token_id", GgufValue::U32(4), "id 4 is outside the vocabulary of 4"),
+            (
+                "tokenizer.ggml.add_bos_token",
+                GgufValue::Bool(true),
+                "key tokenizer.ggml.bos_token_id: it is missing",
+            ),
+        ];
+        for (key, value, expected) in cases {
+            let error = tokenizer_with(key, &value).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_byte_without_a_token_is_left_out() {
+        let plain = tokenizer_with("tokenizer.ggml.bos_token_id", &GgufValue::U32(3)).unwrap();
+        assert_eq!(plain.encode("a\u{4}b<end>").unwrap(), [0, 1, 3]);
+    }
+
+    #[test]
+    fn a_begin_token_comes_only_where_the_file_asks_for_it() {
+        let plain = tokenizer_with("tokenizer.ggml.bos_token_id", &GgufValue::U32(3)).unwrap();
+        assert_eq!(plain.encode("ab").unwrap(), [2]);
+        assert_eq!((plain.begin_id(), plain.eos_ids()), (None, &[3][..]));
+        let text = |t: &str| GgufValue::String(t.to_owned());
+        let mut file = GgufWriter::new();
+        file.pair(MODEL, &text("gpt2"))
+            .pair(PRE, &text("smollm"))
+            .pair(TOKENS, &GgufValue::Strings(["a", "b", "ab"].map(str::to_owned).to_vec()))
+            .pair(MERGES, &GgufValue::Strings(vec!["a b".to_owned()]))
+            .pair(BEGIN, &GgufValue::U32(1))
+            .pair("tokenizer.ggml.add_bos_token", &GgufValue::Bool(true));
+        let bytes = file.finish();
+        let asked = Tokenizer::from_gguf(&Gguf::parse(&bytes).unwrap(), &bytes).unwrap();
+        assert_eq!(asked.encode("ab").unwrap(), [1, 2]);
+        assert_eq!((asked.begin_id(), asked.eos_ids()), (Some(1), &[][..]));
+    }
+
+    #[test]
+    fn every_byte_has_its_own_character() {
+        let mut chars = byte_chars().to_vec();
+        assert_eq!((chars[usize::from(b' ')], chars[usize::from(b'A')]), ('Ġ', 'A'));
+        chars.sort_unstable();
+        chars.dedup();
+        assert_eq!(chars.len(), 256);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_comes_back(text in any::<String>()) {
+            let model = seeded();
+            // Control tokens have no text of their own; random text spells none.
+            prop_assume!(!text.contains("<|"));
+            let ids = model.tokenizer().encode(&text).unwrap();
+            prop_assert_eq!(model.tokenizer().decode(&ids), text);
+        }
     }
 }

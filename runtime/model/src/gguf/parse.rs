@@ -215,3 +215,245 @@ impl<'a> Cursor<'a> {
         Ok(RawTensor { name, dims, type_code, offset })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::{GgufValue, GgufWriter};
+    use crate::seeded::SeededModel;
+    use proptest::prelude::*;
+    use trustformers_plan::DType;
+
+    fn text(value: &str) -> GgufValue {
+        GgufValue::String(value.to_owned())
+    }
+
+    fn floats(count: usize) -> Vec<u8> {
+        vec![0; count * 4]
+    }
+
+    fn small() -> GgufWriter {
+        let mut file = GgufWriter::new();
+        file.pair("general.architecture", &text("llama"))
+            .pair("a.count", &GgufValue::U32(7))
+            .pair("a.list", &GgufValue::Strings(vec!["x".into(), "žluť".into()]))
+            .pair("a.types", &GgufValue::Integers(vec![-1, 3]))
+            .pair("a.truth", &GgufValue::Bool(true))
+            .pair("a.number", &GgufValue::F32(0.5))
+            .tensor("one", &[4], DType::F32, &floats(4))
+            .tensor("two", &[2, 3], DType::F32, &floats(6));
+        file
+    }
+
+    /// Bytes of a header with these counts and nothing behind it.
+    fn header(version: u32, tensors: u64, pairs: u64) -> Vec<u8> {
+        let mut file = b"GGUF".to_vec();
+        file.extend(version.to_le_bytes());
+        file.extend(tensors.to_le_bytes());
+        file.extend(pairs.to_le_bytes());
+        file
+    }
+
+    fn put(file: &mut Vec<u8>, text: &str) {
+        file.extend((text.len() as u64).to_le_bytes());
+        file.extend(text.as_bytes());
+    }
+
+    /// A file with one pair whose value has this type and these bytes.
+    fn one_pair(code: u32, value: &[u8]) -> Vec<u8> {
+        let mut file = header(3, 0, 1);
+        put(&mut file, "k");
+        file.extend(code.to_le_bytes());
+        file.extend(value);
+        file
+    }
+
+    /// A file with one tensor of these words and 4096 bytes of data.
+    fn one_tensor(dims: &[u64], code: u32, offset: u64) -> Vec<u8> {
+        let mut file = header(3, 1, 0);
+        put(&mut file, "t");
+        file.extend((dims.len() as u32).to_le_bytes());
+        file.extend(dims.iter().flat_map(|d| d.to_le_bytes()));
+        file.extend(code.to_le_bytes());
+        file.extend(offset.to_le_bytes());
+        file.resize(file.len().next_multiple_of(32) + 4096, 0);
+        file
+    }
+
+    fn refusal(file: &[u8]) -> String {
+        Gguf::parse(file).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let bytes = small().finish();
+        let file = Gguf::parse(&bytes).unwrap();
+        let meta = &file.metadata;
+        assert_eq!(meta.string("general.architecture"), Ok("llama"));
+        assert_eq!((meta.unsigned("a.count"), meta.size("a.count")), (Ok(7), Ok(7)));
+        assert_eq!((meta.opt_bool("a.truth"), meta.float("a.number")), (Ok(Some(true)), Ok(0.5)));
+        let list: Vec<&str> = meta.array("a.list", &bytes).unwrap().strings().unwrap().collect();
+        assert_eq!(list, ["x", "žluť"]);
+        assert!(meta.array("a.list", &bytes).unwrap().integers().is_none());
+        let types: Vec<i64> = meta.array("a.types", &bytes).unwrap().integers().unwrap().collect();
+        assert_eq!(types, [-1, 3]);
+        let two = file.tensor("two").unwrap();
+        assert_eq!((two.matrix(), two.range.len()), ((3, 2), 24));
+        assert_eq!(file.tensor("one").unwrap().matrix(), (1, 4));
+        let mut second = bytes.clone();
+        second[4] = 2;
+        assert_eq!(Gguf::parse(&second).unwrap().metadata, file.metadata);
+    }
+
+    #[test]
+    fn wrong_access_names_the_key() {
+        let bytes = small().finish();
+        let meta = Gguf::parse(&bytes).unwrap().metadata;
+        assert_eq!(meta.opt_unsigned("absent"), Ok(None));
+        let messages = [
+            meta.string("absent").unwrap_err().to_string(),
+            meta.string("a.count").unwrap_err().to_string(),
+            meta.unsigned("a.list").unwrap_err().to_string(),
+            meta.float("a.count").unwrap_err().to_string(),
+        ];
+        let expected = [
+            "key absent is missing; convert the model again with a current converter",
+            "key a.count is an integer, a string was expected; convert the model again",
+            "key a.list is an array, an integer was expected; convert the model again",
+            "key a.count is an integer, a number was expected; convert the model again",
+        ];
+        assert_eq!(messages, expected);
+    }
+
+    #[test]
+    fn foreign_files_are_told_apart() {
+        assert!(refusal(b"").contains("not a GGUF file"));
+        assert!(refusal(b"PK\x03\x04zip").contains("[50, 4b, 03, 04]"));
+        assert!(refusal(&header(1, 0, 0)).contains("version 1 is not supported"));
+        assert!(refusal(&header(4, 0, 0)).contains("version 4 is not supported"));
+        assert!(refusal(&header(3_u32.swap_bytes(), 0, 0)).contains("big-endian"));
+    }
+
+    #[test]
+    fn claimed_counts_are_checked_against_the_file() {
+        assert!(refusal(&header(3, 0, u64::MAX)).contains("the number of keys is 18446744073709551615"));
+        assert!(refusal(&header(3, 1 << 40, 0)).contains("the number of tensors is"));
+        let mut long_key = header(3, 0, 1);
+        long_key.extend(u64::MAX.to_le_bytes());
+        long_key.extend([0; 40]);
+        assert!(refusal(&long_key).contains("the length of a key is 18446744073709551615"));
+        let array = |count: u64| {
+            let mut value = 4_u32.to_le_bytes().to_vec();
+            value.extend(count.to_le_bytes());
+            value.extend([0; 8]);
+            one_pair(9, &value)
+        };
+        assert!(refusal(&array(u64::MAX)).contains("the length of the array of key k"));
+        assert!(refusal(&array(3)).contains("is 3, more than 2"));
+        assert!(Gguf::parse(&array(2)).is_ok());
+    }
+
+    #[test]
+    fn values_that_make_no_sense_are_refused() {
+        assert!(refusal(&one_pair(13, &[0; 16])).contains("value type 13 does not exist"));
+        assert!(refusal(&one_pair(7, &[2; 16])).contains("2 is neither false (0) nor true (1)"));
+        let text = [&2_u64.to_le_bytes()[..], &[0xff, 0xfe]].concat();
+        assert!(refusal(&one_pair(8, &text)).contains("key k is not valid UTF-8"));
+        let nested = [&9_u32.to_le_bytes()[..], &[0; 16]].concat();
+        assert!(refusal(&one_pair(9, &nested)).contains("arrays of arrays"));
+        let mut twice = GgufWriter::new();
+        twice.pair("k", &GgufValue::U32(1)).pair("k", &GgufValue::U32(2));
+        assert_eq!(
+            refusal(&twice.finish()),
+            "key k occurs twice; the file is corrupt: convert the model again"
+        );
+        for alignment in [0, 4, 33, 1 << 20] {
+            let mut file = GgufWriter::new();
+            file.pair("general.alignment", &GgufValue::U32(alignment));
+            assert!(refusal(&file.finish()).contains("general.alignment"), "{alignment}");
+        }
+    }
+
+    #[test]
+    fn tensors_that_make_no_sense_are_refused() {
+        assert!(Gguf::parse(&one_tensor(&[32, 2], 0, 0)).is_ok());
+        let cases = [
+            (one_tensor(&[], 0, 0), "0 dimensions"),
+            (one_tensor(&[1; 5], 0, 0), "5 dimensions"),
+            (one_tensor(&[0, 3], 0, 0), "has a zero"),
+            (one_tensor(&[u64::MAX], 0, 0), "tensor t"),
+            (one_tensor(&[1 << 32, 1 << 32, 1 << 32], 0, 0), "larger than memory"),
+            (one_tensor(&[33], 8, 0), "cannot be stored as Q8_0"),
+            (one_tensor(&[32], 0, 1), "not a multiple of the file's alignment 32"),
+            (one_tensor(&[32], 0, 4096), "the file is truncated"),
+            (one_tensor(&[32], 0, u64::MAX - 31), "the file is truncated"),
+            (one_tensor(&[32], 12, 0), "stored as Q4_K, which is not supported"),
+            (one_tensor(&[32], 4, 0), "stored as type 4"),
+            (one_tensor(&[32], u32::MAX, 0), "stored as type 4294967295"),
+        ];
+        for (file, expected) in cases {
+            let refusal = refusal(&file);
+            assert!(refusal.contains("tensor t") && refusal.contains(expected), "{refusal}");
+        }
+        let mut twice = GgufWriter::new();
+        twice.tensor("t", &[4], DType::F32, &floats(4)).tensor("t", &[4], DType::F32, &floats(4));
+        assert!(refusal(&twice.finish()).contains("tensor t occurs twice"));
+    }
+
+    #[test]
+    fn tensors_that_share_bytes_are_refused() {
+        let mut file = header(3, 2, 0);
+        for (name, offset) in [("a", 0_u64), ("b", 32)] {
+            put(&mut file, name);
+            file.extend(1_u32.to_le_bytes());
+            file.extend(16_u64.to_le_bytes());
+            file.extend(0_u32.to_le_bytes());
+            file.extend(offset.to_le_bytes());
+        }
+        file.resize(file.len().next_multiple_of(32) + 4096, 0);
+        assert!(refusal(&file).contains("tensor b: it shares bytes with tensor a"));
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let file = small().finish();
+        // The last tensor's padding may go; every byte before it is needed.
+        let needed = Gguf::parse(&file).unwrap().tensors.iter().map(|t| t.range.end).max().unwrap();
+        for end in 0..needed {
+            assert!(Gguf::parse(&file[..end]).is_err(), "{end} of {needed} bytes");
+        }
+        assert!(Gguf::parse(&file[..needed]).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn a_damaged_model_is_read_or_refused_but_never_panics(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+            end in any::<prop::sample::Index>(),
+            cut in any::<bool>(),
+        ) {
+            let mut file = SeededModel { layers: 1, ..SeededModel::default() }.gguf();
+            // Damage where it hurts: in the descriptions, not in the numbers of a tensor.
+            let descriptions = Gguf::parse(&file).unwrap().tensors[0].range.start;
+            for (at, byte) in changes {
+                file[at.index(descriptions)] = byte;
+            }
+            if cut {
+                file.truncate(end.index(file.len()));
+            }
+            let _read_or_refused = crate::Model::from_bytes(
+                std::path::Path::new("damaged.gguf"),
+                std::sync::Arc::new(file),
+            );
+        }
+
+        #[test]
+        fn any_bytes_behind_a_header_are_refused_or_read(
+            tensors in 0_u64..4, pairs in 0_u64..4, body in prop::collection::vec(any::<u8>(), 0..400),
+        ) {
+            let mut file = header(3, tensors, pairs);
+            file.extend(body);
+            let _read_or_refused = Gguf::parse(&file);
+        }
+    }
+}

@@ -1,0 +1,435 @@
+//! The engine with a tiny seeded model on the scalar oracle: batching, admission, cancellation, failure, ending.
+
+#![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
+
+mod gate;
+
+use futures::StreamExt;
+use gate::{Gate, Verdict, gated};
+use prometheus::Registry;
+use std::path::Path;
+use std::sync::Arc;
+use trustformers_engine::{
+    Engine, EngineConfig, EngineMetrics, FinishReason, GenerateError, GenerateParams, Generation,
+    GenerationEvent, Prompt, StartError, SubmitError,
+};
+use trustformers_model::Model;
+use trustformers_model::seeded::SeededModel;
+use trustformers_plan::oracle::Oracle;
+
+fn model() -> Arc<Model> {
+    let file = SeededModel::default().gguf();
+    Arc::new(Model::from_bytes(Path::new("seeded.gguf"), Arc::new(file)).unwrap())
+}
+
+fn config() -> EngineConfig {
+    EngineConfig { model_label: "m".into(), max_batch_size: 8, token_budget: 64, ..EngineConfig::default() }
+}
+
+fn start(config: &EngineConfig) -> Engine {
+    let metrics = EngineMetrics::register(&Registry::new()).unwrap();
+    Engine::start(model(), Box::new(Oracle::new()), config, &metrics).unwrap()
+}
+
+fn start_gated(config: &EngineConfig) -> (Engine, Gate, Registry) {
+    let registry = Registry::new();
+    let (backend, gate) = gated();
+    let metrics = EngineMetrics::register(&registry).unwrap();
+    (Engine::start(model(), backend, config, &metrics).unwrap(), gate, registry)
+}
+
+/// The value of a counter or gauge; with several outcomes, of that one.
+fn value(registry: &Registry, name: &str, outcome: Option<&str>) -> f64 {
+    let families = registry.gather();
+    let family = families.iter().find(|family| family.name() == name).unwrap();
+    let metric = family.get_metric().iter().find(|metric| {
+        outcome.is_none_or(|wanted| metric.get_label().iter().any(|label| label.value() == wanted))
+    });
+    let metric = metric.unwrap();
+    metric.get_counter().get_value()
+        + metric.get_gauge().get_value()
+        + metric.get_histogram().get_sample_count() as f64
+}
+
+fn kv_used(registry: &Registry) -> f64 {
+    value(registry, "trustformers_kv_blocks_used", None)
+}
+
+fn tokens(ids: &[u32], max_tokens: usize) -> GenerateParams {
+    GenerateParams { prompt: Prompt::Tokens(ids.to_vec()), ..GenerateParams::greedy("", max_tokens) }
+}
+
+/// A prompt of ordinary tokens that differs with `salt`.
+fn prompt(len: usize, salt: usize) -> Vec<u32> {
+    (0..len).map(|i| 3 + ((i * 31 + salt * 17) % 250) as u32).collect()
+}
+
+#[derive(Debug, PartialEq)]
+struct Answer {
+    ids: Vec<u32>,
+    text: String,
+    reason: FinishReason,
+    prompt_tokens: usize,
+    completion_tokens: usize,
+}
+
+async fn answer(mut generation: Generation) -> Result<Answer, GenerateError> {
+    let (mut ids, mut all) = (Vec::new(), String::new());
+    while let Some(event) = generation.next().await {
+        match event? {
+            GenerationEvent::Token { id, text, .. } => {
+                ids.push(id);
+                all.push_str(&text);
+            }
+            GenerationEvent::Finished { reason, prompt_tokens, completion_tokens, .. } => {
+                assert!(generation.next().await.is_none(), "nothing follows the end");
+                return Ok(Answer { ids, text: all, reason, prompt_tokens, completion_tokens });
+            }
+        }
+    }
+    panic!("a stream ended without an end");
+}
+
+/// Requests of different lengths, half of them sampled.
+fn mixed_requests() -> Vec<GenerateParams> {
+    (0..8)
+        .map(|i| GenerateParams {
+            temperature: if i % 2 == 0 { 0.0 } else { 1.5 },
+            top_p: 0.95,
+            seed: Some(40 + i as u64),
+            ..tokens(&prompt(3 + 9 * i, i), 6 + i)
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn a_sequence_gives_the_same_tokens_alone_and_in_company() {
+    let alone = start(&EngineConfig { max_batch_size: 1, token_budget: 256, ..config() });
+    let mut expected = Vec::new();
+    for request in mixed_requests() {
+        expected.push(answer(alone.submit(&request).unwrap()).await.unwrap());
+    }
+    let together = start(&EngineConfig { token_budget: 16, ..config() });
+    let running: Vec<_> = mixed_requests().iter().map(|request| together.submit(request).unwrap()).collect();
+    let got = futures::future::join_all(running.into_iter().map(answer)).await;
+    for (got, expected) in got.into_iter().zip(&expected) {
+        assert_eq!(&got.unwrap(), expected);
+    }
+    let different: std::collections::HashSet<_> = expected.iter().map(|answer| &answer.ids).collect();
+    assert!(different.len() >= 6, "the model ignores its prompt: {expected:?}");
+}
+
+#[tokio::test]
+async fn a_prompt_in_chunks_gives_the_same_tokens_as_whole() {
+    let request = tokens(&prompt(100, 1), 12);
+    let whole = start(&EngineConfig { token_budget: 128, ..config() });
+    let expected = answer(whole.submit(&request).unwrap()).await.unwrap();
+    assert_eq!((expected.prompt_tokens, expected.completion_tokens), (100, expected.ids.len()));
+    for token_budget in [8, 15, 16, 33] {
+        let engine = start(&EngineConfig { token_budget, ..config() });
+        assert_eq!(answer(engine.submit(&request).unwrap()).await.unwrap(), expected, "{token_budget}");
+    }
+}
+
+#[test]
+fn steps_are_decode_rows_first_and_then_chunks_of_prompts() {
+    let (engine, gate, _registry) = start_gated(&config());
+    let first = engine.submit(&tokens(&prompt(40, 1), 20)).unwrap();
+    assert_eq!(gate.run(), [40]);
+    // The first decodes when the second, longer than the budget, arrives.
+    let step = gate.begun();
+    assert_eq!((step.rows(), step.logits_rows.len()), (1, 1));
+    let second = engine.submit(&tokens(&prompt(100, 2), 20)).unwrap();
+    gate.let_it(Verdict::Run);
+    let step = gate.begun();
+    assert_eq!((step.rows_of(0).len(), step.rows_of(1).len(), step.logits_rows.len()), (1, 63, 1));
+    gate.let_it(Verdict::Run);
+    let step = gate.begun();
+    assert_eq!((step.rows_of(1).len(), step.positions[step.rows_of(1).start]), (37, 63));
+    assert_eq!(step.logits_rows.len(), 2);
+    gate.let_it(Verdict::Run);
+    assert_eq!(gate.run(), [1, 1]);
+    drop((gate, first, second));
+}
+
+#[tokio::test]
+async fn cancelling_frees_the_blocks_in_every_phase() {
+    let config = EngineConfig { max_batch_size: 1, token_budget: 16, ..config() };
+    let (engine, gate, registry) = start_gated(&config);
+    let decoding = engine.submit(&tokens(&prompt(4, 1), 50)).unwrap();
+    gate.begun();
+    assert_eq!(kv_used(&registry), 4.0, "53 positions take four blocks");
+    let queued = engine.submit(&tokens(&prompt(40, 2), 50)).unwrap();
+    let prefilling = engine.submit(&tokens(&prompt(40, 3), 50)).unwrap();
+    let last = engine.submit(&tokens(&prompt(4, 4), 1)).unwrap();
+    assert_eq!((engine.in_flight(), engine.queued()), (4, 3));
+    gate.let_it(Verdict::Run);
+    // The first decodes now: it and the one behind it go.
+    gate.begun();
+    drop((decoding, queued));
+    gate.let_it(Verdict::Run);
+    // The third is in the middle of its prompt.
+    let step = gate.begun();
+    assert_eq!((step.rows(), step.tokens[0], step.logits_rows.len()), (16, prompt(40, 3)[0], 0));
+    assert_eq!(kv_used(&registry), 6.0);
+    drop(prefilling);
+    gate.let_it(Verdict::Run);
+    assert_eq!(gate.run(), [4]);
+    answer(last).await.unwrap();
+    drop(gate);
+    engine.drain().await;
+    assert_eq!(kv_used(&registry), 0.0);
+    assert_eq!(value(&registry, "trustformers_requests_total", Some("cancelled")), 3.0);
+    assert_eq!(value(&registry, "trustformers_requests_running", None), 0.0);
+    assert_eq!(value(&registry, "trustformers_requests_waiting", None), 0.0);
+}
+
+#[tokio::test]
+async fn more_than_the_queue_is_refused_at_once_and_room_returns() {
+    let config = EngineConfig { max_batch_size: 1, max_queue: 2, ..config() };
+    let (engine, gate, registry) = start_gated(&config);
+    let first = engine.submit(&tokens(&prompt(4, 1), 1)).unwrap();
+    gate.begun();
+    let waiting = [2, 3].map(|salt| engine.submit(&tokens(&prompt(4, salt), 1)).unwrap());
+    let refused = engine.submit(&tokens(&prompt(4, 9), 1)).unwrap_err();
+    assert_eq!(refused, SubmitError::Overloaded { queue: 2 });
+    assert_eq!(value(&registry, "trustformers_requests_total", Some("overloaded")), 1.0);
+    assert_eq!(value(&registry, "trustformers_requests_waiting", None), 2.0);
+    assert_eq!(value(&registry, "trustformers_requests_running", None), 1.0);
+    gate.let_it(Verdict::Run);
+    answer(first).await.unwrap();
+    drop(gate);
+    for generation in waiting {
+        answer(generation).await.unwrap();
+    }
+    let again = engine.submit(&tokens(&prompt(4, 9), 1)).unwrap();
+    answer(again).await.unwrap();
+}
+
+#[test]
+fn what_does_not_fit_the_cache_waits_and_what_never_fits_is_refused() {
+    let block_bytes = 2 * 2 * 2 * 16 * 16 * 4;
+    let config =
+        EngineConfig { context_tokens: Some(64), kv_memory_bytes: Some(5 * block_bytes), ..config() };
+    let (engine, gate, registry) = start_gated(&config);
+    assert_eq!(engine.info().kv_blocks, 5);
+    assert_eq!(engine.info().memory.kv_bytes, 5 * block_bytes);
+    let too_long = engine.submit(&tokens(&prompt(64, 1), 1)).unwrap_err();
+    assert_eq!(too_long, SubmitError::PromptTooLong { tokens: 64, limit: 63 });
+    let large = engine.submit(&tokens(&prompt(33, 1), 16)).unwrap();
+    gate.begun();
+    let waits = engine.submit(&tokens(&prompt(33, 2), 1)).unwrap();
+    gate.let_it(Verdict::Run);
+    let step = gate.begun();
+    assert_eq!((step.sequences(), kv_used(&registry)), (1, 3.0));
+    assert_eq!(engine.queued(), 1);
+    drop(large);
+    gate.let_it(Verdict::Run);
+    assert_eq!(gate.run(), [33]);
+    drop((gate, waits));
+}
+
+#[tokio::test]
+async fn a_full_context_ends_an_answer() {
+    let engine = start(&EngineConfig { context_tokens: Some(32), ..config() });
+    let all = answer(engine.submit(&tokens(&prompt(20, 1), 1000)).unwrap()).await.unwrap();
+    assert_eq!((all.reason, all.completion_tokens), (FinishReason::Length, 12));
+    let one = answer(engine.submit(&tokens(&prompt(31, 1), 1000)).unwrap()).await.unwrap();
+    assert_eq!(one.completion_tokens, 1);
+}
+
+#[tokio::test]
+async fn text_prompts_are_tokenised_and_the_text_is_that_of_the_ids() {
+    let engine = start(&config());
+    let generation = engine.submit(&GenerateParams::greedy("<|im_start|>hello 🦀", 40)).unwrap();
+    let ids = engine.model().tokenizer().encode("<|im_start|>hello 🦀").unwrap();
+    assert_eq!(generation.prompt_ids(), ids);
+    let all = answer(generation).await.unwrap();
+    assert_eq!(all.text, engine.model().tokenizer().decode(&all.ids));
+}
+
+#[tokio::test]
+async fn an_end_token_ends_the_answer_and_is_reported() {
+    // Sampling widely meets the end token of a model that knows nothing sooner or later.
+    let engine = start(&config());
+    let mut ended = None;
+    for seed in 0..200 {
+        let request = GenerateParams { temperature: 50.0, seed: Some(seed), ..tokens(&prompt(4, 1), 200) };
+        let all = answer(engine.submit(&request).unwrap()).await.unwrap();
+        if all.reason == FinishReason::Stop {
+            ended = Some(all);
+            break;
+        }
+    }
+    let all = ended.expect("one of 200 answers of up to 200 tokens ends by itself");
+    assert_eq!((all.ids.last(), all.completion_tokens), (Some(&2), all.ids.len()));
+    assert_eq!(all.ids.iter().filter(|id| **id == 2).count(), 1);
+}
+
+#[tokio::test]
+async fn margins_come_only_when_asked_for() {
+    let engine = start(&config());
+    for asked in [false, true] {
+        let request = GenerateParams { margins: asked, ..tokens(&prompt(4, 1), 3) };
+        let events: Vec<_> = engine.submit(&request).unwrap().collect().await;
+        let margins = events.iter().filter_map(|event| match event {
+            Ok(GenerationEvent::Token { margin, .. }) => Some(*margin),
+            _ => None,
+        });
+        assert!(margins.into_iter().all(|margin| margin.is_some_and(|m| m >= 0.0) == asked));
+    }
+}
+
+#[tokio::test]
+async fn a_failed_step_ends_its_sequences_and_the_next_request_is_served() {
+    let (engine, gate, registry) = start_gated(&config());
+    let first = engine.submit(&tokens(&prompt(4, 1), 5)).unwrap();
+    gate.run();
+    gate.begun();
+    gate.let_it(Verdict::Fail);
+    let error = answer(first).await.unwrap_err();
+    assert!(
+        matches!(&error, GenerateError::Backend { message } if message.contains("pulled the plug")),
+        "{error}"
+    );
+    let second = engine.submit(&tokens(&prompt(4, 1), 1)).unwrap();
+    gate.begun();
+    gate.let_it(Verdict::Poison);
+    assert_eq!(answer(second).await.unwrap_err(), GenerateError::NotFinite);
+    let third = engine.submit(&tokens(&prompt(4, 1), 1)).unwrap();
+    gate.run();
+    answer(third).await.unwrap();
+    engine.drain().await;
+    assert_eq!(kv_used(&registry), 0.0);
+    assert_eq!(value(&registry, "trustformers_requests_total", Some("failed")), 2.0);
+}
+
+#[tokio::test]
+async fn a_panicking_backend_ends_the_engine_visibly() {
+    let (engine, gate, registry) = start_gated(&config());
+    let generation = engine.submit(&tokens(&prompt(4, 1), 5)).unwrap();
+    gate.begun();
+    gate.let_it(Verdict::Panic);
+    assert_eq!(answer(generation).await.unwrap_err(), GenerateError::Stopped);
+    engine.drain().await;
+    assert!(!engine.heartbeat().alive);
+    assert_eq!(engine.submit(&tokens(&prompt(4, 1), 5)).unwrap_err(), SubmitError::Stopped);
+    assert_eq!(kv_used(&registry), 0.0);
+    assert_eq!(engine.warm_up().await.unwrap_err(), GenerateError::Stopped);
+}
+
+#[tokio::test]
+async fn draining_finishes_what_runs_and_stopping_does_not() {
+    let (engine, gate, _registry) = start_gated(&config());
+    let generation = engine.submit(&tokens(&prompt(4, 1), 3)).unwrap();
+    gate.begun();
+    assert!(engine.heartbeat().work_pending && engine.heartbeat().alive);
+    let draining = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.drain().await }
+    });
+    while engine.submit(&tokens(&prompt(4, 1), 3)).is_ok() {
+        tokio::task::yield_now().await;
+    }
+    assert!(!draining.is_finished());
+    gate.let_it(Verdict::Run);
+    drop(gate);
+    answer(generation).await.unwrap();
+    draining.await.unwrap();
+    assert!(!engine.heartbeat().work_pending);
+    engine.stop().await;
+    assert!(!engine.heartbeat().alive);
+
+    let (engine, gate, registry) = start_gated(&config());
+    let generation = engine.submit(&tokens(&prompt(4, 1), 50)).unwrap();
+    gate.begun();
+    let stopping = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.stop().await }
+    });
+    while engine.submit(&tokens(&prompt(4, 1), 3)).is_ok() {
+        tokio::task::yield_now().await;
+    }
+    gate.let_it(Verdict::Run);
+    stopping.await.unwrap();
+    assert_eq!(answer(generation).await.unwrap_err(), GenerateError::Stopped);
+    assert_eq!((kv_used(&registry), engine.in_flight()), (0.0, 0));
+    assert_eq!(value(&registry, "trustformers_kv_blocks_total", None), 0.0);
+}
+
+#[tokio::test]
+async fn generations_outlive_the_last_handle() {
+    let (engine, gate, _registry) = start_gated(&config());
+    let generation = engine.submit(&tokens(&prompt(4, 1), 3)).unwrap();
+    gate.begun();
+    drop(engine);
+    gate.let_it(Verdict::Run);
+    drop(gate);
+    assert_eq!(answer(generation).await.unwrap().completion_tokens, 3);
+}
+
+#[tokio::test]
+async fn a_warm_up_runs_prompt_and_decode_and_is_not_counted() {
+    let (engine, gate, registry) = start_gated(&config());
+    let warming = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.warm_up().await }
+    });
+    let steps = tokio::task::spawn_blocking(move || [gate.run(), gate.run()]).await.unwrap();
+    assert_eq!(steps, [[32], [1]]);
+    warming.await.unwrap().unwrap();
+    engine.drain().await;
+    assert_eq!(value(&registry, "trustformers_generated_tokens_total", None), 0.0);
+    assert_eq!(value(&registry, "trustformers_requests_total", Some("length")), 0.0);
+    assert_eq!(kv_used(&registry), 0.0);
+}
+
+#[tokio::test]
+async fn metrics_count_what_happened() {
+    let registry = Registry::new();
+    let metrics = EngineMetrics::register(&registry).unwrap();
+    let engine = Engine::start(model(), Box::new(Oracle::new()), &config(), &metrics).unwrap();
+    let all = answer(engine.submit(&tokens(&prompt(10, 1), 4)).unwrap()).await.unwrap();
+    assert_eq!(all.reason, FinishReason::Length);
+    engine.submit(&tokens(&[], 4)).unwrap_err();
+    engine.submit(&tokens(&[271], 4)).unwrap_err();
+    engine.submit(&tokens(&prompt(10, 1), 0)).unwrap_err();
+    let expected = [
+        ("trustformers_requests_total", Some("length"), 1.0),
+        ("trustformers_requests_total", Some("invalid"), 3.0),
+        ("trustformers_prompt_tokens_total", None, 10.0),
+        ("trustformers_generated_tokens_total", None, 4.0),
+        ("trustformers_time_to_first_token_seconds", None, 1.0),
+        ("trustformers_inter_token_seconds", None, 3.0),
+        ("trustformers_queue_wait_seconds", None, 1.0),
+    ];
+    for (name, outcome, wanted) in expected {
+        assert_eq!(value(&registry, name, outcome), wanted, "{name} {outcome:?}");
+    }
+    assert!(value(&registry, "trustformers_kv_blocks_total", None) > 0.0);
+}
+
+#[test]
+fn invalid_requests_name_the_field_and_the_limit() {
+    let engine = start(&config());
+    let message = |ids: &[u32]| engine.submit(&tokens(ids, 1)).unwrap_err().to_string();
+    assert_eq!(message(&[]), "prompt: it is empty; at least one token is needed");
+    assert_eq!(message(&[3, 271]), "prompt: token id 271 is outside the model's vocabulary of 271");
+    assert_eq!(
+        message(&prompt(256, 1)),
+        "the prompt has 256 tokens; this model is served with room for at most 255"
+    );
+    assert_eq!(engine.in_flight(), 0);
+}
+
+#[test]
+fn settings_that_cannot_be_honoured_are_refused_at_start() {
+    let metrics = EngineMetrics::register(&Registry::new()).unwrap();
+    let refused = |config: EngineConfig| {
+        Engine::start(model(), Box::new(Oracle::new()), &config, &metrics).unwrap_err()
+    };
+    let error = refused(EngineConfig { context_tokens: Some(257), ..config() });
+    assert!(error.to_string().contains("the model's own context of 256"), "{error}");
+    let error = refused(EngineConfig { kv_memory_bytes: Some(1), ..config() });
+    assert!(matches!(error, StartError::KvTooSmall { context_tokens: 256, .. }), "{error}");
+}

@@ -1,0 +1,274 @@
+//! Greedy tokens of the real SmolLM2 against an independent f32 implementation, whose outputs are stored beside this
+//! file with the recipe that made them.
+//!
+//! A greedy token is only decided where the best logit is clearly above the second: tokens must agree up to the first
+//! margin below [`UNDECIDED`]. Among our own devices in exact numerics no such excuse is taken: all tokens are equal.
+
+#![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
+
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
+use trustformers_engine::{Engine, EngineConfig, EngineMetrics, GenerateParams, GenerationEvent, Numerics};
+use trustformers_model::{Model, PlanRequest};
+use trustformers_plan::oracle::Oracle;
+use trustformers_plan::{
+    Backend, KV_BLOCK_TOKENS, Limits, LoadSpec, LogitsRows, SequenceStep, StepInput, StepOutput,
+};
+
+/// In fast numerics the best token must be the reference's wherever its margin is above this...
+const CLEAR: f32 = 0.5;
+
+/// ...in this share of the positions.
+const FAST_AGREEMENT: f64 = 0.98;
+
+const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+
+/// Margin below which two right implementations may choose differently.
+const UNDECIDED: f32 = 1e-3;
+
+/// Largest difference of a logit that float32 arithmetic in another order explains, on logits of about 10 to 30.
+const LOGIT_TOLERANCE: f32 = 1e-3;
+
+/// The oracle is plain loops: it is asked for the shortest prompts and this many tokens, which takes some seconds.
+const ORACLE_PROMPT_TOKENS: usize = 8;
+const ORACLE_TOKENS: usize = 8;
+
+#[derive(Deserialize)]
+struct Reference {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    prompt: String,
+    ids: Vec<u32>,
+    top_ids: Vec<usize>,
+    top_logits: Vec<f32>,
+    greedy: Vec<u32>,
+    margins: Vec<f32>,
+    text: String,
+}
+
+impl Case {
+    /// How many tokens are decided beyond doubt.
+    fn decided(&self) -> usize {
+        self.margins.iter().position(|margin| *margin < UNDECIDED).unwrap_or(self.greedy.len())
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let reference: Reference =
+        serde_json::from_str(include_str!("reference/smollm2-135m-instruct.json")).unwrap();
+    assert!(!reference.cases.is_empty());
+    reference.cases
+}
+
+/// The folder of the test models, as scripts and other tests have it.
+fn models() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).map(PathBuf::from);
+    set("TRUSTFORMERS_MODELS").or_else(|| {
+        let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
+        Some(cache.join("trustformers").join("models"))
+    })
+}
+
+/// The real model, or `None` with a printed reason where it may be missing.
+fn model() -> Option<Arc<Model>> {
+    let path = models().map(|folder| folder.join(FILE)).unwrap_or_default();
+    if !path.exists() {
+        let reason = format!("{} is missing: get it with `make models`", path.display());
+        assert!(std::env::var_os("TRUSTFORMERS_REQUIRE_MODELS").is_none_or(|v| v != "1"), "{reason}");
+        println!("skipped: {reason}");
+        return None;
+    }
+    Some(Arc::new(Model::load(Path::new(&path), &mut |_| {}).unwrap()))
+}
+
+fn cpu(tier: Tier) -> Box<dyn Backend> {
+    Box::new(CpuBackend::new(CpuConfig { tier: Some(tier), ..CpuConfig::default() }).unwrap())
+}
+
+/// Every tier that this processor has, with its name.
+fn tiers() -> Vec<Tier> {
+    let available: Vec<Tier> = Tier::ALL.into_iter().filter(|tier| tier.is_available()).collect();
+    println!("tiers of this processor: {available:?}");
+    available
+}
+
+/// Greedy ids and texts of all prompts, computed together in one batch.
+fn generate(
+    model: &Arc<Model>,
+    backend: Box<dyn Backend>,
+    requests: &[(&Case, usize)],
+) -> Vec<(Vec<u32>, String)> {
+    let config = EngineConfig {
+        context_tokens: Some(512),
+        max_batch_size: 16,
+        numerics: Numerics::Exact,
+        ..EngineConfig::default()
+    };
+    let metrics = EngineMetrics::unregistered().unwrap();
+    let engine = Engine::start(Arc::clone(model), backend, &config, &metrics).unwrap();
+    let running: Vec<_> = requests
+        .iter()
+        .map(|(case, count)| engine.submit(&GenerateParams::greedy(&case.prompt, *count)).unwrap())
+        .collect();
+    let mut answers = Vec::new();
+    for (mut generation, (case, _)) in running.into_iter().zip(requests) {
+        assert_eq!(generation.prompt_ids(), case.ids, "{:?}", case.prompt);
+        let (mut ids, mut all) = (Vec::new(), String::new());
+        while let GenerationEvent::Token { id, text, .. } = generation.blocking_next().unwrap().unwrap() {
+            ids.push(id);
+            all.push_str(&text);
+        }
+        answers.push((ids, all));
+    }
+    answers
+}
+
+/// Runs token lists by themselves, straight on a backend, and gives the logits of the last `wanted` rows of each.
+fn logits(
+    model: &Model,
+    backend: &mut dyn Backend,
+    numerics: Numerics,
+    inputs: &[(Vec<u32>, usize)],
+) -> Vec<StepOutput> {
+    let rows = inputs.iter().map(|(ids, _)| ids.len()).max().unwrap();
+    let logits_rows = inputs.iter().map(|(_, wanted)| *wanted).max().unwrap();
+    let limits = Limits { rows, sequences: 1, logits_rows };
+    let fused = backend.caps().fused;
+    let plan = model.plan(&PlanRequest { context_tokens: 512, limits, fused }).unwrap();
+    let blocks: Vec<u32> = (0..rows.div_ceil(KV_BLOCK_TOKENS) as u32).collect();
+    let spec = LoadSpec {
+        weights: Arc::clone(model.weights()),
+        plan: &plan,
+        kv_blocks: blocks.len(),
+        numerics,
+        progress: &mut |_| {},
+    };
+    let mut loaded = backend.load(spec).unwrap();
+    let mut steps = loaded.compile(&plan).unwrap();
+    let mut input = StepInput::new();
+    let mut run = |(ids, wanted): &(Vec<u32>, usize)| {
+        input.clear();
+        input.push_sequence(SequenceStep {
+            tokens: ids,
+            cached_tokens: 0,
+            blocks: &blocks,
+            logits: LogitsRows::All,
+        });
+        input.logits_rows.drain(..ids.len() - wanted);
+        let mut output = StepOutput::new();
+        steps.submit(&input).unwrap();
+        steps.wait(&mut output).unwrap();
+        output
+    };
+    inputs.iter().map(&mut run).collect()
+}
+
+/// The logits after a prompt in exact numerics.
+fn first_logits(model: &Model, backend: &mut dyn Backend, ids: &[u32]) -> Vec<f32> {
+    logits(model, backend, Numerics::Exact, &[(ids.to_vec(), 1)])[0].row(0).to_vec()
+}
+
+fn check_logits(name: &str, case: &Case, logits: &[f32]) {
+    let off = case
+        .top_ids
+        .iter()
+        .zip(&case.top_logits)
+        .fold(0.0_f32, |off, (id, wanted)| off.max((logits[*id] - wanted).abs()));
+    println!("{name}: {:?}: largest difference of the top logits {off}", case.prompt);
+    assert!(off <= LOGIT_TOLERANCE, "{name}: {:?}: a logit is off by {off}", case.prompt);
+}
+
+#[test]
+fn prompts_become_the_same_ids() {
+    let Some(model) = model() else { return };
+    for case in cases() {
+        assert_eq!(model.tokenizer().encode(&case.prompt).unwrap(), case.ids, "{:?}", case.prompt);
+        let text = model.tokenizer().decode(&case.greedy);
+        assert_eq!(text, case.text);
+    }
+    let facts = model.facts();
+    assert_eq!((facts.layers, facts.vocabulary, facts.context_tokens), (30, 49_152, 8192));
+    assert!(facts.chat_template.as_ref().is_some_and(|template| template.contains("<|im_start|>")));
+}
+
+#[test]
+fn the_oracle_follows_the_reference() {
+    let Some(model) = model() else { return };
+    let cases = cases();
+    let short: Vec<(&Case, usize)> = cases
+        .iter()
+        .filter(|case| case.ids.len() <= ORACLE_PROMPT_TOKENS)
+        .map(|case| (case, case.decided().min(ORACLE_TOKENS)))
+        .collect();
+    assert!(short.len() >= 2);
+    println!("{} prompts of at most {ORACLE_PROMPT_TOKENS} tokens, {ORACLE_TOKENS} tokens each", short.len());
+    for ((case, count), (ids, _)) in short.iter().zip(generate(&model, Box::new(Oracle::new()), &short)) {
+        assert_eq!(ids, case.greedy[..*count], "{:?}", case.prompt);
+        check_logits("oracle", case, &first_logits(&model, &mut Oracle::new(), &case.ids));
+    }
+}
+
+#[test]
+fn every_cpu_tier_follows_the_reference_and_the_others() {
+    let Some(model) = model() else { return };
+    let cases = cases();
+    let requests: Vec<(&Case, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
+    let mut before: Option<(Tier, Vec<(Vec<u32>, String)>)> = None;
+    for tier in tiers() {
+        let started = std::time::Instant::now();
+        let answers = generate(&model, cpu(tier), &requests);
+        println!("{tier:?}: {} prompts in {:.1} s", cases.len(), started.elapsed().as_secs_f32());
+        for (case, (ids, text)) in cases.iter().zip(&answers) {
+            let decided = case.decided();
+            assert_eq!(ids[..decided], case.greedy[..decided], "{tier:?}: {:?}", case.prompt);
+            if decided == case.greedy.len() {
+                assert_eq!(text, &case.text);
+            }
+        }
+        if let Some((other, expected)) = &before {
+            assert_eq!(&answers, expected, "{tier:?} against {other:?}");
+        }
+        before = Some((tier, answers));
+        for case in cases.iter().take(3) {
+            check_logits(&format!("{tier:?}"), case, &first_logits(&model, &mut *cpu(tier), &case.ids));
+        }
+    }
+    assert!(before.is_some());
+}
+
+#[test]
+fn fast_numerics_agree_where_the_reference_is_clear() {
+    let Some(model) = model() else { return };
+    let cases = cases();
+    // Each position is judged after the reference's own tokens, so that one difference does not make all others.
+    let inputs: Vec<(Vec<u32>, usize)> = cases
+        .iter()
+        .map(|case| {
+            let fed = case.ids.iter().chain(&case.greedy[..case.greedy.len() - 1]);
+            (fed.copied().collect(), case.greedy.len())
+        })
+        .collect();
+    for tier in tiers().into_iter().filter(|tier| *tier != Tier::Scalar) {
+        let outputs = logits(&model, &mut *cpu(tier), Numerics::Fast, &inputs);
+        let (mut clear, mut agreed) = (0, 0);
+        for (case, output) in cases.iter().zip(&outputs) {
+            for (row, (wanted, _)) in
+                case.greedy.iter().zip(&case.margins).enumerate().filter(|(_, (_, margin))| **margin > CLEAR)
+            {
+                let best = (0_u32..).zip(output.row(row)).max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+                clear += 1;
+                agreed += usize::from(best == *wanted);
+            }
+        }
+        println!("{tier:?}: {agreed} of {clear} clear positions agree");
+        assert!(
+            clear > 100 && agreed as f64 >= clear as f64 * FAST_AGREEMENT,
+            "{tier:?}: {agreed} of {clear}"
+        );
+    }
+}
