@@ -16,7 +16,7 @@ use crate::{
         quantise::QuantBuffer,
     },
     model::Shared,
-    pack::BLOCK_COLS,
+    pack::{BLOCK_COLS, Packed},
     pool::{Aborted, Barrier, share},
 };
 
@@ -79,8 +79,8 @@ impl Step<'_> {
                 for row in self.my_share(self.rows(out), me) {
                     // SAFETY: see the module; the row is this thread's.
                     unsafe {
-                        (self.shared.kernels.rms_norm)(self.at(input, row), weight, eps, self.at(out, row))
-                    };
+                        (self.shared.kernels.rms_norm)(self.at(input, row), weight, eps, self.at(out, row));
+                    }
                 }
             }
             Op::MatMul { input, ref weights, epilogue, out } => {
@@ -95,7 +95,7 @@ impl Step<'_> {
                 return self.attention(&Attention { layer, query, shape, scale, out }, me);
             }
             Op::SiluMul { gate, up, out } => {
-                self.element_wise(self.shared.kernels.silu_mul, (gate, up, out), me)
+                self.element_wise(self.shared.kernels.silu_mul, (gate, up, out), me);
             }
             Op::Add { a, b, out } => self.element_wise(self.shared.kernels.add, (a, b, out), me),
             Op::GatherRows { input, out } => {
@@ -241,7 +241,7 @@ impl Step<'_> {
         let quantise = self.shared.numerics == Numerics::Fast && matrices.clone().any(|m| quantised(m.dtype));
         let buffer = if quantise { Some(self.quantise(input, rows, me)?) } else { None };
 
-        let total = matrices.clone().map(|m| m.groups()).sum();
+        let total = matrices.clone().map(Packed::groups).sum();
         let mine = self.my_share(total, me);
         let (mut first_group, mut first_col) = (0, 0);
         for matrix in matrices {

@@ -109,3 +109,88 @@ fn merge(draft: &mut Draft, group: &[usize], weights: &Weights) {
 fn turned_between(draft: &Draft, value: Value, from: usize, to: usize) -> bool {
     draft.ops[from..to].iter().any(|op| matches!(op, Op::Rope { data, .. } if *data == value))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Hyper, Limits, Plan, PlanBuilder, RopeLayout, RopeSpec, Weight};
+
+    const FUSED: FusedOps = FusedOps { concat_matmul: true, add_epilogue: true };
+
+    /// The names of the ops that remain of a model of three square weights; embedding and logits surround `write`.
+    fn fused(write: impl Fn(&mut PlanBuilder<'_>, Value, [WeightId; 3]) -> Value) -> Vec<&'static str> {
+        let mut weights = Weights::new();
+        let ids = ["embedding", "a", "b", "c"]
+            .map(|name| weights.push(Weight::from_f32(name, (8, 8), &[0.5; 64]).unwrap()).unwrap());
+        let hyper = Hyper { width: 8, layers: 1, heads: 1, kv_heads: 1, head_dim: 8, vocab: 8, context: 8 };
+        let mut b = PlanBuilder::new(&weights, hyper, Limits { rows: 2, sequences: 1, logits_rows: 1 });
+        let x = b.embed(ids[0]);
+        let x = write(&mut b, x, [ids[1], ids[2], ids[3]]);
+        let x = b.gather_rows(x);
+        b.logits(x, ids[0]);
+        let plan: Plan = b.finish(&FUSED).unwrap();
+        let names: Vec<_> = plan.ops().iter().map(Op::name).collect();
+        names[1..names.len() - 2].to_vec()
+    }
+
+    fn rope() -> RopeSpec {
+        RopeSpec { layout: RopeLayout::Neox, base: 1e4, dims: 8, head_dim: 8 }
+    }
+
+    #[test]
+    fn an_addition_is_folded_in_either_order() {
+        let after = |b: &mut PlanBuilder<'_>, x, [a, ..]: [WeightId; 3]| {
+            let t = b.matmul(x, a);
+            b.add(x, t)
+        };
+        let before = |b: &mut PlanBuilder<'_>, x, [a, ..]: [WeightId; 3]| {
+            let t = b.matmul(x, a);
+            b.add(t, x)
+        };
+        assert_eq!(fused(after), ["matmul"]);
+        assert_eq!(fused(before), ["matmul"]);
+    }
+
+    #[test]
+    fn a_product_that_is_read_again_keeps_its_addition() {
+        let names = fused(|b, x, [a, ..]| {
+            let t = b.matmul(x, a);
+            let y = b.add(x, t);
+            b.add(y, t)
+        });
+        assert_eq!(names, ["matmul", "add", "add"]);
+    }
+
+    #[test]
+    fn a_residual_that_is_made_or_turned_later_is_not_folded() {
+        let made = fused(|b, x, [a, ..]| {
+            let t = b.matmul(x, a);
+            let later = b.add(x, x);
+            b.add(later, t)
+        });
+        assert_eq!(made, ["matmul", "add", "add"]);
+        let turned = fused(|b, x, [a, ..]| {
+            let t = b.matmul(x, a);
+            let x = b.rope(x, rope());
+            b.add(x, t)
+        });
+        assert_eq!(turned, ["matmul", "rope", "add"]);
+    }
+
+    #[test]
+    fn projections_of_an_input_that_is_turned_between_stay_apart() {
+        let together = fused(|b, x, [a, c, d]| {
+            let (p, q, r) = (b.matmul(x, a), b.matmul(x, c), b.matmul(x, d));
+            let y = b.silu_mul(p, q);
+            b.silu_mul(y, r)
+        });
+        assert_eq!(together, ["matmul", "silu_mul", "silu_mul"]);
+        let apart = fused(|b, x, [a, c, _]| {
+            let p = b.matmul(x, a);
+            let x = b.rope(x, rope());
+            let q = b.matmul(x, c);
+            b.silu_mul(p, q)
+        });
+        assert_eq!(apart, ["matmul", "rope", "matmul", "silu_mul"]);
+    }
+}

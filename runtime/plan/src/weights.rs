@@ -249,9 +249,9 @@ mod tests {
             Weight::new("a", DType::Q8_0, (2, 33), source.clone(), 0..68),
             Err(WeightError::RaggedRow { cols: 33, .. })
         ));
-        for range in [0..67, 1..69, 60..20] {
+        for (start, end) in [(0, 67), (1, 69), (60, 20)] {
             assert!(matches!(
-                Weight::new("a", DType::Q8_0, (2, 32), source.clone(), range),
+                Weight::new("a", DType::Q8_0, (2, 32), source.clone(), start..end),
                 Err(WeightError::WrongSize { needed: 68, .. })
             ));
         }

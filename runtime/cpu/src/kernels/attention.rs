@@ -7,6 +7,8 @@
 //! Cache layout per layer: `[block][kv head]`, then keys `[element][slot]` (sixteen positions are the lanes of a score)
 //! and values `[slot][element]`, so that both are read forward.
 
+#![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
+
 use trustformers_plan::{AttentionShape, KV_BLOCK_TOKENS};
 
 use super::{

@@ -8,6 +8,8 @@
 //! activations. *Fast*: activations were quantised to 8 bits per 32 columns; a block's products are summed in integers
 //! and scaled once.
 
+#![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
+
 use std::ops::Range;
 
 use trustformers_plan::DType;

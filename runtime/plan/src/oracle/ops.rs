@@ -24,7 +24,7 @@ impl Step<'_> {
             Op::Rope { data, spec } => self.rope(data, &spec),
             Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values),
             Op::Attention { layer, query, shape, scale, out } => {
-                self.attention(layer, query, (shape, scale), out)
+                self.attention(layer, query, (shape, scale), out);
             }
             Op::SiluMul { gate, up, out } => {
                 self.zip(gate, up, out, |g, u| {
