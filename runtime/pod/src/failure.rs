@@ -22,14 +22,14 @@ pub struct Failure {
 
 impl Failure {
     /// A failure that stays.
-    pub fn permanent(reason: &'static str, message: impl ToString) -> Self {
-        Self { reason, message: message.to_string(), transient: false }
+    pub fn permanent(reason: &'static str, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into(), transient: false }
     }
 }
 
 impl From<SpecError> for Failure {
     fn from(error: SpecError) -> Self {
-        Self::permanent("InvalidConfiguration", error)
+        Self::permanent("InvalidConfiguration", error.to_string())
     }
 }
 
@@ -63,7 +63,7 @@ impl From<LoadError> for Failure {
 
 impl From<DeviceError> for Failure {
     fn from(error: DeviceError) -> Self {
-        Self::permanent("DeviceUnavailable", error)
+        Self::permanent("DeviceUnavailable", error.to_string())
     }
 }
 
@@ -75,7 +75,7 @@ impl From<StartError> for Failure {
             StartError::Backend { .. } => "UnsupportedModel",
             StartError::Thread(_) => "NoThread",
         };
-        Self::permanent(reason, error)
+        Self::permanent(reason, error.to_string())
     }
 }
 

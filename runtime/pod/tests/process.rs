@@ -3,6 +3,8 @@
 //! The device is the scalar oracle behind a gate, so that a test decides when a step may be made and nothing depends on
 //! how fast the machine is.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;

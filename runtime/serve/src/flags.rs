@@ -7,13 +7,14 @@ use trustformers_telemetry::logs::LogFormat;
 
 /// Serves models over HTTP and gRPC in one process; with `generate`, answers one prompt and ends.
 ///
-/// Without a subcommand it reads config.yaml of the working directory (or --config), listens, loads the models in the
-/// background and serves until SIGINT (Ctrl-C) or SIGTERM; then answers in flight are given before it ends. A second
+/// Without a subcommand it reads config.yaml of the working directory (or
+/// --config), listens, loads the models in the background and serves until SIGINT
+/// (Ctrl-C) or SIGTERM; then answers in flight are given before it ends. A second
 /// Ctrl-C ends at once.
 ///
 ///   trustformers-serve --print-config-example > config.yaml
 ///   trustformers-serve
-///   curl -d '{"prompt": "The capital of France is", "max_tokens": 8}' http://localhost:8080/v1/generate
+///   curl -d '{"prompt": "The capital of France is"}' localhost:8080/v1/generate
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 110, verbatim_doc_comment, args_conflicts_with_subcommands = true)]
 pub(crate) struct Flags {
@@ -48,18 +49,17 @@ pub(crate) struct ServeFlags {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Answers one prompt: text to stdout as it is made, or with --json one object at the end.
+    ///
+    /// Special tokens that are spelled in the prompt (such as <|im_start|>) are recognised. A begin token is put before
+    /// it only where the model's file asks for one. Progress and logs go to stderr.
+    ///
+    /// Exit status: 0 answered; 1 the model could not be loaded or failed; 2 the command line or the prompt is wrong;
+    /// 130 interrupted.
     Generate(GenerateFlags),
 }
 
 /// One prompt and how to answer it.
-///
-/// Special tokens that are spelled in the prompt (such as <|im_start|>) are recognised. A begin token is put before it
-/// only where the model's file asks for one. Progress and logs go to stderr.
-///
-/// Exit status: 0 answered; 1 the model could not be loaded or failed; 2 the command line or the prompt is wrong;
-/// 130 interrupted.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
 pub(crate) struct GenerateFlags {
     /// The model: a .gguf file or a folder that holds one, as a path or a file:// URI.
     #[arg(long, value_name = "PATH|URI")]

@@ -194,15 +194,13 @@ async fn answer(task: Task, began: Instant) -> Result<(), GenerateFailure> {
     let load = began.elapsed();
     let generation = loaded.engine.submit(&params)?;
     let answer = collect(generation, !json).await?;
-    let engine = loaded.engine;
-    let stopped = engine.stop();
     if json {
         let object = answer.to_json(load, began.elapsed());
         let mut stdout = std::io::stdout().lock();
         writeln!(stdout, "{object}")?;
         stdout.flush()?;
     }
-    stopped.await;
+    loaded.engine.stop().await;
     Ok(())
 }
 

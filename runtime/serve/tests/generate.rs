@@ -1,5 +1,7 @@
 //! `trustformers-serve generate` as users run it: the built program, on a seeded model and on the real one.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

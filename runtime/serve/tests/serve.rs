@@ -1,0 +1,190 @@
+//! `trustformers-serve` as users run it: the built program with a `config.yaml`, asked over HTTP, SSE and gRPC.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use trustformers_model::seeded::SeededModel;
+use trustformers_serve::proto::{GenerateRequest, inference_service_client::InferenceServiceClient};
+
+/// A running program; it is killed when a test fails before it has ended.
+struct Server {
+    child: Child,
+    log: BufReader<std::process::ChildStderr>,
+    http: String,
+    grpc: String,
+    _folder: TempDir,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Server {
+    /// Starts it on free ports of the loopback with the given models, in a folder that holds `tiny.gguf`.
+    fn start(models: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tiny.gguf"), SeededModel::default().gguf()).unwrap();
+        let config = format!(
+            "server: {{host: 127.0.0.1, port: 0, grpc_port: 0}}\n\
+             monitoring: {{prometheus: {{enabled: true, port: 0}}}}\nmodels: {models}\n"
+        );
+        std::fs::write(folder.path().join("config.yaml"), config).unwrap();
+        let mut child =
+            program(folder.path()).arg("--log-format=json").stderr(Stdio::piped()).spawn().unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        let mut server = Self { child, log, http: String::new(), grpc: String::new(), _folder: folder };
+        let line = server.logged("listening");
+        server.http = line["http"].as_str().unwrap().to_owned();
+        server.grpc = line["grpc"].as_str().unwrap().to_owned();
+        server
+    }
+
+    /// The next log line with this message.
+    fn logged(&mut self, message: &str) -> Value {
+        loop {
+            let line = self.next_line(message);
+            if line["message"] == message {
+                return line;
+            }
+        }
+    }
+
+    fn next_line(&mut self, wanted: &str) -> Value {
+        let mut line = String::new();
+        assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "the log ended before {wanted:?}");
+        serde_json::from_str(&line).unwrap()
+    }
+
+    /// Reads on until each of these models was seen in its state, in whatever order they get there.
+    fn until_states(&mut self, wanted: &[(&str, &str)]) {
+        let mut left = wanted.to_vec();
+        while !left.is_empty() {
+            let line = self.next_state();
+            left.retain(|(model, state)| line["model"] != *model || line["state"] != *state);
+        }
+    }
+
+    /// The next change of a model's state; a failure's message is its cause.
+    fn next_state(&mut self) -> Value {
+        loop {
+            let line = self.next_line("a state");
+            if line["state"].is_string() {
+                return line;
+            }
+        }
+    }
+
+    fn get(&self, address: &str, path: &str) -> String {
+        http(address, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"))
+    }
+
+    fn post(&self, path: &str, body: &str) -> String {
+        let length = body.len();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
+        );
+        http(&self.http, &(head + body))
+    }
+
+    /// Sends a signal and gives the exit status.
+    fn end_with(&mut self, signal: &str) -> Option<i32> {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        self.child.wait().unwrap().code()
+    }
+}
+
+fn program(folder: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trustformers-serve"));
+    command.current_dir(folder).env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+fn http(address: &str, request: &str) -> String {
+    let mut connection = TcpStream::connect(address).unwrap();
+    connection.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    connection.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn it_serves_http_sse_grpc_and_metrics_and_ends_on_a_signal() {
+    let mut server = Server::start("[{name: tiny, path: tiny.gguf, device: cpu, max_batch_size: 4}]");
+    server.until_states(&[("tiny", "ready")]);
+    let ask = r#"{"prompt":"Hello","max_tokens":4,"temperature":0}"#;
+    let whole = server.post("/v1/generate", ask);
+    assert!(whole.starts_with("HTTP/1.1 200"), "{whole}");
+    let whole: Value = serde_json::from_str(whole.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+
+    let stream = server.post("/v1/generate/stream", ask);
+    assert!(
+        stream.contains("content-type: text/event-stream") && stream.contains("data: [DONE]"),
+        "{stream}"
+    );
+
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let answer = runtime.block_on(async {
+        let mut client = InferenceServiceClient::connect(format!("http://{}", server.grpc)).await.unwrap();
+        let request = GenerateRequest { prompt: "Hello".into(), max_tokens: 4, ..Default::default() };
+        client.generate(request).await.unwrap().into_inner()
+    });
+    assert_eq!(answer.text, whole["text"].as_str().unwrap(), "both are greedy");
+
+    for address in [&server.http, &server.grpc] {
+        let page = server.get(address, "/metrics");
+        assert!(page.starts_with("HTTP/1.1 200") && page.contains("trustformers_build_info"), "{page}");
+    }
+    assert_eq!(server.end_with("-INT"), Some(0));
+}
+
+#[test]
+fn of_several_models_one_must_be_named_and_one_that_fails_leaves_the_others_alone() {
+    let mut server =
+        Server::start("[{name: a, path: tiny.gguf}, {name: b, path: tiny.gguf}, {name: c, path: none.gguf}]");
+    server.until_states(&[("a", "ready"), ("b", "ready"), ("c", "failed")]);
+    let unnamed = server.post("/v1/generate", r#"{"prompt":"Hello"}"#);
+    assert!(unnamed.starts_with("HTTP/1.1 400") && unnamed.contains("a, b, c"), "{unnamed}");
+    for model in ["a", "b"] {
+        let body = format!(r#"{{"prompt":"Hello","max_tokens":2,"model":"{model}"}}"#);
+        let answer = server.post("/v1/generate", &body);
+        assert!(answer.contains(&format!("\"model\":\"{model}\"")), "{answer}");
+    }
+    let failed = server.post("/v1/generate", r#"{"prompt":"Hello","model":"c"}"#);
+    assert!(failed.starts_with("HTTP/1.1 503") && failed.contains("SourceNotFound"), "{failed}");
+    assert_eq!(server.end_with("-TERM"), Some(0));
+}
+
+#[test]
+fn a_configuration_that_is_missing_or_wrong_is_named_with_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = || {
+        let output = program(folder.path()).stderr(Stdio::piped()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, message) = run();
+    assert_eq!(code, Some(1));
+    assert!(message.contains("config.yaml") && message.contains("--print-config-example"), "{message}");
+    std::fs::write(folder.path().join("config.yaml"), "models: [{name: a, pth: /a}]").unwrap();
+    let (_, message) = run();
+    assert!(
+        message.contains("config.yaml") && message.contains("models[0].pth") && message.contains("\"path\"")
+    );
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let config =
+        format!("server: {{host: 127.0.0.1, port: {port}, grpc_port: 0}}\nmodels: [{{name: a, path: /a}}]");
+    std::fs::write(folder.path().join("config.yaml"), config).unwrap();
+    let (code, message) = run();
+    assert_eq!(code, Some(1));
+    assert!(message.contains(&format!("127.0.0.1:{port} for HTTP")), "{message}");
+}
