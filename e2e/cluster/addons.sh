@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 
 # available NAMESPACE DEPLOYMENT: true when all its replicas are.
-available() { kc -n "$1" get deployment "$2" -o 'jsonpath={.status.conditions[?(@.type=="Available")].status}' 2>/dev/null | grep -qx True; }
+available() { kc -n "$1" get deployment "$2" -o 'jsonpath={.status.conditions[?(@.type=="Available")].status}' 2>/dev/null | grep -x True >/dev/null; }
 
 add_dns() {
   pack_tool coredns
@@ -10,7 +10,7 @@ add_dns() {
   kc apply --server-side -f "$CLUSTER_SRC/manifests/coredns.yaml" >/dev/null
 }
 
-metrics_api_answers() { kc get --raw /apis/metrics.k8s.io/v1beta1/nodes | grep -q '"usage"'; }
+metrics_api_answers() { kc get --raw /apis/metrics.k8s.io/v1beta1/nodes | grep '"usage"' >/dev/null; }
 
 add_metrics_server() {
   "$CLUSTER_SRC/binaries.sh" link "$BIN" metrics-server

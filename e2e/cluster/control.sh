@@ -23,7 +23,7 @@ start_apiserver() {
     --proxy-client-cert-file="$PKI/front-proxy.crt" --proxy-client-key-file="$PKI/front-proxy.key" --enable-aggregator-routing=true
 }
 
-apiserver_ready() { kc get --raw /readyz; }
+apiserver_ready() { kc --request-timeout=5s get --raw /readyz; }
 
 start_controllers() {
   # The short autoscaler and node periods make stories quick: they are the only settings that differ from a plain cluster.

@@ -56,6 +56,9 @@ take_lock() {
 # `kubectl` against our own cluster, whatever KUBECONFIG says.
 kc() { KUBECONFIG= "$BIN/kubectl" --kubeconfig "$OUR_KUBECONFIG" "$@" 9>&-; }
 
+# A rule for all scripts here: no `| grep -q`. It ends at the first match, the writer then dies of a closed pipe, and with
+# `pipefail` that is a failure, now and then.
+
 # wait_until SECONDS WHAT COMMAND...: polls ten times a second; on timeout says what was waited for and where logs are.
 wait_until() {
   local limit_s=$1 what=$2 end

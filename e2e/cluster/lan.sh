@@ -18,7 +18,7 @@ make_ns() {
 # plug NAMESPACE ADDRESS PORT: a cable from the switch to a namespace. A half-made one is pulled out first.
 plug() {
   local ns=$1 address=$2 port=$3
-  in_ns "$ns" ip -o addr show dev lan0 2>/dev/null | grep -q "inet $address/" && in_ns $NS_LAN ip link show "$port" >/dev/null 2>&1 && return 0
+  in_ns "$ns" ip -o addr show dev lan0 2>/dev/null | grep "inet $address/" >/dev/null && in_ns $NS_LAN ip link show "$port" >/dev/null 2>&1 && return 0
   in_ns $NS_LAN ip link del "$port" 2>/dev/null || true
   ip link add "$port" netns $NS_LAN type veth peer name lan0 netns "$ns"
   in_ns $NS_LAN ip link set "$port" master br0 up
@@ -31,7 +31,7 @@ plug() {
 }
 
 plug_host() {
-  ip -o addr show dev $HOST_LINK 2>/dev/null | grep -q "inet $HOST_IP/" && in_ns $NS_LAN ip link show phost >/dev/null 2>&1 && return 0
+  ip -o addr show dev $HOST_LINK 2>/dev/null | grep "inet $HOST_IP/" >/dev/null && in_ns $NS_LAN ip link show phost >/dev/null 2>&1 && return 0
   ip link del $HOST_LINK 2>/dev/null || true
   ip link add $HOST_LINK type veth peer name phost netns $NS_LAN
   in_ns $NS_LAN ip link set phost master br0 up

@@ -59,7 +59,7 @@ start_kubelet() { # NUMBER
   start_in_node "$i" kube-proxy "$BIN/kube-proxy" --config="$(node_dir "$i")/kube-proxy.yaml" --hostname-override="$(node_name "$i")"
 }
 
-node_ready() { kc get node "$(node_name "$1")" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2>/dev/null | grep -qx True; }
+node_ready() { kc get node "$(node_name "$1")" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2>/dev/null | grep -x True >/dev/null; }
 
 # load_tar NUMBER TAR: imports an image archive unless the node has that very image under that name. `pack.py` writes the
 # name and digest beside the archive.
