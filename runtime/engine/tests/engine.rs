@@ -311,7 +311,8 @@ async fn a_panicking_backend_ends_the_engine_visibly() {
     gate.begun();
     gate.let_it(Verdict::Panic);
     assert_eq!(answer(generation).await.unwrap_err(), GenerateError::Stopped);
-    engine.drain().await;
+    // The stream ends while the thread still unwinds; this waits for its end.
+    engine.stop().await;
     assert!(!engine.heartbeat().alive);
     assert_eq!(engine.submit(&tokens(&prompt(4, 1), 5)).unwrap_err(), SubmitError::Stopped);
     assert_eq!(kv_used(&registry), 0.0);

@@ -97,12 +97,11 @@ fn tiers() -> Vec<Tier> {
     available
 }
 
+/// Ids and their text.
+type Answer = (Vec<u32>, String);
+
 /// Greedy ids and texts of all prompts, computed together in one batch.
-fn generate(
-    model: &Arc<Model>,
-    backend: Box<dyn Backend>,
-    requests: &[(&Case, usize)],
-) -> Vec<(Vec<u32>, String)> {
+fn generate(model: &Arc<Model>, backend: Box<dyn Backend>, requests: &[(&Case, usize)]) -> Vec<Answer> {
     let config = EngineConfig {
         context_tokens: Some(512),
         max_batch_size: 16,
@@ -218,7 +217,7 @@ fn every_cpu_tier_follows_the_reference_and_the_others() {
     let Some(model) = model() else { return };
     let cases = cases();
     let requests: Vec<(&Case, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
-    let mut before: Option<(Tier, Vec<(Vec<u32>, String)>)> = None;
+    let mut before: Option<(Tier, Vec<Answer>)> = None;
     for tier in tiers() {
         let started = std::time::Instant::now();
         let answers = generate(&model, cpu(tier), &requests);
