@@ -3,7 +3,14 @@
 pub mod pod_config;
 
 /// Package `trustformers.v1`: what callers of a model see.
-#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, reason = "generated code")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated code"
+)]
 pub mod v1 {
     tonic::include_proto!("trustformers.v1");
 }
@@ -11,7 +18,14 @@ pub mod v1 {
 /// Package `trustformers.control.v1`: the operator's route feed.
 pub mod control {
     /// Version 1 of the feed.
-    #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, unused_qualifications, reason = "generated code")]
+    #[allow(
+        missing_docs,
+        clippy::all,
+        clippy::pedantic,
+        unreachable_pub,
+        unused_qualifications,
+        reason = "generated code"
+    )]
     pub mod v1 {
         tonic::include_proto!("trustformers.control.v1");
     }

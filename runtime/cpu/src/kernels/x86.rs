@@ -1,10 +1,10 @@
 //! The lanes of [`super::simd`] on x86-64: two AVX2 registers, or one AVX-512 register with or without VNNI.
 //!
-//! Safety, for every block below: the intrinsics need instructions that the tier was checked for before its kernels
+//! Safety, for every function below: the intrinsics need instructions that the tier was checked for before its kernels
 //! were chosen ([`crate::Tier::is_available`]), and pointers are vouched for by the caller, as the trait says.
 #![allow(
-    clippy::undocumented_unsafe_blocks,
-    reason = "one reason for all of them, in the module's documentation"
+    unsafe_op_in_unsafe_fn,
+    reason = "each body is one intrinsic; the condition for all of them stands in the module's documentation"
 )]
 
 use std::arch::x86_64::*;
@@ -14,42 +14,34 @@ use super::simd::Simd;
 /// `2^n` from `n + ROUND_MAGIC`, half a vector.
 #[inline(always)]
 unsafe fn pow2_256(v: __m256) -> __m256 {
-    unsafe {
-        let shifted = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
-        _mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(127 << 23)))
-    }
+    let shifted = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
+    _mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(127 << 23)))
 }
 
 #[inline(always)]
 unsafe fn high_256(v: __m256i) -> __m256i {
-    unsafe { _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)) }
+    _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15))
 }
 
 #[inline(always)]
 unsafe fn byte_256(v: __m256i, j: i32) -> __m256 {
-    unsafe {
-        let down = _mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * j));
-        _mm256_cvtepi32_ps(_mm256_and_si256(down, _mm256_set1_epi32(255)))
-    }
+    let down = _mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * j));
+    _mm256_cvtepi32_ps(_mm256_and_si256(down, _mm256_set1_epi32(255)))
 }
 
 /// Two products of at most 15 * 127 cannot saturate the 16-bit sums.
 #[inline(always)]
 unsafe fn dot_u4_256(acc: __m256i, w: __m256i, x: i32) -> __m256i {
-    unsafe {
-        let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x));
-        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-    }
+    let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x));
+    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
 /// |w| times x with w's sign: two products of at most 128 * 127 stay below 2^15.
 #[inline(always)]
 unsafe fn dot_i8_256(acc: __m256i, w: __m256i, x: i32) -> __m256i {
-    unsafe {
-        let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(x), w));
-        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-    }
+    let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(x), w));
+    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
 /// AVX2, FMA and F16C.
@@ -64,99 +56,93 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self::F {
-        unsafe { [_mm256_set1_ps(v); 2] }
+        [_mm256_set1_ps(v); 2]
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::F {
-        unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+        [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))]
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::F) {
-        unsafe {
-            _mm256_storeu_ps(p, v[0]);
-            _mm256_storeu_ps(p.add(8), v[1]);
-        }
+        _mm256_storeu_ps(p, v[0]);
+        _mm256_storeu_ps(p.add(8), v[1]);
     }
     #[inline(always)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
     }
     #[inline(always)]
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+        [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])]
     }
     #[inline(always)]
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]
     }
     #[inline(always)]
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+        [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
     }
     #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+        [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
     }
     #[inline(always)]
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+        [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])]
     }
     #[inline(always)]
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
     }
     #[inline(always)]
     unsafe fn load_half(p: *const u16) -> Self::F {
-        unsafe {
-            [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
-        }
+        [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
     }
     #[inline(always)]
     unsafe fn pow2(v: Self::F) -> Self::F {
-        unsafe { [pow2_256(v[0]), pow2_256(v[1])] }
+        [pow2_256(v[0]), pow2_256(v[1])]
     }
     #[inline(always)]
     unsafe fn zero_i() -> Self::I {
-        unsafe { [_mm256_setzero_si256(); 2] }
+        [_mm256_setzero_si256(); 2]
     }
     #[inline(always)]
     unsafe fn load_i(p: *const u8) -> Self::I {
-        unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())] }
+        [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
     }
     #[inline(always)]
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
-        unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
+        [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
     }
     #[inline(always)]
     unsafe fn to_f(v: Self::I) -> Self::F {
-        unsafe { [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])] }
+        [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])]
     }
     #[inline(always)]
     unsafe fn low(v: Self::I) -> Self::I {
-        unsafe {
-            let mask = _mm256_set1_epi8(15);
-            [_mm256_and_si256(v[0], mask), _mm256_and_si256(v[1], mask)]
-        }
+        let mask = _mm256_set1_epi8(15);
+        [_mm256_and_si256(v[0], mask), _mm256_and_si256(v[1], mask)]
     }
     #[inline(always)]
     unsafe fn high(v: Self::I) -> Self::I {
-        unsafe { [high_256(v[0]), high_256(v[1])] }
+        [high_256(v[0]), high_256(v[1])]
     }
     #[inline(always)]
     unsafe fn byte(v: Self::I, j: i32) -> Self::F {
-        unsafe { [byte_256(v[0], j), byte_256(v[1], j)] }
+        [byte_256(v[0], j), byte_256(v[1], j)]
     }
     #[inline(always)]
     unsafe fn dot_u4(acc: Self::I, w: Self::I, x: i32) -> Self::I {
-        unsafe { [dot_u4_256(acc[0], w[0], x), dot_u4_256(acc[1], w[1], x)] }
+        [dot_u4_256(acc[0], w[0], x), dot_u4_256(acc[1], w[1], x)]
     }
     #[inline(always)]
     unsafe fn dot_i8(acc: Self::I, w: Self::I, x: i32) -> Self::I {
-        unsafe { [dot_i8_256(acc[0], w[0], x), dot_i8_256(acc[1], w[1], x)] }
+        [dot_i8_256(acc[0], w[0], x), dot_i8_256(acc[1], w[1], x)]
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        _mm_prefetch::<_MM_HINT_T0>(p.cast())
     }
 }
 
@@ -172,113 +158,105 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self::F {
-        unsafe { _mm512_set1_ps(v) }
+        _mm512_set1_ps(v)
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::F {
-        unsafe { _mm512_loadu_ps(p) }
+        _mm512_loadu_ps(p)
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::F) {
-        unsafe { _mm512_storeu_ps(p, v) }
+        _mm512_storeu_ps(p, v)
     }
     #[inline(always)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { _mm512_add_ps(a, b) }
+        _mm512_add_ps(a, b)
     }
     #[inline(always)]
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { _mm512_sub_ps(a, b) }
+        _mm512_sub_ps(a, b)
     }
     #[inline(always)]
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { _mm512_mul_ps(a, b) }
+        _mm512_mul_ps(a, b)
     }
     #[inline(always)]
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { _mm512_div_ps(a, b) }
+        _mm512_div_ps(a, b)
     }
     #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { _mm512_max_ps(a, b) }
+        _mm512_max_ps(a, b)
     }
     #[inline(always)]
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { _mm512_min_ps(a, b) }
+        _mm512_min_ps(a, b)
     }
     #[inline(always)]
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        unsafe { _mm512_fmadd_ps(a, b, c) }
+        _mm512_fmadd_ps(a, b, c)
     }
     #[inline(always)]
     unsafe fn load_half(p: *const u16) -> Self::F {
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
     }
     #[inline(always)]
     unsafe fn pow2(v: Self::F) -> Self::F {
-        unsafe {
-            let shifted = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
-            _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(127 << 23)))
-        }
+        let shifted = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
+        _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(127 << 23)))
     }
     #[inline(always)]
     unsafe fn zero_i() -> Self::I {
-        unsafe { _mm512_setzero_si512() }
+        _mm512_setzero_si512()
     }
     #[inline(always)]
     unsafe fn load_i(p: *const u8) -> Self::I {
-        unsafe { _mm512_loadu_si512(p.cast()) }
+        _mm512_loadu_si512(p.cast())
     }
     #[inline(always)]
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
-        unsafe { _mm512_add_epi32(a, b) }
+        _mm512_add_epi32(a, b)
     }
     #[inline(always)]
     unsafe fn to_f(v: Self::I) -> Self::F {
-        unsafe { _mm512_cvtepi32_ps(v) }
+        _mm512_cvtepi32_ps(v)
     }
     #[inline(always)]
     unsafe fn low(v: Self::I) -> Self::I {
-        unsafe { _mm512_and_si512(v, _mm512_set1_epi8(15)) }
+        _mm512_and_si512(v, _mm512_set1_epi8(15))
     }
     #[inline(always)]
     unsafe fn high(v: Self::I) -> Self::I {
-        unsafe { _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)) }
+        _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))
     }
     #[inline(always)]
     unsafe fn byte(v: Self::I, j: i32) -> Self::F {
-        unsafe {
-            let down = _mm512_srl_epi32(v, _mm_cvtsi32_si128(8 * j));
-            _mm512_cvtepi32_ps(_mm512_and_si512(down, _mm512_set1_epi32(255)))
-        }
+        let down = _mm512_srl_epi32(v, _mm_cvtsi32_si128(8 * j));
+        _mm512_cvtepi32_ps(_mm512_and_si512(down, _mm512_set1_epi32(255)))
     }
     #[inline(always)]
     unsafe fn dot_u4(acc: Self::I, w: Self::I, x: i32) -> Self::I {
-        unsafe {
-            let x = _mm512_set1_epi32(x);
-            if VNNI {
-                return _mm512_dpbusd_epi32(acc, w, x);
-            }
-            // Two products of at most 15 * 127 cannot saturate the 16-bit sums.
-            _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)))
+        let x = _mm512_set1_epi32(x);
+        if VNNI {
+            return _mm512_dpbusd_epi32(acc, w, x);
         }
+        // Two products of at most 15 * 127 cannot saturate the 16-bit sums.
+        _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)))
     }
     #[inline(always)]
     unsafe fn dot_i8(acc: Self::I, w: Self::I, x: i32) -> Self::I {
-        unsafe {
-            let x = _mm512_set1_epi32(x);
-            if VNNI {
-                return _mm512_dpbusd_epi32(acc, w, x);
-            }
-            // AVX-512 has no sign instruction: x is negated where w is negative, by mask.
-            let w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
-            let signed = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
-            let pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed);
-            _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
+        let x = _mm512_set1_epi32(x);
+        if VNNI {
+            return _mm512_dpbusd_epi32(acc, w, x);
         }
+        // AVX-512 has no sign instruction: x is negated where w is negative, by mask.
+        let w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+        let signed = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+        let pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed);
+        _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        _mm_prefetch::<_MM_HINT_T0>(p.cast())
     }
 }
