@@ -145,12 +145,15 @@ impl Board {
     }
 
     fn publish(&self, index: usize, change: impl FnOnce(&mut ModelStatus)) {
-        self.models.send_modify(|models| change(&mut Arc::make_mut(models)[index]));
-        let verdict = readiness(&self.models.borrow());
-        self.ready.send_if_modified(|present| {
-            let differs = *present != verdict;
-            *present = verdict;
-            differs
+        self.models.send_modify(|models| {
+            change(&mut Arc::make_mut(models)[index]);
+            // Within the change, so that nobody can see a state whose readiness is not yet published.
+            let verdict = readiness(models);
+            self.ready.send_if_modified(|present| {
+                let differs = *present != verdict;
+                *present = verdict;
+                differs
+            });
         });
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use prometheus::{GaugeVec, Opts, Registry};
 use trustformers_engine::{Engine, EngineInfo, EngineMetrics};
 use trustformers_model::Model;
+use trustformers_plan::Caps;
 use trustformers_store::{Digest, Resolved};
 
 use crate::board::LoadedFacts;
@@ -91,6 +92,7 @@ impl Loader {
         let model = Model::load(model_file(&files)?, &mut |read| report(1, read.bytes, read.total_bytes))?;
         let read = Instant::now();
         let backend = (self.open_device)(spec)?;
+        check_memory(spec, model.facts().file_bytes, backend.caps())?;
         let on_device = {
             let progress = Arc::clone(progress);
             move |taken: trustformers_engine::LoadProgress| {
@@ -179,6 +181,25 @@ impl Loaded {
     }
 }
 
+/// Refuses weights that alone are more than the device has. What else is needed (cache, activations) is the engine's to
+/// weigh; this much is certain before anything is allocated, and on a CPU the system would end the process instead.
+fn check_memory(spec: &ModelSpec, weights_bytes: u64, device: &Caps) -> Result<(), Failure> {
+    if weights_bytes <= device.memory_bytes {
+        return Ok(());
+    }
+    Err(Failure::permanent(
+        "InsufficientMemory",
+        format!(
+            "the weights of {} take {:.1} MiB and {} has {:.1} MiB; raise its memory limit or take a smaller \
+             quantisation of the model",
+            spec.name(),
+            mib(weights_bytes),
+            device.description,
+            mib(device.memory_bytes)
+        ),
+    ))
+}
+
 /// `a * b / c` without overflow on the way.
 fn mul_div(a: u64, b: u64, c: u64) -> u64 {
     u64::try_from(u128::from(a) * u128::from(b) / u128::from(c.max(1))).unwrap_or(u64::MAX)
@@ -262,5 +283,17 @@ mod tests {
         spec.files = vec!["*.gguf".into()];
         let failure = loader().load(&spec, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
         assert!(failure.message.contains("a.gguf and b.gguf"), "{failure}");
+    }
+
+    #[test]
+    fn weights_that_are_more_than_the_devices_memory_are_refused_with_both_figures() {
+        use trustformers_plan::Backend;
+        let mut caps = Oracle::new().caps().clone();
+        let spec = ModelSpec::new("m", Source::from_path("/m"));
+        caps.memory_bytes = 1 << 20;
+        check_memory(&spec, 1 << 20, &caps).unwrap();
+        let failure = check_memory(&spec, 3 << 20, &caps).unwrap_err();
+        assert_eq!((failure.reason, failure.transient), ("InsufficientMemory", false));
+        assert!(failure.message.contains("3.0 MiB") && failure.message.contains("1.0 MiB"), "{failure}");
     }
 }

@@ -171,8 +171,11 @@ impl Process {
     pub async fn drain(mut self) -> bool {
         let begin = Instant::now();
         let deadline = begin + self.drain.timeout;
-        self.models.board().draining();
-        let quiet = self.models.activity().until_quiet(self.drain.quiet);
+        let board = self.models.board();
+        // Nobody routes to a server that is not ready, so there is nobody to wait for.
+        let quiet = if board.watch_readiness().borrow().ok { self.drain.quiet } else { Duration::ZERO };
+        board.draining();
+        let quiet = self.models.activity().until_quiet(quiet);
         if tokio::time::timeout(self.drain.timeout / QUIET_SHARE, quiet).await.is_err() {
             tracing::warn!("requests keep coming although readiness is down; closing their connections");
         }
