@@ -20,7 +20,8 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Forwards to the gRPC port of `pod`.
+    /// Forwards to the gRPC port of `pod`. kubectl says that it forwards before it has reached the pod: the first
+    /// call may fail, and is worth a second try.
     ///
     /// # Errors
     /// When `kubectl port-forward` does not say within ten seconds that it forwards.
@@ -28,7 +29,7 @@ impl Forward {
         let mut command = Command::new(cluster.settings.bin.join("kubectl"));
         command.args(["--namespace", namespace, "port-forward", &format!("pod/{pod}"), ":9090"]);
         command.env("KUBECONFIG", &cluster.settings.kubeconfig);
-        command.kill_on_drop(true).stdin(Stdio::null()).stderr(Stdio::null()).stdout(Stdio::piped());
+        command.kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut kubectl = command.spawn().context("could not start kubectl port-forward")?;
         let stdout = kubectl.stdout.take().context("kubectl has no standard output")?;
         let mut lines = BufReader::new(stdout).lines();

@@ -54,6 +54,20 @@ pub async fn install(cluster: &Cluster) -> Result<String> {
     Ok(said)
 }
 
+/// Removes the release and waits until its pods have ended.
+///
+/// # Errors
+/// When Helm fails, or a pod stays.
+pub async fn uninstall(cluster: &Cluster) -> Result<()> {
+    cluster
+        .helm(&["uninstall", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "120s"])
+        .stdout()
+        .await?;
+    let none = |left: &[&Pod]| left.is_empty().then_some(());
+    let ended = Until::new("no pod of the release is left", 100);
+    ended.watched(pods(cluster), watcher::Config::default(), none).await
+}
+
 /// Installs the release unless this run of the stories has done so already.
 ///
 /// # Errors

@@ -40,6 +40,7 @@ async fn deleting_a_model_removes_every_child() -> Result<()> {
             })
             .await?;
         let unrouted = deleted.elapsed();
+        eprintln!("the gateway answers 404 {} ms after the deletion", unrouted.as_millis());
         assert!(unrouted < Duration::from_secs(3), "still routed {unrouted:?} after the deletion");
 
         // And: nothing that carries the model's label is left.

@@ -17,7 +17,9 @@ use trustformers_e2e::{
     story::{Story, tell},
     wait::{Until, changes},
 };
-use trustformers_proto::v1::{ModelState, WatchModelsRequest, model_service_client::ModelServiceClient};
+use trustformers_proto::v1::{
+    ModelState, ModelStatus, WatchModelsRequest, model_service_client::ModelServiceClient,
+};
 
 /// From the report of kubelet or pod to the model's condition.
 const TOLD_WITHIN: Duration = Duration::from_secs(5);
@@ -131,15 +133,8 @@ async fn the_pod_s_report_is_told(story: &Story, name: &str, words: &[&str]) -> 
     let running = Until::new("the model has one pod", 10);
     let only = |pods: &[&Pod]| if let [pod] = pods { pod.metadata.name.clone() } else { None };
     let pod = running.watched(story.pods(), watcher::Config::default(), only).await?;
-    let forward = Forward::grpc(&story.cluster, &story.namespace, &pod).await?;
-    let mut models = ModelServiceClient::new(forward.channel.clone());
-    let first = models.watch_models(WatchModelsRequest {}).await?.into_inner().message().await?;
-    let state = first
-        .context("the pod ended its report")?
-        .models
-        .into_iter()
-        .next()
-        .context("the pod knows no model")?;
+    let answer = Until::new("the pod tells the state of its model", 15);
+    let state = answer.asked(|| async { own_report(story, &pod).await.map(Some) }).await?;
     assert_eq!(state.state(), ModelState::Failed, "{state:?}");
     let reported = UNIX_EPOCH + Duration::from_millis(state.since_unix_ms);
     in_time(reported, told, &state.message);
@@ -147,6 +142,14 @@ async fn the_pod_s_report_is_told(story: &Story, name: &str, words: &[&str]) -> 
     let described = story.cluster.describe(&story.namespace, "imodel", name).await?;
     assert!(all(&described), "{described}");
     Ok(())
+}
+
+/// The state of its one model, as the pod tells it to anybody who asks.
+async fn own_report(story: &Story, pod: &str) -> Result<ModelStatus> {
+    let forward = Forward::grpc(&story.cluster, &story.namespace, pod).await?;
+    let mut models = ModelServiceClient::new(forward.channel.clone());
+    let first = models.watch_models(WatchModelsRequest {}).await?.into_inner().message().await?;
+    first.context("the pod ended its report")?.models.into_iter().next().context("the pod knows no model")
 }
 
 fn in_time(reported: SystemTime, told: SystemTime, words: &str) {

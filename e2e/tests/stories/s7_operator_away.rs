@@ -1,5 +1,7 @@
 //! The control plane goes away, and nobody who asks a model notices.
 
+use std::time::Instant;
+
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::watcher;
@@ -7,6 +9,7 @@ use serde_json::json;
 use trustformers_e2e::{
     ask::Ask,
     gateway::Gateway,
+    load::Steady,
     model::SMOLLM2,
     process,
     release::{self, GATEWAY, OPERATOR},
@@ -50,16 +53,16 @@ async fn without_the_operator(story: &Story, gateway: &Gateway, ask: &Ask, expec
     // Then: the gateway answers from its last table.
     assert_eq!(gateway.http(ask).await?.tokens, expected);
 
-    // And: even after its own process was killed, from the copy on disk.
-    let pod = release::pods(&story.cluster)
-        .list(&kube::api::ListParams::default().labels("app.kubernetes.io/component=gateway"))
-        .await?
-        .items
-        .into_iter()
-        .next()
-        .context("no gateway pod")?;
-    process::kill_hard(process::container_pid(&pod, "gateway")?).await?;
-    restarted(story, &pod).await?;
+    // And: even after every gateway's process was killed, from their copies on disk.
+    let label = kube::api::ListParams::default().labels("app.kubernetes.io/component=gateway");
+    let pods = release::pods(&story.cluster).list(&label).await?.items;
+    assert!(!pods.is_empty(), "no gateway pod");
+    for pod in &pods {
+        process::kill_hard(process::container_pid(pod, "gateway")?).await?;
+    }
+    for pod in &pods {
+        restarted(story, pod).await?;
+    }
     release::ready(&story.cluster, GATEWAY).await?;
     let back = Until::new("the restarted gateway answers", 15);
     let tokens = back.asked(|| async { Ok(Some(gateway.http(ask).await?.tokens)) }).await?;
@@ -90,27 +93,22 @@ async fn the_leader_dies(story: &Story, gateway: &Gateway, ask: &Ask) -> Result<
     release::ready(&story.cluster, OPERATOR).await?;
     let leader = leader_other_than(story, None).await?;
 
-    // When: the leader's pod is deleted without grace, as when its node is lost.
+    // When: the leader's process is killed, and its pod deleted without grace, as when its node is lost.
     let name = leader.metadata.name.clone().context("a pod without a name")?;
-    let arguments = [
-        "--namespace",
-        release::NAMESPACE,
-        "delete",
-        "pod",
-        &name,
-        "--grace-period=0",
-        "--force",
-        "--wait=false",
-    ];
+    let steady = Steady::start(gateway, ask.clone(), 3)?;
+    let lost = Instant::now();
     process::kill_hard(process::container_pid(&leader, "operator")?).await?;
-    story.cluster.kubectl(&arguments).output().await?;
+    let delete = ["delete", "pod", &name, "--grace-period=0", "--force", "--wait=false"];
+    story.cluster.kubectl(&[&["--namespace", release::NAMESPACE][..], &delete].concat()).stdout().await?;
 
-    // Then: another one leads, and requests go on meanwhile.
-    gateway.http(ask).await?;
+    // Then: another one leads, and not one request failed meanwhile.
     leader_other_than(story, Some(&name)).await?;
+    eprintln!("another operator leads {} ms after the loss", lost.elapsed().as_millis());
+    let requests = steady.stop().await?;
+    let failed: Vec<_> = requests.iter().filter_map(|it| it.as_ref().err()).collect();
+    assert!(failed.is_empty(), "{} of {} requests failed: {failed:?}", failed.len(), requests.len());
 
     // And: the feed goes on: what is deleted now is known no more soon after.
-    gateway.http(ask).await?;
     story.models().delete("handed").await?;
     unknown(gateway, ask).await
 }
