@@ -1,14 +1,14 @@
 //! Growing, jittered pauses between attempts to reach the operator.
 //!
 //! Jitter keeps gateways that lost the same operator from coming back in one wave. The longest pause is short,
-//! because the operator counts a gateway as gone once it is silent for five seconds.
+//! because a new leader waits three seconds for gateways that it has not heard yet.
 
 use std::time::Duration;
 
 use crate::dice::{Dice, below};
 
 const FIRST: Duration = Duration::from_millis(50);
-const LONGEST: Duration = Duration::from_secs(2);
+const LONGEST: Duration = Duration::from_secs(1);
 
 /// The pauses of one series of failures.
 #[derive(Debug, Default)]
@@ -17,7 +17,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The next pause: between half of the step and the whole of it, where the step doubles up to two seconds.
+    /// The next pause: between half of the step and the whole of it, where the step doubles up to a second.
     pub fn next(&mut self, dice: &Dice) -> Duration {
         let step = FIRST.saturating_mul(1 << self.attempts.min(16)).min(LONGEST);
         self.attempts = self.attempts.saturating_add(1);
@@ -39,7 +39,7 @@ mod tests {
     fn pauses_double_with_jitter_up_to_the_longest() {
         let dice = Dice::seeded(5);
         let mut backoff = Backoff::default();
-        for step_ms in [50, 100, 200, 400, 800, 1600, 2000, 2000] {
+        for step_ms in [50, 100, 200, 400, 800, 1000, 1000] {
             let pause = backoff.next(&dice);
             let step = Duration::from_millis(step_ms);
             assert!(pause >= step / 2 && pause <= step, "{pause:?} of {step:?}");

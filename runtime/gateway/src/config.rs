@@ -11,7 +11,7 @@ use trustformers_telemetry::logs::LogFormat;
 /// The front door of a trustformers platform: takes HTTP and gRPC requests for models and passes them to pods, as
 /// the operator's routing table says.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "trustformers-gateway", version, about, long_about = None)]
+#[command(name = "trustformers-gateway", version)]
 pub struct Settings {
     /// Where the operator publishes routing tables, as http://HOST:PORT.
     #[arg(long, value_name = "URL", value_parser = parse_feed)]
@@ -37,7 +37,8 @@ pub struct Settings {
     #[arg(long, value_name = "UID")]
     pub instance: Option<String>,
 
-    /// After SIGTERM, requests that have not ended by then are cut (500ms, 30s, 5m).
+    /// After SIGTERM, requests that have not ended by then are cut; new ones are taken until none has come for five
+    /// seconds, and for half of this time at most (500ms, 30s, 5m).
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
     pub drain_timeout: Duration,
 

@@ -23,7 +23,10 @@ use crate::gateway::{Gateway, Source, Taken};
 
 /// How often a report is sent when nothing changes.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// Connecting, or the first head of the operator's stream, takes no longer.
+/// Connecting takes no longer. A pod that is gone does not answer at all, and a new leader settles for three seconds
+/// before it opens gates without the gateways that it has not heard: one attempt and the longest pause fit in there.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The first head of the operator's stream takes no longer.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
@@ -110,7 +113,7 @@ async fn session(
     let channel = settings
         .endpoint
         .clone()
-        .connect_timeout(OPEN_TIMEOUT)
+        .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)

@@ -66,7 +66,7 @@ impl Stack {
         let protocol = protocol_of(&request);
         let version = request.version();
         // 2
-        let id = request_id(request.headers());
+        let id = request_id(request.headers(), &self.gateway.dice);
         let outcome = match target(&request, protocol) {
             // 3
             Ok(Target::Local(page)) => Ok(local::answer(&self.gateway, page)),
