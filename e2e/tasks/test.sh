@@ -16,8 +16,7 @@ finish() {
     "$CLUSTER_SRC/down.sh" || status=1
   fi
   end_rungs
-  [ $status = 0 ] || echo "FAILED"
-  count_tests
+  count_tests $status
   exit $status
 }
 
