@@ -70,10 +70,9 @@ pub async fn run(world: Arc<World>) {
             keep
         });
         for target in wanted {
-            if !streams.contains_key(&target) {
-                let stream = tasks.spawn(listen(Arc::clone(&world), target.clone()));
-                streams.insert(target, stream);
-            }
+            streams
+                .entry(target)
+                .or_insert_with_key(|target| tasks.spawn(listen(Arc::clone(&world), target.clone())));
         }
         while tasks.try_join_next().is_some() {}
         world.metrics.observed_pods.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));

@@ -30,7 +30,7 @@ pub async fn publish(world: &World, model: &InferenceModel, happenings: &[Happen
         match publish_one(world, model, happening).await {
             Ok(()) => world.metrics.told(happening.warning),
             Err(error) => {
-                tracing::warn!(%error, reason = happening.reason, "an Event could not be published")
+                tracing::warn!(%error, reason = happening.reason, "an Event could not be published");
             }
         }
     }

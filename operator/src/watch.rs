@@ -85,7 +85,7 @@ where
         writer.apply_watcher_event(&event);
         match &event {
             Event::Apply(child) | Event::InitApply(child) | Event::Delete(child) => {
-                wake_owner(&world, child).await
+                wake_owner(&world, child).await;
             }
             Event::Init => {}
             Event::InitDone => wake_all(&world).await,

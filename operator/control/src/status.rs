@@ -235,7 +235,7 @@ fn describe(facts: &Facts<'_>, holder: Option<&ModelKey>, model: &ValidatedModel
     }
     match &facts.cause {
         Some(cause) if !ready && facts.wanted > 0 => {
-            made.set("Degraded", true, &cause.reason, &cause.message)
+            made.set("Degraded", true, &cause.reason, &cause.message);
         }
         _ => made.set("Degraded", false, "AsExpected", "nothing is wrong"),
     }

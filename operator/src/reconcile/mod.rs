@@ -99,7 +99,7 @@ pub async fn run(world: Arc<World>, queue: mpsc::Receiver<ObjectRef<InferenceMod
     .for_each(async |outcome| match outcome {
         Ok((model, _)) => tracing::debug!(%model, "reconciled"),
         Err(controller::Error::ReconcilerFailed(error, model)) => {
-            tracing::warn!(%model, %error, "reconcile failed")
+            tracing::warn!(%model, %error, "reconcile failed");
         }
         Err(error) => tracing::debug!(%error, "not reconciled"),
     })
