@@ -6,7 +6,12 @@ DEMO_NAMESPACE=trustformers-demo
 DEMO_LABEL=app.kubernetes.io/created-by=trustformers-demo
 DEMO_MODEL=smollm2
 
-is_demos() { [ -n "$(kubectl get namespace "$1" -l "$DEMO_LABEL" -o name --ignore-not-found)" ]; }
+# The labelled namespaces are listed, since a name and a selector do not go together.
+is_demos() {
+  local names
+  names=$(kubectl get namespaces -l "$DEMO_LABEL" -o 'jsonpath={.items[*].metadata.name}') || fail "could not list namespaces of $(kubectl config current-context)"
+  [[ " $names " == *" $1 "* ]]
+}
 
 # On a cluster of the user's the demo only ever changes namespaces that it made itself.
 demo_namespace() {
