@@ -125,7 +125,7 @@ pub struct Traffic {
 
     /// More attempts, each on another pod, while no byte of the answer has come.
     #[serde(default = "default_retries")]
-    #[schemars(range(min = 0, max = 10))]
+    #[schemars(range(min = 0, max = 10), extend("format" = "int64"))]
     pub retries: u32,
 
     /// How long the requests of a pod that ends may take to end.

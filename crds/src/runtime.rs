@@ -21,7 +21,7 @@ pub struct Runtime {
 
     /// Longest prompt plus answer, in tokens. Left out: the model's own limit, at most 8192.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 16, max = 1_048_576))]
+    #[schemars(range(min = 16, max = 1_048_576), extend("format" = "int64"))]
     pub context_tokens: Option<u32>,
 
     /// How requests share the engine.
@@ -94,12 +94,12 @@ impl Numerics {
 pub struct Batching {
     /// Sequences that decode together.
     #[serde(default = "default_max_batch_size")]
-    #[schemars(range(min = 1, max = 256))]
+    #[schemars(range(min = 1, max = 256), extend("format" = "int64"))]
     pub max_batch_size: u32,
 
     /// Requests of one pod that may wait for a place in the batch; one more is answered 429.
     #[serde(default = "default_max_queue")]
-    #[schemars(range(min = 1, max = 65_536))]
+    #[schemars(range(min = 1, max = 65_536), extend("format" = "int64"))]
     pub max_queue: u32,
 }
 

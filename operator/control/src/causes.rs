@@ -63,6 +63,7 @@ fn of_container(pod: &str, status: &ContainerStatus) -> Option<Cause> {
                 )),
                 reason => {
                     let said = waiting.message.as_deref().unwrap_or("kubelet gives no details");
+                    let (reason, said) = behind_the_pause(reason, said);
                     Some(Cause::new(reason, format!("container {} of pod {pod}: {said}", status.name)))
                 }
             }
@@ -74,6 +75,13 @@ fn of_container(pod: &str, status: &ContainerStatus) -> Option<Cause> {
             .map(|end| ended(pod, &status.name, end)),
         _ => None,
     }
+}
+
+/// While kubelet pauses between two attempts to pull, its message repeats what the last attempt gave, after its reason.
+/// That is told, so that the cause does not change with every attempt.
+fn behind_the_pause<'a>(reason: &'a str, said: &'a str) -> (&'a str, &'a str) {
+    let attempt = (reason == "ImagePullBackOff").then(|| said.split_once(": ErrImagePull: ")).flatten();
+    attempt.map_or((reason, said), |(_, said)| ("ErrImagePull", said))
 }
 
 fn ended(pod: &str, container: &str, end: &ContainerStateTerminated) -> Cause {
@@ -153,6 +161,15 @@ mod tests {
             assert!(cause.message.contains("localhost/none:1"), "{}", cause.message);
         }
         assert_eq!(waiting("ContainerCreating", ""), None);
+    }
+
+    #[test]
+    fn the_pause_between_two_pulls_is_the_same_cause_as_the_pull() {
+        let pull = waiting("ErrImagePull", "failed to pull x:1");
+        assert_eq!(
+            waiting("ImagePullBackOff", "Back-off pulling image x:1: ErrImagePull: failed to pull x:1"),
+            pull
+        );
     }
 
     #[test]
