@@ -22,8 +22,9 @@ use crate::pods::PodView;
 pub const FRESH: Duration = Duration::from_secs(3);
 /// A gateway silent for this long is left out.
 pub const LEFT_OUT: Duration = Duration::from_secs(5);
-/// Nothing is opened this soon after the lead was taken.
-pub const SETTLE: Duration = Duration::from_secs(3);
+/// Nothing is opened this soon after the lead was taken: a gateway gives up on a silent leader after 2 s, waits up to
+/// 1 s before it tries again, and another such round must fit.
+pub const SETTLE: Duration = Duration::from_secs(6);
 /// A gateway silent for this long is forgotten.
 const FORGOTTEN: Duration = Duration::from_secs(300);
 

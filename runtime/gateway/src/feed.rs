@@ -27,7 +27,7 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// before it opens gates without the gateways that it has not heard: one attempt and the longest pause fit in there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The first head of the operator's stream takes no longer.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
 /// An endpoint takes about 100 bytes on the wire: room for some hundred thousand.
