@@ -23,8 +23,8 @@ use crate::gateway::{Gateway, Source, Taken};
 
 /// How often a report is sent when nothing changes.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// Connecting takes no longer. A pod that is gone does not answer at all, and a new leader settles for three seconds
-/// before it opens gates without the gateways that it has not heard: one attempt and the longest pause fit in there.
+/// Connecting takes no longer. A pod that is gone does not answer at all, and a new leader settles for six seconds
+/// before it opens gates without the gateways that it has not heard: two attempts and their pauses fit in there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The first head of the operator's stream takes no longer.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
