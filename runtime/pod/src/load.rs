@@ -175,7 +175,8 @@ impl Loaded {
         let info = self.engine.info();
         LoadedFacts {
             digest: self.digest.to_string(),
-            device: info.device.clone(),
+            // One word, as users write it in a specification and read it in tables; the log has the rest.
+            device: info.device.split_whitespace().next().unwrap_or_default().to_owned(),
             context_tokens: u32::try_from(info.context_tokens).unwrap_or(u32::MAX),
         }
     }

@@ -31,21 +31,38 @@ use trustformers_store::Source;
 
 /// Counts down the steps that may still be made; `usize::MAX` is any number.
 #[derive(Clone)]
-struct Gate(Arc<(Mutex<usize>, Condvar)>);
+struct Gate(Arc<(Mutex<Steps>, Condvar)>);
+
+struct Steps {
+    left: usize,
+    /// Whether a step waits to be allowed.
+    blocked: bool,
+}
 
 impl Gate {
     fn open() -> Self {
-        Self(Arc::new((Mutex::new(usize::MAX), Condvar::new())))
+        Self(Arc::new((Mutex::new(Steps { left: usize::MAX, blocked: false }), Condvar::new())))
     }
     fn allow(&self, steps: usize) {
-        *self.0.0.lock().unwrap() = steps;
+        self.0.0.lock().unwrap().left = steps;
         self.0.1.notify_all();
     }
     fn pass(&self) {
-        let mut left = self.0.1.wait_while(self.0.0.lock().unwrap(), |left| *left == 0).unwrap();
-        if *left != usize::MAX {
-            *left -= 1;
+        let mut steps = self.0.0.lock().unwrap();
+        steps.blocked = steps.left == 0;
+        self.0.1.notify_all();
+        let mut steps = self.0.1.wait_while(steps, |steps| steps.left == 0).unwrap();
+        steps.blocked = false;
+        if steps.left != usize::MAX {
+            steps.left -= 1;
         }
+    }
+    /// Waits until the device's thread stands at the gate.
+    async fn until_blocked(&self) {
+        let gate = self.clone();
+        let waiting =
+            move || drop(gate.0.1.wait_while(gate.0.0.lock().unwrap(), |steps| !steps.blocked).unwrap());
+        tokio::task::spawn_blocking(waiting).await.unwrap();
     }
 }
 
@@ -261,6 +278,7 @@ async fn stuck() -> (Server, tonic::Streaming<GenerateStreamResponse>) {
     let mut client = InferenceServiceClient::new(server.channel().await);
     let mut stream = client.generate_stream(prompt(40)).await.unwrap().into_inner();
     assert_eq!(stream.message().await.unwrap().unwrap().finish_reason, 0);
+    server.gate.until_blocked().await;
     (server, stream)
 }
 
