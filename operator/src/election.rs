@@ -16,6 +16,9 @@ pub const LEASE_NAME: &str = "trustformers-operator";
 /// Longest wait for one request, so that a hanging one cannot outlast the lease.
 const REQUEST_LIMIT: Duration = Duration::from_secs(2);
 
+/// A pause after a renewal that failed: several attempts fit before the deadline.
+const RETRY: Duration = Duration::from_millis(500);
+
 /// Why the Lease could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum LeaseError {
@@ -89,8 +92,9 @@ impl Candidate {
                         tracing::warn!(%error, "the lease could not be renewed; it is tried again");
                         trouble = error.to_string();
                         // The next look shows whether it is still ours.
-                        if self.read().await.is_err() {
-                            sleep(Duration::from_millis(500)).await;
+                        sleep(RETRY).await;
+                        if let Err(error) = self.read().await {
+                            tracing::warn!(%error, "the lease could not be read");
                         }
                     }
                 }
@@ -176,5 +180,154 @@ fn record(lease: &Lease) -> Record {
         holder: spec.holder_identity.unwrap_or_default(),
         transitions: spec.lease_transitions.and_then(|number| u64::try_from(number).ok()).unwrap_or(0),
         renewed: spec.renew_time.map(|time| time.0.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::sync::{Arc, Mutex};
+
+    use http::{Method, Request, Response, StatusCode};
+    use http_body_util::BodyExt;
+    use kube::client::Body;
+    use serde_json::{Value, json};
+    use tower::service_fn;
+
+    use super::*;
+
+    /// An API server that holds one Lease, with versions, and can be out of reach.
+    #[derive(Clone, Default)]
+    struct Server(Arc<Mutex<Shelf>>);
+
+    #[derive(Default)]
+    struct Shelf {
+        lease: Option<Value>,
+        version: u64,
+        away: bool,
+    }
+
+    impl Server {
+        fn client(&self) -> Client {
+            let server = self.clone();
+            let service = service_fn(move |request: Request<Body>| {
+                let server = server.clone();
+                async move {
+                    let method = request.method().clone();
+                    let bytes = request.into_body().collect().await.unwrap().to_bytes();
+                    let (code, body) = server.answer(&method, &bytes);
+                    let body = Body::from(serde_json::to_vec(&body).unwrap());
+                    let response = Response::builder().status(StatusCode::from_u16(code).unwrap()).body(body);
+                    Ok::<_, Infallible>(response.unwrap())
+                }
+            });
+            Client::new(service, "default")
+        }
+
+        fn answer(&self, method: &Method, bytes: &[u8]) -> (u16, Value) {
+            let mut shelf = self.0.lock().unwrap();
+            let failure = |code: u16| {
+                let reason = if code == 404 { "NotFound" } else { "Conflict" };
+                (
+                    code,
+                    json!({"kind": "Status", "status": "Failure", "code": code, "message": "no", "reason": reason}),
+                )
+            };
+            if shelf.away {
+                return failure(500);
+            }
+            if *method == Method::GET {
+                return shelf.lease.clone().map_or_else(|| failure(404), |lease| (200, lease));
+            }
+            let mut lease: Value = serde_json::from_slice(bytes).unwrap();
+            let known = shelf.lease.as_ref().map(|lease| lease["metadata"]["resourceVersion"].clone());
+            if known.is_some_and(|known| known != lease["metadata"]["resourceVersion"]) {
+                return failure(409);
+            }
+            shelf.version += 1;
+            lease["metadata"]["resourceVersion"] = json!(shelf.version.to_string());
+            shelf.lease = Some(lease.clone());
+            (200, lease)
+        }
+
+        fn away(&self, away: bool) {
+            self.0.lock().unwrap().away = away;
+        }
+
+        fn holder(&self) -> String {
+            self.0.lock().unwrap().lease.as_ref().unwrap()["spec"]["holderIdentity"]
+                .as_str()
+                .unwrap()
+                .to_owned()
+        }
+    }
+
+    fn candidate(server: &Server, name: &str) -> Candidate {
+        Candidate::new(server.client(), "sys", name.to_owned())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_leader_is_followed_by_another_in_a_later_term() {
+        let server = Server::default();
+        let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
+        assert_eq!(one.lead(|| {}).await, 1);
+        // The first one says nothing more, as when its node is lost.
+        let began = Instant::now();
+        assert_eq!(two.lead(|| {}).await, 2);
+        assert!(began.elapsed() >= LEASE && began.elapsed() < LEASE + RENEW_EVERY, "{:?}", began.elapsed());
+        // When it comes back, it finds that it lost the lead.
+        let why = one.keep().await;
+        assert!(!why.is_empty());
+        assert_eq!(server.holder(), "two");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_keeps_its_lease_while_it_lives() {
+        let server = Server::default();
+        let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
+        one.lead(|| {}).await;
+        tokio::select! {
+            why = one.keep() => panic!("the lead was lost: {why}"),
+            term = two.lead(|| {}) => panic!("it was taken in term {term}"),
+            () = sleep(LEASE * 6) => {}
+        }
+        assert_eq!(server.holder(), "one");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_released_lease_is_taken_at_the_next_look() {
+        let server = Server::default();
+        let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
+        one.lead(|| {}).await;
+        one.release().await;
+        assert_eq!(server.holder(), "");
+        let began = Instant::now();
+        assert_eq!(two.lead(|| {}).await, 2);
+        assert!(began.elapsed() < RENEW_EVERY);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_out_of_reach_of_the_api_server_steps_down_in_time() {
+        let server = Server::default();
+        let mut one = candidate(&server, "one");
+        one.lead(|| {}).await;
+        let began = Instant::now();
+        server.away(true);
+        let why = one.keep().await;
+        assert!(began.elapsed() <= trustformers_control::lease::RENEW_DEADLINE + Duration::from_secs(1));
+        assert!(why.contains("no"), "{why}");
+        // A short trouble is survived.
+        server.away(false);
+        assert_eq!(one.lead(|| {}).await, 2);
+        server.away(true);
+        let healed = server.clone();
+        tokio::spawn(async move {
+            sleep(Duration::from_secs(3)).await;
+            healed.away(false);
+        });
+        tokio::select! {
+            why = one.keep() => panic!("the lead was lost: {why}"),
+            () = sleep(LEASE * 2) => {}
+        }
     }
 }

@@ -8,6 +8,9 @@ pub mod identity;
 pub mod publish;
 pub mod service;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
