@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 for part in process nodes system-images; do source "$CLUSTER_SRC/$part.sh"; done
-if [ "$(nodes_up)" = 0 ]; then say "no cluster runs: nothing to load into"; exit 0; fi
+if ! cluster_runs; then say "no cluster runs: nothing to load into"; exit 0; fi
 take_lock
 # Entering a node changes the working folder, hence the absolute path.
 for archive in "$@"; do load_everywhere "$(realpath -e "$archive")"; done

@@ -27,6 +27,17 @@ alive() {
   [ "$(start_time_of "$pid")" = "$began" ]
 }
 
+# Whether the cluster of the state folder runs: made whole, since this boot, and with every daemon still alive. The folder
+# alone says nothing: it outlives a reboot and a kill.
+cluster_runs() {
+  local record name
+  [ "$(cat "$STATE/boot" 2>/dev/null)" = "$(cat /proc/sys/kernel/random/boot_id)" ] && [ -f "$STATE/complete" ] || return 1
+  for record in "$STATE"/run/*.pid; do
+    name=$(basename "$record" .pid)
+    alive "$name" || { say "$name has died"; return 1; }
+  done
+}
+
 # start NAME COMMAND...: runs a daemon in the background with its output in log/NAME.log. `setsid` does not fork here,
 # so $! is the daemon itself; Ctrl-C in the terminal does not reach it.
 start() {

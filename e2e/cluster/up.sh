@@ -18,15 +18,7 @@ while [ $# -gt 0 ]; do
 done
 [[ $nodes =~ ^[1-$MAX_NODES]$ ]] || fail "NODES=$nodes: expected 1 to $MAX_NODES"
 
-healthy() {
-  local record name
-  [ "$(cat "$STATE/boot" 2>/dev/null)" = "$(cat /proc/sys/kernel/random/boot_id)" ] && [ -f "$STATE/complete" ] || return 1
-  for record in "$STATE"/run/*.pid; do
-    name=$(basename "$record" .pid)
-    alive "$name" || { say "$name has died"; return 1; }
-  done
-  apiserver_ready >/dev/null 2>&1
-}
+healthy() { cluster_runs && apiserver_ready >/dev/null 2>&1; }
 
 begin_state() {
   mkdir -p "$STATE"
