@@ -5,8 +5,8 @@
 //! [`crate::hazards`] put a barrier wherever one thread's share meets another's.
 
 use trustformers_plan::{
-    AttentionShape, Buf, DType, Epilogue, KV_BLOCK_TOKENS, Numerics, Op, Plan, RopeLayout, RopeSpec,
-    RowSpace, StepInput, WeightId,
+    AttentionShape, Buf, Epilogue, KV_BLOCK_TOKENS, Numerics, Op, Plan, RopeLayout, RopeSpec, RowSpace,
+    StepInput, WeightId,
 };
 
 use crate::{
@@ -237,8 +237,8 @@ impl Step<'_> {
             return Ok(());
         }
         let matrices = weights.iter().map(|id| &self.shared.matrices[id]);
-        let quantised = |dtype| matches!(dtype, DType::Q8_0 | DType::Q4_1);
-        let quantise = self.shared.numerics == Numerics::Fast && matrices.clone().any(|m| quantised(m.dtype));
+        let quantise =
+            self.shared.numerics == Numerics::Fast && matrices.clone().any(|m| m.form.is_quantised());
         let buffer = if quantise { Some(self.quantise(input, rows, me)?) } else { None };
 
         let total = matrices.clone().map(Packed::groups).sum();
@@ -254,7 +254,10 @@ impl Step<'_> {
                         matrix,
                         groups: groups.start - first_group..groups.end - first_group,
                         input: Rows { ptr: self.at(input, 0), stride: input.stride, count: rows },
-                        quantised: buffer.as_ref().map(QuantBuffer::rows).filter(|_| quantised(matrix.dtype)),
+                        quantised: buffer
+                            .as_ref()
+                            .map(QuantBuffer::rows)
+                            .filter(|_| matrix.form.is_quantised()),
                         target: Target {
                             ptr: self.at(out, 0).add(first_col),
                             stride: out.stride,

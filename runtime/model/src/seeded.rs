@@ -9,9 +9,11 @@
 //! output function on `start + (i + 1) * 0x9E3779B97F4A7C15`; norm weights are 1. Quantised tensors are rounded from
 //! these values block by block.
 
+mod store;
+
 use crate::gguf::{GgufValue, GgufWriter};
 use crate::tokenizer::byte_chars;
-use half::f16;
+use store::store;
 use trustformers_plan::DType;
 
 /// Spread of the embedding, and of the other matrices, before the division by the root of the columns. Larger than in
@@ -48,9 +50,10 @@ pub struct SeededModel {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Elements of a head; even. `heads * head_dim` is the width and a multiple of 32 where weights are quantised.
+    /// Elements of a head; even. `heads * head_dim` is the width and a multiple of the type's block (32 or 256)
+    /// where weights are quantised.
     pub head_dim: usize,
-    /// Width of the feed-forward part; a multiple of 32 where weights are quantised.
+    /// Width of the feed-forward part; a multiple of the type's block where weights are quantised.
     pub feed_forward: usize,
     /// Longest sequence in tokens.
     pub context_tokens: usize,
@@ -176,40 +179,6 @@ fn fnv1a(text: &str) -> u64 {
     })
 }
 
-/// Values as `dtype` stores them, rounded to the nearest.
-fn store(values: &[f32], dtype: DType) -> Vec<u8> {
-    let blocks = values.chunks_exact(dtype.block_len());
-    assert!(blocks.remainder().is_empty(), "{} values are no whole {dtype} blocks", values.len());
-    match dtype {
-        DType::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-        DType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
-        DType::Q8_0 => blocks.flat_map(store_q8_0).collect(),
-        DType::Q4_1 => blocks.flat_map(store_q4_1).collect(),
-    }
-}
-
-fn store_q8_0(block: &[f32]) -> Vec<u8> {
-    let largest = block.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-    let scale = f16::from_f32(largest / 127.0);
-    let quantum =
-        |value: f32| if largest > 0.0 { (value / scale.to_f32()).round().clamp(-127.0, 127.0) } else { 0.0 };
-    let quanta = block.iter().map(|value| (quantum(*value) as i8).cast_unsigned());
-    scale.to_le_bytes().into_iter().chain(quanta).collect()
-}
-
-fn store_q4_1(block: &[f32]) -> Vec<u8> {
-    let least = block.iter().copied().fold(f32::INFINITY, f32::min);
-    let most = block.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let (scale, minimum) = (f16::from_f32((most - least) / 15.0), f16::from_f32(least));
-    let quantum = |value: f32| {
-        let steps = (value - minimum.to_f32()) / scale.to_f32();
-        if steps.is_finite() { steps.round().clamp(0.0, 15.0) as u8 } else { 0 }
-    };
-    let (low, high) = block.split_at(block.len() / 2);
-    let pairs = low.iter().zip(high).map(|(low, high)| quantum(*low) | (quantum(*high) << 4));
-    scale.to_le_bytes().into_iter().chain(minimum.to_le_bytes()).chain(pairs).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,7 +189,8 @@ mod tests {
     #[test]
     fn every_storage_type_loads_and_stays_near_the_values() {
         let load = |dtype| {
-            let file = SeededModel { dtype, ..SeededModel::default() }.gguf();
+            let file =
+                SeededModel { dtype, head_dim: 64, feed_forward: 256, ..SeededModel::default() }.gguf();
             Model::from_bytes(Path::new("seeded.gguf"), Arc::new(file)).unwrap()
         };
         let row = |model: &Model| {
@@ -233,7 +203,17 @@ mod tests {
         let exact = row(&load(DType::F32));
         let largest = exact.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
         assert!(largest > 0.1, "{largest}");
-        for (dtype, share) in [(DType::F16, 0.001), (DType::Q8_0, 0.006), (DType::Q4_1, 0.07)] {
+        for (dtype, share) in [
+            (DType::F16, 0.001),
+            (DType::BF16, 0.005),
+            (DType::Q8_0, 0.006),
+            (DType::Q4_1, 0.07),
+            (DType::Q4_0, 0.13),
+            (DType::Q5_0, 0.07),
+            (DType::Q4_K, 0.08),
+            (DType::Q5_K, 0.05),
+            (DType::Q6_K, 0.04),
+        ] {
             let stored = row(&load(dtype));
             let off = exact.iter().zip(&stored).fold(0.0_f32, |off, (a, b)| off.max((a - b).abs()));
             assert!(off <= largest * share, "{dtype}: {off} of {largest}");

@@ -12,13 +12,11 @@
 
 use std::ops::Range;
 
-use trustformers_plan::DType;
-
 use super::{
     quantise::QuantRows,
     simd::{LANES, Simd},
 };
-use crate::pack::{BLOCK_COLS, Packed};
+use crate::pack::{BLOCK_COLS, Form, Packed};
 
 /// Rows of an exact tile with 32 registers; with 16 registers it is 3.
 const EXACT_TILE: usize = 4;
@@ -64,13 +62,13 @@ pub(crate) struct MatMul<'a> {
 pub(crate) unsafe fn run<S: Simd>(job: &MatMul<'_>) {
     // SAFETY: handed on.
     unsafe {
-        match (job.matrix.dtype, job.quantised) {
-            (DType::Q8_0, Some(x)) => fast::<S, Q8>(job, &x),
-            (DType::Q4_1, Some(x)) => fast::<S, Q4Min>(job, &x),
-            (DType::F32, _) => exact::<S, Float>(job),
-            (DType::F16, _) => exact::<S, Half>(job),
-            (DType::Q8_0, None) => exact::<S, Q8>(job),
-            (DType::Q4_1, None) => exact::<S, Q4Min>(job),
+        match (job.matrix.form, job.quantised) {
+            (Form::Q8, Some(x)) => fast::<S, Q8>(job, &x),
+            (Form::Q4Min, Some(x)) => fast::<S, Q4Min>(job, &x),
+            (Form::F32, _) => exact::<S, Float>(job),
+            (Form::F16, _) => exact::<S, Half>(job),
+            (Form::Q8, None) => exact::<S, Q8>(job),
+            (Form::Q4Min, None) => exact::<S, Q4Min>(job),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use half::f16;
+use half::{bf16, f16};
 use proptest::prelude::*;
 use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, Weight};
 
@@ -32,25 +32,31 @@ impl Dice {
         (0..len).map(|_| self.float()).collect()
     }
 
+    fn block(&mut self, dtype: DType) -> Vec<u8> {
+        let float = self.float();
+        let half = |v: f32| f16::from_f32(v).to_le_bytes();
+        let mut block: Vec<u8> = (0..dtype.block_bytes()).map(|_| self.bits() as u8).collect();
+        match dtype {
+            DType::F32 => block.copy_from_slice(&float.to_le_bytes()),
+            DType::F16 => block.copy_from_slice(&half(float)),
+            DType::BF16 => block.copy_from_slice(&bf16::from_f32(float).to_le_bytes()),
+            DType::Q8_0 | DType::Q4_0 | DType::Q5_0 => block[..2].copy_from_slice(&half(float * 0.02)),
+            DType::Q4_1 => {
+                block[..2].copy_from_slice(&half(float * 0.02));
+                block[2..4].copy_from_slice(&half(self.float() * 0.1));
+            }
+            DType::Q4_K | DType::Q5_K => {
+                block[..2].copy_from_slice(&half(float * 0.001));
+                block[2..4].copy_from_slice(&half(self.float() * 0.002));
+            }
+            DType::Q6_K => block[208..].copy_from_slice(&half(float * 0.0005)),
+        }
+        block
+    }
+
     /// A stored matrix with every quant and sane scales.
     fn weight(&mut self, dtype: DType, rows: usize, cols: usize) -> Weight {
-        let mut bytes = Vec::new();
-        for _ in 0..rows * cols / dtype.block_len() {
-            match dtype {
-                DType::F32 => bytes.extend(self.float().to_le_bytes()),
-                DType::F16 => bytes.extend(f16::from_f32(self.float()).to_le_bytes()),
-                DType::Q8_0 | DType::Q4_1 => {
-                    let start = bytes.len();
-                    bytes.extend(f16::from_f32(self.float() * 0.02).to_le_bytes());
-                    if dtype == DType::Q4_1 {
-                        bytes.extend(f16::from_f32(self.float() * 0.1).to_le_bytes());
-                    }
-                    while bytes.len() < start + dtype.block_bytes() {
-                        bytes.push(self.bits() as u8);
-                    }
-                }
-            }
-        }
+        let bytes: Vec<u8> = (0..rows * cols / dtype.block_len()).flat_map(|_| self.block(dtype)).collect();
         let range = 0..bytes.len();
         Weight::new("w", dtype, (rows, cols), Arc::new(bytes), range).unwrap()
     }
@@ -132,12 +138,16 @@ proptest! {
 
     #[test]
     fn exact_projections_follow_the_definition(
-        seed in any::<u64>(), dtype in 0usize..4, rows in 1usize..10, blocks in 1usize..9, features in 1usize..70, add: bool,
+        seed in any::<u64>(), dtype in 0..DType::ALL.len(), rows in 1usize..10, blocks in 1usize..9, features in 1usize..70, add: bool,
     ) {
         let dtype = DType::ALL[dtype];
         let mut dice = Dice(seed);
         // Floats need no whole blocks.
-        let cols = if dtype.block_len() == 1 { 32 * blocks - dice.bits() as usize % 31 } else { 32 * blocks };
+        let cols = match dtype.block_len() {
+            1 => 32 * blocks - dice.bits() as usize % 31,
+            32 => 32 * blocks,
+            len => len * blocks.div_ceil(4),
+        };
         let weight = dice.weight(dtype, features, cols);
         let (x, residual) = (dice.floats(rows * cols), dice.floats(rows * features));
         let case = Case { weight: &weight, x: &x, rows, residual: add.then_some(&residual[..]), fast: false };
@@ -160,10 +170,10 @@ proptest! {
 
     #[test]
     fn fast_projections_are_the_products_of_rounded_activations(
-        seed in any::<u64>(), q4: bool, rows in 1usize..10, blocks in 1usize..9, features in 1usize..70,
+        seed in any::<u64>(), dtype in 0usize..4, rows in 1usize..10, blocks in 1usize..9, features in 1usize..70,
     ) {
         let mut dice = Dice(seed);
-        let dtype = if q4 { DType::Q4_1 } else { DType::Q8_0 };
+        let dtype = [DType::Q8_0, DType::Q4_1, DType::Q4_0, DType::Q5_0][dtype];
         let weight = dice.weight(dtype, features, 32 * blocks);
         let mut x = dice.floats(rows * 32 * blocks);
         // A block of nothing but zeros has no scale to divide by.

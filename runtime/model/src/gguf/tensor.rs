@@ -17,8 +17,14 @@ fn dtype(code: u32) -> Option<DType> {
     match code {
         0 => Some(DType::F32),
         1 => Some(DType::F16),
+        2 => Some(DType::Q4_0),
         3 => Some(DType::Q4_1),
+        6 => Some(DType::Q5_0),
         8 => Some(DType::Q8_0),
+        12 => Some(DType::Q4_K),
+        13 => Some(DType::Q5_K),
+        14 => Some(DType::Q6_K),
+        30 => Some(DType::BF16),
         _ => None,
     }
 }
@@ -28,8 +34,14 @@ pub(super) fn dtype_code(dtype: DType) -> u32 {
     match dtype {
         DType::F32 => 0,
         DType::F16 => 1,
+        DType::Q4_0 => 2,
         DType::Q4_1 => 3,
+        DType::Q5_0 => 6,
         DType::Q8_0 => 8,
+        DType::Q4_K => 12,
+        DType::Q5_K => 13,
+        DType::Q6_K => 14,
+        DType::BF16 => 30,
     }
 }
 
