@@ -36,8 +36,8 @@ kubectl: ## kubectl on it: make kubectl ARGS="get pods -A"
 images: ## images of our programs, without a container engine; loaded into the running cluster [TAG=v0.1.0]
 	@e2e/images/build.sh
 
-models: ## the test model, and its image; loaded into the running cluster
-	@e2e/models/fetch.sh
+models: ## SmolLM2 and its image, loaded into the running cluster [MODELS="smollm2 minilm qwen-0.5b qwen-1.5b"]
+	@e2e/models/fetch.sh $(MODELS)
 
 report: ## time to first token, image sizes, decode speed, what each rung took
 	@e2e/tasks/report.sh

@@ -47,7 +47,7 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 rung preflight preflight
-rung models "$E2E_DIR/models/fetch.sh"
+rung models "$E2E_DIR/models/fetch.sh" smollm2 minilm qwen-0.5b
 rung lint "$E2E_DIR/tasks/lint.sh"
 rung unit unit
 rung images "$E2E_DIR/images/build.sh"
