@@ -35,22 +35,30 @@ pub(crate) fn barriers(ops: &[Op]) -> Vec<bool> {
 
 /// What an op touches, and whether it writes it.
 fn accesses(op: &Op) -> Vec<(Resource, bool)> {
-    let turned = matches!(op, Op::Rope { .. });
-    let mut list: Vec<_> = op.inputs().into_iter().map(|buf| (Resource::Arena(buf), turned)).collect();
-    list.extend(op.output().map(|buf| (Resource::Arena(buf), true)));
+    let mut list: Vec<_> = op.inputs().into_iter().map(|buf| (Resource::Arena(buf), false)).collect();
+    list.extend(op.changes().into_iter().chain(op.output()).map(|buf| (Resource::Arena(buf), true)));
     match op {
-        Op::KvWrite { layer, .. } => list.push((Resource::Cache(*layer), true)),
+        Op::KvWrite { layer, .. } | Op::RopeKvWrite { layer, .. } => {
+            list.push((Resource::Cache(*layer), true));
+        }
         Op::Attention { layer, .. } => {
             list.push((Resource::Cache(*layer), false));
             list.push((Resource::Scratch, true));
         }
         Op::MatMul { .. } | Op::Logits { .. } => list.push((Resource::Scratch, true)),
-        Op::Embed { .. }
+        // What an encoder's attention keeps meanwhile is each thread's own.
+        Op::EncoderAttention { .. }
+        | Op::Embed { .. }
+        | Op::EmbedPositions { .. }
+        | Op::AddRow { .. }
         | Op::RmsNorm { .. }
+        | Op::LayerNorm { .. }
         | Op::Rope { .. }
+        | Op::Gelu { .. }
         | Op::SiluMul { .. }
         | Op::Add { .. }
-        | Op::GatherRows { .. } => {}
+        | Op::GatherRows { .. }
+        | Op::Pool { .. } => {}
     }
     list
 }
@@ -77,7 +85,7 @@ fn may_overlap(a: &Buf, b: &Buf) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use trustformers_plan::{RopeLayout, RopeSpec, RowSpace};
+    use trustformers_plan::{AttentionShape, RopeLayout, RopeSpec, RowSpace};
 
     fn buf(offset: usize, cols: usize, stride: usize) -> Buf {
         Buf { offset, cols, stride, rows: RowSpace::Tokens }
@@ -105,5 +113,11 @@ mod tests {
             Op::KvWrite { layer: 1, keys: k, values: v },
         ];
         assert_eq!(barriers(&ops), [false, false, true, false]);
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8 };
+        let at_once = [
+            Op::RopeKvWrite { layer: 0, query: q, keys: k, values: v, spec },
+            Op::Attention { layer: 0, query: q, shape, scale: 1.0, out: buf(8192, 32, 32) },
+        ];
+        assert_eq!(barriers(&at_once), [false, true]);
     }
 }

@@ -1,13 +1,14 @@
 //! A model on the processor: repacked weights, cache, arena and scratch, and the executables that share them.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use trustformers_plan::{
-    BackendError, Executable, Hyper, KV_BLOCK_TOKENS, Limits, LoadProgress, LoadSpec, Loaded, MemoryReport,
-    Numerics, Op, Plan, RopeSpec, StepInput, StepOutput, WeightId, Weights, rope::RopeTable,
+    Activation, BackendError, Executable, Hyper, KV_BLOCK_TOKENS, Limits, LoadProgress, LoadSpec, Loaded,
+    MemoryReport, Numerics, Op, Plan, RopeSpec, StepInput, StepOutput, WeightId, WeightUse, Weights,
+    rope::RopeTable,
 };
 
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
     kernels::{
         Kernels,
         attention::{CHUNK_TOKENS, partial_len},
+        encoder,
         quantise::QuantBuffer,
     },
     memory::SharedF32,
@@ -56,6 +58,8 @@ pub(crate) struct ThreadScratch {
     pub(crate) panel: SharedF32,
     pub(crate) quantised: SharedF32,
     pub(crate) partials: SharedF32,
+    /// One head of a sequence in an encoder's attention.
+    pub(crate) encoder: SharedF32,
 }
 
 impl Scratch {
@@ -70,11 +74,17 @@ impl Scratch {
             head_dim: hyper.head_dim,
         };
         let item = hyper.heads / hyper.kv_heads * hyper.context.div_ceil(CHUNK_TOKENS) * partial_len(&shape);
+        let encoder = if plan.ops().iter().any(|op| matches!(op, Op::EncoderAttention { .. })) {
+            encoder::scratch_len(hyper.context.min(plan.limits().rows), hyper.head_dim)
+        } else {
+            0
+        };
         let own = || {
             Ok(ThreadScratch {
                 panel: SharedF32::new(what, cols * GROUP_ROWS)?,
                 quantised: SharedF32::new(what, words(PRIVATE_ROWS))?,
                 partials: SharedF32::new(what, item)?,
+                encoder: SharedF32::new(what, encoder)?,
             })
         };
         Ok(Self {
@@ -85,7 +95,9 @@ impl Scratch {
     }
 
     fn bytes(&self) -> u64 {
-        let own = |t: &ThreadScratch| t.panel.bytes() + t.quantised.bytes() + t.partials.bytes();
+        let own = |t: &ThreadScratch| {
+            t.panel.bytes() + t.quantised.bytes() + t.partials.bytes() + t.encoder.bytes()
+        };
         self.quantised.bytes() + self.partials.bytes() + self.threads.iter().map(own).sum::<u64>()
     }
 }
@@ -104,7 +116,7 @@ impl CpuModel {
         let (matrices, vectors) = take_in(&weights, plan, progress)?;
         let mut ropes: Vec<(RopeSpec, RopeTable)> = Vec::new();
         for op in plan.ops() {
-            if let Op::Rope { spec, .. } = op
+            if let Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } = op
                 && !ropes.iter().any(|(known, _)| known == spec)
             {
                 ropes.push((*spec, RopeTable::new(spec, hyper.context)));
@@ -144,30 +156,38 @@ fn take_in(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<TakenIn, BackendError> {
     let (mut matrices, mut vectors) = (HashMap::new(), HashMap::new());
-    let used: std::collections::BTreeSet<WeightId> = plan.ops().iter().flat_map(Op::weights).collect();
-    let total_bytes = used.iter().map(|id| weights.get(*id).bytes().len() as u64).sum();
+    let mut used: BTreeMap<WeightId, BTreeSet<WeightUse>> = BTreeMap::new();
+    for (id, how) in plan.ops().iter().flat_map(Op::weights) {
+        used.entry(id).or_default().insert(how);
+    }
+    let total_bytes = used.keys().map(|id| weights.get(*id).bytes().len() as u64).sum();
     let mut done_bytes = 0;
-    for id in used {
+    for (id, uses) in used {
         let weight = weights.get(id);
-        for op in plan.ops().iter().filter(|op| op.weights().contains(&id)) {
-            match op {
-                Op::MatMul { .. } | Op::Logits { .. } if !matrices.contains_key(&id) => {
-                    matrices.insert(id, Packed::new(weight)?);
-                }
-                Op::RmsNorm { .. } => {
-                    vectors.entry(id).or_insert_with(|| {
-                        let mut vector = vec![0.0; weight.cols()];
-                        weight.dequantise_row(0, &mut vector);
-                        vector
-                    });
-                }
-                _ => {}
-            }
+        if uses.contains(&WeightUse::Matrix) {
+            matrices.insert(id, Packed::new(weight)?);
+        }
+        if uses.contains(&WeightUse::Vector) {
+            let mut vector = vec![0.0; weight.cols()];
+            weight.dequantise_row(0, &mut vector);
+            vectors.insert(id, vector);
         }
         done_bytes += weight.bytes().len() as u64;
         progress(LoadProgress { done_bytes, total_bytes });
     }
     Ok((matrices, vectors))
+}
+
+/// Forms of projections that this backend does not claim.
+fn refuse_unclaimed(op: &Op) -> Result<(), BackendError> {
+    let Op::MatMul { norm, parts, activation, .. } = op else { return Ok(()) };
+    let claimed =
+        norm.is_none() && *activation == Activation::None && parts.iter().all(|part| part.bias.is_none());
+    if claimed {
+        return Ok(());
+    }
+    let what = "a projection with a norm, a bias or an activation of its own; make the plan with the device's fused ops";
+    Err(BackendError::Unsupported { device: "cpu".into(), what: what.into() })
 }
 
 impl Loaded for CpuModel {
@@ -187,25 +207,28 @@ impl Loaded for CpuModel {
         let shared = &*self.shared;
         plan.check_loaded(&shared.hyper, shared.arena_bytes, &shared.weights)?;
         let (limits, loaded) = (plan.limits(), &shared.limits);
-        if limits.rows > loaded.rows || limits.logits_rows > loaded.logits_rows {
+        if limits.rows > loaded.rows
+            || limits.logits_rows > loaded.logits_rows
+            || limits.sequences > loaded.sequences
+        {
             return Err(BackendError::Mismatch("it has larger steps: load with the largest plan"));
         }
         for op in plan.ops() {
-            let ready = match op {
-                Op::MatMul { weights, .. } => weights.iter().all(|id| shared.matrices.contains_key(id)),
-                Op::Logits { weight, .. } => shared.matrices.contains_key(weight),
-                Op::RmsNorm { weight, .. } => shared.vectors.contains_key(weight),
-                Op::Rope { spec, .. } => shared.ropes.iter().any(|(known, _)| known == spec),
-                Op::Embed { .. }
-                | Op::KvWrite { .. }
-                | Op::Attention { .. }
-                | Op::SiluMul { .. }
-                | Op::Add { .. }
-                | Op::GatherRows { .. } => true,
+            let ready = op.weights().iter().all(|(id, how)| match how {
+                WeightUse::Matrix => shared.matrices.contains_key(id),
+                WeightUse::Vector => shared.vectors.contains_key(id),
+                WeightUse::Rows => true,
+            });
+            let turns = match op {
+                Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } => {
+                    shared.ropes.iter().any(|(known, _)| known == spec)
+                }
+                _ => true,
             };
-            if !ready {
+            if !ready || !turns {
                 return Err(BackendError::Mismatch("it uses weights that the loaded plan did not"));
             }
+            refuse_unclaimed(op)?;
         }
         Ok(Box::new(CpuExecutable {
             barriers: hazards::barriers(plan.ops()),
@@ -213,7 +236,7 @@ impl Loaded for CpuModel {
             shared: self.shared.clone(),
             pool: self.pool.clone(),
             row_sequences: Vec::new(),
-            logits: Vec::new(),
+            answer: Vec::new(),
             finished: false,
         }))
     }
@@ -226,7 +249,7 @@ struct CpuExecutable {
     shared: Arc<Shared>,
     pool: Arc<Mutex<Pool>>,
     row_sequences: Vec<u32>,
-    logits: Vec<f32>,
+    answer: Vec<f32>,
     finished: bool,
 }
 
@@ -251,8 +274,8 @@ impl Executable for CpuExecutable {
         };
         pool.run(&|number, barrier| step.run(number, barrier))
             .map_err(|_| BackendError::Device("a kernel panicked; its message is in the log".into()))?;
-        self.logits.clear();
-        step.read_logits(&mut self.logits);
+        self.answer.clear();
+        step.read_answer(&mut self.answer);
         self.finished = true;
         Ok(())
     }
@@ -261,9 +284,9 @@ impl Executable for CpuExecutable {
         if !std::mem::take(&mut self.finished) {
             return Err(BackendError::Order("wait without submit"));
         }
-        output.vocab = self.plan.hyper().vocab;
+        output.width = self.plan.answer().cols;
         // The caller's old buffer becomes the next step's.
-        std::mem::swap(&mut self.logits, &mut output.logits);
+        std::mem::swap(&mut self.answer, &mut output.values);
         Ok(())
     }
 }

@@ -4,8 +4,10 @@
 //! the step was validated against the plan, the plan's buffers lie in the arena and do not overlap while they live, and
 //! [`crate::hazards`] put a barrier wherever one thread's share meets another's.
 
+mod encoder;
+
 use trustformers_plan::{
-    AttentionShape, Buf, Epilogue, KV_BLOCK_TOKENS, Numerics, Op, Plan, RopeLayout, RopeSpec, RowSpace,
+    AttentionShape, Buf, KV_BLOCK_TOKENS, Numerics, Op, Part, Plan, RopeLayout, RopeSpec, RowSpace,
     StepInput, WeightId,
 };
 
@@ -19,6 +21,7 @@ use crate::{
     pack::{BLOCK_COLS, Packed},
     pool::{Aborted, Barrier, share},
 };
+use encoder::EncoderAttention;
 
 /// Rows that each thread quantises for itself: repeating so little costs less than meeting once more.
 pub(crate) const PRIVATE_ROWS: usize = 4;
@@ -57,23 +60,20 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Appends the logits; for the caller's thread, after all have ended.
-    pub(crate) fn read_logits(&self, logits: &mut Vec<f32>) {
-        for op in self.plan.ops() {
-            if let Op::Logits { out, .. } = op {
-                for row in 0..self.rows(*out) {
-                    // SAFETY: the row lies in the arena, and no thread runs any more.
-                    logits.extend_from_slice(unsafe {
-                        std::slice::from_raw_parts(self.at(*out, row), out.cols)
-                    });
-                }
-            }
+    /// Appends the step's answer; for the caller's thread, after all have ended.
+    pub(crate) fn read_answer(&self, values: &mut Vec<f32>) {
+        let out = self.plan.answer();
+        for row in 0..self.rows(out) {
+            // SAFETY: the row lies in the arena, and no thread runs any more.
+            values.extend_from_slice(unsafe { std::slice::from_raw_parts(self.at(out, row), out.cols) });
         }
     }
 
     fn op(&self, op: &Op, me: Me<'_>) -> Result<(), Aborted> {
         match *op {
-            Op::Embed { table, out } => self.embed(table, out, me),
+            Op::Embed { table, out } => self.embed(table, &self.input.tokens, out, me),
+            Op::EmbedPositions { table, out } => self.embed(table, &self.input.positions, out, me),
+            Op::AddRow { input, weight, out } => self.add_row(input, weight, out, me),
             Op::RmsNorm { input, weight, eps, out } => {
                 let weight = &self.shared.vectors[&weight];
                 for row in self.my_share(self.rows(out), me) {
@@ -83,17 +83,28 @@ impl Step<'_> {
                     }
                 }
             }
-            Op::MatMul { input, ref weights, epilogue, out } => {
-                return self.matmul(weights, (input, epilogue, out), me);
+            Op::LayerNorm { input, weight, bias, eps, out } => {
+                self.layer_norm((input, out), (weight, bias), eps, me);
+            }
+            // Compiling refused the forms that are not claimed.
+            Op::MatMul { input, norm: _, ref parts, activation: _, residual, out } => {
+                return self.matmul(parts, (input, residual, out), me);
             }
             Op::Logits { input, weight, out } => {
-                return self.matmul(&[weight], (input, Epilogue::None, out), me);
+                return self.matmul(&[Part { weight, bias: None }], (input, None, out), me);
             }
             Op::Rope { data, spec } => self.rope(data, &spec, me),
             Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values, me),
+            Op::RopeKvWrite { layer, query, keys, values, ref spec } => {
+                self.rope_kv_write(layer, (query, keys, values), spec, me);
+            }
             Op::Attention { layer, query, shape, scale, out } => {
                 return self.attention(&Attention { layer, query, shape, scale, out }, me);
             }
+            Op::EncoderAttention { query, keys, values, shape, scale, out } => {
+                self.encoder_attention(&EncoderAttention { query, keys, values, shape, scale, out }, me);
+            }
+            Op::Gelu { input, out } => self.gelu(input, out, me),
             Op::SiluMul { gate, up, out } => {
                 self.element_wise(self.shared.kernels.silu_mul, (gate, up, out), me);
             }
@@ -105,6 +116,7 @@ impl Step<'_> {
                     unsafe { std::ptr::copy_nonoverlapping(self.at(input, row), self.at(out, i), out.cols) };
                 }
             }
+            Op::Pool { input, pooling, normalise, out } => self.pool((input, out), pooling, normalise, me),
         }
         Ok(())
     }
@@ -113,6 +125,7 @@ impl Step<'_> {
         match buf.rows {
             RowSpace::Tokens => self.input.rows(),
             RowSpace::Logits => self.input.logits_rows.len(),
+            RowSpace::Sequences => self.input.sequences(),
         }
     }
 
@@ -126,12 +139,12 @@ impl Step<'_> {
         unsafe { self.shared.arena.row(buf, row) }
     }
 
-    fn embed(&self, table: WeightId, out: Buf, me: Me<'_>) {
+    fn embed(&self, table: WeightId, picked: &[u32], out: Buf, me: Me<'_>) {
         let table = self.shared.weights.get(table);
-        for row in self.my_share(self.input.rows(), me) {
+        for row in self.my_share(picked.len(), me) {
             // SAFETY: see the module; the row is this thread's.
             let out = unsafe { std::slice::from_raw_parts_mut(self.at(out, row), out.cols) };
-            table.dequantise_row(self.input.tokens[row] as usize, out);
+            table.dequantise_row(picked[row] as usize, out);
         }
     }
 
@@ -158,25 +171,35 @@ impl Step<'_> {
     }
 
     fn rope(&self, data: Buf, spec: &RopeSpec, me: Me<'_>) {
-        // Compiling checked that the table exists.
-        let Some((_, table)) = self.shared.ropes.iter().find(|(known, _)| known == spec) else { return };
         let heads = data.cols / spec.head_dim;
         for unit in self.my_share(self.input.rows() * heads, me) {
-            let (row, head) = (unit / heads, unit % heads);
-            let (cos, sin) = table.at(self.input.positions[row] as usize);
-            // SAFETY: see the module; the head is this thread's.
-            let head = unsafe {
-                std::slice::from_raw_parts_mut(self.at(data, row).add(head * spec.head_dim), spec.head_dim)
+            self.turn(data, spec, (unit / heads, unit % heads));
+        }
+    }
+
+    /// Turns one head of a row in place; the head is this thread's.
+    fn turn(&self, data: Buf, spec: &RopeSpec, (row, head): (usize, usize)) {
+        // SAFETY: see the module; the head lies in the row.
+        let head = unsafe {
+            std::slice::from_raw_parts_mut(self.at(data, row).add(head * spec.head_dim), spec.head_dim)
+        };
+        self.turned(spec, row, |(a, b), (cos, sin)| {
+            let (x, y) = (head[a], head[b]);
+            (head[a], head[b]) = (x * cos - y * sin, x * sin + y * cos);
+        });
+    }
+
+    /// Hands the pairs of a head, and by how much they turn at a row's position, to `each`.
+    fn turned(&self, spec: &RopeSpec, row: usize, mut each: impl FnMut((usize, usize), (f32, f32))) {
+        // Compiling checked that the table exists.
+        let Some((_, table)) = self.shared.ropes.iter().find(|(known, _)| known == spec) else { return };
+        let (cos, sin) = table.at(self.input.positions[row] as usize);
+        for (i, (cos, sin)) in cos.iter().zip(sin).enumerate() {
+            let pair = match spec.layout {
+                RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+                RopeLayout::Neox => (i, i + spec.dims / 2),
             };
-            for (i, (cos, sin)) in cos.iter().zip(sin).enumerate() {
-                let (a, b) = match spec.layout {
-                    RopeLayout::Interleaved => (2 * i, 2 * i + 1),
-                    RopeLayout::Neox => (i, i + spec.dims / 2),
-                };
-                let (x, y) = (head[a], head[b]);
-                head[a] = x * cos - y * sin;
-                head[b] = x * sin + y * cos;
-            }
+            each(pair, (*cos, *sin));
         }
     }
 
@@ -191,24 +214,69 @@ impl Step<'_> {
         self.input.blocks_of(self.row_sequences[row] as usize)
     }
 
-    fn kv_write(&self, layer: usize, keys: Buf, values: Buf, me: Me<'_>) {
+    fn shape(&self) -> AttentionShape {
         let hyper = &self.shared.hyper;
-        let shape = AttentionShape { heads: hyper.heads, kv_heads: hyper.kv_heads, head_dim: hyper.head_dim };
-        let dim = shape.head_dim;
-        for row in self.my_share(self.input.rows(), me) {
-            let position = self.input.positions[row] as usize;
-            let (block, slot) = (self.table(row)[position / KV_BLOCK_TOKENS], position % KV_BLOCK_TOKENS);
-            for kv_head in 0..shape.kv_heads {
-                // SAFETY: validation put the block inside the cache and lets one row alone write the slot.
-                unsafe {
-                    let (k, v) =
-                        (self.at(keys, row).add(kv_head * dim), self.at(values, row).add(kv_head * dim));
-                    let cached = self.layer_cache(layer).add(cache_index(&shape, block as usize, kv_head));
-                    for d in 0..dim {
-                        *cached.add(d * KV_BLOCK_TOKENS + slot) = *k.add(d);
-                    }
-                    std::ptr::copy_nonoverlapping(v, cached.add(dim * KV_BLOCK_TOKENS + slot * dim), dim);
+        AttentionShape { heads: hyper.heads, kv_heads: hyper.kv_heads, head_dim: hyper.head_dim }
+    }
+
+    /// Where a row's key of one head goes, [`KV_BLOCK_TOKENS`] apart, and where its value goes, side by side.
+    fn slot(&self, layer: usize, row: usize, kv_head: usize) -> (*mut f32, *mut f32) {
+        let shape = self.shape();
+        let position = self.input.positions[row] as usize;
+        let (block, slot) = (self.table(row)[position / KV_BLOCK_TOKENS], position % KV_BLOCK_TOKENS);
+        let cached = self.layer_cache(layer).wrapping_add(cache_index(&shape, block as usize, kv_head));
+        let values = shape.head_dim * (KV_BLOCK_TOKENS + slot);
+        (cached.wrapping_add(slot), cached.wrapping_add(values))
+    }
+
+    fn kv_write(&self, layer: usize, keys: Buf, values: Buf, me: Me<'_>) {
+        let AttentionShape { kv_heads, head_dim, .. } = self.shape();
+        for unit in self.my_share(self.input.rows() * kv_heads, me) {
+            let (row, kv_head) = (unit / kv_heads, unit % kv_heads);
+            let (key_slot, value_slot) = self.slot(layer, row, kv_head);
+            // SAFETY: validation put the block inside the cache and lets one row alone write the slot.
+            unsafe {
+                let key = self.at(keys, row).add(kv_head * head_dim);
+                for d in 0..head_dim {
+                    *key_slot.add(d * KV_BLOCK_TOKENS) = *key.add(d);
                 }
+                let value = self.at(values, row).add(kv_head * head_dim);
+                std::ptr::copy_nonoverlapping(value, value_slot, head_dim);
+            }
+        }
+    }
+
+    /// Turns queries in place and puts turned keys and values into the cache; heads of both kinds are the units of work.
+    fn rope_kv_write(
+        &self,
+        layer: usize,
+        (query, keys, values): (Buf, Buf, Buf),
+        spec: &RopeSpec,
+        me: Me<'_>,
+    ) {
+        let AttentionShape { heads, kv_heads, head_dim } = self.shape();
+        let units = heads + kv_heads;
+        for unit in self.my_share(self.input.rows() * units, me) {
+            let (row, head) = (unit / units, unit % units);
+            if head < heads {
+                self.turn(query, spec, (row, head));
+                continue;
+            }
+            let kv_head = head - heads;
+            let (key_slot, value_slot) = self.slot(layer, row, kv_head);
+            // SAFETY: as in `kv_write`; pairs are elements of the head.
+            unsafe {
+                let key = self.at(keys, row).add(kv_head * head_dim);
+                self.turned(spec, row, |(a, b), (cos, sin)| {
+                    let (x, y) = (*key.add(a), *key.add(b));
+                    *key_slot.add(a * KV_BLOCK_TOKENS) = x * cos - y * sin;
+                    *key_slot.add(b * KV_BLOCK_TOKENS) = x * sin + y * cos;
+                });
+                for d in spec.dims..head_dim {
+                    *key_slot.add(d * KV_BLOCK_TOKENS) = *key.add(d);
+                }
+                let value = self.at(values, row).add(kv_head * head_dim);
+                std::ptr::copy_nonoverlapping(value, value_slot, head_dim);
             }
         }
     }
@@ -228,15 +296,15 @@ struct Attention {
 impl Step<'_> {
     fn matmul(
         &self,
-        weights: &[WeightId],
-        (input, epilogue, out): (Buf, Epilogue, Buf),
+        parts: &[Part],
+        (input, residual, out): (Buf, Option<Buf>, Buf),
         me: Me<'_>,
     ) -> Result<(), Aborted> {
         let rows = self.rows(out);
         if rows == 0 {
             return Ok(());
         }
-        let matrices = weights.iter().map(|id| &self.shared.matrices[id]);
+        let matrices = parts.iter().map(|part| &self.shared.matrices[&part.weight]);
         let quantise =
             self.shared.numerics == Numerics::Fast && matrices.clone().any(|m| m.form.is_quantised());
         let buffer = if quantise { Some(self.quantise(input, rows, me)?) } else { None };
@@ -261,12 +329,7 @@ impl Step<'_> {
                         target: Target {
                             ptr: self.at(out, 0).add(first_col),
                             stride: out.stride,
-                            residual: match epilogue {
-                                Epilogue::None => None,
-                                Epilogue::Add(r) => {
-                                    Some((self.at(r, 0).add(first_col).cast_const(), r.stride))
-                                }
-                            },
+                            residual: residual.map(|r| (self.at(r, 0).add(first_col).cast_const(), r.stride)),
                         },
                         panel: self.shared.scratch.threads[me.number].panel.ptr(),
                     });

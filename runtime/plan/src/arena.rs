@@ -68,6 +68,7 @@ fn lives(draft: &Draft, limits: &Limits) -> Option<Vec<Life>> {
                 let rows = match info.rows {
                     RowSpace::Tokens => limits.rows,
                     RowSpace::Logits => limits.logits_rows,
+                    RowSpace::Sequences => limits.sequences,
                 };
                 let bytes = info.cols.checked_mul(rows)?.checked_mul(size_of::<f32>())?;
                 let bytes = bytes.checked_next_multiple_of(ALIGN_BYTES)?;

@@ -43,10 +43,44 @@ pub enum Numerics {
 /// Fused forms of ops that a device has kernels for; [`crate::passes`] make only those.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FusedOps {
-    /// Several projections of one input as one [`crate::Op::MatMul`] (QKV, gate and up).
+    /// Several projections of one input as one [`crate::Op::MatMul`] (QKV).
     pub concat_matmul: bool,
-    /// [`crate::Epilogue::Add`]: the residual added by the projection itself.
+    /// [`crate::Part::bias`]: the bias added by the projection itself.
+    pub bias_epilogue: bool,
+    /// [`crate::Activation::Gelu`] by the projection itself.
+    pub gelu_epilogue: bool,
+    /// [`crate::Activation::SiluMul`]: gate and up as one projection that stores their gated product.
+    pub silu_mul_epilogue: bool,
+    /// The residual added by the projection itself.
     pub add_epilogue: bool,
+    /// [`crate::Norm`]: the root-mean-square norm taken while a projection reads its input.
+    pub norm_matmul: bool,
+    /// [`crate::Op::RopeKvWrite`].
+    pub rope_kv_write: bool,
+}
+
+impl FusedOps {
+    /// Nothing fused.
+    pub const NONE: Self = Self {
+        concat_matmul: false,
+        bias_epilogue: false,
+        gelu_epilogue: false,
+        silu_mul_epilogue: false,
+        add_epilogue: false,
+        norm_matmul: false,
+        rope_kv_write: false,
+    };
+
+    /// Every fused form there is.
+    pub const ALL: Self = Self {
+        concat_matmul: true,
+        bias_epilogue: true,
+        gelu_epilogue: true,
+        silu_mul_epilogue: true,
+        add_epilogue: true,
+        norm_matmul: true,
+        rope_kv_write: true,
+    };
 }
 
 /// What a device is and can do.
@@ -89,7 +123,7 @@ pub struct LoadSpec<'a> {
     pub weights: Arc<Weights>,
     /// The largest plan that will be compiled: it says how weights are used and how large the arena is.
     pub plan: &'a Plan,
-    /// Blocks of the key/value cache, each of [`KV_BLOCK_TOKENS`] tokens.
+    /// Blocks of the key/value cache, each of [`KV_BLOCK_TOKENS`] tokens; zero for a plan that uses none.
     pub kv_blocks: usize,
     /// How closely to follow f32.
     pub numerics: Numerics,
@@ -191,7 +225,7 @@ pub trait Executable: Send {
     /// [`BackendError::Order`] when one is under way.
     fn submit(&mut self, input: &StepInput) -> Result<(), BackendError>;
 
-    /// Waits for the step under way and writes its logits.
+    /// Waits for the step under way and writes its answer.
     ///
     /// # Errors
     /// [`BackendError::Order`] when none is, [`BackendError::Device`] when it failed.

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use crate::{
-    AttentionShape, Epilogue, FusedOps, Hyper, Limits, Op, Plan, PlanError, RopeSpec, RowSpace, WeightId,
-    Weights, arena, passes,
+    Activation, AttentionShape, FusedOps, Hyper, Limits, Op, Part, Plan, PlanError, Pooling, RopeSpec,
+    RowSpace, WeightId, Weights, arena, passes,
 };
 
 /// A matrix that some op makes; belongs to its builder.
@@ -71,16 +71,38 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Embed { table, out }, out)
     }
 
+    /// Rows of a table of learned positions, one for each token's position.
+    pub fn embed_positions(&mut self, table: WeightId) -> Value {
+        let weight = self.weights.get(table);
+        let (rows, cols) = (weight.rows(), weight.cols());
+        let context = self.hyper.context;
+        self.check(rows >= context, "embed_positions", || {
+            format!("a table of {rows} rows for a context of {context}")
+        });
+        let out = self.draft.new_value(cols, RowSpace::Tokens);
+        self.push(Op::EmbedPositions { table, out }, out)
+    }
+
+    /// Adds a vector to each row: a bias, or BERT's row of the one token type in use.
+    pub fn add_row(&mut self, input: Value, weight: WeightId) -> Value {
+        let info = self.check_vector("add_row", input, weight);
+        let out = self.draft.new_value(info.cols, info.rows);
+        self.push(Op::AddRow { input, weight, out }, out)
+    }
+
     /// Root-mean-square norm of each row, times `weight`.
     pub fn rms_norm(&mut self, input: Value, weight: WeightId, eps: f32) -> Value {
-        let info = self.draft.info(input);
-        let w = self.weights.get(weight);
-        let shape = (w.rows(), w.cols());
-        self.check(shape == (1, info.cols), "rms_norm", || {
-            format!("weight is {} x {}, the input has {} columns", shape.0, shape.1, info.cols)
-        });
+        let info = self.check_vector("rms_norm", input, weight);
         let out = self.draft.new_value(info.cols, info.rows);
         self.push(Op::RmsNorm { input, weight, eps, out }, out)
+    }
+
+    /// Layer norm of each row, times `weight`, plus `bias`.
+    pub fn layer_norm(&mut self, input: Value, weight: WeightId, bias: WeightId, eps: f32) -> Value {
+        let info = self.check_vector("layer_norm", input, weight);
+        self.check_vector("layer_norm", input, bias);
+        let out = self.draft.new_value(info.cols, info.rows);
+        self.push(Op::LayerNorm { input, weight, bias, eps, out }, out)
     }
 
     /// `weight · row` for each row.
@@ -88,7 +110,8 @@ impl<'a> PlanBuilder<'a> {
         let info = self.draft.info(input);
         self.check_projection("matmul", input, weight);
         let out = self.draft.new_value(self.weights.get(weight).rows(), info.rows);
-        self.push(Op::MatMul { input, weights: vec![weight], epilogue: Epilogue::None, out }, out)
+        let (parts, activation) = (vec![Part { weight, bias: None }], Activation::None);
+        self.push(Op::MatMul { input, norm: None, parts, activation, residual: None, out }, out)
     }
 
     /// Turns the heads of `data` in place; the same value comes back, its unturned form is gone.
@@ -133,6 +156,28 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Attention { layer, query, shape, scale, out }, out)
     }
 
+    /// Attention of every row to all rows of its sequence in the step, before and after it. For plans without a cache.
+    pub fn encoder_attention(&mut self, query: Value, keys: Value, values: Value, scale: f32) -> Value {
+        let Hyper { heads, kv_heads, head_dim, .. } = self.hyper;
+        for (value, heads) in [(query, heads), (keys, kv_heads), (values, kv_heads)] {
+            let info = self.draft.info(value);
+            let fits = info.cols == heads * head_dim && info.rows == RowSpace::Tokens;
+            self.check(fits, "encoder_attention", || {
+                format!("{} columns, {heads} heads of {head_dim} were expected", info.cols)
+            });
+        }
+        let shape = AttentionShape { heads, kv_heads, head_dim };
+        let out = self.draft.new_value(heads * head_dim, RowSpace::Tokens);
+        self.push(Op::EncoderAttention { query, keys, values, shape, scale, out }, out)
+    }
+
+    /// `gelu(input)`, by the error function.
+    pub fn gelu(&mut self, input: Value) -> Value {
+        let info = self.draft.info(input);
+        let out = self.draft.new_value(info.cols, info.rows);
+        self.push(Op::Gelu { input, out }, out)
+    }
+
     /// `silu(gate) * up`.
     pub fn silu_mul(&mut self, gate: Value, up: Value) -> Value {
         let out = self.like("silu_mul", gate, up);
@@ -163,13 +208,25 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Logits { input, weight, out }, out);
     }
 
+    /// One row per sequence: the answer of an encoding plan. `normalise` divides each by its length.
+    pub fn pool(&mut self, input: Value, pooling: Pooling, normalise: bool) {
+        let info = self.draft.info(input);
+        self.check(info.rows == RowSpace::Tokens, "pool", || "rows were gathered before".into());
+        let out = self.draft.new_value(info.cols, RowSpace::Sequences);
+        self.push(Op::Pool { input, pooling, normalise, out }, out);
+    }
+
     /// Fuses what the device claims, places the buffers, and freezes the plan.
     ///
     /// # Errors
     /// The first mistake made while writing, or an arena that overflows.
     pub fn finish(mut self, fused: &FusedOps) -> Result<Plan, PlanError> {
-        let logits = self.draft.ops.iter().filter(|op| matches!(op, Op::Logits { .. })).count();
-        self.check(logits == 1, "logits", || format!("a plan ends in logits exactly once, found {logits}"));
+        let answers = self.draft.ops.iter().filter(|op| op.answer().is_some()).count();
+        let last = self.draft.ops.last().is_some_and(|op| op.answer().is_some());
+        self.check(answers == 1 && last, "answer", || {
+            format!("a plan ends in logits or pool, and has one of them: found {answers}")
+        });
+        self.check_pooled();
         if let Some(error) = self.first_error {
             return Err(error);
         }
@@ -189,6 +246,32 @@ impl<'a> PlanBuilder<'a> {
         if !ok && self.first_error.is_none() {
             self.first_error = Some(PlanError::Shape { index: self.draft.ops.len(), op, detail: detail() });
         }
+    }
+
+    /// A plan that answers by sequence must see whole sequences, which a cache would let it miss; one that answers by row
+    /// needs room for the rows.
+    fn check_pooled(&mut self) {
+        let has = |f: fn(&Op<Value>) -> bool| self.draft.ops.iter().any(f);
+        let cached = has(|op| matches!(op, Op::KvWrite { .. }));
+        let (pooled, whole) =
+            (has(|op| matches!(op, Op::Pool { .. })), has(|op| matches!(op, Op::EncoderAttention { .. })));
+        self.check(!(cached && (pooled || whole)), "kv_write", || {
+            "a plan with encoder_attention or pool sees whole sequences and has no cache".into()
+        });
+        if !pooled && self.limits.logits_rows == 0 && self.first_error.is_none() {
+            let (field, detail) = ("logits_rows", "must be above zero where a plan ends in logits");
+            self.first_error = Some(PlanError::Size { field, value: 0, detail });
+        }
+    }
+
+    /// Checks that `weight` is a vector as wide as `input`.
+    fn check_vector(&mut self, op: &'static str, input: Value, weight: WeightId) -> ValueInfo {
+        let (info, w) = (self.draft.info(input), self.weights.get(weight));
+        let (rows, cols, name) = (w.rows(), w.cols(), w.name().to_owned());
+        self.check((rows, cols) == (1, info.cols), op, || {
+            format!("{name} is {rows} x {cols}, the input has {} columns", info.cols)
+        });
+        info
     }
 
     fn check_layer(&mut self, op: &'static str, layer: usize) {

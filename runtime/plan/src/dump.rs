@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::{Buf, Epilogue, Op, Plan, RopeLayout, RowSpace};
+use crate::{Activation, AttentionShape, Buf, Op, Plan, Pooling, RopeLayout, RopeSpec, RowSpace, WeightId};
 
 pub(crate) fn dump(plan: &Plan) -> String {
     let (h, l) = (plan.hyper(), plan.limits());
@@ -31,45 +31,85 @@ pub(crate) fn dump(plan: &Plan) -> String {
 
 fn operands(plan: &Plan, op: &Op) -> String {
     match op {
-        Op::Embed { table, .. } => plan.weight_name(*table).to_owned(),
-        Op::RmsNorm { input, weight, eps, .. } => {
-            format!("{} * {} eps {eps:e}", buf(*input), plan.weight_name(*weight))
+        Op::Embed { table, .. } | Op::EmbedPositions { table, .. } => plan.weight_name(*table).to_owned(),
+        Op::AddRow { input, weight, .. } => format!("{} + {}", buf(*input), plan.weight_name(*weight)),
+        Op::RmsNorm { input, weight, eps, .. } => norm(plan, *input, *weight, *eps),
+        Op::LayerNorm { input, weight, bias, eps, .. } => {
+            format!("{} + {}", norm(plan, *input, *weight, *eps), plan.weight_name(*bias))
         }
-        Op::MatMul { input, weights, epilogue, .. } => {
-            let names: Vec<&str> = weights.iter().map(|w| plan.weight_name(*w)).collect();
-            let tail = match epilogue {
-                Epilogue::None => String::new(),
-                Epilogue::Add(b) => format!(" + {}", buf(*b)),
-            };
-            format!("[{}] . {}{tail}", names.join(" | "), buf(*input))
-        }
-        Op::Rope { data, spec } => {
-            let layout = match spec.layout {
-                RopeLayout::Interleaved => "interleaved",
-                RopeLayout::Neox => "neox",
-            };
-            format!("{} {layout} base {} dims {}/{}", buf(*data), spec.base, spec.dims, spec.head_dim)
-        }
+        Op::MatMul { .. } => projection(plan, op),
+        Op::Rope { data, spec } => format!("{} {}", buf(*data), rope(spec)),
         Op::KvWrite { layer, keys, values } => format!("layer {layer}: k {} v {}", buf(*keys), buf(*values)),
-        Op::Attention { layer, query, shape, scale, .. } => format!(
-            "layer {layer}: q {} heads {}/{} x {} scale {scale}",
-            buf(*query),
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim
-        ),
+        Op::RopeKvWrite { layer, query, keys, values, spec } => {
+            let turned = format!("q {} k {}", buf(*query), buf(*keys));
+            format!("layer {layer}: {turned} v {} {}", buf(*values), rope(spec))
+        }
+        Op::Attention { layer, query, shape, scale, .. } => {
+            format!("layer {layer}: q {} {} scale {scale}", buf(*query), heads(shape))
+        }
+        Op::EncoderAttention { query, keys, values, shape, scale, .. } => {
+            let operands = format!("q {} k {} v {}", buf(*query), buf(*keys), buf(*values));
+            format!("{operands} {} scale {scale}", heads(shape))
+        }
         Op::SiluMul { gate, up, .. } => format!("{} * {}", buf(*gate), buf(*up)),
         Op::Add { a, b, .. } => format!("{} + {}", buf(*a), buf(*b)),
-        Op::GatherRows { input, .. } => buf(*input),
+        Op::GatherRows { input, .. } | Op::Gelu { input, .. } => buf(*input),
         Op::Logits { input, weight, .. } => format!("[{}] . {}", plan.weight_name(*weight), buf(*input)),
+        Op::Pool { input, pooling, normalise, .. } => {
+            let pooling = match pooling {
+                Pooling::Mean => "mean",
+                Pooling::First => "first",
+            };
+            format!("{pooling} {}{}", buf(*input), if *normalise { " normalised" } else { "" })
+        }
     }
 }
 
-/// `offset[rows x cols]`, with the stride where it differs; `T` is the step's tokens, `L` its rows of logits.
+fn norm(plan: &Plan, input: Buf, weight: WeightId, eps: f32) -> String {
+    format!("{} * {} eps {eps:e}", buf(input), plan.weight_name(weight))
+}
+
+fn projection(plan: &Plan, op: &Op) -> String {
+    let Op::MatMul { input, norm: before, parts, activation, residual, .. } = op else {
+        return String::new();
+    };
+    let part = |part: &crate::Part| {
+        let bias = part.bias.map_or_else(String::new, |bias| format!(" + {}", plan.weight_name(bias)));
+        format!("{}{bias}", plan.weight_name(part.weight))
+    };
+    let parts: Vec<String> = parts.iter().map(part).collect();
+    let input = match before {
+        Some(n) => format!("rms_norm({})", norm(plan, *input, n.weight, n.eps)),
+        None => buf(*input),
+    };
+    let product = format!("[{}] . {input}", parts.join(" | "));
+    let product = match activation {
+        Activation::None => product,
+        Activation::Gelu => format!("gelu({product})"),
+        Activation::SiluMul => format!("silu_mul({product})"),
+    };
+    residual.map_or_else(|| product.clone(), |r| format!("{product} + {}", buf(r)))
+}
+
+fn rope(spec: &RopeSpec) -> String {
+    let layout = match spec.layout {
+        RopeLayout::Interleaved => "interleaved",
+        RopeLayout::Neox => "neox",
+    };
+    format!("{layout} base {} dims {}/{}", spec.base, spec.dims, spec.head_dim)
+}
+
+fn heads(shape: &AttentionShape) -> String {
+    format!("heads {}/{} x {}", shape.heads, shape.kv_heads, shape.head_dim)
+}
+
+/// `offset[rows x cols]`, with the stride where it differs; `T` is the step's tokens, `L` its rows of logits,
+/// `S` its sequences.
 fn buf(b: Buf) -> String {
     let rows = match b.rows {
         RowSpace::Tokens => 'T',
         RowSpace::Logits => 'L',
+        RowSpace::Sequences => 'S',
     };
     let stride = if b.stride == b.cols { String::new() } else { format!("/{}", b.stride) };
     format!("@{}[{rows}x{}{stride}]", b.offset, b.cols)

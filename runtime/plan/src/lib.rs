@@ -28,7 +28,9 @@ pub use backend::{
 };
 pub use builder::{PlanBuilder, Value};
 pub use dtype::DType;
-pub use op::{AttentionShape, Buf, Epilogue, Op, RopeLayout, RopeSpec, RowSpace};
+pub use op::{
+    Activation, AttentionShape, Buf, Norm, Op, Part, Pooling, RopeLayout, RopeSpec, RowSpace, WeightUse,
+};
 pub use plan::{Hyper, Limits, Plan, PlanError};
 pub use step::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep, StepError, StepInput, StepOutput};
 pub use weights::{Weight, WeightBytes, WeightError, WeightId, Weights};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{BackendError, Op, WeightId, Weights};
+use crate::{BackendError, Buf, Op, WeightId, Weights};
 
 /// Sizes of a model that the cache, the scheduler and validation need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub struct Limits {
     pub rows: usize,
     /// Sequences per step.
     pub sequences: usize,
-    /// Rows of logits per step.
+    /// Rows of logits per step; may be zero for a plan that answers by sequence.
     pub logits_rows: usize,
 }
 
@@ -93,6 +93,23 @@ impl Plan {
     #[must_use]
     pub const fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// Whether steps need blocks of the key/value cache. Without it a sequence's tokens all come in one step.
+    #[must_use]
+    pub fn uses_cache(&self) -> bool {
+        self.ops
+            .iter()
+            .any(|op| matches!(op, Op::KvWrite { .. } | Op::RopeKvWrite { .. } | Op::Attention { .. }))
+    }
+
+    /// What a step answers: one row per requested row of logits, or one per sequence; and the values of each.
+    ///
+    /// # Panics
+    /// Never: the builder refuses a plan without an answer.
+    #[must_use]
+    pub fn answer(&self) -> Buf {
+        self.ops.iter().find_map(Op::answer).expect("the builder refuses a plan without an answer")
     }
 
     /// Bytes of the arena that all buffers lie in.
@@ -171,8 +188,8 @@ impl Limits {
     /// # Errors
     /// [`PlanError::Size`] when a limit is zero.
     pub(crate) fn check(&self) -> Result<(), PlanError> {
-        let Self { rows, sequences, logits_rows } = *self;
-        above_zero(&[("rows", rows), ("sequences", sequences), ("logits_rows", logits_rows)])
+        let Self { rows, sequences, logits_rows: _ } = *self;
+        above_zero(&[("rows", rows), ("sequences", sequences)])
     }
 }
 

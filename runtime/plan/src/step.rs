@@ -1,9 +1,9 @@
-//! What one step computes: ragged rows of several sequences, and the logits that come back.
+//! What one step computes: ragged rows of several sequences, and the rows that come back.
 //!
 //! Everything a step varies is here, so that a device backend copies it into one staging block at a fixed address.
 //! [`StepInput::validate`] checks it once per step; kernels then trust every id, position and block number.
 
-use crate::Plan;
+use crate::{Plan, RowSpace};
 
 /// Tokens in one block of the paged key/value cache.
 pub const KV_BLOCK_TOKENS: usize = 16;
@@ -26,7 +26,8 @@ pub struct SequenceStep<'a> {
     pub tokens: &'a [u32],
     /// Tokens that are in the cache already: the first token's position.
     pub cached_tokens: usize,
-    /// Cache blocks, in order of position; they hold `cached_tokens + tokens.len()` tokens or more.
+    /// Cache blocks, in order of position; they hold `cached_tokens + tokens.len()` tokens or more. None for a plan without
+    /// a cache.
     pub blocks: &'a [u32],
     /// Which rows give logits.
     pub logits: LogitsRows,
@@ -120,6 +121,19 @@ pub enum StepError {
         /// Blocks in the cache.
         kv_blocks: usize,
     },
+    /// Tokens of a sequence that lie in no step, because the plan keeps none.
+    #[error(
+        "sequence {sequence}: {cached} tokens are said to be cached, but the plan has no cache: feed the whole sequence in one step"
+    )]
+    Uncached {
+        /// Which sequence of the step.
+        sequence: usize,
+        /// Tokens said to be cached.
+        cached: usize,
+    },
+    /// Rows of logits asked of a plan that answers by sequence.
+    #[error("{0} rows of logits were asked for, but the plan answers one row per sequence: ask for none")]
+    NoLogits(usize),
     /// Two places of the step would write to one block.
     #[error("block {0} would be written twice: only full blocks may be shared")]
     SharedWrite(u32),
@@ -200,16 +214,25 @@ impl StepInput {
                 return Err(StepError::Token { row, token, vocab: hyper.vocab });
             }
         }
-        let mut written = Vec::with_capacity(self.rows());
+        let cached = plan.uses_cache();
+        let mut written = Vec::with_capacity(if cached { self.rows() } else { 0 });
         for sequence in 0..self.sequences() {
-            self.validate_sequence(sequence, hyper.context, kv_blocks)?;
-            let tokens = self.context_lens[sequence] as usize;
-            let first = (tokens - self.rows_of(sequence).len()) / KV_BLOCK_TOKENS;
-            written.extend_from_slice(&self.blocks_of(sequence)[first..tokens.div_ceil(KV_BLOCK_TOKENS)]);
+            self.validate_sequence(sequence, hyper.context)?;
+            let (tokens, rows) = (self.context_lens[sequence] as usize, self.rows_of(sequence).len());
+            if cached {
+                self.validate_blocks(sequence, kv_blocks)?;
+                let range = (tokens - rows) / KV_BLOCK_TOKENS..tokens.div_ceil(KV_BLOCK_TOKENS);
+                written.extend_from_slice(&self.blocks_of(sequence)[range]);
+            } else if tokens > rows {
+                return Err(StepError::Uncached { sequence, cached: tokens - rows });
+            }
         }
         written.sort_unstable();
         if let Some(pair) = written.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(StepError::SharedWrite(pair[0]));
+        }
+        if plan.answer().rows == RowSpace::Sequences && !self.logits_rows.is_empty() {
+            return Err(StepError::NoLogits(self.logits_rows.len()));
         }
         let ascending = self.logits_rows.windows(2).find(|pair| pair[0] >= pair[1]).map(|pair| pair[1]);
         let outside = self.logits_rows.last().filter(|&&row| row as usize >= self.rows()).copied();
@@ -244,7 +267,7 @@ impl StepInput {
         checks.into_iter().find(|(ok, _)| !ok).map_or(Ok(()), |(_, what)| Err(StepError::Inconsistent(what)))
     }
 
-    fn validate_sequence(&self, sequence: usize, context: usize, kv_blocks: usize) -> Result<(), StepError> {
+    fn validate_sequence(&self, sequence: usize, context: usize) -> Result<(), StepError> {
         let (rows, tokens) = (self.rows_of(sequence), self.context_lens[sequence] as usize);
         if tokens > context {
             return Err(StepError::Context { sequence, tokens, context });
@@ -258,6 +281,11 @@ impl StepInput {
                 return Err(StepError::Position { row, got, expected });
             }
         }
+        Ok(())
+    }
+
+    fn validate_blocks(&self, sequence: usize, kv_blocks: usize) -> Result<(), StepError> {
+        let tokens = self.context_lens[sequence] as usize;
         let blocks = self.blocks_of(sequence);
         if blocks.len() * KV_BLOCK_TOKENS < tokens {
             return Err(StepError::Blocks { sequence, blocks: blocks.len(), tokens });
@@ -281,13 +309,13 @@ fn offsets_are_valid(offsets: &[u32], parts: usize, total: usize, min_step: u32)
         && offsets.windows(2).all(|w| w[1].checked_sub(w[0]).is_some_and(|step| step >= min_step))
 }
 
-/// The logits of one step; reuse it so that steps do not allocate.
+/// The answer of one step; reuse it so that steps do not allocate.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutput {
-    /// Row after row, each `vocab` long, in the order of [`StepInput::logits_rows`].
-    pub logits: Vec<f32>,
+    /// Row after row, each `width` long: logits in the order of [`StepInput::logits_rows`], or one row per sequence.
+    pub values: Vec<f32>,
     /// Values per row.
-    pub vocab: usize,
+    pub width: usize,
 }
 
 impl StepOutput {
@@ -300,15 +328,15 @@ impl StepOutput {
     /// How many rows there are.
     #[must_use]
     pub fn rows(&self) -> usize {
-        self.logits.len().checked_div(self.vocab).unwrap_or(0)
+        self.values.len().checked_div(self.width).unwrap_or(0)
     }
 
-    /// The logits of row `i` of [`StepInput::logits_rows`].
+    /// The logits of row `i` of [`StepInput::logits_rows`], or what was made of sequence `i`.
     ///
     /// # Panics
     /// When `i` is not below [`Self::rows`].
     #[must_use]
     pub fn row(&self, i: usize) -> &[f32] {
-        &self.logits[i * self.vocab..(i + 1) * self.vocab]
+        &self.values[i * self.width..(i + 1) * self.width]
     }
 }

@@ -4,6 +4,7 @@
 //! instructions. A model holds a [`Kernels`], chosen once at load.
 
 pub(crate) mod attention;
+pub(crate) mod encoder;
 pub(crate) mod matmul;
 pub(crate) mod quantise;
 pub(crate) mod rows;
@@ -15,6 +16,7 @@ mod x86;
 mod tests;
 
 use attention::Attend;
+use encoder::{EncoderAttend, LayerNorm};
 use matmul::MatMul;
 use quantise::QuantBuffer;
 
@@ -37,13 +39,21 @@ pub(crate) struct Kernels {
     pub(crate) attend: unsafe fn(&Attend<'_>, usize, usize, *mut f32),
     /// [`attention::merge`]
     pub(crate) merge: unsafe fn(*const f32, usize, usize, (*mut f32, usize)),
+    /// [`encoder::layer_norm`]
+    pub(crate) layer_norm: unsafe fn(*const f32, &LayerNorm<'_>, *mut f32),
+    /// [`encoder::gelu`]
+    pub(crate) gelu: unsafe fn(*const f32, *mut f32, usize),
+    /// [`encoder::attend`]
+    pub(crate) encoder_attend: unsafe fn(&EncoderAttend),
 }
 
 /// Entry points of one tier: every kernel with the tier's lanes, under the tier's instructions.
 macro_rules! tier {
     ($table:ident, $lanes:ty $(, $features:literal)?) => {
         mod $table {
-            use super::{Attend, Kernels, MatMul, QuantBuffer, attention, matmul, rows};
+            use super::{
+                Attend, EncoderAttend, Kernels, LayerNorm, MatMul, QuantBuffer, attention, encoder, matmul, rows,
+            };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn matmul(job: &MatMul<'_>) {
@@ -81,8 +91,25 @@ macro_rules! tier {
                 unsafe { attention::merge(partials, stride, chunks, out) }
             }
 
-            pub(super) const TABLE: Kernels =
-                Kernels { matmul, quantise, rms_norm, silu_mul, add, attend, merge };
+            $(#[target_feature(enable = $features)])?
+            unsafe fn layer_norm(input: *const f32, norm: &LayerNorm<'_>, out: *mut f32) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { encoder::layer_norm(input, norm, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn gelu(input: *const f32, out: *mut f32, len: usize) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { encoder::gelu::<$lanes>(input, out, len) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn encoder_attend(a: &EncoderAttend) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { encoder::attend::<$lanes>(a) }
+            }
+
+            pub(super) const TABLE: Kernels = Kernels {
+                matmul, quantise, rms_norm, silu_mul, add, attend, merge, layer_norm, gelu, encoder_attend,
+            };
         }
     };
 }

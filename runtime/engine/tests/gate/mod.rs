@@ -113,7 +113,7 @@ impl Executable for GatedSteps {
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
         self.inner.wait(output)?;
         if self.verdict == Verdict::Poison {
-            output.logits.fill(f32::NAN);
+            output.values.fill(f32::NAN);
         }
         Ok(())
     }

@@ -241,7 +241,7 @@ mod tests {
         insta::assert_snapshot!("tiny_llama", dump(FusedOps::default()));
         insta::assert_snapshot!(
             "tiny_llama_fused",
-            dump(FusedOps { concat_matmul: true, add_epilogue: true })
+            dump(FusedOps { concat_matmul: true, add_epilogue: true, ..FusedOps::NONE })
         );
     }
 

@@ -4,6 +4,7 @@
 //! computed by itself in an order that depends only on its own values, so results do not change with the batch. It is
 //! written to be read, and it is fast enough for a small model's tests.
 
+mod encoder;
 mod ops;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -93,7 +94,7 @@ impl Loaded for OracleModel {
         plan.check_loaded(&self.hyper, self.arena_bytes, &self.weights)?;
         let mut ropes: Vec<(RopeSpec, RopeTable)> = Vec::new();
         for op in plan.ops() {
-            if let Op::Rope { spec, .. } = op
+            if let Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } = op
                 && !ropes.iter().any(|(known, _)| known == spec)
             {
                 ropes.push((*spec, RopeTable::new(spec, self.hyper.context)));
@@ -128,19 +129,16 @@ impl Executable for OracleExecutable {
         // A step that panicked has left at worst wrong numbers in its own sequences' blocks.
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let mut step = ops::Step { input, weights: &self.weights, ropes: &self.ropes, memory: &mut memory };
-        let mut logits = Vec::new();
         for op in self.plan.ops() {
-            if let Some(answer) = step.run(op) {
-                logits = answer;
-            }
+            step.run(op);
         }
-        self.finished = Some(logits);
+        self.finished = Some(step.read(self.plan.answer()));
         Ok(())
     }
 
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
-        output.logits = self.finished.take().ok_or(BackendError::Order("wait without submit"))?;
-        output.vocab = self.plan.hyper().vocab;
+        output.values = self.finished.take().ok_or(BackendError::Order("wait without submit"))?;
+        output.width = self.plan.answer().cols;
         Ok(())
     }
 }

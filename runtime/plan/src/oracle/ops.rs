@@ -2,7 +2,7 @@
 
 use super::Memory;
 use crate::{
-    AttentionShape, Buf, Epilogue, Op, RopeLayout, RopeSpec, RowSpace, StepInput, WeightId, Weights,
+    Activation, AttentionShape, Buf, Op, Part, RopeLayout, RopeSpec, RowSpace, StepInput, WeightId, Weights,
     rope::RopeTable,
 };
 
@@ -15,22 +15,47 @@ pub(super) struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// Runs one op; [`Op::Logits`] answers the step's logits.
-    pub(super) fn run(&mut self, op: &Op) -> Option<Vec<f32>> {
+    /// Runs one op.
+    pub(super) fn run(&mut self, op: &Op) {
         match *op {
-            Op::Embed { table, out } => self.embed(table, out),
-            Op::RmsNorm { input, weight, eps, out } => self.rms_norm(input, weight, eps, out),
-            Op::MatMul { input, ref weights, epilogue, out } => self.matmul(input, weights, epilogue, out),
+            Op::Embed { table, out } => self.embed(table, &self.input.tokens, out),
+            Op::EmbedPositions { table, out } => self.embed(table, &self.input.positions, out),
+            Op::AddRow { input, weight, out } => self.add_row(input, weight, out),
+            Op::RmsNorm { input, weight, eps, out } => {
+                for (r, row) in self.rms_norm(input, weight, eps).into_iter().enumerate() {
+                    self.store(out, r, &row);
+                }
+            }
+            Op::LayerNorm { input, weight, bias, eps, out } => {
+                self.layer_norm(input, (weight, bias), eps, out);
+            }
+            Op::MatMul { input, norm, ref parts, activation, residual, out } => {
+                let rows = match norm {
+                    Some(norm) => self.rms_norm(input, norm.weight, norm.eps),
+                    None => self.all_rows(input),
+                };
+                self.matmul(&rows, parts, (activation, residual), out);
+            }
             Op::Rope { data, spec } => self.rope(data, &spec),
             Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values),
+            Op::RopeKvWrite { layer, query, keys, values, spec } => {
+                // Keys stay as they are: what is turned is put back.
+                let before = self.all_rows(keys);
+                self.rope(query, &spec);
+                self.rope(keys, &spec);
+                self.kv_write(layer, keys, values);
+                for (r, row) in before.into_iter().enumerate() {
+                    self.store(keys, r, &row);
+                }
+            }
             Op::Attention { layer, query, shape, scale, out } => {
                 self.attention(layer, query, (shape, scale), out);
             }
-            Op::SiluMul { gate, up, out } => {
-                self.zip(gate, up, out, |g, u| {
-                    (f64::from(g) / (1.0 + f64::from(-g).exp()) * f64::from(u)) as f32
-                });
+            Op::EncoderAttention { query, keys, values, shape, scale, out } => {
+                self.encoder_attention(query, (keys, values), (shape, scale), out);
             }
+            Op::Gelu { input, out } => self.gelu(input, out),
+            Op::SiluMul { gate, up, out } => self.zip(gate, up, out, silu_mul),
             Op::Add { a, b, out } => self.zip(a, b, out, |a, b| a + b),
             Op::GatherRows { input, out } => {
                 for (i, &row) in self.input.logits_rows.iter().enumerate() {
@@ -39,26 +64,42 @@ impl Step<'_> {
                 }
             }
             Op::Logits { input, weight, out } => {
-                self.matmul(input, &[weight], Epilogue::None, out);
-                return Some((0..self.rows(out)).flat_map(|r| self.row(out, r).to_vec()).collect());
+                let rows = self.all_rows(input);
+                self.matmul(&rows, &[Part { weight, bias: None }], (Activation::None, None), out);
             }
+            Op::Pool { input, pooling, normalise, out } => self.pool(input, pooling, normalise, out),
         }
-        None
     }
 
-    fn rows(&self, buf: Buf) -> usize {
+    /// All values of a buffer, row after row.
+    pub(super) fn read(&self, buf: Buf) -> Vec<f32> {
+        self.all_rows(buf).concat()
+    }
+
+    pub(super) fn all_rows(&self, buf: Buf) -> Vec<Vec<f32>> {
+        (0..self.rows(buf)).map(|r| self.row(buf, r).to_vec()).collect()
+    }
+
+    pub(super) fn vector(&self, weight: WeightId) -> Vec<f32> {
+        let mut values = vec![0.0; self.weights.get(weight).cols()];
+        self.weights.get(weight).dequantise_row(0, &mut values);
+        values
+    }
+
+    pub(super) fn rows(&self, buf: Buf) -> usize {
         match buf.rows {
             RowSpace::Tokens => self.input.rows(),
             RowSpace::Logits => self.input.logits_rows.len(),
+            RowSpace::Sequences => self.input.sequences(),
         }
     }
 
-    fn row(&self, buf: Buf, row: usize) -> &[f32] {
+    pub(super) fn row(&self, buf: Buf, row: usize) -> &[f32] {
         let start = buf.offset / size_of::<f32>() + row * buf.stride;
         &self.memory.arena[start..start + buf.cols]
     }
 
-    fn store(&mut self, buf: Buf, row: usize, values: &[f32]) {
+    pub(super) fn store(&mut self, buf: Buf, row: usize, values: &[f32]) {
         let start = buf.offset / size_of::<f32>() + row * buf.stride;
         self.memory.arena[start..start + buf.cols].copy_from_slice(values);
     }
@@ -71,42 +112,55 @@ impl Step<'_> {
         }
     }
 
-    fn embed(&mut self, table: WeightId, out: Buf) {
+    fn embed(&mut self, table: WeightId, picked: &[u32], out: Buf) {
         let mut values = vec![0.0; out.cols];
-        for (r, &token) in self.input.tokens.iter().enumerate() {
-            self.weights.get(table).dequantise_row(token as usize, &mut values);
+        for (r, &row) in picked.iter().enumerate() {
+            self.weights.get(table).dequantise_row(row as usize, &mut values);
             self.store(out, r, &values);
         }
     }
 
-    fn rms_norm(&mut self, input: Buf, weight: WeightId, eps: f32, out: Buf) {
-        let mut weights = vec![0.0; input.cols];
-        self.weights.get(weight).dequantise_row(0, &mut weights);
-        for r in 0..self.rows(input) {
+    fn rms_norm(&self, input: Buf, weight: WeightId, eps: f32) -> Vec<Vec<f32>> {
+        let weights = self.vector(weight);
+        let norm = |r| {
             let row = self.row(input, r);
             let mean = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / row.len() as f64;
             let factor = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
-            let values: Vec<f32> = row.iter().zip(&weights).map(|(v, w)| v * factor * w).collect();
-            self.store(out, r, &values);
-        }
+            row.iter().zip(&weights).map(|(v, w)| v * factor * w).collect()
+        };
+        (0..self.rows(input)).map(norm).collect()
     }
 
-    fn matmul(&mut self, input: Buf, weights: &[WeightId], epilogue: Epilogue, out: Buf) {
-        let rows = self.rows(input);
-        let inputs: Vec<Vec<f32>> = (0..rows).map(|r| self.row(input, r).to_vec()).collect();
-        let mut outputs = vec![Vec::with_capacity(out.cols); rows];
-        let mut stored = vec![0.0; input.cols];
-        for &id in weights {
-            let weight = self.weights.get(id);
+    fn matmul(
+        &mut self,
+        inputs: &[Vec<f32>],
+        parts: &[Part],
+        (activation, residual): (Activation, Option<Buf>),
+        out: Buf,
+    ) {
+        let mut outputs = vec![Vec::with_capacity(out.cols); inputs.len()];
+        for part in parts {
+            let weight = self.weights.get(part.weight);
+            let bias = part.bias.map(|bias| self.vector(bias));
+            let mut stored = vec![0.0; weight.cols()];
             for feature in 0..weight.rows() {
                 weight.dequantise_row(feature, &mut stored);
-                for (output, input) in outputs.iter_mut().zip(&inputs) {
-                    output.push(dot(&stored, input));
+                for (output, input) in outputs.iter_mut().zip(inputs) {
+                    let product = dot(&stored, input);
+                    output.push(bias.as_ref().map_or(product, |bias| product + bias[feature]));
                 }
             }
         }
-        for (r, mut output) in outputs.into_iter().enumerate() {
-            if let Epilogue::Add(residual) = epilogue {
+        for (r, output) in outputs.into_iter().enumerate() {
+            let mut output: Vec<f32> = match activation {
+                Activation::None => output,
+                Activation::Gelu => output.into_iter().map(super::encoder::gelu).collect(),
+                Activation::SiluMul => {
+                    let (gate, up) = output.split_at(output.len() / 2);
+                    gate.iter().zip(up).map(|(gate, up)| silu_mul(*gate, *up)).collect()
+                }
+            };
+            if let Some(residual) = residual {
                 output.iter_mut().zip(self.row(residual, r)).for_each(|(o, v)| *o += v);
             }
             self.store(out, r, &output);
@@ -178,9 +232,13 @@ impl Step<'_> {
     }
 }
 
+fn silu_mul(gate: f32, up: f32) -> f32 {
+    (f64::from(gate) / (1.0 + f64::from(-gate).exp()) * f64::from(up)) as f32
+}
+
 /// Sum of products in f64, in eight interleaved partial sums that are added pairwise at the end, so that the compiler may
 /// use vector registers without changing the order.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0f64; 8];
     for (a, b) in a.chunks(8).zip(b.chunks(8)) {
         for (sum, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {

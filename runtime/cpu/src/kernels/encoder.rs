@@ -1,0 +1,325 @@
+//! Kernels of encoders: layer norm, gelu, and attention of a whole sequence to itself.
+//!
+//! *Attention*, one key/value head at a time: keys are laid out with positions side by side (the lanes of a score) and
+//! values without the gaps of their buffer, both in the thread's scratch, where they stay in the first-level caches. Then
+//! tiles of rows run over them: scores of all positions, softmax, mixing. What a row gets depends on its own sequence
+//! alone, in an order that is the same in every tile.
+
+#![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
+
+#[cfg(test)]
+mod tests;
+
+use super::{
+    rows::exp,
+    simd::{LANES, Simd},
+};
+
+/// Positions whose scores are formed together: two vectors.
+const BLOCK: usize = 2 * LANES;
+/// Rows of a tile with 32 registers.
+const TILE: usize = 8;
+
+/// What a layer norm does to the rows that it has centred.
+#[derive(Clone, Copy)]
+pub(crate) struct LayerNorm<'a> {
+    pub(crate) weight: &'a [f32],
+    pub(crate) bias: &'a [f32],
+    pub(crate) eps: f32,
+}
+
+/// `out = (input - mean) / sqrt(variance + eps) * weight + bias`; sums are in f64, in eight interleaved parts.
+///
+/// # Safety
+/// `input` and `out` are as long as `weight` and `bias` and do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn layer_norm(input: *const f32, norm: &LayerNorm<'_>, out: *mut f32) {
+    let LayerNorm { weight, bias, eps } = *norm;
+    // SAFETY: the caller vouches for the lengths.
+    let (input, out) = unsafe {
+        (std::slice::from_raw_parts(input, weight.len()), std::slice::from_raw_parts_mut(out, weight.len()))
+    };
+    let mean = sum(input, |v| v) / input.len() as f64;
+    let variance = sum(input, |v| (v - mean) * (v - mean)) / input.len() as f64;
+    let (mean, factor) = (mean as f32, (1.0 / (variance + f64::from(eps)).sqrt()) as f32);
+    for (out, (v, (w, b))) in out.iter_mut().zip(input.iter().zip(weight.iter().zip(bias))) {
+        *out = (v - mean) * factor * w + b;
+    }
+}
+
+#[inline(always)]
+fn sum(values: &[f32], f: impl Fn(f64) -> f64) -> f64 {
+    let mut sums = [0.0f64; 8];
+    for eight in values.chunks(8) {
+        for (sum, v) in sums.iter_mut().zip(eight) {
+            *sum += f(f64::from(*v));
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = sums;
+    ((a + b) + (c + d)) + ((e + f) + (g + h))
+}
+
+/// `out = input * (1 + erf(input / sqrt(2))) / 2` for `len` values.
+///
+/// # Safety
+/// The tier's instructions exist and the pointers have `len` values.
+#[inline(always)]
+pub(crate) unsafe fn gelu<S: Simd>(input: *const f32, out: *mut f32, len: usize) {
+    let mut at = 0;
+    while at < len {
+        let lanes = LANES.min(len - at);
+        // SAFETY: full vectors lie inside; the rest goes through an array of a full vector.
+        unsafe {
+            if lanes == LANES {
+                S::store(out.add(at), gelu_of::<S>(S::load(input.add(at))));
+            } else {
+                let mut rest = [0.0; LANES];
+                std::ptr::copy_nonoverlapping(input.add(at), rest.as_mut_ptr(), lanes);
+                S::store(rest.as_mut_ptr(), gelu_of::<S>(S::load(rest.as_ptr())));
+                std::ptr::copy_nonoverlapping(rest.as_ptr(), out.add(at), lanes);
+            }
+        }
+        at += lanes;
+    }
+}
+
+/// Gelu with the error function to 1.5e-7 (Abramowitz and Stegun, formula 7.1.26).
+///
+/// # Safety
+/// The tier's instructions exist.
+#[inline(always)]
+pub(crate) unsafe fn gelu_of<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: arithmetic only.
+    unsafe {
+        let zero = S::splat(0.0);
+        let size = S::max(x, S::sub(zero, x));
+        let z = S::mul(size, S::splat(std::f32::consts::FRAC_1_SQRT_2));
+        let t = S::div(S::splat(1.0), S::fma(z, S::splat(0.327_591_1), S::splat(1.0)));
+        let mut p = S::splat(1.061_405_4);
+        for c in [-1.453_152, 1.421_413_8, -0.284_496_72, 0.254_829_6] {
+            p = S::fma(p, t, S::splat(c));
+        }
+        // Half of what the error function lacks to one.
+        let tail = S::mul(S::mul(p, t), S::mul(exp::<S>(S::mul(z, S::sub(zero, z))), S::splat(0.5)));
+        // x (1 - tail) where x is positive, x tail where it is negative: the larger of x and 0, minus |x| tail.
+        S::sub(S::max(x, zero), S::mul(size, tail))
+    }
+}
+
+/// The query heads of one key/value head of one sequence. Pointers are row 0's first value of the first head, with the
+/// distance to the next row.
+pub(crate) struct EncoderAttend {
+    /// Rows of the sequence.
+    pub(crate) len: usize,
+    pub(crate) head_dim: usize,
+    /// Query heads, side by side.
+    pub(crate) heads: usize,
+    pub(crate) scale: f32,
+    pub(crate) query: (*mut f32, usize),
+    pub(crate) keys: (*mut f32, usize),
+    pub(crate) values: (*mut f32, usize),
+    pub(crate) out: (*mut f32, usize),
+    /// [`scratch_len`] values of this thread's own.
+    pub(crate) scratch: *mut f32,
+}
+
+/// Values of scratch space for a sequence of `len` rows: keys, values, and a tile's scores.
+pub(crate) const fn scratch_len(len: usize, head_dim: usize) -> usize {
+    let padded = len.next_multiple_of(BLOCK);
+    padded * head_dim + padded * head_dim.next_multiple_of(LANES) + TILE * padded
+}
+
+/// A sequence's head laid out for the tiles.
+#[derive(Clone, Copy)]
+struct Laid {
+    /// `[block][element][position in block]`, zero past the last position.
+    keys: *const f32,
+    /// `[position][element]`, `width` apart, zero past the last element.
+    values: *const f32,
+    width: usize,
+    /// `[row of the tile][position]`, `padded` apart.
+    scores: *mut f32,
+    padded: usize,
+}
+
+/// Runs all rows and heads.
+///
+/// # Safety
+/// The tier's instructions exist; the pointers cover `len` rows; the scratch space is large enough; nobody else uses it or
+/// the outputs.
+#[inline(always)]
+pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend) {
+    // SAFETY: tiles end at the last row.
+    unsafe {
+        let laid = lay_out(a);
+        for head in 0..a.heads {
+            let mut row = 0;
+            while row < a.len {
+                row += match (S::WIDE, a.len - row) {
+                    (true, TILE..) => tile::<S, TILE, 2>(a, &laid, (row, head)),
+                    (_, 4..) if S::WIDE => tile::<S, 4, 2>(a, &laid, (row, head)),
+                    (_, 4..) => tile::<S, 4, 1>(a, &laid, (row, head)),
+                    (_, 2..) => tile::<S, 2, 1>(a, &laid, (row, head)),
+                    _ => tile::<S, 1, 1>(a, &laid, (row, head)),
+                };
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn lay_out(a: &EncoderAttend) -> Laid {
+    let (dim, padded) = (a.head_dim, a.len.next_multiple_of(BLOCK));
+    let width = dim.next_multiple_of(LANES);
+    // SAFETY: the parts lie one after the other in the scratch space; rows are below `len`.
+    unsafe {
+        let keys = a.scratch;
+        let values = keys.add(padded * dim);
+        let scores = values.add(padded * width);
+        for block in 0..padded / BLOCK {
+            let out = keys.add(block * BLOCK * dim);
+            let there = BLOCK.min(a.len - block * BLOCK);
+            for d in 0..dim {
+                let from = a.keys.0.add(block * BLOCK * a.keys.1 + d);
+                let out = &mut *out.add(d * BLOCK).cast::<[f32; BLOCK]>();
+                for (p, out) in out.iter_mut().enumerate() {
+                    *out = if p < there { *from.add(p * a.keys.1) } else { 0.0 };
+                }
+            }
+        }
+        for p in 0..a.len {
+            let out = values.add(p * width);
+            std::ptr::copy_nonoverlapping(a.values.0.add(p * a.values.1), out, dim);
+            std::slice::from_raw_parts_mut(out.add(dim), width - dim).fill(0.0);
+        }
+        Laid { keys, values, width, scores, padded }
+    }
+}
+
+/// `R` rows of one head, `W` vectors at a time.
+#[inline(always)]
+unsafe fn tile<S: Simd, const R: usize, const W: usize>(
+    a: &EncoderAttend,
+    laid: &Laid,
+    (row, head): (usize, usize),
+) -> usize {
+    let dim = a.head_dim;
+    // SAFETY: rows, positions and elements exist, or are padding of the scratch space.
+    unsafe {
+        let query: [*const f32; R] =
+            std::array::from_fn(|r| a.query.0.add((row + r) * a.query.1 + head * dim).cast_const());
+        let mut at = 0;
+        while at < laid.padded {
+            score::<S, R, W>(a, laid, (&query, at));
+            at += W * LANES;
+        }
+        let mut inverse = [0.0f32; R];
+        for r in 0..R {
+            let scores = laid.scores.add(r * laid.padded);
+            // Padding belongs to nobody.
+            std::slice::from_raw_parts_mut(scores.add(a.len), laid.padded - a.len).fill(f32::NEG_INFINITY);
+            inverse[r] = 1.0 / softmax::<S>(scores, laid.padded);
+        }
+        let mut at = 0;
+        while at < laid.width {
+            let out: [*mut f32; R] =
+                std::array::from_fn(|r| a.out.0.add((row + r) * a.out.1 + head * dim + at));
+            at += match laid.width - at {
+                n if n >= W * LANES => mix::<S, R, W>(a, laid, (&inverse, at), &out),
+                _ => mix::<S, R, 1>(a, laid, (&inverse, at), &out),
+            };
+        }
+    }
+    R
+}
+
+/// Scores of `16 · W` positions from `at` on.
+#[inline(always)]
+unsafe fn score<S: Simd, const R: usize, const W: usize>(
+    a: &EncoderAttend,
+    laid: &Laid,
+    (query, at): (&[*const f32; R], usize),
+) {
+    // SAFETY: the positions lie in one block.
+    unsafe {
+        let keys = laid.keys.add(at / BLOCK * BLOCK * a.head_dim + at % BLOCK);
+        let mut sums = [[S::splat(0.0); W]; R];
+        for d in 0..a.head_dim {
+            let keys: [S::F; W] = std::array::from_fn(|w| S::load(keys.add(d * BLOCK + w * LANES)));
+            for r in 0..R {
+                let q = S::splat(*query[r].add(d));
+                for w in 0..W {
+                    sums[r][w] = S::fma(q, keys[w], sums[r][w]);
+                }
+            }
+        }
+        for r in 0..R {
+            for w in 0..W {
+                let score = S::mul(sums[r][w], S::splat(a.scale));
+                S::store(laid.scores.add(r * laid.padded + at + w * LANES), score);
+            }
+        }
+    }
+}
+
+/// Replaces scores by `exp(score - max)` and answers their sum.
+#[inline(always)]
+unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    // SAFETY: `len` is a multiple of the lanes.
+    unsafe {
+        let mut max = S::load(scores);
+        for i in 1..len / LANES {
+            max = S::max(max, S::load(scores.add(i * LANES)));
+        }
+        S::store(lanes.as_mut_ptr(), max);
+        let max = S::splat(lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a }));
+        let mut sum = S::splat(0.0);
+        for i in 0..len / LANES {
+            let share = exp::<S>(S::sub(S::load(scores.add(i * LANES)), max));
+            S::store(scores.add(i * LANES), share);
+            sum = S::add(sum, share);
+        }
+        S::store(lanes.as_mut_ptr(), sum);
+    }
+    lanes.iter().sum()
+}
+
+/// `Σ share · value / Σ share` of `16 · W` elements from `at` on.
+#[inline(always)]
+unsafe fn mix<S: Simd, const R: usize, const W: usize>(
+    a: &EncoderAttend,
+    laid: &Laid,
+    (inverse, at): (&[f32; R], usize),
+    out: &[*mut f32; R],
+) -> usize {
+    // SAFETY: elements up to the padded width exist in the scratch space; only a head's own are stored.
+    unsafe {
+        let mut sums = [[S::splat(0.0); W]; R];
+        for p in 0..a.len {
+            let values: [S::F; W] =
+                std::array::from_fn(|w| S::load(laid.values.add(p * laid.width + at + w * LANES)));
+            for r in 0..R {
+                let share = S::splat(*laid.scores.add(r * laid.padded + p));
+                for w in 0..W {
+                    sums[r][w] = S::fma(share, values[w], sums[r][w]);
+                }
+            }
+        }
+        for r in 0..R {
+            for w in 0..W {
+                let value = S::mul(sums[r][w], S::splat(inverse[r]));
+                let first = at + w * LANES;
+                if first + LANES <= a.head_dim {
+                    S::store(out[r].add(w * LANES), value);
+                } else {
+                    let mut lanes = [0.0f32; LANES];
+                    S::store(lanes.as_mut_ptr(), value);
+                    let rest = a.head_dim - first;
+                    std::ptr::copy_nonoverlapping(lanes.as_ptr(), out[r].add(w * LANES), rest);
+                }
+            }
+        }
+    }
+    W * LANES
+}

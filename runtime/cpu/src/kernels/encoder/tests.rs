@@ -1,0 +1,138 @@
+//! Every tier's encoder kernels against plain definitions in f64.
+
+use proptest::prelude::*;
+
+use super::{EncoderAttend, LayerNorm, scratch_len};
+use crate::{Tier, kernels::Kernels, memory::SharedF32};
+
+fn floats(seed: u64, len: usize, factor: f32) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) as f32 / 1_073_741_824.0 - 1.0) * factor
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn tiers() -> impl Iterator<Item = Tier> {
+    Tier::ALL.into_iter().filter(|tier| tier.is_available())
+}
+
+/// One sequence's query, key and value rows side by side, as a concatenated projection leaves them.
+struct Case {
+    len: usize,
+    heads: usize,
+    dim: usize,
+    qkv: Vec<f32>,
+}
+
+impl Case {
+    fn stride(&self) -> usize {
+        (self.heads + 2) * self.dim
+    }
+
+    fn run(&self, tier: Tier) -> Vec<f32> {
+        let (heads, dim, stride) = (self.heads, self.dim, self.stride());
+        let mut qkv = self.qkv.clone();
+        // A column on either side belongs to somebody else.
+        let mut out = vec![7.5f32; self.len * (heads * dim + 2)];
+        // What earlier sequences left in the scratch space must not matter.
+        let scratch = SharedF32::new("test", scratch_len(self.len, dim)).unwrap();
+        // SAFETY: all memory is as large as the kernel is told.
+        unsafe {
+            std::slice::from_raw_parts_mut(scratch.ptr(), scratch_len(self.len, dim)).fill(f32::NAN);
+            (Kernels::of(tier).encoder_attend)(&EncoderAttend {
+                len: self.len,
+                head_dim: dim,
+                heads,
+                scale: 0.5,
+                query: (qkv.as_mut_ptr(), stride),
+                keys: (qkv.as_mut_ptr().add(heads * dim), stride),
+                values: (qkv.as_mut_ptr().add((heads + 1) * dim), stride),
+                out: (out.as_mut_ptr().add(1), heads * dim + 2),
+                scratch: scratch.ptr(),
+            });
+        }
+        for row in out.chunks(heads * dim + 2) {
+            assert_eq!((row[0], row[heads * dim + 1]), (7.5, 7.5), "{tier} wrote beside its outputs");
+        }
+        out.chunks(heads * dim + 2).flat_map(|row| row[1..=heads * dim].to_vec()).collect()
+    }
+
+    fn expected(&self) -> Vec<f64> {
+        let (heads, dim, stride) = (self.heads, self.dim, self.stride());
+        let at = |row: usize, col: usize| f64::from(self.qkv[row * stride + col]);
+        let mut out = Vec::new();
+        for row in 0..self.len {
+            for head in 0..heads {
+                let score =
+                    |p| (0..dim).map(|d| at(row, head * dim + d) * at(p, heads * dim + d)).sum::<f64>() / 2.0;
+                let scores: Vec<f64> = (0..self.len).map(score).collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let shares: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+                let total: f64 = shares.iter().sum();
+                out.extend((0..dim).map(|d| {
+                    let mixed = shares.iter().enumerate().map(|(p, s)| s * at(p, (heads + 1) * dim + d));
+                    mixed.sum::<f64>() / total
+                }));
+            }
+        }
+        out
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn attention_follows_its_definition(
+        seed in any::<u64>(), len in 1usize..80, heads in 1usize..4, dim in 1usize..70,
+    ) {
+        let case = Case { len, heads, dim, qkv: floats(seed, len * (heads + 2) * dim, 2.0) };
+        let expected = case.expected();
+        for tier in tiers() {
+            for (i, (got, want)) in case.run(tier).iter().zip(&expected).enumerate() {
+                prop_assert!((f64::from(*got) - want).abs() < 1e-5, "{tier} value {i}: {got} for {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn layer_norm_and_gelu_follow_their_definitions(seed in any::<u64>(), len in 1usize..150, big: bool) {
+        let x = floats(seed, len, if big { 30.0 } else { 2.0 });
+        let (weight, bias) = (floats(seed ^ 1, len, 1.0), floats(seed ^ 2, len, 1.0));
+        let mean = x.iter().map(|v| f64::from(*v)).sum::<f64>() / len as f64;
+        let variance = x.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / len as f64;
+        for tier in tiers() {
+            let kernels = Kernels::of(tier);
+            let (mut normed, mut curved) = (vec![0.0; len], vec![0.0; len]);
+            // SAFETY: every slice has `len` values.
+            unsafe {
+                let norm = LayerNorm { weight: &weight, bias: &bias, eps: 1e-3 };
+                (kernels.layer_norm)(x.as_ptr(), &norm, normed.as_mut_ptr());
+                (kernels.gelu)(x.as_ptr(), curved.as_mut_ptr(), len);
+            }
+            for i in 0..len {
+                let v = f64::from(x[i]);
+                let norm = (v - mean) / (variance + 1e-3).sqrt() * f64::from(weight[i]) + f64::from(bias[i]);
+                prop_assert!((f64::from(normed[i]) - norm).abs() < 4e-6, "{tier} norm: {} for {norm}", normed[i]);
+                let gelu = v * normal_below(v);
+                prop_assert!((f64::from(curved[i]) - gelu).abs() < 1e-6, "{tier} gelu({v}): {} for {gelu}", curved[i]);
+            }
+        }
+    }
+}
+
+/// The normal distribution below `x`, by summing its density in small steps from far below (Simpson's rule).
+fn normal_below(x: f64) -> f64 {
+    let density = |t: f64| (-t * t / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    let (from, steps) = (-12.0f64, 2000);
+    if x <= from {
+        return 0.0;
+    }
+    let x = x.min(12.0);
+    let h = (x - from) / f64::from(steps);
+    let inner: f64 =
+        (1..steps).map(|i| density(from + f64::from(i) * h) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+    (density(from) + inner + density(x)) * h / 3.0
+}

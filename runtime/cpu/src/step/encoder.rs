@@ -1,0 +1,119 @@
+//! The ops of encoders: layer norm, gelu, attention within a sequence's rows, pooling.
+
+use trustformers_plan::{AttentionShape, Buf, Pooling, WeightId};
+
+use super::{Me, Step};
+use crate::kernels::encoder::{EncoderAttend, LayerNorm};
+
+/// The operands of a [`trustformers_plan::Op::EncoderAttention`].
+pub(super) struct EncoderAttention {
+    pub(super) query: Buf,
+    pub(super) keys: Buf,
+    pub(super) values: Buf,
+    pub(super) shape: AttentionShape,
+    pub(super) scale: f32,
+    pub(super) out: Buf,
+}
+
+impl Step<'_> {
+    pub(super) fn add_row(&self, input: Buf, weight: WeightId, out: Buf, me: Me<'_>) {
+        let weight = &self.shared.vectors[&weight];
+        for row in self.my_share(self.rows(out), me) {
+            // SAFETY: see the module above; the row is this thread's.
+            unsafe {
+                (self.shared.kernels.add)(
+                    self.at(input, row),
+                    weight.as_ptr(),
+                    self.at(out, row),
+                    weight.len(),
+                );
+            }
+        }
+    }
+
+    pub(super) fn layer_norm(
+        &self,
+        (input, out): (Buf, Buf),
+        (weight, bias): (WeightId, WeightId),
+        eps: f32,
+        me: Me<'_>,
+    ) {
+        let (weight, bias) = (&self.shared.vectors[&weight], &self.shared.vectors[&bias]);
+        let norm = LayerNorm { weight, bias, eps };
+        for row in self.my_share(self.rows(out), me) {
+            // SAFETY: see the module above; the row is this thread's.
+            unsafe { (self.shared.kernels.layer_norm)(self.at(input, row), &norm, self.at(out, row)) };
+        }
+    }
+
+    pub(super) fn gelu(&self, input: Buf, out: Buf, me: Me<'_>) {
+        for row in self.my_share(self.rows(out), me) {
+            // SAFETY: see the module above; the row is this thread's.
+            unsafe { (self.shared.kernels.gelu)(self.at(input, row), self.at(out, row), out.cols) };
+        }
+    }
+
+    /// Key/value heads of sequences are the units of work; every n-th is a thread's, so that one long sequence does not
+    /// keep one thread alone.
+    pub(super) fn encoder_attention(&self, a: &EncoderAttention, me: Me<'_>) {
+        let AttentionShape { heads, kv_heads, head_dim } = a.shape;
+        let group = heads / kv_heads;
+        let scratch = self.shared.scratch.threads[me.number].encoder.ptr();
+        for unit in (me.number..self.input.sequences() * kv_heads).step_by(self.threads) {
+            let (sequence, kv_head) = (unit / kv_heads, unit % kv_heads);
+            let rows = self.input.rows_of(sequence);
+            let at = |buf: Buf, head: usize| self.at(buf, rows.start).wrapping_add(head * head_dim);
+            let first = kv_head * group;
+            // SAFETY: see the module above; the heads' outputs are this thread's, and so is the scratch space.
+            unsafe {
+                (self.shared.kernels.encoder_attend)(&EncoderAttend {
+                    len: rows.len(),
+                    head_dim,
+                    heads: group,
+                    scale: a.scale,
+                    query: (at(a.query, first), a.query.stride),
+                    keys: (at(a.keys, kv_head), a.keys.stride),
+                    values: (at(a.values, kv_head), a.values.stride),
+                    out: (at(a.out, first), a.out.stride),
+                    scratch,
+                });
+            }
+        }
+    }
+
+    /// Sequences are the units of work. Sums are in f64, so that a mean over many rows is as good as one over few.
+    pub(super) fn pool(&self, (input, out): (Buf, Buf), pooling: Pooling, normalise: bool, me: Me<'_>) {
+        let mut pooled = [0.0f64; POOL_COLS];
+        for sequence in self.my_share(self.input.sequences(), me) {
+            let rows = match pooling {
+                Pooling::Mean => self.input.rows_of(sequence),
+                Pooling::First => self.input.rows_of(sequence).take(1).fold(0..0, |_, row| row..row + 1),
+            };
+            // SAFETY: see the module above; the sequence's row is this thread's.
+            let out = unsafe { std::slice::from_raw_parts_mut(self.at(out, sequence), out.cols) };
+            let mut squares = 0.0f64;
+            for (i, out) in out.chunks_mut(POOL_COLS).enumerate() {
+                let sums = &mut pooled[..out.len()];
+                sums.fill(0.0);
+                for row in rows.clone() {
+                    // SAFETY: as above; nobody writes the input during this op.
+                    let row = unsafe {
+                        std::slice::from_raw_parts(self.at(input, row).add(i * POOL_COLS), out.len())
+                    };
+                    sums.iter_mut().zip(row).for_each(|(sum, v)| *sum += f64::from(*v));
+                }
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = (*sum / rows.len() as f64) as f32;
+                    squares += f64::from(*out) * f64::from(*out);
+                }
+            }
+            if normalise {
+                let length = squares.sqrt().max(1e-12);
+                out.iter_mut().for_each(|v| *v = (f64::from(*v) / length) as f32);
+            }
+        }
+    }
+}
+
+/// Columns that are summed at once; they fit the first-level cache.
+const POOL_COLS: usize = 256;

@@ -1,0 +1,148 @@
+//! The ops of encoders, as their definitions say.
+
+use super::ops::{Step, dot};
+use crate::{AttentionShape, Buf, Pooling, WeightId};
+
+impl Step<'_> {
+    pub(super) fn add_row(&mut self, input: Buf, weight: WeightId, out: Buf) {
+        let added = self.vector(weight);
+        for r in 0..self.rows(out) {
+            let values: Vec<f32> = self.row(input, r).iter().zip(&added).map(|(v, a)| v + a).collect();
+            self.store(out, r, &values);
+        }
+    }
+
+    pub(super) fn layer_norm(
+        &mut self,
+        input: Buf,
+        (weight, bias): (WeightId, WeightId),
+        eps: f32,
+        out: Buf,
+    ) {
+        let (weight, bias) = (self.vector(weight), self.vector(bias));
+        for r in 0..self.rows(out) {
+            let row = self.row(input, r);
+            let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / row.len() as f64;
+            let variance = row.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / row.len() as f64;
+            let factor = 1.0 / (variance + f64::from(eps)).sqrt();
+            let scaled = weight.iter().zip(&bias).map(|(w, b)| (f64::from(*w), f64::from(*b)));
+            let values: Vec<f32> = row
+                .iter()
+                .zip(scaled)
+                .map(|(v, (w, b))| ((f64::from(*v) - mean) * factor * w + b) as f32)
+                .collect();
+            self.store(out, r, &values);
+        }
+    }
+
+    pub(super) fn gelu(&mut self, input: Buf, out: Buf) {
+        for r in 0..self.rows(out) {
+            let values: Vec<f32> = self.row(input, r).iter().map(|v| gelu(*v)).collect();
+            self.store(out, r, &values);
+        }
+    }
+
+    pub(super) fn encoder_attention(
+        &mut self,
+        query: Buf,
+        (keys, values): (Buf, Buf),
+        (shape, scale): (AttentionShape, f32),
+        out: Buf,
+    ) {
+        let AttentionShape { heads, kv_heads, head_dim } = shape;
+        for s in 0..self.input.sequences() {
+            let rows = self.input.rows_of(s);
+            let (keys, values): (Vec<_>, Vec<_>) =
+                rows.clone().map(|r| (self.row(keys, r).to_vec(), self.row(values, r).to_vec())).unzip();
+            for r in rows {
+                let mut mixed = vec![0.0; query.cols];
+                for h in 0..heads {
+                    let kv = h / (heads / kv_heads) * head_dim..(h / (heads / kv_heads) + 1) * head_dim;
+                    let q = &self.row(query, r)[h * head_dim..(h + 1) * head_dim];
+                    let scores: Vec<f64> =
+                        keys.iter().map(|k| f64::from(dot(q, &k[kv.clone()]) * scale)).collect();
+                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let shares: Vec<f64> = scores.iter().map(|v| (v - largest).exp()).collect();
+                    let total: f64 = shares.iter().sum();
+                    for d in 0..head_dim {
+                        let sum: f64 =
+                            shares.iter().zip(&values).map(|(s, v)| s * f64::from(v[kv.start + d])).sum();
+                        mixed[h * head_dim + d] = (sum / total) as f32;
+                    }
+                }
+                self.store(out, r, &mixed);
+            }
+        }
+    }
+
+    pub(super) fn pool(&mut self, input: Buf, pooling: Pooling, normalise: bool, out: Buf) {
+        for s in 0..self.input.sequences() {
+            let rows = self.input.rows_of(s);
+            let mut pooled: Vec<f64> = match pooling {
+                Pooling::First => self.row(input, rows.start).iter().map(|v| f64::from(*v)).collect(),
+                Pooling::Mean => {
+                    let sum = |c: usize| rows.clone().map(|r| f64::from(self.row(input, r)[c])).sum::<f64>();
+                    (0..out.cols).map(|c| sum(c) / rows.len() as f64).collect()
+                }
+            };
+            if normalise {
+                let length = pooled.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-12);
+                pooled.iter_mut().for_each(|v| *v /= length);
+            }
+            let values: Vec<f32> = pooled.iter().map(|v| *v as f32).collect();
+            self.store(out, s, &values);
+        }
+    }
+}
+
+pub(super) fn gelu(x: f32) -> f32 {
+    let x = f64::from(x);
+    (x * 0.5 * erfc(-x * std::f64::consts::FRAC_1_SQRT_2)) as f32
+}
+
+/// `2/sqrt(pi) · ∫ e^(-t²) dt` from `x` to infinity, to about twelve digits: the power series of the error function near
+/// zero, the continued fraction beyond.
+fn erfc(x: f64) -> f64 {
+    if x < 0.0 {
+        return 2.0 - erfc(-x);
+    }
+    if x < 2.5 {
+        // erf(x) = 2/sqrt(pi) · e^(-x²) · Σ 2^n x^(2n+1) / (1·3·5···(2n+1)); every term is positive.
+        let (mut term, mut sum) = (x, x);
+        for n in 1..100 {
+            term *= 2.0 * x * x / (2 * n + 1) as f64;
+            sum += term;
+        }
+        return 1.0 - std::f64::consts::FRAC_2_SQRT_PI * (-x * x).exp() * sum;
+    }
+    // erfc(x) = e^(-x²)/sqrt(pi) · 1/(x + (1/2)/(x + 1/(x + (3/2)/(x + …))))
+    let fraction = (1..=60).rev().fold(x, |tail, n| x + f64::from(n) / 2.0 / tail);
+    (-x * x).exp() / (std::f64::consts::PI.sqrt() * fraction)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_function_has_its_known_values() {
+        // Tables of the complementary error function; 2.5 is where the two forms meet.
+        let known = [
+            (0.0, 1.0),
+            (0.5, 0.479_500_122_186_953_5),
+            (1.0, 0.157_299_207_050_285_13),
+            (2.0, 0.004_677_734_981_047_266),
+            (2.5, 4.069_520_174_449_589e-4),
+            (3.0, 2.209_049_699_858_544e-5),
+            (5.0, 1.537_459_794_428_035e-12),
+        ];
+        for (x, want) in known {
+            assert!((erfc(x) - want).abs() < 1e-12 + 1e-11 * want, "erfc({x}) = {}, not {want}", erfc(x));
+            assert!((erfc(-x) - (2.0 - want)).abs() < 1e-12);
+        }
+        assert!((erfc(2.499_999_999) - erfc(2.5)).abs() < 1e-11);
+        assert_eq!(gelu(0.0), 0.0);
+        assert!((gelu(1.0) - 0.841_345).abs() < 1e-6 && (gelu(-1.0) + 0.158_655).abs() < 1e-6);
+        assert_eq!((gelu(20.0), gelu(-40.0)), (20.0, -0.0));
+    }
+}

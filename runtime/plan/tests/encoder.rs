@@ -1,0 +1,228 @@
+//! A whole small encoder through builder, passes, arena and oracle.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in what it builds as well")]
+
+use std::sync::Arc;
+
+use trustformers_plan::{
+    Backend, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, PlanError, Pooling,
+    RowSpace, SequenceStep, StepError, StepInput, StepOutput, Weight, Weights, oracle::Oracle,
+};
+
+const HYPER: Hyper =
+    Hyper { width: 32, layers: 1, heads: 4, kv_heads: 4, head_dim: 8, vocab: 48, context: 24 };
+const LIMITS: Limits = Limits { rows: 40, sequences: 4, logits_rows: 0 };
+
+fn weights() -> Weights {
+    let mut state = 5u32;
+    let mut weights = Weights::new();
+    let mut push = |name: &str, rows: usize, cols: usize| {
+        let values: Vec<f32> = (0..rows * cols)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                ((state >> 8) as f32 / 8_388_608.0 - 1.0) / 2.0
+            })
+            .collect();
+        weights.push(Weight::from_f32(name, (rows, cols), &values).unwrap()).unwrap();
+    };
+    push("words", 48, 32);
+    push("positions", 24, 32);
+    push("types", 1, 32);
+    for name in ["q", "k", "v", "o"] {
+        push(name, 32, 32);
+        push(&format!("{name}.bias"), 1, 32);
+    }
+    push("up", 64, 32);
+    push("up.bias", 1, 64);
+    push("down", 32, 64);
+    push("down.bias", 1, 32);
+    for name in ["norm0", "norm1", "norm2"] {
+        push(name, 1, 32);
+        push(&format!("{name}.bias"), 1, 32);
+    }
+    weights
+}
+
+fn plan(weights: &Weights, fused: &FusedOps, pooling: Pooling, normalise: bool) -> Plan {
+    let w = |name: &str| weights.find(name).unwrap();
+    let mut b = PlanBuilder::new(weights, HYPER, LIMITS);
+    let dense = |b: &mut PlanBuilder<'_>, x, name: &str| {
+        let product = b.matmul(x, w(name));
+        b.add_row(product, w(&format!("{name}.bias")))
+    };
+    let x = b.embed(w("words"));
+    let p = b.embed_positions(w("positions"));
+    let x = b.add(x, p);
+    let x = b.add_row(x, w("types"));
+    let x = b.layer_norm(x, w("norm0"), w("norm0.bias"), 1e-12);
+    let (q, k, v) = (dense(&mut b, x, "q"), dense(&mut b, x, "k"), dense(&mut b, x, "v"));
+    let mixed = b.encoder_attention(q, k, v, 8f32.powf(-0.5));
+    let o = dense(&mut b, mixed, "o");
+    let x2 = b.add(o, x);
+    let x = b.layer_norm(x2, w("norm1"), w("norm1.bias"), 1e-12);
+    let up = dense(&mut b, x, "up");
+    let up = b.gelu(up);
+    let down = dense(&mut b, up, "down");
+    let y = b.add(down, x);
+    let x = b.layer_norm(y, w("norm2"), w("norm2.bias"), 1e-12);
+    b.pool(x, pooling, normalise);
+    b.finish(fused).unwrap()
+}
+
+fn run(fused: &FusedOps, pooling: Pooling, normalise: bool, sequences: &[&[u32]]) -> Vec<Vec<f32>> {
+    let weights = Arc::new(weights());
+    let plan = plan(&weights, fused, pooling, normalise);
+    assert!(!plan.uses_cache());
+    assert_eq!((plan.answer().rows, plan.answer().cols), (RowSpace::Sequences, 32));
+    let numerics = Numerics::Exact;
+    let spec = LoadSpec { weights, plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
+    let mut loaded = Oracle::new().load(spec).unwrap();
+    assert_eq!(loaded.memory().kv_bytes, 0);
+    let mut executable = loaded.compile(&plan).unwrap();
+    executable.submit(&step(sequences)).unwrap();
+    let mut output = StepOutput::new();
+    executable.wait(&mut output).unwrap();
+    assert_eq!((output.rows(), output.width), (sequences.len(), 32));
+    (0..output.rows()).map(|r| output.row(r).to_vec()).collect()
+}
+
+fn step(sequences: &[&[u32]]) -> StepInput {
+    let mut input = StepInput::new();
+    for tokens in sequences {
+        input.push_sequence(SequenceStep { tokens, cached_tokens: 0, blocks: &[], logits: LogitsRows::None });
+    }
+    input
+}
+
+#[test]
+fn the_dump_is_stable_plain_and_fused() {
+    let weights = weights();
+    let dump = |fused| plan(&weights, fused, Pooling::Mean, true).dump();
+    insta::assert_snapshot!("encoder_plain", dump(&FusedOps::NONE));
+    insta::assert_snapshot!("encoder_fused", dump(&FusedOps::ALL));
+}
+
+#[test]
+fn fused_plain_alone_and_batched_give_the_same_bits() {
+    let (a, b): (Vec<u32>, Vec<u32>) = ((0..24).map(|i| i * 7 % 48).collect(), vec![3, 1, 4]);
+    for pooling in [Pooling::Mean, Pooling::First] {
+        let both = run(&FusedOps::ALL, pooling, true, &[&b, &a]);
+        assert_eq!(both, run(&FusedOps::NONE, pooling, true, &[&b, &a]));
+        assert_eq!(both[1], run(&FusedOps::NONE, pooling, true, &[&a])[0]);
+        assert_ne!(both[0], both[1]);
+    }
+}
+
+#[test]
+fn attention_sees_later_tokens_and_no_other_sequence() {
+    let first = |tokens: &[u32], other: &[u32]| {
+        run(&FusedOps::NONE, Pooling::First, false, &[tokens, other])[0].clone()
+    };
+    assert_ne!(first(&[1, 2, 3], &[9]), first(&[1, 2, 4], &[9]));
+    assert_eq!(first(&[1, 2, 3], &[9]), first(&[1, 2, 3], &[8, 8]));
+}
+
+#[test]
+fn pooling_is_what_it_says() {
+    let tokens: &[u32] = &[5, 6, 7, 8];
+    let raw = run(&FusedOps::NONE, Pooling::Mean, false, &[tokens]);
+    let unit = run(&FusedOps::NONE, Pooling::Mean, true, &[tokens]);
+    let length = raw[0].iter().map(|v| v * v).sum::<f32>().sqrt();
+    assert!((length - 1.0).abs() > 0.01, "the test needs a vector that is not of length one: {length}");
+    for (unit, raw) in unit[0].iter().zip(&raw[0]) {
+        assert!((unit - raw / length).abs() < 1e-6);
+    }
+    // Of one token, mean and first are the same; of several they are not.
+    let one = |pooling| run(&FusedOps::NONE, pooling, false, &[&tokens[..1]]);
+    assert_eq!(one(Pooling::Mean), one(Pooling::First));
+    assert_ne!(raw, run(&FusedOps::NONE, Pooling::First, false, &[tokens]));
+}
+
+#[test]
+fn a_layer_norm_has_mean_and_variance_of_its_weights() {
+    let mut weights = Weights::new();
+    let mut push = |name: &str, rows: usize, values: &[f32]| {
+        weights.push(Weight::from_f32(name, (rows, 4), values).unwrap()).unwrap()
+    };
+    let table = push("table", 1, &[1.0, 2.0, 3.0, 6.0]);
+    let (scale, shift) = (push("scale", 1, &[2.0, 2.0, 2.0, 1.0]), push("shift", 1, &[0.0, 1.0, 0.0, 0.0]));
+    let hyper = Hyper { width: 4, layers: 1, heads: 1, kv_heads: 1, head_dim: 4, vocab: 1, context: 1 };
+    let mut b = PlanBuilder::new(&weights, hyper, LIMITS);
+    let x = b.embed(table);
+    let x = b.layer_norm(x, scale, shift, 0.5);
+    b.pool(x, Pooling::First, false);
+    let plan = b.finish(&FusedOps::NONE).unwrap();
+    let (weights, numerics) = (Arc::new(weights), Numerics::Exact);
+    let spec = LoadSpec { weights, plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
+    let mut executable = Oracle::new().load(spec).unwrap().compile(&plan).unwrap();
+    executable.submit(&step(&[&[0]])).unwrap();
+    let mut output = StepOutput::new();
+    executable.wait(&mut output).unwrap();
+    // Mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, so with eps 0.5 the root is 2.
+    assert_eq!(output.row(0), [-2.0, 0.0, 0.0, 1.5]);
+}
+
+#[test]
+fn steps_of_a_plan_without_a_cache_are_checked() {
+    let weights = weights();
+    let plan = plan(&weights, &FusedOps::ALL, Pooling::Mean, true);
+    let tokens: &[u32] = &[1, 2, 3];
+    assert_eq!(step(&[tokens, tokens]).validate(&plan, 0), Ok(()));
+    let mut cached = StepInput::new();
+    let sequence = SequenceStep { tokens, cached_tokens: 2, blocks: &[], logits: LogitsRows::None };
+    cached.push_sequence(sequence);
+    assert_eq!(cached.validate(&plan, 0), Err(StepError::Uncached { sequence: 0, cached: 2 }));
+    let mut logits = StepInput::new();
+    logits.push_sequence(SequenceStep { cached_tokens: 0, logits: LogitsRows::Last, ..sequence });
+    assert!(matches!(logits.validate(&plan, 0), Err(StepError::TooMany { what: "rows of logits", .. })));
+    let limits = Limits { logits_rows: 4, ..LIMITS };
+    let mut b = PlanBuilder::new(&weights, HYPER, limits);
+    let x = b.embed(weights.find("words").unwrap());
+    b.pool(x, Pooling::Mean, true);
+    let roomy = b.finish(&FusedOps::NONE).unwrap();
+    assert_eq!(logits.validate(&roomy, 0), Err(StepError::NoLogits(1)));
+    let long: Vec<u32> = vec![1; 25];
+    let error = step(&[&long]).validate(&plan, 0);
+    assert_eq!(error, Err(StepError::Context { sequence: 0, tokens: 25, context: 24 }));
+}
+
+#[test]
+fn mistakes_in_an_encoder_are_named() {
+    let weights = weights();
+    let w = |name: &str| weights.find(name).unwrap();
+    let finish = |write: &dyn Fn(&mut PlanBuilder<'_>)| {
+        let mut b = PlanBuilder::new(&weights, HYPER, LIMITS);
+        write(&mut b);
+        b.finish(&FusedOps::NONE).unwrap_err().to_string()
+    };
+    let bias = finish(&|b| {
+        let x = b.embed(w("words"));
+        let _ = b.layer_norm(x, w("norm1"), w("up.bias"), 1e-5);
+    });
+    assert_eq!(bias, "op 1 (layer_norm): up.bias is 1 x 64, the input has 32 columns");
+    let short = finish(&|b| {
+        let _ = b.embed_positions(w("types"));
+    });
+    assert_eq!(short, "op 0 (embed_positions): a table of 1 rows for a context of 24");
+    let two = finish(&|b| {
+        let x = b.embed(w("words"));
+        b.pool(x, Pooling::Mean, true);
+        b.pool(x, Pooling::First, true);
+    });
+    assert!(two.contains("has one of them: found 2"), "{two}");
+    let cached = finish(&|b| {
+        let x = b.embed(w("words"));
+        b.kv_write(0, x, x);
+        b.pool(x, Pooling::Mean, true);
+    });
+    assert!(cached.contains("has no cache"), "{cached}");
+    let logits = finish(&|b| {
+        let x = b.embed(w("words"));
+        let x = b.gather_rows(x);
+        b.logits(x, w("words"));
+    });
+    assert_eq!(logits, "logits_rows is 0: must be above zero where a plan ends in logits");
+    let zero = Limits { sequences: 0, ..LIMITS };
+    let error = PlanBuilder::new(&weights, HYPER, zero).finish(&FusedOps::NONE).unwrap_err();
+    assert!(matches!(error, PlanError::Size { field: "sequences", .. }));
+}
