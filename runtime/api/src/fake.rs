@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use trustformers_proto::v1;
 
 use crate::health::{Health, Verdict};
-use crate::inference::{Answer, Event, FinishReason, Inference, Models, Usage};
+use crate::inference::{Answer, Event, FinishReason, Inference, Logprobs, Models, StoppedBy, Usage};
 use crate::{Api, ApiError, Generation};
 
 /// What each request gets.
@@ -19,6 +19,8 @@ pub(crate) struct Script {
     pieces: Vec<String>,
     failure: Option<ApiError>,
     hangs: bool,
+    logprobs: Option<Logprobs>,
+    stopped_by: Option<StoppedBy>,
 }
 
 impl Script {
@@ -36,6 +38,12 @@ impl Script {
     }
     pub(crate) fn then_hangs(self) -> Self {
         Self { hangs: true, ..self }
+    }
+    pub(crate) fn with_logprobs(self) -> Self {
+        Self { logprobs: Some(Logprobs { logprob: -0.5, top: vec![(7, -0.25)] }), ..self }
+    }
+    pub(crate) fn stopped_by(self, stop: StoppedBy) -> Self {
+        Self { stopped_by: Some(stop), ..self }
     }
 }
 
@@ -118,12 +126,12 @@ impl Inference for Fake {
         let completion_tokens = u32::try_from(script.pieces.len()).unwrap();
         let mut steps: Vec<Result<Event, ApiError>> = Vec::new();
         for (id, text) in (0..).zip(script.pieces) {
-            steps.push(Ok(Event::Token { id, text }));
+            steps.push(Ok(Event::Token { id, text, logprobs: script.logprobs.clone() }));
         }
         let usage = Usage { prompt_tokens: 3, completion_tokens };
         steps.push(match script.failure {
             Some(error) => Err(error),
-            None => Ok(Event::Finished { reason: FinishReason::Stop, usage }),
+            None => Ok(Event::Finished { reason: FinishReason::Stop, stopped_by: script.stopped_by, usage }),
         });
         if script.hangs {
             steps.pop();

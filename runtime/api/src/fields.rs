@@ -6,6 +6,7 @@
 use trustformers_proto::v1;
 
 use crate::error::ApiError;
+use crate::options::Options;
 
 /// What stands where a field is not given.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,6 +42,8 @@ pub struct Asked {
     pub top_p: Option<f32>,
     /// Makes sampling repeatable.
     pub seed: Option<u64>,
+    /// The further fields.
+    pub options: Options,
 }
 
 /// A request whose fields are all within their limits.
@@ -58,6 +61,8 @@ pub struct Generation {
     pub top_p: f32,
     /// Makes sampling repeatable.
     pub seed: Option<u64>,
+    /// The further fields.
+    pub options: Options,
 }
 
 impl Asked {
@@ -73,6 +78,7 @@ impl Asked {
             temperature: self.temperature.unwrap_or(defaults.temperature),
             top_p: self.top_p.unwrap_or(defaults.top_p),
             seed: self.seed,
+            options: self.options,
         };
         if request.prompt.is_empty() {
             return Err(ApiError::field("prompt", "is empty: give the text that the model is to continue"));
@@ -96,8 +102,9 @@ impl Asked {
 }
 
 impl From<v1::GenerateRequest> for Asked {
-    fn from(request: v1::GenerateRequest) -> Self {
+    fn from(mut request: v1::GenerateRequest) -> Self {
         Self {
+            options: Options::from(&mut request),
             prompt: request.prompt,
             model: Some(request.model),
             max_tokens: Some(request.max_tokens).filter(|count| *count != 0),

@@ -21,7 +21,7 @@ use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceSer
 use crate::fields::{Asked, GRPC_DEFAULTS};
 use crate::health::GrpcHealth;
 use crate::http::ended_early;
-use crate::inference::{Answer, Event};
+use crate::inference::{Answer, Event, StoppedBy};
 use crate::{Api, ApiError, MAX_BODY_BYTES};
 
 /// The services whose health and reflection are served, by their full names.
@@ -73,11 +73,17 @@ impl InferenceService for Api {
         let mut response = v1::GenerateResponse { id, model, model_digest, ..Default::default() };
         while let Some(event) = events.next().await {
             match event? {
-                Event::Token { id, text } => {
+                Event::Token { id, text, logprobs } => {
                     response.tokens.push(id);
                     response.text.push_str(&text);
+                    response.logprobs.extend(logprobs.map(Into::into));
                 }
-                Event::Finished { reason, usage } => {
+                Event::Finished { reason, stopped_by, usage } => {
+                    use v1::generate_response::StoppedBy as Wire;
+                    response.stopped_by = stopped_by.map(|stop| match stop {
+                        StoppedBy::Text(text) => Wire::StopText(text),
+                        StoppedBy::Token(id) => Wire::StopToken(id),
+                    });
                     response.set_finish_reason(reason.to_proto());
                     response.usage = Some(usage.to_proto());
                     response.latency_ms = milliseconds(started);
@@ -107,18 +113,24 @@ impl InferenceService for Api {
 }
 
 fn message(event: Event, head: &Answer, started: Instant) -> v1::GenerateStreamResponse {
+    use v1::generate_stream_response::StoppedBy as Wire;
     match event {
-        Event::Token { id, text } => v1::GenerateStreamResponse {
+        Event::Token { id, text, logprobs } => v1::GenerateStreamResponse {
             id: head.id.clone(),
             model: head.model.clone(),
             text,
             token: id,
+            logprobs: logprobs.map(Into::into),
             ..Default::default()
         },
-        Event::Finished { reason, usage } => v1::GenerateStreamResponse {
+        Event::Finished { reason, stopped_by, usage } => v1::GenerateStreamResponse {
             id: head.id.clone(),
             model: head.model.clone(),
             finish_reason: reason.to_proto() as i32,
+            stopped_by: stopped_by.map(|stop| match stop {
+                StoppedBy::Text(text) => Wire::StopText(text),
+                StoppedBy::Token(id) => Wire::StopToken(id),
+            }),
             usage: Some(usage.to_proto()),
             latency_ms: milliseconds(started),
             model_digest: head.model_digest.clone(),
@@ -222,6 +234,32 @@ mod tests {
         let last = all.last().unwrap();
         assert_eq!((last.finish_reason(), last.text.as_str()), (v1::FinishReason::Stop, ""));
         assert!(all[..2].iter().all(|message| message.finish_reason == 0 && message.usage.is_none()));
+    }
+
+    #[tokio::test]
+    async fn options_reach_the_server_and_logprobs_and_the_stop_come_back() {
+        let fake = Fake::with(Script::tokens(&["a", "b"]).with_logprobs().stopped_by(StoppedBy::Token(9)));
+        let (channel, ..) = start(&fake).await;
+        let mut client = InferenceServiceClient::new(channel);
+        let format = v1::response_format::Format::JsonSchema("{}".into());
+        let request = v1::GenerateRequest {
+            stop_token_ids: vec![9],
+            logprobs: Some(1),
+            response_format: Some(v1::ResponseFormat { format: Some(format) }),
+            ..prompt("x")
+        };
+        let whole = client.generate(request.clone()).await.unwrap().into_inner();
+        let each = v1::Logprobs { logprob: -0.5, top: vec![v1::TokenLogprob { token: 7, logprob: -0.25 }] };
+        assert_eq!(whole.logprobs, [each.clone(), each.clone()]);
+        assert_eq!(whole.stopped_by, Some(v1::generate_response::StoppedBy::StopToken(9)));
+        let options = fake.last_request().options;
+        assert_eq!((options.stop_token_ids, options.logprobs), (vec![9], Some(1)));
+        assert_eq!(options.format, Some(crate::Format::JsonSchema("{}".into())));
+
+        let stream = client.generate_stream(request).await.unwrap().into_inner();
+        let all: Vec<_> = stream.map(Result::unwrap).collect().await;
+        assert_eq!(all[0].logprobs, Some(each));
+        assert_eq!(all[2].stopped_by, Some(v1::generate_stream_response::StoppedBy::StopToken(9)));
     }
 
     #[tokio::test]

@@ -22,11 +22,16 @@ use trustformers_proto::v1;
 
 use crate::error::ApiError;
 use crate::fields::{Asked, Generation, HTTP_DEFAULTS};
-use crate::inference::{Answer, Event};
+use crate::inference::{Answer, Event, Logprobs};
+use crate::options::{OPTION_FIELDS, Options};
 use crate::{Api, MAX_BODY_BYTES, health, nearest};
 
 /// Every field of a generate request.
-const GENERATE_FIELDS: &[&str] = &["prompt", "max_tokens", "temperature", "top_p", "model", "stream", "seed"];
+fn generate_fields() -> Vec<&'static str> {
+    let own = ["prompt", "max_tokens", "temperature", "top_p", "model", "stream", "seed"];
+    own.into_iter().chain(OPTION_FIELDS.iter().copied()).collect()
+}
+
 /// A body that has not come in this time never will.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -61,15 +66,16 @@ async fn generate_stream(State(api): State<Api>, request: Request) -> Result<Res
 async fn answer_whole(api: &Api, request: Generation) -> Result<Response, ApiError> {
     let started = Instant::now();
     let Answer { id, model, model_digest, mut events } = api.inference.generate(request).await?;
-    let (mut text, mut tokens) = (String::new(), Vec::new());
+    let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
     while let Some(event) = events.next().await {
         match event? {
-            Event::Token { id, text: piece } => {
+            Event::Token { id, text: piece, logprobs: more } => {
                 tokens.push(id);
                 text.push_str(&piece);
+                logprobs.extend(more.as_ref().map(Logprobs::to_json));
             }
-            Event::Finished { reason, usage } => {
-                let body = json!({
+            Event::Finished { reason, stopped_by, usage } => {
+                let mut body = json!({
                     "id": id,
                     "model": model,
                     "text": text,
@@ -79,6 +85,12 @@ async fn answer_whole(api: &Api, request: Generation) -> Result<Response, ApiErr
                     "latency_ms": milliseconds(started),
                     "model_digest": model_digest,
                 });
+                if let Some(stop) = stopped_by {
+                    body["stopped_by"] = stop.to_json();
+                }
+                if !logprobs.is_empty() {
+                    body["logprobs"] = logprobs.into();
+                }
                 return Ok(Json(body).into_response());
             }
         }
@@ -112,9 +124,15 @@ fn frames(
     let frame = |value: &Value| SseEvent::default().data(value.to_string());
     events.flat_map(move |event| {
         let frames = match event {
-            Ok(Event::Token { id, text }) => vec![frame(&json!({"text": text, "token": id}))],
-            Ok(Event::Finished { reason, usage }) => {
-                let last = json!({
+            Ok(Event::Token { id, text, logprobs }) => {
+                let mut token = json!({"text": text, "token": id});
+                if let Some(logprobs) = logprobs {
+                    token["logprobs"] = logprobs.to_json();
+                }
+                vec![frame(&token)]
+            }
+            Ok(Event::Finished { reason, stopped_by, usage }) => {
+                let mut last = json!({
                     "text": "",
                     "finish_reason": reason.as_str(),
                     "usage": usage_json(usage.to_proto()),
@@ -123,6 +141,9 @@ fn frames(
                     "latency_ms": milliseconds(started),
                     "model_digest": head.model_digest,
                 });
+                if let Some(stop) = stopped_by {
+                    last["stopped_by"] = stop.to_json();
+                }
                 vec![frame(&last), SseEvent::default().data("[DONE]")]
             }
             Err(error) => vec![frame(&error.to_json())],
@@ -227,8 +248,9 @@ fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
     let Value::Object(object) = value else {
         return Err(broken_body(format!("the body must be a JSON object such as {example}")));
     };
-    if let Some(unknown) = object.keys().find(|key| !GENERATE_FIELDS.contains(&key.as_str())) {
-        let hint = nearest::hint(unknown, GENERATE_FIELDS);
+    let known = generate_fields();
+    if let Some(unknown) = object.keys().find(|key| !known.contains(&key.as_str())) {
+        let hint = nearest::hint(unknown, &known);
         return Err(ApiError::InvalidRequest {
             field: Some(unknown.clone()),
             message: format!("{unknown}: there is no such field; {hint}"),
@@ -245,18 +267,19 @@ fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
         temperature: take(&object, "temperature", "a number", float)?,
         top_p: take(&object, "top_p", "a number", float)?,
         seed: take(&object, "seed", "a whole number from 0 to 18446744073709551615", Value::as_u64)?,
+        options: Options::from_json(&object)?,
     };
     let stream = take(&object, "stream", "true or false", Value::as_bool)?.unwrap_or(false);
     Ok((asked, stream))
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "a temperature needs no more digits than an f32 has")]
-fn float(value: &Value) -> Option<f32> {
+#[allow(clippy::cast_possible_truncation, reason = "a setting needs no more digits than an f32 has")]
+pub(crate) fn float(value: &Value) -> Option<f32> {
     value.as_f64().map(|number| number as f32)
 }
 
 /// A field of the object; `null` is the same as leaving it out.
-fn take<T>(
+pub(crate) fn take<T>(
     object: &Map<String, Value>,
     field: &str,
     expected: &str,
@@ -272,7 +295,7 @@ fn take<T>(
 }
 
 /// A value short enough for an error message.
-fn brief(value: &Value) -> String {
+pub(crate) fn brief(value: &Value) -> String {
     const LONGEST: usize = 40;
     let text = value.to_string();
     if text.chars().count() <= LONGEST {
@@ -285,6 +308,7 @@ fn brief(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::StoppedBy;
     use crate::fake::{Fake, Script};
     use axum::http::{Request as HttpRequest, StatusCode};
     use http_body_util::BodyExt;
@@ -342,6 +366,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn options_reach_the_server_and_logprobs_and_the_stop_come_back() {
+        let script = || Script::tokens(&["a", "b"]).with_logprobs().stopped_by(StoppedBy::Text("END".into()));
+        let body = r#"{"prompt":"a","top_k":5,"stop":"END","logprobs":1,
+            "response_format":{"type":"json_object"}}"#;
+        let fake = Fake::with(script());
+        let (status, answer) = post(&fake, "/v1/generate", body).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        let answer: Value = serde_json::from_str(&answer).unwrap();
+        let each = json!({"logprob": -0.5, "top": [{"token": 7, "logprob": -0.25}]});
+        assert_eq!((&answer["stopped_by"], &answer["logprobs"]), (&json!("END"), &json!([each, each])));
+        let options = fake.last_request().options;
+        assert_eq!(
+            (options.top_k, options.stop, options.logprobs),
+            (Some(5), vec!["END".to_owned()], Some(1))
+        );
+        assert_eq!(options.format, Some(crate::Format::JsonObject));
+
+        let (_, body) = post(&Fake::with(script()), "/v1/generate/stream", body).await;
+        let frames: Vec<Value> =
+            data(&body)[..3].iter().map(|frame| serde_json::from_str(frame).unwrap()).collect();
+        assert_eq!((&frames[0]["logprobs"], &frames[2]["stopped_by"]), (&each, &json!("END")));
+        let (_, plain) = post(&Fake::with(Script::tokens(&["a"])), "/v1/generate", r#"{"prompt":"a"}"#).await;
+        assert!(!plain.contains("logprobs") && !plain.contains("stopped_by"), "{plain}");
+    }
+
+    #[tokio::test]
     async fn overload_is_429_even_for_a_stream_and_says_when_to_come_back() {
         let refused = || ApiError::Overloaded { message: "full".into(), retry_after_s: 2 };
         for script in [Script::refused(refused()), Script::fails_before_a_token(refused())] {
@@ -371,7 +421,10 @@ mod tests {
     async fn wrong_fields_are_400_and_named() {
         let cases = [
             (r#"{"prompt":"a","maxTokens":1}"#, "maxTokens", "max_tokens"),
-            (r#"{"prompt":"a","frequency_penalty":1}"#, "frequency_penalty", "known are: prompt"),
+            (r#"{"prompt":"a","best_of":1}"#, "best_of", "known are: prompt"),
+            (r#"{"prompt":"a","stop_tokens":[1]}"#, "stop_tokens", "stop_token_ids"),
+            (r#"{"prompt":"a","top_k":-1}"#, "top_k", "found -1"),
+            (r#"{"prompt":"a","response_format":{"type":"xml"}}"#, "response_format.type", "json_object"),
             (r#"{"max_tokens":1}"#, "prompt", "missing"),
             (r#"{"prompt":7}"#, "prompt", "expected a string, found 7"),
             (r#"{"prompt":"a","max_tokens":1.5}"#, "max_tokens", "whole number"),

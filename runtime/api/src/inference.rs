@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use trustformers_proto::v1;
 
@@ -40,28 +41,79 @@ pub struct Answer {
 }
 
 /// One step of an answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// A new token; the end token too.
     Token {
         /// Its id.
         id: u32,
-        /// Text that became final with it; may be empty while a character is incomplete.
+        /// Text that became final with it; may be empty while a character is incomplete or a stop text may begin.
         text: String,
+        /// What the model thinks of it, where the request asked.
+        logprobs: Option<Logprobs>,
     },
     /// The end.
     Finished {
         /// Why it ended.
         reason: FinishReason,
+        /// What of the request ended it, where that was not the model, its format or a limit.
+        stopped_by: Option<StoppedBy>,
         /// What was counted.
         usage: Usage,
     },
 }
 
+/// What of a request ended its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoppedBy {
+    /// This one of its stop texts.
+    Text(String),
+    /// This one of its stop tokens.
+    Token(u32),
+}
+
+impl StoppedBy {
+    /// The text or the id.
+    pub(crate) fn to_json(&self) -> Value {
+        match self {
+            Self::Text(text) => json!(text),
+            Self::Token(id) => json!(id),
+        }
+    }
+}
+
+/// What the model thinks of a token, as natural logarithms of probabilities.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logprobs {
+    /// Of the token itself.
+    pub logprob: f32,
+    /// Ids of the best tokens with theirs, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl Logprobs {
+    /// `{"logprob", "top": [{"token", "logprob"}]}`.
+    pub fn to_json(&self) -> Value {
+        // Six places say all that an f32 knows of a logarithm.
+        let places = |logprob: f32| (f64::from(logprob) * 1e6).round() / 1e6;
+        let top: Vec<Value> = (self.top.iter())
+            .map(|(token, logprob)| json!({"token": token, "logprob": places(*logprob)}))
+            .collect();
+        json!({"logprob": places(self.logprob), "top": top})
+    }
+}
+
+impl From<Logprobs> for v1::Logprobs {
+    fn from(logprobs: Logprobs) -> Self {
+        let top = logprobs.top.into_iter().map(|(token, logprob)| v1::TokenLogprob { token, logprob });
+        Self { logprob: logprobs.logprob, top: top.collect() }
+    }
+}
+
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// The model produced its end token.
+    /// The model produced its end token, a stop text or a stop token, or the format is complete.
     Stop,
     /// `max_tokens` or the context was reached.
     Length,

@@ -10,6 +10,7 @@
 //! | [`inference`] | the trait, and the words it is spoken in |
 //! | [`error`] | every way a request fails, with its HTTP status and gRPC code |
 //! | [`fields`] | defaults and limits of a request's fields, shared by both protocols |
+//! | [`options`] | the fields about sampling, stops and format |
 //! | [`http`], [`grpc`] | the codecs |
 //! | [`health`] | liveness, readiness and start-up, over both |
 //! | [`server`] | a listener for HTTP/1.1 and HTTP/2 that ends gracefully |
@@ -26,6 +27,7 @@ pub mod health;
 pub mod http;
 pub mod inference;
 pub mod nearest;
+pub mod options;
 pub mod server;
 
 #[cfg(test)]
@@ -34,7 +36,8 @@ mod fake;
 pub use error::ApiError;
 pub use fields::{Asked, Defaults, Generation};
 pub use health::{Health, Verdict};
-pub use inference::{Answer, Event, FinishReason, Inference, Usage};
+pub use inference::{Answer, Event, FinishReason, Inference, Logprobs, StoppedBy, Usage};
+pub use options::{Format, Options};
 
 /// Longest request body or message that is read, in bytes. A prompt of 128 Ki tokens at the customary 4 bytes a
 /// token is half a MiB, so this leaves room for escapes and for longer contexts while a handful of callers

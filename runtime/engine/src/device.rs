@@ -7,6 +7,7 @@ use crate::blocks::BlockPool;
 use crate::config::{Sizes, StartError};
 use crate::metrics::ModelMetrics;
 use crate::request::GenerateError;
+use crate::sampler::Scratch;
 use crate::scheduler;
 use crate::sequence::{After, Job, Sequence};
 use crate::shared::{EndMark, Shared};
@@ -114,6 +115,7 @@ struct Step {
     output: StepOutput,
     wants: Vec<scheduler::Wants>,
     rows: Vec<usize>,
+    scratch: Scratch,
 }
 
 /// The thread's state. Fields are dropped in order: what runs before what it runs on.
@@ -189,7 +191,7 @@ impl Device {
     }
 
     fn step(&mut self) {
-        let Step { input, output, wants, rows } = &mut self.step;
+        let Step { input, output, wants, rows, scratch } = &mut self.step;
         wants.clear();
         wants.extend(self.running.iter().map(Sequence::wants));
         scheduler::rows(wants, self.sizes.token_budget, rows);
@@ -198,7 +200,9 @@ impl Device {
             sequence.step_begins();
             input.push_sequence(sequence.step(*rows));
         }
-        let ran = self.executable.submit(input).and_then(|()| self.executable.wait(output));
+        let submitted = self.executable.submit(input);
+        self.running.iter_mut().for_each(Sequence::prepare);
+        let ran = submitted.and_then(|()| self.executable.wait(output));
         if let Err(error) = ran {
             // After a failed step nobody's cache can be trusted.
             tracing::error!(%error, sequences = self.running.len(), "a step failed");
@@ -222,7 +226,7 @@ impl Device {
                 logits_row += 1;
                 output.row(logits_row - 1)
             });
-            sequence.step_done(rows, logits, tokenizer) == After::Running
+            sequence.step_done(rows, logits, scratch, tokenizer) == After::Running
         });
     }
 

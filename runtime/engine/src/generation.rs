@@ -71,7 +71,7 @@ mod tests {
     #[tokio::test]
     async fn a_channel_that_closes_early_is_an_error_once() {
         let (sender, receiver) = mpsc::channel(4);
-        let token = GenerationEvent::Token { id: 1, text: "a".into(), margin: None };
+        let token = GenerationEvent::Token { id: 1, text: "a".into(), margin: None, logprobs: None };
         sender.send(Ok(token.clone())).await.unwrap();
         drop(sender);
         let all: Vec<_> = Generation::new(receiver, Arc::from([7])).collect().await;

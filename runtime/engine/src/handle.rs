@@ -1,9 +1,11 @@
 //! The engine as its callers see it: a handle that is cheap to clone and never blocks on the device.
 
+use crate::answer::Answer;
 use crate::blocks::blocks_for;
 use crate::config::{EngineConfig, Sizes, StartError};
 use crate::device::Start;
 use crate::generation::Generation;
+use crate::grammar::{Constraint, Grammars};
 use crate::metrics::{Counted, EngineMetrics, ModelMetrics};
 use crate::request::{GenerateError, GenerateParams, GenerationEvent, Prompt, SubmitError};
 use crate::sequence::Job;
@@ -57,10 +59,21 @@ struct Inner {
     sizes: Sizes,
     shared: Arc<Shared>,
     metrics: ModelMetrics,
+    grammars: Grammars,
     /// Taken by `stop`, which is what wakes an idle device thread.
     jobs: Mutex<Option<SyncSender<Job>>>,
     /// Only one warm-up at a time, because the job channel has one place for it.
     warming: tokio::sync::Mutex<()>,
+}
+
+/// A checked request on its way to the device thread.
+struct Request<'a> {
+    params: &'a GenerateParams,
+    prompt: Arc<[u32]>,
+    constraint: Option<Constraint>,
+    /// `None` for the engine's own.
+    metrics: Option<ModelMetrics>,
+    ticket: Ticket,
 }
 
 impl Engine {
@@ -121,6 +134,7 @@ impl Engine {
             memory,
         };
         let inner = Inner {
+            grammars: Grammars::new(Arc::clone(&model)),
             model,
             info,
             sizes,
@@ -133,7 +147,8 @@ impl Engine {
     }
 
     /// Takes a request, or says at once why not. Tokenises on the caller's thread (about a millisecond for a
-    /// thousand tokens) and never waits for the device.
+    /// thousand tokens) and never waits for the device. A grammar is compiled there too, which takes milliseconds, and
+    /// some hundred of them for the first of a model: do that where blocking is allowed.
     ///
     /// # Errors
     /// Overload, a prompt that does not fit, a field out of range, or an engine that ends.
@@ -151,6 +166,7 @@ impl Engine {
 
     fn try_submit(&self, params: &GenerateParams) -> Result<Generation, SubmitError> {
         params.check()?;
+        params.check_ids(self.inner.model.facts().vocabulary)?;
         let shared = &self.inner.shared;
         let queue = shared.waiting();
         let Some(ticket) = shared.enter() else {
@@ -165,7 +181,9 @@ impl Engine {
             return Err(SubmitError::Stopped);
         }
         let prompt = self.prompt_ids(&params.prompt)?;
-        self.send(params, prompt, Some(self.inner.metrics.clone()), ticket)
+        let constraint =
+            params.grammar.as_ref().map(|grammar| self.inner.grammars.start(grammar)).transpose()?;
+        self.send(Request { params, prompt, constraint, metrics: Some(self.inner.metrics.clone()), ticket })
     }
 
     fn prompt_ids(&self, prompt: &Prompt) -> Result<Arc<[u32]>, SubmitError> {
@@ -194,13 +212,8 @@ impl Engine {
         Ok(ids)
     }
 
-    fn send(
-        &self,
-        params: &GenerateParams,
-        prompt: Arc<[u32]>,
-        metrics: Option<ModelMetrics>,
-        ticket: Ticket,
-    ) -> Result<Generation, SubmitError> {
+    fn send(&self, request: Request<'_>) -> Result<Generation, SubmitError> {
+        let Request { params, prompt, constraint, metrics, ticket } = request;
         // The last token of a full context is produced but never computed on, hence no place in the cache for it.
         let max_tokens = params.max_tokens.min(self.inner.sizes.context_tokens - prompt.len());
         // Every token of the answer and one end fit: the device thread never waits for a slow reader. The channel
@@ -208,11 +221,9 @@ impl Engine {
         let (events, receiver) = mpsc::channel(max_tokens + 1);
         let job = Job {
             blocks: blocks_for(prompt.len() + max_tokens - 1),
-            prompt: Arc::clone(&prompt),
-            max_tokens,
-            sampling: params.into(),
             // Only the warm-up is not a caller's request: it must reach a decode step whatever it produces.
-            ends_at_eos: metrics.is_some(),
+            answer: Answer::new(params, &prompt, max_tokens, metrics.is_some(), constraint),
+            prompt: Arc::clone(&prompt),
             submitted: Instant::now(),
             events,
             waiting: metrics.as_ref().map(|metrics| Counted::new(&metrics.waiting)),
@@ -238,7 +249,8 @@ impl Engine {
         let prompt: Arc<[u32]> = vec![id; WARM_UP_PROMPT_TOKENS.min(room)].into();
         let params = GenerateParams::greedy(String::new(), WARM_UP_TOKENS);
         let ticket = self.inner.shared.enter_unbounded();
-        let mut events = self.send(&params, prompt, None, ticket).map_err(|_| GenerateError::Stopped)?;
+        let request = Request { params: &params, prompt, constraint: None, metrics: None, ticket };
+        let mut events = self.send(request).map_err(|_| GenerateError::Stopped)?;
         while let Some(event) = events.next().await {
             if let GenerationEvent::Finished { .. } = event? {
                 break;

@@ -26,10 +26,12 @@
 //! # }
 //! ```
 
+mod answer;
 mod blocks;
 mod config;
 mod device;
 mod generation;
+mod grammar;
 mod handle;
 mod metrics;
 mod request;
@@ -37,13 +39,16 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod shared;
+mod stop;
 
 pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, StartError};
 pub use generation::Generation;
 pub use handle::{Engine, EngineInfo};
 pub use metrics::EngineMetrics;
 pub use request::{
-    FinishReason, GenerateError, GenerateParams, GenerationEvent, Prompt, SubmitError, Timings,
+    FinishReason, GenerateError, GenerateParams, GenerationEvent, Grammar, MAX_GRAMMAR_BYTES,
+    MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, Prompt, StopCause,
+    SubmitError, Timings, TokenLogprobs,
 };
 pub use shared::Heartbeat;
 pub use trustformers_plan::{LoadProgress, MemoryReport, Numerics};

@@ -1,29 +1,27 @@
 //! One request inside the engine: first a waiting job, then a running sequence.
 
+use crate::answer::{Answer, End, Said};
 use crate::blocks::Blocks;
 use crate::generation::EventResult;
 use crate::metrics::{Counted, ModelMetrics};
 use crate::request::{FinishReason, GenerateError, GenerationEvent, Timings};
-use crate::sampler::{Choice, Sampler, Sampling};
+use crate::sampler::Scratch;
 use crate::scheduler::Wants;
 use crate::shared::Ticket;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::mpsc;
-use trustformers_model::{Detokenizer, Tokenizer};
+use trustformers_model::Tokenizer;
 use trustformers_plan::{LogitsRows, SequenceStep};
 
 /// A request on its way to the device.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) prompt: Arc<[u32]>,
-    /// Tokens to produce at most; with the prompt no more than the context.
-    pub(crate) max_tokens: usize,
     /// KV blocks of the worst case.
     pub(crate) blocks: usize,
-    pub(crate) sampling: Sampling,
-    /// Whether an end token ends it. Only the warm-up goes on.
-    pub(crate) ends_at_eos: bool,
+    /// Chooses its tokens and knows which is the last.
+    pub(crate) answer: Answer,
     pub(crate) submitted: Instant,
     pub(crate) events: mpsc::Sender<EventResult>,
     /// `None` for requests that are not a caller's.
@@ -54,8 +52,6 @@ pub(crate) enum After {
 #[derive(Debug)]
 pub(crate) struct Sequence {
     blocks: Blocks,
-    sampler: Sampler,
-    detokenizer: Detokenizer,
     /// Tokens in the cache.
     cached: usize,
     /// Tokens produced.
@@ -76,9 +72,7 @@ impl Sequence {
         job.waiting = None;
         let running = job.metrics.as_ref().map(|metrics| Counted::new(&metrics.running));
         Self {
-            sampler: Sampler::new(job.sampling),
             blocks,
-            detokenizer: Detokenizer::new(),
             cached: 0,
             produced: 0,
             latest: 0,
@@ -129,15 +123,26 @@ impl Sequence {
         }
     }
 
+    /// Works out what can be known about the next token while the device computes its logits.
+    pub(crate) fn prepare(&mut self) {
+        self.job.answer.prepare();
+    }
+
     /// Takes note of a finished step and of its logits where it had any.
-    pub(crate) fn step_done(&mut self, rows: usize, logits: Option<&[f32]>, tokenizer: &Tokenizer) -> After {
+    pub(crate) fn step_done(
+        &mut self,
+        rows: usize,
+        logits: Option<&[f32]>,
+        scratch: &mut Scratch,
+        tokenizer: &Tokenizer,
+    ) -> After {
         if let (Wants::Prompt(_), Some(metrics)) = (self.wants(), self.metrics()) {
             metrics.prompt_tokens.inc_by(rows as u64);
         }
         self.cached += rows;
         let Some(logits) = logits else { return After::Running };
-        match self.sampler.choose(logits) {
-            Ok(choice) => self.token(choice, tokenizer),
+        match self.job.answer.next(logits, scratch, tokenizer) {
+            Ok(said) => self.say(said),
             Err(error) => {
                 self.fail(error);
                 After::Ended
@@ -145,24 +150,16 @@ impl Sequence {
         }
     }
 
-    fn token(&mut self, choice: Choice, tokenizer: &Tokenizer) -> After {
-        self.latest = choice.id;
+    fn say(&mut self, said: Said) -> After {
+        let Said { id, text, margin, logprobs, end } = said;
+        self.latest = id;
         self.produced += 1;
         self.note_time();
-        let reason = if self.job.ends_at_eos && tokenizer.eos_ids().contains(&choice.id) {
-            Some(FinishReason::Stop)
-        } else {
-            (self.produced == self.job.max_tokens).then_some(FinishReason::Length)
-        };
-        let mut text = self.detokenizer.push(tokenizer.token_bytes(choice.id));
-        if reason.is_some() {
-            text.push_str(&self.detokenizer.finish());
-        }
-        self.tell(Ok(GenerationEvent::Token { id: choice.id, text, margin: choice.margin }));
-        match reason {
+        self.tell(Ok(GenerationEvent::Token { id, text, margin, logprobs }));
+        match end {
             None => After::Running,
-            Some(reason) => {
-                self.finish(reason);
+            Some(end) => {
+                self.finish(end);
                 After::Ended
             }
         }
@@ -181,7 +178,8 @@ impl Sequence {
         self.last_token = Some(now);
     }
 
-    fn finish(&mut self, reason: FinishReason) {
+    fn finish(&mut self, end: End) {
+        let End { reason, stop } = end;
         if let Some(metrics) = self.metrics() {
             match reason {
                 FinishReason::Stop => metrics.stop.inc(),
@@ -191,6 +189,7 @@ impl Sequence {
         let timings = self.timings();
         self.tell(Ok(GenerationEvent::Finished {
             reason,
+            stop,
             prompt_tokens: self.job.prompt.len(),
             completion_tokens: self.produced,
             timings,

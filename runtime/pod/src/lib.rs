@@ -23,5 +23,6 @@ pub mod failure;
 pub mod lifecycle;
 pub mod load;
 pub mod models;
+pub mod params;
 pub mod process;
 pub mod spec;

@@ -13,15 +13,16 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use trustformers_api::inference::Models;
 use trustformers_api::{
-    Answer, ApiError, Event, FinishReason, Generation, Health, Inference, Usage, Verdict,
+    Answer, ApiError, Event, FinishReason, Generation, Health, Inference, Logprobs, StoppedBy, Usage, Verdict,
 };
-use trustformers_engine::{GenerateError, GenerateParams, GenerationEvent, Prompt, SubmitError};
+use trustformers_engine::{GenerateError, GenerationEvent, StopCause, SubmitError, TokenLogprobs};
 use trustformers_proto::v1::ModelState;
 
 use crate::activity::{self, Activity};
 use crate::board::{Board, describe};
 use crate::lifecycle::{Serving, Slot};
 use crate::load::Loader;
+use crate::params::generate_params;
 use crate::spec::{ModelSpec, SpecError};
 
 /// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget of a large
@@ -31,7 +32,7 @@ const ENGINE_STALL: Duration = Duration::from_secs(60);
 const LOAD_STALL: Duration = Duration::from_secs(600);
 /// Seconds after which a refused caller may try again: a small model frees a place within one.
 const RETRY_AFTER_S: u32 = 1;
-/// Prompts above this many bytes are tokenised away from the threads that serve connections. Below it takes less than
+/// Prompts above this many bytes are tokenised, and formats compiled, away from the threads that serve connections. Below it takes less than
 /// the few milliseconds that a connection may be kept waiting.
 const LONG_PROMPT_BYTES: usize = 16 * 1024;
 
@@ -132,16 +133,8 @@ impl ModelServer {
         let slot = self.find(request.model.as_deref())?;
         let serving = self.serving(slot)?;
         let busy = self.activity.begin();
-        let Generation { prompt, max_tokens, temperature, top_p, seed, model: _ } = request;
-        let long = prompt.len() > LONG_PROMPT_BYTES;
-        let params = GenerateParams {
-            prompt: Prompt::Text(prompt),
-            max_tokens: max_tokens as usize,
-            temperature,
-            top_p,
-            seed,
-            margins: false,
-        };
+        let long = request.prompt.len() > LONG_PROMPT_BYTES || request.options.format.is_some();
+        let params = generate_params(request);
         let submitted = if long {
             let engine = serving.engine.clone();
             tokio::task::spawn_blocking(move || engine.submit(&params))
@@ -167,9 +160,16 @@ fn translate(
 ) -> Result<Event, ApiError> {
     let count = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
     match event {
-        Ok(GenerationEvent::Token { id, text, .. }) => Ok(Event::Token { id, text }),
-        Ok(GenerationEvent::Finished { reason, prompt_tokens, completion_tokens, .. }) => {
+        Ok(GenerationEvent::Token { id, text, logprobs, .. }) => {
+            let logprobs = logprobs.map(|TokenLogprobs { logprob, top }| Logprobs { logprob, top });
+            Ok(Event::Token { id, text, logprobs })
+        }
+        Ok(GenerationEvent::Finished { reason, stop, prompt_tokens, completion_tokens, .. }) => {
             Ok(Event::Finished {
+                stopped_by: stop.map(|stop| match stop {
+                    StopCause::Text(text) => StoppedBy::Text(text),
+                    StopCause::Token(id) => StoppedBy::Token(id),
+                }),
                 reason: match reason {
                     trustformers_engine::FinishReason::Stop => FinishReason::Stop,
                     trustformers_engine::FinishReason::Length => FinishReason::Length,
@@ -182,6 +182,10 @@ fn translate(
         }
         Err(error @ GenerateError::Stopped) => {
             Err(ApiError::Unavailable { message: error.to_string(), retry_after_s: Some(RETRY_AFTER_S) })
+        }
+        Err(error @ GenerateError::Grammar { .. }) => {
+            let field = Some("response_format".to_owned());
+            Err(ApiError::InvalidRequest { field, message: error.to_string() })
         }
         Err(error) => Err(ApiError::Internal { message: error.to_string() }),
     }
@@ -252,6 +256,7 @@ impl Inference for ModelServer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use trustformers_api::{Format, Options};
     use trustformers_model::seeded::SeededModel;
     use trustformers_plan::oracle::Oracle;
     use trustformers_store::Source;
@@ -264,6 +269,7 @@ mod tests {
             temperature: 0.0,
             top_p: 1.0,
             seed: None,
+            options: Options::default(),
         }
     }
 
@@ -304,6 +310,39 @@ mod tests {
         }
         assert!(!all[0].0.is_empty() && all[0].1.is_some());
         assert!(all.iter().all(|one| *one == all[0]), "greedy answers are the same: {all:?}");
+        assert_eq!(server.activity().in_flight(), 0);
+    }
+
+    #[tokio::test]
+    async fn options_are_honoured_and_what_cannot_be_is_refused_by_name() {
+        let (server, _folder) = ready(|_| {}).await;
+        let with = |options: Options| Generation { max_tokens: 40, options, ..request(None) };
+        let format = |format| with(Options { format: Some(format), ..Options::default() });
+        let mut answer = server.generate(format(Format::Regex("[ab]{3}".into()))).await.unwrap();
+        let mut text = String::new();
+        while let Some(event) = answer.events.next().await {
+            if let Event::Token { text: piece, .. } = event.unwrap() {
+                text.push_str(&piece);
+            }
+        }
+        assert!(text.len() == 3 && text.chars().all(|c| "ab".contains(c)), "{text}");
+        drop(answer);
+
+        let refused = [
+            (with(Options { min_p: Some(2.0), ..Options::default() }), "min_p", "2 is not between 0 and 1"),
+            (with(Options { stop_token_ids: vec![9999], ..Options::default() }), "stop_token_ids", "9999"),
+            (format(Format::Regex("(".into())), "response_format", "regular expression"),
+            (format(Format::JsonSchema("{".into())), "response_format", "not JSON"),
+            (format(Format::Grammar("start: nothing".into())), "response_format", "nothing"),
+        ];
+        for (request, name, text) in refused {
+            let error = server.generate(request).await.err().unwrap();
+            assert!(
+                matches!(&error, ApiError::InvalidRequest { field: Some(field), .. } if field == name),
+                "{error:?}"
+            );
+            assert!(error.to_string().contains(text), "{error}");
+        }
         assert_eq!(server.activity().in_flight(), 0);
     }
 

@@ -294,6 +294,7 @@ async fn when_the_drains_time_is_over_what_is_in_flight_is_told_so() {
         temperature: 0.0,
         top_p: 1.0,
         seed: None,
+        options: trustformers_api::Options::default(),
     };
     // The engine refuses once it was told to stop; only then the step that hangs may end.
     while !matches!(models.generate(request.clone()).await, Err(ApiError::Unavailable { .. })) {

@@ -58,6 +58,58 @@ pub(crate) enum Command {
     Generate(GenerateFlags),
 }
 
+/// How tokens are chosen and where the answer ends.
+#[derive(Debug, Args)]
+pub(crate) struct OptionFlags {
+    /// Samples from this many best tokens only; 0: from all.
+    #[arg(long, value_name = "N")]
+    pub(crate) top_k: Option<u32>,
+    /// Samples only from tokens with at least this share (0 to 1) of the best one's probability.
+    #[arg(long, value_name = "P")]
+    pub(crate) min_p: Option<f32>,
+    /// Samples from the most typical tokens that together have this probability, above 0 and at most 1.
+    #[arg(long, value_name = "P")]
+    pub(crate) typical_p: Option<f32>,
+    /// Above 1 (to 10): what prompt and answer hold already becomes less likely; below 1: more.
+    #[arg(long, value_name = "R")]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Taken from the logit of what the answer holds already, -2 to 2.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f32>,
+    /// Taken from a logit as often as its token is in the answer, -2 to 2.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f32>,
+    /// Added to the logit of a token, -100 to 100, such as 42=-5. May be given several times.
+    #[arg(long, value_name = "ID=BIAS", value_parser = bias)]
+    pub(crate) logit_bias: Vec<(u32, f32)>,
+    /// With --json: each token's log probability and those of this many of the best, 0 to 20.
+    #[arg(long, value_name = "N", requires = "json")]
+    pub(crate) logprobs: Option<u32>,
+    /// A text that ends the answer and is not part of it. May be given several times, at most 16.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// A token that ends the answer. May be given several times, at most 64.
+    #[arg(long, value_name = "ID")]
+    pub(crate) stop_token_id: Vec<u32>,
+    /// The answer is JSON that the JSON schema of this file describes.
+    #[arg(long, value_name = "FILE", group = "format")]
+    pub(crate) json_schema: Option<PathBuf>,
+    /// The answer is a JSON object.
+    #[arg(long, group = "format")]
+    pub(crate) json_object: bool,
+    /// The answer as a whole matches this regular expression (Rust's regex syntax).
+    #[arg(long, value_name = "REGEX", group = "format")]
+    pub(crate) regex: Option<String>,
+    /// The answer is of the context-free grammar of this file (Lark, as llguidance reads it; it begins at start).
+    #[arg(long, value_name = "FILE", group = "format")]
+    pub(crate) grammar: Option<PathBuf>,
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let pair = text.split_once('=').and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)));
+    pair.ok_or_else(|| "expected a token id and a number, such as 42=-5".to_owned())
+}
+
 /// One prompt and how to answer it.
 #[derive(Debug, Args)]
 pub(crate) struct GenerateFlags {
@@ -87,6 +139,8 @@ pub(crate) struct GenerateFlags {
     /// Makes sampling repeatable.
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) options: OptionFlags,
     /// fast: activations may be quantised. exact: f32 activations, the same alone or batched.
     #[arg(long, value_name = "fast|exact", default_value = "fast")]
     pub(crate) numerics: String,
@@ -94,7 +148,7 @@ pub(crate) struct GenerateFlags {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
     /// Prints one JSON object: prompt_tokens, tokens (ids, the end token included when it was produced), text,
-    /// finish_reason, timings_ms.
+    /// finish_reason, timings_ms; with --logprobs also logprobs, and stopped_by where a stop text or token ended it.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -14,16 +14,19 @@ use futures::StreamExt;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use trustformers_api::fields::HTTP_DEFAULTS;
-use trustformers_api::{ApiError, Asked};
-use trustformers_engine::{GenerateError, GenerateParams, Generation, GenerationEvent, Prompt, SubmitError};
+use trustformers_api::{ApiError, Asked, Format, Logprobs, Options};
+use trustformers_engine::{
+    GenerateError, GenerateParams, Generation, GenerationEvent, StopCause, SubmitError, TokenLogprobs,
+};
 use trustformers_runtime::device;
 use trustformers_runtime::failure::Failure;
 use trustformers_runtime::load::{Loaded, Loader, OnProgress};
+use trustformers_runtime::params::generate_params;
 use trustformers_runtime::process::{EndSignals, StartError};
 use trustformers_runtime::spec::{ModelSpec, numerics_of};
 use trustformers_store::{Source, StoreError};
 
-use crate::flags::GenerateFlags;
+use crate::flags::{GenerateFlags, OptionFlags};
 
 /// Status of a process that was interrupted, as shells give it.
 const INTERRUPTED: u8 = 130;
@@ -40,20 +43,27 @@ pub(crate) enum GenerateFailure {
     /// A field of the request is wrong.
     #[error("--{0}")]
     Field(ApiError),
-    /// The prompt's file cannot be read.
-    #[error("--prompt-file: {} cannot be read: {source}", path.display())]
-    PromptUnreadable {
+    /// A field of the request is outside the engine's range.
+    #[error("--{0}")]
+    Range(SubmitError),
+    /// A file that a flag names cannot be read.
+    #[error("{flag}: {} cannot be read: {source}", path.display())]
+    Unreadable {
+        /// The flag.
+        flag: &'static str,
         /// The file.
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
     },
-    /// The prompt's file is not text.
+    /// A file that a flag names is not text.
     #[error(
-        "--prompt-file: {} is not UTF-8 (byte {at} cannot be read); convert it, for example with iconv",
+        "{flag}: {} is not UTF-8 (byte {at} cannot be read); convert it, for example with iconv",
         path.display()
     )]
-    PromptNotUtf8 {
+    NotUtf8 {
+        /// The flag.
+        flag: &'static str,
         /// The file.
         path: PathBuf,
         /// Place of the first wrong byte.
@@ -83,8 +93,11 @@ impl GenerateFailure {
             Self::Model(_)
             | Self::Numerics(_)
             | Self::Field(_)
-            | Self::PromptUnreadable { .. }
-            | Self::PromptNotUtf8 { .. } => 2,
+            | Self::Range(_)
+            | Self::Refused(SubmitError::Invalid { .. })
+            | Self::Broken(GenerateError::Grammar { .. })
+            | Self::Unreadable { .. }
+            | Self::NotUtf8 { .. } => 2,
             _ => 1,
         }
     }
@@ -104,6 +117,8 @@ struct Answer {
     ids: Vec<u32>,
     text: String,
     finish_reason: &'static str,
+    stopped_by: Option<StopCause>,
+    logprobs: Vec<TokenLogprobs>,
     first_token: Duration,
     prefill: Duration,
     decode: Duration,
@@ -141,6 +156,7 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
         temperature,
         top_p,
         seed,
+        options,
         numerics,
         threads,
         json,
@@ -155,7 +171,7 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
     spec.engine.max_batch_size = 1;
     spec.engine.max_queue = 1;
     let prompt = match prompt_file {
-        Some(path) => prompt_of(&path)?,
+        Some(path) => text_of("--prompt-file", &path)?,
         None => prompt.unwrap_or_default(),
     };
     let asked = Asked {
@@ -165,24 +181,61 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
         temperature: Some(temperature),
         top_p: Some(top_p),
         seed,
+        options: options_of(options)?,
     };
-    let checked = asked.check(&HTTP_DEFAULTS).map_err(GenerateFailure::Field)?;
-    let params = GenerateParams {
-        prompt: Prompt::Text(checked.prompt),
-        max_tokens: checked.max_tokens as usize,
-        temperature: checked.temperature,
-        top_p: checked.top_p,
-        seed: checked.seed,
-        margins: false,
-    };
+    let params = generate_params(asked.check(&HTTP_DEFAULTS).map_err(GenerateFailure::Field)?);
+    params.check().map_err(GenerateFailure::Range)?;
     Ok(Task { spec, params, json })
 }
 
+fn options_of(flags: OptionFlags) -> Result<Options, GenerateFailure> {
+    let OptionFlags {
+        top_k,
+        min_p,
+        typical_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        logprobs,
+        stop,
+        stop_token_id,
+        json_schema,
+        json_object,
+        regex,
+        grammar,
+    } = flags;
+    // The flags exclude each other.
+    let format = match (json_schema, grammar, regex) {
+        (Some(path), ..) => Some(Format::JsonSchema(text_of("--json-schema", &path)?)),
+        (_, Some(path), _) => Some(Format::Grammar(text_of("--grammar", &path)?)),
+        (.., Some(regex)) => Some(Format::Regex(regex)),
+        _ => json_object.then_some(Format::JsonObject),
+    };
+    Ok(Options {
+        top_k,
+        min_p,
+        typical_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        logprobs,
+        stop,
+        stop_token_ids: stop_token_id,
+        format,
+    })
+}
+
 /// The file's bytes as they are, a final newline included.
-fn prompt_of(path: &Path) -> Result<String, GenerateFailure> {
-    let bytes = std::fs::read(path)
-        .map_err(|source| GenerateFailure::PromptUnreadable { path: path.to_owned(), source })?;
-    String::from_utf8(bytes).map_err(|error| GenerateFailure::PromptNotUtf8 {
+fn text_of(flag: &'static str, path: &Path) -> Result<String, GenerateFailure> {
+    let bytes = std::fs::read(path).map_err(|source| GenerateFailure::Unreadable {
+        flag,
+        path: path.to_owned(),
+        source,
+    })?;
+    String::from_utf8(bytes).map_err(|error| GenerateFailure::NotUtf8 {
+        flag,
         path: path.to_owned(),
         at: error.utf8_error().valid_up_to(),
     })
@@ -235,11 +288,12 @@ async fn collect(mut generation: Generation, print: bool) -> Result<Answer, Gene
     let mut answer = Answer { prompt_ids: generation.prompt_ids().to_vec(), ..Answer::default() };
     while let Some(event) = generation.next().await {
         match event? {
-            GenerationEvent::Token { id, text, .. } => {
+            GenerationEvent::Token { id, text, logprobs, .. } => {
                 if answer.ids.is_empty() {
                     answer.first_token = submitted.elapsed();
                 }
                 answer.ids.push(id);
+                answer.logprobs.extend(logprobs);
                 answer.text.push_str(&text);
                 if print {
                     let mut stdout = std::io::stdout().lock();
@@ -247,8 +301,9 @@ async fn collect(mut generation: Generation, print: bool) -> Result<Answer, Gene
                     stdout.flush()?;
                 }
             }
-            GenerationEvent::Finished { reason, timings, .. } => {
+            GenerationEvent::Finished { reason, stop, timings, .. } => {
                 answer.finish_reason = reason.as_str();
+                answer.stopped_by = stop;
                 answer.prefill = timings.prefill;
                 answer.decode = timings.decode;
             }
@@ -263,7 +318,7 @@ async fn collect(mut generation: Generation, print: bool) -> Result<Answer, Gene
 impl Answer {
     fn to_json(&self, load: Duration, total: Duration) -> Value {
         let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
-        json!({
+        let mut object = json!({
             "prompt_tokens": self.prompt_ids,
             "tokens": self.ids,
             "text": self.text,
@@ -275,6 +330,17 @@ impl Answer {
                 "decode": ms(self.decode),
                 "total": ms(total),
             },
-        })
+        });
+        match &self.stopped_by {
+            Some(StopCause::Text(text)) => object["stopped_by"] = json!(text),
+            Some(StopCause::Token(id)) => object["stopped_by"] = json!(id),
+            None => {}
+        }
+        if !self.logprobs.is_empty() {
+            let logprobs = self.logprobs.iter().cloned();
+            let logprobs = logprobs.map(|TokenLogprobs { logprob, top }| Logprobs { logprob, top }.to_json());
+            object["logprobs"] = logprobs.collect();
+        }
+        object
     }
 }

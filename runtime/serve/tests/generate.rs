@@ -96,6 +96,15 @@ fn what_is_wrong_is_named_on_stderr_with_its_own_status_and_stdout_stays_empty()
         (vec!["--model", &model, "--prompt", ""], 2, "prompt"),
         (vec!["--model", &model, "--prompt", "a", "--top-p", "2"], 2, "top_p"),
         (vec!["--model", &model, "--prompt", "a", "--numerics", "best"], 2, "exact"),
+        (vec!["--model", &model, "--prompt", "a", "--min-p", "2"], 2, "min_p: 2 is not between 0 and 1"),
+        (vec!["--model", &model, "--prompt", "a", "--logit-bias", "x"], 2, "42=-5"),
+        (
+            vec!["--model", &model, "--prompt", "a", "--regex", "("],
+            2,
+            "response_format: the regular expression",
+        ),
+        (vec!["--model", &model, "--prompt", "a", "--regex", "a", "--json-object"], 2, "--json-object"),
+        (vec!["--model", &model, "--prompt", "a", "--grammar", "/no/grammar"], 2, "--grammar: /no/grammar"),
         (vec!["--model", &model], 2, "--prompt"),
     ];
     for (arguments, code, text) in cases {
@@ -105,6 +114,31 @@ fn what_is_wrong_is_named_on_stderr_with_its_own_status_and_stdout_stays_empty()
         assert!(message.contains(text), "{arguments:?}: {message}");
         assert!(output.stdout.is_empty());
     }
+}
+
+#[test]
+fn formats_stops_and_logprobs_are_honoured() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = seeded(folder.path());
+    let schema = folder.path().join("schema.json");
+    std::fs::write(
+        &schema,
+        r#"{"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}"#,
+    )
+    .unwrap();
+    let run = |more: &[&str]| {
+        let fixed = ["--model", &model, "--prompt", "Hello", "--max-tokens", "60", "--seed", "3", "--json"];
+        json(&generate(&[fixed.as_slice(), more].concat()))
+    };
+    let answer = run(&["--json-schema", schema.to_str().unwrap(), "--logprobs", "2"]);
+    let list: Vec<bool> = serde_json::from_str(answer["text"].as_str().unwrap()).unwrap();
+    assert!((2..=3).contains(&list.len()) && answer["finish_reason"] == "stop", "{answer}");
+    let logprobs = answer["logprobs"].as_array().unwrap();
+    assert_eq!(logprobs.len(), ids(&answer["tokens"]).len());
+    assert!(logprobs.iter().all(|one| one["logprob"].as_f64().unwrap() <= 0.0));
+    assert!(logprobs.iter().all(|one| one["top"].as_array().unwrap().len() == 2));
+    let answer = run(&["--regex", "[a-z]{4}END.*", "--stop", "END"]);
+    assert_eq!((answer["text"].as_str().unwrap().len(), &answer["stopped_by"]), (4, &Value::from("END")));
 }
 
 /// Where the test models are kept, as `make models` puts them.

@@ -1,0 +1,96 @@
+//! From a request in the API's words to one in the engine's.
+
+use trustformers_api::{Format, Generation, Options};
+use trustformers_engine::{GenerateParams, Grammar};
+
+/// What the engine is asked for. What the request leaves out changes nothing.
+pub fn generate_params(request: Generation) -> GenerateParams {
+    let Generation { prompt, model: _, max_tokens, temperature, top_p, seed, options } = request;
+    let Options {
+        top_k,
+        min_p,
+        typical_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        logprobs,
+        stop,
+        stop_token_ids,
+        format,
+    } = options;
+    let plain = GenerateParams::greedy(prompt, max_tokens as usize);
+    GenerateParams {
+        temperature,
+        top_p,
+        top_k: top_k.map_or(plain.top_k, |count| count as usize),
+        min_p: min_p.unwrap_or(plain.min_p),
+        typical_p: typical_p.unwrap_or(plain.typical_p),
+        repetition_penalty: repetition_penalty.unwrap_or(plain.repetition_penalty),
+        presence_penalty: presence_penalty.unwrap_or(plain.presence_penalty),
+        frequency_penalty: frequency_penalty.unwrap_or(plain.frequency_penalty),
+        logit_bias,
+        logprobs: logprobs.map(|count| count as usize),
+        stop,
+        stop_token_ids,
+        grammar: format.map(|format| match format {
+            Format::JsonObject => Grammar::JsonObject,
+            Format::JsonSchema(schema) => Grammar::JsonSchema(schema),
+            Format::Regex(regex) => Grammar::Regex(regex),
+            Format::Grammar(grammar) => Grammar::Lark(grammar),
+        }),
+        seed,
+        ..plain
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use trustformers_api::Asked;
+    use trustformers_api::fields::GRPC_DEFAULTS;
+    use trustformers_engine::Prompt;
+
+    fn asked(options: Options) -> GenerateParams {
+        let asked = Asked { prompt: "Hi".into(), top_p: Some(1.0), options, ..Asked::default() };
+        generate_params(asked.check(&GRPC_DEFAULTS).unwrap())
+    }
+
+    #[test]
+    fn what_is_left_out_is_plain_greedy() {
+        assert_eq!(asked(Options::default()), GenerateParams::greedy("Hi", 100));
+    }
+
+    #[test]
+    fn every_option_arrives() {
+        let options = Options {
+            top_k: Some(4),
+            min_p: Some(0.1),
+            typical_p: Some(0.2),
+            repetition_penalty: Some(1.3),
+            presence_penalty: Some(0.4),
+            frequency_penalty: Some(0.5),
+            logit_bias: vec![(6, 0.7)],
+            logprobs: Some(8),
+            stop: vec!["9".into()],
+            stop_token_ids: vec![10],
+            format: Some(Format::Regex("11".into())),
+        };
+        let wanted = GenerateParams {
+            prompt: Prompt::Text("Hi".into()),
+            top_k: 4,
+            min_p: 0.1,
+            typical_p: 0.2,
+            repetition_penalty: 1.3,
+            presence_penalty: 0.4,
+            frequency_penalty: 0.5,
+            logit_bias: vec![(6, 0.7)],
+            logprobs: Some(8),
+            stop: vec!["9".into()],
+            stop_token_ids: vec![10],
+            grammar: Some(Grammar::Regex("11".into())),
+            ..GenerateParams::greedy("", 100)
+        };
+        assert_eq!(asked(options), wanted);
+    }
+}
