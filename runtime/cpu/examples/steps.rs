@@ -1,9 +1,11 @@
-//! How fast steps are: decode and prefill of a model with SmolLM2-135M's shape and made-up weights, per tier and numerics.
+//! How fast steps are: decode, decode at depth, eight sequences and prefill, of models with made-up weights.
 //!
-//! `cargo run --profile ci -p trustformers-cpu --example steps [THREADS]`. Decoding reads all repacked weights once per
-//! step; at a hundred megabytes they may come from a cache that is shared with other machines, so its GB/s is no measure of
-//! main memory. All tiers take turns for [`ROUNDS`] rounds and the fastest and the median are printed, so that a busy
-//! neighbour is seen for what it is instead of slowing one tier.
+//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [THREADS]`, where MODEL is `smollm2` (the
+//! default: SmolLM2-135M, Q4_1), `qwen-0.5b` or `qwen-1.5b` (as their Q4_K_M files mix types), and `all` measures every
+//! tier and numerics instead of the best tier's fast ones. Decoding reads all repacked weights once per step; beside the
+//! speed stands what reading that much memory takes at the bandwidth measured in the same run. All entries take turns for
+//! [`ROUNDS`] rounds and the fastest and the median are printed, so that a busy neighbour is seen for what it is instead of
+//! slowing one of them.
 
 use std::{hint::black_box, sync::Arc, time::Instant};
 
@@ -13,81 +15,156 @@ use trustformers_plan::{
     RopeSpec, SequenceStep, StepInput, StepOutput, Weight, Weights,
 };
 
-const HYPER: Hyper =
-    Hyper { width: 576, layers: 30, heads: 9, kv_heads: 3, head_dim: 64, vocab: 49_152, context: 2048 };
+type AnyError = Box<dyn std::error::Error>;
 
-fn weights() -> Result<Arc<Weights>, Box<dyn std::error::Error>> {
+/// A model's sizes and the types of its matrices.
+struct Shape {
+    name: &'static str,
+    hyper: Hyper,
+    feed_forward: usize,
+    head: DType,
+    query_key_output: DType,
+    /// In one half of the layers and in the other.
+    value: [DType; 2],
+    gate_up: DType,
+    /// In one half of the layers and in the other.
+    down: [DType; 2],
+}
+
+const SHAPES: [Shape; 3] = [
+    Shape {
+        name: "smollm2",
+        hyper: Hyper {
+            width: 576,
+            layers: 30,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            vocab: 49_152,
+            context: 2048,
+        },
+        feed_forward: 1536,
+        head: DType::Q8_0,
+        query_key_output: DType::Q4_1,
+        value: [DType::Q4_1; 2],
+        gate_up: DType::Q4_1,
+        down: [DType::Q4_1; 2],
+    },
+    Shape {
+        name: "qwen-0.5b",
+        hyper: Hyper {
+            width: 896,
+            layers: 24,
+            heads: 14,
+            kv_heads: 2,
+            head_dim: 64,
+            vocab: 151_936,
+            context: 2048,
+        },
+        feed_forward: 4864,
+        head: DType::Q8_0,
+        query_key_output: DType::Q5_0,
+        value: [DType::Q8_0, DType::Q5_0],
+        gate_up: DType::Q5_0,
+        down: [DType::Q6_K, DType::Q4_K],
+    },
+    Shape {
+        name: "qwen-1.5b",
+        hyper: Hyper {
+            width: 1536,
+            layers: 28,
+            heads: 12,
+            kv_heads: 2,
+            head_dim: 128,
+            vocab: 151_936,
+            context: 2048,
+        },
+        feed_forward: 8960,
+        head: DType::Q6_K,
+        query_key_output: DType::Q4_K,
+        value: [DType::Q6_K, DType::Q4_K],
+        gate_up: DType::Q4_K,
+        down: [DType::Q6_K, DType::Q4_K],
+    },
+];
+
+/// A block with quants of every value and scales of about 0.008; what they are does not change the time.
+fn block(dtype: DType, seed: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..dtype.block_bytes()).map(|i| (((seed + i) * 37) >> 3) as u8).collect();
+    let small = [0x10, 0x20];
+    match dtype {
+        DType::F32 => bytes.copy_from_slice(&1f32.to_le_bytes()),
+        DType::F16 | DType::BF16 | DType::Q8_0 | DType::Q4_0 | DType::Q5_0 => {
+            bytes[..2].copy_from_slice(&small);
+        }
+        DType::Q4_1 => bytes[..4].copy_from_slice(&[0x10, 0x20, 0x80, 0xab]),
+        DType::Q4_K | DType::Q5_K => bytes[..4].copy_from_slice(&[0x10, 0x0c, 0x10, 0x0c]),
+        DType::Q6_K => bytes[208..].copy_from_slice(&[0x10, 0x0c]),
+    }
+    bytes
+}
+
+fn weights(shape: &Shape) -> Result<Arc<Weights>, AnyError> {
     let mut weights = Weights::new();
     let mut push = |name: String, dtype: DType, rows: usize, cols: usize| {
-        let len = dtype.row_bytes(cols).unwrap_or(0) * rows;
-        // Scales of about 0.008 (0x2010) and quants of every value; what they are does not change the time.
-        let bytes: Vec<u8> = match dtype {
-            DType::F32 => (0..rows * cols).flat_map(|_| 1f32.to_le_bytes()).collect(),
-            _ => (0..len)
-                .map(|i| match i % dtype.block_bytes() {
-                    0 => 0x10,
-                    1 => 0x20,
-                    2 if dtype == DType::Q4_1 => 0x80,
-                    3 if dtype == DType::Q4_1 => 0xab,
-                    _ => ((i * 37) >> 3) as u8,
-                })
-                .collect(),
-        };
+        let bytes: Vec<u8> = (0..rows * cols / dtype.block_len()).flat_map(|i| block(dtype, i)).collect();
+        let len = bytes.len();
         weights.push(Weight::new(name, dtype, (rows, cols), Arc::new(bytes), 0..len)?)
     };
-    push("embedding".into(), DType::Q8_0, HYPER.vocab, 576)?;
-    for layer in 0..HYPER.layers {
-        push(format!("{layer}.norm"), DType::F32, 1, 576)?;
-        for (name, rows, cols) in [
-            ("q", 576, 576),
-            ("k", 192, 576),
-            ("v", 192, 576),
-            ("o", 576, 576),
-            ("gate", 1536, 576),
-            ("up", 1536, 576),
-            ("down", 576, 1536),
+    let (hyper, ff) = (&shape.hyper, shape.feed_forward);
+    let kv = hyper.kv_heads * hyper.head_dim;
+    push("embedding".into(), shape.head, hyper.vocab, hyper.width)?;
+    push("norm".into(), DType::F32, 1, hyper.width)?;
+    for layer in 0..hyper.layers {
+        let half = layer % 2;
+        for (name, dtype, rows, cols) in [
+            ("q", shape.query_key_output, hyper.width, hyper.width),
+            ("k", shape.query_key_output, kv, hyper.width),
+            ("v", shape.value[half], kv, hyper.width),
+            ("o", shape.query_key_output, hyper.width, hyper.width),
+            ("gate", shape.gate_up, ff, hyper.width),
+            ("up", shape.gate_up, ff, hyper.width),
+            ("down", shape.down[half], hyper.width, ff),
         ] {
-            push(format!("{layer}.{name}"), DType::Q4_1, rows, cols)?;
+            push(format!("{layer}.{name}"), dtype, rows, cols)?;
         }
     }
     Ok(Arc::new(weights))
 }
 
-fn plan(weights: &Weights, backend: &dyn Backend) -> Result<Plan, Box<dyn std::error::Error>> {
+fn plan(shape: &Shape, weights: &Weights, backend: &dyn Backend) -> Result<Plan, AnyError> {
     let find = |name: String| weights.find(&name).ok_or(name);
-    let rope = RopeSpec { layout: RopeLayout::Interleaved, base: 1e5, dims: 64, head_dim: 64 };
-    let mut b = PlanBuilder::new(weights, HYPER, Limits { rows: 512, sequences: 32, logits_rows: 32 });
+    let head_dim = shape.hyper.head_dim;
+    let rope = RopeSpec { layout: RopeLayout::Interleaved, base: 1e5, dims: head_dim, head_dim };
+    let mut b = PlanBuilder::new(weights, shape.hyper, Limits { rows: 512, sequences: 32, logits_rows: 32 });
+    let norm = find("norm".into())?;
     let mut x = b.embed(find("embedding".into())?);
-    for layer in 0..HYPER.layers {
+    for layer in 0..shape.hyper.layers {
         let at = |name: &str| find(format!("{layer}.{name}"));
-        let n = b.rms_norm(x, at("norm")?, 1e-5);
+        let n = b.rms_norm(x, norm, 1e-5);
         let (q, k, v) = (b.matmul(n, at("q")?), b.matmul(n, at("k")?), b.matmul(n, at("v")?));
         let (q, k) = (b.rope(q, rope), b.rope(k, rope));
         b.kv_write(layer, k, v);
         let mixed = b.attention(layer, q, 0.125);
         let o = b.matmul(mixed, at("o")?);
         x = b.add(x, o);
-        let n = b.rms_norm(x, at("norm")?, 1e-5);
+        let n = b.rms_norm(x, norm, 1e-5);
         let (gate, up) = (b.matmul(n, at("gate")?), b.matmul(n, at("up")?));
         let hidden = b.silu_mul(gate, up);
         let down = b.matmul(hidden, at("down")?);
         x = b.add(x, down);
     }
     let x = b.gather_rows(x);
-    let x = b.rms_norm(x, find("0.norm".into())?, 1e-5);
+    let x = b.rms_norm(x, norm, 1e-5);
     b.logits(x, find("embedding".into())?);
     Ok(b.finish(&backend.caps().fused)?)
 }
 
-/// Turns that each tier takes.
+/// Turns that each entry takes.
 const ROUNDS: usize = 7;
 
 /// Seconds of one step, the fastest of `times` in this turn.
-fn seconds(
-    e: &mut dyn Executable,
-    input: &StepInput,
-    times: usize,
-) -> Result<f64, Box<dyn std::error::Error>> {
+fn seconds(e: &mut dyn Executable, input: &StepInput, times: usize) -> Result<f64, AnyError> {
     let mut output = StepOutput::new();
     let mut best = f64::MAX;
     for _ in 0..times {
@@ -115,6 +192,28 @@ fn step(sequences: usize, rows: usize, cached_tokens: usize) -> StepInput {
     input
 }
 
+/// Bytes per second that `threads` threads read together, each its own part of `bytes`.
+fn read_bandwidth(bytes: u64, threads: usize) -> f64 {
+    let words: Vec<u64> = (0..bytes / 8).collect();
+    let mut best = f64::MAX;
+    for _ in 0..5 {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for part in words.chunks(words.len().div_ceil(threads)) {
+                scope.spawn(|| {
+                    let mut sums = [0u64; 32];
+                    for line in part.chunks_exact(32) {
+                        sums.iter_mut().zip(line).for_each(|(sum, word)| *sum ^= word);
+                    }
+                    black_box(sums);
+                });
+            }
+        });
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    bytes as f64 / best
+}
+
 /// One tier's model and what was measured of it.
 struct Entry {
     name: String,
@@ -123,16 +222,23 @@ struct Entry {
     seconds: [Vec<f64>; 4],
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let threads: Option<usize> = std::env::args().nth(1).map(|n| n.parse()).transpose()?;
-    let weights = weights()?;
+fn main() -> Result<(), AnyError> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let shape = SHAPES.iter().find(|shape| args.iter().any(|arg| arg == shape.name)).unwrap_or(&SHAPES[0]);
+    let all = args.iter().any(|arg| arg == "all");
+    let threads: Option<usize> = args.iter().find_map(|arg| arg.parse().ok());
+    let weights = weights(shape)?;
     let mut entries = Vec::new();
     let mut weight_bytes = 0;
     // The plain tier is not for serving; its times would only make the others wait.
-    for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available() && *tier != Tier::Scalar) {
+    let tiers = Tier::ALL.into_iter().filter(|tier| tier.is_available() && *tier != Tier::Scalar);
+    for tier in tiers.filter(|tier| all || *tier == Tier::best()) {
         for numerics in [Numerics::Fast, Numerics::Exact] {
+            if numerics == Numerics::Exact && !all {
+                continue;
+            }
             let mut backend = CpuBackend::new(CpuConfig { tier: Some(tier), threads })?;
-            let plan = plan(&weights, &backend)?;
+            let plan = plan(shape, &weights, &backend)?;
             let start = Instant::now();
             let spec = LoadSpec {
                 weights: weights.clone(),
@@ -142,12 +248,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 progress: &mut |_| {},
             };
             let mut loaded = backend.load(spec)?;
-            let name = format!("{} {numerics:?}", backend.caps().description);
+            let name = format!("{} {} {numerics:?}", shape.name, backend.caps().description);
             println!("{name}: loaded in {:.2} s, {:?}", start.elapsed().as_secs_f64(), loaded.memory());
             weight_bytes = loaded.memory().weights_bytes;
             entries.push(Entry { name, executable: loaded.compile(&plan)?, seconds: Default::default() });
         }
     }
+    let bandwidth = read_bandwidth(weight_bytes, threads.unwrap_or(2));
     let inputs = [(step(1, 1, 5), 12), (step(1, 1, 512), 8), (step(8, 1, 100), 6), (step(1, 512, 0), 1)];
     for _ in 0..ROUNDS {
         for entry in &mut entries {
@@ -161,7 +268,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         (list[0], list[list.len() / 2])
     };
     for entry in &mut entries {
-        print!("{:<34}", entry.name);
+        print!("{:<44}", entry.name);
         let tokens = [("decode", 1.0), ("at 512", 1.0), ("8 sequences", 8.0), ("prefill 512", 512.0)];
         for ((what, tokens), list) in tokens.into_iter().zip(&mut entry.seconds) {
             let (best, median) = ends(list);
@@ -169,5 +276,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         println!(" | decode reads {:.1} GB/s", weight_bytes as f64 / entry.seconds[0][0] / 1e9);
     }
+    println!(
+        "reading {:.0} MB at {:.1} GB/s would allow {:.1} tok/s",
+        weight_bytes as f64 / 1e6,
+        bandwidth / 1e9,
+        bandwidth / weight_bytes as f64
+    );
     Ok(())
 }

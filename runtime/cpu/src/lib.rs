@@ -72,12 +72,7 @@ impl CpuBackend {
             description: format!("cpu {tier}, {threads} threads"),
             memory_bytes: machine::memory_bytes(),
             dtypes: DType::ALL.to_vec(),
-            fused: FusedOps {
-                concat_matmul: true,
-                add_epilogue: true,
-                rope_kv_write: true,
-                ..FusedOps::NONE
-            },
+            fused: FusedOps::ALL,
             kv_element_bytes: size_of::<f32>(),
         };
         Ok(Self { caps, tier, pool: Arc::new(Mutex::new(pool)) })

@@ -7,7 +7,7 @@ use std::{
 
 use trustformers_plan::{
     Activation, BackendError, Executable, Hyper, KV_BLOCK_TOKENS, Limits, LoadProgress, LoadSpec, Loaded,
-    MemoryReport, Numerics, Op, Plan, RopeSpec, StepInput, StepOutput, WeightId, WeightUse, Weights,
+    MemoryReport, Numerics, Op, Part, Plan, RopeSpec, StepInput, StepOutput, WeightId, WeightUse, Weights,
     rope::RopeTable,
 };
 
@@ -15,12 +15,13 @@ use crate::{
     Tier, hazards,
     kernels::{
         Kernels,
-        attention::{CHUNK_TOKENS, partial_len},
+        attention::{self, CHUNK_TOKENS, chunk_len},
         encoder,
-        quantise::QuantBuffer,
+        matmul::SCRATCH_LEN,
+        quantise::{BlockRows, Int8Rows},
     },
-    memory::SharedF32,
-    pack::{BLOCK_COLS, GROUP_ROWS, Packed},
+    memory::{SharedF32, Store},
+    pack::{BLOCK_COLS, Form, GROUP_ROWS, Packed},
     pool::Pool,
     step::{ITEMS_PER_THREAD, PRIVATE_ROWS, Step},
 };
@@ -36,6 +37,8 @@ pub(crate) struct Shared {
     pub(crate) weights: Arc<Weights>,
     pub(crate) matrices: HashMap<WeightId, Packed>,
     pub(crate) vectors: HashMap<WeightId, Vec<f32>>,
+    /// Biases of projections, filled up to whole groups.
+    pub(crate) biases: HashMap<WeightId, Vec<f32>>,
     pub(crate) ropes: Vec<(RopeSpec, RopeTable)>,
     pub(crate) cache: SharedF32,
     pub(crate) arena: SharedF32,
@@ -47,19 +50,32 @@ pub(crate) struct Shared {
 pub(crate) struct Scratch {
     /// Quantised rows of the whole step.
     pub(crate) quantised: SharedF32,
-    /// Partial attention of the few rows that are split by chunks.
+    /// Normed rows of the whole step, where kernels read them as they are.
+    pub(crate) normed: SharedF32,
+    /// Partial attention of the few tiles that are split by chunks.
     pub(crate) partials: SharedF32,
-    /// Each thread's own: a panel, a few quantised rows, one row's partial attention.
+    /// Each thread's own: room for projections, a few rows of their input, one tile's partial attention and queries.
     pub(crate) threads: Vec<ThreadScratch>,
 }
 
 /// One thread's room.
 pub(crate) struct ThreadScratch {
-    pub(crate) panel: SharedF32,
+    pub(crate) matmul: SharedF32,
     pub(crate) quantised: SharedF32,
+    /// Normed rows.
+    pub(crate) normed: SharedF32,
     pub(crate) partials: SharedF32,
+    pub(crate) queries: SharedF32,
     /// One head of a sequence in an encoder's attention.
     pub(crate) encoder: SharedF32,
+}
+
+/// Columns of the rows that a projection norms.
+fn normed_cols(op: &Op) -> Option<usize> {
+    match op {
+        Op::MatMul { input, norm: Some(_), .. } => Some(input.cols),
+        _ => None,
+    }
 }
 
 impl Scratch {
@@ -67,13 +83,16 @@ impl Scratch {
         let what = "scratch space";
         let hyper = plan.hyper();
         let cols = matrices.values().map(|m| m.blocks() * BLOCK_COLS).max().unwrap_or(0);
-        let words = |rows| QuantBuffer::bytes(rows, cols).div_ceil(size_of::<f32>());
+        let words =
+            |rows| (BlockRows::bytes(rows, cols) + Int8Rows::bytes(rows, cols)).div_ceil(size_of::<f32>());
+        let normed_cols = plan.ops().iter().filter_map(normed_cols).max().unwrap_or(0);
+        let rows = plan.limits().rows.max(plan.limits().logits_rows);
         let shape = trustformers_plan::AttentionShape {
             heads: hyper.heads,
             kv_heads: hyper.kv_heads,
             head_dim: hyper.head_dim,
         };
-        let item = hyper.heads / hyper.kv_heads * hyper.context.div_ceil(CHUNK_TOKENS) * partial_len(&shape);
+        let item = hyper.context.div_ceil(CHUNK_TOKENS) * chunk_len(&shape);
         let encoder = if plan.ops().iter().any(|op| matches!(op, Op::EncoderAttention { .. })) {
             encoder::scratch_len(hyper.context.min(plan.limits().rows), hyper.head_dim)
         } else {
@@ -81,14 +100,17 @@ impl Scratch {
         };
         let own = || {
             Ok(ThreadScratch {
-                panel: SharedF32::new(what, cols * GROUP_ROWS)?,
+                matmul: SharedF32::new(what, SCRATCH_LEN)?,
                 quantised: SharedF32::new(what, words(PRIVATE_ROWS))?,
+                normed: SharedF32::new(what, PRIVATE_ROWS * normed_cols)?,
                 partials: SharedF32::new(what, item)?,
+                queries: SharedF32::new(what, attention::TILE * hyper.head_dim)?,
                 encoder: SharedF32::new(what, encoder)?,
             })
         };
         Ok(Self {
-            quantised: SharedF32::new(what, words(plan.limits().rows.max(plan.limits().logits_rows)))?,
+            quantised: SharedF32::new(what, words(rows))?,
+            normed: SharedF32::new(what, rows * normed_cols)?,
             partials: SharedF32::new(what, item * ITEMS_PER_THREAD * threads)?,
             threads: (0..threads).map(|_| own()).collect::<Result<_, BackendError>>()?,
         })
@@ -96,9 +118,11 @@ impl Scratch {
 
     fn bytes(&self) -> u64 {
         let own = |t: &ThreadScratch| {
-            t.panel.bytes() + t.quantised.bytes() + t.partials.bytes() + t.encoder.bytes()
+            let parts = [&t.matmul, &t.quantised, &t.normed, &t.partials, &t.queries, &t.encoder];
+            parts.into_iter().map(SharedF32::bytes).sum::<u64>()
         };
-        self.quantised.bytes() + self.partials.bytes() + self.threads.iter().map(own).sum::<u64>()
+        let shared = [&self.quantised, &self.normed, &self.partials];
+        shared.into_iter().map(SharedF32::bytes).sum::<u64>() + self.threads.iter().map(own).sum::<u64>()
     }
 }
 
@@ -113,7 +137,7 @@ impl CpuModel {
         let LoadSpec { weights, plan, kv_blocks, numerics, progress } = spec;
         let hyper = *plan.hyper();
         let threads = pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
-        let (matrices, vectors) = take_in(&weights, plan, progress)?;
+        let TakenIn { matrices, vectors, biases } = take_in(&weights, plan, numerics, progress)?;
         let mut ropes: Vec<(RopeSpec, RopeTable)> = Vec::new();
         for op in plan.ops() {
             if let Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } = op
@@ -139,6 +163,7 @@ impl CpuModel {
             weights,
             matrices,
             vectors,
+            biases,
             ropes,
         };
         let model = Self { shared: Arc::new(shared), pool };
@@ -147,53 +172,110 @@ impl CpuModel {
     }
 }
 
-type TakenIn = (HashMap<WeightId, Packed>, HashMap<WeightId, Vec<f32>>);
+/// A model's weights as the kernels want them.
+struct TakenIn {
+    matrices: HashMap<WeightId, Packed>,
+    vectors: HashMap<WeightId, Vec<f32>>,
+    biases: HashMap<WeightId, Vec<f32>>,
+}
 
 /// Repacks what projections use and expands what norms use. Embedding tables are read as they are stored.
 fn take_in(
     weights: &Weights,
     plan: &Plan,
+    numerics: Numerics,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<TakenIn, BackendError> {
-    let (mut matrices, mut vectors) = (HashMap::new(), HashMap::new());
+    let mut taken = TakenIn { matrices: HashMap::new(), vectors: HashMap::new(), biases: HashMap::new() };
     let mut used: BTreeMap<WeightId, BTreeSet<WeightUse>> = BTreeMap::new();
     for (id, how) in plan.ops().iter().flat_map(Op::weights) {
         used.entry(id).or_default().insert(how);
     }
+    let forms = forms(weights, plan, numerics);
+    let bytes_of = |(id, form): (&WeightId, &Form)| {
+        let weight = weights.get(*id);
+        Packed::bytes_of(*form, weight.rows(), weight.cols())
+    };
+    // One allocation for all matrices, so that it comes in large pages.
+    let mut store = Store::new("repacked weights", forms.iter().map(bytes_of).sum())?;
     let total_bytes = used.keys().map(|id| weights.get(*id).bytes().len() as u64).sum();
     let mut done_bytes = 0;
     for (id, uses) in used {
         let weight = weights.get(id);
-        if uses.contains(&WeightUse::Matrix) {
-            matrices.insert(id, Packed::new(weight)?);
+        if let Some(form) = forms.get(&id) {
+            taken.matrices.insert(id, Packed::new(weight, *form, &mut store));
         }
         if uses.contains(&WeightUse::Vector) {
             let mut vector = vec![0.0; weight.cols()];
             weight.dequantise_row(0, &mut vector);
-            vectors.insert(id, vector);
+            let mut bias = vector.clone();
+            bias.resize(vector.len().next_multiple_of(GROUP_ROWS), 0.0);
+            taken.vectors.insert(id, vector);
+            taken.biases.insert(id, bias);
         }
         done_bytes += weight.bytes().len() as u64;
         progress(LoadProgress { done_bytes, total_bytes });
     }
-    Ok((matrices, vectors))
+    let is_bias = |id: &WeightId| plan.ops().iter().flat_map(parts).any(|part| part.bias == Some(*id));
+    taken.biases.retain(|id, _| is_bias(id));
+    Ok(taken)
 }
 
-/// Forms of projections that this backend does not claim.
-fn refuse_unclaimed(op: &Op) -> Result<(), BackendError> {
-    let Op::MatMul { norm, parts, activation, .. } = op else { return Ok(()) };
-    let claimed =
-        norm.is_none() && *activation == Activation::None && parts.iter().all(|part| part.bias.is_none());
-    if claimed {
-        return Ok(());
+/// The form of each matrix. An encoder's floats become eight bits where that is allowed; a gate and what it gates, which one
+/// kernel reads side by side, become f32 where their types differ.
+fn forms(weights: &Weights, plan: &Plan, numerics: Numerics) -> BTreeMap<WeightId, Form> {
+    let rounded = numerics == Numerics::Fast && !plan.uses_cache();
+    let form = |id: WeightId| match Form::of(weights.get(id).dtype()) {
+        Form::F32 | Form::F16 | Form::Bf16 if rounded => Form::Int8,
+        form => form,
+    };
+    let uses = plan.ops().iter().flat_map(Op::weights);
+    let mut forms: BTreeMap<_, _> =
+        uses.filter(|(_, how)| *how == WeightUse::Matrix).map(|(id, _)| (id, form(id))).collect();
+    for op in plan.ops() {
+        if let Op::MatMul { activation: Activation::SiluMul, parts, .. } = op
+            && parts.iter().any(|part| form(part.weight) != form(parts[0].weight))
+        {
+            forms.extend(parts.iter().map(|part| (part.weight, Form::F32)));
+        }
     }
-    let what = "a projection with a norm, a bias or an activation of its own; make the plan with the device's fused ops";
-    Err(BackendError::Unsupported { device: "cpu".into(), what: what.into() })
+    forms
+}
+
+/// The parts of a projection.
+fn parts(op: &Op) -> &[Part] {
+    match op {
+        Op::MatMul { parts, .. } => parts,
+        _ => &[],
+    }
+}
+
+impl Shared {
+    /// Whether everything that an op reads was taken in, in a form that its kernel can read.
+    fn is_ready_for(&self, op: &Op) -> bool {
+        let taken = op.weights().iter().all(|(id, how)| match how {
+            WeightUse::Matrix => self.matrices.contains_key(id),
+            WeightUse::Vector => self.vectors.contains_key(id),
+            WeightUse::Rows => true,
+        });
+        let biased = parts(op).iter().filter_map(|part| part.bias).all(|id| self.biases.contains_key(&id));
+        let form = |part: &Part| self.matrices.get(&part.weight).map(|m| m.form);
+        match op {
+            Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } => {
+                self.ropes.iter().any(|(known, _)| known == spec)
+            }
+            Op::MatMul { activation: Activation::SiluMul, parts, .. } => {
+                taken && biased && parts.len() == 2 && form(&parts[0]) == form(&parts[1])
+            }
+            _ => taken && biased,
+        }
+    }
 }
 
 impl Loaded for CpuModel {
     fn memory(&self) -> MemoryReport {
         let shared = &*self.shared;
-        let vectors: usize = shared.vectors.values().map(Vec::len).sum();
+        let vectors: usize = shared.vectors.values().chain(shared.biases.values()).map(Vec::len).sum();
         MemoryReport {
             weights_bytes: shared.matrices.values().map(Packed::bytes).sum::<u64>() + vectors as u64 * 4,
             arena_bytes: shared.arena.bytes(),
@@ -214,21 +296,9 @@ impl Loaded for CpuModel {
             return Err(BackendError::Mismatch("it has larger steps: load with the largest plan"));
         }
         for op in plan.ops() {
-            let ready = op.weights().iter().all(|(id, how)| match how {
-                WeightUse::Matrix => shared.matrices.contains_key(id),
-                WeightUse::Vector => shared.vectors.contains_key(id),
-                WeightUse::Rows => true,
-            });
-            let turns = match op {
-                Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } => {
-                    shared.ropes.iter().any(|(known, _)| known == spec)
-                }
-                _ => true,
-            };
-            if !ready || !turns {
+            if !shared.is_ready_for(op) {
                 return Err(BackendError::Mismatch("it uses weights that the loaded plan did not"));
             }
-            refuse_unclaimed(op)?;
         }
         Ok(Box::new(CpuExecutable {
             barriers: hazards::barriers(plan.ops()),

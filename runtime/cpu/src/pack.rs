@@ -1,50 +1,105 @@
 //! Weights laid out for the kernels: sixteen output features side by side, one per vector lane.
 //!
 //! A *group* is 16 rows of the matrix (the last is filled up with zeros), a *block* 32 columns. Reading a group is one
-//! forward stream, and a dot product needs no sum across lanes. Inside a block:
+//! forward stream, and a dot product needs no sum across lanes. Floats lie `[column][row]`. Quants lie in planes, so that
+//! a step of four columns is a vector of `[row][column]`, one byte each:
 //!
-//! * `Q8_0`: 512 bytes `[column / 4][row][column % 4]`, each `q + 128` so that it is unsigned, as the dot-product
-//!   instructions want their first operand; f16 scales `[row]` in a second stream.
-//! * `Q4_1`: 256 bytes `[(column % 16) / 4][row][column % 4]`, columns 0..16 in the low and 16..32 in the high half of
-//!   a byte; f16 scales `[row]`, then minima `[row]`, in the second stream.
-//! * `F32`, `F16`: `[column][row]`; the last block may be short.
+//! * eight bits: 512 bytes `[column / 4][row][column % 4]`
+//! * low four bits: 256 bytes, where step `k` of the eight is the low (`k < 4`) or high half of vector `k % 4`
+//! * a fifth bit: 64 bytes, bit `k` of each for step `k`
+//! * fifth and sixth: 128 bytes, bits `2 (k % 4)` of vector `k / 4` for step `k`
 //!
-//! A stored type without a layout of its own takes one that holds its weights exactly ([`Form::of`]).
+//! Quants are unsigned, as the dot-product instructions want their first operand; what is subtracted from them is the
+//! form's [`Form::centre`]. Scales lie in a second stream, as they are stored: nothing is rounded by packing, except where
+//! a matrix of floats is deliberately made one of [`Form::Int8`].
 
-use trustformers_plan::{BackendError, DType, Weight};
+mod stored;
 
-use crate::memory::{Line, lines};
+use trustformers_plan::{DType, Weight};
+
+use crate::memory::{Piece, Store};
 
 /// Rows per group: the lanes of the widest register.
 pub(crate) const GROUP_ROWS: usize = 16;
 /// Columns per block, as in the stored formats.
 pub(crate) const BLOCK_COLS: usize = 32;
+/// Blocks that share a scale of scales in the K quants.
+pub(crate) const SUPER_BLOCKS: usize = 8;
 
 /// A layout of packed weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
     F32,
     F16,
+    Bf16,
+    /// Eight bits; f16 scales `[row]` per block.
     Q8,
+    /// Four bits; scales as `Q8`.
+    Q4,
+    /// Five bits; scales as `Q8`.
+    Q5,
+    /// Four bits; f16 scales `[row]`, then f16 minima `[row]` per block.
     Q4Min,
+    /// Four bits; per eight blocks f16 `d` and `dmin` `[row]`, then for each block bytes `scale[row]`, `min[row]`.
+    Q4K,
+    /// Five bits; scales as `Q4K`.
+    Q5K,
+    /// Six bits; per eight blocks f16 `d[row]`, then for each half block signed bytes `scale[row]`.
+    Q6K,
+    /// Eight bits; one f32 scale per row. The one form that rounds: see [`Packed::new`].
+    Int8,
 }
 
 impl Form {
-    /// The layout that holds weights of this type without rounding. Scales of K quants are products of more bits than an
-    /// f16 has, so these become f32; blocks of `Q4_0` and `Q5_0` are blocks of `Q8_0` with smaller numbers.
+    /// The form that holds weights of this type as they are.
     pub(crate) const fn of(dtype: DType) -> Self {
         match dtype {
-            DType::F32 | DType::BF16 | DType::Q4_K | DType::Q5_K | DType::Q6_K => Self::F32,
+            DType::F32 => Self::F32,
             DType::F16 => Self::F16,
-            DType::Q8_0 | DType::Q4_0 | DType::Q5_0 => Self::Q8,
+            DType::BF16 => Self::Bf16,
+            DType::Q8_0 => Self::Q8,
             DType::Q4_1 => Self::Q4Min,
+            DType::Q4_0 => Self::Q4,
+            DType::Q5_0 => Self::Q5,
+            DType::Q4_K => Self::Q4K,
+            DType::Q5_K => Self::Q5K,
+            DType::Q6_K => Self::Q6K,
         }
     }
 
-    /// Whether it can meet quantised activations.
-    pub(crate) const fn is_quantised(self) -> bool {
-        matches!(self, Self::Q8 | Self::Q4Min)
+    /// Whether it can meet activations that are quantised by blocks.
+    pub(crate) const fn has_blocks(self) -> bool {
+        !matches!(self, Self::F32 | Self::F16 | Self::Bf16 | Self::Int8)
     }
+
+    /// Bytes of a block in the first stream (a full block, for floats).
+    pub(crate) const fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 2048,
+            Self::F16 | Self::Bf16 => 1024,
+            Self::Q8 | Self::Int8 => 512,
+            Self::Q4 | Self::Q4Min | Self::Q4K => 256,
+            Self::Q5 | Self::Q5K => 320,
+            Self::Q6K => 384,
+        }
+    }
+
+    /// 16-bit words of a group of so many blocks in the second stream.
+    const fn scale_words(self, blocks: usize) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => 0,
+            Self::Q8 | Self::Q4 | Self::Q5 => blocks * GROUP_ROWS,
+            Self::Q4Min => blocks * 2 * GROUP_ROWS,
+            Self::Q4K | Self::Q5K => blocks.div_ceil(SUPER_BLOCKS) * Self::SUPER_WORDS_AFFINE,
+            Self::Q6K => blocks.div_ceil(SUPER_BLOCKS) * Self::SUPER_WORDS_SIGNED,
+            Self::Int8 => 2 * GROUP_ROWS,
+        }
+    }
+
+    /// Words of eight blocks' scales in `Q4K` and `Q5K`.
+    pub(crate) const SUPER_WORDS_AFFINE: usize = 2 * GROUP_ROWS + SUPER_BLOCKS * GROUP_ROWS;
+    /// Words of eight blocks' scales in `Q6K`.
+    pub(crate) const SUPER_WORDS_SIGNED: usize = GROUP_ROWS + SUPER_BLOCKS * GROUP_ROWS;
 }
 
 /// A matrix in the kernels' layout.
@@ -52,22 +107,40 @@ pub(crate) struct Packed {
     pub(crate) form: Form,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
-    values: Vec<Line>,
-    scales: Vec<u16>,
+    values: Piece,
+    scales: Piece,
 }
 
 impl Packed {
-    /// Repacks a stored matrix.
-    pub(crate) fn new(weight: &Weight) -> Result<Self, BackendError> {
-        let (form, rows, cols) = (Form::of(weight.dtype()), weight.rows(), weight.cols());
-        let mut packed = Self { form, rows, cols, values: Vec::new(), scales: Vec::new() };
-        let groups = packed.groups();
-        packed.values = lines("repacked weights", groups * packed.group_bytes())?;
-        packed.scales = vec![0; groups * packed.group_scales()];
-        for group in 0..groups {
-            packed.fill(group, weight);
+    /// Bytes that a weight takes in a form.
+    pub(crate) const fn bytes_of(form: Form, rows: usize, cols: usize) -> usize {
+        let (groups, blocks) = (rows.div_ceil(GROUP_ROWS), cols.div_ceil(BLOCK_COLS));
+        let values = groups * blocks * form.block_bytes();
+        let scales = groups * form.scale_words(blocks) * size_of::<u16>();
+        values.next_multiple_of(64) + scales.next_multiple_of(64)
+    }
+
+    /// Repacks a stored matrix into memory of [`Self::bytes_of`]. The form is that of its type, or one that floats can become.
+    pub(crate) fn new(weight: &Weight, form: Form, store: &mut Store) -> Self {
+        let mut packed = Self::empty(form, weight, store);
+        if form == Form::of(weight.dtype()) {
+            (0..packed.groups()).for_each(|group| packed.fill(group, weight));
+            return packed;
         }
-        Ok(packed)
+        let mut floats = vec![0.0; weight.cols()];
+        for row in 0..weight.rows() {
+            weight.dequantise_row(row, &mut floats);
+            packed.fill_floats(row, &floats);
+        }
+        packed
+    }
+
+    fn empty(form: Form, weight: &Weight, store: &mut Store) -> Self {
+        let (rows, cols) = (weight.rows(), weight.cols());
+        let (groups, blocks) = (rows.div_ceil(GROUP_ROWS), cols.div_ceil(BLOCK_COLS));
+        let values = store.take(groups * blocks * form.block_bytes());
+        let scales = store.take(groups * form.scale_words(blocks) * size_of::<u16>());
+        Self { form, rows, cols, values, scales }
     }
 
     pub(crate) const fn groups(&self) -> usize {
@@ -78,112 +151,107 @@ impl Packed {
         self.cols.div_ceil(BLOCK_COLS)
     }
 
-    /// Bytes of a block in the first stream (a full block, for floats).
-    pub(crate) const fn block_bytes(&self) -> usize {
-        GROUP_ROWS
-            * match self.form {
-                Form::F32 => 4 * BLOCK_COLS,
-                Form::F16 => 2 * BLOCK_COLS,
-                Form::Q8 => BLOCK_COLS,
-                Form::Q4Min => BLOCK_COLS / 2,
-            }
+    const fn group_bytes(&self) -> usize {
+        self.blocks() * self.form.block_bytes()
     }
 
-    /// f16 numbers of a block in the second stream.
-    pub(crate) const fn block_scales(&self) -> usize {
-        match self.form {
-            Form::F32 | Form::F16 => 0,
-            Form::Q8 => GROUP_ROWS,
-            Form::Q4Min => 2 * GROUP_ROWS,
-        }
-    }
-
-    pub(crate) const fn group_bytes(&self) -> usize {
-        self.blocks() * self.block_bytes()
-    }
-
-    pub(crate) const fn group_scales(&self) -> usize {
-        self.blocks() * self.block_scales()
+    const fn group_scales(&self) -> usize {
+        self.form.scale_words(self.blocks())
     }
 
     /// First stream of a group.
     pub(crate) fn values(&self, group: usize) -> *const u8 {
         debug_assert!(group < self.groups());
-        self.values.as_ptr().cast::<u8>().wrapping_add(group * self.group_bytes())
+        self.values.ptr().wrapping_add(group * self.group_bytes())
     }
 
     /// Second stream of a group.
     pub(crate) fn scales(&self, group: usize) -> *const u16 {
         debug_assert!(group < self.groups());
-        self.scales.as_ptr().wrapping_add(group * self.group_scales())
+        self.scales.ptr().cast::<u16>().wrapping_add(group * self.group_scales())
     }
 
     /// Bytes it takes.
     pub(crate) fn bytes(&self) -> u64 {
-        (self.values.len() * 64 + self.scales.len() * 2) as u64
+        (self.values.bytes() + self.scales.bytes()) as u64
+    }
+
+    /// Both streams of a group, to write.
+    fn streams(&mut self, group: usize) -> (&mut [u8], &mut [u16]) {
+        let (bytes, words) = (self.group_bytes(), self.group_scales());
+        let (values, scales) = (self.values.as_mut(), self.scales.as_mut());
+        (&mut values[group * bytes..(group + 1) * bytes], &mut scales[group * words..(group + 1) * words])
     }
 
     fn fill(&mut self, group: usize, weight: &Weight) {
-        let (group_bytes, group_scales) = (self.group_bytes(), self.group_scales());
-        let (block_bytes, block_scales) = (self.block_bytes(), self.block_scales());
-        let first_row = group * GROUP_ROWS;
-        let scales = &mut self.scales[group * group_scales..(group + 1) * group_scales];
-        let values = as_bytes(&mut self.values);
-        let values = &mut values[group * group_bytes..(group + 1) * group_bytes];
-        if self.form == Form::Q8 {
-            // Rows that only fill the group up are zero, which is 128 here.
-            values.fill(128);
-        }
-        for lane in 0..GROUP_ROWS.min(self.rows - first_row) {
+        let form = self.form;
+        let (first_row, rows) = (group * GROUP_ROWS, self.rows);
+        let (values, scales) = self.streams(group);
+        for lane in 0..GROUP_ROWS.min(rows - first_row) {
             let row = weight.row(first_row + lane);
-            match weight.dtype() {
-                DType::F32 => scatter::<4>(values, row, lane),
-                DType::BF16 | DType::Q4_K | DType::Q5_K | DType::Q6_K => {
-                    let mut floats = vec![0.0; self.cols];
-                    weight.dequantise_row(first_row + lane, &mut floats);
-                    let bytes: Vec<u8> = floats.iter().flat_map(|v| v.to_le_bytes()).collect();
-                    scatter::<4>(values, &bytes, lane);
-                }
-                DType::F16 => scatter::<2>(values, row, lane),
-                DType::Q8_0 => {
-                    for (b, stored) in row.chunks_exact(34).enumerate() {
-                        scales[b * block_scales + lane] = u16::from_le_bytes([stored[0], stored[1]]);
-                        place(&mut values[b * block_bytes..], &stored[2..], lane, |q| q ^ 0x80);
-                    }
-                }
-                dtype @ (DType::Q4_0 | DType::Q5_0) => {
-                    for (b, stored) in row.chunks_exact(dtype.block_bytes()).enumerate() {
-                        scales[b * block_scales + lane] = u16::from_le_bytes([stored[0], stored[1]]);
-                        let quants = small_quants(dtype, stored);
-                        place(&mut values[b * block_bytes..], &quants, lane, |q| q ^ 0x80);
-                    }
-                }
-                DType::Q4_1 => {
-                    for (b, stored) in row.chunks_exact(20).enumerate() {
-                        scales[b * block_scales + lane] = u16::from_le_bytes([stored[0], stored[1]]);
-                        scales[b * block_scales + 16 + lane] = u16::from_le_bytes([stored[2], stored[3]]);
-                        place(&mut values[b * block_bytes..], &stored[4..], lane, |q| q);
+            match form {
+                Form::F32 => scatter::<4>(values, row, lane),
+                Form::F16 | Form::Bf16 => scatter::<2>(values, row, lane),
+                _ => {
+                    let dtype = weight.dtype();
+                    let blocks_in_one = dtype.block_len() / BLOCK_COLS;
+                    for (i, stored) in row.chunks_exact(dtype.block_bytes()).enumerate() {
+                        stored::scales(
+                            form,
+                            stored,
+                            &mut scales[form.scale_words(i * blocks_in_one)..],
+                            lane,
+                        );
+                        for part in 0..blocks_in_one {
+                            let block = (i * blocks_in_one + part) * form.block_bytes();
+                            let block = &mut values[block..block + form.block_bytes()];
+                            place(form, block, &stored::quants(form, stored, part), lane);
+                        }
                     }
                 }
             }
         }
     }
+
+    /// One row as [`Form::F32`], or rounded to [`Form::Int8`]: `q = round(w / scale) + 128`, `scale = max |w| / 127`.
+    fn fill_floats(&mut self, row: usize, floats: &[f32]) {
+        let (lane, form) = (row % GROUP_ROWS, self.form);
+        let (values, scales) = self.streams(row / GROUP_ROWS);
+        if form != Form::Int8 {
+            debug_assert!(form == Form::F32, "{form:?} is made of stored blocks only");
+            let bytes: Vec<u8> = floats.iter().flat_map(|v| v.to_le_bytes()).collect();
+            return scatter::<4>(values, &bytes, lane);
+        }
+        let largest = floats.iter().fold(0f32, |a, v| a.max(v.abs()));
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let bits = (largest / 127.0).to_bits();
+        scales[2 * lane] = bits as u16;
+        scales[2 * lane + 1] = (bits >> 16) as u16;
+        for (b, floats) in floats.chunks(BLOCK_COLS).enumerate() {
+            let mut quants = [128; BLOCK_COLS];
+            for (q, v) in quants.iter_mut().zip(floats) {
+                *q = ((v * inverse).round_ties_even() as i8).cast_unsigned() ^ 0x80;
+            }
+            place(Form::Int8, &mut values[b * Form::Int8.block_bytes()..], &quants, lane);
+        }
+    }
 }
 
-/// The signed quants of a `Q4_0` or `Q5_0` block: what its weights are with a scale of one.
-fn small_quants(dtype: DType, stored: &[u8]) -> [u8; BLOCK_COLS] {
-    let (mut unit, mut weights) = (stored.to_vec(), [0.0; BLOCK_COLS]);
-    // 1 as f16.
-    unit[..2].copy_from_slice(&0x3c00u16.to_le_bytes());
-    dtype.dequantise(&unit, &mut weights);
-    weights.map(|q| (q as i8).cast_unsigned())
-}
-
-/// Four quants of a row side by side, then the next row's.
-fn place(block: &mut [u8], quants: &[u8], lane: usize, f: impl Fn(u8) -> u8) {
+/// Puts the quants of one row into a block's planes, which are zero there.
+fn place(form: Form, block: &mut [u8], quants: &[u8; BLOCK_COLS], lane: usize) {
     for (k, four) in quants.chunks_exact(4).enumerate() {
         for (j, &q) in four.iter().enumerate() {
-            block[(k * GROUP_ROWS + lane) * 4 + j] = f(q);
+            let at = lane * 4 + j;
+            if matches!(form, Form::Q8 | Form::Int8) {
+                block[k * 64 + at] = q;
+                continue;
+            }
+            block[k % 4 * 64 + at] |= (q & 15) << (k / 4 * 4);
+            match form {
+                Form::Q5 | Form::Q5K => block[256 + at] |= (q >> 4) << k,
+                Form::Q6K => block[256 + k / 4 * 64 + at] |= (q >> 4) << (k % 4 * 2),
+                _ => {}
+            }
         }
     }
 }
@@ -193,10 +261,4 @@ fn scatter<const N: usize>(values: &mut [u8], row: &[u8], lane: usize) {
         let at = (column * GROUP_ROWS + lane) * N;
         values[at..at + N].copy_from_slice(value);
     }
-}
-
-fn as_bytes(lines: &mut [Line]) -> &mut [u8] {
-    let len = size_of_val(lines);
-    // SAFETY: a line is 64 plain bytes without padding.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), len) }
 }

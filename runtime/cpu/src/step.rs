@@ -5,27 +5,23 @@
 //! [`crate::hazards`] put a barrier wherever one thread's share meets another's.
 
 mod encoder;
+mod projection;
 
 use trustformers_plan::{
-    AttentionShape, Buf, KV_BLOCK_TOKENS, Numerics, Op, Part, Plan, RopeLayout, RopeSpec, RowSpace,
-    StepInput, WeightId,
+    AttentionShape, Buf, KV_BLOCK_TOKENS, Op, Part, Plan, RopeLayout, RopeSpec, RowSpace, StepInput, WeightId,
 };
 
 use crate::{
-    kernels::{
-        attention::{Attend, CHUNK_TOKENS, cache_index, partial_len},
-        matmul::{MatMul, Rows, Target},
-        quantise::QuantBuffer,
-    },
+    kernels::attention::{Attend, CHUNK_TOKENS, Query, TILE, cache_index, chunk_len, partial_len},
     model::Shared,
-    pack::{BLOCK_COLS, Packed},
     pool::{Aborted, Barrier, share},
 };
 use encoder::EncoderAttention;
+use projection::Projection;
 
 /// Rows that each thread quantises for itself: repeating so little costs less than meeting once more.
 pub(crate) const PRIVATE_ROWS: usize = 4;
-/// With fewer (row, key/value head) pairs per thread than this, attention is split by chunks too.
+/// With fewer tiles per thread than this, attention is split by chunks too.
 pub(crate) const ITEMS_PER_THREAD: usize = 4;
 /// Columns per unit of element-wise work.
 const UNIT_COLS: usize = 256;
@@ -86,12 +82,11 @@ impl Step<'_> {
             Op::LayerNorm { input, weight, bias, eps, out } => {
                 self.layer_norm((input, out), (weight, bias), eps, me);
             }
-            // Compiling refused the forms that are not claimed.
-            Op::MatMul { input, norm: _, ref parts, activation: _, residual, out } => {
-                return self.matmul(parts, (input, residual, out), me);
+            Op::MatMul { input, norm, ref parts, activation, residual, out } => {
+                return self.matmul(&Projection { input, norm, parts, activation, residual, out }, me);
             }
             Op::Logits { input, weight, out } => {
-                return self.matmul(&[Part { weight, bias: None }], (input, None, out), me);
+                return self.matmul(&Projection::plain(input, &[Part { weight, bias: None }], out), me);
             }
             Op::Rope { data, spec } => self.rope(data, &spec, me),
             Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values, me),
@@ -291,105 +286,34 @@ struct Attention {
     out: Buf,
 }
 
-// === projections ===
-
-impl Step<'_> {
-    fn matmul(
-        &self,
-        parts: &[Part],
-        (input, residual, out): (Buf, Option<Buf>, Buf),
-        me: Me<'_>,
-    ) -> Result<(), Aborted> {
-        let rows = self.rows(out);
-        if rows == 0 {
-            return Ok(());
-        }
-        let matrices = parts.iter().map(|part| &self.shared.matrices[&part.weight]);
-        let quantise =
-            self.shared.numerics == Numerics::Fast && matrices.clone().any(|m| m.form.is_quantised());
-        let buffer = if quantise { Some(self.quantise(input, rows, me)?) } else { None };
-
-        let total = matrices.clone().map(Packed::groups).sum();
-        let mine = self.my_share(total, me);
-        let (mut first_group, mut first_col) = (0, 0);
-        for matrix in matrices {
-            let end = first_group + matrix.groups();
-            let groups = mine.start.max(first_group)..mine.end.min(end);
-            if !groups.is_empty() {
-                // SAFETY: see the module; the groups' outputs are this thread's.
-                unsafe {
-                    (self.shared.kernels.matmul)(&MatMul {
-                        matrix,
-                        groups: groups.start - first_group..groups.end - first_group,
-                        input: Rows { ptr: self.at(input, 0), stride: input.stride, count: rows },
-                        quantised: buffer
-                            .as_ref()
-                            .map(QuantBuffer::rows)
-                            .filter(|_| matrix.form.is_quantised()),
-                        target: Target {
-                            ptr: self.at(out, 0).add(first_col),
-                            stride: out.stride,
-                            residual: residual.map(|r| (self.at(r, 0).add(first_col).cast_const(), r.stride)),
-                        },
-                        panel: self.shared.scratch.threads[me.number].panel.ptr(),
-                    });
-                }
-            }
-            first_group = end;
-            first_col += matrix.rows;
-        }
-        Ok(())
-    }
-
-    /// Quantises a projection's input: few rows by each thread for itself, many once for all.
-    fn quantise(&self, input: Buf, rows: usize, me: Me<'_>) -> Result<QuantBuffer, Aborted> {
-        let cols = input.cols / BLOCK_COLS * BLOCK_COLS;
-        let scratch = &self.shared.scratch;
-        let private = rows <= PRIVATE_ROWS;
-        let memory = if private { &scratch.threads[me.number].quantised } else { &scratch.quantised };
-        // SAFETY: loading sized both for the widest projection and their numbers of rows.
-        let buffer = unsafe { QuantBuffer::new(memory.ptr().cast(), rows, cols) };
-        let mine = if private { 0..rows } else { self.my_share(rows, me) };
-        for row in mine {
-            // SAFETY: the row is this thread's, in its own memory or its share of the common one.
-            unsafe { (self.shared.kernels.quantise)(&buffer, row, self.at(input, row)) };
-        }
-        if !private {
-            me.barrier.wait()?;
-        }
-        Ok(buffer)
-    }
-}
-
 // === attention ===
+
+/// Queries of one sequence that share a key/value head. Query `q` of a sequence is head `q % group` of its row `q / group`.
+#[derive(Clone)]
+struct Tile {
+    sequence: usize,
+    kv_head: usize,
+    queries: std::ops::Range<usize>,
+}
 
 impl Step<'_> {
     fn attention(&self, a: &Attention, me: Me<'_>) -> Result<(), Aborted> {
-        let (rows, kv_heads) = (self.input.rows(), a.shape.kv_heads);
         let longest = self.input.context_lens.iter().max().map_or(0, |&tokens| tokens as usize);
-        if rows * kv_heads < ITEMS_PER_THREAD * self.threads && longest > CHUNK_TOKENS && self.threads > 1 {
+        let few = self.tiles(a.shape).count() < ITEMS_PER_THREAD * self.threads;
+        if few && longest > CHUNK_TOKENS && self.threads > 1 {
             return self.attention_by_chunks(a, me);
         }
         let partials = self.shared.scratch.threads[me.number].partials.ptr();
-        // Neighbouring rows cost about the same, so taking every n-th balances the threads; one head after the other
+        // Neighbouring tiles cost about the same, so taking every n-th balances the threads; one head after the other
         // keeps its keys and values in the cache.
-        for item in (me.number..rows * kv_heads).step_by(self.threads) {
-            let (row, kv_head) = (item % rows, item / rows);
-            let attend = self.attend(a, row);
-            // SAFETY: see the module; the partials are this thread's, and so are the row's heads.
+        for tile in self.tiles(a.shape).skip(me.number).step_by(self.threads) {
+            let mut queries = [NO_QUERY; TILE];
+            let attend = self.attend(a, &tile, &mut queries, me);
+            // SAFETY: see the module; the partials are this thread's, and so are the tile's heads.
             unsafe {
-                for chunk in 0..attend.chunks() {
-                    (self.shared.kernels.attend)(
-                        &attend,
-                        kv_head,
-                        chunk,
-                        partials.add(chunk * chunk_len(&a.shape)),
-                    );
-                }
-                let group = a.shape.heads / kv_heads;
-                for head in 0..group {
-                    let from = partials.add(head * partial_len(&a.shape));
-                    self.merge(a, (row, kv_head * group + head), from, attend.chunks());
+                (self.shared.kernels.attend)(&attend, 0..attend.chunks(), partials);
+                for query in tile.queries.clone() {
+                    self.merge(a, &tile, query, partials);
                 }
             }
         }
@@ -398,63 +322,99 @@ impl Step<'_> {
 
     /// The same for few rows with long contexts: chunks are the units of work, and merging follows a barrier.
     fn attention_by_chunks(&self, a: &Attention, me: Me<'_>) -> Result<(), Aborted> {
-        let (rows, kv_heads, group) = (self.input.rows(), a.shape.kv_heads, a.shape.heads / a.shape.kv_heads);
-        let item_len = self.shared.hyper.context.div_ceil(CHUNK_TOKENS) * chunk_len(&a.shape);
-        let partials = |row: usize, kv_head: usize| {
-            self.shared.scratch.partials.ptr().wrapping_add((row * kv_heads + kv_head) * item_len)
-        };
-        let total = (0..rows).map(|row| self.attend(a, row).chunks() * kv_heads).sum();
+        let tile_len = self.shared.hyper.context.div_ceil(CHUNK_TOKENS) * chunk_len(&a.shape);
+        let partials = |tile: usize| self.shared.scratch.partials.ptr().wrapping_add(tile * tile_len);
+        let total = self.tiles(a.shape).map(|tile| self.chunks_of(a, &tile)).sum();
         let mine = self.my_share(total, me);
         let mut first = 0;
-        for row in 0..rows {
-            let attend = self.attend(a, row);
-            let count = attend.chunks() * kv_heads;
-            for unit in mine.start.max(first)..mine.end.min(first + count) {
-                let (kv_head, chunk) = ((unit - first) / attend.chunks(), (unit - first) % attend.chunks());
-                // SAFETY: see the module; the chunk's partials are this thread's.
+        for (i, tile) in self.tiles(a.shape).enumerate() {
+            let count = self.chunks_of(a, &tile);
+            let chunks = mine.start.max(first)..mine.end.min(first + count);
+            if !chunks.is_empty() {
+                let mut queries = [NO_QUERY; TILE];
+                let attend = self.attend(a, &tile, &mut queries, me);
+                let chunks = chunks.start - first..chunks.end - first;
+                // SAFETY: see the module; the chunks' partials are this thread's.
                 unsafe {
-                    let out = partials(row, kv_head).add(chunk * chunk_len(&a.shape));
-                    (self.shared.kernels.attend)(&attend, kv_head, chunk, out);
+                    let out = partials(i).add(chunks.start * chunk_len(&a.shape));
+                    (self.shared.kernels.attend)(&attend, chunks, out);
                 }
             }
             first += count;
         }
         me.barrier.wait()?;
-        for unit in self.my_share(rows * a.shape.heads, me) {
-            let (row, head) = (unit / a.shape.heads, unit % a.shape.heads);
+        let all = || self.tiles(a.shape).enumerate();
+        let mine = self.my_share(all().map(|(_, tile)| tile.queries.len()).sum(), me);
+        let each =
+            all().flat_map(|(i, tile)| tile.queries.clone().map(move |query| (i, tile.clone(), query)));
+        for (i, tile, query) in each.skip(mine.start).take(mine.len()) {
             // SAFETY: the barrier lies between the partials' writing and this; the head is this thread's.
-            unsafe {
-                let from = partials(row, head / group).add(head % group * partial_len(&a.shape));
-                self.merge(a, (row, head), from, self.attend(a, row).chunks());
-            }
+            unsafe { self.merge(a, &tile, query, partials(i)) };
         }
         Ok(())
     }
 
-    fn attend(&self, a: &Attention, row: usize) -> Attend<'_> {
+    fn tiles(&self, shape: AttentionShape) -> impl Iterator<Item = Tile> {
+        let group = shape.heads / shape.kv_heads;
+        (0..self.input.sequences()).flat_map(move |sequence| {
+            let queries = self.input.rows_of(sequence).len() * group;
+            (0..shape.kv_heads).flat_map(move |kv_head| {
+                (0..queries).step_by(TILE).map(move |first| {
+                    let queries = first..queries.min(first + TILE);
+                    Tile { sequence, kv_head, queries }
+                })
+            })
+        })
+    }
+
+    /// Row and head of a tile's query.
+    fn query(&self, a: &Attention, tile: &Tile, query: usize) -> (usize, usize) {
+        let group = a.shape.heads / a.shape.kv_heads;
+        (self.input.rows_of(tile.sequence).start + query / group, tile.kv_head * group + query % group)
+    }
+
+    fn chunks_of(&self, a: &Attention, tile: &Tile) -> usize {
+        let (row, _) = self.query(a, tile, tile.queries.end - 1);
+        (self.input.positions[row] as usize + 1).div_ceil(CHUNK_TOKENS)
+    }
+
+    fn attend<'a>(
+        &'a self,
+        a: &Attention,
+        tile: &Tile,
+        queries: &'a mut [Query; TILE],
+        me: Me<'_>,
+    ) -> Attend<'a> {
+        for (slot, query) in queries.iter_mut().zip(tile.queries.clone()) {
+            let (row, head) = self.query(a, tile, query);
+            let ptr = self.at(a.query, row).wrapping_add(head * a.shape.head_dim).cast_const();
+            *slot = Query { ptr, positions: self.input.positions[row] as usize + 1 };
+        }
         Attend {
             shape: a.shape,
             scale: a.scale,
             cache: self.layer_cache(a.layer),
-            table: self.table(row),
-            query: self.at(a.query, row),
-            positions: self.input.positions[row] as usize + 1,
+            table: self.input.blocks_of(tile.sequence),
+            kv_head: tile.kv_head,
+            queries: &queries[..tile.queries.len()],
+            scratch: self.shared.scratch.threads[me.number].queries.ptr(),
         }
     }
 
     /// # Safety
-    /// `from` is the first of the head's `chunks` partials, a chunk apart; nobody else writes the head.
-    unsafe fn merge(&self, a: &Attention, (row, head): (usize, usize), from: *const f32, chunks: usize) {
+    /// `partials` are the tile's, all chunks of it; nobody else writes the query's head.
+    unsafe fn merge(&self, a: &Attention, tile: &Tile, query: usize, partials: *const f32) {
+        let (row, head) = self.query(a, tile, query);
+        let chunks = (self.input.positions[row] as usize + 1).div_ceil(CHUNK_TOKENS);
         let dim = a.shape.head_dim;
         // SAFETY: as above, and see the module.
         unsafe {
+            let from = partials.add((query - tile.queries.start) * partial_len(&a.shape));
             let out = self.at(a.out, row).add(head * dim);
             (self.shared.kernels.merge)(from, chunk_len(&a.shape), chunks, (out, dim));
         }
     }
 }
 
-/// Values of one chunk's partials: all query heads of a key/value head.
-const fn chunk_len(shape: &AttentionShape) -> usize {
-    shape.heads / shape.kv_heads * partial_len(shape)
-}
+/// What a tile's places hold before they are filled.
+const NO_QUERY: Query = Query { ptr: std::ptr::null(), positions: 0 };

@@ -1,13 +1,17 @@
-//! Attention of one row over its sequence's cache, a fixed number of positions at a time.
+//! Attention of a few queries over their sequence's cache, a fixed number of positions at a time.
 //!
-//! A *chunk* is [`CHUNK_TOKENS`] positions: its softmax has its own maximum and sum, and chunks are merged in order.
-//! Chunks begin at multiples of their size whatever the batch or the threads, so the result never depends on who
-//! computed which. All query heads that share a key/value head read it together.
+//! A *query* is one head of one row; a *tile* is up to [`TILE`] queries of one sequence that share a key/value head, so
+//! that each key and value that was loaded meets all of them. A *chunk* is [`CHUNK_TOKENS`] positions: its softmax has its
+//! own maximum and sum, and chunks are merged in order. Chunks begin at multiples of their size whatever the batch or the
+//! threads, and each query's sums are formed in the order of elements and positions, so the result never depends on who
+//! computed which, or beside whom.
 //!
 //! Cache layout per layer: `[block][kv head]`, then keys `[element][slot]` (sixteen positions are the lanes of a score)
 //! and values `[slot][element]`, so that both are read forward.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
+
+use std::ops::Range;
 
 use trustformers_plan::{AttentionShape, KV_BLOCK_TOKENS};
 
@@ -19,12 +23,23 @@ use super::{
 /// Positions per chunk: small enough that one long sequence feeds several threads, large enough that merging is cheap.
 pub(crate) const CHUNK_TOKENS: usize = 128;
 const CHUNK_BLOCKS: usize = CHUNK_TOKENS / KV_BLOCK_TOKENS;
-/// Query heads that share one pass over keys and values.
-const HEADS_AT_ONCE: usize = 4;
+/// Queries of a tile.
+pub(crate) const TILE: usize = 12;
+/// Queries that 16 registers can serve at once.
+const SMALL_TILE: usize = 3;
 
 const _: () = assert!(KV_BLOCK_TOKENS == LANES, "sixteen positions of a block are the lanes of a score");
 
-/// One row's view of the cache.
+/// One query.
+#[derive(Clone, Copy)]
+pub(crate) struct Query {
+    /// Its `head_dim` elements.
+    pub(crate) ptr: *const f32,
+    /// Positions it sees: its row's own and all before.
+    pub(crate) positions: usize,
+}
+
+/// A tile's view of the cache.
 #[derive(Clone, Copy)]
 pub(crate) struct Attend<'a> {
     pub(crate) shape: AttentionShape,
@@ -32,25 +47,22 @@ pub(crate) struct Attend<'a> {
     /// The layer's cache.
     pub(crate) cache: *const f32,
     pub(crate) table: &'a [u32],
-    /// The row's queries, all heads.
-    pub(crate) query: *const f32,
-    /// Positions the row sees: its own and all before.
-    pub(crate) positions: usize,
+    pub(crate) kv_head: usize,
+    /// At most [`TILE`], in the order of their positions.
+    pub(crate) queries: &'a [Query],
+    /// Room for the queries' elements.
+    pub(crate) scratch: *mut f32,
 }
 
 impl Attend<'_> {
-    /// Chunks that the row sees.
-    pub(crate) const fn chunks(&self) -> usize {
-        self.positions.div_ceil(CHUNK_TOKENS)
-    }
-
-    const fn group(&self) -> usize {
-        self.shape.heads / self.shape.kv_heads
+    /// Chunks that the last query sees.
+    pub(crate) fn chunks(&self) -> usize {
+        self.queries.last().map_or(0, |query| query.positions.div_ceil(CHUNK_TOKENS))
     }
 
     /// Keys of a block; its values follow after `head_dim * 16`.
-    fn keys(&self, block: usize, kv_head: usize) -> *const f32 {
-        self.cache.wrapping_add(cache_index(&self.shape, self.table[block] as usize, kv_head))
+    fn keys(&self, block: usize) -> *const f32 {
+        self.cache.wrapping_add(cache_index(&self.shape, self.table[block] as usize, self.kv_head))
     }
 }
 
@@ -59,115 +71,164 @@ pub(crate) const fn cache_index(shape: &AttentionShape, block: usize, kv_head: u
     (block * shape.kv_heads + kv_head) * 2 * KV_BLOCK_TOKENS * shape.head_dim
 }
 
-/// Values of one head's partial result: maximum, sum, and the weighted sum of values.
+/// Values of one query's partial result: maximum, sum, and the weighted sum of values.
 pub(crate) const fn partial_len(shape: &AttentionShape) -> usize {
     2 + shape.head_dim
 }
 
-/// Writes the partial results of all query heads of `kv_head` over one chunk, one after the other, to `out`.
+/// Values of one chunk's partial results of a tile.
+pub(crate) const fn chunk_len(shape: &AttentionShape) -> usize {
+    TILE * partial_len(shape)
+}
+
+/// Writes the queries' partial results over each of `chunks` to `out`, [`chunk_len`] apart; what a query does not see gives
+/// a partial result that means nothing.
 ///
 /// # Safety
-/// The tier's instructions exist; the table's blocks lie in the cache; `out` has room for the heads' partials.
+/// The tier's instructions exist; the table's blocks lie in the cache; queries, scratch and `out` are as large as said.
 #[inline(always)]
-pub(crate) unsafe fn chunk<S: Simd>(a: &Attend<'_>, kv_head: usize, chunk: usize, out: *mut f32) {
-    let mut head = 0;
-    while head < a.group() {
-        let first = (kv_head * a.group() + head, kv_head);
-        // SAFETY: the heads exist, and so does their room.
+pub(crate) unsafe fn tile<S: Simd>(a: &Attend<'_>, chunks: Range<usize>, out: *mut f32) {
+    let most = if S::WIDE { TILE } else { SMALL_TILE };
+    let mut first = 0;
+    while first < a.queries.len() {
+        // SAFETY: the queries exist, and so does their room.
         unsafe {
-            let out = out.add(head * partial_len(&a.shape));
-            head += match a.group() - head {
-                1 => heads::<S, 1>(a, first, chunk, out),
-                2 => heads::<S, 2>(a, first, chunk, out),
-                3 => heads::<S, 3>(a, first, chunk, out),
-                _ => heads::<S, HEADS_AT_ONCE>(a, first, chunk, out),
+            let out = out.add(first * partial_len(&a.shape));
+            let (chunks, queries) = (chunks.clone(), &a.queries[first..]);
+            first += match queries.len().min(most) {
+                1 => together::<S, 1>(a, queries, chunks, out),
+                2 => together::<S, 2>(a, queries, chunks, out),
+                3 => together::<S, 3>(a, queries, chunks, out),
+                4 => together::<S, 4>(a, queries, chunks, out),
+                5 => together::<S, 5>(a, queries, chunks, out),
+                6 => together::<S, 6>(a, queries, chunks, out),
+                7 => together::<S, 7>(a, queries, chunks, out),
+                8 => together::<S, 8>(a, queries, chunks, out),
+                9 => together::<S, 9>(a, queries, chunks, out),
+                10 => together::<S, 10>(a, queries, chunks, out),
+                11 => together::<S, 11>(a, queries, chunks, out),
+                _ => together::<S, TILE>(a, queries, chunks, out),
             };
         }
     }
 }
 
+/// The first `H` queries.
 #[inline(always)]
-unsafe fn heads<S: Simd, const H: usize>(
+unsafe fn together<S: Simd, const H: usize>(
     a: &Attend<'_>,
-    (head, kv_head): (usize, usize),
-    chunk: usize,
+    queries: &[Query],
+    chunks: Range<usize>,
     out: *mut f32,
 ) -> usize {
-    let dim = a.shape.head_dim;
-    let blocks = chunk * CHUNK_BLOCKS..a.positions.div_ceil(KV_BLOCK_TOKENS).min((chunk + 1) * CHUNK_BLOCKS);
-    let count = a.positions.min((chunk + 1) * CHUNK_TOKENS) - chunk * CHUNK_TOKENS;
-    let mut shares = [[f32::NEG_INFINITY; CHUNK_TOKENS]; H];
-    // SAFETY: every block is in the table and the cache, every head in the row.
+    // SAFETY: the queries have `head_dim` elements, the scratch room for all of them.
     unsafe {
-        for (i, block) in blocks.clone().enumerate() {
-            let keys = a.keys(block, kv_head);
-            let scores = score::<S, H>(a.query.add(head * dim), keys, dim);
-            for h in 0..H {
-                S::store(shares[h].as_mut_ptr().add(i * LANES), S::mul(scores[h], S::splat(a.scale)));
+        for (h, query) in queries[..H].iter().enumerate() {
+            for d in 0..a.shape.head_dim {
+                *a.scratch.add(d * H + h) = *query.ptr.add(d);
             }
         }
-        for h in 0..H {
-            // Slots past the row's own position belong to later tokens, or to nobody.
-            shares[h][count..].fill(f32::NEG_INFINITY);
-            let (max, sum) = softmax::<S>(&mut shares[h]);
-            let partial = out.add(h * partial_len(&a.shape));
-            *partial = max;
-            *partial.add(1) = sum;
-        }
-        let mut at = 0;
-        while at < dim {
-            let width = match dim - at {
-                n if n >= 2 * LANES => mix::<S, H, 2>(a, (&blocks, count, kv_head), &shares, (at, out)),
-                n if n >= LANES => mix::<S, H, 1>(a, (&blocks, count, kv_head), &shares, (at, out)),
-                _ => mix_one::<H>(a, (&blocks, count, kv_head), &shares, (at, out)),
-            };
-            at += width;
+        for (i, chunk) in chunks.enumerate() {
+            let first = chunk * CHUNK_TOKENS;
+            let counts: [usize; H] =
+                std::array::from_fn(|h| queries[h].positions.saturating_sub(first).min(CHUNK_TOKENS));
+            one_chunk::<S, H>(a, chunk * CHUNK_BLOCKS, &counts, out.add(i * chunk_len(&a.shape)));
         }
     }
     H
 }
 
-/// Scores of sixteen positions.
+/// One chunk, of which the queries see `counts` positions, in rising order.
 #[inline(always)]
-unsafe fn score<S: Simd, const H: usize>(query: *const f32, keys: *const f32, dim: usize) -> [S::F; H] {
-    // SAFETY: keys are `dim` rows of sixteen; queries of `H` heads follow each other.
+unsafe fn one_chunk<S: Simd, const H: usize>(
+    a: &Attend<'_>,
+    first_block: usize,
+    counts: &[usize; H],
+    out: *mut f32,
+) {
+    let blocks = counts[H - 1].div_ceil(KV_BLOCK_TOKENS);
+    let mut shares = [[f32::NEG_INFINITY; CHUNK_TOKENS]; H];
+    // SAFETY: every block that the last query sees is in the table and the cache.
     unsafe {
-        let (mut even, mut odd) = ([S::splat(0.0); H], [S::splat(0.0); H]);
-        let mut d = 0;
-        while d + 2 <= dim {
-            let (k0, k1) = (S::load(keys.add(d * LANES)), S::load(keys.add((d + 1) * LANES)));
-            for h in 0..H {
-                let q = query.add(h * dim + d);
-                even[h] = S::fma(S::splat(*q), k0, even[h]);
-                odd[h] = S::fma(S::splat(*q.add(1)), k1, odd[h]);
-            }
-            d += 2;
+        let mut i = 0;
+        while i < blocks {
+            // As many sums as hide the latency of a multiplication and find room in registers.
+            i += match blocks - i {
+                4.. if H <= 3 && S::WIDE => scores::<S, H, 4>(a, first_block + i, &mut shares, i),
+                2.. => scores::<S, H, 2>(a, first_block + i, &mut shares, i),
+                _ => scores::<S, H, 1>(a, first_block + i, &mut shares, i),
+            };
         }
         for h in 0..H {
-            if d < dim {
-                even[h] = S::fma(S::splat(*query.add(h * dim + d)), S::load(keys.add(d * LANES)), even[h]);
-            }
-            even[h] = S::add(even[h], odd[h]);
+            // Slots past the row's own position belong to later tokens, or to nobody.
+            shares[h][counts[h]..].fill(f32::NEG_INFINITY);
+            let (max, sum) = softmax::<S>(&mut shares[h], blocks);
+            let partial = out.add(h * partial_len(&a.shape));
+            *partial = max;
+            *partial.add(1) = sum;
         }
-        even
+        let (mut at, dim) = (0, a.shape.head_dim);
+        while at < dim {
+            at += match (dim - at) / LANES {
+                4.. if H <= 6 && S::WIDE => mix::<S, H, 4>(a, (first_block, counts), &shares, (at, out)),
+                2.. => mix::<S, H, 2>(a, (first_block, counts), &shares, (at, out)),
+                1 => mix::<S, H, 1>(a, (first_block, counts), &shares, (at, out)),
+                _ => mix_one::<H>(a, (first_block, counts), &shares, (at, out)),
+            };
+        }
     }
 }
 
-/// Replaces scores by `exp(score - max)`; answers the maximum and the sum.
+/// Scores of `B` blocks of sixteen positions.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS]) -> (f32, f32) {
+unsafe fn scores<S: Simd, const H: usize, const B: usize>(
+    a: &Attend<'_>,
+    first_block: usize,
+    shares: &mut [[f32; CHUNK_TOKENS]; H],
+    at: usize,
+) -> usize {
+    let keys: [*const f32; B] = std::array::from_fn(|b| a.keys(first_block + b));
+    // SAFETY: keys are `head_dim` rows of sixteen; queries lie interleaved.
+    unsafe {
+        let mut sums = [[S::splat(0.0); B]; H];
+        for d in 0..a.shape.head_dim {
+            let mut key = [S::splat(0.0); B];
+            for b in 0..B {
+                key[b] = S::load(keys[b].add(d * LANES));
+            }
+            for h in 0..H {
+                let query = S::splat(*a.scratch.add(d * H + h));
+                for b in 0..B {
+                    sums[h][b] = S::fma(query, key[b], sums[h][b]);
+                }
+            }
+        }
+        for h in 0..H {
+            for b in 0..B {
+                let out = shares[h].as_mut_ptr().add((at + b) * LANES);
+                S::store(out, S::mul(sums[h][b], S::splat(a.scale)));
+            }
+        }
+    }
+    B
+}
+
+/// Replaces scores by `exp(score - max)` in the first `blocks` vectors; answers the maximum and the sum. What lies behind
+/// them would add nothing that a sum of one or more could hold.
+#[inline(always)]
+unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS], blocks: usize) -> (f32, f32) {
     let ptr = scores.as_mut_ptr();
     let mut lanes = [0.0f32; LANES];
     // SAFETY: a chunk is whole vectors.
     unsafe {
         let mut max = S::load(ptr);
-        for i in 1..CHUNK_BLOCKS {
+        for i in 1..blocks {
             max = S::max(max, S::load(ptr.add(i * LANES)));
         }
         S::store(lanes.as_mut_ptr(), max);
         let max = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
         let mut sum = S::splat(0.0);
-        for i in 0..CHUNK_BLOCKS {
+        for i in 0..blocks {
             let share = exp::<S>(S::sub(S::load(ptr.add(i * LANES)), S::splat(max)));
             S::store(ptr.add(i * LANES), share);
             sum = S::add(sum, share);
@@ -177,12 +238,12 @@ unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS]) -> (f32, f32) {
     }
 }
 
-/// `Σ share · value` of `16 · W` elements; the slots of tokens that the row does not see are not even read, since what
-/// is left in them may not be a number.
+/// `Σ share · value` of `16 · W` elements; the slots of tokens that a query does not see are not even read for it, since
+/// what is left in them may not be a number.
 #[inline(always)]
 unsafe fn mix<S: Simd, const H: usize, const W: usize>(
     a: &Attend<'_>,
-    (blocks, count, kv_head): (&std::ops::Range<usize>, usize, usize),
+    (first_block, counts): (usize, &[usize; H]),
     shares: &[[f32; CHUNK_TOKENS]; H],
     (at, out): (usize, *mut f32),
 ) -> usize {
@@ -190,17 +251,34 @@ unsafe fn mix<S: Simd, const H: usize, const W: usize>(
     // SAFETY: elements `at..at + 16 * W` exist.
     unsafe {
         let mut sums = [[S::splat(0.0); W]; H];
-        for (i, block) in blocks.clone().enumerate() {
-            let values = a.keys(block, kv_head).add(dim * KV_BLOCK_TOKENS + at);
-            for slot in 0..KV_BLOCK_TOKENS.min(count - i * KV_BLOCK_TOKENS) {
+        let mut t = 0;
+        while t < counts[H - 1] {
+            let values = a.keys(first_block + t / KV_BLOCK_TOKENS).add(dim * KV_BLOCK_TOKENS + at);
+            let end = (t + KV_BLOCK_TOKENS).min(counts[H - 1]);
+            for slot in 0..end - t {
+                let mut value = [S::splat(0.0); W];
                 for w in 0..W {
-                    let value = S::load(values.add(slot * dim + w * LANES));
+                    value[w] = S::load(values.add(slot * dim + w * LANES));
+                }
+                if t + slot < counts[0] {
                     for h in 0..H {
-                        sums[h][w] =
-                            S::fma(S::splat(shares[h][i * KV_BLOCK_TOKENS + slot]), value, sums[h][w]);
+                        let share = S::splat(*shares[h].as_ptr().add(t + slot));
+                        for w in 0..W {
+                            sums[h][w] = S::fma(share, value[w], sums[h][w]);
+                        }
+                    }
+                } else {
+                    for h in 0..H {
+                        if t + slot < counts[h] {
+                            let share = S::splat(*shares[h].as_ptr().add(t + slot));
+                            for w in 0..W {
+                                sums[h][w] = S::fma(share, value[w], sums[h][w]);
+                            }
+                        }
                     }
                 }
             }
+            t = end;
         }
         for h in 0..H {
             for w in 0..W {
@@ -215,15 +293,15 @@ unsafe fn mix<S: Simd, const H: usize, const W: usize>(
 #[inline(always)]
 unsafe fn mix_one<const H: usize>(
     a: &Attend<'_>,
-    (blocks, count, kv_head): (&std::ops::Range<usize>, usize, usize),
+    (first_block, counts): (usize, &[usize; H]),
     shares: &[[f32; CHUNK_TOKENS]; H],
     (at, out): (usize, *mut f32),
 ) -> usize {
     let dim = a.shape.head_dim;
     for h in 0..H {
         let mut sum = 0.0;
-        for t in 0..count {
-            let values = a.keys(blocks.start + t / KV_BLOCK_TOKENS, kv_head);
+        for t in 0..counts[h] {
+            let values = a.keys(first_block + t / KV_BLOCK_TOKENS);
             let slot = t % KV_BLOCK_TOKENS;
             // SAFETY: element `at` of the slot exists.
             sum += shares[h][t] * unsafe { *values.add(dim * KV_BLOCK_TOKENS + slot * dim + at) };
@@ -234,7 +312,7 @@ unsafe fn mix_one<const H: usize>(
     1
 }
 
-/// Merges one head's partials, `stride` values apart, in the order of their chunks.
+/// Merges one query's partials, `stride` values apart, in the order of their chunks.
 ///
 /// # Safety
 /// There are `chunks` (at least one) partials; `out` has room for a head and overlaps none of them.

@@ -18,25 +18,27 @@ mod tests;
 use attention::Attend;
 use encoder::{EncoderAttend, LayerNorm};
 use matmul::MatMul;
-use quantise::QuantBuffer;
+use quantise::{BlockRows, Int8Rows};
 
 use crate::Tier;
 
 /// One tier's kernels; their contracts are those of the generic functions they instantiate.
 #[derive(Clone, Copy)]
 pub(crate) struct Kernels {
-    /// [`matmul::run`]
+    /// [`matmul::blocks::run`], [`matmul::int8::run`] or [`matmul::exact::run`], as the matrix's form and the input ask.
     pub(crate) matmul: unsafe fn(&MatMul<'_>),
-    /// [`QuantBuffer::fill`]
-    pub(crate) quantise: unsafe fn(&QuantBuffer, usize, *const f32),
+    /// [`BlockRows::fill`]
+    pub(crate) quantise: unsafe fn(&BlockRows, usize, *const f32),
+    /// [`Int8Rows::fill`]
+    pub(crate) quantise_int8: unsafe fn(&Int8Rows, usize, *const f32),
     /// [`rows::rms_norm`]
     pub(crate) rms_norm: unsafe fn(*const f32, &[f32], f32, *mut f32),
     /// [`rows::silu_mul`]
     pub(crate) silu_mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
     /// [`rows::add`]
     pub(crate) add: unsafe fn(*const f32, *const f32, *mut f32, usize),
-    /// [`attention::chunk`]
-    pub(crate) attend: unsafe fn(&Attend<'_>, usize, usize, *mut f32),
+    /// [`attention::tile`]
+    pub(crate) attend: unsafe fn(&Attend<'_>, std::ops::Range<usize>, *mut f32),
     /// [`attention::merge`]
     pub(crate) merge: unsafe fn(*const f32, usize, usize, (*mut f32, usize)),
     /// [`encoder::layer_norm`]
@@ -47,23 +49,95 @@ pub(crate) struct Kernels {
     pub(crate) encoder_attend: unsafe fn(&EncoderAttend),
 }
 
+/// One projection kernel under a tier's instructions.
+macro_rules! projection {
+    ($name:ident, $rows:ty, $kernel:path $(, $features:literal)?) => {
+        $(#[target_feature(enable = $features)])?
+        pub(super) unsafe fn $name(job: &MatMul<'_>, x: $rows) {
+            // SAFETY: the caller's contract is the same.
+            unsafe { $kernel(job, x) }
+        }
+    };
+}
+
+/// Every projection kernel under a tier's instructions.
+macro_rules! projections {
+    ($lanes:ty, $($features:literal)?) => {
+        mod fast {
+            use super::{BlockRows, MatMul, matmul};
+            projection!(q8, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q8> $(, $features)?);
+            projection!(q4, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q4> $(, $features)?);
+            projection!(q5, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q5> $(, $features)?);
+            projection!(q4_min, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q4Min> $(, $features)?);
+            projection!(q4_k, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q4K> $(, $features)?);
+            projection!(q5_k, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q5K> $(, $features)?);
+            projection!(q6_k, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q6K> $(, $features)?);
+        }
+        mod exact {
+            use super::{MatMul, Rows, matmul};
+            use crate::kernels::matmul::Quants;
+            projection!(floats, Rows, matmul::exact::run::<$lanes, matmul::Floats> $(, $features)?);
+            projection!(half_floats, Rows, matmul::exact::run::<$lanes, matmul::HalfFloats> $(, $features)?);
+            projection!(upper_halves, Rows, matmul::exact::run::<$lanes, matmul::UpperHalves> $(, $features)?);
+            projection!(q8, Rows, matmul::exact::run::<$lanes, Quants<matmul::Q8>> $(, $features)?);
+            projection!(q4, Rows, matmul::exact::run::<$lanes, Quants<matmul::Q4>> $(, $features)?);
+            projection!(q5, Rows, matmul::exact::run::<$lanes, Quants<matmul::Q5>> $(, $features)?);
+            projection!(q4_min, Rows, matmul::exact::run::<$lanes, Quants<matmul::Q4Min>> $(, $features)?);
+            projection!(q4_k, Rows, matmul::exact::run::<$lanes, Quants<matmul::Q4K>> $(, $features)?);
+            projection!(q5_k, Rows, matmul::exact::run::<$lanes, Quants<matmul::Q5K>> $(, $features)?);
+            projection!(q6_k, Rows, matmul::exact::run::<$lanes, Quants<matmul::Q6K>> $(, $features)?);
+        }
+        projection!(int8, &Int8Rows, matmul::int8::run::<$lanes> $(, $features)?);
+    };
+}
+
 /// Entry points of one tier: every kernel with the tier's lanes, under the tier's instructions.
 macro_rules! tier {
     ($table:ident, $lanes:ty $(, $features:literal)?) => {
         mod $table {
             use super::{
-                Attend, EncoderAttend, Kernels, LayerNorm, MatMul, QuantBuffer, attention, encoder, matmul, rows,
+                Attend, BlockRows, EncoderAttend, Int8Rows, Kernels, LayerNorm, MatMul, attention, encoder, matmul, rows,
             };
+            use crate::{kernels::matmul::{Input, Rows}, pack::Form};
 
-            $(#[target_feature(enable = $features)])?
+            // One function per form and numerics: together they would be too much for the compiler.
+            projections!($lanes, $($features)?);
+
             unsafe fn matmul(job: &MatMul<'_>) {
                 // SAFETY: the caller's contract is the same.
-                unsafe { matmul::run::<$lanes>(job) }
+                unsafe {
+                    match (job.matrix.form, job.input) {
+                        (Form::Q8, Input::Blocks(x)) => fast::q8(job, x),
+                        (Form::Q4, Input::Blocks(x)) => fast::q4(job, x),
+                        (Form::Q5, Input::Blocks(x)) => fast::q5(job, x),
+                        (Form::Q4Min, Input::Blocks(x)) => fast::q4_min(job, x),
+                        (Form::Q4K, Input::Blocks(x)) => fast::q4_k(job, x),
+                        (Form::Q5K, Input::Blocks(x)) => fast::q5_k(job, x),
+                        (Form::Q6K, Input::Blocks(x)) => fast::q6_k(job, x),
+                        (Form::Int8, Input::Int8(x)) => int8(job, x),
+                        (Form::F32, Input::Floats(x)) => exact::floats(job, x),
+                        (Form::F16, Input::Floats(x)) => exact::half_floats(job, x),
+                        (Form::Bf16, Input::Floats(x)) => exact::upper_halves(job, x),
+                        (Form::Q8, Input::Floats(x)) => exact::q8(job, x),
+                        (Form::Q4, Input::Floats(x)) => exact::q4(job, x),
+                        (Form::Q5, Input::Floats(x)) => exact::q5(job, x),
+                        (Form::Q4Min, Input::Floats(x)) => exact::q4_min(job, x),
+                        (Form::Q4K, Input::Floats(x)) => exact::q4_k(job, x),
+                        (Form::Q5K, Input::Floats(x)) => exact::q5_k(job, x),
+                        (Form::Q6K, Input::Floats(x)) => exact::q6_k(job, x),
+                        (form, _) => unreachable!("{form:?} does not meet such activations"),
+                    }
+                }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn quantise(buffer: &QuantBuffer, row: usize, input: *const f32) {
+            unsafe fn quantise(rows: &BlockRows, row: usize, input: *const f32) {
                 // SAFETY: the caller's contract is the same.
-                unsafe { buffer.fill(row, input) }
+                unsafe { rows.fill::<$lanes>(row, input) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn quantise_int8(rows: &Int8Rows, row: usize, input: *const f32) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { rows.fill::<$lanes>(row, input) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn rms_norm(input: *const f32, weight: &[f32], eps: f32, out: *mut f32) {
@@ -81,9 +155,9 @@ macro_rules! tier {
                 unsafe { rows::add(a, b, out, len) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn attend(a: &Attend<'_>, kv_head: usize, chunk: usize, out: *mut f32) {
+            unsafe fn attend(a: &Attend<'_>, chunks: std::ops::Range<usize>, out: *mut f32) {
                 // SAFETY: the caller's contract is the same.
-                unsafe { attention::chunk::<$lanes>(a, kv_head, chunk, out) }
+                unsafe { attention::tile::<$lanes>(a, chunks, out) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn merge(partials: *const f32, stride: usize, chunks: usize, out: (*mut f32, usize)) {
@@ -108,19 +182,24 @@ macro_rules! tier {
             }
 
             pub(super) const TABLE: Kernels = Kernels {
-                matmul, quantise, rms_norm, silu_mul, add, attend, merge, layer_norm, gelu, encoder_attend,
+                matmul, quantise, quantise_int8, rms_norm, silu_mul, add, attend, merge, layer_norm, gelu,
+                encoder_attend,
             };
         }
     };
 }
 
-tier!(scalar, super::simd::Scalar);
+tier!(scalar, crate::kernels::simd::Scalar);
 #[cfg(target_arch = "x86_64")]
-tier!(avx2, super::x86::Avx2, "avx2,fma,f16c");
+tier!(avx2, crate::kernels::x86::Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-tier!(avx512, super::x86::Avx512<false>, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
+tier!(avx512, crate::kernels::x86::Avx512<false>, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
 #[cfg(target_arch = "x86_64")]
-tier!(avx512_vnni, super::x86::Avx512<true>, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
+tier!(
+    avx512_vnni,
+    crate::kernels::x86::Avx512<true>,
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+);
 
 impl Kernels {
     /// The kernels of an available tier.

@@ -54,8 +54,12 @@ pub(crate) unsafe fn silu_mul<S: Simd>(gate: *const f32, up: *const f32, out: *m
     }
 }
 
+/// `silu(gate) * up`.
+///
+/// # Safety
+/// The tier's instructions exist.
 #[inline(always)]
-unsafe fn gated<S: Simd>(gate: S::F, up: S::F) -> S::F {
+pub(crate) unsafe fn gated<S: Simd>(gate: S::F, up: S::F) -> S::F {
     // SAFETY: arithmetic only.
     unsafe {
         let e = exp::<S>(S::sub(S::splat(0.0), gate));

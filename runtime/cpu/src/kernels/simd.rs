@@ -37,6 +37,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Sixteen halves.
     unsafe fn load_half(p: *const u16) -> Self::F;
+    /// Sixteen upper halves of f32.
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    /// Sixteen bytes as numbers.
+    unsafe fn load_u8(p: *const u8) -> Self::F;
+    /// Sixteen signed bytes as numbers.
+    unsafe fn load_i8(p: *const i8) -> Self::F;
     /// `2^n` where `v` is `n + ROUND_MAGIC`, `n` an integer in -126..=127.
     unsafe fn pow2(v: Self::F) -> Self::F;
 
@@ -45,10 +51,20 @@ pub(crate) trait Simd: Copy {
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     /// i32 to f32.
     unsafe fn to_f(v: Self::I) -> Self::F;
-    /// Low four bits of each byte.
-    unsafe fn low(v: Self::I) -> Self::I;
-    /// High four bits of each byte.
-    unsafe fn high(v: Self::I) -> Self::I;
+    unsafe fn splat_i(v: i32) -> Self::I;
+    unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I;
+    /// Each byte and `byte`.
+    unsafe fn mask(v: Self::I, byte: u8) -> Self::I;
+    /// Each 32-bit lane, `n` bits up.
+    unsafe fn shl(v: Self::I, n: i32) -> Self::I;
+    /// Each 32-bit lane, `n` bits down; what comes in from above is not defined.
+    unsafe fn shr(v: Self::I, n: i32) -> Self::I;
+    /// Nearest integers, halves to even, of numbers between -2^31 and 2^31.
+    unsafe fn round_i(v: Self::F) -> Self::I;
+    /// Stores sixteen i32 of -128..=127 as bytes.
+    unsafe fn store_i8(p: *mut i8, v: Self::I);
+    unsafe fn sum_i(v: Self::I) -> i32;
+    unsafe fn largest(v: Self::F) -> f32;
     /// Byte `j` (0..4, lowest first) of each 32-bit lane, unsigned, as f32.
     unsafe fn byte(v: Self::I, j: i32) -> Self::F;
     /// `acc + Σ w[4 i + j] · x[j]` per lane `i`; `w` are 0..=15, `x` four signed bytes.
@@ -130,6 +146,22 @@ impl Simd for Scalar {
         bits.map(half_to_f32)
     }
     #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self::F {
+        // SAFETY: the caller vouches for sixteen values.
+        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::F {
+        // SAFETY: the caller vouches for sixteen values.
+        unsafe { p.cast::<[u8; LANES]>().read() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::F {
+        // SAFETY: the caller vouches for sixteen values.
+        unsafe { p.cast::<[i8; LANES]>().read() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn pow2(v: Self::F) -> Self::F {
         v.map(|v| f32::from_bits((v.to_bits() << 23).wrapping_add(127 << 23)))
     }
@@ -151,12 +183,41 @@ impl Simd for Scalar {
         v.map(|v| v as f32)
     }
     #[inline(always)]
-    unsafe fn low(v: Self::I) -> Self::I {
-        v.map(|v| v & 0x0f0f_0f0f)
+    unsafe fn splat_i(v: i32) -> Self::I {
+        [v; LANES]
     }
     #[inline(always)]
-    unsafe fn high(v: Self::I) -> Self::I {
-        v.map(|v| (v >> 4) & 0x0f0f_0f0f)
+    unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn mask(v: Self::I, byte: u8) -> Self::I {
+        v.map(|v| v & i32::from_ne_bytes([byte; 4]))
+    }
+    #[inline(always)]
+    unsafe fn shl(v: Self::I, n: i32) -> Self::I {
+        v.map(|v| v << n)
+    }
+    #[inline(always)]
+    unsafe fn shr(v: Self::I, n: i32) -> Self::I {
+        v.map(|v| v >> n)
+    }
+    #[inline(always)]
+    unsafe fn round_i(v: Self::F) -> Self::I {
+        v.map(|v| v.round_ties_even() as i32)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, v: Self::I) {
+        // SAFETY: the caller vouches for sixteen bytes.
+        unsafe { p.cast::<[i8; LANES]>().write(v.map(|v| v as i8)) };
+    }
+    #[inline(always)]
+    unsafe fn sum_i(v: Self::I) -> i32 {
+        v.iter().sum()
+    }
+    #[inline(always)]
+    unsafe fn largest(v: Self::F) -> f32 {
+        v.iter().fold(v[0], |a, &b| if b > a { b } else { a })
     }
     #[inline(always)]
     unsafe fn byte(v: Self::I, j: i32) -> Self::F {

@@ -1,5 +1,7 @@
 //! Every tier's kernels against plain definitions in f64.
 
+mod projections;
+
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -8,11 +10,9 @@ use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, Weight};
 
 use super::{
     Kernels,
-    attention::{Attend, cache_index, partial_len},
-    matmul::{MatMul, Rows, Target},
-    quantise::QuantBuffer,
+    attention::{Attend, CHUNK_TOKENS, Query, TILE, cache_index, chunk_len, partial_len},
 };
-use crate::{Tier, memory::SharedF32, pack::Packed};
+use crate::Tier;
 
 /// A small generator, so that failures repeat from their seed alone.
 struct Dice(u64);
@@ -66,134 +66,8 @@ fn tiers() -> impl Iterator<Item = Tier> {
     Tier::ALL.into_iter().filter(|tier| tier.is_available())
 }
 
-/// One projection through a tier's kernel, with strides wider than the rows and a residual.
-#[derive(Clone, Copy)]
-struct Case<'a> {
-    weight: &'a Weight,
-    x: &'a [f32],
-    rows: usize,
-    residual: Option<&'a [f32]>,
-    fast: bool,
-}
-
-impl Case<'_> {
-    fn run(&self, tier: Tier) -> Vec<f32> {
-        let (kernels, cols, features) = (Kernels::of(tier), self.weight.cols(), self.weight.rows());
-        let packed = Packed::new(self.weight).unwrap();
-        let panel = SharedF32::new("test", packed.blocks() * 32 * 16).unwrap();
-        let memory = SharedF32::new("test", QuantBuffer::bytes(self.rows, cols).div_ceil(4)).unwrap();
-        // Outputs have a column of their own on either side, which must stay as it is.
-        let stride = features + 2;
-        let mut out = vec![7.5f32; self.rows * stride];
-        // SAFETY: all memory is as large as the kernels are told.
-        unsafe {
-            let buffer = QuantBuffer::new(memory.ptr().cast(), self.rows, cols / 32 * 32);
-            if self.fast {
-                (0..self.rows).for_each(|r| (kernels.quantise)(&buffer, r, self.x[r * cols..].as_ptr()));
-            }
-            // In two shares, as two threads would take them.
-            let middle = packed.groups() / 2;
-            for groups in [0..middle, middle..packed.groups()] {
-                (kernels.matmul)(&MatMul {
-                    matrix: &packed,
-                    groups,
-                    input: Rows { ptr: self.x.as_ptr(), stride: cols, count: self.rows },
-                    quantised: self.fast.then(|| buffer.rows()),
-                    target: Target {
-                        ptr: out.as_mut_ptr().add(1),
-                        stride,
-                        residual: self.residual.map(|r| (r.as_ptr(), features)),
-                    },
-                    panel: panel.ptr(),
-                });
-            }
-        }
-        for row in out.chunks(stride) {
-            assert_eq!((row[0], row[stride - 1]), (7.5, 7.5), "{tier} wrote beside its outputs");
-        }
-        out.chunks(stride).flat_map(|row| row[1..=features].to_vec()).collect()
-    }
-
-    /// The definition, and for each output the sum of absolute products, which bounds rounding.
-    fn expected(&self) -> Vec<(f64, f64)> {
-        let (cols, features) = (self.weight.cols(), self.weight.rows());
-        let mut stored = vec![0.0; cols];
-        let mut out = vec![(0.0, 0.0); self.rows * features];
-        for f in 0..features {
-            self.weight.dequantise_row(f, &mut stored);
-            for r in 0..self.rows {
-                let products =
-                    stored.iter().zip(&self.x[r * cols..]).map(|(w, x)| f64::from(*w) * f64::from(*x));
-                let residual = self.residual.map_or(0.0, |v| f64::from(v[r * features + f]));
-                let size = products.clone().map(f64::abs).sum::<f64>() + residual.abs();
-                out[r * features + f] = (products.sum::<f64>() + residual, size);
-            }
-        }
-        out
-    }
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
-
-    #[test]
-    fn exact_projections_follow_the_definition(
-        seed in any::<u64>(), dtype in 0..DType::ALL.len(), rows in 1usize..10, blocks in 1usize..9, features in 1usize..70, add: bool,
-    ) {
-        let dtype = DType::ALL[dtype];
-        let mut dice = Dice(seed);
-        // Floats need no whole blocks.
-        let cols = match dtype.block_len() {
-            1 => 32 * blocks - dice.bits() as usize % 31,
-            32 => 32 * blocks,
-            len => len * blocks.div_ceil(4),
-        };
-        let weight = dice.weight(dtype, features, cols);
-        let (x, residual) = (dice.floats(rows * cols), dice.floats(rows * features));
-        let case = Case { weight: &weight, x: &x, rows, residual: add.then_some(&residual[..]), fast: false };
-        let expected = case.expected();
-        for tier in tiers() {
-            let got = case.run(tier);
-            for (i, (got, (want, size))) in got.iter().zip(&expected).enumerate() {
-                let error = (f64::from(*got) - want).abs();
-                prop_assert!(error <= 1e-6 * size + 1e-7, "{tier} {dtype} output {i}: {got} for {want}");
-            }
-            // Each row alone gives the same bits as in company.
-            for r in 0..rows {
-                let row = &x[r * cols..(r + 1) * cols];
-                let beside = add.then(|| &residual[r * features..(r + 1) * features]);
-                let alone = Case { x: row, rows: 1, residual: beside, ..case }.run(tier);
-                prop_assert_eq!(&alone[..], &got[r * features..(r + 1) * features], "{} row {}", tier, r);
-            }
-        }
-    }
-
-    #[test]
-    fn fast_projections_are_the_products_of_rounded_activations(
-        seed in any::<u64>(), dtype in 0usize..4, rows in 1usize..10, blocks in 1usize..9, features in 1usize..70,
-    ) {
-        let mut dice = Dice(seed);
-        let dtype = [DType::Q8_0, DType::Q4_1, DType::Q4_0, DType::Q5_0][dtype];
-        let weight = dice.weight(dtype, features, 32 * blocks);
-        let mut x = dice.floats(rows * 32 * blocks);
-        // A block of nothing but zeros has no scale to divide by.
-        x[..32].fill(0.0);
-        let case = Case { weight: &weight, x: &x, rows, residual: None, fast: true };
-        let rounded: Vec<f32> = x.chunks(32).flat_map(rounded_block).collect();
-        let expected = Case { x: &rounded, ..case }.expected();
-        for tier in tiers() {
-            let got = case.run(tier);
-            for (i, (got, (want, size))) in got.iter().zip(&expected).enumerate() {
-                // The minimum of a Q4_1 block is taken out of the sum, so what is rounded may exceed the products.
-                let error = (f64::from(*got) - want).abs();
-                prop_assert!(error <= 4e-6 * size + 1e-5, "{tier} {dtype} output {i}: {got} for {want}");
-            }
-            for r in 0..rows {
-                let alone = Case { x: &x[r * 32 * blocks..(r + 1) * 32 * blocks], rows: 1, ..case }.run(tier);
-                prop_assert_eq!(&alone[..], &got[r * features..(r + 1) * features], "{} row {}", tier, r);
-            }
-        }
-    }
 
     #[test]
     fn rows_ops_follow_their_definitions(seed in any::<u64>(), len in 1usize..150, big: bool) {
@@ -243,40 +117,66 @@ proptest! {
                 }
             }
         }
-        let query: Vec<f32> = dice.floats(shape.heads * dim).iter().map(|v| v * 4.0).collect();
+        // Several rows, the last of which sees all positions.
+        let rows = 1 + dice.bits() as usize % positions.min(9);
+        let query: Vec<f32> = dice.floats(rows * shape.heads * dim).iter().map(|v| v * 4.0).collect();
         for tier in tiers() {
-            let kernels = Kernels::of(tier);
-            let attend = Attend {
-                shape, scale: 0.5, cache: cache.as_ptr(), table: &table, query: query.as_ptr(), positions,
-            };
-            for head in 0..shape.heads {
-                let mut partials = vec![0.0; attend.chunks() * group * partial_len(&shape)];
-                let mut out = vec![0.0; dim];
-                let stride = group * partial_len(&shape);
-                // SAFETY: partials have room for every chunk and head, the output for one head.
-                unsafe {
-                    for chunk in 0..attend.chunks() {
-                        (kernels.attend)(&attend, head / group, chunk, partials[chunk * stride..].as_mut_ptr());
+            let run = |kv_head, first, count| tile(tier, (&shape, &cache, &table), (&query, rows, positions), (kv_head, first, count));
+            for kv_head in 0..kv_heads {
+                for first in (0..rows * group).step_by(TILE) {
+                    let count = TILE.min(rows * group - first);
+                    let together = run(kv_head, first, count);
+                    for (i, together) in together.iter().enumerate() {
+                        let (row, head) = ((first + i) / group, kv_head * group + (first + i) % group);
+                        let own = &query[row * shape.heads * dim..(row + 1) * shape.heads * dim];
+                        let want = attention_of(head, own, (&keys, &values), (&shape, positions - rows + row + 1));
+                        for (got, want) in together.iter().zip(want) {
+                            prop_assert!((f64::from(*got) - want).abs() < 1e-5, "{tier} {row} {head}: {got} for {want}");
+                        }
+                        prop_assert_eq!(&run(kv_head, first + i, 1)[0], together, "{} alone", tier);
                     }
-                    let first = partials[head % group * partial_len(&shape)..].as_ptr();
-                    (kernels.merge)(first, stride, attend.chunks(), (out.as_mut_ptr(), dim));
-                }
-                let want = attention_of(head, &query, (&keys, &values), (&shape, positions));
-                for (got, want) in out.iter().zip(want) {
-                    prop_assert!((f64::from(*got) - want).abs() < 1e-5, "{tier} head {head}: {got} for {want}");
                 }
             }
         }
     }
 }
 
-/// What quantising makes of 32 activations, by its definition and in f64 where it matters.
-fn rounded_block(x: &[f32]) -> Vec<f32> {
-    let largest = x.iter().fold(0f32, |a, v| a.max(v.abs()));
-    let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    x.iter()
-        .map(|v| (f64::from((v * inverse).round_ties_even()) * f64::from(largest) / 127.0) as f32)
-        .collect()
+/// Queries `first..first + count` of a key/value head through a tier's kernels, all chunks merged.
+fn tile(
+    tier: Tier,
+    (shape, cache, table): (&AttentionShape, &[f32], &[u32]),
+    (query, rows, positions): (&[f32], usize, usize),
+    (kv_head, first, count): (usize, usize, usize),
+) -> Vec<Vec<f32>> {
+    let (kernels, group, dim) = (Kernels::of(tier), shape.heads / shape.kv_heads, shape.head_dim);
+    let queries: Vec<Query> = (first..first + count)
+        .map(|q| Query {
+            ptr: query[(q / group * shape.heads + kv_head * group + q % group) * dim..].as_ptr(),
+            positions: positions - rows + q / group + 1,
+        })
+        .collect();
+    let mut scratch = vec![0.0; TILE * dim];
+    let attend = Attend {
+        shape: *shape,
+        scale: 0.5,
+        cache: cache.as_ptr(),
+        table,
+        kv_head,
+        queries: &queries,
+        scratch: scratch.as_mut_ptr(),
+    };
+    let mut partials = vec![0.0; attend.chunks() * chunk_len(shape)];
+    let mut out = vec![vec![0.0; dim]; count];
+    // SAFETY: partials have room for every chunk and query, the outputs for one head each.
+    unsafe {
+        (kernels.attend)(&attend, 0..attend.chunks(), partials.as_mut_ptr());
+        for (i, (query, out)) in queries.iter().zip(&mut out).enumerate() {
+            let chunks = query.positions.div_ceil(CHUNK_TOKENS);
+            let first = partials[i * partial_len(shape)..].as_ptr();
+            (kernels.merge)(first, chunk_len(shape), chunks, (out.as_mut_ptr(), dim));
+        }
+    }
+    out
 }
 
 fn attention_of(

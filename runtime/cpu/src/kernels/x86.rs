@@ -19,11 +19,6 @@ unsafe fn pow2_256(v: __m256) -> __m256 {
 }
 
 #[inline(always)]
-unsafe fn high_256(v: __m256i) -> __m256i {
-    _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15))
-}
-
-#[inline(always)]
 unsafe fn byte_256(v: __m256i, j: i32) -> __m256 {
     let down = _mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * j));
     _mm256_cvtepi32_ps(_mm256_and_si256(down, _mm256_set1_epi32(255)))
@@ -100,6 +95,27 @@ impl Simd for Avx2 {
         [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
     }
     #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self::F {
+        let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+        let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
+        [
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+        ]
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::F {
+        let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+        let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast()));
+        [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::F {
+        let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+        let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()));
+        [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
+    }
+    #[inline(always)]
     unsafe fn pow2(v: Self::F) -> Self::F {
         [pow2_256(v[0]), pow2_256(v[1])]
     }
@@ -120,13 +136,51 @@ impl Simd for Avx2 {
         [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])]
     }
     #[inline(always)]
-    unsafe fn low(v: Self::I) -> Self::I {
-        let mask = _mm256_set1_epi8(15);
+    unsafe fn splat_i(v: i32) -> Self::I {
+        [_mm256_set1_epi32(v); 2]
+    }
+    #[inline(always)]
+    unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I {
+        [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn mask(v: Self::I, byte: u8) -> Self::I {
+        let mask = _mm256_set1_epi8(byte.cast_signed());
         [_mm256_and_si256(v[0], mask), _mm256_and_si256(v[1], mask)]
     }
     #[inline(always)]
-    unsafe fn high(v: Self::I) -> Self::I {
-        [high_256(v[0]), high_256(v[1])]
+    unsafe fn shl(v: Self::I, n: i32) -> Self::I {
+        let n = _mm_cvtsi32_si128(n);
+        [_mm256_sll_epi32(v[0], n), _mm256_sll_epi32(v[1], n)]
+    }
+    #[inline(always)]
+    unsafe fn shr(v: Self::I, n: i32) -> Self::I {
+        let n = _mm_cvtsi32_si128(n);
+        [_mm256_srl_epi32(v[0], n), _mm256_srl_epi32(v[1], n)]
+    }
+    #[inline(always)]
+    unsafe fn round_i(v: Self::F) -> Self::I {
+        [_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])]
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, v: Self::I) {
+        // Packing works within each half of the registers, which is put right afterwards.
+        let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
+        let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+        _mm_storeu_si128(p.cast(), bytes);
+    }
+    #[inline(always)]
+    unsafe fn sum_i(v: Self::I) -> i32 {
+        let mut lanes = [0i32; 8];
+        _mm256_storeu_si256(lanes.as_mut_ptr().cast(), _mm256_add_epi32(v[0], v[1]));
+        lanes.iter().sum()
+    }
+    #[inline(always)]
+    unsafe fn largest(v: Self::F) -> f32 {
+        let eight = _mm256_max_ps(v[0], v[1]);
+        let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
     }
     #[inline(always)]
     unsafe fn byte(v: Self::I, j: i32) -> Self::F {
@@ -201,6 +255,18 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
     }
     #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self::F {
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::F {
+        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::F {
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))
+    }
+    #[inline(always)]
     unsafe fn pow2(v: Self::F) -> Self::F {
         let shifted = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
         _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(127 << 23)))
@@ -222,12 +288,40 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         _mm512_cvtepi32_ps(v)
     }
     #[inline(always)]
-    unsafe fn low(v: Self::I) -> Self::I {
-        _mm512_and_si512(v, _mm512_set1_epi8(15))
+    unsafe fn splat_i(v: i32) -> Self::I {
+        _mm512_set1_epi32(v)
     }
     #[inline(always)]
-    unsafe fn high(v: Self::I) -> Self::I {
-        _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))
+    unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I {
+        _mm512_or_si512(a, b)
+    }
+    #[inline(always)]
+    unsafe fn mask(v: Self::I, byte: u8) -> Self::I {
+        _mm512_and_si512(v, _mm512_set1_epi8(byte.cast_signed()))
+    }
+    #[inline(always)]
+    unsafe fn shl(v: Self::I, n: i32) -> Self::I {
+        _mm512_sll_epi32(v, _mm_cvtsi32_si128(n))
+    }
+    #[inline(always)]
+    unsafe fn shr(v: Self::I, n: i32) -> Self::I {
+        _mm512_srl_epi32(v, _mm_cvtsi32_si128(n))
+    }
+    #[inline(always)]
+    unsafe fn round_i(v: Self::F) -> Self::I {
+        _mm512_cvtps_epi32(v)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, v: Self::I) {
+        _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v));
+    }
+    #[inline(always)]
+    unsafe fn sum_i(v: Self::I) -> i32 {
+        _mm512_reduce_add_epi32(v)
+    }
+    #[inline(always)]
+    unsafe fn largest(v: Self::F) -> f32 {
+        _mm512_reduce_max_ps(v)
     }
     #[inline(always)]
     unsafe fn byte(v: Self::I, j: i32) -> Self::F {

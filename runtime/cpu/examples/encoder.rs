@@ -1,0 +1,133 @@
+//! How fast an encoder's steps are: MiniLM's shape with made-up f32 weights, sequences of 128 tokens, one and 32 at once.
+//!
+//! `cargo run --profile ci -p trustformers-cpu --example encoder -- [THREADS]`. Numerics take turns; the fastest and the
+//! median of [`ROUNDS`] rounds are printed, and the products per second beside them.
+
+use std::{sync::Arc, time::Instant};
+
+use trustformers_cpu::{CpuBackend, CpuConfig};
+use trustformers_plan::{
+    Backend, Executable, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, Pooling,
+    SequenceStep, StepInput, StepOutput, Weight, Weights,
+};
+
+type AnyError = Box<dyn std::error::Error>;
+
+const HYPER: Hyper =
+    Hyper { width: 384, layers: 6, heads: 12, kv_heads: 12, head_dim: 32, vocab: 30_522, context: 512 };
+const FEED_FORWARD: usize = 1536;
+const TOKENS: usize = 128;
+const BATCHES: [usize; 2] = [1, 32];
+/// Turns that each entry takes.
+const ROUNDS: usize = 7;
+
+fn weights() -> Result<Arc<Weights>, AnyError> {
+    let mut weights = Weights::new();
+    let mut push = |name: String, rows: usize, cols: usize| {
+        let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 1000.0).collect();
+        weights.push(Weight::from_f32(name, (rows, cols), &values)?).map_err(AnyError::from)
+    };
+    push("words".into(), HYPER.vocab, HYPER.width)?;
+    push("positions".into(), HYPER.context, HYPER.width)?;
+    for name in ["norm", "norm.bias"] {
+        push(name.into(), 1, HYPER.width)?;
+    }
+    for layer in 0..HYPER.layers {
+        for (name, rows, cols) in [
+            ("q", HYPER.width, HYPER.width),
+            ("k", HYPER.width, HYPER.width),
+            ("v", HYPER.width, HYPER.width),
+            ("o", HYPER.width, HYPER.width),
+            ("up", FEED_FORWARD, HYPER.width),
+            ("down", HYPER.width, FEED_FORWARD),
+        ] {
+            push(format!("{layer}.{name}"), rows, cols)?;
+            push(format!("{layer}.{name}.bias"), 1, rows)?;
+        }
+    }
+    Ok(Arc::new(weights))
+}
+
+fn plan(weights: &Weights, backend: &dyn Backend) -> Result<Plan, AnyError> {
+    let find = |name: String| weights.find(&name).ok_or(name);
+    let (norm, norm_bias) = (find("norm".into())?, find("norm.bias".into())?);
+    let limits = Limits { rows: TOKENS * BATCHES[1], sequences: BATCHES[1], logits_rows: 0 };
+    let mut b = PlanBuilder::new(weights, HYPER, limits);
+    let (words, places) = (b.embed(find("words".into())?), b.embed_positions(find("positions".into())?));
+    let mut x = b.add(words, places);
+    for layer in 0..HYPER.layers {
+        let dense = |b: &mut PlanBuilder<'_>, x, name: &str| {
+            let product = b.matmul(x, find(format!("{layer}.{name}"))?);
+            Ok::<_, String>(b.add_row(product, find(format!("{layer}.{name}.bias"))?))
+        };
+        let (q, k, v) = (dense(&mut b, x, "q")?, dense(&mut b, x, "k")?, dense(&mut b, x, "v")?);
+        let mixed = b.encoder_attention(q, k, v, 32f32.powf(-0.5));
+        let o = dense(&mut b, mixed, "o")?;
+        let sum = b.add(o, x);
+        x = b.layer_norm(sum, norm, norm_bias, 1e-12);
+        let up = dense(&mut b, x, "up")?;
+        let up = b.gelu(up);
+        let down = dense(&mut b, up, "down")?;
+        let sum = b.add(down, x);
+        x = b.layer_norm(sum, norm, norm_bias, 1e-12);
+    }
+    b.pool(x, Pooling::Mean, true);
+    Ok(b.finish(&backend.caps().fused)?)
+}
+
+fn step(sequences: usize) -> StepInput {
+    let mut input = StepInput::new();
+    for s in 0..sequences {
+        let tokens: Vec<u32> = (0..TOKENS).map(|i| ((i * 91 + s) % HYPER.vocab) as u32).collect();
+        input.push_sequence(SequenceStep {
+            tokens: &tokens,
+            cached_tokens: 0,
+            blocks: &[],
+            logits: LogitsRows::None,
+        });
+    }
+    input
+}
+
+fn seconds(e: &mut dyn Executable, input: &StepInput) -> Result<f64, AnyError> {
+    let (mut output, start) = (StepOutput::new(), Instant::now());
+    e.submit(input)?;
+    e.wait(&mut output)?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn main() -> Result<(), AnyError> {
+    let threads: Option<usize> = std::env::args().nth(1).map(|n| n.parse()).transpose()?;
+    let weights = weights()?;
+    let mut entries = Vec::new();
+    for numerics in [Numerics::Fast, Numerics::Exact] {
+        let mut backend = CpuBackend::new(CpuConfig { tier: None, threads })?;
+        let plan = plan(&weights, &backend)?;
+        let spec =
+            LoadSpec { weights: weights.clone(), plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
+        let executable = backend.load(spec)?.compile(&plan)?;
+        entries.push((format!("{} {numerics:?}", backend.caps().description), executable));
+    }
+    let width = HYPER.width;
+    let products = (HYPER.layers * (4 * width * width + 2 * width * FEED_FORWARD) * TOKENS) as f64;
+    for batch in BATCHES {
+        let input = step(batch);
+        let mut times = vec![Vec::new(); entries.len()];
+        for _ in 0..ROUNDS {
+            for ((_, executable), times) in entries.iter_mut().zip(&mut times) {
+                times.push(seconds(&mut **executable, &input)?);
+            }
+        }
+        for ((name, _), times) in entries.iter().zip(&mut times) {
+            times.sort_by(f64::total_cmp);
+            let speed = |seconds: f64| batch as f64 / seconds;
+            println!(
+                "{name:<34} | {batch:2} x {TOKENS}: {:7.1} (median {:7.1}) sequences/s, {:.0} G products/s",
+                speed(times[0]),
+                speed(times[times.len() / 2]),
+                speed(times[0]) * products / 1e9
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,245 @@
+//! Projections of every form, numerics and epilogue.
+
+use proptest::prelude::*;
+use trustformers_plan::{DType, Weight};
+
+use super::{Dice, tiers};
+use crate::{
+    Tier,
+    kernels::{
+        Kernels,
+        matmul::{Activation, Input, MatMul, Rows, SCRATCH_LEN, Target},
+        quantise::{BlockRows, Int8Rows},
+    },
+    memory::{SharedF32, Store},
+    pack::{Form, Packed},
+};
+
+/// How the kernels are to compute.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Mode {
+    Exact,
+    Blocks,
+    Int8,
+}
+
+/// What follows the sums.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum After {
+    Nothing,
+    Bias,
+    Gelu,
+    Gate,
+}
+
+const AFTER: [After; 4] = [After::Nothing, After::Bias, After::Gelu, After::Gate];
+
+/// One projection, with strides wider than the rows.
+#[derive(Clone, Copy)]
+struct Case<'a> {
+    /// The second is what the first gates.
+    weights: [&'a Weight; 2],
+    /// Of both, filled up to whole groups.
+    biases: [&'a [f32]; 2],
+    x: &'a [f32],
+    rows: usize,
+    residual: Option<&'a [f32]>,
+    mode: Mode,
+    after: After,
+}
+
+impl Case<'_> {
+    fn cols(&self) -> usize {
+        self.weights[0].cols()
+    }
+
+    fn features(&self) -> usize {
+        self.weights[0].rows()
+    }
+
+    fn run(&self, tier: Tier) -> Vec<f32> {
+        let (kernels, cols, features) = (Kernels::of(tier), self.cols(), self.features());
+        let packed = self.weights.map(|weight| {
+            let form = if self.mode == Mode::Int8 { Form::Int8 } else { Form::of(weight.dtype()) };
+            let mut store = Store::new("test", Packed::bytes_of(form, features, cols)).unwrap();
+            Packed::new(weight, form, &mut store)
+        });
+        let scratch = SharedF32::new("test", SCRATCH_LEN).unwrap();
+        let bytes = BlockRows::bytes(self.rows, cols).max(Int8Rows::bytes(self.rows, cols));
+        let memory = SharedF32::new("test", bytes / 4).unwrap();
+        let activation = match self.after {
+            After::Nothing | After::Bias => Activation::None,
+            After::Gelu => Activation::Gelu,
+            After::Gate => Activation::Gate(&packed[1], Some(self.biases[1])),
+        };
+        // Outputs have a column of their own on either side, which must stay as it is.
+        let stride = features + 2;
+        let mut out = vec![7.5f32; self.rows * stride];
+        // SAFETY: all memory is as large as the kernels are told.
+        unsafe {
+            let blocks = BlockRows::new(memory.ptr().cast(), cols);
+            let int8 = Int8Rows::new(memory.ptr().cast(), cols);
+            for r in 0..self.rows {
+                let row = self.x[r * cols..].as_ptr();
+                match self.mode {
+                    Mode::Exact => {}
+                    Mode::Blocks => (kernels.quantise)(&blocks, r, row),
+                    Mode::Int8 => (kernels.quantise_int8)(&int8, r, row),
+                }
+            }
+            // In two shares, as two threads would take them.
+            let units = MatMul::units_of(&packed[0], &activation);
+            for units in [0..units / 2, units / 2..units] {
+                (kernels.matmul)(&MatMul {
+                    matrix: &packed[0],
+                    units,
+                    rows: self.rows,
+                    input: match self.mode {
+                        Mode::Exact => Input::Floats(Rows { ptr: self.x.as_ptr(), stride: cols }),
+                        Mode::Blocks => Input::Blocks(&blocks),
+                        Mode::Int8 => Input::Int8(&int8),
+                    },
+                    target: Target {
+                        ptr: out.as_mut_ptr().add(1),
+                        stride,
+                        bias: (self.after != After::Nothing).then_some(self.biases[0]),
+                        activation,
+                        residual: self.residual.map(|r| (r.as_ptr(), features)),
+                    },
+                    scratch: scratch.ptr(),
+                });
+            }
+        }
+        for row in out.chunks(stride) {
+            assert_eq!((row[0], row[stride - 1]), (7.5, 7.5), "{tier} wrote beside its outputs");
+        }
+        out.chunks(stride).flat_map(|row| row[1..=features].to_vec()).collect()
+    }
+
+    /// The definition, and for each output the sum of absolute products, which bounds rounding.
+    fn expected(&self) -> Vec<(f64, f64)> {
+        let x: Vec<f32> = match self.mode {
+            Mode::Exact => self.x.to_vec(),
+            Mode::Blocks => self.x.chunks(32).flat_map(rounded).collect(),
+            Mode::Int8 => self.x.chunks(self.cols()).flat_map(rounded).collect(),
+        };
+        let sums = [0, 1].map(|i| self.sums(i, &x));
+        let mut out = Vec::new();
+        for (i, ((sum, size), (other, other_size))) in sums[0].iter().zip(&sums[1]).enumerate() {
+            let residual = self.residual.map_or(0.0, |v| f64::from(v[i]));
+            let (value, size) = match self.after {
+                After::Nothing | After::Bias => (*sum, *size),
+                After::Gelu => (0.5 * sum * (1.0 + erf(sum / 2f64.sqrt())), *size + 1.0),
+                After::Gate => (sum / (1.0 + (-sum).exp()) * other, size * other_size + size + other_size),
+            };
+            out.push((value + residual, size + residual.abs()));
+        }
+        out
+    }
+
+    fn sums(&self, which: usize, x: &[f32]) -> Vec<(f64, f64)> {
+        let (cols, features, weight) = (self.cols(), self.features(), self.weights[which]);
+        let mut stored = vec![0.0; cols];
+        let mut out = vec![(0.0, 0.0); self.rows * features];
+        for f in 0..features {
+            weight.dequantise_row(f, &mut stored);
+            if self.mode == Mode::Int8 {
+                stored = rounded(&stored);
+            }
+            let bias = if self.after == After::Nothing { 0.0 } else { f64::from(self.biases[which][f]) };
+            for r in 0..self.rows {
+                let products = stored.iter().zip(&x[r * cols..]).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                let size = products.clone().map(f64::abs).sum::<f64>() + bias.abs();
+                out[r * features + f] = (products.sum::<f64>() + bias, size);
+            }
+        }
+        out
+    }
+
+    /// Compares with the definition, and each row alone with itself in company, bit by bit.
+    fn check(&self, tolerance: f64) -> Result<(), TestCaseError> {
+        let (cols, features, mode, after) = (self.cols(), self.features(), self.mode, self.after);
+        let expected = self.expected();
+        for tier in tiers() {
+            let got = self.run(tier);
+            for (i, (got, (want, size))) in got.iter().zip(&expected).enumerate() {
+                let error = (f64::from(*got) - want).abs();
+                let what = self.weights[0].dtype();
+                prop_assert!(
+                    error <= tolerance * size + 1e-6,
+                    "{tier} {what} {mode:?} {after:?} output {i}: {got} for {want} of {size}"
+                );
+            }
+            for r in 0..self.rows {
+                let x = &self.x[r * cols..(r + 1) * cols];
+                let residual = self.residual.map(|v| &v[r * features..(r + 1) * features]);
+                let alone = Case { x, rows: 1, residual, ..*self }.run(tier);
+                prop_assert_eq!(&alone[..], &got[r * features..(r + 1) * features], "{} row {}", tier, r);
+            }
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn projections_follow_the_definition(
+        seed in any::<u64>(),
+        dtype in 0..DType::ALL.len(),
+        mode in 0usize..3,
+        (rows, blocks, features) in (1usize..28, 1usize..20, 1usize..70),
+        after in 0..AFTER.len(),
+        add: bool,
+    ) {
+        let (dtype, mut dice) = (DType::ALL[dtype], Dice(seed));
+        let mode = match [Mode::Exact, Mode::Blocks, Mode::Int8][mode] {
+            Mode::Blocks if !Form::of(dtype).has_blocks() => Mode::Exact,
+            mode => mode,
+        };
+        // Floats need no whole blocks.
+        let cols = match dtype.block_len() {
+            1 => 32 * blocks - dice.bits() as usize % 31,
+            len => len * (32 * blocks).div_ceil(len),
+        };
+        let weights = [dice.weight(dtype, features, cols), dice.weight(dtype, features, cols)];
+        let biases = [0, 1].map(|_| dice.floats(features.next_multiple_of(16)));
+        let (mut x, residual) = (dice.floats(rows * cols), dice.floats(rows * features));
+        // A block of nothing but zeros has no scale to divide by.
+        x[..cols.min(32)].fill(0.0);
+        let case = Case {
+            weights: [&weights[0], &weights[1]],
+            biases: [&biases[0], &biases[1]],
+            x: &x,
+            rows,
+            residual: add.then_some(&residual[..]),
+            mode,
+            after: AFTER[after],
+        };
+        // The minimum of an affine block is taken out of the sum, so what is rounded may exceed the products.
+        case.check(if mode == Mode::Exact { 2e-6 } else { 4e-6 })?;
+    }
+}
+
+/// What quantising makes of numbers that share a scale, by its definition and in f64 where it matters.
+fn rounded(x: &[f32]) -> Vec<f32> {
+    let largest = x.iter().fold(0f32, |a, v| a.max(v.abs()));
+    let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    x.iter()
+        .map(|v| (f64::from((v * inverse).round_ties_even()) * f64::from(largest) / 127.0) as f32)
+        .collect()
+}
+
+/// The error function by its series; fine for the small numbers of a test, and ±1 where it has no more to say.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 5.0 {
+        return x.signum();
+    }
+    let (mut term, mut sum) = (x, x);
+    for n in 1..200 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * std::f64::consts::FRAC_2_SQRT_PI
+}
