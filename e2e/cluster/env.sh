@@ -33,6 +33,10 @@ CGROUP=trustformers-e2e         # one cgroup subtree, so that every process of o
 MAX_NODES=9                     # one digit: node N is 198.18.0.1N, its pods are 10.244.N.0/24
 CONTEXT=trustformers-e2e
 
+# What runs here is reached without a proxy, whatever the environment says about the rest of the world.
+export NO_PROXY="${NO_PROXY:+$NO_PROXY,}localhost,127.0.0.1,198.18.0.0/24,10.96.0.0/16,10.244.0.0/16,.svc,.cluster.local"
+export no_proxy=$NO_PROXY
+
 node_name() { echo "node$1"; }
 node_ip() { echo "198.18.0.1$1"; }
 node_netns() { echo "tf-n$1"; }

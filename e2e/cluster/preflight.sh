@@ -51,7 +51,11 @@ check_packages() {
 
 check_languages() {
   local go_version
-  command -v cargo >/dev/null || problem "cargo is missing. Type:  curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
+  if ! command -v cargo >/dev/null; then
+    problem "cargo is missing. Type:  curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
+  else
+    check_rust
+  fi
   [ "$purpose" = cluster ] || return 0
   if ! command -v go >/dev/null; then
     problem "go is missing (it builds Kubernetes). See https://go.dev/doc/install; $GO_WANTED or newer"
@@ -60,6 +64,16 @@ check_languages() {
   go_version=$(go env GOVERSION)
   [ "$(printf '%s\n' "$GO_WANTED" "${go_version#go}" | sort -V | head -1)" = "$GO_WANTED" ] ||
     problem "go is ${go_version#go}: $GO_WANTED or newer is needed. See https://go.dev/doc/install"
+}
+
+# rustup brings the toolchain of rust-toolchain.toml by itself; a cargo of the distribution has to be new enough.
+check_rust() {
+  local wanted found
+  command -v rustup >/dev/null && return 0
+  wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$REPO_DIR/Cargo.toml")
+  found=$(cargo --version | awk '{ print $2 }')
+  [ "$(printf '%s\n' "$wanted" "$found" | sort -V | head -1)" = "$wanted" ] ||
+    problem "cargo is $found: $wanted or newer is needed. Type:  curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
 }
 
 check_kernel() {

@@ -23,7 +23,12 @@ finish() {
 preflight() { "$CLUSTER_SRC/preflight.sh" cluster && echo "this machine is ready"; }
 
 # With --workspace in every call the same features are chosen for dependencies, so none is compiled twice.
-unit() { cargo test --locked --profile ci --workspace; }
+# The plain manifests are compared with what helm renders, so that it has to be there.
+unit() {
+  local helm
+  helm=$("$CLUSTER_SRC/binaries.sh" path helm)
+  PATH=$(dirname "$helm"):$PATH TRUSTFORMERS_REQUIRE_HELM=1 cargo test --locked --profile ci --workspace
+}
 
 binaries() { local name; for name in $(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vx kwok); do "$CLUSTER_SRC/binaries.sh" path "$name"; done; }
 

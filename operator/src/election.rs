@@ -8,7 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::PostParams;
 use kube::{Api, Client};
 use tokio::time::{Instant, sleep, timeout};
-use trustformers_control::lease::{Election, LEASE, RENEW_EVERY, Record, Step};
+use trustformers_control::lease::{Election, LEASE, RENEW_EVERY, Record, Step, first_term};
 
 /// Name of the Lease.
 pub const LEASE_NAME: &str = "trustformers-operator";
@@ -63,20 +63,25 @@ impl Candidate {
             }
             reached();
             match self.election.step(self.now()) {
-                Step::Take { transitions } => match self.write(&self.identity.clone(), transitions).await {
-                    Ok(()) => {}
-                    // Another candidate was faster.
-                    Err(LeaseError::Request(kube::Error::Api(said))) if said.code == 409 => {}
-                    Err(error) => {
-                        tracing::warn!(%error, "the lead could not be taken; it is tried again");
-                        sleep(RENEW_EVERY).await;
-                    }
-                },
+                Step::Make => self.take(first_term(Timestamp::now().as_second())).await,
+                Step::Take { transitions } => self.take(transitions).await,
                 Step::Wait(pause) => sleep(pause).await,
                 Step::Renew | Step::StepDown => {}
             }
             if let Some(term) = self.election.term() {
                 return term;
+            }
+        }
+    }
+
+    async fn take(&mut self, term: u64) {
+        match self.write(&self.identity.clone(), term).await {
+            Ok(()) => {}
+            // Another candidate was faster.
+            Err(LeaseError::Request(kube::Error::Api(said))) if said.code == 409 => {}
+            Err(error) => {
+                tracing::warn!(%error, "the lead could not be taken; it is tried again");
+                sleep(RENEW_EVERY).await;
             }
         }
     }
@@ -99,7 +104,7 @@ impl Candidate {
                     }
                 }
                 Step::Wait(pause) => sleep(pause).await,
-                Step::StepDown | Step::Take { .. } => {
+                Step::StepDown | Step::Take { .. } | Step::Make => {
                     self.election.stepped_down();
                     return trouble;
                 }
@@ -239,6 +244,9 @@ mod tests {
             if *method == Method::GET {
                 return shelf.lease.clone().map_or_else(|| failure(404), |lease| (200, lease));
             }
+            if *method == Method::PUT && shelf.lease.is_none() {
+                return failure(404);
+            }
             let mut lease: Value = serde_json::from_slice(bytes).unwrap();
             let known = shelf.lease.as_ref().map(|lease| lease["metadata"]["resourceVersion"].clone());
             if known.is_some_and(|known| known != lease["metadata"]["resourceVersion"]) {
@@ -248,6 +256,10 @@ mod tests {
             lease["metadata"]["resourceVersion"] = json!(shelf.version.to_string());
             shelf.lease = Some(lease.clone());
             (200, lease)
+        }
+
+        fn lose_the_lease(&self) {
+            self.0.lock().unwrap().lease = None;
         }
 
         fn away(&self, away: bool) {
@@ -270,10 +282,10 @@ mod tests {
     async fn a_lost_leader_is_followed_by_another_in_a_later_term() {
         let server = Server::default();
         let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
-        assert_eq!(one.lead(|| {}).await, 1);
+        let first = one.lead(|| {}).await;
         // The first one says nothing more, as when its node is lost.
         let began = Instant::now();
-        assert_eq!(two.lead(|| {}).await, 2);
+        assert_eq!(two.lead(|| {}).await, first + 1);
         assert!(began.elapsed() >= LEASE && began.elapsed() < LEASE + RENEW_EVERY, "{:?}", began.elapsed());
         // When it comes back, it finds that it lost the lead.
         let why = one.keep().await;
@@ -298,19 +310,31 @@ mod tests {
     async fn a_released_lease_is_taken_at_the_next_look() {
         let server = Server::default();
         let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
-        one.lead(|| {}).await;
+        let first = one.lead(|| {}).await;
         one.release().await;
         assert_eq!(server.holder(), "");
         let began = Instant::now();
-        assert_eq!(two.lead(|| {}).await, 2);
+        assert_eq!(two.lead(|| {}).await, first + 1);
         assert!(began.elapsed() < RENEW_EVERY);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deleted_lease_ends_the_lead_and_the_next_term_is_later_all_the_same() {
+        let server = Server::default();
+        let mut one = candidate(&server, "one");
+        let first = one.lead(|| {}).await;
+        server.lose_the_lease();
+        one.keep().await;
+        let second = one.lead(|| {}).await;
+        // The wall clock stands still in this test; in a cluster, losing and making the lease takes seconds.
+        assert!(second >= first && second > 1_700_000_000, "{first} {second}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_leader_out_of_reach_of_the_api_server_steps_down_in_time() {
         let server = Server::default();
         let mut one = candidate(&server, "one");
-        one.lead(|| {}).await;
+        let first = one.lead(|| {}).await;
         let began = Instant::now();
         server.away(true);
         let why = one.keep().await;
@@ -318,7 +342,7 @@ mod tests {
         assert!(why.contains("no"), "{why}");
         // A short trouble is survived.
         server.away(false);
-        assert_eq!(one.lead(|| {}).await, 2);
+        assert_eq!(one.lead(|| {}).await, first + 1);
         server.away(true);
         let healed = server.clone();
         tokio::spawn(async move {

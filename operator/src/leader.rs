@@ -1,6 +1,7 @@
 //! What a leader does: watch, reconcile, observe, publish. All of it begins and ends with the lead.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{ListParams, Patch, PatchParams};
@@ -8,6 +9,7 @@ use kube::{Api, ResourceExt};
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use trustformers_control::names::LEADER_LABEL;
 
@@ -15,6 +17,11 @@ use crate::feed::service::Lead;
 use crate::feed::{Hub, gates, publish};
 use crate::world::{NewWorld, World};
 use crate::{observer, reconcile, watch as watches};
+
+/// Longest wait for one request about a label.
+const REQUEST_LIMIT: Duration = Duration::from_secs(2);
+/// Pause between attempts to label the leader's pod.
+const RETRY: Duration = Duration::from_millis(500);
 
 /// Leads in this term, for as long as it is polled. Dropping it ends everything that belongs to the lead.
 pub async fn lead(term: u64, new: NewWorld, leads: watch::Sender<Option<Lead>>) {
@@ -40,7 +47,7 @@ pub async fn lead(term: u64, new: NewWorld, leads: watch::Sender<Option<Lead>>) 
     tasks.spawn(observer::run(Arc::clone(&world)));
     tasks.spawn(publish::run(Arc::clone(&world), Arc::clone(&hub)));
     tasks.spawn(gates::run(Arc::clone(&world), Arc::clone(&hub)));
-    tasks.spawn(label(Arc::clone(&world)));
+    tasks.spawn(label(Arc::clone(&world), Arc::clone(&hub)));
     world.awaken().await;
     leads.send_replace(Some(Lead { hub, world, ended }));
     // The tasks run for ever, except the one that labels the pod; any other end is a fault that a new lead mends.
@@ -66,14 +73,15 @@ impl Drop for Withdraw {
 }
 
 /// Moves the leader's label to this pod, so that the feed's Service leads here. It may still be on the pod of a leader
-/// that was killed.
-async fn label(world: Arc<World>) {
-    let Some(own) = world.settings.pod_name.clone() else { return };
+/// that was killed. Without the label no gateway finds the feed, so it is tried until it is there.
+async fn label(world: Arc<World>, hub: Arc<Hub>) {
+    let Some(own) = world.settings.pod_name.clone() else { return hub.can_be_found() };
     let pods = Api::<Pod>::namespaced(world.client.clone(), &world.settings.namespace);
-    if let Err(error) = set_label(&pods, &own, true).await {
-        tracing::error!(pod = own, %error, "the pod could not be labelled as leader: gateways will not find the feed");
-        return;
+    while let Err(error) = set_label(&pods, &own, true).await {
+        tracing::error!(pod = own, %error, "the pod could not be labelled as leader, so that gateways do not find the feed; it is tried again");
+        sleep(RETRY).await;
     }
+    hub.can_be_found();
     match pods.list_metadata(&ListParams::default().labels(&format!("{LEADER_LABEL}=true"))).await {
         Ok(labelled) => {
             for other in labelled.items.iter().map(ResourceExt::name_any).filter(|name| *name != own) {
@@ -95,10 +103,21 @@ pub async fn unlabel(world: &World) {
     }
 }
 
-async fn set_label(pods: &Api<Pod>, name: &str, leads: bool) -> Result<(), kube::Error> {
-    let body = json!({"metadata": {"labels": {LEADER_LABEL: leads.then_some("true")}}});
-    match pods.patch_metadata(name, &PatchParams::default(), &Patch::Merge(body)).await {
-        Err(kube::Error::Api(said)) if !leads && said.code == 404 => Ok(()),
-        other => other.map(drop),
+/// Why a label could not be written.
+#[derive(Debug, thiserror::Error)]
+enum LabelError {
+    #[error(transparent)]
+    Request(#[from] kube::Error),
+    #[error("no answer within {} s", REQUEST_LIMIT.as_secs())]
+    TimedOut,
+}
+
+async fn set_label(pods: &Api<Pod>, name: &str, leads: bool) -> Result<(), LabelError> {
+    let body = Patch::Merge(json!({"metadata": {"labels": {LEADER_LABEL: leads.then_some("true")}}}));
+    let params = PatchParams::default();
+    match timeout(REQUEST_LIMIT, pods.patch_metadata(name, &params, &body)).await {
+        Err(_) => Err(LabelError::TimedOut),
+        Ok(Err(kube::Error::Api(said))) if !leads && said.code == 404 => Ok(()),
+        Ok(outcome) => Ok(outcome.map(drop)?),
     }
 }

@@ -162,8 +162,9 @@ async fn stand(
             }
             () = stop.cancelled() => {
                 tracing::info!(term, "asked to end");
-                leader::unlabel(&world).await;
+                // The next leader may begin while the label is on its way off: it takes it from here by itself.
                 candidate.release().await;
+                leader::unlabel(&world).await;
                 return;
             }
         }

@@ -127,10 +127,18 @@ impl Caches {
 /// What the leader remembers between two looks at one model.
 #[derive(Debug, Clone, Default)]
 pub struct Memory {
-    /// The status as last written, which the cache may not show yet.
-    pub written: Option<InferenceModelStatus>,
+    /// The status as last written, which the cache may not show yet, and the UID of the model that it is about.
+    pub written: Option<(String, InferenceModelStatus)>,
     /// Reconciles that failed in a row.
     pub failures: u32,
+}
+
+impl Memory {
+    /// The status as last written for the model with this UID: a model that was deleted and made anew begins anew.
+    #[must_use]
+    pub fn written_for(self, uid: Option<&str>) -> Option<InferenceModelStatus> {
+        self.written.filter(|(of, _)| Some(of.as_str()) == uid).map(|(_, status)| status)
+    }
 }
 
 /// What the leader knows. One for each term: a new leader begins with nothing.

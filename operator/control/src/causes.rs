@@ -38,12 +38,13 @@ pub fn of_pod(pod: &Pod) -> Option<Cause> {
         .or_else(|| of_conditions(pod))
 }
 
-/// What the pod itself says is wrong with its model, if anything is.
+/// What the pod itself says is wrong with its model, if anything is: it failed for good, or tries again for a reason.
 #[must_use]
 pub fn of_report(report: &ModelStatus) -> Option<Cause> {
     let failed = report.state == ModelState::Failed as i32;
+    let retried = report.state == ModelState::Loading as i32 && !report.reason.is_empty();
     let reason = if report.reason.is_empty() { "ModelFailed" } else { &report.reason };
-    failed.then(|| Cause::new(reason, report.message.clone()))
+    (failed || retried).then(|| Cause::new(reason, report.message.clone()))
 }
 
 fn of_container(pod: &str, status: &ContainerStatus) -> Option<Cause> {
@@ -210,9 +211,12 @@ mod tests {
     }
 
     #[test]
-    fn a_pods_own_report_counts_only_when_it_failed() {
+    fn a_pods_own_report_counts_when_it_failed_or_tries_again() {
         let mut report = ModelStatus { reason: "DigestMismatch".to_owned(), ..ModelStatus::default() };
         assert_eq!(of_report(&report), None);
+        report.state = ModelState::Loading as i32;
+        assert_eq!(of_report(&report).unwrap().reason, "DigestMismatch");
+        assert_eq!(of_report(&ModelStatus { reason: String::new(), ..report.clone() }), None);
         report.state = ModelState::Failed as i32;
         assert_eq!(of_report(&report).unwrap().reason, "DigestMismatch");
     }

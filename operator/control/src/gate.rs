@@ -6,8 +6,8 @@
 //! one lost gateway cannot hold up every rollout. A stream that breaks changes nothing by itself: the gateway may be
 //! on its way back, or serving from its last table.
 //!
-//! A new leader waits for [`SETTLE`] before it opens a gate, since gateways need a moment to find it, and no gateway at
-//! all means that the warm-up alone decides.
+//! A new leader waits for [`SETTLE`] from the moment that it can be found before it opens a gate, since gateways need a
+//! moment to find it, and no gateway at all means that the warm-up alone decides.
 //!
 //! Instants are lengths of time since the leader began to lead.
 
@@ -22,7 +22,7 @@ use crate::pods::PodView;
 pub const FRESH: Duration = Duration::from_secs(3);
 /// A gateway silent for this long is left out.
 pub const LEFT_OUT: Duration = Duration::from_secs(5);
-/// Nothing is opened this soon after the lead was taken: a gateway gives up on a silent leader after 2 s, waits up to
+/// Nothing is opened this soon after the leader can be found: a gateway gives up on a silent leader after 2 s, waits up to
 /// 1 s before it tries again, and another such round must fit.
 pub const SETTLE: Duration = Duration::from_secs(6);
 /// A gateway silent for this long is forgotten.
@@ -32,6 +32,8 @@ const FORGOTTEN: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub struct Gates {
     term: u64,
+    /// When the feed's Service began to lead here.
+    found_since: Option<Duration>,
     counter: u64,
     /// Each listed start of a pod (UID, restarts), with the first table that has held it ever since.
     listed: BTreeMap<(String, u32), u64>,
@@ -83,7 +85,17 @@ impl Gates {
     /// A leader's state at the moment it begins to lead.
     #[must_use]
     pub fn new(term: u64) -> Self {
-        Self { term, counter: 0, listed: BTreeMap::new(), gateways: BTreeMap::new() }
+        Self { term, found_since: None, counter: 0, listed: BTreeMap::new(), gateways: BTreeMap::new() }
+    }
+
+    /// Notes that gateways find this leader from now on.
+    pub fn can_be_found(&mut self, now: Duration) {
+        self.found_since.get_or_insert(now);
+    }
+
+    /// When gateways have had their time to find this leader.
+    fn settled(&self) -> Option<Duration> {
+        self.found_since.map(|since| since + SETTLE)
     }
 
     /// Notes that a table with these routes is published, and gives it its version.
@@ -118,7 +130,7 @@ impl Gates {
     #[must_use]
     pub fn acknowledged(&self, uid: &str, restarts: u32, now: Duration) -> bool {
         let Some(since) = self.listed.get(&(uid.to_owned(), restarts)) else { return false };
-        now >= SETTLE
+        self.settled().is_some_and(|settled| now >= settled)
             && self
                 .gateways
                 .values()
@@ -148,7 +160,7 @@ impl Gates {
         let silences = self.gateways.values().filter(|gateway| !gateway.draining);
         silences
             .map(|gateway| gateway.reported + LEFT_OUT)
-            .chain([SETTLE])
+            .chain(self.settled())
             .filter(|instant| *instant > now)
             .min()
     }
@@ -177,6 +189,12 @@ mod tests {
 
     const S: Duration = Duration::from_secs(1);
 
+    fn found(term: u64) -> Gates {
+        let mut gates = Gates::new(term);
+        gates.can_be_found(Duration::ZERO);
+        gates
+    }
+
     fn table(pods: &[PodView]) -> Vec<Route> {
         let model = RouteModel {
             key: ("team".to_owned(), "chat".to_owned()),
@@ -195,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_gate_opens_when_the_last_gateway_has_the_pod() {
-        let mut gates = Gates::new(7);
+        let mut gates = found(7);
         let pod = view("chat", "a");
         assert_eq!(gates.publish(&table(&[])), TableVersion { term: 7, counter: 1 });
         report(&mut gates, "g1", 1, 9 * S);
@@ -210,7 +228,7 @@ mod tests {
 
     #[test]
     fn a_later_table_that_still_holds_the_pod_needs_no_new_acknowledgement() {
-        let mut gates = Gates::new(1);
+        let mut gates = found(1);
         let (pod, other) = (view("chat", "a"), view("chat", "b"));
         gates.publish(&table(std::slice::from_ref(&pod)));
         report(&mut gates, "g", 1, 9 * S);
@@ -221,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_silent_gateway_is_waited_for_then_left_out() {
-        let mut gates = Gates::new(1);
+        let mut gates = found(1);
         let pod = view("chat", "a");
         report(&mut gates, "lost", 0, 10 * S);
         gates.publish(&table(std::slice::from_ref(&pod)));
@@ -235,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_late_gateway_holds_the_gate_even_if_it_had_acknowledged() {
-        let mut gates = Gates::new(1);
+        let mut gates = found(1);
         let pod = view("chat", "a");
         gates.publish(&table(std::slice::from_ref(&pod)));
         report(&mut gates, "g", 1, 10 * S);
@@ -247,7 +265,7 @@ mod tests {
 
     #[test]
     fn with_no_gateway_the_warm_up_decides_once_the_leader_has_settled() {
-        let mut gates = Gates::new(1);
+        let mut gates = found(1);
         let pod = view("chat", "a");
         gates.publish(&table(std::slice::from_ref(&pod)));
         assert_eq!(gates.wanted(&pod, 2 * S), None);
@@ -257,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_gateway_that_ends_is_not_waited_for() {
-        let mut gates = Gates::new(1);
+        let mut gates = found(1);
         let pod = view("chat", "a");
         gates.publish(&table(std::slice::from_ref(&pod)));
         gates.report(Report { instance: "g".to_owned(), acknowledged: None, draining: true }, 10 * S);
@@ -266,7 +284,7 @@ mod tests {
 
     #[test]
     fn an_acknowledgement_of_another_leaders_table_counts_for_nothing() {
-        let mut gates = Gates::new(2);
+        let mut gates = found(2);
         let pod = view("chat", "a");
         gates.publish(&table(std::slice::from_ref(&pod)));
         let acknowledged = Some(TableVersion { term: 1, counter: 99 });
@@ -276,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_restart_closes_the_gate_until_the_new_start_is_acknowledged() {
-        let mut gates = Gates::new(1);
+        let mut gates = found(1);
         let open = Some(StoredGate { open: true, restarts: Some(0) });
         let pod = PodView { gate: open, ..view("chat", "a") };
         gates.publish(&table(std::slice::from_ref(&pod)));
@@ -294,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_new_leader_leaves_open_gates_open() {
-        let gates = Gates::new(5);
+        let gates = found(5);
         let pod = PodView { gate: Some(StoredGate { open: true, restarts: Some(0) }), ..view("chat", "a") };
         assert_eq!(gates.wanted(&pod, Duration::ZERO), None);
         assert_eq!(gates.wanted(&PodView { deleting: true, restarts: 4, ..pod }, Duration::ZERO), None);

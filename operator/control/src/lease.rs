@@ -3,7 +3,8 @@
 //! Clocks of different machines are never compared: a candidate waits for as long as the lease lasts since *it* saw the
 //! record change last. A leader counts from the moment it *sent* a renewal that succeeded, and stops before anybody
 //! else may begin. `leaseTransitions` goes up whenever the holder changes and orders the tables of successive leaders,
-//! so every process uses an identity of its own: a restarted leader is a new holder.
+//! so every process uses an identity of its own: a restarted leader is a new holder. A Lease that somebody deleted is
+//! made anew with a term above every earlier one, see [`first_term`].
 
 use std::time::Duration;
 
@@ -25,9 +26,21 @@ pub struct Record {
     pub renewed: Option<String>,
 }
 
+/// The term of a Lease that is made anew: the seconds since 1970.
+///
+/// Gateways take only tables of a higher term than their last, and the Lease may have been deleted with the terms that
+/// were in it. Terms grow by one with each leader and leaders last longer than a second on average, so that the clock
+/// is above every earlier term. It fits `leaseTransitions` (an i32) with 350,000,000 terms to spare in 2026.
+#[must_use]
+pub fn first_term(unix_seconds: i64) -> u64 {
+    u64::try_from(unix_seconds).unwrap_or(0).clamp(1, i32::MAX as u64)
+}
+
 /// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
+    /// There is no Lease: make it, with [`first_term`].
+    Make,
     /// Write the Lease with this identity as holder and this number of transitions.
     Take {
         /// `leaseTransitions` to write: the term of the new leader.
@@ -94,7 +107,7 @@ impl Election {
     #[must_use]
     pub fn step(&self, now: Duration) -> Step {
         let Some((record, since)) = &self.seen else {
-            return if self.leading.is_some() { Step::StepDown } else { Step::Take { transitions: 1 } };
+            return if self.leading.is_some() { Step::StepDown } else { Step::Make };
         };
         if let Some((_, sent)) = self.leading {
             if record.holder != self.identity || now >= sent + RENEW_DEADLINE {
@@ -124,11 +137,19 @@ mod tests {
     fn the_first_candidate_makes_the_lease_and_renews_it() {
         let mut me = Election::new("me".to_owned());
         me.saw(None, S);
-        assert_eq!(me.step(S), Step::Take { transitions: 1 });
+        assert_eq!(me.step(S), Step::Make);
         me.wrote(record("me", 1, "a"), S);
         assert_eq!(me.term(), Some(1));
         assert_eq!(me.step(S), Step::Wait(RENEW_EVERY));
         assert_eq!(me.step(3 * S), Step::Renew);
+    }
+
+    #[test]
+    fn the_term_of_a_new_lease_is_above_those_of_a_deleted_one() {
+        let (made, later) = (first_term(1_790_000_000), first_term(1_790_000_100));
+        assert!(later > made + 50, "fifty leaders in a hundred seconds");
+        assert!(i32::try_from(later).is_ok());
+        assert_eq!(first_term(-5), 1, "a clock that was never set");
     }
 
     #[test]

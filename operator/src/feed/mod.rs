@@ -35,6 +35,11 @@ impl Hub {
         Self { began: Instant::now(), gates: Mutex::new(Gates::new(term)), tables: watch::Sender::new(None) }
     }
 
+    /// Notes that the feed's Service leads to this leader from now on.
+    pub fn can_be_found(&self) {
+        self.lock().can_be_found(self.now());
+    }
+
     /// Publishes a table with these routes.
     pub fn publish(&self, routes: Vec<Route>) {
         let version = self.lock().publish(&routes);

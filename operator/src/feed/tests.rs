@@ -121,6 +121,7 @@ async fn a_gateway_is_let_in_by_its_token_alone() {
     let running = serve(Doorkeeper::for_account(client.clone(), "sys", "gateway")).await;
     let (world, _writers) = world(client);
     let hub = Arc::new(Hub::new(1));
+    hub.can_be_found();
     hub.publish(Vec::new());
     running.lead.send_replace(Some(Lead { hub, world, ended: CancellationToken::new() }));
 
@@ -156,6 +157,7 @@ async fn a_gate_opens_by_acknowledgement_and_closes_by_a_restart() {
     let (client, mut requests) = api(|_| json!({"metadata": {"name": "p"}}));
     let (world, mut writers) = world(client);
     let hub = Arc::new(Hub::new(1));
+    hub.can_be_found();
     writers.models.apply_watcher_event(&Event::Apply(serde_yaml::from_str(MODEL).unwrap()));
     writers.pods.apply_watcher_event(&Event::Apply(pod(0, true, Value::Null)));
     tokio::spawn(publish::run(Arc::clone(&world), Arc::clone(&hub)));

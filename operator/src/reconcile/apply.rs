@@ -1,13 +1,14 @@
 //! Step four of a reconcile: send what differs, in an order that never shows a half-made model.
 //!
 //! Server-side apply with one field manager. The first apply of an object is not forced, so that an object of the same
-//! name that somebody else made is a conflict, told to the user, and never taken over. Later ones are forced: drift is
-//! corrected. What the API server holds already is not sent again.
+//! name that somebody else made is a conflict, told to the user, and never taken over. An account has no field that
+//! could be in conflict, so its first apply is tried on first, and refused where others have written to it. Later
+//! applies are forced: drift is corrected. What the API server holds already is not sent again.
 
 use std::fmt::Debug;
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::core::v1::{ConfigMap, ServiceAccount};
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::core::NamespaceResourceScope;
 use kube::{Api, Resource, ResourceExt};
@@ -104,6 +105,9 @@ pub async fn apply(world: &World, desired: Desired, seen: &Seen) -> Result<Appli
     let wanted_map = config_map.name_any();
     let seen_map = seen.config_maps.iter().find(|map| map.name_any() == wanted_map);
     // What pods need comes before the pods, and the budget before there is anything to evict.
+    if seen.service_account.is_none() {
+        is_nobody_elses(world, &service_account).await?;
+    }
     one(world, seen.service_account.as_deref(), &service_account).await?;
     one(world, seen_map.map(|map| &**map), &config_map).await?;
     one(world, seen.service.as_deref(), &service).await?;
@@ -112,6 +116,24 @@ pub async fn apply(world: &World, desired: Desired, seen: &Seen) -> Result<Appli
     let deployment = applied.or_else(|| seen.deployment.as_deref().cloned()).unwrap_or(deployment);
     prune(world, seen, &wanted_map, &deployment).await?;
     Ok(Applied { revision, deployment })
+}
+
+/// Refuses an account that somebody else wrote to, by an apply that stores nothing.
+async fn is_nobody_elses(world: &World, account: &ServiceAccount) -> Result<(), ApplyError> {
+    let kind = ServiceAccount::kind(&()).into_owned();
+    let name = account.name_any();
+    let params = PatchParams { dry_run: true, ..PatchParams::apply(names::MANAGER) };
+    let api =
+        Api::<ServiceAccount>::namespaced(world.client.clone(), &account.namespace().unwrap_or_default());
+    let tried = api
+        .patch(&name, &params, &Patch::Apply(account))
+        .await
+        .map_err(|error| ApplyError::of(kind.clone(), &name, true, error))?;
+    let managers = tried.managed_fields().iter().filter_map(|entry| entry.manager.as_deref());
+    match managers.into_iter().find(|manager| *manager != names::MANAGER) {
+        Some(other) => Err(ApplyError::NotOurs { kind, name, said: format!("{other} wrote to it") }),
+        None => Ok(()),
+    }
 }
 
 /// Applies one object unless it is there as it should be; returns what the API server then holds.
@@ -179,7 +201,8 @@ fn covers(stored: &Value, wanted: &Value) -> bool {
             stored.len() == wanted.len() && stored.iter().zip(wanted).all(|(one, other)| covers(one, other))
         }
         (Value::String(stored), Value::String(wanted)) => {
-            stored == wanted || quantity(stored).is_some_and(|amount| quantity(wanted) == Some(amount))
+            stored == wanted
+                || quantity(stored).zip(quantity(wanted)).is_some_and(|(one, other)| same_amount(one, other))
         }
         _ => stored == wanted,
     }
@@ -194,6 +217,12 @@ fn is_empty(value: &Value) -> bool {
         Value::Array(list) => list.is_empty(),
         Value::Bool(_) | Value::Number(_) => false,
     }
+}
+
+/// Whether two amounts are one, but for the last digits of a product such as 300 × 0.001. Quantities have at most
+/// 1e-9 of a unit as their finest step, and what is compared here is far below 1e6 of them apart.
+fn same_amount(one: f64, other: f64) -> bool {
+    (one - other).abs() <= 1e-12 * one.abs().max(other.abs())
 }
 
 /// The amount that a quantity stands for: the API server writes `1000m` as `1`.
@@ -239,7 +268,9 @@ mod tests {
 
     #[test]
     fn quantities_are_equal_by_amount() {
-        for (one, other) in [("1", "1000m"), ("1Gi", "1024Mi"), ("1k", "1000"), ("+2", "2"), ("1e3", "1k")] {
+        for (one, other) in
+            [("1", "1000m"), ("1Gi", "1024Mi"), ("1k", "1000"), ("+2", "2"), ("1e3", "1k"), ("0.3", "300m")]
+        {
             assert!(covers(&json!(one), &json!(other)), "{one} {other}");
         }
         assert!(!covers(&json!("1"), &json!("2")));

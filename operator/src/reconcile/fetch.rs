@@ -71,7 +71,7 @@ pub fn fetch(world: &World, model: &InferenceModel) -> Result<Seen, FetchError> 
     let views: Vec<PodView> = pods.iter().filter_map(|pod| PodView::of(pod)).collect();
     let stored = model.status.clone().unwrap_or_default();
     Ok(Seen {
-        status: world.memory(&key).written.unwrap_or(stored),
+        status: world.memory(&key).written_for(model.metadata.uid.as_deref()).unwrap_or(stored),
         service_account: by_name(&caches.service_accounts, namespace, &names::service_account(name)),
         config_maps: caches.config_maps.state_filter(|map: &ConfigMap| is_of(map, namespace, name)),
         service: by_name(&caches.services, namespace, name),

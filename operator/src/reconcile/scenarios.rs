@@ -15,12 +15,15 @@ use tower::service_fn;
 use super::*;
 use crate::world::tests::{metrics, settings};
 use crate::world::{NewWorld, World, Writers};
+use trustformers_control::names;
 
 /// What the API server is expected to be asked, and answers.
 #[derive(Debug)]
 enum Expect {
     /// Server-side apply of a child; answered with what was sent.
     Apply { kind: &'static str, force: bool },
+    /// The trial of the account before its first apply; answered with what was sent and these managers.
+    Trial { managers: &'static [&'static str] },
     /// Server-side apply of a child, refused.
     Refuse { kind: &'static str, code: u16, message: &'static str },
     /// A status with this phase.
@@ -65,6 +68,7 @@ impl Server {
             Expect::Apply { kind, force } => {
                 parts.method == Method::PATCH && body["kind"] == *kind && uri.contains("force=true") == *force
             }
+            Expect::Trial { .. } => body["kind"] == "ServiceAccount" && uri.contains("dryRun=All"),
             Expect::Refuse { kind, .. } => parts.method == Method::PATCH && body["kind"] == *kind,
             Expect::Status { phase } => uri.contains("/status?") && body["status"]["phase"] == *phase,
             Expect::Event { reason } => parts.method == Method::POST && body["reason"] == *reason,
@@ -81,6 +85,12 @@ impl Server {
                 json!({"apiVersion": "serving.trustformers.dev/v1alpha1",
                 "kind": "InferenceModel", "metadata": {"name": "chat"}, "spec": {"source": {"uri": "oci://x"}}}),
             ),
+            Expect::Trial { managers } => {
+                let mut answer = body;
+                answer["metadata"]["managedFields"] =
+                    managers.iter().map(|manager| json!({"manager": manager})).collect();
+                (200, answer)
+            }
             Expect::Delete { .. } => (200, json!({"kind": "Status", "status": "Success"})),
             Expect::Apply { .. } | Expect::Event { .. } => {
                 self.applied.lock().unwrap().push(body.clone());
@@ -115,9 +125,9 @@ fn model(spec: &str, status: Value) -> InferenceModel {
 const SPEC: &str = "{source: {uri: 'oci://localhost/m:1'}}";
 
 fn create() -> Vec<Expect> {
-    ["ServiceAccount", "ConfigMap", "Service", "PodDisruptionBudget", "Deployment"]
-        .map(|kind| Expect::Apply { kind, force: false })
-        .into()
+    let objects = ["ServiceAccount", "ConfigMap", "Service", "PodDisruptionBudget", "Deployment"];
+    let applies = objects.map(|kind| Expect::Apply { kind, force: false });
+    [Expect::Trial { managers: &[names::MANAGER] }].into_iter().chain(applies).collect()
 }
 
 fn world(server: &Server) -> (Arc<World>, Writers) {
@@ -244,6 +254,7 @@ async fn an_invalid_spec_is_told_and_waits_for_an_edit() {
 async fn somebody_elses_object_is_never_taken_over() {
     let conflict = "Apply failed with 1 conflict: conflict with \"kubectl\": .spec.clusterIP";
     let server = Server::expecting([
+        Expect::Trial { managers: &[names::MANAGER] },
         Expect::Apply { kind: "ServiceAccount", force: false },
         Expect::Apply { kind: "ConfigMap", force: false },
         Expect::Refuse { kind: "Service", code: 409, message: conflict },
@@ -257,6 +268,19 @@ async fn somebody_elses_object_is_never_taken_over() {
     assert!(error.to_string().contains("Service chat exists"), "{error}");
     assert_eq!(pause(&model, &error, &world), Action::requeue(Duration::from_secs(1)));
     assert_eq!(pause(&model, &error, &world), Action::requeue(Duration::from_secs(2)));
+    server.is_done();
+}
+
+#[tokio::test]
+async fn somebody_elses_account_is_not_taken_over_though_nothing_is_in_conflict() {
+    let server = Server::expecting([
+        Expect::Trial { managers: &["kubectl-create", names::MANAGER] },
+        Expect::Status { phase: "Failed" },
+        Expect::Event { reason: "NameTaken" },
+    ]);
+    let (world, _writers) = world(&server);
+    let error = reconcile(Arc::new(model(SPEC, Value::Null)), world).await.unwrap_err();
+    assert!(error.to_string().contains("kubectl-create wrote to it"), "{error}");
     server.is_done();
 }
 

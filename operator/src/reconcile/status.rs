@@ -94,7 +94,8 @@ async fn write(
     }
     let happenings = events::between(before, &after);
     if let Some(key) = key(model) {
-        world.remember(&key, |memory| memory.written = Some(after));
+        let uid = model.uid().unwrap_or_default();
+        world.remember(&key, |memory| memory.written = Some((uid, after)));
     }
     recorder::publish(world, model, &happenings).await;
     Ok(())

@@ -1,7 +1,7 @@
 //! Growing, jittered pauses between attempts to reach the operator.
 //!
 //! Jitter keeps gateways that lost the same operator from coming back in one wave. The longest pause is short,
-//! because a new leader waits three seconds for gateways that it has not heard yet.
+//! because a new leader waits only six seconds for gateways that it has not heard yet.
 
 use std::time::Duration;
 

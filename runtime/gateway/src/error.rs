@@ -53,6 +53,11 @@ pub(crate) enum GatewayError {
     /// No route has this name.
     #[error("there is no model {model:?}; {}", listed(choices))]
     UnknownModel { model: String, choices: Vec<String> },
+    /// No route of a table that may be out of date has this name.
+    #[error(
+        "there is no model {model:?} in the last routing table, and the operator, who may know of it, is out of reach; try again"
+    )]
+    UnknownYet { model: String },
     /// A name is needed.
     #[error("the request names no model; {}", listed(choices))]
     NameRequired { choices: Vec<String> },
@@ -102,6 +107,7 @@ impl GatewayError {
             Self::Overloaded => "overloaded",
             Self::UnknownModel { .. } => "unknown_model",
             Self::NameRequired { .. } => "model_required",
+            Self::UnknownYet { .. } => "table_outdated",
             Self::NoTable => "no_table",
             Self::NoEndpoint { .. } => "unavailable",
             Self::Unreachable { .. } => "unreachable",
@@ -121,7 +127,9 @@ impl GatewayError {
             Self::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::BodyLost(_) | Self::Malformed(_) | Self::NameRequired { .. } => StatusCode::BAD_REQUEST,
             Self::Encoded(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Overloaded | Self::NoTable | Self::NoEndpoint { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Overloaded | Self::UnknownYet { .. } | Self::NoTable | Self::NoEndpoint { .. } => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Unreachable { .. } | Self::BadUpstream { .. } => StatusCode::BAD_GATEWAY,
             Self::FirstByteTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -137,7 +145,9 @@ impl GatewayError {
             Self::BodyLost(_) | Self::Malformed(_) | Self::NameRequired { .. } => Code::InvalidArgument,
             Self::Encoded(_) => Code::Unimplemented,
             Self::UnknownModel { .. } => Code::NotFound,
-            Self::Overloaded | Self::NoTable | Self::NoEndpoint { .. } => Code::Unavailable,
+            Self::Overloaded | Self::UnknownYet { .. } | Self::NoTable | Self::NoEndpoint { .. } => {
+                Code::Unavailable
+            }
             Self::Unreachable { .. } | Self::BadUpstream { .. } => Code::Unavailable,
         }
     }

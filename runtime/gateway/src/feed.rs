@@ -86,6 +86,7 @@ pub(crate) async fn follow(settings: FeedSettings, gateway: Arc<Gateway>, stop: 
             ended = session(&settings, &gateway, &mut backoff) => ended,
         };
         gateway.metrics.feed_connected(false);
+        gateway.set_current(false);
         let pause = backoff.next(&gateway.dice);
         let serving = gateway.version().map_or_else(|| "none".to_owned(), |version| version.to_string());
         let pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
@@ -200,9 +201,15 @@ impl Speaker<'_> {
 
     fn take(&self, table: RouteTable) {
         match self.gateway.take(table, Source::Feed) {
-            Ok(Taken::InForce(version)) => tracing::info!(%version, "a routing table is in force"),
+            Ok(Taken::InForce(version)) => {
+                self.gateway.set_current(true);
+                tracing::info!(%version, "a routing table is in force");
+            }
             // What the operator sends first on each stream.
-            Ok(Taken::Same(version)) => tracing::debug!(%version, "the routing table is in force already"),
+            Ok(Taken::Same(version)) => {
+                self.gateway.set_current(true);
+                tracing::debug!(%version, "the routing table is in force already");
+            }
             Ok(Taken::Stale { offered, in_force }) => {
                 self.gateway.metrics.table_refused("stale");
                 tracing::warn!(%offered, %in_force, "an older routing table came and is ignored");

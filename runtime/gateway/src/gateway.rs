@@ -1,5 +1,6 @@
 //! What every part of the gateway shares: the table in force, the counters, and whether it is leaving.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -40,6 +41,8 @@ pub(crate) struct Gateway {
     in_force: watch::Sender<Option<Version>>,
     fresh: watch::Sender<EncodedTable>,
     readiness: watch::Sender<Verdict>,
+    /// Whether the table in force is what the operator says now, and not what it said before it was lost.
+    current: AtomicBool,
 }
 
 /// What became of a table.
@@ -82,6 +85,7 @@ impl Gateway {
             in_force: watch::Sender::new(None),
             fresh: watch::Sender::new(None),
             readiness: watch::Sender::new(Verdict::no("no routing table has come from the operator yet")),
+            current: AtomicBool::new(false),
         })
     }
 
@@ -124,6 +128,16 @@ impl Gateway {
             (false, Some(version)) => Verdict::yes(format!("routing table {version} is in force")),
         };
         self.readiness.send_replace(verdict);
+    }
+
+    /// Whether the table in force is what the operator says now. While it is not, a model that it lacks may exist.
+    pub(crate) fn is_current(&self) -> bool {
+        self.current.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether the table in force is what the operator says now.
+    pub(crate) fn set_current(&self, current: bool) {
+        self.current.store(current, Ordering::Relaxed);
     }
 
     /// Time since the table in force was received.

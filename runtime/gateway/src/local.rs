@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 use trustformers_api::health::{Health, Verdict};
 
 use crate::body::Body;
+use crate::error::GatewayError;
 use crate::gateway::Gateway;
+use crate::metrics::Protocol;
 use crate::table::Route;
 
 /// A page of the gateway's own.
@@ -45,7 +47,7 @@ pub(crate) fn answer(gateway: &Gateway, page: Page) -> Response<Body> {
         Page::Live => health(&gateway.liveness()),
         Page::Startup => health(&gateway.startup()),
         Page::Ready => health(&gateway.readiness().borrow()),
-        Page::Models => json_answer(StatusCode::OK, &models(gateway)),
+        Page::Models => models(gateway),
         Page::Metrics => metrics(gateway),
     }
 }
@@ -56,11 +58,11 @@ fn health(verdict: &Verdict) -> Response<Body> {
     json_answer(status, &json!({"status": word, "message": verdict.message}))
 }
 
-/// OpenAI's list shape, with the revisions behind each name.
-fn models(gateway: &Gateway) -> Value {
-    let data: Vec<Value> =
-        gateway.routing().map(|routing| routing.table.routes.iter().map(model).collect()).unwrap_or_default();
-    json!({"object": "list", "data": data})
+/// OpenAI's list shape, with the revisions behind each name. Without a table nothing is known, which is not an empty list.
+fn models(gateway: &Gateway) -> Response<Body> {
+    let Some(routing) = gateway.routing() else { return GatewayError::NoTable.answer(Protocol::Http) };
+    let data: Vec<Value> = routing.table.routes.iter().map(model).collect();
+    json_answer(StatusCode::OK, &json!({"object": "list", "data": data}))
 }
 
 fn model(route: &Route) -> Value {

@@ -119,6 +119,7 @@ async fn proxied(
     let index = routing.table.find(&model).map_err(|lookup| {
         let choices = routing.table.choices();
         refused(match lookup {
+            Lookup::Unknown if !gateway.is_current() => GatewayError::UnknownYet { model: model.clone() },
             Lookup::Unknown => GatewayError::UnknownModel { model: model.clone(), choices },
             Lookup::NameRequired => GatewayError::NameRequired { choices },
         })

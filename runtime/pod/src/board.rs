@@ -3,7 +3,7 @@
 //! One writer side, any number of readers, the latest value always: a watcher that is slow skips states instead of
 //! holding anybody up. Readiness is a function of the states, so the two can never contradict each other.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -75,11 +75,15 @@ impl Board {
         }
     }
 
-    /// A model enters a state. Progress and a cause of an earlier state are forgotten.
+    /// A model enters a state; the cause of an earlier state is forgotten. Entering the state that it is in already,
+    /// as another attempt to load does, forgets nothing, so that the cause does not flicker.
     pub fn enter(&self, index: usize, state: ModelState) {
+        let news = self.status(index).state() != state;
         self.change(index, state, |model| {
-            model.reason.clear();
-            model.message.clear();
+            if news {
+                model.reason.clear();
+                model.message.clear();
+            }
         });
     }
 
@@ -100,9 +104,10 @@ impl Board {
         });
     }
 
-    /// Loading failed but is tried again; the state stays and the cause shows.
-    pub fn will_retry(&self, index: usize, failure: &Failure, wait: Duration) {
-        let message = format!("{failure}; trying again in {:.1} s", wait.as_secs_f64());
+    /// Loading failed but is tried again; the state stays and the cause shows. The words are the same for every attempt:
+    /// each change would be one more Event.
+    pub fn will_retry(&self, index: usize, failure: &Failure) {
+        let message = format!("{failure}; it is tried again");
         self.publish(index, |model| {
             model.reason = failure.reason.to_owned();
             model.message = message;
@@ -256,11 +261,13 @@ mod tests {
         let board = board(&["a"]);
         board.enter(0, ModelState::Loading);
         let failure = Failure { reason: "SourceUnreadable", message: "slow disk".into(), transient: true };
-        board.will_retry(0, &failure, Duration::from_millis(500));
+        board.will_retry(0, &failure);
         let status = board.status(0);
         assert_eq!((status.state(), status.reason.as_str()), (ModelState::Loading, "SourceUnreadable"));
-        assert!(status.message.contains("again in 0.5 s"), "{}", status.message);
+        assert_eq!(status.message, "slow disk; it is tried again");
         board.enter(0, ModelState::Loading);
+        assert_eq!(board.status(0).message, status.message, "another attempt is no news");
+        board.enter(0, ModelState::Warming);
         assert_eq!(board.status(0).message, "");
     }
 }

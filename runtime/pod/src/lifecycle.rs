@@ -82,7 +82,7 @@ impl Slot {
                 Ok(()) => return board.enter(self.index, ModelState::Ready),
                 Err(failure) if failure.transient => {
                     tracing::warn!(model = self.spec.name(), reason = failure.reason, "{failure}");
-                    board.will_retry(self.index, &failure, wait);
+                    board.will_retry(self.index, &failure);
                     tokio::time::sleep(wait).await;
                     wait = (wait * 2).min(RETRY_MOST);
                 }
@@ -178,7 +178,7 @@ mod tests {
         let (slot, board, loader) = slot(&file);
         let mut watch = board.watch();
         let task = tokio::spawn(slot.run(board.clone(), loader));
-        watch.wait_for(|models| models[0].message.contains("again in 1.0 s")).await.unwrap();
+        watch.wait_for(|models| models[0].message.contains("it is tried again")).await.unwrap();
         assert_eq!(board.status(0).reason, "SourceUnreadable");
         std::fs::remove_file(&file).unwrap();
         std::fs::write(&file, trustformers_model::seeded::SeededModel::default().gguf()).unwrap();

@@ -61,10 +61,15 @@ async fn the_operator_may_go_and_come_back() {
         .await;
         assert_eq!(scene.get("/health/ready").await.0, StatusCode::OK);
         assert_eq!(scene.answer("a").await.0, StatusCode::OK);
+        // It may have been made since: that is for the operator to say.
+        let (status, body) = scene.answer("made-meanwhile").await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+        assert!(body.contains("table_outdated"), "{body}");
         scene.operator.come_back().await;
         let pod = if round % 2 == 0 { &two } else { &one };
         scene.publish(Table::new(round, 0).route("a").backend("r1", 1, &[pod.address])).await;
         assert_eq!(scene.answer("a").await.1, if round % 2 == 0 { "two" } else { "one" });
+        assert_eq!(scene.answer("made-meanwhile").await.0, StatusCode::NOT_FOUND);
     }
 }
 
@@ -111,10 +116,10 @@ async fn a_restarted_gateway_serves_without_an_operator() {
     damaged[last] ^= 0x40;
     fs::write(&file, damaged).unwrap();
     let gateway = start(settings(operator.address(), state.path(), &[])).await.unwrap();
-    assert_eq!(
-        get(&client, gateway.http_address(), "/health/ready").await.0,
-        StatusCode::SERVICE_UNAVAILABLE
-    );
+    for path in ["/health/ready", "/v1/models"] {
+        let (status, body) = get(&client, gateway.http_address(), path).await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{path}: {body}");
+    }
 }
 
 #[tokio::test]
