@@ -120,7 +120,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 #[test]
 fn every_tier_follows_the_oracle_fused_and_plain() {
     let lengths = [1, 90, 33, 7, 16];
-    for pooling in [Pooling::Mean, Pooling::First] {
+    for pooling in [Pooling::Mean, Pooling::First, Pooling::Max] {
         let want = run(&mut *load(&mut Oracle::new(), &FusedOps::NONE, Numerics::Exact, pooling), &lengths);
         for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
             let fused = cpu(tier, 2).caps().fused;

@@ -1,5 +1,6 @@
 //! Why a model could not be loaded. Every message names the file.
 
+use crate::checkpoint::CheckpointProblem;
 use crate::gguf::{GgufError, GgufProblem};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -18,8 +19,12 @@ pub enum LoadError {
         /// The operating system's words.
         source: std::io::Error,
     },
-    /// The path is not a file.
-    #[error("{}: it is not a regular file; give the path of one .gguf file", path.display())]
+    /// The path is neither a file nor a folder.
+    #[error(
+        "{}: it is neither a file nor a folder; give the path of one .gguf file, or of a folder with config.json and \
+         model.safetensors",
+        path.display()
+    )]
     NotAFile {
         /// The path.
         path: PathBuf,
@@ -27,6 +32,15 @@ pub enum LoadError {
     /// The file is not a GGUF file that can be served.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// A file of a checkpoint cannot be served.
+    #[error("{}: {problem}", path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        problem: CheckpointProblem,
+    },
     /// The architecture is not known here.
     #[error("{}: architecture {found:?} is not supported; supported: {supported}", path.display())]
     Architecture {

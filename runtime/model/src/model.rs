@@ -1,24 +1,51 @@
 //! A loaded model: weights, tokenizer, facts, and the way to a plan.
 
 use crate::arch::{self, ArchSizes, Architecture};
-use crate::error::LoadError;
+use crate::checkpoint::CheckpointFiles;
+use crate::error::{LoadError, TokenizerProblem};
 use crate::gguf::Gguf;
 use crate::source::{self, ReadProgress};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{EncodedText, Tokenizer};
 use std::path::Path;
 use std::sync::Arc;
-use trustformers_plan::{FusedOps, Limits, Plan, PlanError, Weight, WeightBytes, Weights};
+use trustformers_plan::{FusedOps, Limits, Plan, PlanError, Pooling, Weight, WeightBytes, Weights};
+
+/// What a model is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Task {
+    /// It continues texts: its plan uses the key/value cache and ends in logits.
+    Generate,
+    /// It turns texts into vectors: its plan has no cache, sees whole texts and answers one row for each.
+    Embed,
+}
+
+/// How an embedding model turns texts into vectors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EmbeddingFacts {
+    /// Values of a vector.
+    pub width: usize,
+    /// Tokens of the longest text, special tokens included; what is beyond is cut off.
+    pub max_tokens: usize,
+    /// How the rows of a text become one vector.
+    pub pooling: Pooling,
+    /// What an answer should say about the pooling, where the checkpoint does not configure it.
+    pub pooling_note: Option<String>,
+    /// Whether vectors have length one.
+    pub normalised: bool,
+}
 
 /// What a model's file says about it, for people, schedulers and APIs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelFacts {
+    /// What it is for.
+    pub task: Task,
     /// The architecture's name, such as `llama`.
     pub architecture: String,
     /// The name that the file carries, if any.
     pub name: Option<String>,
     /// How many weights it has.
     pub parameters: u64,
-    /// Longest sequence that it was made for, in tokens.
+    /// Longest sequence that it was made for, in tokens; of an embedding model, [`EmbeddingFacts::max_tokens`].
     pub context_tokens: usize,
     /// How many tokens its vocabulary has.
     pub vocabulary: usize,
@@ -28,8 +55,10 @@ pub struct ModelFacts {
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Size of its file in bytes.
+    /// Size of the file of its weights in bytes.
     pub file_bytes: u64,
+    /// How texts become vectors; only of a model that embeds.
+    pub embedding: Option<EmbeddingFacts>,
     /// The chat template that the file carries, if any, as the Jinja text that it is.
     pub chat_template: Option<String>,
 }
@@ -48,20 +77,37 @@ pub struct PlanRequest {
 /// A model that passed every check and can be run. Its weights are ranges of the mapped file.
 #[derive(Debug)]
 pub struct Model {
-    weights: Arc<Weights>,
-    tokenizer: Tokenizer,
-    facts: ModelFacts,
-    architecture: Box<dyn Architecture>,
+    pub(crate) weights: Arc<Weights>,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) facts: ModelFacts,
+    pub(crate) architecture: Box<dyn Architecture>,
+    /// Whether texts are lower-cased before the tokenizer sees them.
+    pub(crate) lowercase: bool,
 }
 
 impl Model {
-    /// Reads and checks a GGUF file. `progress` is told after each megabyte that was read.
+    /// Reads and checks a model: a GGUF file, or the folder of a checkpoint with all its files. `progress` is told after
+    /// each megabyte that was read.
     ///
     /// # Errors
     /// Whatever is wrong with the file, by name; [`LoadError::is_transient`] tells a failing storage from bad content.
     pub fn load(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Result<Self, LoadError> {
+        if path.is_dir() {
+            return Self::load_checkpoint(&CheckpointFiles::of_folder(path)?, progress);
+        }
         let file = source::open(path, progress)?;
         Self::from_bytes(path, file)
+    }
+
+    /// Reads and checks a checkpoint of which exactly these files may be read.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_checkpoint(
+        files: &CheckpointFiles,
+        progress: &mut dyn FnMut(ReadProgress),
+    ) -> Result<Self, LoadError> {
+        crate::encoder::load(files, progress)
     }
 
     /// Checks a GGUF file that is in memory already. `path` is only used in messages.
@@ -93,13 +139,13 @@ impl Model {
             .map_err(|problem| LoadError::Tokenizer { path: path.to_owned(), problem })?;
         let facts = facts(&gguf, architecture.sizes(), bytes.len()).map_err(wrong)?;
         check_vocabulary(&tokenizer, &facts).map_err(wrong)?;
-        let model = Self { weights: Arc::new(weights), tokenizer, facts, architecture };
+        let model = Self { weights: Arc::new(weights), tokenizer, facts, architecture, lowercase: false };
         model.check_plan().map_err(|problem| LoadError::Plan { path: path.to_owned(), problem })?;
         Ok(model)
     }
 
     /// Lowers the smallest plan, so that a model that cannot be written down is refused at load.
-    fn check_plan(&self) -> Result<(), PlanError> {
+    pub(crate) fn check_plan(&self) -> Result<(), PlanError> {
         let limits = Limits { rows: 1, sequences: 1, logits_rows: 1 };
         let context_tokens = self.facts.context_tokens;
         self.plan(&PlanRequest { context_tokens, limits, fused: FusedOps::default() }).map(|_| ())
@@ -111,6 +157,25 @@ impl Model {
     /// Limits that are zero or larger than memory.
     pub fn plan(&self, request: &PlanRequest) -> Result<Plan, PlanError> {
         self.architecture.plan(&self.weights, request)
+    }
+
+    /// The ids of a text as an embedding model reads it: special tokens around it, and cut where it is longer than
+    /// [`ModelFacts::context_tokens`].
+    ///
+    /// # Errors
+    /// The tokenizer library's own; none is known for valid UTF-8.
+    pub fn encode(&self, text: &str) -> Result<EncodedText, TokenizerProblem> {
+        let most = self.facts.context_tokens;
+        if self.lowercase {
+            self.tokenizer.encode_up_to(&text.to_lowercase(), most)
+        } else {
+            self.tokenizer.encode_up_to(text, most)
+        }
+    }
+
+    /// What the model is for.
+    pub fn task(&self) -> Task {
+        self.facts.task
     }
 
     /// The weights that plans name.
@@ -148,6 +213,7 @@ fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts,
     let meta = &gguf.metadata;
     let elements = |dims: &[usize]| dims.iter().map(|d| *d as u64).product::<u64>();
     Ok(ModelFacts {
+        task: Task::Generate,
         architecture: meta.string("general.architecture")?.to_owned(),
         name: meta.opt_string("general.name")?.map(str::to_owned),
         parameters: gguf.tensors.iter().map(|tensor| elements(&tensor.dims)).sum(),
@@ -157,6 +223,7 @@ fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts,
         kv_heads: sizes.kv_heads,
         head_dim: sizes.head_dim,
         file_bytes: file_bytes as u64,
+        embedding: None,
         chat_template: meta.opt_string("tokenizer.chat_template")?.map(str::to_owned),
     })
 }

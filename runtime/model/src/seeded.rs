@@ -1,4 +1,4 @@
-//! Small Llama models with random weights that depend on nothing but a seed.
+//! Small models with random weights that depend on nothing but a seed: Llamas as GGUF files, BERTs as checkpoints.
 //!
 //! Tests of the engine, the pod and the whole cluster need a model that loads in a millisecond and answers the same
 //! on every machine. It has the shape, the file format and the tokenizer of a real one (byte-level, so every text can
@@ -9,7 +9,10 @@
 //! output function on `start + (i + 1) * 0x9E3779B97F4A7C15`; norm weights are 1. Quantised tensors are rounded from
 //! these values block by block.
 
+mod encoder;
 mod store;
+
+pub use encoder::SeededEncoder;
 
 use crate::gguf::{GgufValue, GgufWriter};
 use crate::tokenizer::byte_chars;

@@ -1,4 +1,9 @@
-//! The tokenizer that a GGUF file carries: byte-level BPE, built from the file's own vocabulary and merges.
+//! Tokenizers. The one that a GGUF file carries is byte-level BPE, built here from the file's own vocabulary and
+//! merges; that of a checkpoint is read from its `tokenizer.json`.
+
+mod json;
+
+pub use json::EncodedText;
 
 use crate::detokenizer::Detokenizer;
 use crate::error::TokenizerProblem;
@@ -29,6 +34,8 @@ pub struct Tokenizer {
     bytes: TokenBytes,
     begin: Option<u32>,
     eos: Vec<u32>,
+    /// Whether the library's template puts special tokens around a text.
+    templated: bool,
 }
 
 impl fmt::Debug for Tokenizer {
@@ -85,11 +92,11 @@ impl Tokenizer {
             .flatten()
             .collect();
         eos.dedup();
-        Ok(Self { library, bytes: TokenBytes::new(&tokens, &types), begin, eos })
+        Ok(Self { library, bytes: TokenBytes::new(&tokens, &types), begin, eos, templated: false })
     }
 
-    /// The ids of a text. Special tokens spelled in it are recognised; a begin token comes first only where the
-    /// model's file asks for one. A byte that the vocabulary has no token for is left out, as the implementations do
+    /// The ids of a text. Special tokens spelled in it are recognised; a begin token, or those of a template, come around
+    /// it only where the model's file asks for them. A byte that the vocabulary has no token for is left out, as the implementations do
     /// that models are trained with; SmolLM2 lacks six control characters and the bytes of unassigned planes.
     ///
     /// # Errors
@@ -97,7 +104,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerProblem> {
         let encoding = self
             .library
-            .encode_fast(text, false)
+            .encode_fast(text, self.templated)
             .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
         Ok(self.begin.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }

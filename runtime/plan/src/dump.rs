@@ -59,6 +59,7 @@ fn operands(plan: &Plan, op: &Op) -> String {
             let pooling = match pooling {
                 Pooling::Mean => "mean",
                 Pooling::First => "first",
+                Pooling::Max => "max",
             };
             format!("{pooling} {}{}", buf(*input), if *normalise { " normalised" } else { "" })
         }

@@ -75,6 +75,8 @@ pub enum Pooling {
     Mean,
     /// The first (BERT's `[CLS]`).
     First,
+    /// The largest of each column.
+    Max,
 }
 
 /// One matrix of a projection.

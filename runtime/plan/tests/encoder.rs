@@ -105,7 +105,7 @@ fn the_dump_is_stable_plain_and_fused() {
 #[test]
 fn fused_plain_alone_and_batched_give_the_same_bits() {
     let (a, b): (Vec<u32>, Vec<u32>) = ((0..24).map(|i| i * 7 % 48).collect(), vec![3, 1, 4]);
-    for pooling in [Pooling::Mean, Pooling::First] {
+    for pooling in [Pooling::Mean, Pooling::First, Pooling::Max] {
         let both = run(&FusedOps::ALL, pooling, true, &[&b, &a]);
         assert_eq!(both, run(&FusedOps::NONE, pooling, true, &[&b, &a]));
         assert_eq!(both[1], run(&FusedOps::NONE, pooling, true, &[&a])[0]);
@@ -135,7 +135,15 @@ fn pooling_is_what_it_says() {
     // Of one token, mean and first are the same; of several they are not.
     let one = |pooling| run(&FusedOps::NONE, pooling, false, &[&tokens[..1]]);
     assert_eq!(one(Pooling::Mean), one(Pooling::First));
-    assert_ne!(raw, run(&FusedOps::NONE, Pooling::First, false, &[tokens]));
+    assert_eq!(one(Pooling::Mean), one(Pooling::Max));
+    let first = run(&FusedOps::NONE, Pooling::First, false, &[tokens]);
+    assert_ne!(raw, first);
+    // The largest of each column is nowhere below the mean or the first.
+    let most = run(&FusedOps::NONE, Pooling::Max, false, &[tokens]);
+    for (most, (mean, first)) in most[0].iter().zip(raw[0].iter().zip(&first[0])) {
+        assert!(most >= mean && most >= first);
+    }
+    assert!(most != raw && most != first);
 }
 
 #[test]

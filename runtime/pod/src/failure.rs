@@ -50,7 +50,9 @@ impl From<LoadError> for Failure {
                 | GgufProblem::UnsupportedType { .. } => "UnsupportedModel",
                 _ => "MalformedModel",
             },
-            LoadError::Architecture { .. }
+            LoadError::Checkpoint { problem, .. } if !problem.is_unsupported() => "MalformedModel",
+            LoadError::Checkpoint { .. }
+            | LoadError::Architecture { .. }
             | LoadError::Plan { .. }
             | LoadError::Tokenizer { problem: TokenizerProblem::Unsupported { .. }, .. } => {
                 "UnsupportedModel"

@@ -86,7 +86,7 @@ impl Step<'_> {
         let mut pooled = [0.0f64; POOL_COLS];
         for sequence in self.my_share(self.input.sequences(), me) {
             let rows = match pooling {
-                Pooling::Mean => self.input.rows_of(sequence),
+                Pooling::Mean | Pooling::Max => self.input.rows_of(sequence),
                 Pooling::First => self.input.rows_of(sequence).take(1).fold(0..0, |_, row| row..row + 1),
             };
             // SAFETY: see the module above; the sequence's row is this thread's.
@@ -94,16 +94,21 @@ impl Step<'_> {
             let mut squares = 0.0f64;
             for (i, out) in out.chunks_mut(POOL_COLS).enumerate() {
                 let sums = &mut pooled[..out.len()];
-                sums.fill(0.0);
+                sums.fill(if pooling == Pooling::Max { f64::NEG_INFINITY } else { 0.0 });
                 for row in rows.clone() {
                     // SAFETY: as above; nobody writes the input during this op.
                     let row = unsafe {
                         std::slice::from_raw_parts(self.at(input, row).add(i * POOL_COLS), out.len())
                     };
-                    sums.iter_mut().zip(row).for_each(|(sum, v)| *sum += f64::from(*v));
+                    let values = sums.iter_mut().zip(row);
+                    match pooling {
+                        Pooling::Max => values.for_each(|(most, v)| *most = most.max(f64::from(*v))),
+                        Pooling::Mean | Pooling::First => values.for_each(|(sum, v)| *sum += f64::from(*v)),
+                    }
                 }
+                let share = if pooling == Pooling::Max { 1.0 } else { rows.len() as f64 };
                 for (out, sum) in out.iter_mut().zip(sums) {
-                    *out = (*sum / rows.len() as f64) as f32;
+                    *out = (*sum / share) as f32;
                     squares += f64::from(*out) * f64::from(*out);
                 }
             }

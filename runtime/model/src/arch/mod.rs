@@ -1,6 +1,7 @@
 //! The architectures that can be served: a name in a file leads to a checked description, which can write itself down
 //! as a plan.
 
+pub(crate) mod bert;
 mod llama;
 mod tensors;
 
@@ -8,6 +9,7 @@ use crate::gguf::{GgufProblem, Metadata};
 use crate::model::PlanRequest;
 use std::fmt;
 use tensors::TensorFinder;
+pub use tensors::TensorProblem;
 use trustformers_plan::{Plan, PlanError, Weights};
 
 /// A model of some architecture whose sizes and tensors have been checked.
@@ -31,10 +33,10 @@ pub(crate) struct ArchSizes {
 
 type Resolve = fn(&Metadata, &mut TensorFinder<'_>) -> Result<Box<dyn Architecture>, GgufProblem>;
 
-/// Every architecture by the name in `general.architecture`.
+/// Every architecture of GGUF files by the name in `general.architecture`.
 const ARCHITECTURES: &[(&str, Resolve)] = &[("llama", llama::resolve)];
 
-/// The names of all architectures, for messages.
+/// The names of all architectures of GGUF files, for messages.
 pub(crate) fn supported() -> String {
     ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }

@@ -1,7 +1,17 @@
 //! Finding an architecture's tensors by name and shape, and noticing those that it has no use for.
 
-use crate::gguf::GgufProblem;
+use thiserror::Error;
 use trustformers_plan::{DType, WeightId, Weights};
+
+/// A tensor that an architecture cannot work with.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("tensor {name}: {why}")]
+pub struct TensorProblem {
+    /// The tensor.
+    pub name: String,
+    /// What is wrong and what to do.
+    pub why: String,
+}
 
 /// Looks tensors up and remembers which were.
 pub(crate) struct TensorFinder<'a> {
@@ -15,8 +25,8 @@ impl<'a> TensorFinder<'a> {
     }
 
     /// A matrix of `rows` by `cols` that must be there.
-    pub(super) fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<WeightId, GgufProblem> {
-        self.optional_matrix(name, rows, cols)?.ok_or_else(|| GgufProblem::Tensor {
+    pub(super) fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<WeightId, TensorProblem> {
+        self.optional_matrix(name, rows, cols)?.ok_or_else(|| TensorProblem {
             name: name.to_owned(),
             why: format!(
                 "it is missing ({rows} x {cols} was expected); the file is incomplete: convert it again"
@@ -30,7 +40,7 @@ impl<'a> TensorFinder<'a> {
         name: &str,
         rows: usize,
         cols: usize,
-    ) -> Result<Option<WeightId>, GgufProblem> {
+    ) -> Result<Option<WeightId>, TensorProblem> {
         let Some(id) = self.weights.find(name) else { return Ok(None) };
         let weight = self.weights.get(id);
         if (weight.rows(), weight.cols()) != (rows, cols) {
@@ -39,20 +49,22 @@ impl<'a> TensorFinder<'a> {
                 weight.rows(),
                 weight.cols()
             );
-            return Err(GgufProblem::Tensor { name: name.to_owned(), why });
+            return Err(TensorProblem { name: name.to_owned(), why });
         }
         self.used[id.index()] = true;
         Ok(Some(id))
     }
 
     /// A vector of `len` plain floats that must be there.
-    pub(super) fn vector(&mut self, name: &str, len: usize) -> Result<WeightId, GgufProblem> {
+    pub(super) fn vector(&mut self, name: &str, len: usize) -> Result<WeightId, TensorProblem> {
         let id = self.matrix(name, 1, len)?;
         match self.weights.get(id).dtype() {
-            DType::F32 => Ok(id),
-            other => Err(GgufProblem::Tensor {
+            DType::F32 | DType::F16 | DType::BF16 => Ok(id),
+            other => Err(TensorProblem {
                 name: name.to_owned(),
-                why: format!("it is stored as {other}; norm weights must be F32: convert the model again"),
+                why: format!(
+                    "it is stored as {other}; norms and biases must be plain floats: convert the model again"
+                ),
             }),
         }
     }
@@ -63,10 +75,10 @@ impl<'a> TensorFinder<'a> {
     }
 
     /// Refuses a file with tensors that nothing asked for.
-    pub(super) fn all_used(&self, architecture: &str) -> Result<(), GgufProblem> {
+    pub(super) fn all_used(&self, architecture: &str) -> Result<(), TensorProblem> {
         match self.weights.iter().find(|(id, _)| !self.used[id.index()]) {
             None => Ok(()),
-            Some((_, weight)) => Err(GgufProblem::Tensor {
+            Some((_, weight)) => Err(TensorProblem {
                 name: weight.name().to_owned(),
                 why: format!(
                     "it is not part of the {architecture} architecture as it is supported here; without it the \

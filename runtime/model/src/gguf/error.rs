@@ -1,6 +1,7 @@
 //! What can be wrong with a GGUF file, in words that name the place and the next step.
 
 use super::ValueType;
+use crate::arch::TensorProblem;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -125,7 +126,8 @@ pub enum GgufProblem {
     },
     /// A tensor stored in a way that is not supported.
     #[error(
-        "tensor {name} is stored as {dtype}, which is not supported; use a file with F32, F16, Q8_0 or Q4_1 tensors"
+        "tensor {name} is stored as {dtype}, which is not supported; use a file with F32, F16, BF16, Q8_0, Q4_0, \
+         Q4_1, Q5_0, Q4_K, Q5_K or Q6_K tensors"
     )]
     UnsupportedType {
         /// The tensor.
@@ -133,6 +135,12 @@ pub enum GgufProblem {
         /// The type's name, or its number where it has none.
         dtype: String,
     },
+}
+
+impl From<TensorProblem> for GgufProblem {
+    fn from(TensorProblem { name, why }: TensorProblem) -> Self {
+        Self::Tensor { name, why }
+    }
 }
 
 impl GgufProblem {

@@ -84,6 +84,11 @@ impl Step<'_> {
                     let sum = |c: usize| rows.clone().map(|r| f64::from(self.row(input, r)[c])).sum::<f64>();
                     (0..out.cols).map(|c| sum(c) / rows.len() as f64).collect()
                 }
+                Pooling::Max => {
+                    let column = |c: usize| rows.clone().map(move |r| (r, c));
+                    let value = |(r, c): (usize, usize)| f64::from(self.row(input, r)[c]);
+                    (0..out.cols).map(|c| column(c).map(value).fold(f64::NEG_INFINITY, f64::max)).collect()
+                }
             };
             if normalise {
                 let length = pooled.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-12);

@@ -1,0 +1,217 @@
+//! BERT as an encoder of texts: words, positions and one token type are added and normed; blocks of attention that
+//! sees the whole text and of a GELU feed-forward follow, each normed after its residual; a text's rows are pooled
+//! into one vector.
+
+use super::tensors::{TensorFinder, TensorProblem};
+use super::{ArchSizes, Architecture};
+use crate::checkpoint::{BertConfig, StoredTensors};
+use crate::model::PlanRequest;
+use std::sync::Arc;
+use trustformers_plan::{Hyper, Plan, PlanBuilder, PlanError, Pooling, Value, Weight, WeightId, Weights};
+
+/// What names begin with where the encoder is a part of a larger class.
+const PREFIX: &str = "bert.";
+
+/// Tensors that give no embedding: a buffer of numbers 0, 1, 2, ..., the pooler and the heads of pre-training.
+const UNUSED: [&str; 4] = ["embeddings.position_ids", "pooler.", "cls.", "bert.pooler."];
+
+/// The table of token types. Texts come one at a time, so all tokens have type 0, and only that row is kept.
+const TYPES: &str = "embeddings.token_type_embeddings.weight";
+
+/// How an encoder's rows become its answer, and how long its texts may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) pooling: Pooling,
+    pub(crate) normalise: bool,
+    /// At most the table's positions.
+    pub(crate) max_tokens: usize,
+}
+
+/// A checked BERT.
+#[derive(Debug)]
+struct Bert {
+    hyper: Hyper,
+    eps: f32,
+    head: Head,
+    words: WeightId,
+    positions: WeightId,
+    types: WeightId,
+    norm: Affine,
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    query: Affine,
+    key: Affine,
+    value: Affine,
+    attention_output: Affine,
+    attention_norm: Affine,
+    up: Affine,
+    down: Affine,
+    output_norm: Affine,
+}
+
+/// A projection or a norm with its bias.
+#[derive(Debug, Clone, Copy)]
+struct Affine {
+    weight: WeightId,
+    bias: WeightId,
+}
+
+/// Weights of a BERT under the names of a plain `BertModel`.
+pub(crate) fn weights(config: &BertConfig, stored: &StoredTensors) -> Result<Weights, TensorProblem> {
+    let mut weights = Weights::new();
+    for (name, tensor) in &stored.tensors {
+        if UNUSED.iter().any(|unused| name.starts_with(unused)) {
+            continue;
+        }
+        let wrong = |why: String| TensorProblem { name: name.clone(), why };
+        let Some(dtype) = tensor.dtype else {
+            let why = format!("it is stored as {}; F32, F16 and BF16 are supported", tensor.stored_as);
+            return Err(wrong(why));
+        };
+        let plain = plain_name(name);
+        let (mut matrix, mut range) = (tensor.matrix, tensor.range.clone());
+        if plain == TYPES {
+            if matrix != (config.type_vocab_size, config.hidden_size) {
+                let (rows, cols) = (config.type_vocab_size, config.hidden_size);
+                let why = format!(
+                    "it is {} x {}, config.json asks for {rows} x {cols}; download the model again",
+                    matrix.0, matrix.1
+                );
+                return Err(wrong(why));
+            }
+            range.end = range.start + range.len() / matrix.0;
+            matrix.0 = 1;
+        }
+        let weight = Weight::new(plain, dtype, matrix, Arc::clone(&stored.source), range);
+        let pushed = weight.and_then(|weight| weights.push(weight));
+        pushed.map_err(|problem| wrong(problem.to_string()))?;
+    }
+    Ok(weights)
+}
+
+/// The name without the prefix, and with today's names of a norm's parts: the first BERTs have `gamma` and `beta`.
+fn plain_name(name: &str) -> String {
+    let name = name.strip_prefix(PREFIX).unwrap_or(name);
+    match name.rsplit_once('.') {
+        Some((norm, "gamma")) => format!("{norm}.weight"),
+        Some((norm, "beta")) => format!("{norm}.bias"),
+        _ => name.to_owned(),
+    }
+}
+
+/// Finds every tensor of the encoder that `config`, which was checked, describes.
+pub(crate) fn resolve(
+    config: &BertConfig,
+    head: Head,
+    weights: &Weights,
+) -> Result<Box<dyn Architecture>, TensorProblem> {
+    let mut tensors = TensorFinder::new(weights);
+    let width = config.hidden_size;
+    let heads = config.num_attention_heads;
+    let hyper = Hyper {
+        width,
+        layers: config.num_hidden_layers,
+        heads,
+        kv_heads: heads,
+        head_dim: width / heads,
+        vocab: config.vocab_size,
+        context: head.max_tokens,
+    };
+    let words = tensors.matrix("embeddings.word_embeddings.weight", config.vocab_size, width)?;
+    let positions =
+        tensors.matrix("embeddings.position_embeddings.weight", config.max_position_embeddings, width)?;
+    let types = tensors.matrix(TYPES, 1, width)?;
+    let norm = norm(&mut tensors, "embeddings.LayerNorm", width)?;
+    // Layers are pushed one by one, so a claimed count is met by a missing tensor before it costs memory.
+    let mut layers = Vec::new();
+    for index in 0..hyper.layers {
+        layers.push(layer(index, config, &mut tensors)?);
+    }
+    tensors.all_used("bert")?;
+    Ok(Box::new(Bert { hyper, eps: config.layer_norm_eps, head, words, positions, types, norm, layers }))
+}
+
+fn norm(tensors: &mut TensorFinder<'_>, name: &str, width: usize) -> Result<Affine, TensorProblem> {
+    Ok(Affine {
+        weight: tensors.vector(&format!("{name}.weight"), width)?,
+        bias: tensors.vector(&format!("{name}.bias"), width)?,
+    })
+}
+
+fn layer(index: usize, config: &BertConfig, tensors: &mut TensorFinder<'_>) -> Result<Layer, TensorProblem> {
+    let (width, inner) = (config.hidden_size, config.intermediate_size);
+    let name = |part: &str| format!("encoder.layer.{index}.{part}");
+    let mut dense = |part: &str, rows: usize, cols: usize| -> Result<Affine, TensorProblem> {
+        Ok(Affine {
+            weight: tensors.matrix(&name(&format!("{part}.weight")), rows, cols)?,
+            bias: tensors.vector(&name(&format!("{part}.bias")), rows)?,
+        })
+    };
+    let query = dense("attention.self.query", width, width)?;
+    let key = dense("attention.self.key", width, width)?;
+    let value = dense("attention.self.value", width, width)?;
+    let attention_output = dense("attention.output.dense", width, width)?;
+    let up = dense("intermediate.dense", inner, width)?;
+    let down = dense("output.dense", width, inner)?;
+    let attention_norm = norm(tensors, &name("attention.output.LayerNorm"), width)?;
+    let output_norm = norm(tensors, &name("output.LayerNorm"), width)?;
+    Ok(Layer { query, key, value, attention_output, attention_norm, up, down, output_norm })
+}
+
+impl Architecture for Bert {
+    fn sizes(&self) -> ArchSizes {
+        let Hyper { context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
+        ArchSizes { context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
+    }
+
+    fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError> {
+        let hyper = Hyper { context: request.context_tokens.min(self.hyper.context), ..self.hyper };
+        let mut plan = PlanBuilder::new(weights, hyper, request.limits);
+        let words = plan.embed(self.words);
+        let positions = plan.embed_positions(self.positions);
+        let sum = plan.add(words, positions);
+        let sum = plan.add_row(sum, self.types);
+        let mut stream = plan.layer_norm(sum, self.norm.weight, self.norm.bias, self.eps);
+        for layer in &self.layers {
+            let attended = self.attention(&mut plan, stream, layer);
+            let sum = plan.add(attended, stream);
+            let normed = self.norm(&mut plan, sum, layer.attention_norm);
+            let fed = feed_forward(&mut plan, normed, layer);
+            let sum = plan.add(fed, normed);
+            stream = self.norm(&mut plan, sum, layer.output_norm);
+        }
+        plan.pool(stream, self.head.pooling, self.head.normalise);
+        plan.finish(&request.fused)
+    }
+}
+
+impl Bert {
+    fn attention(&self, plan: &mut PlanBuilder<'_>, stream: Value, layer: &Layer) -> Value {
+        let query = dense(plan, stream, layer.query);
+        let key = dense(plan, stream, layer.key);
+        let value = dense(plan, stream, layer.value);
+        let mixed = plan.encoder_attention(query, key, value, 1.0 / (self.hyper.head_dim as f32).sqrt());
+        dense(plan, mixed, layer.attention_output)
+    }
+
+    fn norm(&self, plan: &mut PlanBuilder<'_>, input: Value, norm: Affine) -> Value {
+        plan.layer_norm(input, norm.weight, norm.bias, self.eps)
+    }
+}
+
+fn feed_forward(plan: &mut PlanBuilder<'_>, input: Value, layer: &Layer) -> Value {
+    let up = dense(plan, input, layer.up);
+    let up = plan.gelu(up);
+    dense(plan, up, layer.down)
+}
+
+fn dense(plan: &mut PlanBuilder<'_>, input: Value, by: Affine) -> Value {
+    let product = plan.matmul(input, by.weight);
+    plan.add_row(product, by.bias)
+}
+
+#[cfg(test)]
+mod tests;

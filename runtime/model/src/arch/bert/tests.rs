@@ -1,0 +1,181 @@
+//! Tiny checkpoints through the loader: what is read, what is refused, and the plan that comes out.
+
+use crate::seeded::SeededEncoder;
+use crate::{CheckpointFiles, Model, PlanRequest, Task};
+use std::path::Path;
+use trustformers_plan::{DType, FusedOps, Limits, Pooling};
+
+const TINY: SeededEncoder = SeededEncoder {
+    seed: 7,
+    layers: 1,
+    heads: 2,
+    head_dim: 4,
+    feed_forward: 16,
+    positions: 24,
+    max_tokens: Some(16),
+    pooling: Some(Pooling::Mean),
+    normalised: true,
+    dtype: DType::F32,
+};
+
+/// Writes the checkpoint, lets `change` at its folder, and loads it.
+fn load(encoder: SeededEncoder, change: impl Fn(&Path)) -> Result<Model, String> {
+    let folder = tempfile::tempdir().unwrap();
+    encoder.write(folder.path()).unwrap();
+    change(folder.path());
+    Model::load(folder.path(), &mut |_| {}).map_err(|error| {
+        assert!(!error.is_transient(), "{error}");
+        error.to_string().replace(&format!("{}/", folder.path().display()), "")
+    })
+}
+
+fn dump(fused: FusedOps) -> String {
+    let limits = Limits { rows: 8, sequences: 2, logits_rows: 0 };
+    let model = load(TINY, |_| {}).unwrap();
+    model.plan(&PlanRequest { context_tokens: 12, limits, fused }).unwrap().dump()
+}
+
+#[test]
+fn the_plan_of_a_tiny_model() {
+    insta::assert_snapshot!("tiny_bert", dump(FusedOps::NONE));
+    insta::assert_snapshot!("tiny_bert_fused", dump(FusedOps::ALL));
+}
+
+#[test]
+fn facts_say_what_it_embeds_and_how() {
+    let model = load(TINY, |_| {}).unwrap();
+    let facts = model.facts();
+    assert_eq!((model.task(), facts.architecture.as_str(), facts.context_tokens), (Task::Embed, "bert", 16));
+    let embedding = facts.embedding.as_ref().unwrap();
+    assert_eq!((embedding.width, embedding.max_tokens), (8, 16));
+    assert_eq!((embedding.pooling, embedding.normalised), (Pooling::Mean, true));
+    assert_eq!(embedding.pooling_note, None);
+    let vocabulary = facts.vocabulary as u64;
+    let (dense, inner) = (8 * 8 + 8, 8 * 16);
+    let layer = 4 * dense + 2 * inner + 16 + 8 + 2 * 16;
+    assert_eq!(facts.parameters, vocabulary * 8 + 24 * 8 + 8 + 16 + layer);
+    let text = "the cat ".repeat(20);
+    let encoded = model.encode(&text).unwrap();
+    assert_eq!((encoded.ids.len(), encoded.cut), (16, true));
+}
+
+#[test]
+fn poolings_and_their_absence_are_read() {
+    for pooling in [Pooling::Mean, Pooling::First, Pooling::Max] {
+        let encoder = SeededEncoder { pooling: Some(pooling), normalised: false, ..TINY };
+        let facts = load(encoder, |_| {}).unwrap().facts().clone();
+        let embedding = facts.embedding.unwrap();
+        assert_eq!((embedding.pooling, embedding.normalised), (pooling, false));
+    }
+    let plain = SeededEncoder { pooling: None, max_tokens: None, ..TINY };
+    let embedding = load(plain, |_| {}).unwrap().facts().embedding.clone().unwrap();
+    assert_eq!((embedding.pooling, embedding.normalised, embedding.max_tokens), (Pooling::Mean, false, 24));
+    assert!(embedding.pooling_note.unwrap().contains("the mean over the text's tokens is used"));
+}
+
+#[test]
+fn half_precision_loads() {
+    for dtype in [DType::F16, DType::BF16] {
+        let model = load(SeededEncoder { dtype, ..TINY }, |_| {}).unwrap();
+        assert!(model.weights().iter().all(|(_, weight)| weight.dtype() == dtype));
+    }
+}
+
+/// Changes one key of a JSON file.
+fn set(folder: &Path, file: &str, key: &str, value: serde_json::Value) {
+    let path = folder.join(file);
+    let mut content: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    content[key] = value;
+    std::fs::write(path, content.to_string()).unwrap();
+}
+
+#[test]
+fn behaviour_that_is_not_built_is_refused_by_its_key() {
+    let cases: [(&str, serde_json::Value, &str); 11] = [
+        ("model_type", "distilbert".into(), "config.json: architecture \"distilbert\" is not supported"),
+        ("architectures", serde_json::json!(["BertForSequenceClassification"]), "key architectures is"),
+        (
+            "hidden_act",
+            "relu".into(),
+            "key hidden_act is \"relu\", which is not supported; supported: \"gelu\"",
+        ),
+        ("position_embedding_type", "relative_key".into(), "key position_embedding_type is \"relative_key\""),
+        ("is_decoder", true.into(), "key is_decoder is true"),
+        ("add_cross_attention", true.into(), "key add_cross_attention is true"),
+        ("num_attention_heads", 3.into(), "key num_attention_heads: 3 does not divide the 8 of hidden_size"),
+        ("num_hidden_layers", 0.into(), "key num_hidden_layers: 0 is not between 1"),
+        ("num_hidden_layers", 2.into(), "tensor encoder.layer.1.attention.self.query.weight: it is missing"),
+        ("vocab_size", 5.into(), "key model.vocab: ids up to"),
+        ("type_vocab_size", 1.into(), "tensor embeddings.token_type_embeddings.weight: it is 2 x 8"),
+    ];
+    for (key, value, expected) in cases {
+        let error = load(TINY, |folder| set(folder, "config.json", key, value.clone())).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+    let positions = load(TINY, |folder| set(folder, "sentence_bert_config.json", "max_seq_length", 2.into()));
+    assert!(positions.unwrap_err().contains("a text may have 2 tokens"));
+}
+
+#[test]
+fn poolings_that_are_not_built_are_refused() {
+    let cases = [
+        ("pooling_mode_mean_tokens", false, "key pooling_mode is \"none\""),
+        ("pooling_mode_cls_token", true, "key pooling_mode is cls and mean"),
+    ];
+    for (key, value, expected) in cases {
+        let error = load(TINY, |folder| set(folder, "1_Pooling/config.json", key, value.into())).unwrap_err();
+        assert!(error.starts_with("1_Pooling/config.json: ") && error.contains(expected), "{error}");
+    }
+    let last = load(TINY, |folder| {
+        set(folder, "1_Pooling/config.json", "pooling_mode_mean_tokens", false.into());
+        set(folder, "1_Pooling/config.json", "pooling_mode_lasttoken", true.into());
+    });
+    assert!(last.unwrap_err().contains("key pooling_mode is \"lasttoken\""));
+    let dense = load(TINY, |folder| {
+        let modules = std::fs::read_to_string(folder.join("modules.json")).unwrap();
+        std::fs::write(folder.join("modules.json"), modules.replace("Normalize", "Dense")).unwrap();
+    });
+    assert!(dense.unwrap_err().contains("key type is Dense at place 2, which is not supported"));
+}
+
+#[test]
+fn names_of_larger_classes_and_of_the_first_berts_are_known() {
+    let plain = load(TINY, |_| {}).unwrap();
+    let renamed = load(TINY, |folder| {
+        let path = folder.join("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let other = |name: String| {
+            let name = name.replace("LayerNorm.weight", "LayerNorm.gamma");
+            format!("bert.{}", name.replace("LayerNorm.bias", "LayerNorm.beta"))
+        };
+        let head = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2], &[0; 8]).unwrap();
+        let tensors = file.tensors().into_iter().map(|(name, view)| (other(name), view));
+        let tensors = tensors.chain([("cls.predictions.bias".to_owned(), head)]);
+        let changed = safetensors::serialize(tensors, None).unwrap();
+        std::fs::write(path, changed).unwrap();
+    })
+    .unwrap();
+    let names = |model: &Model| -> Vec<String> {
+        let mut names: Vec<String> = model.weights().iter().map(|(_, w)| w.name().to_owned()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&plain), names(&renamed));
+}
+
+#[test]
+fn only_files_that_were_picked_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    TINY.write(folder.path()).unwrap();
+    let pick = |names: &[&str]| {
+        let files = names.iter().map(|name| ((*name).to_owned(), folder.path().join(name)));
+        Model::load_checkpoint(&CheckpointFiles::new(folder.path(), files), &mut |_| {})
+    };
+    let bare = pick(&["config.json", "model.safetensors", "tokenizer.json"]).unwrap();
+    assert!(bare.facts().embedding.as_ref().unwrap().pooling_note.is_some());
+    let error = pick(&["config.json", "model.safetensors"]).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json: it is missing"), "{error}");
+    let error = pick(&["config.json", "model.safetensors", "tokenizer.json", "modules.json"]).unwrap_err();
+    assert!(error.to_string().contains("1_Pooling/config.json: it is missing"), "{error}");
+}

@@ -1,0 +1,192 @@
+//! Checkpoints: folders of `config.json`, `model.safetensors` and `tokenizer.json`, as model hubs hold them, with
+//! sentence-transformers' files beside them where the model gives embeddings.
+//!
+//! All of it comes from outside. The safetensors library checks every offset against the file before a tensor is
+//! seen; a JSON key that changes what a model computes and is not honoured here is refused by name.
+
+mod config;
+mod error;
+mod sentence;
+
+pub use error::CheckpointProblem;
+
+pub(crate) use config::BertConfig;
+pub(crate) use sentence::Sentence;
+
+use crate::error::LoadError;
+use crate::source::{self, ReadProgress};
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensors};
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use trustformers_plan::{DType, WeightBytes};
+
+/// Sizes, architecture and behaviour of the transformer.
+pub(crate) const CONFIG: &str = "config.json";
+/// The weights.
+pub(crate) const WEIGHTS: &str = "model.safetensors";
+/// The tokenizer, as the tokenizers library writes it.
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+
+/// Bytes before a safetensors header: its length as an integer of 64 bits.
+const HEADER_LENGTH_BYTES: usize = 8;
+
+/// Folders within a checkpoint's folder that are looked into: sentence-transformers keeps one per module.
+const FOLDER_DEPTH: usize = 2;
+
+/// The files of a checkpoint by their path below its folder, with `/` between the parts. What is not in the map is not
+/// there, whatever the folder holds: a caller that picked and pinned files decides what is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointFiles {
+    folder: PathBuf,
+    files: BTreeMap<String, PathBuf>,
+}
+
+impl CheckpointFiles {
+    /// These files of a folder. The folder is for messages about a file that is missing.
+    pub fn new(folder: impl Into<PathBuf>, files: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
+        Self { folder: folder.into(), files: files.into_iter().collect() }
+    }
+
+    /// Every file of a folder and of the folders in it.
+    ///
+    /// # Errors
+    /// A folder that cannot be read.
+    pub fn of_folder(folder: &Path) -> Result<Self, LoadError> {
+        let mut files = BTreeMap::new();
+        let mut folders = vec![(folder.to_owned(), String::new(), FOLDER_DEPTH)];
+        while let Some((path, prefix, depth)) = folders.pop() {
+            let io = |source| LoadError::Io { path: path.clone(), action: "read", source };
+            for entry in std::fs::read_dir(&path).map_err(io)? {
+                let entry = entry.map_err(io)?;
+                // A name that is not text is none that is looked for.
+                let Some(name) = entry.file_name().to_str().map(|name| format!("{prefix}{name}")) else {
+                    continue;
+                };
+                let path = entry.path();
+                if path.is_file() {
+                    files.insert(name, path);
+                } else if path.is_dir() && depth > 1 {
+                    folders.push((path, format!("{name}/"), depth - 1));
+                }
+            }
+        }
+        Ok(Self { folder: folder.to_owned(), files })
+    }
+
+    /// Where a file is, or the place where it should be.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.files.get(name).cloned().unwrap_or_else(|| self.folder.join(name))
+    }
+
+    /// A problem in the file `name`.
+    pub(crate) fn wrong(&self, name: &str, problem: impl Into<CheckpointProblem>) -> LoadError {
+        LoadError::Checkpoint { path: self.path(name), problem: problem.into() }
+    }
+
+    /// The bytes of a file that must be there.
+    pub(crate) fn bytes(&self, name: &'static str) -> Result<Vec<u8>, LoadError> {
+        let path = self.files.get(name).ok_or_else(|| self.wrong(name, CheckpointProblem::Missing))?;
+        std::fs::read(path).map_err(|source| LoadError::Io { path: path.clone(), action: "read", source })
+    }
+
+    /// The content of a JSON file that must be there.
+    pub(crate) fn json<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, LoadError> {
+        serde_json::from_slice(&self.bytes(name)?)
+            .map_err(|error| self.wrong(name, CheckpointProblem::Json(error.to_string())))
+    }
+
+    /// The content of a JSON file that may be missing.
+    pub(crate) fn optional_json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, LoadError> {
+        let Some(path) = self.files.get(name) else { return Ok(None) };
+        let bytes = std::fs::read(path).map_err(|source| LoadError::Io {
+            path: path.clone(),
+            action: "read",
+            source,
+        })?;
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| self.wrong(name, CheckpointProblem::Json(error.to_string())))
+    }
+
+    /// The weights, mapped, and where each tensor lies in them.
+    pub(crate) fn tensors(&self, progress: &mut dyn FnMut(ReadProgress)) -> Result<StoredTensors, LoadError> {
+        let path = self.files.get(WEIGHTS).ok_or_else(|| self.wrong(WEIGHTS, self.no_weights()))?;
+        let source = source::open(path, progress)?;
+        StoredTensors::parse(source).map_err(|problem| self.wrong(WEIGHTS, problem))
+    }
+
+    fn no_weights(&self) -> CheckpointProblem {
+        let other = self.files.keys().find(|name| {
+            name.starts_with("model-")
+                || ["pytorch_model.bin", "model.safetensors.index.json"].contains(&name.as_str())
+        });
+        match other {
+            Some(found) => CheckpointProblem::OtherWeights { found: found.clone() },
+            None => CheckpointProblem::Missing,
+        }
+    }
+}
+
+/// A file of tensors: each one's place was checked against the file.
+pub(crate) struct StoredTensors {
+    pub(crate) source: WeightBytes,
+    pub(crate) tensors: BTreeMap<String, StoredTensor>,
+}
+
+/// One tensor of a safetensors file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StoredTensor {
+    /// How it is stored; `None` where that is no type of a weight.
+    pub(crate) dtype: Option<DType>,
+    /// The type's name in the file.
+    pub(crate) stored_as: String,
+    /// Rows and columns: all dimensions but the last are rows, a vector has one.
+    pub(crate) matrix: (usize, usize),
+    /// The bytes within the file.
+    pub(crate) range: Range<usize>,
+}
+
+impl StoredTensors {
+    fn parse(source: WeightBytes) -> Result<Self, CheckpointProblem> {
+        let bytes: &[u8] = (*source).as_ref();
+        let (header_bytes, metadata) = SafeTensors::read_metadata(bytes)
+            .map_err(|error| CheckpointProblem::Safetensors(error.to_string()))?;
+        // Both fit: the library has found the header, and after it all data, within the file.
+        let data = HEADER_LENGTH_BYTES + header_bytes;
+        let tensors = tensors(&metadata, data);
+        Ok(Self { source, tensors })
+    }
+
+    /// Size of the file in bytes.
+    pub(crate) fn file_bytes(&self) -> usize {
+        (*self.source).as_ref().len()
+    }
+}
+
+fn tensors(metadata: &Metadata, data: usize) -> BTreeMap<String, StoredTensor> {
+    let stored = |info: &TensorInfo| StoredTensor {
+        dtype: dtype(info.dtype),
+        stored_as: format!("{:?}", info.dtype),
+        matrix: match info.shape.split_last() {
+            Some((cols, rows)) => (rows.iter().product(), *cols),
+            None => (1, 1),
+        },
+        range: data + info.data_offsets.0..data + info.data_offsets.1,
+    };
+    metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect()
+}
+
+fn dtype(stored: Dtype) -> Option<DType> {
+    match stored {
+        Dtype::F32 => Some(DType::F32),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::BF16 => Some(DType::BF16),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,266 @@
+//! Small BERT checkpoints with random weights, as folders like those that sentence-transformers writes.
+
+use super::store::store;
+use super::{SCALE, element, fnv1a};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use trustformers_plan::{DType, Pooling};
+
+/// Spread of biases: visible beside products of about one, and no more.
+const BIAS_SCALE: f32 = 0.3;
+
+/// Special tokens, the first ids of the vocabulary.
+const SPECIAL_TOKENS: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
+
+/// Words and pieces beside single letters and digits, which begin a word or continue one.
+const WORDS: [&str; 8] = ["the", "cat", "hello", "world", "##ing", "##er", "##ed", "##s"];
+
+/// Marks, each a word by itself.
+const MARKS: &str = ".,:;!?'\"()-_/+*=<>[]{}#$%&@\\^`|~";
+
+/// The shape of a seeded encoder. The default takes about 200 KB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeededEncoder {
+    /// What all weights come from.
+    pub seed: u64,
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Elements of a head; `heads * head_dim` is the width.
+    pub head_dim: usize,
+    /// Width of the feed-forward part.
+    pub feed_forward: usize,
+    /// Rows of the table of positions.
+    pub positions: usize,
+    /// Tokens of the longest text, as `sentence_bert_config.json` says; `None`: there is no such file.
+    pub max_tokens: Option<usize>,
+    /// As `modules.json` and the folder of the pooling say; `None`: there are no such files.
+    pub pooling: Option<Pooling>,
+    /// Whether `modules.json` ends in `Normalize`; not without pooling.
+    pub normalised: bool,
+    /// How all tensors are stored: F32, F16 or BF16.
+    pub dtype: DType,
+}
+
+impl Default for SeededEncoder {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            layers: 2,
+            heads: 4,
+            head_dim: 16,
+            feed_forward: 128,
+            positions: 128,
+            max_tokens: Some(64),
+            pooling: Some(Pooling::Mean),
+            normalised: true,
+            dtype: DType::F32,
+        }
+    }
+}
+
+impl SeededEncoder {
+    /// Writes all files into `folder`, which must exist.
+    ///
+    /// # Errors
+    /// When a file or folder cannot be written.
+    ///
+    /// # Panics
+    /// As [`Self::files`].
+    pub fn write(&self, folder: &Path) -> std::io::Result<()> {
+        for (name, content) in self.files() {
+            let path = folder.join(name);
+            if let Some(parent) = path.parent() {
+                std::fs::create_dir_all(parent)?;
+            }
+            std::fs::write(path, content)?;
+        }
+        Ok(())
+    }
+
+    /// Every file's bytes by its path below the folder.
+    ///
+    /// # Panics
+    /// When [`Self::dtype`] is not one of a checkpoint.
+    pub fn files(&self) -> BTreeMap<&'static str, Vec<u8>> {
+        let text = |value: Value| value.to_string().into_bytes();
+        let mut files = BTreeMap::from([
+            ("config.json", text(self.config())),
+            ("model.safetensors", self.weights()),
+            ("tokenizer.json", self.tokenizer()),
+        ]);
+        if let Some(tokens) = self.max_tokens {
+            let config = json!({"max_seq_length": tokens, "do_lower_case": false});
+            files.insert("sentence_bert_config.json", text(config));
+        }
+        if let Some(pooling) = self.pooling {
+            files.insert("modules.json", text(self.modules()));
+            files.insert(
+                "1_Pooling/config.json",
+                text(json!({
+                    "word_embedding_dimension": self.width(),
+                    "pooling_mode_cls_token": pooling == Pooling::First,
+                    "pooling_mode_mean_tokens": pooling == Pooling::Mean,
+                    "pooling_mode_max_tokens": pooling == Pooling::Max,
+                    "pooling_mode_mean_sqrt_len_tokens": false,
+                })),
+            );
+        }
+        files
+    }
+
+    fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    fn config(&self) -> Value {
+        json!({
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "hidden_size": self.width(),
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.feed_forward,
+            "max_position_embeddings": self.positions,
+            "vocab_size": vocabulary().len(),
+            "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+        })
+    }
+
+    fn modules(&self) -> Value {
+        let module = |index: usize, path: &str, kind: &str| {
+            let kind = format!("sentence_transformers.models.{kind}");
+            json!({"idx": index, "name": index.to_string(), "path": path, "type": kind})
+        };
+        let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
+        if self.normalised {
+            modules.push(module(2, "2_Normalize", "Normalize"));
+        }
+        Value::Array(modules)
+    }
+
+    /// The bytes of `tokenizer.json`.
+    pub fn tokenizer(&self) -> Vec<u8> {
+        let vocabulary = vocabulary();
+        let id = |token: &str| vocabulary.iter().position(|known| known == token);
+        let around = |token: &str| json!({"SpecialToken": {"id": token, "type_id": 0}});
+        let ids = |token: &str| json!({"id": token, "ids": [id(token)], "tokens": [token]});
+        let added = SPECIAL_TOKENS.iter().map(|token| {
+            json!({"id": id(token), "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        });
+        let words: serde_json::Map<String, Value> =
+            vocabulary.iter().zip(0..).map(|(word, id)| (word.clone(), Value::from(id))).collect();
+        let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+        json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": added.collect::<Vec<_>>(),
+            "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
+                           "strip_accents": null, "lowercase": true},
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [around("[CLS]"), text, around("[SEP]")],
+                "pair": [around("[CLS]"), text, around("[SEP]")],
+                "special_tokens": {"[CLS]": ids("[CLS]"), "[SEP]": ids("[SEP]")},
+            },
+            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+            "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                      "max_input_chars_per_word": 100, "vocab": words},
+        })
+        .to_string()
+        .into_bytes()
+    }
+
+    fn weights(&self) -> Vec<u8> {
+        let (width, inner) = (self.width(), self.feed_forward);
+        let mut tensors = Tensors { seed: self.seed, dtype: self.dtype, list: Vec::new() };
+        tensors.matrix("embeddings.word_embeddings.weight", vocabulary().len(), width);
+        tensors.matrix("embeddings.position_embeddings.weight", self.positions, width);
+        tensors.matrix("embeddings.token_type_embeddings.weight", 2, width);
+        tensors.norm("embeddings.LayerNorm", width);
+        for layer in 0..self.layers {
+            let name = |part: &str| format!("encoder.layer.{layer}.{part}");
+            tensors.dense(&name("attention.self.query"), width, width);
+            tensors.dense(&name("attention.self.key"), width, width);
+            tensors.dense(&name("attention.self.value"), width, width);
+            tensors.dense(&name("attention.output.dense"), width, width);
+            tensors.norm(&name("attention.output.LayerNorm"), width);
+            tensors.dense(&name("intermediate.dense"), inner, width);
+            tensors.dense(&name("output.dense"), width, inner);
+            tensors.norm(&name("output.LayerNorm"), width);
+        }
+        tensors.dense("pooler.dense", width, width);
+        tensors.file()
+    }
+}
+
+/// Tensors on their way into a file.
+struct Tensors {
+    seed: u64,
+    dtype: DType,
+    list: Vec<(String, Vec<usize>, Vec<u8>)>,
+}
+
+impl Tensors {
+    fn random(&self, name: &str, count: usize, scale: f32) -> Vec<u8> {
+        let start = self.seed ^ fnv1a(name);
+        let values: Vec<f32> = (0..count as u64).map(|i| element(start, i) * scale).collect();
+        store(&values, self.dtype)
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize) {
+        let bytes = self.random(name, rows * cols, SCALE / (cols as f32).sqrt());
+        self.list.push((name.to_owned(), vec![rows, cols], bytes));
+    }
+
+    fn dense(&mut self, name: &str, rows: usize, cols: usize) {
+        self.matrix(&format!("{name}.weight"), rows, cols);
+        self.bias(&format!("{name}.bias"), rows);
+    }
+
+    fn bias(&mut self, name: &str, len: usize) {
+        let bytes = self.random(name, len, BIAS_SCALE);
+        self.list.push((name.to_owned(), vec![len], bytes));
+    }
+
+    fn norm(&mut self, name: &str, width: usize) {
+        let ones = store(&vec![1.0; width], self.dtype);
+        self.list.push((format!("{name}.weight"), vec![width], ones));
+        self.bias(&format!("{name}.bias"), width);
+    }
+
+    fn file(&self) -> Vec<u8> {
+        let dtype = match self.dtype {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            other => panic!("a checkpoint has no {other} tensors"),
+        };
+        let views = self.list.iter().map(|(name, shape, bytes)| {
+            let view =
+                TensorView::new(dtype, shape.clone(), bytes).expect("the bytes were made for the shape");
+            (name.clone(), view)
+        });
+        safetensors::serialize(views, None).expect("names and sizes are in order")
+    }
+}
+
+/// Every token, in the order of the ids.
+fn vocabulary() -> Vec<String> {
+    let mut tokens: Vec<String> = SPECIAL_TOKENS.map(str::to_owned).to_vec();
+    let letters: Vec<char> = ('a'..='z').chain('0'..='9').collect();
+    tokens.extend(letters.iter().map(char::to_string));
+    tokens.extend(letters.iter().map(|letter| format!("##{letter}")));
+    tokens.extend(MARKS.chars().map(String::from));
+    tokens.extend(WORDS.map(str::to_owned));
+    tokens
+}

@@ -1,0 +1,189 @@
+//! The tokenizer of a `tokenizer.json`: WordPiece, with the special tokens that its template puts around a text.
+
+use super::{TokenBytes, Tokenizer};
+use crate::error::TokenizerProblem;
+use std::collections::HashSet;
+use tokenizers::models::ModelWrapper;
+use tokenizers::models::wordpiece::WordPiece;
+use tokenizers::{PostProcessor, Tokenizer as Library, TruncationDirection};
+
+const KIND: &str = "model.type";
+
+/// The ids of a text that was cut to a length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncodedText {
+    /// The ids, special tokens included.
+    pub ids: Vec<u32>,
+    /// Whether the text was longer: its rest is not among the ids.
+    pub cut: bool,
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer that the bytes of a `tokenizer.json` describe. How the file would cut and pad texts is the
+    /// business of whoever wrote it for another program, and is dropped.
+    pub(crate) fn from_json(file: &[u8]) -> Result<Self, TokenizerProblem> {
+        let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
+        let mut library = Library::from_bytes(checked(file)?).map_err(failed)?;
+        library.with_padding(None).with_truncation(None).map_err(failed)?;
+        let ModelWrapper::WordPiece(model) = library.get_model() else {
+            let found = kind(library.get_model()).to_owned();
+            return Err(TokenizerProblem::Unsupported { key: KIND, found, supported: "WordPiece" });
+        };
+        if library.token_to_id(&model.unk_token).is_none() {
+            let why = format!("the token {:?} for unknown words is not in the vocabulary", model.unk_token);
+            return Err(TokenizerProblem::Entry { key: "model.unk_token", why });
+        }
+        let bytes = word_piece_bytes(&library, model)?;
+        Ok(Self { library, bytes, begin: None, eos: Vec::new(), templated: true })
+    }
+
+    /// The ids of a text, at most `max_tokens` of them: a longer text loses its end, while the special tokens around
+    /// it stay.
+    ///
+    /// # Errors
+    /// The library's own; none is known for valid UTF-8.
+    pub fn encode_up_to(&self, text: &str, max_tokens: usize) -> Result<EncodedText, TokenizerProblem> {
+        let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
+        let special = self.special_tokens();
+        let mut encoding = self.library.encode_fast(text, false).map_err(failed)?;
+        let room = max_tokens.saturating_sub(special);
+        let cut = encoding.len() > room;
+        encoding.truncate(room, 0, TruncationDirection::Right);
+        // The library keeps what was cut off, and would put special tokens around each piece of it.
+        encoding.take_overflowing();
+        let encoding = self.library.post_process(encoding, None, self.templated).map_err(failed)?;
+        let ids = self.begin.into_iter().chain(encoding.get_ids().iter().copied()).collect();
+        Ok(EncodedText { ids, cut })
+    }
+
+    /// How many tokens are put around every text.
+    pub(crate) fn special_tokens(&self) -> usize {
+        let template = self.library.get_post_processor().filter(|_| self.templated);
+        template.map_or(0, |template| template.added_tokens(false)) + usize::from(self.begin.is_some())
+    }
+}
+
+/// The file without what the library would panic on when it is damaged: text that is no JSON, a decoder (it is not used
+/// here) and normalisers that carry a compiled table.
+fn checked(file: &[u8]) -> Result<Vec<u8>, TokenizerProblem> {
+    let failed = |error: serde_json::Error| TokenizerProblem::Library(error.to_string());
+    let mut content: serde_json::Value = serde_json::from_slice(file).map_err(failed)?;
+    if let Some(parts) = content.as_object_mut() {
+        parts.remove("decoder");
+    }
+    let normaliser = content.pointer("/normalizer/type").and_then(|kind| kind.as_str());
+    if let Some(found) = normaliser.filter(|kind| *kind != "BertNormalizer") {
+        let (key, supported) = ("normalizer.type", "BertNormalizer");
+        return Err(TokenizerProblem::Unsupported { key, found: found.to_owned(), supported });
+    }
+    serde_json::to_vec(&content).map_err(failed)
+}
+
+fn kind(model: &ModelWrapper) -> &'static str {
+    match model {
+        ModelWrapper::BPE(_) => "BPE",
+        ModelWrapper::WordPiece(_) => "WordPiece",
+        ModelWrapper::WordLevel(_) => "WordLevel",
+        ModelWrapper::Unigram(_) => "Unigram",
+    }
+}
+
+/// WordPiece forgets the blanks of a text, so a word's bytes begin with one, and a continuing piece's do not. Special
+/// tokens have none.
+fn word_piece_bytes(library: &Library, model: &WordPiece) -> Result<TokenBytes, TokenizerProblem> {
+    let vocabulary = library.get_vocab(true);
+    // An id far beyond the number of tokens would ask for memory that the file does not pay for.
+    let most = vocabulary.len().saturating_mul(2);
+    let mut words: Vec<&str> = Vec::new();
+    for (word, id) in &vocabulary {
+        let id = *id as usize;
+        if id >= most {
+            let why = format!("{word:?} has the id {id} in a vocabulary of {}", vocabulary.len());
+            return Err(TokenizerProblem::Entry { key: "model.vocab", why });
+        }
+        words.resize(words.len().max(id + 1), "");
+        words[id] = word;
+    }
+    let added = library.get_added_tokens_decoder();
+    let special: HashSet<u32> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+    let mut bytes = TokenBytes { bytes: Vec::new(), ends: Vec::with_capacity(words.len()) };
+    for (word, id) in words.iter().zip(0..) {
+        if !special.contains(&id) && !word.is_empty() {
+            match word.strip_prefix(&model.continuing_subword_prefix) {
+                Some(piece) => bytes.bytes.extend_from_slice(piece.as_bytes()),
+                None => bytes.bytes.extend_from_slice(format!(" {word}").as_bytes()),
+            }
+        }
+        bytes.ends.push(bytes.bytes.len());
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seeded::SeededEncoder;
+
+    fn seeded() -> Tokenizer {
+        Tokenizer::from_json(&SeededEncoder::default().tokenizer()).unwrap()
+    }
+
+    fn changed(change: impl Fn(&mut serde_json::Value)) -> Result<Tokenizer, String> {
+        let mut file: serde_json::Value =
+            serde_json::from_slice(&SeededEncoder::default().tokenizer()).unwrap();
+        change(&mut file);
+        Tokenizer::from_json(file.to_string().as_bytes()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn special_tokens_stand_around_what_is_left_of_a_text() {
+        let tokenizer = seeded();
+        let id = |token: &str| tokenizer.library.token_to_id(token).unwrap();
+        let (first, last) = (id("[CLS]"), id("[SEP]"));
+        let whole = tokenizer.encode_up_to("The cat sat", 8).unwrap();
+        assert_eq!(whole.ids, [first, id("the"), id("cat"), id("s"), id("##a"), id("##t"), last]);
+        assert!(!whole.cut);
+        assert_eq!(tokenizer.encode("The cat sat").unwrap(), whole.ids);
+        assert_eq!(tokenizer.encode_up_to("The cat sat", 7).unwrap(), whole);
+        let cut = tokenizer.encode_up_to("The cat sat", 4).unwrap();
+        assert_eq!((cut.ids, cut.cut), (vec![first, id("the"), id("cat"), last], true));
+        for room in [0, 1, 2] {
+            assert_eq!(tokenizer.encode_up_to("The cat", room).unwrap().ids, [first, last]);
+        }
+        assert_eq!(
+            tokenizer.encode_up_to("", 8).unwrap(),
+            EncodedText { ids: vec![first, last], cut: false }
+        );
+        assert_eq!(tokenizer.encode("🦀").unwrap(), [first, id("[UNK]"), last]);
+        assert_eq!(tokenizer.decode(&whole.ids), " the cat sat");
+    }
+
+    #[test]
+    fn the_files_own_cutting_and_padding_are_dropped() {
+        let padded = changed(|file| {
+            file["truncation"] = serde_json::json!(
+                {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"});
+            file["padding"] = serde_json::json!(
+                {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                 "pad_type_id": 0, "pad_token": "[PAD]"});
+        });
+        let text = "the cat the cat the cat";
+        assert_eq!(padded.unwrap().encode(text).unwrap(), seeded().encode(text).unwrap());
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_refused_by_name() {
+        let other = changed(|file| {
+            file["model"] = serde_json::json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"});
+        });
+        assert!(other.unwrap_err().contains("key model.type is \"WordLevel\", which is not supported"));
+        let unknown = changed(|file| file["model"]["unk_token"] = "<unknown>".into());
+        assert!(unknown.unwrap_err().contains("\"<unknown>\" for unknown words is not in the vocabulary"));
+        let far = changed(|file| file["model"]["vocab"]["far"] = 4_000_000_000_u32.into());
+        assert!(far.unwrap_err().contains("\"far\" has the id 4000000000"));
+        let table = changed(|file| file["normalizer"] = serde_json::json!({"type": "Precompiled"}));
+        assert!(table.unwrap_err().contains("key normalizer.type is \"Precompiled\""));
+        let error = Tokenizer::from_json(b"{}").err().unwrap().to_string();
+        assert!(error.contains("the tokenizer failed"), "{error}");
+    }
+}
