@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::{GaugeVec, Opts, Registry};
 use trustformers_engine::{Engine, EngineInfo, EngineMetrics};
-use trustformers_model::Model;
+use trustformers_model::{CheckpointFiles, Model, ReadProgress, Task};
 use trustformers_plan::Caps;
 use trustformers_store::{Digest, Resolved};
 
@@ -89,7 +89,12 @@ impl Loader {
             digest.check_pin(pin)?;
         }
         let hashed = Instant::now();
-        let model = Model::load(model_file(&files)?, &mut |read| report(1, read.bytes, read.total_bytes))?;
+        let mut reading = |read: ReadProgress| report(1, read.bytes, read.total_bytes);
+        let model = match checkpoint(spec.source.path(), &files) {
+            Some(checkpoint) => Model::load_checkpoint(&checkpoint, &mut reading)?,
+            None => Model::load(model_file(&files)?, &mut reading)?,
+        };
+        check_task(spec, &model)?;
         let read = Instant::now();
         let backend = (self.open_device)(spec)?;
         check_memory(spec, model.facts().file_bytes, backend.caps())?;
@@ -211,6 +216,31 @@ fn mib(bytes: u64) -> f64 {
     (bytes as f64 / 104_857.6).round() / 10.0
 }
 
+/// What the engine of this version runs.
+fn check_task(spec: &ModelSpec, model: &Model) -> Result<(), Failure> {
+    match model.task() {
+        Task::Generate => Ok(()),
+        Task::Embed => Err(Failure::permanent(
+            "UnsupportedModel",
+            format!(
+                "{} turns texts into vectors, and this version serves models that generate text; take such a one",
+                spec.name()
+            ),
+        )),
+    }
+}
+
+/// The checkpoint among the files picked, if they are one: `model.safetensors` and what lies beside and below it.
+fn checkpoint(root: &std::path::Path, files: &Resolved) -> Option<CheckpointFiles> {
+    let mut folders = files.files().iter().filter_map(|file| file.name.strip_suffix("model.safetensors"));
+    let folder = folders.find(|folder| folder.is_empty() || folder.ends_with('/'))?;
+    let below = files.files().iter().filter_map(|file| {
+        let name = file.name.strip_prefix(folder)?;
+        Some((name.to_owned(), file.path.clone()))
+    });
+    Some(CheckpointFiles::new(root.join(folder), below))
+}
+
 /// The file among those picked that is the model. The others (a licence, a card) only count in the digest.
 fn model_file(files: &Resolved) -> Result<&std::path::Path, Failure> {
     let is_model = |name: &str| name.to_ascii_lowercase().ends_with(".gguf");
@@ -234,7 +264,7 @@ fn model_file(files: &Resolved) -> Result<&std::path::Path, Failure> {
 mod tests {
     use super::*;
     use std::sync::Mutex;
-    use trustformers_model::seeded::SeededModel;
+    use trustformers_model::seeded::{SeededEncoder, SeededModel};
     use trustformers_plan::oracle::Oracle;
     use trustformers_store::Source;
 
@@ -272,6 +302,25 @@ mod tests {
         spec.sha256 = Some("0".repeat(64));
         let failure = loader().load(&spec, &quiet).unwrap_err();
         assert_eq!((failure.reason, failure.transient), ("DigestMismatch", false));
+    }
+
+    #[test]
+    fn a_checkpoint_is_read_from_the_picked_files_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("bert")).unwrap();
+        SeededEncoder::default().write(&folder.path().join("bert")).unwrap();
+        let load = |source: &std::path::Path, files: &[&str]| {
+            let mut spec = ModelSpec::new("bert", Source::from_path(source));
+            spec.files = files.iter().map(ToString::to_string).collect();
+            loader().load(&spec, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err()
+        };
+        for failure in [load(&folder.path().join("bert"), &[]), load(folder.path(), &["bert/**"])] {
+            assert_eq!(failure.reason, "UnsupportedModel");
+            assert!(failure.message.contains("bert turns texts into vectors"), "{failure}");
+        }
+        let partial = load(folder.path(), &["bert/model.safetensors", "bert/config.json"]);
+        assert_eq!(partial.reason, "MalformedModel");
+        assert!(partial.message.contains("bert/tokenizer.json: it is missing"), "{partial}");
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub enum StoreError {
         holds: Vec<String>,
     },
     /// The folder has no model file.
-    #[error("{} holds no .gguf file; it holds: {}", folder.display(), list(holds))]
+    #[error("{} holds no .gguf file and no model.safetensors; it holds: {}", folder.display(), list(holds))]
     NoModelFile {
         /// The folder.
         folder: PathBuf,

@@ -1,7 +1,7 @@
 //! Picks a model's files from its source.
 //!
-//! Without patterns a folder must hold exactly one `.gguf` file: guessing between two would serve the wrong model
-//! half of the time. With patterns each one must pick something, since a pattern that picks nothing is a slip.
+//! Without patterns a folder must hold exactly one `.gguf` file, or none and a checkpoint: guessing between two would
+//! serve the wrong model half of the time. With patterns each one must pick something, since a pattern that picks nothing is a slip.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,10 @@ use crate::source::Source;
 const MAX_FILES: usize = 10_000;
 /// Folders within folders that are looked into.
 const MAX_DEPTH: usize = 8;
+/// Folders within folders that belong to a checkpoint: its own, and one for each module of sentence-transformers.
+const CHECKPOINT_DEPTH: usize = 2;
+/// The weights of a checkpoint, which make its folder one.
+const CHECKPOINT_WEIGHTS: &str = "model.safetensors";
 /// Names that a message lists.
 const LISTED: usize = 12;
 
@@ -38,7 +42,8 @@ pub struct Resolved {
 
 impl Source {
     /// Picks the model's files: the source itself where it is a file; what `patterns` match below it where it is a
-    /// folder (`*` stays within a folder, `**` does not); without patterns its only `.gguf` file.
+    /// folder (`*` stays within a folder, `**` does not); without patterns its only `.gguf` file, or where there is none
+    /// the `model.safetensors` and all `.json` files of a checkpoint.
     ///
     /// # Errors
     /// A source that does not exist or cannot be read, or a choice that is empty or not clear.
@@ -82,9 +87,17 @@ fn only_model_file(folder: &Path) -> Result<Resolved, StoreError> {
     let found: Vec<ModelFile> = all.iter().filter(is_model).cloned().collect();
     match found.len() {
         1 => Ok(Resolved { files: found }),
+        0 if all.iter().any(|file| file.name == CHECKPOINT_WEIGHTS) => checkpoint(folder),
         0 => Err(StoreError::NoModelFile { folder: folder.to_owned(), holds: names(&all) }),
         _ => Err(StoreError::SeveralModelFiles { folder: folder.to_owned(), found: names(&found) }),
     }
+}
+
+/// Weights and descriptions; the descriptions decide what the weights compute, so they count in the digest.
+fn checkpoint(folder: &Path) -> Result<Resolved, StoreError> {
+    let mut files = walk(folder, CHECKPOINT_DEPTH)?;
+    files.retain(|file| file.name == CHECKPOINT_WEIGHTS || file.name.ends_with(".json"));
+    Ok(Resolved { files })
 }
 
 fn matching(folder: &Path, patterns: &[String]) -> Result<Resolved, StoreError> {
@@ -178,6 +191,20 @@ mod tests {
     #[test]
     fn a_folder_gives_its_only_model_file() {
         assert_eq!(picked(&folder(&["README.md", "m.GGUF", "sub/other.gguf"]), &[]).unwrap(), ["m.GGUF"]);
+    }
+
+    #[test]
+    fn a_folder_without_one_gives_its_checkpoint() {
+        let files = ["config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"];
+        let mut all = vec!["README.md", "pytorch_model.bin", "onnx/deep/config.json"];
+        all.extend(files);
+        let picked_files = picked(&folder(&all), &[]).unwrap();
+        assert_eq!(
+            picked_files,
+            ["1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json"]
+        );
+        all.push("m.gguf");
+        assert_eq!(picked(&folder(&all), &[]).unwrap(), ["m.gguf"]);
     }
 
     #[test]
