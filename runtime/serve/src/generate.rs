@@ -14,7 +14,7 @@ use futures::StreamExt;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use trustformers_api::fields::HTTP_DEFAULTS;
-use trustformers_api::{ApiError, Asked, Format, Logprobs, Options};
+use trustformers_api::{Asked, Format, Logprobs, Options};
 use trustformers_engine::{
     GenerateError, GenerateParams, Generation, GenerationEvent, StopCause, SubmitError, TokenLogprobs,
 };
@@ -40,12 +40,9 @@ pub(crate) enum GenerateFailure {
     /// `--numerics` is no such word.
     #[error("--numerics: {0}")]
     Numerics(String),
-    /// A field of the request is wrong.
-    #[error("--{0}")]
-    Field(ApiError),
-    /// A field of the request is outside the engine's range.
-    #[error("--{0}")]
-    Range(SubmitError),
+    /// What a flag says is wrong; the text begins with the flag.
+    #[error("{0}")]
+    Flag(String),
     /// A file that a flag names cannot be read.
     #[error("{flag}: {} cannot be read: {source}", path.display())]
     Unreadable {
@@ -92,8 +89,7 @@ impl GenerateFailure {
         match self {
             Self::Model(_)
             | Self::Numerics(_)
-            | Self::Field(_)
-            | Self::Range(_)
+            | Self::Flag(_)
             | Self::Refused(SubmitError::Invalid { .. })
             | Self::Broken(GenerateError::Grammar { .. })
             | Self::Unreadable { .. }
@@ -170,6 +166,7 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
     // One prompt needs room for one sequence.
     spec.engine.max_batch_size = 1;
     spec.engine.max_queue = 1;
+    let prompt_flag = if prompt_file.is_some() { "--prompt-file" } else { "--prompt" };
     let prompt = match prompt_file {
         Some(path) => text_of("--prompt-file", &path)?,
         None => prompt.unwrap_or_default(),
@@ -183,9 +180,20 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
         seed,
         options: options_of(options)?,
     };
-    let params = generate_params(asked.check(&HTTP_DEFAULTS).map_err(GenerateFailure::Field)?);
-    params.check().map_err(GenerateFailure::Range)?;
+    let checked = asked.check(&HTTP_DEFAULTS).map_err(|error| in_flags(&error.to_string(), prompt_flag))?;
+    let params = generate_params(checked);
+    params.check().map_err(|error| in_flags(&error.to_string(), prompt_flag))?;
     Ok(Task { spec, params, json })
+}
+
+/// An error about a request's field, which begins with the field's name, in the words of the command line.
+fn in_flags(error: &str, prompt_flag: &str) -> GenerateFailure {
+    let (field, why) = error.split_once(':').unwrap_or((error, ""));
+    let flag = match field {
+        "prompt" => prompt_flag.to_owned(),
+        _ => format!("--{}", field.replace('_', "-")),
+    };
+    GenerateFailure::Flag(format!("{flag}:{why}"))
 }
 
 fn options_of(flags: OptionFlags) -> Result<Options, GenerateFailure> {

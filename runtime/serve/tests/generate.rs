@@ -84,6 +84,8 @@ fn what_is_wrong_is_named_on_stderr_with_its_own_status_and_stdout_stays_empty()
     let model = seeded(folder.path());
     let bad_prompt = folder.path().join("latin1.txt");
     std::fs::write(&bad_prompt, b"caf\xe9").unwrap();
+    let empty_prompt = folder.path().join("empty.txt");
+    std::fs::write(&empty_prompt, "").unwrap();
     let bad_model = folder.path().join("bad.gguf");
     std::fs::write(&bad_model, b"no model").unwrap();
     let prompt = ["--prompt", "a"];
@@ -93,10 +95,12 @@ fn what_is_wrong_is_named_on_stderr_with_its_own_status_and_stdout_stays_empty()
         ([&["--model", bad_model.to_str().unwrap()], prompt.as_slice()].concat(), 1, "MalformedModel"),
         (vec!["--model", &model, "--prompt-file", bad_prompt.to_str().unwrap()], 2, "byte 3"),
         (vec!["--model", &model, "--prompt-file", "/no/prompt"], 2, "/no/prompt"),
-        (vec!["--model", &model, "--prompt", ""], 2, "prompt"),
-        (vec!["--model", &model, "--prompt", "a", "--top-p", "2"], 2, "top_p"),
+        (vec!["--model", &model, "--prompt", ""], 2, "--prompt: "),
+        (vec!["--model", &model, "--prompt-file", empty_prompt.to_str().unwrap()], 2, "--prompt-file: "),
+        (vec!["--model", &model, "--prompt", "a", "--max-tokens", "0"], 2, "--max-tokens"),
+        (vec!["--model", &model, "--prompt", "a", "--top-p", "2"], 2, "--top-p: "),
         (vec!["--model", &model, "--prompt", "a", "--numerics", "best"], 2, "exact"),
-        (vec!["--model", &model, "--prompt", "a", "--min-p", "2"], 2, "min_p: 2 is not between 0 and 1"),
+        (vec!["--model", &model, "--prompt", "a", "--min-p", "2"], 2, "--min-p: 2 is not between 0 and 1"),
         (vec!["--model", &model, "--prompt", "a", "--logit-bias", "x"], 2, "42=-5"),
         (
             vec!["--model", &model, "--prompt", "a", "--regex", "("],
