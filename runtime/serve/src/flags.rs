@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use trustformers_telemetry::logs::LogFormat;
 
-/// Serves models over HTTP and gRPC in one process; with `generate`, answers one prompt and ends.
+/// Serves models over HTTP and gRPC in one process; with `generate`, answers one prompt and ends; with `bench`, measures.
 ///
 /// Without a subcommand it reads config.yaml of the working directory (or
 /// --config), listens, loads the models in the background and serves until SIGINT
@@ -26,7 +26,7 @@ pub(crate) struct Flags {
     #[arg(long, global = true, value_name = "FORMAT", default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
     /// What is logged: error, warn, info, debug, trace, or directives such as info,trustformers_engine=debug.
-    /// By default info when serving and warn for generate.
+    /// By default info when serving, else warn.
     #[arg(long, global = true, value_name = "FILTER", env = "RUST_LOG")]
     pub(crate) log: Option<String>,
 }
@@ -56,6 +56,8 @@ pub(crate) enum Command {
     /// Exit status: 0 answered; 1 the model could not be loaded or failed; 2 the command line or the prompt is wrong;
     /// 130 interrupted.
     Generate(GenerateFlags),
+    /// Measures speed: of an engine in this process, or of a server under load.
+    Bench(crate::bench::BenchFlags),
 }
 
 /// How tokens are chosen and where the answer ends.

@@ -1,5 +1,6 @@
-//! `trustformers-serve`: models behind HTTP and gRPC in one process, or one prompt on the command line.
+//! `trustformers-serve`: models behind HTTP and gRPC in one process, one prompt on the command line, or a measurement.
 
+mod bench;
 mod flags;
 mod generate;
 
@@ -27,6 +28,13 @@ fn main() -> ExitCode {
     }
     match command {
         Some(Command::Generate(flags)) => match generate::run(flags) {
+            Ok(code) => code,
+            Err(error) => {
+                let code = error.exit_code();
+                failed(&error.into(), code)
+            }
+        },
+        Some(Command::Bench(flags)) => match bench::run(flags) {
             Ok(code) => code,
             Err(error) => {
                 let code = error.exit_code();
