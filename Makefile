@@ -1,10 +1,10 @@
 # What there is to do here. Each target is a script below e2e/ that can be read and run alone.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test cluster-up cluster-down cluster-status kubectl images models report fmt lint audit release
+.PHONY: help demo demo-down test cluster-up cluster-down cluster-status kubectl images models report bench-cpu fmt lint audit release
 
 NODES ?= 1
-export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG
+export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG BENCH_ROUNDS BENCH_ONLY
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ models: ## SmolLM2 and its image, loaded into the running cluster [MODELS="smoll
 
 report: ## time to first token, image sizes, decode speed, what each rung took
 	@e2e/tasks/report.sh
+
+bench-cpu: ## ours beside llama.cpp, ONNX Runtime and torch on this processor, as ratios [BENCH_ROUNDS=3] [BENCH_ONLY=minilm]
+	@e2e/bench/run.sh
 
 fmt: ## formats the code
 	@cargo fmt --all

@@ -68,7 +68,7 @@ pub(crate) enum GenerateFailure {
     },
     /// The model could not be loaded.
     #[error("{} ({})", .0, .0.reason)]
-    Load(#[from] Failure),
+    Load(Failure),
     /// The engine refused the request.
     #[error(transparent)]
     Refused(#[from] SubmitError),
@@ -81,6 +81,13 @@ pub(crate) enum GenerateFailure {
     /// The answer could not be written.
     #[error("stdout cannot be written: {0}")]
     Output(#[from] std::io::Error),
+}
+
+// No `#[from]`: the message holds the failure already, and a source would be printed after it once more.
+impl From<Failure> for GenerateFailure {
+    fn from(failure: Failure) -> Self {
+        Self::Load(failure)
+    }
 }
 
 impl GenerateFailure {

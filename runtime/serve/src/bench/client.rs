@@ -84,9 +84,10 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// A client of the protocol's route at `uri`.
-    pub(super) fn new(uri: Uri, api: Api, timeout: Duration) -> Self {
-        let inner = HyperClient::builder(TokioExecutor::new()).build_http();
+    /// A client of the protocol's route at `uri`. Connections are kept for the next request unless each gets a fresh one.
+    pub(super) fn new(uri: Uri, api: Api, timeout: Duration, fresh_connections: bool) -> Self {
+        let kept = if fresh_connections { 0 } else { usize::MAX };
+        let inner = HyperClient::builder(TokioExecutor::new()).pool_max_idle_per_host(kept).build_http();
         Self { inner, uri, api, timeout }
     }
 

@@ -134,6 +134,10 @@ pub(super) struct LoadFlags {
     /// A JSON object whose fields are added to each request, such as {"ignore_eos": true}.
     #[arg(long, value_name = "JSON")]
     pub(super) extra: Option<String>,
+    /// Opens a connection for each request. Some servers (llama-server is one) close a kept connection without a word, at
+    /// times just when the next request is on its way.
+    #[arg(long)]
+    pub(super) fresh_connections: bool,
     /// A request that takes longer has failed, in seconds.
     #[arg(long, value_name = "S", default_value_t = 120.0)]
     pub(super) timeout_s: f64,

@@ -131,7 +131,13 @@ fn task(flags: LoadFlags) -> Result<Task, BenchFailure> {
         max_tokens: flags.max_tokens,
         extra,
     };
-    Ok(Task { client: Client::new(uri, flags.api, timeout), url, bodies, load, warm_up: flags.warm_up })
+    Ok(Task {
+        client: Client::new(uri, flags.api, timeout, flags.fresh_connections),
+        url,
+        bodies,
+        load,
+        warm_up: flags.warm_up,
+    })
 }
 
 fn load_of(flags: &LoadFlags) -> Result<Load, BenchFailure> {

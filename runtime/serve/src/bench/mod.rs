@@ -39,7 +39,7 @@ pub(crate) enum BenchFailure {
     Model(#[from] StoreError),
     /// The model could not be loaded.
     #[error("{} ({})", .0, .0.reason)]
-    Load(#[from] Failure),
+    Load(Failure),
     /// The process's metrics do not fit together.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
@@ -69,6 +69,13 @@ pub(crate) enum BenchFailure {
         /// What the system said.
         source: std::io::Error,
     },
+}
+
+// No `#[from]`: the message holds the failure already, and a source would be printed after it once more.
+impl From<Failure> for BenchFailure {
+    fn from(failure: Failure) -> Self {
+        Self::Load(failure)
+    }
 }
 
 impl BenchFailure {

@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Measures ours and its peers in turns and prints the table of ratios; run.sh prepares everything and calls it.
+
+Absolute figures are of the machine and the hour; what is compared took turns within one run, and each figure is the
+median of its turns.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+import programs
+from rows import Row
+
+PROMPT = 512
+DEPTH = 512
+TOKENS = 128
+CLIENTS = 8
+SEQUENCE = 128
+# SmolLM2 and Qwen end an answer with one of these; without them every answer has its full length.
+END_TOKENS = {"smollm2": [0, 2], "qwen": [151643, 151645]}
+
+
+class Bench:
+    """Where everything lies, and how often it is measured."""
+
+    def __init__(self, flags):
+        self.ours = pathlib.Path(flags.ours) / "trustformers-serve"
+        self.examples = pathlib.Path(flags.ours) / "examples"
+        self.llama_bench = pathlib.Path(flags.llama) / "llama-bench"
+        self.llama_server = pathlib.Path(flags.llama) / "llama-server"
+        self.llama_how = (pathlib.Path(flags.llama) / "how.txt").read_text(encoding="utf-8").strip()
+        self.python = flags.python
+        self.onnx = flags.onnx
+        self.rounds = flags.rounds
+        models = pathlib.Path(flags.models)
+        self.smollm2 = models / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        self.qwen = {
+            "qwen-0.5b": models / "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
+            "qwen-1.5b": models / "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf",
+        }
+        self.minilm = models / "all-minilm-l6-v2"
+
+    def in_turns(self, rows, turn):
+        """Calls `turn` for each round; rows whose feature is not there say so and end the group."""
+        for round_ in range(self.rounds):
+            progress(f"{rows[0].name} and {len(rows) - 1} more" if len(rows) > 1 else rows[0].name, round_ + 1, self.rounds)
+            try:
+                turn()
+            except programs.NotBuilt as why:
+                for row in rows:
+                    row.not_built = str(why)
+                break
+        return rows
+
+
+def progress(what, round_, rounds):
+    print(f"  {what}: turn {round_} of {rounds}", file=sys.stderr, flush=True)
+
+
+def smollm2_steps(bench):
+    depth0 = Row("smollm2-decode-depth-0", "tokens/s", need=1.0)
+    depth512 = Row("smollm2-decode-depth-512", "tokens/s", need=1.5, note="(peer: its better attention)")
+    prefill = Row("smollm2-prefill-512", "tokens/s", need=1.0)
+    together = Row("smollm2-decode-8-sequences", "tokens/s")
+
+    def turn():
+        ours = programs.ours_engine(
+            bench.ours, bench.smollm2, prefill=PROMPT, depth=f"0,{DEPTH}", sequences=CLIENTS, tokens=TOKENS, token_budget=PROMPT
+        )
+        prefill.ours.append(ours["prefill", PROMPT, 1])
+        depth0.ours.append(ours["decode", 1, 1])
+        depth512.ours.append(ours["decode", DEPTH, 1])
+        together.ours.append(ours["decode", 128, CLIENTS])
+        prefill.peer.append(programs.llama_bench(bench.llama_bench, bench.smollm2, prompt=PROMPT))
+        depth0.peer.append(programs.llama_bench(bench.llama_bench, bench.smollm2, tokens=TOKENS))
+        depth512.peer.append(programs.llama_bench(bench.llama_bench, bench.smollm2, tokens=TOKENS, depth=DEPTH))
+
+    return bench.in_turns([depth0, depth512, prefill, together], turn)
+
+
+def smollm2_clients(bench):
+    speed = Row(f"smollm2-{CLIENTS}-clients", "output tokens/s", need=2.0, note="(128 + 128 tokens)")
+    first = Row(f"smollm2-{CLIENTS}-clients-first-token", "ms (p50)", need=2.0, smaller_is_better=True)
+    requests = CLIENTS * 3
+    flags = {"clients": CLIENTS, "requests": requests, "warm_up": 2, "prompt_words": 128, "max_tokens": TOKENS}
+
+    def note(answer, speeds, firsts):
+        if answer["output_tokens"] != requests * TOKENS:
+            raise programs.Failed(f"{answer['output_tokens']} tokens were given for {requests} x {TOKENS}: {answer}")
+        speeds.append(answer["output_tokens_per_s"])
+        firsts.append(answer["first_token_ms"]["p50"])
+
+    def turn():
+        bias = json.dumps({"logit_bias": {str(token): -100 for token in END_TOKENS["smollm2"]}})
+        with programs.our_server(bench.ours, bench.smollm2) as url:
+            note(programs.load(bench.ours, url, api="generate", extra=bias, **flags), speed.ours, first.ours)
+        extra = json.dumps({"ignore_eos": True, "cache_prompt": False})
+        with programs.llama_server(bench.llama_server, bench.smollm2, CLIENTS, 512) as url:
+            note(programs.load(bench.ours, url, api="llama", extra=extra, **flags), speed.peer, first.peer)
+
+    return bench.in_turns([speed, first], turn)
+
+
+def qwen_decode(name):
+    def group(bench):
+        row = Row(f"{name}-decode", "tokens/s", need=1.0)
+        tokens = 64
+
+        def turn():
+            ours = programs.ours_engine(bench.ours, bench.qwen[name], prefill=0, depth=0, sequences=0, tokens=tokens)
+            row.ours.append(ours["decode", 1, 1])
+            row.peer.append(programs.llama_bench(bench.llama_bench, bench.qwen[name], tokens=tokens))
+
+        return bench.in_turns([row], turn)
+
+    return group
+
+
+GROUPS = {
+    "smollm2-steps": smollm2_steps,
+    "smollm2-clients": smollm2_clients,
+    "qwen-0.5b": qwen_decode("qwen-0.5b"),
+    "qwen-1.5b": qwen_decode("qwen-1.5b"),
+}
+
+
+def busy_seconds():
+    """Processor time that everything on this machine used, and that our own children used."""
+    with open("/proc/stat", encoding="ascii") as stat:
+        ticks = [int(value) for value in stat.readline().split()[1:9]]
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    all_busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    return all_busy, children.ru_utime + children.ru_stime
+
+
+def machine():
+    text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    first = text.split("\n\n", maxsplit=1)[0]
+    value = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    flags = set(value.get("flags", "").split())
+    known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if flag in flags]
+    family = f"family {value.get('cpu family')} model {value.get('model')}"
+    return f"{value.get('model name')} ({family}), {os.cpu_count()} cores, {' '.join(known)}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("ours", "llama", "python", "onnx", "models", "report"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="")
+    flags = parser.parse_args()
+    if flags.rounds < 3:
+        sys.exit("error: a median of fewer than 3 turns says little; BENCH_ROUNDS is at least 3")
+    bench = Bench(flags)
+    groups = [group for name, group in GROUPS.items() if name.startswith(flags.only)]
+    if not groups:
+        sys.exit(f"error: no group begins with {flags.only!r}; there are {', '.join(GROUPS)}")
+    (all_before, own_before), began = busy_seconds(), datetime.datetime.now(datetime.timezone.utc)
+    try:
+        rows = [row for group in groups for row in group(bench)]
+    except programs.Failed as why:
+        sys.exit(f"error: {why}")
+    took = datetime.datetime.now(datetime.timezone.utc) - began
+    all_after, own_after = busy_seconds()
+    foreign = max(0.0, (all_after - all_before) - (own_after - own_before)) / (took.total_seconds() * os.cpu_count())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = [
+        f"machine: {machine()}",
+        f"llama.cpp: {bench.llama_how}",
+        f"{began:%Y-%m-%d %H:%M} UTC, commit {commit or 'unknown'}, {programs.THREADS} threads, medians of {flags.rounds} turns, "
+        f"{took.total_seconds():.0f} s, others took {100 * foreign:.0f} % of the processor",
+    ]
+    print("\n".join([*head, "", *(row.line() for row in rows)]))
+    pathlib.Path(flags.report).write_text(json.dumps({"head": head, "rows": [row.json() for row in rows]}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

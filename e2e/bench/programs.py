@@ -1,0 +1,115 @@
+"""The programs that are measured: ours, llama.cpp's, and servers of both under one client."""
+
+import contextlib
+import json
+import pathlib
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+THREADS = 2
+# A server loads a model of this size in some seconds; a busy machine gets time.
+START_SECONDS = 120
+
+
+class NotBuilt(Exception):
+    """What a row needs is not in this version of ours."""
+
+
+class Failed(Exception):
+    """A program did not run."""
+
+
+def run(*command):
+    """A program's stdout."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        says = done.stderr.strip()[-2000:]
+        if any(sign in says for sign in ("UnsupportedModel", "ModelFileNotFound", "unexpected argument")):
+            raise NotBuilt(says)
+        raise Failed(f"{' '.join(str(part) for part in command)}\nended with {done.returncode}: {says}")
+    return done.stdout
+
+
+def ours_engine(program, model, **flags):
+    """One turn of `bench engine`: {(what, prompt tokens, sequences): tokens a second}."""
+    arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    answer = json.loads(
+        run(program, "bench", "engine", "--model", model, "--threads", THREADS, "--repeat", 1, "--json", *arguments)
+    )
+    return {(one["what"], one["prompt_tokens"], one["sequences"]): one["median"] for one in answer["results"]}
+
+
+def llama_bench(program, model, prompt=0, tokens=0, depth=0):
+    """One turn of llama-bench: tokens a second, the better of its two settings of flash attention."""
+    answer = json.loads(
+        run(program, "-m", model, "-t", THREADS, "-p", prompt, "-n", tokens, "-d", depth, "-fa", "0,1", "-r", 1, "-o", "json")
+    )
+    return max(one["avg_ts"] for one in answer)
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(command, url, ready, cwd=None):
+    """A server while the block runs, from the moment at which `ready` answers 200."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, cwd=cwd)
+        try:
+            end = time.monotonic() + START_SECONDS
+            while True:
+                with contextlib.suppress(OSError, urllib.error.URLError):
+                    with urllib.request.urlopen(url + ready, timeout=2) as answer:
+                        if answer.status == 200:
+                            break
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    says = log.read().decode(errors="replace")[-2000:]
+                    raise NotBuilt(says) if "UnsupportedModel" in says else Failed(f"{command[0]} does not serve: {says}")
+                time.sleep(0.05)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@contextlib.contextmanager
+def our_server(program, model):
+    """Ours with its default settings, on a free port."""
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        config = {
+            "server": {"host": "127.0.0.1", "port": port, "grpc_port": 0},
+            "models": [{"name": "m", "path": str(model)}],
+        }
+        # JSON is YAML.
+        pathlib.Path(folder, "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+        url = f"http://127.0.0.1:{port}"
+        with server([program, "--threads", THREADS], url, "/health/ready", cwd=folder):
+            yield url
+
+
+@contextlib.contextmanager
+def llama_server(program, model, clients, context):
+    """llama-server with a slot for each client, on a free port."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [program, "-m", model, "-t", THREADS, "-tb", THREADS, "-c", clients * context, "-np", clients]
+    with server([*command, "--host", "127.0.0.1", "--port", port, "--cache-ram", 0], url, "/health"):
+        yield url
+
+
+def load(program, url, **flags):
+    """`bench load`: its JSON."""
+    arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    answer = json.loads(run(program, "bench", "load", "--url", url, "--fresh-connections", "--duration-s", 900, "--json", *arguments))
+    if answer["errors"]:
+        raise Failed(f"requests to {url} failed: {answer['errors']}")
+    return answer
