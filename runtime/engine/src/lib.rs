@@ -30,10 +30,12 @@ mod answer;
 mod blocks;
 mod config;
 mod device;
+pub mod encoder;
 mod generation;
 mod grammar;
 mod handle;
 mod metrics;
+mod priority;
 mod request;
 mod sampler;
 mod scheduler;
@@ -45,6 +47,7 @@ pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, StartError};
 pub use generation::Generation;
 pub use handle::{Engine, EngineInfo};
 pub use metrics::EngineMetrics;
+pub use priority::Priority;
 pub use request::{
     FinishReason, GenerateError, GenerateParams, GenerationEvent, Grammar, MAX_GRAMMAR_BYTES,
     MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, Prompt, StopCause,

@@ -21,14 +21,14 @@ const SECONDS: &[f64] =
 /// The families of all engines of a process; cheap to clone.
 #[derive(Clone)]
 pub struct EngineMetrics {
-    requests: IntCounterVec,
-    prompt_tokens: IntCounterVec,
+    pub(crate) requests: IntCounterVec,
+    pub(crate) prompt_tokens: IntCounterVec,
     generated_tokens: IntCounterVec,
     first_token: HistogramVec,
     inter_token: HistogramVec,
-    queue_wait: HistogramVec,
-    running: IntGaugeVec,
-    waiting: IntGaugeVec,
+    pub(crate) queue_wait: HistogramVec,
+    pub(crate) running: IntGaugeVec,
+    pub(crate) waiting: IntGaugeVec,
     kv_used: IntGaugeVec,
     kv_total: IntGaugeVec,
     ages: LastStepAges,
@@ -67,7 +67,7 @@ impl EngineMetrics {
         Ok(Self {
             requests: counter(
                 "trustformers_requests_total",
-                "Generation requests by outcome: stop, length, cancelled, failed, overloaded or invalid.",
+                "Requests by outcome: stop, length, done (encoded), cancelled, failed, overloaded or invalid.",
                 &["model", "outcome"],
             )?,
             prompt_tokens: counter(

@@ -54,25 +54,31 @@ impl Shared {
 
     /// A place among the requests in flight, or `None` when all are taken.
     pub(crate) fn enter(self: &Arc<Self>) -> Option<Ticket> {
+        self.enter_many(1)
+    }
+
+    /// So many places at once, or `None` when all are taken already. While one is free all are given: what comes
+    /// together is taken together, or a request of many texts would be refused for ever.
+    pub(crate) fn enter_many(self: &Arc<Self>, places: usize) -> Option<Ticket> {
         let before = self
             .in_flight
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < self.limit).then_some(n + 1))
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < self.limit).then_some(n + places))
             .ok()?;
-        Some(self.ticket(before))
+        Some(self.ticket(before, places))
     }
 
     /// A place whatever the limit, for the engine's own requests.
     pub(crate) fn enter_unbounded(self: &Arc<Self>) -> Ticket {
         let before = self.in_flight.fetch_add(1, Ordering::SeqCst);
-        self.ticket(before)
+        self.ticket(before, 1)
     }
 
-    fn ticket(self: &Arc<Self>, before: usize) -> Ticket {
+    fn ticket(self: &Arc<Self>, before: usize, places: usize) -> Ticket {
         if before == 0 {
             // The clock of liveness starts when work arrives, not when the engine last had some.
             self.step_done();
         }
-        Ticket { shared: Arc::clone(self) }
+        Ticket { shared: Arc::clone(self), places }
     }
 
     pub(crate) fn step_done(&self) {
@@ -152,11 +158,12 @@ impl Shared {
 #[derive(Debug)]
 pub(crate) struct Ticket {
     shared: Arc<Shared>,
+    places: usize,
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if self.shared.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 {
+        if self.shared.in_flight.fetch_sub(self.places, Ordering::SeqCst) == self.places {
             self.shared.changed.notify_waiters();
         }
     }
@@ -186,6 +193,19 @@ mod tests {
         let third = shared.enter().unwrap();
         assert_eq!(shared.in_flight(), 2);
         drop((second, third));
+        assert_eq!(shared.in_flight(), 0);
+    }
+
+    #[test]
+    fn what_comes_together_is_taken_together_while_there_is_a_place() {
+        let shared = Arc::new(Shared::new(2));
+        let one = shared.enter().unwrap();
+        let many = shared.enter_many(5).unwrap();
+        assert_eq!(shared.in_flight(), 6);
+        assert!(shared.enter_many(1).is_none());
+        drop(many);
+        assert_eq!(shared.in_flight(), 1);
+        drop(one);
         assert_eq!(shared.in_flight(), 0);
     }
 

@@ -165,7 +165,15 @@ impl Model {
     /// # Errors
     /// The tokenizer library's own; none is known for valid UTF-8.
     pub fn encode(&self, text: &str) -> Result<EncodedText, TokenizerProblem> {
-        let most = self.facts.context_tokens;
+        self.encode_up_to(text, self.facts.context_tokens)
+    }
+
+    /// [`Self::encode`] that cuts at `max_tokens`, special tokens included.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_up_to(&self, text: &str, max_tokens: usize) -> Result<EncodedText, TokenizerProblem> {
+        let most = max_tokens.min(self.facts.context_tokens);
         if self.lowercase {
             self.tokenizer.encode_up_to(&text.to_lowercase(), most)
         } else {

@@ -1,0 +1,201 @@
+//! Tables of arrivals and decisions: no clock, no thread.
+
+use super::*;
+
+const fn us(us: u64) -> Moment {
+    Duration::from_micros(us)
+}
+
+fn rules(strategy: BatchStrategy) -> Rules {
+    let by_class = strategy == BatchStrategy::Priority;
+    Rules { strategy, max_wait: us(10_000), by_class, max_texts: 4, max_tokens: 100 }
+}
+
+/// A batcher whose device costs `fixed_us` for each step and 10 us for each token.
+fn trained(strategy: BatchStrategy, fixed_us: u64) -> Batcher<usize> {
+    let mut batcher = Batcher::new(rules(strategy));
+    for tokens in [32, 8, 64, 8, 64, 8] {
+        batcher.step_done(us(0), tokens, us(fixed_us + 10 * tokens as u64));
+    }
+    batcher
+}
+
+/// A request of one text of 10 tokens.
+fn request(batcher: &mut Batcher<usize>, at_us: u64, item: usize) {
+    batcher.arrived(us(at_us));
+    batcher.push(us(at_us), Priority::Normal, 10, item);
+}
+
+fn taken(batcher: &mut Batcher<usize>, now_us: u64) -> Vec<usize> {
+    let mut batch = Vec::new();
+    batcher.take(us(now_us), &mut batch);
+    batch
+}
+
+#[test]
+fn with_nothing_to_do_every_strategy_is_idle() {
+    for strategy in BatchStrategy::ALL {
+        assert_eq!(Batcher::<()>::new(rules(strategy)).decide(us(5)), Decision::Idle, "{strategy}");
+        assert_eq!(strategy.as_str().parse(), Ok(strategy));
+    }
+    assert!("fast".parse::<BatchStrategy>().unwrap_err().contains("\"dynamic\""));
+}
+
+#[test]
+fn fixed_strategies_begin_when_their_table_says() {
+    use Decision::{Run, Until};
+    // The first text comes at 1 ms; then, at 3 ms, so many texts are there.
+    let cases = [
+        (BatchStrategy::Time, 1, Until(us(11_000))),
+        (BatchStrategy::Time, 4, Until(us(11_000))),
+        (BatchStrategy::Time, 9, Until(us(11_000))),
+        (BatchStrategy::Size, 3, Until(us(11_000))),
+        (BatchStrategy::Size, 4, Run),
+        (BatchStrategy::Size, 9, Run),
+    ];
+    for (strategy, texts, wanted) in cases {
+        let mut batcher = trained(strategy, 2000);
+        (0..texts).for_each(|item| request(&mut batcher, 1000 + item as u64, item));
+        assert_eq!(batcher.decide(us(3000)), wanted, "{strategy} {texts}");
+        assert_eq!(batcher.decide(us(11_000)), Run, "{strategy} {texts}: the window ends");
+    }
+}
+
+#[test]
+fn tokens_fill_a_batch_as_texts_do() {
+    let mut batcher = Batcher::new(rules(BatchStrategy::Size));
+    batcher.push(us(0), Priority::Normal, 60, 1);
+    assert!(matches!(batcher.decide(us(1)), Decision::Until(_)));
+    batcher.push(us(0), Priority::Normal, 60, 2);
+    batcher.push(us(0), Priority::Normal, 20, 3);
+    assert_eq!(batcher.decide(us(1)), Decision::Run);
+    // Nobody is passed over for being long.
+    assert_eq!((taken(&mut batcher, 1), taken(&mut batcher, 1), batcher.len()), (vec![1], vec![2, 3], 0));
+}
+
+#[test]
+fn dynamic_never_waits_when_requests_are_sparse_or_nothing_is_to_be_gained() {
+    // Time between requests, fixed part of a step: neither known, sparse, a device without a fixed part.
+    for (gap_us, fixed_us) in [(5000, 2000), (100_000, 2000), (2000, 2000), (50, 0)] {
+        let mut batcher = trained(BatchStrategy::Dynamic, fixed_us);
+        for item in 0..12 {
+            let at = 1_000_000 + item as u64 * gap_us;
+            request(&mut batcher, at, item);
+            assert_eq!(batcher.decide(us(at)), Decision::Run, "gap {gap_us} fixed {fixed_us} request {item}");
+            assert_eq!(taken(&mut batcher, at), [item]);
+        }
+    }
+    let mut untrained = Batcher::new(rules(BatchStrategy::Dynamic));
+    (0..3).for_each(|item| request(&mut untrained, item as u64, item));
+    assert_eq!(untrained.decide(us(3)), Decision::Run);
+}
+
+#[test]
+fn dynamic_gathers_a_crowd_until_it_ends_is_full_or_costs_too_much() {
+    // Requests every 100 us before a device whose steps cost 2 ms each.
+    let crowd = |waiting: usize| {
+        let mut batcher = trained(BatchStrategy::Dynamic, 2000);
+        (0..8).for_each(|item| request(&mut batcher, item * 100, item as usize));
+        batcher.retain(|item| *item >= 8 - waiting);
+        batcher
+    };
+    // The next one is due 100 us after the last, which came at 700.
+    assert_eq!(crowd(1).decide(us(700)), Decision::Until(us(800)));
+    assert_eq!(crowd(3).decide(us(750)), Decision::Until(us(800)));
+    assert_eq!(crowd(3).decide(us(800)), Decision::Run, "the crowd has ended");
+    assert_eq!(crowd(4).decide(us(700)), Decision::Run, "the batch is full");
+    // Three that wait 900 us for one more lose more than its 2 ms are worth.
+    let mut slow = trained(BatchStrategy::Dynamic, 2000);
+    for (item, at) in [0, 900, 1800, 2700, 3600, 4500].into_iter().enumerate() {
+        request(&mut slow, at, item);
+    }
+    slow.retain(|item| *item >= 3);
+    assert_eq!(slow.decide(us(4500)), Decision::Run);
+    slow.retain(|item| *item >= 4);
+    assert_eq!(slow.decide(us(4500)), Decision::Until(us(5400)));
+    // Whoever trickles in, the window is no longer than what it can save.
+    let mut batcher = trained(BatchStrategy::Dynamic, 2000);
+    (0..7).for_each(|item| request(&mut batcher, item * 300, item as usize));
+    batcher.retain(|item| [0, 6].contains(item));
+    let Decision::Until(at) = batcher.decide(us(1800)) else { panic!("{:?}", batcher.decide(us(1800))) };
+    assert!(
+        (1999..=2001).contains(&at.as_micros()),
+        "the next is due at 2100, too late for the first: {at:?}"
+    );
+}
+
+#[test]
+fn after_a_step_dynamic_gives_those_who_were_answered_time_to_come_back() {
+    let mut batcher = trained(BatchStrategy::Dynamic, 2000);
+    (0..6).for_each(|item| request(&mut batcher, item * 50, item as usize));
+    assert_eq!(taken(&mut batcher, 300), [0, 1, 2, 3]);
+    // Two came during the step, which ends at 9 ms; the four that are answered now will be back at once.
+    batcher.step_done(us(9000), 40, us(2400));
+    assert_eq!(batcher.decide(us(9000)), Decision::Until(us(9050)));
+    request(&mut batcher, 9020, 6);
+    // A long gap is among the last four now, so nobody is waited for.
+    assert_eq!(batcher.decide(us(9020)), Decision::Run);
+}
+
+#[test]
+fn a_saturated_device_runs_full_batches_back_to_back_under_every_strategy() {
+    for strategy in BatchStrategy::ALL {
+        let mut batcher = trained(strategy, 2000);
+        let (mut now, mut item, mut sizes) = (20_000, 0, Vec::new());
+        for _ in 0..20 {
+            // Ten come while a step of 2.4 ms runs.
+            for _ in 0..10 {
+                request(&mut batcher, now - 11_000, item);
+                item += 1;
+            }
+            assert_eq!(batcher.decide(us(now)), Decision::Run, "{strategy}");
+            sizes.push(taken(&mut batcher, now).len());
+            now += 2400;
+            batcher.step_done(us(now), 40, us(2400));
+        }
+        assert!(sizes.iter().all(|size| *size == 4), "{strategy} {sizes:?}");
+    }
+}
+
+#[test]
+fn classes_overtake_each_other_only_where_they_count_and_time_promotes() {
+    use Priority::{High, Low, Normal};
+    let order = |strategy, now_us| {
+        let mut batcher = Batcher::new(Rules { max_texts: 8, ..rules(strategy) });
+        let waiting = [(0, Low), (500_000, Normal), (600_000, Low), (700_000, High), (800_000, Normal)];
+        for (item, (at, class)) in waiting.into_iter().enumerate() {
+            batcher.push(us(at), class, 10, item);
+        }
+        taken(&mut batcher, now_us)
+    };
+    assert_eq!(order(BatchStrategy::Dynamic, 900_000), [0, 1, 2, 3, 4]);
+    assert_eq!(order(BatchStrategy::Priority, 900_000), [3, 1, 4, 0, 2]);
+    // The first has waited for more than a second and counts as normal, where it is the oldest.
+    assert_eq!(order(BatchStrategy::Priority, 1_100_000), [3, 0, 1, 4, 2]);
+    // After two seconds it has become the most urgent of all.
+    assert_eq!(order(BatchStrategy::Priority, 2_100_000)[0], 0);
+}
+
+#[test]
+fn an_urgent_text_does_not_wait_for_others() {
+    for (strategy, by_class) in
+        [(BatchStrategy::Priority, true), (BatchStrategy::Time, true), (BatchStrategy::Time, false)]
+    {
+        let mut batcher = Batcher::new(Rules { by_class, ..rules(strategy) });
+        batcher.push(us(0), Priority::Low, 10, 0);
+        batcher.push(us(0), Priority::High, 10, 1);
+        let wanted = if by_class { Decision::Run } else { Decision::Until(us(10_000)) };
+        assert_eq!(batcher.decide(us(5)), wanted, "{strategy}");
+    }
+}
+
+#[test]
+fn what_is_forgotten_leaves_no_trace_in_the_counts() {
+    let mut batcher = Batcher::new(rules(BatchStrategy::Size));
+    (0..9).for_each(|item| batcher.push(us(0), Priority::Normal, 30, item));
+    batcher.retain(|item| item % 3 == 0);
+    assert_eq!((batcher.len(), batcher.tokens), (3, 90));
+    assert!(matches!(batcher.decide(us(1)), Decision::Until(_)), "neither full by texts nor by tokens");
+    assert_eq!(taken(&mut batcher, 1), [0, 3, 6]);
+    assert_eq!((batcher.len(), batcher.tokens, batcher.decide(us(1))), (0, 0, Decision::Idle));
+}
