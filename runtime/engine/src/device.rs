@@ -3,7 +3,7 @@
 //! One turn of its loop takes what arrived, drops what was cancelled, admits what fits, runs one step and hands out
 //! the tokens. Between two turns nothing is held that a dropped request would not give back by itself.
 
-use crate::blocks::BlockPool;
+use crate::blocks::{BlockPool, blocks_for};
 use crate::config::{Sizes, StartError};
 use crate::metrics::ModelMetrics;
 use crate::request::GenerateError;
@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use trustformers_model::{Model, PlanRequest};
 use trustformers_plan::{
-    Backend, BackendError, Executable, Limits, LoadProgress, LoadSpec, Loaded, MemoryReport, Numerics,
-    StepInput, StepOutput,
+    Backend, BackendError, Executable, Limits, LoadProgress, LoadSpec, Loaded, LogitsRows, MemoryReport,
+    Numerics, StepInput, StepOutput,
 };
 
 /// What is told about loading; called on the device thread.
@@ -89,14 +89,14 @@ impl Start {
         })?;
         let executable = loaded.compile(&plan)?;
         let memory = loaded.memory();
-        let pool =
-            BlockPool::new(sizes.kv_blocks, self.metrics.kv_used.clone(), self.metrics.kv_total.clone());
+        let pool = BlockPool::new(sizes.kv_blocks, self.metrics.cache.blocks.clone());
         let device = Device {
             executable,
             _loaded: loaded,
             _backend: self.backend,
             running: Vec::new(),
             waiting: VecDeque::new(),
+            arrived: 0,
             pool,
             jobs: self.jobs,
             shared: self.shared,
@@ -120,8 +120,11 @@ struct Step {
 
 /// The thread's state. Fields are dropped in order: what runs before what it runs on.
 struct Device {
+    /// In the order of arrival, like those that wait: the last is the first to give its blocks up.
     running: Vec<Sequence>,
-    waiting: VecDeque<Job>,
+    waiting: VecDeque<Sequence>,
+    /// Requests that have arrived so far.
+    arrived: u64,
     executable: Box<dyn Executable>,
     _loaded: Box<dyn Loaded>,
     _backend: Box<dyn Backend>,
@@ -152,49 +155,76 @@ impl Device {
     fn take_jobs(&mut self) -> bool {
         if self.running.is_empty() && self.waiting.is_empty() {
             match self.jobs.recv() {
-                Ok(job) => self.waiting.push_back(job),
+                Ok(job) => self.arrive(job),
                 Err(_) => return false,
             }
         }
-        self.waiting.extend(self.jobs.try_iter());
+        while let Ok(job) = self.jobs.try_recv() {
+            self.arrive(job);
+        }
         true
+    }
+
+    fn arrive(&mut self, job: Job) {
+        self.waiting.push_back(Sequence::new(job, self.arrived));
+        self.arrived += 1;
     }
 
     /// Drops requests whose callers have gone. Their blocks are free before anything is admitted.
     fn sweep_cancelled(&mut self) {
-        self.waiting.retain(|job| {
-            let gone = job.is_cancelled();
-            if let (true, Some(metrics)) = (gone, &job.metrics) {
-                metrics.cancelled.inc();
-            }
-            !gone
-        });
-        self.running.retain(|sequence| {
+        let stays = |sequence: &Sequence| {
             let gone = sequence.is_cancelled();
             if let (true, Some(metrics)) = (gone, sequence.metrics()) {
                 metrics.cancelled.inc();
             }
             !gone
-        });
+        };
+        self.waiting.retain(stays);
+        self.running.retain(stays);
     }
 
-    /// Admits in order of arrival for as long as the worst case of the next one fits. It always does once nothing
-    /// runs, because no request needs more than one full context and the cache holds at least that.
+    /// Admits in order of arrival for as long as there are blocks for all tokens of the next one, beside what the
+    /// running ones need for theirs and one more block for each of them. It always fits once nothing runs, because no
+    /// request needs more than one full context and the cache holds at least that.
     fn admit(&mut self) {
         while self.running.len() < self.sizes.max_batch_size {
-            let Some(next) = self.waiting.front() else { break };
-            let Some(blocks) = self.pool.reserve(next.blocks) else { break };
-            if let Some(job) = self.waiting.pop_front() {
-                self.running.push(Sequence::new(job, blocks));
+            let Some(mut next) = self.waiting.pop_front() else { break };
+            let blocks = self.pool.matching(next.shared_beginning());
+            let missing = blocks_for(next.tokens().len()) - blocks.ids().len();
+            let promised: usize = self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum();
+            if !self.running.is_empty() && self.pool.available() < missing + promised {
+                self.waiting.push_front(next);
+                break;
             }
+            next.admit(blocks);
+            let place = self.running.partition_point(|other| other.order() < next.order());
+            self.running.insert(place, next);
+        }
+    }
+
+    /// Decides who has how many rows in the next step and gets the blocks for them. Where these run out, the latest
+    /// sequence gives its own up and waits again; the first one always goes on, so the engine never stands still.
+    fn share_out(&mut self) {
+        loop {
+            let Step { wants, rows, .. } = &mut self.step;
+            wants.clear();
+            wants.extend(self.running.iter().map(Sequence::wants));
+            scheduler::rows(wants, self.sizes.token_budget, rows);
+            let short =
+                self.running.iter_mut().zip(rows.iter()).any(|(sequence, rows)| !sequence.make_room(*rows));
+            if !short {
+                return;
+            }
+            let Some(mut last) = self.running.pop() else { return };
+            last.preempt();
+            let place = self.waiting.partition_point(|other| other.order() < last.order());
+            self.waiting.insert(place, last);
         }
     }
 
     fn step(&mut self) {
-        let Step { input, output, wants, rows, scratch } = &mut self.step;
-        wants.clear();
-        wants.extend(self.running.iter().map(Sequence::wants));
-        scheduler::rows(wants, self.sizes.token_budget, rows);
+        self.share_out();
+        let Step { input, output, rows, scratch, .. } = &mut self.step;
         input.clear();
         for (sequence, rows) in self.running.iter_mut().zip(rows.iter()).filter(|(_, rows)| **rows > 0) {
             sequence.step_begins();
@@ -204,42 +234,42 @@ impl Device {
         self.running.iter_mut().for_each(Sequence::prepare);
         let ran = submitted.and_then(|()| self.executable.wait(output));
         if let Err(error) = ran {
-            // After a failed step nobody's cache can be trusted.
-            tracing::error!(%error, sequences = self.running.len(), "a step failed");
-            let message = error.to_string();
-            for mut sequence in self.running.drain(..) {
-                sequence.fail(GenerateError::Backend { message: message.clone() });
-            }
+            self.fail(&error);
             return;
         }
         let tokenizer = self.model.tokenizer();
-        let (mut index, mut logits_row) = (0, 0);
+        let (mut logits_rows, mut rows) = (0.., rows.iter().copied());
         self.running.retain_mut(|sequence| {
-            let (rows, wants) = (rows[index], wants[index]);
-            index += 1;
+            let rows = rows.next().unwrap_or(0);
             if rows == 0 {
                 return true;
             }
-            let complete =
-                matches!(wants, scheduler::Wants::Decode) || wants == scheduler::Wants::Prompt(rows);
-            let logits = complete.then(|| {
-                logits_row += 1;
-                output.row(logits_row - 1)
-            });
-            sequence.step_done(rows, logits, scratch, tokenizer) == After::Running
+            let complete = sequence.step(rows).logits == LogitsRows::Last;
+            let logits = complete.then(|| logits_rows.next()).flatten().map(|row| output.row(row));
+            let after = sequence.step_done(rows, logits, scratch, tokenizer);
+            if after == After::Broken {
+                self.pool.forget();
+            }
+            after == After::Running
         });
+    }
+
+    /// After a failed step nobody's cache can be trusted.
+    fn fail(&mut self, error: &BackendError) {
+        tracing::error!(%error, sequences = self.running.len(), "a step failed");
+        self.pool.forget();
+        let message = error.to_string();
+        for mut sequence in self.running.drain(..) {
+            sequence.fail(GenerateError::Backend { message: message.clone() });
+        }
     }
 
     /// Tells everyone who is left that the engine has stopped.
     fn end(mut self) {
-        self.waiting.extend(self.jobs.try_iter());
-        for job in self.waiting.drain(..) {
-            if let Some(metrics) = &job.metrics {
-                metrics.failed.inc();
-            }
-            let _gone = job.events.try_send(Err(GenerateError::Stopped));
+        while let Ok(job) = self.jobs.try_recv() {
+            self.arrive(job);
         }
-        for mut sequence in self.running.drain(..) {
+        for mut sequence in self.waiting.drain(..).chain(self.running.drain(..)) {
             sequence.fail(GenerateError::Stopped);
         }
     }

@@ -1,7 +1,6 @@
 //! The engine as its callers see it: a handle that is cheap to clone and never blocks on the device.
 
 use crate::answer::Answer;
-use crate::blocks::blocks_for;
 use crate::config::{EngineConfig, Sizes, StartError};
 use crate::device::Start;
 use crate::generation::Generation;
@@ -220,7 +219,6 @@ impl Engine {
         // takes memory only as it fills.
         let (events, receiver) = mpsc::channel(max_tokens + 1);
         let job = Job {
-            blocks: blocks_for(prompt.len() + max_tokens - 1),
             // Only the warm-up is not a caller's request: it must reach a decode step whatever it produces.
             answer: Answer::new(params, &prompt, max_tokens, metrics.is_some(), constraint),
             prompt: Arc::clone(&prompt),

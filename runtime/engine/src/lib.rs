@@ -5,8 +5,9 @@
 //! thread runs steps: each is the decode rows of all running sequences plus chunks of waiting prompts up to a token
 //! budget, so sequences join and leave between any two steps.
 //!
-//! Everything is bounded: requests in flight, rows per step, KV blocks (reserved for the worst case at admission, so
-//! nothing ever has to be evicted) and the events of a request. Refusals are immediate and typed.
+//! Everything is bounded: requests in flight, rows per step, KV blocks and the events of a request. Refusals are
+//! immediate and typed. Sequences take KV blocks as they grow and share those of equal beginnings; where blocks run out
+//! the latest sequence gives its own up and computes them again later, which its caller sees only as time.
 //!
 //! ```no_run
 //! # async fn example(model: std::sync::Arc<trustformers_model::Model>) -> Result<(), Box<dyn std::error::Error>> {

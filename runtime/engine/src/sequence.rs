@@ -1,7 +1,7 @@
 //! One request inside the engine: first a waiting job, then a running sequence.
 
 use crate::answer::{Answer, End, Said};
-use crate::blocks::Blocks;
+use crate::blocks::{Blocks, blocks_for};
 use crate::generation::EventResult;
 use crate::metrics::{Counted, ModelMetrics};
 use crate::request::{FinishReason, GenerateError, GenerationEvent, Timings};
@@ -12,14 +12,12 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::mpsc;
 use trustformers_model::Tokenizer;
-use trustformers_plan::{LogitsRows, SequenceStep};
+use trustformers_plan::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep};
 
 /// A request on its way to the device.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) prompt: Arc<[u32]>,
-    /// KV blocks of the worst case.
-    pub(crate) blocks: usize,
     /// Chooses its tokens and knows which is the last.
     pub(crate) answer: Answer,
     pub(crate) submitted: Instant,
@@ -32,13 +30,6 @@ pub(crate) struct Job {
     pub(crate) _ticket: Ticket,
 }
 
-impl Job {
-    /// Whether the caller dropped its generation.
-    pub(crate) fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
-    }
-}
-
 /// What became of a sequence after a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum After {
@@ -46,46 +37,102 @@ pub(crate) enum After {
     Running,
     /// It ended and its caller was told.
     Ended,
+    /// It ended because what the device computed is no number; its caller was told.
+    Broken,
 }
 
-/// A request that has its KV blocks and takes part in steps.
+/// A request on the device thread. It waits without a block of the cache, or runs with as many as it has needed so
+/// far; between the two it may change any number of times, and its caller sees nothing of that but the time.
 #[derive(Debug)]
 pub(crate) struct Sequence {
-    blocks: Blocks,
+    /// Its place in the order of arrival.
+    order: u64,
+    /// Prompt and answer so far; the last one is not in the cache.
+    tokens: Vec<u32>,
+    /// The table while it runs.
+    blocks: Option<Blocks>,
     /// Tokens in the cache.
     cached: usize,
-    /// Tokens produced.
-    produced: usize,
-    /// The latest token, which is not in the cache yet.
-    latest: u32,
+    /// The most that ever were, so that what is computed once more can be told.
+    reached: usize,
     started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
-    _running: Option<Counted>,
+    running: Option<Counted>,
     /// Last, so that its place in flight is given back after everything else: an idle engine holds nothing.
     job: Job,
 }
 
 impl Sequence {
-    /// Admits a job with the blocks that were reserved for it.
-    pub(crate) fn new(mut job: Job, blocks: Blocks) -> Self {
-        job.waiting = None;
-        let running = job.metrics.as_ref().map(|metrics| Counted::new(&metrics.running));
+    /// A job that has arrived as number `order`.
+    pub(crate) fn new(job: Job, order: u64) -> Self {
         Self {
-            blocks,
+            order,
+            tokens: job.prompt.to_vec(),
+            blocks: None,
             cached: 0,
-            produced: 0,
-            latest: 0,
+            reached: 0,
             started: None,
             first_token: None,
             last_token: None,
-            _running: running,
+            running: None,
             job,
         }
     }
 
+    /// Its place in the order of arrival.
+    pub(crate) fn order(&self) -> u64 {
+        self.order
+    }
+
+    /// Prompt and answer so far.
+    pub(crate) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// What of it may be known from others: nothing of the engine's own requests, which are there to be computed.
+    pub(crate) fn shared_beginning(&self) -> &[u32] {
+        if self.job.metrics.is_some() { &self.tokens } else { &[] }
+    }
+
+    /// Lets it run with the blocks of its beginning that were known.
+    pub(crate) fn admit(&mut self, blocks: Blocks) {
+        self.cached = blocks.ids().len() * KV_BLOCK_TOKENS;
+        if let Some(metrics) = &self.job.metrics {
+            metrics.cache.reused_tokens.inc_by(self.cached.saturating_sub(self.reached) as u64);
+            self.running = Some(Counted::new(&metrics.running));
+        }
+        self.reached = self.reached.max(self.cached);
+        self.blocks = Some(blocks);
+        self.job.waiting = None;
+    }
+
+    /// Takes its blocks, so that it waits again. What it has said stands; the cache is computed once more, as far as
+    /// its blocks are not found again.
+    pub(crate) fn preempt(&mut self) {
+        self.blocks = None;
+        self.cached = 0;
+        self.running = None;
+        if let Some(metrics) = &self.job.metrics {
+            metrics.cache.preemptions.inc();
+            self.job.waiting = Some(Counted::new(&metrics.waiting));
+        }
+    }
+
+    /// Blocks that it lacks for all of its tokens.
+    pub(crate) fn missing_blocks(&self) -> usize {
+        blocks_for(self.tokens.len()) - self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len())
+    }
+
+    /// Makes room for `rows` more tokens in the cache, or says that there is none.
+    pub(crate) fn make_room(&mut self, rows: usize) -> bool {
+        let tokens = self.cached + rows;
+        self.blocks.as_mut().is_some_and(|blocks| blocks.make_room(tokens))
+    }
+
+    /// Whether the caller dropped its generation.
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.job.is_cancelled()
+        self.job.events.is_closed()
     }
 
     pub(crate) fn metrics(&self) -> Option<&ModelMetrics> {
@@ -94,22 +141,21 @@ impl Sequence {
 
     /// What it wants from the next step.
     pub(crate) fn wants(&self) -> Wants {
-        match self.job.prompt.len().checked_sub(self.cached) {
-            Some(left) if left > 0 => Wants::Prompt(left),
-            _ => Wants::Decode,
+        match self.tokens.len() - self.cached {
+            0 | 1 => Wants::Decode,
+            left => Wants::Prompt(left),
         }
     }
 
     /// Its part of a step with `rows` rows.
     pub(crate) fn step(&self, rows: usize) -> SequenceStep<'_> {
-        let (tokens, logits) = match self.wants() {
-            Wants::Prompt(left) => {
-                let logits = if rows == left { LogitsRows::Last } else { LogitsRows::None };
-                (&self.job.prompt[self.cached..self.cached + rows], logits)
-            }
-            Wants::Decode => (std::slice::from_ref(&self.latest), LogitsRows::Last),
-        };
-        SequenceStep { tokens, cached_tokens: self.cached, blocks: self.blocks.ids(), logits }
+        let end = self.cached + rows;
+        SequenceStep {
+            tokens: &self.tokens[self.cached..end],
+            cached_tokens: self.cached,
+            blocks: self.blocks.as_ref().map_or(&[], |blocks| blocks.ids()),
+            logits: if end == self.tokens.len() { LogitsRows::Last } else { LogitsRows::None },
+        }
     }
 
     /// Notes that a step of `rows` rows begins.
@@ -136,24 +182,38 @@ impl Sequence {
         scratch: &mut Scratch,
         tokenizer: &Tokenizer,
     ) -> After {
-        if let (Wants::Prompt(_), Some(metrics)) = (self.wants(), self.metrics()) {
-            metrics.prompt_tokens.inc_by(rows as u64);
-        }
+        self.count(rows);
         self.cached += rows;
-        let Some(logits) = logits else { return After::Running };
-        match self.job.answer.next(logits, scratch, tokenizer) {
-            Ok(said) => self.say(said),
-            Err(error) => {
+        self.reached = self.reached.max(self.cached);
+        let after = match logits.map(|logits| self.job.answer.next(logits, scratch, tokenizer)) {
+            None => After::Running,
+            Some(Ok(said)) => self.say(said),
+            Some(Err(error)) => {
+                let broken = error == GenerateError::NotFinite;
                 self.fail(error);
-                After::Ended
+                if broken { After::Broken } else { After::Ended }
             }
+        };
+        if let (true, true, Some(blocks)) =
+            (after != After::Broken, self.job.metrics.is_some(), &mut self.blocks)
+        {
+            blocks.learn(&self.tokens[..self.cached]);
         }
+        after
+    }
+
+    /// Counts the rows of a step: new ones of the prompt, and those that were in the cache before.
+    fn count(&self, rows: usize) {
+        let Some(metrics) = self.metrics() else { return };
+        let (from, to) = (self.cached, self.cached + rows);
+        let new = to.min(self.job.prompt.len()).saturating_sub(from.max(self.reached));
+        metrics.prompt_tokens.inc_by(new as u64);
+        metrics.cache.recomputed_tokens.inc_by(to.min(self.reached).saturating_sub(from) as u64);
     }
 
     fn say(&mut self, said: Said) -> After {
         let Said { id, text, margin, logprobs, end } = said;
-        self.latest = id;
-        self.produced += 1;
+        self.tokens.push(id);
         self.note_time();
         self.tell(Ok(GenerationEvent::Token { id, text, margin, logprobs }));
         match end {
@@ -191,7 +251,7 @@ impl Sequence {
             reason,
             stop,
             prompt_tokens: self.job.prompt.len(),
-            completion_tokens: self.produced,
+            completion_tokens: self.tokens.len() - self.job.prompt.len(),
             timings,
         }));
     }

@@ -5,7 +5,12 @@
 //! thread. Gauges are only ever added to and subtracted from, so that two engines of one label (an old and a new
 //! version during a swap) sum up instead of overwriting each other.
 
+mod cache;
+
+pub(crate) use cache::{BlockGauges, CacheMetrics};
+
 use crate::shared::Shared;
+use cache::CacheFamilies;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{
@@ -29,8 +34,7 @@ pub struct EngineMetrics {
     pub(crate) queue_wait: HistogramVec,
     pub(crate) running: IntGaugeVec,
     pub(crate) waiting: IntGaugeVec,
-    kv_used: IntGaugeVec,
-    kv_total: IntGaugeVec,
+    cache: CacheFamilies,
     ages: LastStepAges,
 }
 
@@ -46,56 +50,38 @@ impl EngineMetrics {
     /// # Errors
     /// When the registry already holds families of these names: register once and clone.
     pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counter = |name: &str, help: &str, labels: &[&str]| {
-            let family = IntCounterVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(family.clone()))?;
-            Ok::<_, prometheus::Error>(family)
-        };
-        let gauge = |name: &str, help: &str| {
-            let family = IntGaugeVec::new(Opts::new(name, help), &["model"])?;
-            registry.register(Box::new(family.clone()))?;
-            Ok::<_, prometheus::Error>(family)
-        };
-        let histogram = |name: &str, help: &str| {
-            let options = HistogramOpts::new(name, help).buckets(SECONDS.to_vec());
-            let family = HistogramVec::new(options, &["model"])?;
-            registry.register(Box::new(family.clone()))?;
-            Ok::<_, prometheus::Error>(family)
-        };
+        let new = New(registry);
         let ages = LastStepAges::new()?;
         registry.register(Box::new(ages.clone()))?;
         Ok(Self {
-            requests: counter(
+            requests: new.counter(
                 "trustformers_requests_total",
                 "Requests by outcome: stop, length, done (encoded), cancelled, failed, overloaded or invalid.",
                 &["model", "outcome"],
             )?,
-            prompt_tokens: counter(
+            prompt_tokens: new.counter(
                 "trustformers_prompt_tokens_total",
                 "Prompt tokens that were computed.",
                 &["model"],
             )?,
-            generated_tokens: counter(
+            generated_tokens: new.counter(
                 "trustformers_generated_tokens_total",
                 "Tokens that were produced.",
                 &["model"],
             )?,
-            first_token: histogram(
+            first_token: new.histogram(
                 "trustformers_time_to_first_token_seconds",
                 "Time from submission to the first token.",
             )?,
-            inter_token: histogram(
-                "trustformers_inter_token_seconds",
-                "Time between two tokens of one sequence.",
-            )?,
-            queue_wait: histogram(
+            inter_token: new
+                .histogram("trustformers_inter_token_seconds", "Time between two tokens of one sequence.")?,
+            queue_wait: new.histogram(
                 "trustformers_queue_wait_seconds",
                 "Time from submission to the first step with rows of the sequence.",
             )?,
-            running: gauge("trustformers_requests_running", "Sequences that are being computed.")?,
-            waiting: gauge("trustformers_requests_waiting", "Requests that wait for room in a batch.")?,
-            kv_used: gauge("trustformers_kv_blocks_used", "KV cache blocks that are reserved by sequences.")?,
-            kv_total: gauge("trustformers_kv_blocks_total", "KV cache blocks that exist.")?,
+            running: new.gauge("trustformers_requests_running", "Sequences that are being computed.")?,
+            waiting: new.gauge("trustformers_requests_waiting", "Requests that wait for room in a batch.")?,
+            cache: CacheFamilies::register(&new)?,
             ages,
         })
     }
@@ -125,8 +111,7 @@ impl EngineMetrics {
             queue_wait: self.queue_wait.with_label_values(&[label]),
             running: self.running.with_label_values(&[label]),
             waiting: self.waiting.with_label_values(&[label]),
-            kv_used: self.kv_used.with_label_values(&[label]),
-            kv_total: self.kv_total.with_label_values(&[label]),
+            cache: self.cache.for_model(label),
         }
     }
 
@@ -135,6 +120,30 @@ impl EngineMetrics {
         let mut engines = self.ages.engines.lock().unwrap_or_else(PoisonError::into_inner);
         engines.retain(|(_, engine)| engine.strong_count() > 0);
         engines.push((label.to_owned(), Arc::downgrade(shared)));
+    }
+}
+
+/// Makes families and registers them.
+struct New<'a>(&'a Registry);
+
+impl New<'_> {
+    fn counter(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+        let family = IntCounterVec::new(Opts::new(name, help), labels)?;
+        self.0.register(Box::new(family.clone()))?;
+        Ok(family)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGaugeVec, prometheus::Error> {
+        let family = IntGaugeVec::new(Opts::new(name, help), &["model"])?;
+        self.0.register(Box::new(family.clone()))?;
+        Ok(family)
+    }
+
+    fn histogram(&self, name: &str, help: &str) -> Result<HistogramVec, prometheus::Error> {
+        let options = HistogramOpts::new(name, help).buckets(SECONDS.to_vec());
+        let family = HistogramVec::new(options, &["model"])?;
+        self.0.register(Box::new(family.clone()))?;
+        Ok(family)
     }
 }
 
@@ -154,8 +163,7 @@ pub(crate) struct ModelMetrics {
     pub(crate) queue_wait: Histogram,
     pub(crate) running: IntGauge,
     pub(crate) waiting: IntGauge,
-    pub(crate) kv_used: IntGauge,
-    pub(crate) kv_total: IntGauge,
+    pub(crate) cache: CacheMetrics,
 }
 
 /// Counts one thing in a gauge for as long as it exists.
@@ -231,7 +239,7 @@ mod tests {
         let shared = Arc::new(Shared::new(1));
         metrics.watch("m", &shared);
         let families = registry.gather();
-        assert_eq!(families.len(), 11);
+        assert_eq!(families.len(), 15);
         assert!(families.iter().all(|f| f.name().starts_with("trustformers_")));
         assert!(EngineMetrics::register(&registry).is_err());
     }
