@@ -1,0 +1,91 @@
+//! Whole models in both numerics beside the oracle.
+
+use trustformers_plan::oracle::Oracle;
+use trustformers_plan::{DType, FusedOps, Numerics, Pooling, RopeLayout};
+
+use crate::compare::{FAST_COSINE, FAST_FLOAT_COSINE, alike, near, wrong};
+use crate::models::{Decoder, Encoder};
+use crate::story::{decode, encode, load_decoder, load_encoder};
+use crate::{CaseError, Open};
+
+/// Lengths of texts: one token, the whole context, and some that fill no tile.
+pub(super) const LENGTHS: [usize; 5] = [1, 90, 33, 7, 16];
+
+/// A decoder for each type that the backend has kernels for; layouts and biases take turns.
+pub(super) fn decoders(dtypes: &[DType]) -> Vec<Decoder> {
+    let variants = [
+        (RopeLayout::Neox, false),
+        (RopeLayout::Interleaved, false),
+        (RopeLayout::Neox, true),
+        (RopeLayout::Interleaved, true),
+    ];
+    let turns = variants.into_iter().cycle();
+    dtypes.iter().zip(turns).map(|(&dtype, (layout, biased))| Decoder { dtype, layout, biased }).collect()
+}
+
+pub(super) fn decoder_exact(open: Open<'_>) -> Result<(), CaseError> {
+    for decoder in decoders(&open()?.caps().dtypes.clone()) {
+        let mut backend = open()?;
+        let fused = backend.caps().fused;
+        let want =
+            decode(&mut *load_decoder(&mut Oracle::new(), decoder, &FusedOps::NONE, Numerics::Exact)?)?;
+        let got = decode(&mut *load_decoder(&mut *backend, decoder, &fused, Numerics::Exact)?)?;
+        near(&format!("{decoder:?}"), &got, &want)?;
+    }
+    Ok(())
+}
+
+pub(super) fn decoder_fast(open: Open<'_>) -> Result<(), CaseError> {
+    for decoder in decoders(&open()?.caps().dtypes.clone()) {
+        let mut backend = open()?;
+        let fused = backend.caps().fused;
+        let want =
+            decode(&mut *load_decoder(&mut Oracle::new(), decoder, &FusedOps::NONE, Numerics::Exact)?)?;
+        let got = decode(&mut *load_decoder(&mut *backend, decoder, &fused, Numerics::Fast)?)?;
+        let least = if decoder.dtype.is_quantised() { FAST_COSINE } else { FAST_FLOAT_COSINE };
+        alike(&format!("{decoder:?}"), &got, &want, least)?;
+    }
+    Ok(())
+}
+
+fn encoders(dtypes: &[DType]) -> impl Iterator<Item = Encoder> {
+    let kinds =
+        [(Pooling::Mean, true), (Pooling::First, false), (Pooling::Max, true), (Pooling::Mean, false)];
+    let floats: Vec<DType> = dtypes.iter().copied().filter(|dtype| !dtype.is_quantised()).collect();
+    floats.into_iter().flat_map(move |dtype| {
+        kinds.into_iter().map(move |(pooling, normalise)| Encoder { dtype, pooling, normalise })
+    })
+}
+
+pub(super) fn encoder_exact(open: Open<'_>) -> Result<(), CaseError> {
+    for encoder in encoders(&open()?.caps().dtypes.clone()) {
+        let mut backend = open()?;
+        let fused = backend.caps().fused;
+        let want = encode(
+            &mut *load_encoder(&mut Oracle::new(), encoder, &FusedOps::NONE, Numerics::Exact)?,
+            &LENGTHS,
+        )?;
+        let got = encode(&mut *load_encoder(&mut *backend, encoder, &fused, Numerics::Exact)?, &LENGTHS)?;
+        near(&format!("{encoder:?}"), &got, &want)?;
+        let length = got[0].iter().map(|value| value * value).sum::<f32>().sqrt();
+        // Of 96 squares, each rounded once: far within 1e-5.
+        if encoder.normalise && (length - 1.0).abs() > 1e-5 {
+            return wrong(format!("{encoder:?}: an answer of length {length}, not 1"));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn encoder_fast(open: Open<'_>) -> Result<(), CaseError> {
+    for encoder in encoders(&open()?.caps().dtypes.clone()) {
+        let mut backend = open()?;
+        let fused = backend.caps().fused;
+        let want = encode(
+            &mut *load_encoder(&mut Oracle::new(), encoder, &FusedOps::NONE, Numerics::Exact)?,
+            &LENGTHS,
+        )?;
+        let got = encode(&mut *load_encoder(&mut *backend, encoder, &fused, Numerics::Fast)?, &LENGTHS)?;
+        alike(&format!("{encoder:?}"), &got, &want, FAST_FLOAT_COSINE)?;
+    }
+    Ok(())
+}

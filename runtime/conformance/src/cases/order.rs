@@ -1,0 +1,101 @@
+//! What is refused, with which error, and what is promised about memory and progress.
+
+use std::sync::Arc;
+
+use trustformers_plan::{
+    BackendError, DType, LoadSpec, LogitsRows, Numerics, PlanBuilder, RopeLayout, SequenceStep, StepInput,
+    StepOutput, Weight, Weights,
+};
+
+use crate::compare::wrong;
+use crate::models::{DECODER_LIMITS, Decoder, VOCABULARY};
+use crate::story::{KV_BLOCKS, load_decoder, run};
+use crate::{CaseError, Open};
+
+const DECODER: Decoder = Decoder { dtype: DType::F32, layout: RopeLayout::Neox, biased: false };
+
+/// Submit and wait take turns, and a refused step leaves the next one alone.
+pub(super) fn steps(open: Open<'_>) -> Result<(), CaseError> {
+    let mut backend = open()?;
+    let fused = backend.caps().fused;
+    let executable = &mut *load_decoder(&mut *backend, DECODER, &fused, Numerics::Exact)?;
+    let step = |tokens| SequenceStep { tokens, cached_tokens: 0, blocks: &[0], logits: LogitsRows::Last };
+    let want = run(executable, &[step(&[1, 2])])?;
+    let output = &mut StepOutput::new();
+    expect("wait without submit", executable.wait(output), |e| matches!(e, BackendError::Order(_)))?;
+    let empty = executable.submit(&StepInput::new());
+    expect("a step without rows", empty, |e| matches!(e, BackendError::Step(_)))?;
+    let mut unknown = StepInput::new();
+    unknown.push_sequence(step(&[VOCABULARY as u32]));
+    expect("a token that is no word", executable.submit(&unknown), |e| matches!(e, BackendError::Step(_)))?;
+    let mut input = StepInput::new();
+    input.push_sequence(step(&[1, 2]));
+    executable.submit(&input)?;
+    expect("submit twice", executable.submit(&input), |e| matches!(e, BackendError::Order(_)))?;
+    executable.wait(output)?;
+    if output.row(0) != want[0] {
+        return wrong("a step after refused ones gives another answer");
+    }
+    Ok(())
+}
+
+/// A plan of other weights, or one that needs a larger arena, is not compiled.
+pub(super) fn plans(open: Open<'_>) -> Result<(), CaseError> {
+    let mut backend = open()?;
+    let weights = DECODER.weights()?;
+    let plan = DECODER.plan(&weights, &backend.caps().fused)?;
+    let width = DECODER.hyper().width;
+    let mut other = Weights::new();
+    let table =
+        other.push(Weight::from_f32("other", (VOCABULARY, width), &vec![0.0; VOCABULARY * width])?)?;
+    let mut b = PlanBuilder::new(&other, DECODER.hyper(), DECODER_LIMITS);
+    let x = b.embed(table);
+    let x = b.gather_rows(x);
+    b.logits(x, table);
+    let foreign = b.finish(&backend.caps().fused)?;
+    let numerics = Numerics::Exact;
+    let spec = LoadSpec { weights, plan: &plan, kv_blocks: 1, numerics, progress: &mut |_| {} };
+    let compiled = backend.load(spec)?.compile(&foreign).map(drop);
+    expect("a plan of other weights", compiled, |e| matches!(e, BackendError::Mismatch(_)))
+}
+
+/// Progress never falls and ends at everything; the report adds up; what cannot fit is refused.
+pub(super) fn memory(open: Open<'_>) -> Result<(), CaseError> {
+    let mut backend = open()?;
+    let weights = DECODER.weights()?;
+    let plan = DECODER.plan(&weights, &backend.caps().fused)?;
+    let mut seen = Vec::new();
+    let numerics = Numerics::Fast;
+    let spec = LoadSpec {
+        weights: Arc::clone(&weights),
+        plan: &plan,
+        kv_blocks: KV_BLOCKS,
+        numerics,
+        progress: &mut |progress| seen.push((progress.done_bytes, progress.total_bytes)),
+    };
+    let memory = backend.load(spec)?.memory();
+    let all = seen.last().is_some_and(|(done, total)| done == total && *total > 0);
+    if !seen.is_sorted() || !all {
+        return wrong(format!("progress fell or did not end at everything: {seen:?}"));
+    }
+    let kv_bytes = KV_BLOCKS as u64 * backend.caps().kv_block_bytes(plan.hyper());
+    if memory.kv_bytes != kv_bytes || memory.arena_bytes < plan.arena_bytes() as u64 {
+        return wrong(format!("{memory:?}: the cache takes {kv_bytes}, the arena {}", plan.arena_bytes()));
+    }
+    let huge =
+        LoadSpec { weights, plan: &plan, kv_blocks: usize::MAX / 1024, numerics, progress: &mut |_| {} };
+    let refused = backend.load(huge).map(drop);
+    expect("a cache larger than any memory", refused, |e| matches!(e, BackendError::OutOfMemory { .. }))
+}
+
+fn expect(
+    what: &str,
+    outcome: Result<(), BackendError>,
+    right: impl Fn(&BackendError) -> bool,
+) -> Result<(), CaseError> {
+    match outcome {
+        Err(error) if right(&error) => Ok(()),
+        Err(error) => wrong(format!("{what} gave another error: {error}")),
+        Ok(()) => wrong(format!("{what} was not refused")),
+    }
+}

@@ -1,0 +1,106 @@
+//! What is run: ragged steps of several sequences, with prompts in chunks and blocks in no order.
+
+use trustformers_plan::{
+    Backend, Executable, FusedOps, LoadSpec, LogitsRows, Numerics, SequenceStep, StepInput, StepOutput,
+};
+
+use crate::CaseError;
+use crate::models::{Decoder, Encoder, VOCABULARY};
+
+/// Blocks of the cache that the decoder is loaded with.
+pub const KV_BLOCKS: usize = 80;
+
+/// Loads a decoder and makes its plan runnable.
+///
+/// # Errors
+/// When the backend refuses it.
+pub fn load_decoder(
+    backend: &mut dyn Backend,
+    decoder: Decoder,
+    fused: &FusedOps,
+    numerics: Numerics,
+) -> Result<Box<dyn Executable>, CaseError> {
+    let weights = decoder.weights()?;
+    let plan = decoder.plan(&weights, fused)?;
+    let spec = LoadSpec { weights, plan: &plan, kv_blocks: KV_BLOCKS, numerics, progress: &mut |_| {} };
+    Ok(backend.load(spec)?.compile(&plan)?)
+}
+
+/// Loads an encoder and makes its plan runnable.
+///
+/// # Errors
+/// When the backend refuses it.
+pub fn load_encoder(
+    backend: &mut dyn Backend,
+    encoder: Encoder,
+    fused: &FusedOps,
+    numerics: Numerics,
+) -> Result<Box<dyn Executable>, CaseError> {
+    let weights = encoder.weights()?;
+    let plan = encoder.plan(&weights, fused)?;
+    let spec = LoadSpec { weights, plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
+    Ok(backend.load(spec)?.compile(&plan)?)
+}
+
+/// Runs one step; returns the rows of its answer.
+///
+/// # Errors
+/// When the backend fails.
+pub fn run(
+    executable: &mut dyn Executable,
+    sequences: &[SequenceStep<'_>],
+) -> Result<Vec<Vec<f32>>, CaseError> {
+    let mut input = StepInput::new();
+    sequences.iter().for_each(|sequence| input.push_sequence(*sequence));
+    let mut output = StepOutput::new();
+    executable.submit(&input)?;
+    executable.wait(&mut output)?;
+    Ok((0..output.rows()).map(|row| output.row(row).to_vec()).collect())
+}
+
+/// Three sequences of different lengths over four steps: prompts (one in two chunks), then a token each, in other company.
+///
+/// # Errors
+/// When the backend fails.
+pub fn decode(executable: &mut dyn Executable) -> Result<Vec<Vec<f32>>, CaseError> {
+    let tokens: Vec<u32> = (0..290).map(|i| (i * 31 + i / 7) % VOCABULARY as u32).collect();
+    // 7 has no factor in common with 80, so that no block comes twice.
+    let blocks: Vec<Vec<u32>> =
+        (0..3).map(|s| (0..20).map(|b| (b * 3 + s) * 7 % KV_BLOCKS as u32).collect()).collect();
+    let sequence = |s: usize, from: usize, to: usize, logits| SequenceStep {
+        tokens: &tokens[from + s..to + s],
+        cached_tokens: from,
+        blocks: &blocks[s],
+        logits,
+    };
+    let last = LogitsRows::Last;
+    let mut rows = run(
+        executable,
+        &[
+            sequence(0, 0, 5, LogitsRows::All),
+            sequence(1, 0, 200, LogitsRows::None),
+            sequence(2, 0, 17, last),
+        ],
+    )?;
+    rows.extend(run(executable, &[sequence(1, 200, 280, last), sequence(0, 5, 6, last)])?);
+    let each = [sequence(2, 17, 18, last), sequence(1, 280, 281, last), sequence(0, 6, 7, last)];
+    rows.extend(run(executable, &each)?);
+    rows.extend(run(executable, &[sequence(1, 281, 282, last)])?);
+    Ok(rows)
+}
+
+/// One text of each length in one step.
+///
+/// # Errors
+/// When the backend fails.
+pub fn encode(executable: &mut dyn Executable, lengths: &[usize]) -> Result<Vec<Vec<f32>>, CaseError> {
+    let texts: Vec<Vec<u32>> = lengths
+        .iter()
+        .map(|len| (0..*len).map(|i| ((i * 17 + i / 5 + len * 3) % VOCABULARY) as u32).collect())
+        .collect();
+    let sequences: Vec<_> = texts
+        .iter()
+        .map(|tokens| SequenceStep { tokens, cached_tokens: 0, blocks: &[], logits: LogitsRows::None })
+        .collect();
+    run(executable, &sequences)
+}

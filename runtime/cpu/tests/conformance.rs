@@ -1,0 +1,87 @@
+//! Every tier of this processor through the suite that all backends must pass, and what holds for processors alone:
+//! neither the number of threads nor fusion moves a bit.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in what it builds as well")]
+
+use trustformers_conformance::models::{Decoder, Encoder};
+use trustformers_conformance::story::{decode, encode, load_decoder, load_encoder};
+use trustformers_conformance::{Fault, check};
+use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
+use trustformers_plan::{Backend, BackendError, DType, FusedOps, Numerics, Pooling, RopeLayout};
+
+const LENGTHS: [usize; 4] = [5, 90, 33, 1];
+
+fn cpu(tier: Tier, threads: usize) -> CpuBackend {
+    CpuBackend::new(CpuConfig { tier: Some(tier), threads: Some(threads) }).unwrap()
+}
+
+fn tiers() -> impl Iterator<Item = Tier> {
+    Tier::ALL.into_iter().filter(|tier| tier.is_available())
+}
+
+#[test]
+fn every_tier_passes_the_suite() {
+    for tier in tiers() {
+        if let Err(faults) = check(&|| Ok(Box::new(cpu(tier, 2)))) {
+            let faults: Vec<String> = faults.iter().map(Fault::to_string).collect();
+            panic!("{}", faults.join("\n"));
+        }
+    }
+}
+
+#[test]
+fn threads_and_fusion_move_no_bit() {
+    let decoders = [DType::F32, DType::Q4_1, DType::Q4_K].map(|dtype| Decoder {
+        dtype,
+        layout: RopeLayout::Interleaved,
+        biased: true,
+    });
+    let encoder = Encoder { dtype: DType::F32, pooling: Pooling::Mean, normalise: true };
+    for tier in tiers() {
+        for numerics in [Numerics::Exact, Numerics::Fast] {
+            let run = |threads, fused: FusedOps| {
+                let mut rows = Vec::new();
+                for decoder in decoders {
+                    let mut backend = cpu(tier, threads);
+                    let executable = load_decoder(&mut backend, decoder, &fused, numerics);
+                    rows.extend(decode(&mut *executable.unwrap()).unwrap());
+                }
+                let executable = load_encoder(&mut cpu(tier, threads), encoder, &fused, numerics);
+                rows.extend(encode(&mut *executable.unwrap(), &LENGTHS).unwrap());
+                rows
+            };
+            let one = run(1, FusedOps::ALL);
+            for threads in [2, 5] {
+                assert!(run(threads, FusedOps::ALL) == one, "{tier} {numerics:?} with {threads} threads");
+            }
+            assert!(run(2, FusedOps::NONE) == one, "{tier} {numerics:?} without fusion");
+        }
+    }
+}
+
+#[test]
+fn fast_is_batch_invariant_for_encoders_too() {
+    // Nobody asks it to be; it is because rows are quantised each by itself.
+    let encoder = Encoder { dtype: DType::F32, pooling: Pooling::Mean, normalise: true };
+    for tier in tiers() {
+        let mut backend = cpu(tier, 2);
+        let mut executable = load_encoder(&mut backend, encoder, &FusedOps::ALL, Numerics::Fast).unwrap();
+        let together = encode(&mut *executable, &LENGTHS).unwrap();
+        for (len, row) in LENGTHS.into_iter().zip(together) {
+            assert!(encode(&mut *executable, &[len]).unwrap()[0] == row, "{tier}: {len} tokens alone");
+        }
+    }
+}
+
+#[test]
+fn refusals_name_the_reason() {
+    let threads = CpuBackend::new(CpuConfig { tier: None, threads: Some(0) });
+    assert!(matches!(threads, Err(BackendError::Device(_))));
+    for tier in Tier::ALL.into_iter().filter(|tier| !tier.is_available()) {
+        let error = CpuBackend::new(CpuConfig { tier: Some(tier), threads: Some(1) }).err().unwrap();
+        assert!(error.to_string().contains(tier.name()));
+    }
+    let backend = cpu(Tier::best(), 1);
+    assert_eq!(backend.tier(), Tier::best());
+    assert!(backend.caps().description.contains(Tier::best().name()));
+}
