@@ -1,13 +1,14 @@
 //! How fast an encoder's steps are: MiniLM's shape with made-up f32 weights, sequences of 128 tokens, one and 32 at once.
 //!
-//! `cargo run --profile ci -p trustformers-cpu --example encoder -- [THREADS]`. Numerics take turns; the fastest and the
-//! median of [`ROUNDS`] rounds are printed, and the products per second beside them.
+//! `cargo run --profile ci -p trustformers-cpu --example encoder -- [THREADS] [fast] [unfused]`. Numerics take turns (only
+//! the fast ones with `fast`), and with `unfused` plans without any fused op as well; the fastest and the median of
+//! [`ROUNDS`] rounds are printed, and the products per second beside them.
 
 use std::{sync::Arc, time::Instant};
 
 use trustformers_cpu::{CpuBackend, CpuConfig};
 use trustformers_plan::{
-    Backend, Executable, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, Pooling,
+    Backend, Executable, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, Pooling,
     SequenceStep, StepInput, StepOutput, Weight, Weights,
 };
 
@@ -48,7 +49,7 @@ fn weights() -> Result<Arc<Weights>, AnyError> {
     Ok(Arc::new(weights))
 }
 
-fn plan(weights: &Weights, backend: &dyn Backend) -> Result<Plan, AnyError> {
+fn plan(weights: &Weights, fused: &FusedOps) -> Result<Plan, AnyError> {
     let find = |name: String| weights.find(&name).ok_or(name);
     let (norm, norm_bias) = (find("norm".into())?, find("norm.bias".into())?);
     let limits = Limits { rows: TOKENS * BATCHES[1], sequences: BATCHES[1], logits_rows: 0 };
@@ -72,7 +73,7 @@ fn plan(weights: &Weights, backend: &dyn Backend) -> Result<Plan, AnyError> {
         x = b.layer_norm(sum, norm, norm_bias, 1e-12);
     }
     b.pool(x, Pooling::Mean, true);
-    Ok(b.finish(&backend.caps().fused)?)
+    Ok(b.finish(fused)?)
 }
 
 fn step(sequences: usize) -> StepInput {
@@ -97,16 +98,24 @@ fn seconds(e: &mut dyn Executable, input: &StepInput) -> Result<f64, AnyError> {
 }
 
 fn main() -> Result<(), AnyError> {
-    let threads: Option<usize> = std::env::args().nth(1).map(|n| n.parse()).transpose()?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let threads: Option<usize> = args.iter().find_map(|arg| arg.parse().ok());
+    let has = |word: &str| args.iter().any(|arg| arg == word);
     let weights = weights()?;
     let mut entries = Vec::new();
-    for numerics in [Numerics::Fast, Numerics::Exact] {
+    for (numerics, unfused) in [Numerics::Fast, Numerics::Exact].map(|n| [(n, false), (n, true)]).concat() {
+        if (numerics == Numerics::Exact && has("fast")) || (unfused && !has("unfused")) {
+            continue;
+        }
         let mut backend = CpuBackend::new(CpuConfig { tier: None, threads })?;
-        let plan = plan(&weights, &backend)?;
+        let fused = if unfused { FusedOps::NONE } else { backend.caps().fused };
+        let plan = plan(&weights, &fused)?;
         let spec =
             LoadSpec { weights: weights.clone(), plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
         let executable = backend.load(spec)?.compile(&plan)?;
-        entries.push((format!("{} {numerics:?}", backend.caps().description), executable));
+        let name =
+            format!("{} {numerics:?}{}", backend.caps().description, if unfused { ", unfused" } else { "" });
+        entries.push((name, executable));
     }
     let width = HYPER.width;
     let products = (HYPER.layers * (4 * width * width + 2 * width * FEED_FORWARD) * TOKENS) as f64;
@@ -122,7 +131,7 @@ fn main() -> Result<(), AnyError> {
             times.sort_by(f64::total_cmp);
             let speed = |seconds: f64| batch as f64 / seconds;
             println!(
-                "{name:<34} | {batch:2} x {TOKENS}: {:7.1} (median {:7.1}) sequences/s, {:.0} G products/s",
+                "{name:<43} | {batch:2} x {TOKENS}: {:7.1} (median {:7.1}) sequences/s, {:.0} G products/s",
                 speed(times[0]),
                 speed(times[times.len() / 2]),
                 speed(times[0]) * products / 1e9
