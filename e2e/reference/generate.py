@@ -16,9 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything comes from the one file that is
 
 import torch
 import transformers
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
-from prompts import PROMPTS
+from prompts import OF_ARCHITECTURE
 
 NEW_TOKENS = 48
 TOP = 8
@@ -35,7 +35,12 @@ class Reference:
         place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
-        self.end_id = self.tokenizer.eos_token_id
+        self.architecture = self.model.config.model_type
+        self.end_ids = {self.tokenizer.eos_token_id}
+        {"llama": self._smollm2, "qwen2": self._qwen2}[self.architecture]()
+        self.worst = 0.0
+
+    def _smollm2(self) -> None:
         # transformers does not read the file's `tokenizer.ggml.pre` (`smollm`) and splits as GPT-2 does: "  12" would
         # become two blanks instead of the one token that the model was trained with. Digits are split off first.
         self.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -44,7 +49,12 @@ class Reference:
         ])
         if self.ids("a  12") != self.tokenizer.convert_tokens_to_ids(["a", "ĠĠ", "1", "2"]):
             sys.exit("the tokenizer does not split digits off: not the model's own splitting")
-        self.worst = 0.0
+
+    def _qwen2(self) -> None:
+        # transformers' own Qwen2 tokenizer composes characters first, and the one that it makes from a GGUF file does
+        # not. The generation settings that the model was published with end at the end of a document as well.
+        self.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+        self.end_ids.add(self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with nothing added."""
@@ -56,7 +66,7 @@ class Reference:
         ids = self.ids(prompt)
         cache = transformers.DynamicCache(config=self.model.config)
         step, greedy, margins, first = torch.tensor([ids]), [], [], None
-        while len(greedy) < NEW_TOKENS and (not greedy or greedy[-1] != self.end_id):
+        while len(greedy) < NEW_TOKENS and (not greedy or greedy[-1] not in self.end_ids):
             logits = self.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
             best = torch.topk(logits, TOP)
             first = first or best
@@ -64,7 +74,7 @@ class Reference:
             margins.append(float(best.values[0] - best.values[1]))
             step = torch.tensor([[greedy[-1]]])
         self._check_uncached(ids, greedy, margins)
-        text = greedy[:-1] if greedy[-1] == self.end_id else greedy
+        text = greedy[:-1] if greedy[-1] in self.end_ids else greedy
         return {
             "prompt": prompt,
             "ids": ids,
@@ -108,11 +118,12 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
 
     reference = Reference(given.gguf)
+    prompts = OF_ARCHITECTURE[reference.architecture]
     before = json.loads(given.out.read_text())["cases"] if given.out.exists() else []
-    cases = [case for case in before if case["prompt"] not in PROMPTS]
+    cases = [case for case in before if case["prompt"] not in prompts]
     for case in cases:
         compare(case, reference.case(case["prompt"]))
-    for prompt in PROMPTS:
+    for prompt in prompts:
         case = reference.case(prompt)
         cases.append(case)
         unclear = next((str(i) for i, m in enumerate(case["margins"]) if m < CLEAR_MARGIN), "none")

@@ -26,7 +26,7 @@ def user(text: str) -> str:
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-PROMPTS = [
+SMOLLM2 = [
     # Code with indentation: runs of blanks are single tokens.
     "fn largest(values: &[u32]) -> Option<u32> {\n    let mut best = None;\n    for value in values {\n",
     # Chat format with a system turn: special tokens inside the text.
@@ -48,3 +48,29 @@ PROMPTS = [
     # Punctuation and contractions: the pre-tokenizer's splitting rules.
     "\"Wait... what?!\" -- she'd said; they'll've gone (or haven't they?) & so: [1] {2} <3> #4 @5 *6* ~7~ --",
 ]
+
+QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+
+# Qwen2.5-Coder: a large vocabulary, biases, another splitting, another turning of heads.
+QWEN2 = [
+    # What it is made for: code in a chat, special tokens inside the text.
+    QWEN_SYSTEM + user("Write a Python function that says whether a number is prime. Code only."),
+    # Code that stops in the middle of a line; tabs.
+    "package main\n\nimport \"fmt\"\n\nfunc main() {\n\tfor i := 0; i < 10; i++ {\n\t\tfmt.Println(",
+    # Fill in the middle: special tokens that only this family has.
+    "<|fim_prefix|>def add(a, b):\n    <|fim_suffix|>\n\nprint(add(1, 2))\n<|fim_middle|>",
+    # Chinese, several characters in one token.
+    "中国的首都是北京，日本的首都是",
+    # Decomposed accents and Hangul, which the tokenizer composes, emoji, a joined family.
+    "cafe\u0301 re\u0301sume\u0301 \u1112\u1161\u11ab\u1100\u1173\u11af 👩\u200d💻🦀 means",
+    # Contractions in capitals, marks before words, line ends that stick to marks, blanks at line ends.
+    "IT'S (they'LL) #include <stdio.h>;\r\n\r\n  x = y;  \n\n\t// It's",
+    # Numbers: every digit is a token of its own.
+    "SELECT id, total FROM orders WHERE total > 1000000 AND year IN (2023, 2024,",
+    # A tool call in the model's own format: tokens that are special and have a text.
+    "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\"}}\n</tool_call>\nThis call asks for",
+    # About three hundred tokens: more than one chunk of a chunked prefill.
+    LONG,
+]
+
+OF_ARCHITECTURE = {"llama": SMOLLM2, "qwen2": QWEN2}

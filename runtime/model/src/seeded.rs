@@ -1,4 +1,5 @@
-//! Small models with random weights that depend on nothing but a seed: Llamas as GGUF files, BERTs as checkpoints.
+//! Small models with random weights that depend on nothing but a seed: Llamas and Qwens as GGUF files, BERTs as
+//! checkpoints.
 //!
 //! Tests of the engine, the pod and the whole cluster need a model that loads in a millisecond and answers the same
 //! on every machine. It has the shape, the file format and the tokenizer of a real one (byte-level, so every text can
@@ -6,7 +7,7 @@
 //!
 //! The recipe is short enough to repeat in another language: element `i` of a tensor is
 //! `(mix(seed XOR fnv1a(name), i) >> 40) / 2^23 - 1`, times `scale / sqrt(columns)`, where `mix` is the SplitMix64
-//! output function on `start + (i + 1) * 0x9E3779B97F4A7C15`; norm weights are 1. Quantised tensors are rounded from
+//! output function on `start + (i + 1) * 0x9E3779B97F4A7C15`; norm weights are 1, and biases are the sequence times 0.3. Quantised tensors are rounded from
 //! these values block by block.
 
 mod encoder;
@@ -42,9 +43,39 @@ const MERGES: [(&str, &str); 12] = [
     ("in", "g"),
 ];
 
+/// Spread of biases: visible beside products of about one, and no more.
+const BIAS_SCALE: f32 = 0.3;
+
+/// Which architecture a seeded model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SeededFamily {
+    /// `llama`, with SmolLM2's way to split text.
+    Llama,
+    /// `qwen2`, with its own.
+    Qwen2,
+}
+
+impl SeededFamily {
+    fn architecture(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+        }
+    }
+
+    fn split(self) -> &'static str {
+        match self {
+            Self::Llama => "smollm",
+            Self::Qwen2 => "qwen2",
+        }
+    }
+}
+
 /// The shape of a seeded model. The default takes about 200 KB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SeededModel {
+    /// Its architecture.
+    pub family: SeededFamily,
     /// What all weights come from.
     pub seed: u64,
     /// Transformer blocks.
@@ -69,6 +100,7 @@ pub struct SeededModel {
 impl Default for SeededModel {
     fn default() -> Self {
         Self {
+            family: SeededFamily::Llama,
             seed: 1,
             layers: 2,
             heads: 4,
@@ -95,7 +127,7 @@ impl SeededModel {
     pub fn gguf(&self) -> Vec<u8> {
         let mut file = GgufWriter::new();
         self.metadata(&mut file);
-        tokenizer(&mut file);
+        tokenizer(&mut file, self.family.split());
         let (width, vocabulary) = (self.heads * self.head_dim, self.vocabulary());
         self.matrix(&mut file, "token_embd.weight", vocabulary, width);
         for layer in 0..self.layers {
@@ -105,6 +137,11 @@ impl SeededModel {
             self.matrix(&mut file, &name("attn_q"), width, width);
             self.matrix(&mut file, &name("attn_k"), kv, width);
             self.matrix(&mut file, &name("attn_v"), kv, width);
+            if self.family == SeededFamily::Qwen2 {
+                for (part, len) in [("attn_q", width), ("attn_k", kv), ("attn_v", kv)] {
+                    self.bias(&mut file, &format!("blk.{layer}.{part}.bias"), len);
+                }
+            }
             self.matrix(&mut file, &name("attn_output"), width, width);
             norm(&mut file, &name("ffn_norm"), width);
             self.matrix(&mut file, &name("ffn_gate"), self.feed_forward, width);
@@ -122,18 +159,29 @@ impl SeededModel {
         let text = |t: &str| GgufValue::String(t.to_owned());
         // Sizes of a test model fit 32 bits by a wide margin.
         let number = |n: usize| GgufValue::U32(n as u32);
-        file.pair("general.architecture", &text("llama"))
-            .pair("general.name", &text("Seeded test model"))
-            .pair("llama.block_count", &number(self.layers))
-            .pair("llama.context_length", &number(self.context_tokens))
-            .pair("llama.embedding_length", &number(self.heads * self.head_dim))
-            .pair("llama.feed_forward_length", &number(self.feed_forward))
-            .pair("llama.attention.head_count", &number(self.heads))
-            .pair("llama.attention.head_count_kv", &number(self.kv_heads))
-            .pair("llama.attention.layer_norm_rms_epsilon", &GgufValue::F32(1e-5))
-            .pair("llama.rope.freq_base", &GgufValue::F32(10_000.0))
-            .pair("llama.rope.dimension_count", &number(self.head_dim))
-            .pair("llama.vocab_size", &number(self.vocabulary()));
+        let family = self.family.architecture();
+        file.pair("general.architecture", &text(family)).pair("general.name", &text("Seeded test model"));
+        let pairs = [
+            ("block_count", number(self.layers)),
+            ("context_length", number(self.context_tokens)),
+            ("embedding_length", number(self.heads * self.head_dim)),
+            ("feed_forward_length", number(self.feed_forward)),
+            ("attention.head_count", number(self.heads)),
+            ("attention.head_count_kv", number(self.kv_heads)),
+            ("attention.layer_norm_rms_epsilon", GgufValue::F32(1e-5)),
+            ("rope.freq_base", GgufValue::F32(10_000.0)),
+            ("rope.dimension_count", number(self.head_dim)),
+            ("vocab_size", number(self.vocabulary())),
+        ];
+        for (key, value) in pairs {
+            file.pair(&format!("{family}.{key}"), &value);
+        }
+    }
+
+    fn bias(&self, file: &mut GgufWriter, name: &str, len: usize) {
+        let start = self.seed ^ fnv1a(name);
+        let values: Vec<f32> = (0..len as u64).map(|i| element(start, i) * BIAS_SCALE).collect();
+        file.tensor(name, &[len], DType::F32, &store(&values, DType::F32));
     }
 
     fn matrix(&self, file: &mut GgufWriter, name: &str, rows: usize, cols: usize) {
@@ -148,7 +196,7 @@ fn norm(file: &mut GgufWriter, name: &str, width: usize) {
     file.tensor(name, &[width], DType::F32, &store(&vec![1.0; width], DType::F32));
 }
 
-fn tokenizer(file: &mut GgufWriter) {
+fn tokenizer(file: &mut GgufWriter, split: &str) {
     let chars = byte_chars();
     let spell = |text: &str| text.bytes().map(|byte| chars[usize::from(byte)]).collect::<String>();
     let mut tokens: Vec<String> = CONTROL_TOKENS.iter().map(|token| (*token).to_owned()).collect();
@@ -157,7 +205,7 @@ fn tokenizer(file: &mut GgufWriter) {
     let types = (0..tokens.len()).map(|id| if id < CONTROL_TOKENS.len() { 3 } else { 1 }).collect();
     let merges = MERGES.iter().map(|(left, right)| format!("{} {}", spell(left), spell(right))).collect();
     file.pair("tokenizer.ggml.model", &GgufValue::String("gpt2".to_owned()))
-        .pair("tokenizer.ggml.pre", &GgufValue::String("smollm".to_owned()))
+        .pair("tokenizer.ggml.pre", &GgufValue::String(split.to_owned()))
         .pair("tokenizer.ggml.tokens", &GgufValue::Strings(tokens))
         .pair("tokenizer.ggml.token_type", &GgufValue::Integers(types))
         .pair("tokenizer.ggml.merges", &GgufValue::Strings(merges))

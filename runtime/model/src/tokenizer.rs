@@ -7,15 +7,17 @@ pub use json::EncodedText;
 
 use crate::detokenizer::Detokenizer;
 use crate::error::TokenizerProblem;
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, Metadata};
 use std::collections::HashMap;
 use std::fmt;
 use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::{NFC, NormalizerWrapper};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::{AddedToken, Tokenizer as Library};
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer as Library};
 
 const MODEL: &str = "tokenizer.ggml.model";
 const PRE: &str = "tokenizer.ggml.pre";
@@ -27,6 +29,21 @@ const BEGIN: &str = "tokenizer.ggml.bos_token_id";
 /// Token types as GGUF numbers them; the others are plain text.
 const TYPE_CONTROL: i64 = 3;
 const TYPE_USER_DEFINED: i64 = 4;
+const TYPE_UNUSED: i64 = 5;
+
+/// Ends a document of Qwen2. Files name one end token, that of a turn; the models write this one as well, and their own
+/// generation settings name both.
+const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// How Qwen2 cuts text: contractions, words with one mark or blank before them, single digits, runs of marks, line ends,
+/// blanks.
+const QWEN2_SPLIT: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"|\p{N}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 
 /// Text to ids and ids to text, as one model was trained with.
 pub struct Tokenizer {
@@ -65,39 +82,24 @@ impl Tokenizer {
             .build()
             .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
         let mut library = Library::new(model);
-        library.with_pre_tokenizer(Some(split));
+        library
+            .with_normalizer(split.normaliser)
+            .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
+        library.with_pre_tokenizer(Some(split.cut));
         let special =
             tokens.iter().zip(&types).filter(|(token, kind)| is_special(**kind) && !token.is_empty());
         library
             .add_special_tokens(special.map(|(token, _)| AddedToken::from(*token, true).normalized(false)))
             .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
-        let id = |key: &'static str| -> Result<Option<u32>, TokenizerProblem> {
-            let Some(id) = meta.opt_unsigned(key)? else { return Ok(None) };
-            match u32::try_from(id).ok().filter(|id| (*id as usize) < tokens.len()) {
-                Some(id) => Ok(Some(id)),
-                None => Err(entry(key, format!("id {id} is outside the vocabulary of {}", tokens.len()))),
-            }
-        };
-        let begin = if meta.opt_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(false) {
-            let begin = id(BEGIN)?;
-            Some(
-                begin
-                    .ok_or_else(|| entry(BEGIN, "it is missing although add_bos_token is true".to_owned()))?,
-            )
-        } else {
-            None
-        };
-        let mut eos: Vec<u32> = [id("tokenizer.ggml.eos_token_id")?, id("tokenizer.ggml.eot_token_id")?]
-            .into_iter()
-            .flatten()
-            .collect();
-        eos.dedup();
+        let begin = begin_id(&gguf.metadata, tokens.len())?;
+        let eos = end_ids(&gguf.metadata, &tokens, split.end)?;
         Ok(Self { library, bytes: TokenBytes::new(&tokens, &types), begin, eos, templated: false })
     }
 
     /// The ids of a text. Special tokens spelled in it are recognised; a begin token, or those of a template, come around
-    /// it only where the model's file asks for them. A byte that the vocabulary has no token for is left out, as the implementations do
-    /// that models are trained with; SmolLM2 lacks six control characters and the bytes of unassigned planes.
+    /// it only where the model's file asks for them. A byte that the vocabulary has no token for is left out, as the
+    /// implementations do that models are trained with; SmolLM2 lacks six control characters and the bytes of
+    /// unassigned planes.
     ///
     /// # Errors
     /// The library's own; none is known for valid UTF-8.
@@ -155,14 +157,68 @@ fn is_special(kind: i64) -> bool {
     matches!(kind, TYPE_CONTROL | TYPE_USER_DEFINED)
 }
 
-/// How text is cut before merging. The names are those of the GGUF key.
-fn split_rule(name: &str) -> Result<PreTokenizerWrapper, TokenizerProblem> {
-    match name {
-        // Every digit by itself, then the words of GPT-2's expression, each as bytes. Neither step adds a space.
-        "smollm" => {
-            Ok(Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]).into())
+/// The id under `key`, which must be in a vocabulary of `count`.
+fn id_of(meta: &Metadata, key: &'static str, count: usize) -> Result<Option<u32>, TokenizerProblem> {
+    let Some(id) = meta.opt_unsigned(key)? else { return Ok(None) };
+    match u32::try_from(id).ok().filter(|id| (*id as usize) < count) {
+        Some(id) => Ok(Some(id)),
+        None => Err(entry(key, format!("id {id} is outside the vocabulary of {count}"))),
+    }
+}
+
+/// The token before every text, where the file asks for one.
+fn begin_id(meta: &Metadata, count: usize) -> Result<Option<u32>, TokenizerProblem> {
+    if !meta.opt_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(false) {
+        return Ok(None);
+    }
+    let begin = id_of(meta, BEGIN, count)?;
+    begin.map(Some).ok_or_else(|| entry(BEGIN, "it is missing although add_bos_token is true".to_owned()))
+}
+
+/// The tokens that end a text, each once: those that the file names, then the end of a document.
+fn end_ids(
+    meta: &Metadata,
+    tokens: &[&str],
+    end: Option<&'static str>,
+) -> Result<Vec<u32>, TokenizerProblem> {
+    let turn = id_of(meta, "tokenizer.ggml.eos_token_id", tokens.len())?;
+    let other = id_of(meta, "tokenizer.ggml.eot_token_id", tokens.len())?;
+    let document = (0..).zip(tokens).find(|(_, token)| Some(**token) == end).map(|(id, _)| id);
+    let mut ends = Vec::new();
+    for end in [turn, other, document].into_iter().flatten() {
+        if !ends.contains(&end) {
+            ends.push(end);
         }
-        other => Err(unsupported(PRE, other, "smollm")),
+    }
+    Ok(ends)
+}
+
+/// What happens to a text before merging.
+struct SplitRule {
+    normaliser: Option<NormalizerWrapper>,
+    cut: PreTokenizerWrapper,
+    /// A token that ends texts although the file does not name it.
+    end: Option<&'static str>,
+}
+
+/// The rule with that name in the GGUF key. No step adds a space.
+fn split_rule(name: &str) -> Result<SplitRule, TokenizerProblem> {
+    match name {
+        // Every digit by itself, then the words of GPT-2's expression, each as bytes.
+        "smollm" => {
+            let steps = vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()];
+            Ok(SplitRule { normaliser: None, cut: Sequence::new(steps).into(), end: None })
+        }
+        // Composed characters, then the expression, each piece as bytes.
+        "qwen2" => {
+            let pattern = SplitPattern::Regex(QWEN2_SPLIT.to_owned());
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
+                .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
+            let steps = vec![split.into(), ByteLevel::new(false, true, false).into()];
+            let cut = Sequence::new(steps).into();
+            Ok(SplitRule { normaliser: Some(NFC.into()), cut, end: Some(END_OF_TEXT) })
+        }
+        other => Err(unsupported(PRE, other, "smollm, qwen2")),
     }
 }
 
@@ -231,7 +287,7 @@ impl TokenBytes {
         let mut all = Self { bytes: Vec::new(), ends: Vec::with_capacity(tokens.len()) };
         for (token, kind) in tokens.iter().zip(types) {
             match *kind {
-                TYPE_CONTROL => {}
+                TYPE_CONTROL | TYPE_UNUSED => {}
                 TYPE_USER_DEFINED => all.bytes.extend_from_slice(token.as_bytes()),
                 _ => {
                     let from = all.bytes.len();
@@ -261,7 +317,7 @@ mod tests {
     use super::*;
     use crate::Model;
     use crate::gguf::{GgufValue, GgufWriter};
-    use crate::seeded::SeededModel;
+    use crate::seeded::{SeededFamily, SeededModel};
     use proptest::prelude::*;
     use std::path::Path;
     use std::sync::Arc;
@@ -294,16 +350,42 @@ mod tests {
         assert_eq!(tokenizer.token_bytes(u32::MAX), b"");
     }
 
+    fn splits(rule: &str, text: &str) -> Vec<String> {
+        let mut cut = tokenizers::PreTokenizedString::from(text);
+        let rule = split_rule(rule).unwrap();
+        tokenizers::PreTokenizer::pre_tokenize(&rule.cut, &mut cut).unwrap();
+        let parts = cut.get_splits(tokenizers::OffsetReferential::Original, tokenizers::OffsetType::Byte);
+        parts.into_iter().map(|(_, (from, to), _)| text[from..to].to_owned()).collect()
+    }
+
     #[test]
     fn digits_stand_alone_and_words_keep_their_space() {
-        let splits = |text: &str| {
-            let mut cut = tokenizers::PreTokenizedString::from(text);
-            let rule = split_rule("smollm").unwrap();
-            tokenizers::PreTokenizer::pre_tokenize(&rule, &mut cut).unwrap();
-            let parts = cut.get_splits(tokenizers::OffsetReferential::Original, tokenizers::OffsetType::Byte);
-            parts.into_iter().map(|(_, (from, to), _)| text[from..to].to_owned()).collect::<Vec<_>>()
+        let text = "In 2024, it's  x";
+        let smollm = ["In", " ", "2", "0", "2", "4", ",", " it", "'s", " ", " x"];
+        assert_eq!(splits("smollm", text), smollm);
+        assert_eq!(splits("qwen2", text), smollm);
+    }
+
+    #[test]
+    fn the_split_of_qwen2_keeps_marks_with_words_and_line_ends_with_marks() {
+        let text = "fn(x)\t{\r\n\n  IT'LL(»»)\n \n y";
+        let expected = ["fn", "(x", ")", "\t", "{\r\n\n", " ", " IT", "'LL", "(»»)\n", " \n", " y"];
+        assert_eq!(splits("qwen2", text), expected);
+    }
+
+    #[test]
+    fn qwen2_composes_characters_and_ends_documents() {
+        let load = |family| {
+            let file = SeededModel { family, ..SeededModel::default() }.gguf();
+            Model::from_bytes(Path::new("seeded.gguf"), Arc::new(file)).unwrap()
         };
-        assert_eq!(splits("In 2024, it's  x"), ["In", " ", "2", "0", "2", "4", ",", " it", "'s", " ", " x"]);
+        let ends = |family| load(family).tokenizer().eos_ids().to_vec();
+        assert_eq!((ends(SeededFamily::Qwen2), ends(SeededFamily::Llama)), (vec![2, 0], vec![2]));
+        for (family, expected) in [(SeededFamily::Qwen2, "\u{e9}"), (SeededFamily::Llama, "e\u{301}")] {
+            let model = load(family);
+            let ids = model.tokenizer().encode("e\u{301}").unwrap();
+            assert_eq!(model.tokenizer().decode(&ids), expected);
+        }
     }
 
     /// A file with a tokenizer of three tokens, each key replaceable.
@@ -335,8 +417,8 @@ mod tests {
             (MODEL, text("llama"), "key tokenizer.ggml.model is \"llama\", which is not supported"),
             (
                 PRE,
-                text("qwen2"),
-                "key tokenizer.ggml.pre is \"qwen2\", which is not supported; supported: smollm",
+                text("llama-bpe"),
+                "key tokenizer.ggml.pre is \"llama-bpe\", which is not supported; supported: smollm, qwen2",
             ),
             (TOKENS, GgufValue::Strings(vec![]), "key tokenizer.ggml.tokens: it is empty"),
             (TOKENS, GgufValue::Integers(vec![1]), "key tokenizer.ggml.tokens: it is not a list of texts"),

@@ -2,7 +2,9 @@
 //! as a plan.
 
 pub(crate) mod bert;
+mod decoder;
 mod llama;
+mod qwen2;
 mod tensors;
 
 use crate::gguf::{GgufProblem, Metadata};
@@ -34,7 +36,7 @@ pub(crate) struct ArchSizes {
 type Resolve = fn(&Metadata, &mut TensorFinder<'_>) -> Result<Box<dyn Architecture>, GgufProblem>;
 
 /// Every architecture of GGUF files by the name in `general.architecture`.
-const ARCHITECTURES: &[(&str, Resolve)] = &[("llama", llama::resolve)];
+const ARCHITECTURES: &[(&str, Resolve)] = &[("llama", llama::resolve), ("qwen2", qwen2::resolve)];
 
 /// The names of all architectures of GGUF files, for messages.
 pub(crate) fn supported() -> String {

@@ -1,15 +1,12 @@
 //! Small BERT checkpoints with random weights, as folders like those that sentence-transformers writes.
 
 use super::store::store;
-use super::{SCALE, element, fnv1a};
+use super::{BIAS_SCALE, SCALE, element, fnv1a};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use trustformers_plan::{DType, Pooling};
-
-/// Spread of biases: visible beside products of about one, and no more.
-const BIAS_SCALE: f32 = 0.3;
 
 /// Special tokens, the first ids of the vocabulary.
 const SPECIAL_TOKENS: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];

@@ -1,0 +1,81 @@
+//! Qwen2.5-Coder 0.5B: five types of storage in one file, biases, halves of heads that turn together.
+
+use super::{Answer, Case, check_fast, check_logits, cpu, first_logits, generate, tiers};
+use std::sync::Arc;
+use trustformers_cpu::Tier;
+use trustformers_model::Model;
+use trustformers_plan::DType;
+
+const FILE: &str = "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf";
+
+/// The model is four times as large as SmolLM2, so tiers but the best are asked for the shortest prompts and this many
+/// tokens.
+const SHORT_PROMPT_TOKENS: usize = 30;
+const SHORT_TOKENS: usize = 12;
+
+fn model() -> Option<Arc<Model>> {
+    super::model(FILE)
+}
+
+fn cases() -> Vec<Case> {
+    super::cases(include_str!("../reference/qwen2.5-coder-0.5b.json"))
+}
+
+#[test]
+fn prompts_become_the_same_ids() {
+    let Some(model) = model() else { return };
+    let cases = cases();
+    assert!(cases.len() >= 10);
+    for case in &cases {
+        assert_eq!(model.tokenizer().encode(&case.prompt).unwrap(), case.ids, "{:?}", case.prompt);
+        assert_eq!(model.tokenizer().decode(&case.greedy), case.text);
+    }
+    let facts = model.facts();
+    assert_eq!((facts.layers, facts.vocabulary, facts.context_tokens), (24, 151_936, 32_768));
+    let mut types: Vec<DType> = model.weights().iter().map(|(_, weight)| weight.dtype()).collect();
+    types.sort_unstable();
+    types.dedup();
+    assert_eq!(types, [DType::F32, DType::Q8_0, DType::Q5_0, DType::Q4_K, DType::Q6_K]);
+}
+
+#[test]
+fn the_best_tier_follows_the_reference_and_the_others_follow_it() {
+    let Some(model) = model() else { return };
+    let (cases, tiers) = (cases(), tiers());
+    let best = *tiers.last().unwrap();
+    let all: Vec<(&Case, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
+    let started = std::time::Instant::now();
+    let answers: Vec<Answer> = generate(&model, cpu(best), &all);
+    println!("{best:?}: {} prompts in {:.1} s", cases.len(), started.elapsed().as_secs_f32());
+    for (case, (ids, text)) in cases.iter().zip(&answers) {
+        let decided = case.decided();
+        assert_eq!(ids[..decided], case.greedy[..decided], "{best:?}: {:?}", case.prompt);
+        if decided == case.greedy.len() {
+            assert_eq!(text, &case.text);
+        }
+    }
+    let short: Vec<(&Case, usize)> = all
+        .iter()
+        .filter(|(case, count)| case.ids.len() <= SHORT_PROMPT_TOKENS && *count >= SHORT_TOKENS)
+        .take(3)
+        .map(|(case, _)| (*case, SHORT_TOKENS))
+        .collect();
+    assert!(short.len() == 3);
+    for tier in tiers {
+        for ((case, count), (ids, _)) in short.iter().zip(generate(&model, cpu(tier), &short)) {
+            let at = cases.iter().position(|other| other.prompt == case.prompt).unwrap();
+            assert_eq!(ids, answers[at].0[..*count], "{tier:?} against {best:?}: {:?}", case.prompt);
+        }
+        let case = short[0].0;
+        check_logits(&format!("{tier:?}"), case, &first_logits(&model, &mut *cpu(tier), &case.ids));
+    }
+}
+
+#[test]
+fn fast_numerics_agree_where_the_reference_is_clear() {
+    let Some(model) = model() else { return };
+    let best = tiers().into_iter().rfind(|tier| *tier != Tier::Scalar);
+    if let Some(best) = best {
+        check_fast(&model, &cases(), best);
+    }
+}

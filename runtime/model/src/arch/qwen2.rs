@@ -1,0 +1,81 @@
+//! Qwen2 and Qwen2.5: a Llama whose queries, keys and values have biases, and whose heads turn their halves together.
+
+use super::Architecture;
+use super::decoder::{self, Family};
+use super::tensors::TensorFinder;
+use crate::gguf::{GgufProblem, Metadata};
+use trustformers_plan::RopeLayout;
+
+/// Converters store queries and keys as they were trained.
+const FAMILY: Family = Family { name: "qwen2", rope: RopeLayout::Neox, qkv_bias: true };
+
+/// Reads sizes and tensors from a file that says it is a Qwen2.
+pub(super) fn resolve(
+    meta: &Metadata,
+    tensors: &mut TensorFinder<'_>,
+) -> Result<Box<dyn Architecture>, GgufProblem> {
+    decoder::resolve(&FAMILY, meta, tensors)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::gguf::{GgufValue, GgufWriter};
+    use crate::seeded::{SeededFamily, SeededModel};
+    use crate::{Model, PlanRequest};
+    use std::path::Path;
+    use std::sync::Arc;
+    use trustformers_plan::{DType, FusedOps, Limits};
+
+    const TINY: SeededModel = SeededModel {
+        family: SeededFamily::Qwen2,
+        seed: 7,
+        layers: 1,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 4,
+        feed_forward: 16,
+        context_tokens: 64,
+        dtype: DType::F32,
+        tied: true,
+    };
+
+    fn load(file: Vec<u8>) -> Result<Model, String> {
+        Model::from_bytes(Path::new("tiny.gguf"), Arc::new(file)).map_err(|error| error.to_string())
+    }
+
+    fn dump(fused: FusedOps) -> String {
+        let limits = Limits { rows: 8, sequences: 2, logits_rows: 2 };
+        load(TINY.gguf()).unwrap().plan(&PlanRequest { context_tokens: 32, limits, fused }).unwrap().dump()
+    }
+
+    #[test]
+    fn the_plan_of_a_tiny_model() {
+        insta::assert_snapshot!("tiny_qwen2", dump(FusedOps::NONE));
+        insta::assert_snapshot!("tiny_qwen2_fused", dump(FusedOps::ALL));
+    }
+
+    #[test]
+    fn heads_may_be_tied_or_not_and_every_bias_counts() {
+        let (tied, untied) =
+            (load(TINY.gguf()).unwrap(), load(SeededModel { tied: false, ..TINY }.gguf()).unwrap());
+        assert_eq!(untied.facts().parameters - tied.facts().parameters, (271 * 8) as u64);
+        let llama = load(SeededModel { family: SeededFamily::Llama, ..TINY }.gguf()).unwrap();
+        assert_eq!(tied.facts().parameters - llama.facts().parameters, (8 + 4 + 4) as u64);
+        assert_eq!(tied.facts().architecture, "qwen2");
+    }
+
+    #[test]
+    fn a_missing_bias_and_unknown_behaviour_are_named() {
+        let mut file = TINY.gguf();
+        let name = b"blk.0.attn_k.bias";
+        let at = file.windows(name.len()).position(|window| window == name).unwrap();
+        file[at + name.len() - 1] = b'z';
+        let error = load(file).unwrap_err();
+        assert!(error.starts_with("tiny.gguf: tensor blk.0.attn_k.bias: it is missing (1 x 4"), "{error}");
+        let text = |t: &str| GgufValue::String(t.to_owned());
+        let mut file = GgufWriter::new();
+        file.pair("general.architecture", &text("qwen2")).pair("qwen2.rope.scaling.type", &text("yarn"));
+        let error = load(file.finish()).unwrap_err();
+        assert!(error.contains("qwen2.rope.scaling.type: \"yarn\" is not supported"), "{error}");
+    }
+}
