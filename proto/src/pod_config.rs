@@ -38,6 +38,9 @@ pub struct PodModel {
     /// Expected sha256, 64 lower-case hex digits, of the file (of several: of their sorted digest lines).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
+    /// `generate` or `embed`: what the files must be made for; default: what they say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<String>,
 }
 
 /// Settings of the engine; each default is the engine's own.
@@ -59,6 +62,15 @@ pub struct PodEngine {
     /// Requests that may wait for a place in the batch; one more is answered 429.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_queue: Option<u32>,
+    /// `time`, `size`, `dynamic` or `priority`: when texts that are to be encoded become a step; default `dynamic`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch_strategy: Option<String>,
+    /// Longest time that a free device waits for more texts to encode, 1 to 1000 ms; default 10.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_wait_ms: Option<u32>,
+    /// Whether a request's class decides who goes first; default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<bool>,
 }
 
 fn default_drain_timeout_ms() -> u64 {
@@ -102,7 +114,7 @@ impl PodConfig {
 mod tests {
     use super::*;
 
-    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  files: ['*.gguf']\n  sha256: ab\nengine: {device: cpu, numerics: exact, contextTokens: 64, maxBatchSize: 2, maxQueue: 3}\ndrainTimeoutMs: 5\n";
+    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\nengine: {device: cpu, numerics: exact, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\n";
 
     #[test]
     fn what_is_written_is_read_back() {

@@ -4,6 +4,7 @@
 //! |---|---|---|---|
 //! | `invalid_request` | 400 | INVALID_ARGUMENT | no |
 //! | `model_required` | 400 | INVALID_ARGUMENT | no |
+//! | `wrong_task` | 400 | INVALID_ARGUMENT | no |
 //! | `unknown_model`, `unknown_route` | 404 | NOT_FOUND | no |
 //! | `method_not_allowed` | 405 | UNIMPLEMENTED | no |
 //! | `too_long` | 413 | OUT_OF_RANGE | no |
@@ -39,10 +40,18 @@ pub enum ApiError {
         message: String,
     },
     /// Several models serve and the request names none.
-    #[error("several models serve here, so the request must name one in \"model\": {}", choices.join(", "))]
+    #[error("several models could be meant, so the request must name one in \"model\": {}", choices.join(", "))]
     ModelRequired {
         /// Names that can be asked for.
         choices: Vec<String>,
+    },
+    /// The model is made for something else.
+    #[error("model {model:?} {}; {}", does(task), ask_instead(task))]
+    WrongTask {
+        /// The model that was asked.
+        model: String,
+        /// What it is for, as in its status.
+        task: String,
     },
     /// No model answers to this name.
     #[error("no model answers to {asked:?}; {}", known_models(choices))]
@@ -53,7 +62,9 @@ pub enum ApiError {
         choices: Vec<String>,
     },
     /// No such route.
-    #[error("there is no route {path}; GET /v1/models lists the models, POST /v1/generate asks one")]
+    #[error(
+        "there is no route {path}; GET /v1/models lists the models, POST /v1/generate and POST /v1/embeddings ask them"
+    )]
     UnknownRoute {
         /// The path that was asked for.
         path: String,
@@ -102,6 +113,22 @@ pub enum ApiError {
     },
 }
 
+fn does(task: &str) -> String {
+    match task {
+        "generate" => "generates text and has no vectors to give".to_owned(),
+        "embed" => "turns texts into vectors and generates nothing".to_owned(),
+        other => format!("is for another task ({other})"),
+    }
+}
+
+fn ask_instead(task: &str) -> &'static str {
+    match task {
+        "generate" => "ask it by POST /v1/generate (gRPC: Generate), or name a model that embeds",
+        "embed" => "ask it by POST /v1/embeddings (gRPC: Embed), or name a model that generates",
+        _ => "GET /v1/models says what each model is for",
+    }
+}
+
 fn known_models(choices: &[String]) -> String {
     if choices.is_empty() {
         "none serves here now".to_owned()
@@ -121,6 +148,7 @@ impl ApiError {
         match self {
             Self::InvalidRequest { .. } => "invalid_request",
             Self::ModelRequired { .. } => "model_required",
+            Self::WrongTask { .. } => "wrong_task",
             Self::UnknownModel { .. } => "unknown_model",
             Self::UnknownRoute { .. } => "unknown_route",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
@@ -135,7 +163,9 @@ impl ApiError {
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::InvalidRequest { .. } | Self::ModelRequired { .. } => StatusCode::BAD_REQUEST,
+            Self::InvalidRequest { .. } | Self::ModelRequired { .. } | Self::WrongTask { .. } => {
+                StatusCode::BAD_REQUEST
+            }
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLong { .. } => StatusCode::PAYLOAD_TOO_LARGE,
@@ -149,7 +179,9 @@ impl ApiError {
     /// The gRPC code.
     pub fn code(&self) -> Code {
         match self {
-            Self::InvalidRequest { .. } | Self::ModelRequired { .. } => Code::InvalidArgument,
+            Self::InvalidRequest { .. } | Self::ModelRequired { .. } | Self::WrongTask { .. } => {
+                Code::InvalidArgument
+            }
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => Code::NotFound,
             Self::MethodNotAllowed { .. } => Code::Unimplemented,
             Self::TooLong { .. } => Code::OutOfRange,
@@ -216,6 +248,7 @@ mod tests {
         vec![
             (ApiError::field("top_p", "no"), 400, Code::InvalidArgument),
             (ApiError::ModelRequired { choices: vec![text()] }, 400, Code::InvalidArgument),
+            (ApiError::WrongTask { model: text(), task: "embed".into() }, 400, Code::InvalidArgument),
             (ApiError::UnknownModel { asked: text(), choices: vec![] }, 404, Code::NotFound),
             (ApiError::UnknownRoute { path: text() }, 404, Code::NotFound),
             (ApiError::MethodNotAllowed { method: text(), path: text() }, 405, Code::Unimplemented),

@@ -10,7 +10,7 @@ use trustformers_proto::v1;
 
 use crate::health::{Health, Verdict};
 use crate::inference::{Answer, Event, FinishReason, Inference, Logprobs, Models, StoppedBy, Usage};
-use crate::{Api, ApiError, Generation};
+use crate::{Api, ApiError, EmbedRequest, Embedded, Generation, PoolingMode};
 
 /// What each request gets.
 #[derive(Clone, Default)]
@@ -52,6 +52,7 @@ pub(crate) struct Fake {
     script: Script,
     running: Arc<watch::Sender<usize>>,
     last: Arc<Mutex<Option<Generation>>>,
+    last_embedding: Arc<Mutex<Option<EmbedRequest>>>,
     models: Arc<watch::Sender<Models>>,
     ready: Arc<watch::Sender<Verdict>>,
     closing: CancellationToken,
@@ -79,6 +80,7 @@ impl Fake {
             script,
             running: Arc::new(watch::Sender::new(0)),
             last: Arc::default(),
+            last_embedding: Arc::default(),
             models: Arc::new(watch::Sender::new(vec![model].into())),
             ready: Arc::new(watch::Sender::new(Verdict::yes("ready"))),
             closing: CancellationToken::new(),
@@ -91,6 +93,10 @@ impl Fake {
 
     pub(crate) fn last_request(&self) -> Generation {
         self.last.lock().unwrap().clone().unwrap()
+    }
+
+    pub(crate) fn last_embedding(&self) -> EmbedRequest {
+        self.last_embedding.lock().unwrap().clone().unwrap()
     }
 
     pub(crate) fn running(&self) -> usize {
@@ -147,6 +153,35 @@ impl Inference for Fake {
             .boxed();
         Box::pin(async {
             Ok(Answer { id: "gen-1".into(), model: "fake".into(), model_digest: "d1".into(), events })
+        })
+    }
+
+    /// Vectors of two values each, the first of them said to be cut.
+    fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>> {
+        let texts = u16::try_from(request.input.len()).unwrap();
+        *self.last_embedding.lock().unwrap() = Some(request);
+        if let Some(error) = self.script.refusal.clone() {
+            return Box::pin(async { Err(error) });
+        }
+        self.running.send_modify(|count| *count += 1);
+        let running = Running(self.running.clone());
+        let hangs = self.script.hangs;
+        Box::pin(async move {
+            let _alive_with_the_future = running;
+            if hangs {
+                std::future::pending::<()>().await;
+            }
+            Ok(Embedded {
+                id: "emb-1".into(),
+                model: "fake".into(),
+                model_digest: "d1".into(),
+                values: (0..texts).flat_map(|text| [f32::from(text), 0.1]).collect(),
+                width: 2,
+                tokens: u32::from(texts) * 3,
+                truncated: vec![0],
+                pooling: PoolingMode::Mean,
+                pooling_note: Some("nobody said so".into()),
+            })
         })
     }
 

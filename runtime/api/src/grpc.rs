@@ -18,10 +18,12 @@ use trustformers_proto::v1::health_service_server::{HealthService, HealthService
 use trustformers_proto::v1::inference_service_server::{InferenceService, InferenceServiceServer};
 use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceServer};
 
+use crate::embed::EmbedRequest;
 use crate::fields::{Asked, GRPC_DEFAULTS};
 use crate::health::GrpcHealth;
 use crate::http::ended_early;
 use crate::inference::{Answer, Event, StoppedBy};
+use crate::priority;
 use crate::{Api, ApiError, MAX_BODY_BYTES};
 
 /// The services whose health and reflection are served, by their full names.
@@ -109,6 +111,14 @@ impl InferenceService for Api {
         let all = futures::stream::once(async { Ok(first) }).chain(events);
         let messages = all.map(move |event| Ok(message(event?, &answer, started)));
         Ok(Response::new(messages.boxed()))
+    }
+
+    async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
+        let started = Instant::now();
+        let from_metadata = priority::of_headers(request.metadata().as_ref())?;
+        let asked = EmbedRequest::from_proto(request.into_inner(), from_metadata)?;
+        let embedded = self.inference.embed(asked).await?;
+        Ok(Response::new(embedded.into_proto(milliseconds(started))))
     }
 }
 
@@ -260,6 +270,39 @@ mod tests {
         let all: Vec<_> = stream.map(Result::unwrap).collect().await;
         assert_eq!(all[0].logprobs, Some(each));
         assert_eq!(all[2].stopped_by, Some(v1::generate_stream_response::StoppedBy::StopToken(9)));
+    }
+
+    #[tokio::test]
+    async fn texts_or_ids_become_vectors_in_order_and_the_class_may_stand_in_either_place() {
+        let fake = Fake::with(Script::tokens(&[]));
+        let (channel, ..) = start(&fake).await;
+        let mut client = InferenceServiceClient::new(channel);
+        let texts = v1::EmbedRequest { input: vec!["a".into(), String::new()], ..Default::default() };
+        let mut request = Request::new(texts.clone());
+        request.metadata_mut().insert("x-trustformers-priority", "low".parse().unwrap());
+        let answer = client.embed(request).await.unwrap().into_inner();
+        assert_eq!(answer.data.iter().map(|one| one.values.len()).collect::<Vec<_>>(), [2, 2]);
+        assert_eq!((answer.pooling(), answer.model.as_str()), (v1::Pooling::Mean, "fake"));
+        assert_eq!((answer.usage.unwrap().prompt_tokens, answer.truncated.as_slice()), (6, [0].as_slice()));
+        let asked = fake.last_embedding();
+        assert_eq!((asked.priority, asked.truncate, asked.model), (crate::Priority::Low, true, None));
+        let ids = v1::TokenIds { ids: vec![3, 4] };
+        let tokens =
+            v1::EmbedRequest { input_tokens: vec![ids], truncate: Some(false), ..Default::default() };
+        let tokens = v1::EmbedRequest { priority: v1::Priority::High as i32, ..tokens };
+        client.embed(tokens.clone()).await.unwrap();
+        let asked = fake.last_embedding();
+        assert_eq!((asked.priority, asked.truncate), (crate::Priority::High, false));
+        assert_eq!(asked.input, [crate::EmbedInput::Tokens(vec![3, 4])]);
+        for (request, text) in [
+            (v1::EmbedRequest { input: vec!["a".into()], ..tokens }, "input_tokens: "),
+            (v1::EmbedRequest::default(), "input: is empty"),
+            (v1::EmbedRequest { priority: 9, ..texts }, "priority: 9"),
+        ] {
+            let status = client.embed(request).await.unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument);
+            assert!(status.message().starts_with(text), "{status}");
+        }
     }
 
     #[tokio::test]

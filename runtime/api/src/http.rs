@@ -1,4 +1,4 @@
-//! The HTTP routes: `/v1/generate`, `/v1/generate/stream`, `/v1/models` and `/health*`.
+//! The HTTP routes: `/v1/generate`, `/v1/generate/stream`, `/v1/models` and `/health*`; `/v1/embeddings` is joined in.
 //!
 //! Bodies are read as JSON objects field by field instead of by a derived type, so that each error names the field,
 //! what was found and what was expected, and an unknown field is refused with the nearest known one: a setting
@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::response::sse::{Event as SseEvent, Sse};
@@ -24,7 +24,7 @@ use crate::error::ApiError;
 use crate::fields::{Asked, Generation, HTTP_DEFAULTS};
 use crate::inference::{Answer, Event, Logprobs};
 use crate::options::{OPTION_FIELDS, Options};
-use crate::{Api, MAX_BODY_BYTES, health, nearest};
+use crate::{Api, MAX_BODY_BYTES, embed, health, nearest};
 
 /// Every field of a generate request.
 fn generate_fields() -> Vec<&'static str> {
@@ -42,6 +42,7 @@ pub fn router(api: Api) -> Router {
     Router::new()
         .route("/v1/generate", post(generate))
         .route("/v1/generate/stream", post(generate_stream))
+        .route("/v1/embeddings", post(embed::embeddings))
         .route("/v1/models", get(models))
         .with_state(api)
         .merge(health)
@@ -173,6 +174,7 @@ fn model_json(model: &v1::ModelStatus) -> Value {
         "digest": model.digest,
         "device": model.device,
         "context_tokens": model.context_tokens,
+        "embedding_dimensions": Some(model.embedding_dimensions).filter(|count| *count > 0),
         "loaded_bytes": model.loaded_bytes,
         "total_bytes": model.total_bytes,
     })
@@ -200,7 +202,7 @@ fn usage_json(usage: v1::Usage) -> Value {
     })
 }
 
-fn milliseconds(since: Instant) -> f64 {
+pub(crate) fn milliseconds(since: Instant) -> f64 {
     (since.elapsed().as_secs_f64() * 1e6).round() / 1e3
 }
 
@@ -210,19 +212,21 @@ pub(crate) fn ended_early() -> ApiError {
 
 /// The request in a body, and whether its answer is to be a stream.
 async fn read(body: Body) -> Result<(Asked, bool), ApiError> {
+    parse(&read_bytes(body).await?)
+}
+
+/// A whole body, within bounds of length and time.
+pub(crate) async fn read_bytes(body: Body) -> Result<Bytes, ApiError> {
     let gathered = tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY_BYTES)).await;
-    let bytes = match gathered {
-        Ok(Ok(bytes)) => bytes,
+    match gathered {
+        Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(error)) if is_length_limit(&error) => {
             let message = format!("the body is longer than the {MAX_BODY_BYTES} bytes that are read at most");
-            return Err(ApiError::TooLong { message });
+            Err(ApiError::TooLong { message })
         }
-        Ok(Err(error)) => return Err(broken_body(format!("the body could not be read: {error}"))),
-        Err(_) => {
-            return Err(broken_body(format!("the body did not come within {} s", BODY_TIMEOUT.as_secs())));
-        }
-    };
-    parse(&bytes)
+        Ok(Err(error)) => Err(broken_body(format!("the body could not be read: {error}"))),
+        Err(_) => Err(broken_body(format!("the body did not come within {} s", BODY_TIMEOUT.as_secs()))),
+    }
 }
 
 fn is_length_limit(error: &axum::Error) -> bool {
@@ -241,21 +245,7 @@ fn broken_body(message: String) -> ApiError {
 }
 
 fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
-    let example = r#"{"prompt": "Hello", "max_tokens": 32}"#;
-    let value: Value = serde_json::from_slice(bytes).map_err(|error| {
-        broken_body(format!("the body is not JSON ({error}); send an object such as {example}"))
-    })?;
-    let Value::Object(object) = value else {
-        return Err(broken_body(format!("the body must be a JSON object such as {example}")));
-    };
-    let known = generate_fields();
-    if let Some(unknown) = object.keys().find(|key| !known.contains(&key.as_str())) {
-        let hint = nearest::hint(unknown, &known);
-        return Err(ApiError::InvalidRequest {
-            field: Some(unknown.clone()),
-            message: format!("{unknown}: there is no such field; {hint}"),
-        });
-    }
+    let object = object(bytes, &generate_fields(), r#"{"prompt": "Hello", "max_tokens": 32}"#)?;
     let asked = Asked {
         prompt: take(&object, "prompt", "a string", |value| value.as_str().map(str::to_owned))?.ok_or_else(
             || ApiError::field("prompt", "is missing: give the text that the model is to continue"),
@@ -271,6 +261,24 @@ fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
     };
     let stream = take(&object, "stream", "true or false", Value::as_bool)?.unwrap_or(false);
     Ok((asked, stream))
+}
+
+/// The object in a body, which has none but the `known` fields.
+pub(crate) fn object(bytes: &[u8], known: &[&str], example: &str) -> Result<Map<String, Value>, ApiError> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|error| {
+        broken_body(format!("the body is not JSON ({error}); send an object such as {example}"))
+    })?;
+    let Value::Object(object) = value else {
+        return Err(broken_body(format!("the body must be a JSON object such as {example}")));
+    };
+    if let Some(unknown) = object.keys().find(|key| !known.contains(&key.as_str())) {
+        let hint = nearest::hint(unknown, known);
+        return Err(ApiError::InvalidRequest {
+            field: Some(unknown.clone()),
+            message: format!("{unknown}: there is no such field; {hint}"),
+        });
+    }
+    Ok(object)
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "a setting needs no more digits than an f32 has")]

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use trustformers_proto::v1;
 
+use crate::embed::{EmbedRequest, Embedded};
 use crate::error::ApiError;
 use crate::fields::Generation;
 use crate::health::Health;
@@ -23,6 +24,12 @@ pub trait Inference: Health {
     /// # Errors
     /// Any [`ApiError`]; a request that was refused left nothing behind.
     fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>>;
+
+    /// Turns texts into vectors. The future ends when all are there. Dropping it cancels the work.
+    ///
+    /// # Errors
+    /// Any [`ApiError`]; a request that was refused left nothing behind.
+    fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>>;
 
     /// The models now, and after each change. The channel closes when the server ends.
     fn watch_models(&self) -> watch::Receiver<Models>;

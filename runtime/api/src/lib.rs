@@ -11,6 +11,8 @@
 //! | [`error`] | every way a request fails, with its HTTP status and gRPC code |
 //! | [`fields`] | defaults and limits of a request's fields, shared by both protocols |
 //! | [`options`] | the fields about sampling, stops and format |
+//! | [`embed`] | what is asked of a model that embeds, and `POST /v1/embeddings` |
+//! | [`priority`] | how urgent a request is |
 //! | [`http`], [`grpc`] | the codecs |
 //! | [`health`] | liveness, readiness and start-up, over both |
 //! | [`server`] | a listener for HTTP/1.1 and HTTP/2 that ends gracefully |
@@ -20,6 +22,7 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
+pub mod embed;
 pub mod error;
 pub mod fields;
 pub mod grpc;
@@ -28,16 +31,19 @@ pub mod http;
 pub mod inference;
 pub mod nearest;
 pub mod options;
+pub mod priority;
 pub mod server;
 
 #[cfg(test)]
 mod fake;
 
+pub use embed::{EmbedInput, EmbedRequest, Embedded, PoolingMode};
 pub use error::ApiError;
 pub use fields::{Asked, Defaults, Generation};
 pub use health::{Health, Verdict};
 pub use inference::{Answer, Event, FinishReason, Inference, Logprobs, StoppedBy, Usage};
 pub use options::{Format, Options};
+pub use priority::Priority;
 
 /// Longest request body or message that is read, in bytes. A prompt of 128 Ki tokens at the customary 4 bytes a
 /// token is half a MiB, so this leaves room for escapes and for longer contexts while a handful of callers

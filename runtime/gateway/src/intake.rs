@@ -113,7 +113,7 @@ fn name_in_json(headers: &HeaderMap, body: &Bytes) -> Result<String, GatewayErro
     Ok(named.model.unwrap_or_default().into_owned())
 }
 
-/// Field 5 of `GenerateRequest`; decoding skips the others.
+/// Field 5 of every request of the inference service; decoding skips the others.
 #[derive(Clone, PartialEq, Message)]
 struct NamedInMessage {
     #[prost(string, tag = "5")]
@@ -147,7 +147,7 @@ mod tests {
     use futures::stream;
     use http_body::Frame;
     use http_body_util::StreamBody;
-    use trustformers_proto::v1::GenerateRequest;
+    use trustformers_proto::v1::{EmbedRequest, GenerateRequest};
 
     fn framed(message: &[u8], flag: u8) -> Bytes {
         let mut bytes = BytesMut::new();
@@ -202,7 +202,10 @@ mod tests {
     #[test]
     fn the_field_is_where_the_wire_type_has_it() {
         let request = GenerateRequest { model: "x".to_owned(), ..Default::default() };
-        assert_eq!(NamedInMessage { model: "x".to_owned() }.encode_to_vec(), request.encode_to_vec());
+        let wanted = NamedInMessage { model: "x".to_owned() }.encode_to_vec();
+        assert_eq!(wanted, request.encode_to_vec());
+        let request = EmbedRequest { model: "x".to_owned(), ..Default::default() };
+        assert_eq!(wanted, request.encode_to_vec());
     }
 
     #[test]

@@ -25,12 +25,16 @@ pub struct Board {
 /// What is known of a model once it is loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadedFacts {
+    /// What the model is for.
+    pub task: String,
     /// sha256 of its files.
     pub digest: String,
     /// The device, in its own words.
     pub device: String,
     /// Longest sequence in tokens.
     pub context_tokens: u32,
+    /// Values of a vector, of a model that embeds; else 0.
+    pub embedding_dimensions: u32,
 }
 
 impl Board {
@@ -41,7 +45,7 @@ impl Board {
             .map(|spec| ModelStatus {
                 name: spec.name().to_owned(),
                 revision: spec.revision.clone(),
-                task: "generate".to_owned(),
+                task: spec.task.clone().unwrap_or_default(),
                 state: ModelState::Pending as i32,
                 since_unix_ms: now_unix_ms(),
                 ..ModelStatus::default()
@@ -101,6 +105,8 @@ impl Board {
             model.digest.clone_from(&facts.digest);
             model.device.clone_from(&facts.device);
             model.context_tokens = facts.context_tokens;
+            model.embedding_dimensions = facts.embedding_dimensions;
+            model.task.clone_from(&facts.task);
         });
     }
 

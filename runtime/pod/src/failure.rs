@@ -1,5 +1,6 @@
 //! Why a model could not be loaded: one word for machines, one sentence for people, and whether to try again.
 
+use trustformers_engine::encoder::EncodeError;
 use trustformers_engine::{GenerateError, StartError};
 use trustformers_model::gguf::GgufProblem;
 use trustformers_model::{LoadError, TokenizerProblem};
@@ -84,6 +85,12 @@ impl From<StartError> for Failure {
 impl From<GenerateError> for Failure {
     fn from(error: GenerateError) -> Self {
         Self::permanent("WarmUpFailed", format!("the warm-up generation failed: {error}"))
+    }
+}
+
+impl From<EncodeError> for Failure {
+    fn from(error: EncodeError) -> Self {
+        Self::permanent("WarmUpFailed", format!("the warm-up texts could not be encoded: {error}"))
     }
 }
 

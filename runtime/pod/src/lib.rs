@@ -9,20 +9,24 @@
 //! | [`spec`] | what to load and with which settings |
 //! | [`device`] | which backend a device's name means |
 //! | [`load`] | files → digest → model → engine, blocking, with progress |
+//! | [`runner`] | the engine of a model's task |
 //! | [`failure`] | why that failed, and whether to try again |
 //! | [`board`] | the states of all models, published |
 //! | [`lifecycle`] | one model from Pending to Ready or Failed |
 //! | [`models`] | the `Inference` over all of them |
+//! | [`params`], [`embed`] | from the API's words to the engines' |
 //! | [`activity`] | who is being answered, and when the last one came |
 //! | [`process`] | listeners, signals, drain: the whole life of the process |
 
 pub mod activity;
 pub mod board;
 pub mod device;
+pub mod embed;
 pub mod failure;
 pub mod lifecycle;
 pub mod load;
 pub mod models;
 pub mod params;
 pub mod process;
+pub mod runner;
 pub mod spec;

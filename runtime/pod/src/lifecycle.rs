@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use tokio::time::Instant;
-use trustformers_engine::Engine;
 use trustformers_proto::v1::ModelState;
 
 use crate::board::Board;
 use crate::failure::Failure;
 use crate::load::{Loader, OnProgress};
+use crate::runner::Runner;
 use crate::spec::ModelSpec;
 
 /// First pause before another attempt; it doubles up to [`RETRY_MOST`].
@@ -39,8 +39,8 @@ pub struct Slot {
 /// What answers requests.
 #[derive(Debug)]
 pub struct Serving {
-    /// The engine.
-    pub engine: Engine,
+    /// The engine of the model's task.
+    pub runner: Runner,
     /// sha256 of the weights.
     pub digest: String,
 }
@@ -103,11 +103,11 @@ impl Slot {
         drop(turn);
         board.loaded(self.index, &loaded.facts());
         self.serving.store(Some(Arc::new(Serving {
-            engine: loaded.engine.clone(),
+            runner: loaded.runner.clone(),
             digest: loaded.digest.to_string(),
         })));
         board.enter(self.index, ModelState::Warming);
-        let took = loaded.engine.warm_up().await?;
+        let took = loaded.runner.warm_up().await?;
         loader.note_warm_up(&self.spec, took);
         Ok(())
     }

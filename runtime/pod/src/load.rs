@@ -7,14 +7,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use prometheus::{GaugeVec, Opts, Registry};
-use trustformers_engine::{Engine, EngineInfo, EngineMetrics};
-use trustformers_model::{CheckpointFiles, Model, ReadProgress, Task};
+use trustformers_engine::LoadProgress;
+use trustformers_model::{CheckpointFiles, Model, ReadProgress};
 use trustformers_plan::Caps;
 use trustformers_store::{Digest, Resolved};
 
 use crate::board::LoadedFacts;
 use crate::device::OpenDevice;
 use crate::failure::Failure;
+use crate::runner::{Runner, RunnerMetrics, task_word};
 use crate::spec::ModelSpec;
 
 /// Told how far loading has come: bytes done and bytes in all, of the model's files. The digest, the reading and the
@@ -27,7 +28,7 @@ const PASSES: u64 = 3;
 /// What loading needs beside the model's own settings; one for a process.
 pub struct Loader {
     open_device: OpenDevice,
-    engines: EngineMetrics,
+    runners: RunnerMetrics,
     seconds: GaugeVec,
     /// One load at a time: two at once would only share the same disk and cores.
     turn: tokio::sync::Mutex<()>,
@@ -36,8 +37,8 @@ pub struct Loader {
 /// A model on its device, not warmed up yet.
 #[derive(Debug, Clone)]
 pub struct Loaded {
-    /// The engine that runs it.
-    pub engine: Engine,
+    /// What runs it.
+    pub runner: Runner,
     /// sha256 of its files.
     pub digest: Digest,
     /// Where the time went.
@@ -67,8 +68,8 @@ impl Loader {
         );
         let seconds = GaugeVec::new(options, &["model", "phase"])?;
         registry.register(Box::new(seconds.clone()))?;
-        let engines = EngineMetrics::register(registry)?;
-        Ok(Self { open_device, engines, seconds, turn: tokio::sync::Mutex::default() })
+        let runners = RunnerMetrics::register(registry)?;
+        Ok(Self { open_device, runners, seconds, turn: tokio::sync::Mutex::default() })
     }
 
     /// Loads a model.
@@ -100,7 +101,7 @@ impl Loader {
         check_memory(spec, model.facts().file_bytes, backend.caps())?;
         let on_device = {
             let progress = Arc::clone(progress);
-            move |taken: trustformers_engine::LoadProgress| {
+            move |taken: LoadProgress| {
                 let share = if taken.total_bytes == 0 {
                     0
                 } else {
@@ -109,17 +110,11 @@ impl Loader {
                 progress(mul_div(total, PASSES - 1, PASSES) + share, total);
             }
         };
-        let engine = Engine::start_with_progress(
-            Arc::new(model),
-            backend,
-            &spec.engine,
-            &self.engines,
-            Box::new(on_device),
-        )?;
+        let runner = Runner::start(model, backend, spec, &self.runners, Box::new(on_device))?;
         progress(total, total);
         let timings = LoadTimings { digest: hashed - started, read: read - hashed, device: read.elapsed() };
-        self.note(spec, &engine, &digest, timings);
-        Ok(Loaded { engine, digest, timings })
+        self.note(spec, &runner, &digest, timings);
+        Ok(Loaded { runner, digest, timings })
     }
 
     /// Waits for a turn to load; it ends when the guard is dropped.
@@ -132,35 +127,22 @@ impl Loader {
         self.seconds.with_label_values(&[spec.name(), "warm_up"]).set(took.as_secs_f64());
     }
 
-    fn note(&self, spec: &ModelSpec, engine: &Engine, digest: &Digest, timings: LoadTimings) {
+    fn note(&self, spec: &ModelSpec, runner: &Runner, digest: &Digest, timings: LoadTimings) {
         let phases = [("digest", timings.digest), ("read", timings.read), ("device", timings.device)];
         for (phase, took) in phases {
             self.seconds.with_label_values(&[spec.name(), phase]).set(took.as_secs_f64());
         }
-        let facts = engine.model().facts();
-        let EngineInfo {
-            device,
-            context_tokens,
-            max_batch_size,
-            max_queue,
-            token_budget,
-            kv_blocks,
-            memory,
-            ..
-        } = engine.info();
+        let (facts, memory) = (runner.model().facts(), runner.memory());
         tracing::info!(
             model = spec.name(),
+            task = task_word(runner.task()),
             architecture = facts.architecture,
             parameters = facts.parameters,
             digest = digest.as_str(),
-            device,
-            context_tokens,
-            max_batch_size,
-            max_queue,
-            token_budget,
-            kv_blocks,
+            device = runner.device(),
             "model loaded"
         );
+        runner.log_sizes(spec.name());
         tracing::info!(
             model = spec.name(),
             weights_mib = mib(memory.weights_bytes),
@@ -177,12 +159,14 @@ impl Loader {
 impl Loaded {
     /// What the board shows of it.
     pub fn facts(&self) -> LoadedFacts {
-        let info = self.engine.info();
+        let embedding = self.runner.model().facts().embedding.as_ref();
         LoadedFacts {
+            task: task_word(self.runner.task()).to_owned(),
             digest: self.digest.to_string(),
             // One word, as users write it in a specification and read it in tables; the log has the rest.
-            device: info.device.split_whitespace().next().unwrap_or_default().to_owned(),
-            context_tokens: u32::try_from(info.context_tokens).unwrap_or(u32::MAX),
+            device: self.runner.device().split_whitespace().next().unwrap_or_default().to_owned(),
+            context_tokens: u32::try_from(self.runner.context_tokens()).unwrap_or(u32::MAX),
+            embedding_dimensions: embedding.map_or(0, |facts| u32::try_from(facts.width).unwrap_or(u32::MAX)),
         }
     }
 }
@@ -216,17 +200,19 @@ fn mib(bytes: u64) -> f64 {
     (bytes as f64 / 104_857.6).round() / 10.0
 }
 
-/// What the engine of this version runs.
+/// A task that is asked for must be the one that the files are made for.
 fn check_task(spec: &ModelSpec, model: &Model) -> Result<(), Failure> {
-    match model.task() {
-        Task::Generate => Ok(()),
-        Task::Embed => Err(Failure::permanent(
-            "UnsupportedModel",
+    let found = task_word(model.task());
+    match &spec.task {
+        Some(asked) if asked != found => Err(Failure::permanent(
+            "TaskMismatch",
             format!(
-                "{} turns texts into vectors, and this version serves models that generate text; take such a one",
+                "{} is to serve the task {asked}, and its files are made for the task {found}; leave the task out, or \
+                 take other files",
                 spec.name()
             ),
         )),
+        _ => Ok(()),
     }
 }
 
@@ -309,18 +295,26 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("bert")).unwrap();
         SeededEncoder::default().write(&folder.path().join("bert")).unwrap();
-        let load = |source: &std::path::Path, files: &[&str]| {
+        let load = |source: &std::path::Path, files: &[&str], task: Option<&str>| {
             let mut spec = ModelSpec::new("bert", Source::from_path(source));
             spec.files = files.iter().map(ToString::to_string).collect();
-            loader().load(&spec, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err()
+            spec.task = task.map(str::to_owned);
+            loader().load(&spec, &(Arc::new(|_, _| {}) as OnProgress))
         };
-        for failure in [load(&folder.path().join("bert"), &[]), load(folder.path(), &["bert/**"])] {
-            assert_eq!(failure.reason, "UnsupportedModel");
-            assert!(failure.message.contains("bert turns texts into vectors"), "{failure}");
+        let whole = load(&folder.path().join("bert"), &[], None).unwrap();
+        let picked = load(folder.path(), &["bert/**"], Some("embed")).unwrap();
+        for loaded in [&whole, &picked] {
+            let facts = loaded.facts();
+            let found = (facts.task.as_str(), facts.context_tokens, facts.embedding_dimensions);
+            assert_eq!(found, ("embed", 64, 64));
         }
-        let partial = load(folder.path(), &["bert/model.safetensors", "bert/config.json"]);
+        assert_ne!(whole.digest, picked.digest, "the names of the files count");
+        let partial = load(folder.path(), &["bert/model.safetensors", "bert/config.json"], None).unwrap_err();
         assert_eq!(partial.reason, "MalformedModel");
         assert!(partial.message.contains("bert/tokenizer.json: it is missing"), "{partial}");
+        let other = load(folder.path(), &["bert/**"], Some("generate")).unwrap_err();
+        assert_eq!((other.reason, other.transient), ("TaskMismatch", false));
+        assert!(other.message.contains("made for the task embed"), "{other}");
     }
 
     #[test]

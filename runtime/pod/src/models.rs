@@ -13,16 +13,20 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use trustformers_api::inference::Models;
 use trustformers_api::{
-    Answer, ApiError, Event, FinishReason, Generation, Health, Inference, Logprobs, StoppedBy, Usage, Verdict,
+    Answer, ApiError, EmbedInput, EmbedRequest, Embedded, Event, FinishReason, Generation, Health, Inference,
+    Logprobs, StoppedBy, Usage, Verdict,
 };
 use trustformers_engine::{GenerateError, GenerationEvent, StopCause, SubmitError, TokenLogprobs};
+use trustformers_model::Task;
 use trustformers_proto::v1::ModelState;
 
 use crate::activity::{self, Activity};
 use crate::board::{Board, describe};
+use crate::embed;
 use crate::lifecycle::{Serving, Slot};
 use crate::load::Loader;
 use crate::params::generate_params;
+use crate::runner::{Runner, task_word};
 use crate::spec::{ModelSpec, SpecError};
 
 /// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget of a large
@@ -96,7 +100,7 @@ impl ModelServer {
             task.abort();
         }
         for serving in self.slots.iter().filter_map(|slot| slot.serving()) {
-            serving.engine.stop().await;
+            serving.runner.stop().await;
         }
     }
 
@@ -104,14 +108,30 @@ impl ModelServer {
         self.slots.iter().map(|slot| slot.spec.name().to_owned()).collect()
     }
 
-    fn find(&self, asked: Option<&str>) -> Result<&Arc<Slot>, ApiError> {
-        match asked {
-            Some(name) => match self.by_name.get(name) {
-                Some(index) => Ok(&self.slots[*index]),
-                None => Err(ApiError::UnknownModel { asked: name.to_owned(), choices: self.choices() }),
-            },
-            None if self.slots.len() == 1 => Ok(&self.slots[0]),
-            None => Err(ApiError::ModelRequired { choices: self.choices() }),
+    /// The model that is asked for. Without a name: the only one there is, or the only one of this task.
+    fn find(&self, asked: Option<&str>, task: Task) -> Result<&Arc<Slot>, ApiError> {
+        if let Some(name) = asked {
+            let index = self.by_name.get(name);
+            return index
+                .map(|index| &self.slots[*index])
+                .ok_or_else(|| ApiError::UnknownModel { asked: name.to_owned(), choices: self.choices() });
+        }
+        // A task is known once the model is loaded; until then it may be this one.
+        let may_be_meant = |slot: &&Arc<Slot>| {
+            let known = self.board.status(slot.index).task;
+            known.is_empty() || known == task_word(task)
+        };
+        let mut meant = self.slots.iter().filter(may_be_meant);
+        match (meant.next(), meant.next()) {
+            (Some(one), None) => Ok(one),
+            // None of this task: the error of the only one says what it is for.
+            (None, _) if self.slots.len() == 1 => Ok(&self.slots[0]),
+            (None, _) => Err(ApiError::ModelRequired { choices: self.choices() }),
+            (Some(one), Some(other)) => {
+                let choices = [one, other].into_iter().chain(meant);
+                let choices = choices.map(|slot| slot.spec.name().to_owned()).collect();
+                Err(ApiError::ModelRequired { choices })
+            }
         }
     }
 
@@ -130,18 +150,21 @@ impl ModelServer {
     }
 
     async fn admit(&self, request: Generation) -> Result<Answer, ApiError> {
-        let slot = self.find(request.model.as_deref())?;
+        let slot = self.find(request.model.as_deref(), Task::Generate)?;
         let serving = self.serving(slot)?;
+        let Runner::Generate(engine) = &serving.runner else {
+            return Err(wrong_task(slot, &serving));
+        };
         let busy = self.activity.begin();
         let long = request.prompt.len() > LONG_PROMPT_BYTES || request.options.format.is_some();
         let params = generate_params(request);
         let submitted = if long {
-            let engine = serving.engine.clone();
+            let engine = engine.clone();
             tokio::task::spawn_blocking(move || engine.submit(&params))
                 .await
                 .map_err(|error| ApiError::Internal { message: format!("tokenising broke off: {error}") })?
         } else {
-            serving.engine.submit(&params)
+            engine.submit(&params)
         };
         let generation = submitted.map_err(|error| refused(&error))?;
         Ok(Answer {
@@ -151,6 +174,40 @@ impl ModelServer {
             events: generation.map(move |event| translate(event, &busy)).boxed(),
         })
     }
+
+    async fn encode(&self, request: EmbedRequest) -> Result<Embedded, ApiError> {
+        let slot = self.find(request.model.as_deref(), Task::Embed)?;
+        let serving = self.serving(slot)?;
+        let Runner::Embed(encoder) = &serving.runner else {
+            return Err(wrong_task(slot, &serving));
+        };
+        let facts = embed::facts(encoder.model())?;
+        embed::check_dimensions(&request, facts)?;
+        let _busy = self.activity.begin();
+        let bytes = |input: &EmbedInput| match input {
+            EmbedInput::Text(text) => text.len(),
+            EmbedInput::Tokens(_) => 0,
+        };
+        let long = request.input.iter().map(bytes).sum::<usize>() > LONG_PROMPT_BYTES;
+        let params = embed::encode_params(request);
+        let submitted = if long {
+            let encoder = encoder.clone();
+            tokio::task::spawn_blocking(move || encoder.submit(&params))
+                .await
+                .map_err(|error| ApiError::Internal { message: format!("tokenising broke off: {error}") })?
+        } else {
+            encoder.submit(&params)
+        };
+        let failed = |error| embed::failed(&error, RETRY_AFTER_S);
+        let encoded = submitted.map_err(failed)?.await.map_err(failed)?;
+        let by = embed::Answering { name: slot.spec.name().to_owned(), digest: serving.digest.clone() };
+        Ok(embed::embedded(by, facts, encoded))
+    }
+}
+
+fn wrong_task(slot: &Slot, serving: &Serving) -> ApiError {
+    let task = task_word(serving.runner.task()).to_owned();
+    ApiError::WrongTask { model: slot.spec.name().to_owned(), task }
 }
 
 /// `_busy` is only carried: it ends when the stream is dropped.
@@ -211,7 +268,7 @@ impl Health for ModelServer {
             match (slot.serving(), status.state()) {
                 (_, ModelState::Draining | ModelState::Failed) => {}
                 (Some(serving), _) => {
-                    let beat = serving.engine.heartbeat();
+                    let beat = serving.runner.heartbeat();
                     if !beat.alive {
                         return Verdict::no(format!(
                             "the engine of {name} has ended unexpectedly; see the log"
@@ -248,6 +305,10 @@ impl Inference for ModelServer {
         Box::pin(self.admit(request))
     }
 
+    fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>> {
+        Box::pin(self.encode(request))
+    }
+
     fn watch_models(&self) -> watch::Receiver<Models> {
         self.board.watch()
     }
@@ -256,8 +317,8 @@ impl Inference for ModelServer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use trustformers_api::{Format, Options};
-    use trustformers_model::seeded::SeededModel;
+    use trustformers_api::{Format, Options, PoolingMode, Priority};
+    use trustformers_model::seeded::{SeededEncoder, SeededModel};
     use trustformers_plan::oracle::Oracle;
     use trustformers_store::Source;
 
@@ -346,6 +407,68 @@ mod tests {
         assert_eq!(server.activity().in_flight(), 0);
     }
 
+    fn texts(input: &[&str], model: Option<&str>) -> EmbedRequest {
+        EmbedRequest {
+            input: input.iter().map(|text| EmbedInput::Text((*text).into())).collect(),
+            model: model.map(str::to_owned),
+            truncate: true,
+            dimensions: None,
+            priority: Priority::Normal,
+        }
+    }
+
+    /// A server of one model that generates, `gen`, and one that embeds, `emb`, whose files say nothing of pooling.
+    async fn ready_for_both() -> (ModelServer, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("m.gguf"), SeededModel::default().gguf()).unwrap();
+        std::fs::create_dir(folder.path().join("bert")).unwrap();
+        let encoder = SeededEncoder { pooling: None, normalised: false, ..SeededEncoder::default() };
+        encoder.write(&folder.path().join("bert")).unwrap();
+        let spec = |name, path: &str| ModelSpec::new(name, Source::from_path(folder.path().join(path)));
+        let server = ModelServer::new(vec![spec("gen", "m.gguf"), spec("emb", "bert")]).unwrap();
+        let loader =
+            Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &prometheus::Registry::new()).unwrap();
+        server.start_loading(&Arc::new(loader));
+        server.readiness().wait_for(|verdict| verdict.ok).await.unwrap();
+        (server, folder)
+    }
+
+    #[tokio::test]
+    async fn each_task_finds_its_model_and_the_wrong_one_says_where_to_go() {
+        let (server, _folder) = ready_for_both().await;
+        let embedded = server.embed(texts(&["hello", "", "hello"], None)).await.unwrap();
+        assert_eq!((embedded.model.as_str(), embedded.width, embedded.values.len()), ("emb", 64, 3 * 64));
+        assert_eq!(embedded.values[..64], embedded.values[128..]);
+        assert_eq!(embedded.pooling, PoolingMode::Mean);
+        assert!(embedded.pooling_note.is_some(), "nobody configured it, which is said");
+        assert_eq!(server.generate(request(None)).await.unwrap().model, "gen");
+        let status = server.board().status(1);
+        assert_eq!((status.task.as_str(), status.embedding_dimensions), ("embed", 64));
+        let error = server.embed(texts(&["a"], Some("gen"))).await.unwrap_err().to_string();
+        assert!(error.contains("\"gen\" generates text") && error.contains("/v1/generate"), "{error}");
+        let error = server.generate(request(Some("emb"))).await.err().unwrap().to_string();
+        assert!(error.contains("\"emb\" turns texts") && error.contains("/v1/embeddings"), "{error}");
+        assert_eq!(server.activity().in_flight(), 0);
+    }
+
+    #[tokio::test]
+    async fn texts_too_long_are_cut_and_said_or_refused_and_so_are_other_dimensions() {
+        let (server, _folder) = ready_for_both().await;
+        let long = "cat ".repeat(6000);
+        let cut = server.embed(texts(&["a", &long], None)).await.unwrap();
+        assert_eq!((cut.truncated.as_slice(), cut.tokens), ([1].as_slice(), 64 + 3));
+        let strict = EmbedRequest { truncate: false, ..texts(&["a", &long], None) };
+        let error = server.embed(strict).await.unwrap_err();
+        assert!(matches!(&error, ApiError::TooLong { message } if message.contains("text 1")), "{error}");
+        let with = |dimensions| EmbedRequest { dimensions, ..texts(&["a"], None) };
+        assert!(server.embed(with(Some(64))).await.is_ok());
+        let error = server.embed(with(Some(32))).await.unwrap_err().to_string();
+        assert!(error.starts_with("dimensions: 32 is not") && error.contains("64"), "{error}");
+        server.stop().await;
+        let error = server.embed(texts(&["a"], None)).await.unwrap_err();
+        assert!(matches!(error, ApiError::Unavailable { .. }), "{error}");
+    }
+
     #[tokio::test]
     async fn an_unknown_name_lists_the_choices_and_several_models_need_one() {
         let (server, _folder) = ready(|_| {}).await;
@@ -392,7 +515,7 @@ mod tests {
     async fn an_engine_that_ended_by_itself_is_not_alive() {
         let (server, _folder) = ready(|_| {}).await;
         assert!(server.liveness().ok);
-        server.slots[0].serving().unwrap().engine.stop().await;
+        server.slots[0].serving().unwrap().runner.stop().await;
         let verdict = server.liveness();
         assert!(!verdict.ok && verdict.message.contains("ns/m"), "{verdict:?}");
     }

@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use trustformers_engine::encoder::{BatchStrategy, EncoderConfig, MAX_WAIT_MS};
 use trustformers_engine::{EngineConfig, Numerics};
 use trustformers_proto::pod_config::PodConfig;
 use trustformers_store::Source;
@@ -21,12 +22,52 @@ pub struct ModelSpec {
     pub files: Vec<String>,
     /// The digest that the files must have.
     pub sha256: Option<String>,
+    /// What it must be for: `generate` or `embed`. None: what its files say.
+    pub task: Option<String>,
     /// Where it runs.
     pub device: DeviceChoice,
     /// Threads of a CPU device; none takes what the process may use.
     pub threads: Option<usize>,
     /// Settings of its engine; `model_label` is the first name.
     pub engine: EngineConfig,
+    /// How the engine of a model that embeds gathers texts; the other figures are those of `engine`.
+    pub batching: TextBatching,
+}
+
+/// How texts are gathered into steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TextBatching {
+    /// When a step begins.
+    pub strategy: BatchStrategy,
+    /// Longest time that a free device waits for more texts, 1 to 1000 ms.
+    pub max_wait_ms: u32,
+    /// Whether a request's class decides who goes first.
+    pub priority: bool,
+}
+
+impl Default for TextBatching {
+    fn default() -> Self {
+        let EncoderConfig { strategy, max_wait_ms, priority, .. } = EncoderConfig::default();
+        Self { strategy, max_wait_ms, priority }
+    }
+}
+
+impl TextBatching {
+    /// Sets the window.
+    ///
+    /// # Errors
+    /// What is allowed, for a figure outside of 1 to 1000.
+    pub fn set_max_wait_ms(&mut self, max_wait_ms: u32) -> Result<(), String> {
+        if !MAX_WAIT_MS.contains(&max_wait_ms) {
+            return Err(format!(
+                "{max_wait_ms} is not within {} to {}",
+                MAX_WAIT_MS.start(),
+                MAX_WAIT_MS.end()
+            ));
+        }
+        self.max_wait_ms = max_wait_ms;
+        Ok(())
+    }
 }
 
 /// A setting that cannot be honoured.
@@ -57,9 +98,11 @@ impl ModelSpec {
             source,
             files: Vec::new(),
             sha256: None,
+            task: None,
             device: DeviceChoice::Auto,
             threads: None,
             engine,
+            batching: TextBatching::default(),
         }
     }
 
@@ -83,6 +126,7 @@ impl ModelSpec {
         spec.revision.clone_from(&model.revision);
         spec.files.clone_from(&model.files);
         spec.sha256.clone_from(&model.sha256);
+        spec.task = model.task.as_deref().map(task_of).transpose()?;
         spec.threads = threads;
         if let Some(device) = &engine.device {
             spec.device = device.parse().map_err(|error| SpecError::new("engine.device", error))?;
@@ -98,13 +142,48 @@ impl ModelSpec {
         if let Some(length) = engine.max_queue {
             spec.engine.max_queue = length as usize;
         }
+        spec.batching.priority = engine.priority.unwrap_or(spec.batching.priority);
+        if let Some(strategy) = &engine.batch_strategy {
+            spec.batching.strategy =
+                strategy.parse().map_err(|error| SpecError::new("engine.batchStrategy", error))?;
+        }
+        if let Some(max_wait_ms) = engine.max_wait_ms {
+            let set = spec.batching.set_max_wait_ms(max_wait_ms);
+            set.map_err(|error| SpecError::new("engine.maxWaitMs", error))?;
+        }
         Ok(spec)
+    }
+
+    /// The settings of an engine that encodes texts.
+    pub fn encoder_config(&self) -> EncoderConfig {
+        let TextBatching { strategy, max_wait_ms, priority } = self.batching;
+        EncoderConfig {
+            model_label: self.engine.model_label.clone(),
+            strategy,
+            max_batch_size: self.engine.max_batch_size,
+            max_wait_ms,
+            priority,
+            max_queue: self.engine.max_queue,
+            context_tokens: self.engine.context_tokens,
+            token_budget: None,
+            numerics: self.engine.numerics,
+        }
     }
 
     /// Sets the batch, and the token budget with it where the batch would not fit in.
     pub fn set_max_batch_size(&mut self, size: usize) {
         self.engine.max_batch_size = size;
         self.engine.token_budget = self.engine.token_budget.max(size);
+    }
+}
+
+fn task_of(text: &str) -> Result<String, SpecError> {
+    match text {
+        "generate" | "embed" => Ok(text.to_owned()),
+        other => {
+            let message = format!("{other:?} is not served by this version; use \"generate\" or \"embed\"");
+            Err(SpecError::new("model.task", message))
+        }
     }
 }
 
@@ -131,14 +210,22 @@ mod tests {
     #[test]
     fn every_setting_of_pod_yaml_reaches_the_engine() {
         let spec = spec(
-            "model: {names: [ns/a, a], revision: r1, path: /m, files: ['*.gguf'], sha256: ab}\n\
-             engine: {device: cpu, numerics: exact, contextTokens: 64, maxBatchSize: 200, maxQueue: 3}\n",
+            "model: {names: [ns/a, a], revision: r1, path: /m, files: ['*.gguf'], sha256: ab, task: embed}\n\
+             engine: {device: cpu, numerics: exact, contextTokens: 64, maxBatchSize: 200, maxQueue: 3, \
+             batchStrategy: size, maxWaitMs: 7, priority: true}\n",
         )
         .unwrap();
         assert_eq!((spec.name(), spec.names.len(), spec.revision.as_str()), ("ns/a", 2, "r1"));
         assert_eq!(
             (spec.device, spec.threads, spec.sha256.as_deref()),
             (DeviceChoice::Cpu, Some(2), Some("ab"))
+        );
+        assert_eq!(spec.task.as_deref(), Some("embed"));
+        let encoder = spec.encoder_config();
+        assert_eq!((encoder.strategy, encoder.max_wait_ms, encoder.priority), (BatchStrategy::Size, 7, true));
+        assert_eq!(
+            (encoder.max_batch_size, encoder.max_queue, encoder.context_tokens, encoder.numerics),
+            (200, 3, Some(64), Numerics::Exact)
         );
         let EngineConfig { numerics, context_tokens, max_batch_size, max_queue, token_budget, .. } =
             spec.engine;
@@ -155,6 +242,12 @@ mod tests {
             ("model: {names: [a], revision: r, path: 'hf://a/b'}", "model.path"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {device: tpu}", "engine.device"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {numerics: best}", "engine.numerics"),
+            ("model: {names: [a], revision: r, path: /m, task: rerank}", "model.task"),
+            (
+                "model: {names: [a], revision: r, path: /m}\nengine: {batchStrategy: best}",
+                "engine.batchStrategy",
+            ),
+            ("model: {names: [a], revision: r, path: /m}\nengine: {maxWaitMs: 0}", "engine.maxWaitMs"),
         ] {
             assert_eq!(spec(text).unwrap_err().field, field);
         }

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use serde_yaml::Value;
 use trustformers_runtime::device::DeviceChoice;
 use trustformers_runtime::process::Listen;
-use trustformers_runtime::spec::ModelSpec;
+use trustformers_runtime::spec::{ModelSpec, TextBatching};
 use trustformers_store::Source;
 
 use crate::yaml::{Keys, Section, wrong};
@@ -23,13 +23,17 @@ pub const EXAMPLE: &str = "\
 # Everything but `models` may be left out; these are the defaults.
 server:
   host: \"0.0.0.0\"        # every address, IPv6 too; \"127.0.0.1\" for this machine alone
-  port: 8080             # HTTP: /v1/generate, /v1/models, /health, /metrics
+  port: 8080             # HTTP: /v1/generate, /v1/embeddings, /v1/models, /health, /metrics
   grpc_port: 9090
 batching:
-  max_batch_size: 32     # 1-256: sequences that are computed together
+  max_batch_size: 32     # 1-256: sequences or texts that are computed together
+  # Generation joins and leaves the batch between any two steps. For models that embed:
+  strategy: dynamic      # dynamic | time | size | priority: when the texts that wait become a step
+  max_wait_time_ms: 10   # 1-1000: longest time that a free device waits for more texts
+  enable_priority: false # whether a request's priority (high, normal, low) decides who goes first
 models:
   - name: smollm2
-    path: /models/SmolLM2-135M-Instruct.Q4_1.gguf    # a .gguf file, or a folder that holds one
+    path: /models/SmolLM2-135M-Instruct.Q4_1.gguf    # a .gguf file, or a folder with one or with a checkpoint
     device: auto         # auto | cpu
     max_batch_size: 32
 monitoring:
@@ -41,13 +45,8 @@ const ROOT: Keys = Keys {
     later: &[("cache", "remove it; answers are not cached")],
 };
 const SERVER: Keys = Keys { known: &["host", "port", "grpc_port"], later: &[] };
-const BATCHING: Keys = Keys {
-    known: &["max_batch_size", "strategy"],
-    later: &[
-        ("max_wait_time_ms", "remove it; generation is batched continuously, so no request waits for others"),
-        ("enable_priority", "remove it; requests are taken in the order of their arrival"),
-    ],
-};
+const BATCHING: Keys =
+    Keys { known: &["max_batch_size", "strategy", "max_wait_time_ms", "enable_priority"], later: &[] };
 const MODEL: Keys = Keys { known: &["name", "path", "device", "max_batch_size"], later: &[] };
 const MONITORING: Keys = Keys {
     known: &["prometheus"],
@@ -66,6 +65,8 @@ pub struct Config {
     pub server: ServerConfig,
     /// Sequences that are computed together, 1 to 256, for models that do not say themselves.
     pub max_batch_size: Option<usize>,
+    /// How texts are gathered, for the models that embed.
+    pub batching: TextBatching,
     /// The models, loaded in this order.
     pub models: Vec<ModelConfig>,
     /// One more port for `GET /metrics`; may equal the gRPC port.
@@ -94,7 +95,7 @@ impl Default for ServerConfig {
 pub struct ModelConfig {
     /// The name that callers use.
     pub name: String,
-    /// A file, or a folder that holds one model file; a relative path counts from the working directory. Also
+    /// A file, or a folder that holds one model file or a checkpoint; a relative path counts from the working directory. Also
     /// `file://` URIs.
     pub path: String,
     /// Where it runs.
@@ -156,9 +157,9 @@ impl FromStr for Config {
             Some(section) => server(section)?,
             None => ServerConfig::default(),
         };
-        let max_batch_size = match root.section("batching", BATCHING)? {
+        let (max_batch_size, batching) = match root.section("batching", BATCHING)? {
             Some(section) => batching(section)?,
-            None => None,
+            None => (None, TextBatching::default()),
         };
         let list: Vec<Value> = root.need("models", "a list of {name, path}")?;
         let models =
@@ -176,7 +177,7 @@ impl FromStr for Config {
                 "is the same as server.port; gRPC needs a port of its own",
             ));
         }
-        Ok(Self { server, max_batch_size, models, prometheus_port })
+        Ok(Self { server, max_batch_size, batching, models, prometheus_port })
     }
 }
 
@@ -211,6 +212,7 @@ impl Config {
         let mut spec = ModelSpec::new(name.clone(), source);
         spec.device = *device;
         spec.threads = threads;
+        spec.batching = self.batching;
         if let Some(size) = max_batch_size.or(self.max_batch_size) {
             spec.set_max_batch_size(size);
         }
@@ -234,20 +236,17 @@ fn server(mut section: Section) -> Result<ServerConfig, ConfigError> {
     Ok(ServerConfig { host, port, grpc_port })
 }
 
-fn batching(mut section: Section) -> Result<Option<usize>, ConfigError> {
+fn batching(mut section: Section) -> Result<(Option<usize>, TextBatching), ConfigError> {
+    let mut texts = TextBatching::default();
     if let Some(strategy) = section.take::<String>("strategy")? {
-        let path = section.path_of("strategy");
-        match strategy.as_str() {
-            "dynamic" => {}
-            "time" | "size" | "priority" => {
-                let advice =
-                    "use \"dynamic\": requests join and leave the batch between any two steps".to_owned();
-                return Err(ConfigError::NotAvailable { path: format!("{path}: {strategy}"), advice });
-            }
-            other => return Err(wrong(&path, format!("{other:?} is no strategy; use \"dynamic\""))),
-        }
+        texts.strategy = strategy.parse().map_err(|error| wrong(&section.path_of("strategy"), error))?;
     }
-    batch_size(&mut section)
+    if let Some(max_wait_ms) = section.take("max_wait_time_ms")? {
+        let set = texts.set_max_wait_ms(max_wait_ms);
+        set.map_err(|error| wrong(&section.path_of("max_wait_time_ms"), error))?;
+    }
+    texts.priority = section.take("enable_priority")?.unwrap_or(texts.priority);
+    Ok((batch_size(&mut section)?, texts))
 }
 
 fn batch_size(section: &mut Section) -> Result<Option<usize>, ConfigError> {
@@ -266,7 +265,7 @@ fn model(index: usize, value: Value) -> Result<ModelConfig, ConfigError> {
     if name.is_empty() {
         return Err(wrong(&section.path_of("name"), "is empty: give the name that callers use"));
     }
-    let path = section.need("path", "a .gguf file or a folder that holds one")?;
+    let path = section.need("path", "a .gguf file, or a folder with one or with a checkpoint")?;
     let device = match section.take::<String>("device")? {
         None => DeviceChoice::Auto,
         Some(text) => text.parse().map_err(|error| wrong(&section.path_of("device"), error))?,
@@ -297,6 +296,7 @@ mod tests {
         let config = Config::from_str(EXAMPLE).unwrap();
         assert_eq!(config.server, ServerConfig::default());
         assert_eq!((config.max_batch_size, config.prometheus_port), (Some(32), Some(9090)));
+        assert_eq!(config.batching, TextBatching::default());
         assert_eq!(config.models[0].name, "smollm2");
         assert_eq!(config.listen().metrics, Some(config.listen().grpc));
     }
@@ -304,12 +304,15 @@ mod tests {
     #[test]
     fn several_models_take_their_own_batch_or_the_common_one() {
         let config = Config::from_str(
-            "batching: {max_batch_size: 200, strategy: dynamic}\n\
+            "batching: {max_batch_size: 200, strategy: size, max_wait_time_ms: 7, enable_priority: true}\n\
              models: [{name: a, path: /a, max_batch_size: 16}, {name: b, path: 'file:///b', device: cpu}]",
         )
         .unwrap();
         let specs = config.specs(Some(3)).unwrap();
         assert_eq!(specs.iter().map(|spec| spec.engine.max_batch_size).collect::<Vec<_>>(), [16, 200]);
+        let encoder = specs[0].encoder_config();
+        assert_eq!((encoder.strategy.as_str(), encoder.max_wait_ms, encoder.priority), ("size", 7, true));
+        assert_eq!(encoder.max_batch_size, 16);
         assert_eq!((specs[1].name(), specs[1].device, specs[1].threads), ("b", DeviceChoice::Cpu, Some(3)));
         assert_eq!(specs[1].source, Source::from_path("/b"));
     }
@@ -337,9 +340,6 @@ mod tests {
         let models = "models: [{name: a, path: /a}]";
         for (text, path) in [
             ("cache: {enabled: true}", "cache"),
-            ("batching: {max_wait_time_ms: 10}", "batching.max_wait_time_ms"),
-            ("batching: {strategy: priority}", "batching.strategy: priority"),
-            ("batching: {enable_priority: true}", "batching.enable_priority"),
             ("monitoring: {jaeger: {enabled: true}}", "monitoring.jaeger"),
         ] {
             let error = error(&format!("{text}\n{models}"));
@@ -365,6 +365,11 @@ mod tests {
             (format!("server: {{port: 9090}}\n{models}"), "server.grpc_port: is the same"),
             (format!("batching: {{max_batch_size: 257}}\n{models}"), "batching.max_batch_size: 257"),
             (format!("batching: {{strategy: fast}}\n{models}"), "batching.strategy: \"fast\""),
+            (
+                format!("batching: {{max_wait_time_ms: 0}}\n{models}"),
+                "batching.max_wait_time_ms: 0 is not within",
+            ),
+            (format!("batching: {{max_wait_time_ms: 1001}}\n{models}"), "batching.max_wait_time_ms: 1001"),
         ] {
             let error = error(&text);
             assert!(error.starts_with(path), "{error}");

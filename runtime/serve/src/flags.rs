@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use trustformers_telemetry::logs::LogFormat;
 
-/// Serves models over HTTP and gRPC in one process; with `generate`, answers one prompt and ends; with `bench`, measures.
+/// Serves models over HTTP and gRPC in one process; with `generate` or `embed`, answers once and ends; with `bench`, measures.
 ///
 /// Without a subcommand it reads config.yaml of the working directory (or
 /// --config), listens, loads the models in the background and serves until SIGINT
@@ -56,6 +56,14 @@ pub(crate) enum Command {
     /// Exit status: 0 answered; 1 the model could not be loaded or failed; 2 the command line or the prompt is wrong;
     /// 130 interrupted.
     Generate(GenerateFlags),
+    /// Turns texts into vectors: a line of numbers for each on stdout, or with --json one object.
+    ///
+    /// The model is a checkpoint that embeds: a folder with model.safetensors, config.json and tokenizer.json. Texts
+    /// that are too long are cut as its files say. Progress and logs go to stderr.
+    ///
+    /// Exit status: 0 done; 1 the model could not be loaded or failed; 2 the command line or a text is wrong;
+    /// 130 interrupted.
+    Embed(EmbedFlags),
     /// Measures speed: of an engine in this process, or of a server under load.
     Bench(crate::bench::BenchFlags),
 }
@@ -110,6 +118,33 @@ pub(crate) struct OptionFlags {
 fn bias(text: &str) -> Result<(u32, f32), String> {
     let pair = text.split_once('=').and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)));
     pair.ok_or_else(|| "expected a token id and a number, such as 42=-5".to_owned())
+}
+
+/// Texts and the model that embeds them.
+#[derive(Debug, Args)]
+pub(crate) struct EmbedFlags {
+    /// The model: its folder, as a path or a file:// URI.
+    #[arg(long, value_name = "PATH|URI")]
+    pub(crate) model: String,
+    /// A text; an empty one has a vector, too. May be given several times.
+    #[arg(long, value_name = "TEXT", required_unless_present = "input_file", conflicts_with = "input_file")]
+    pub(crate) input: Vec<String>,
+    /// A file with one text a line, empty ones too; lines end in \\n. Must be UTF-8.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input_file: Option<PathBuf>,
+    /// Texts that are too long are an error instead of being cut.
+    #[arg(long)]
+    pub(crate) no_truncate: bool,
+    /// fast: activations may be quantised. exact: f32 activations, the same alone or batched.
+    #[arg(long, value_name = "fast|exact", default_value = "fast")]
+    pub(crate) numerics: String,
+    /// Threads of the CPU device; by default as many as the process may use.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Prints one JSON object: data (index and embedding of each text), usage, timings_ms; truncated (places of texts
+    /// that were cut) and pooling_note (where the model's files do not say how to pool) only where there are any.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// One prompt and how to answer it.

@@ -4,29 +4,25 @@
 //! go to stderr.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use trustformers_api::fields::HTTP_DEFAULTS;
 use trustformers_api::{Asked, Format, Logprobs, Options};
 use trustformers_engine::{
     GenerateError, GenerateParams, Generation, GenerationEvent, StopCause, SubmitError, TokenLogprobs,
 };
-use trustformers_runtime::device;
-use trustformers_runtime::failure::Failure;
-use trustformers_runtime::load::{Loaded, Loader, OnProgress};
 use trustformers_runtime::params::generate_params;
 use trustformers_runtime::process::{EndSignals, StartError};
+use trustformers_runtime::runner::Runner;
 use trustformers_runtime::spec::{ModelSpec, numerics_of};
 use trustformers_store::{Source, StoreError};
 
 use crate::flags::{GenerateFlags, OptionFlags};
+use crate::loading::{self, FileError, LoadingError};
 
 /// Status of a process that was interrupted, as shells give it.
 const INTERRUPTED: u8 = 130;
@@ -43,32 +39,15 @@ pub(crate) enum GenerateFailure {
     /// What a flag says is wrong; the text begins with the flag.
     #[error("{0}")]
     Flag(String),
-    /// A file that a flag names cannot be read.
-    #[error("{flag}: {} cannot be read: {source}", path.display())]
-    Unreadable {
-        /// The flag.
-        flag: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A file that a flag names is not text.
-    #[error(
-        "{flag}: {} is not UTF-8 (byte {at} cannot be read); convert it, for example with iconv",
-        path.display()
-    )]
-    NotUtf8 {
-        /// The flag.
-        flag: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Place of the first wrong byte.
-        at: usize,
-    },
+    /// A file that a flag names cannot be used.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The model could not be loaded.
-    #[error("{} ({})", .0, .0.reason)]
-    Load(Failure),
+    #[error(transparent)]
+    Load(#[from] LoadingError),
+    /// The model is made for something else.
+    #[error("--model: it turns texts into vectors and generates nothing; use trustformers-serve embed")]
+    Task,
     /// The engine refused the request.
     #[error(transparent)]
     Refused(#[from] SubmitError),
@@ -83,13 +62,6 @@ pub(crate) enum GenerateFailure {
     Output(#[from] std::io::Error),
 }
 
-// No `#[from]`: the message holds the failure already, and a source would be printed after it once more.
-impl From<Failure> for GenerateFailure {
-    fn from(failure: Failure) -> Self {
-        Self::Load(failure)
-    }
-}
-
 impl GenerateFailure {
     /// 2 for what the caller typed, 1 for the rest.
     pub(crate) fn exit_code(&self) -> u8 {
@@ -99,8 +71,8 @@ impl GenerateFailure {
             | Self::Flag(_)
             | Self::Refused(SubmitError::Invalid { .. })
             | Self::Broken(GenerateError::Grammar { .. })
-            | Self::Unreadable { .. }
-            | Self::NotUtf8 { .. } => 2,
+            | Self::Task
+            | Self::File(_) => 2,
             _ => 1,
         }
     }
@@ -175,7 +147,7 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
     spec.engine.max_queue = 1;
     let prompt_flag = if prompt_file.is_some() { "--prompt-file" } else { "--prompt" };
     let prompt = match prompt_file {
-        Some(path) => text_of("--prompt-file", &path)?,
+        Some(path) => loading::text_of("--prompt-file", &path)?,
         None => prompt.unwrap_or_default(),
     };
     let asked = Asked {
@@ -222,8 +194,8 @@ fn options_of(flags: OptionFlags) -> Result<Options, GenerateFailure> {
     } = flags;
     // The flags exclude each other.
     let format = match (json_schema, grammar, regex) {
-        (Some(path), ..) => Some(Format::JsonSchema(text_of("--json-schema", &path)?)),
-        (_, Some(path), _) => Some(Format::Grammar(text_of("--grammar", &path)?)),
+        (Some(path), ..) => Some(Format::JsonSchema(loading::text_of("--json-schema", &path)?)),
+        (_, Some(path), _) => Some(Format::Grammar(loading::text_of("--grammar", &path)?)),
         (.., Some(regex)) => Some(Format::Regex(regex)),
         _ => json_object.then_some(Format::JsonObject),
     };
@@ -242,25 +214,12 @@ fn options_of(flags: OptionFlags) -> Result<Options, GenerateFailure> {
     })
 }
 
-/// The file's bytes as they are, a final newline included.
-fn text_of(flag: &'static str, path: &Path) -> Result<String, GenerateFailure> {
-    let bytes = std::fs::read(path).map_err(|source| GenerateFailure::Unreadable {
-        flag,
-        path: path.to_owned(),
-        source,
-    })?;
-    String::from_utf8(bytes).map_err(|error| GenerateFailure::NotUtf8 {
-        flag,
-        path: path.to_owned(),
-        at: error.utf8_error().valid_up_to(),
-    })
-}
-
 async fn answer(task: Task, began: Instant) -> Result<(), GenerateFailure> {
     let Task { spec, params, json } = task;
-    let loaded = load(spec).await?;
+    let loaded = loading::load(spec).await?;
     let load = began.elapsed();
-    let generation = loaded.engine.submit(&params)?;
+    let Runner::Generate(engine) = &loaded.runner else { return Err(GenerateFailure::Task) };
+    let generation = engine.submit(&params)?;
     let answer = collect(generation, !json).await?;
     if json {
         let object = answer.to_json(load, began.elapsed());
@@ -268,34 +227,8 @@ async fn answer(task: Task, began: Instant) -> Result<(), GenerateFailure> {
         writeln!(stdout, "{object}")?;
         stdout.flush()?;
     }
-    loaded.engine.stop().await;
+    engine.stop().await;
     Ok(())
-}
-
-async fn load(spec: ModelSpec) -> Result<Loaded, GenerateFailure> {
-    let bar = ProgressBar::new(0);
-    bar.set_style(bar_style());
-    bar.set_message(spec.name().to_owned());
-    let progress: OnProgress = {
-        let bar = bar.clone();
-        Arc::new(move |done, total| {
-            bar.set_length(total);
-            bar.set_position(done);
-        })
-    };
-    let loader = Loader::new(device::real(), &prometheus::Registry::new()).map_err(StartError::from)?;
-    let loading = tokio::task::spawn_blocking(move || loader.load(&spec, &progress));
-    let outcome = loading
-        .await
-        .map_err(|error| Failure::permanent("InternalError", format!("loading broke off: {error}")))?;
-    bar.finish_and_clear();
-    Ok(outcome?)
-}
-
-/// indicatif draws on stderr, and only where that is a terminal.
-fn bar_style() -> ProgressStyle {
-    ProgressStyle::with_template("loading {msg} {wide_bar} {bytes}/{total_bytes} {eta}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 async fn collect(mut generation: Generation, print: bool) -> Result<Answer, GenerateFailure> {

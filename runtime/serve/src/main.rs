@@ -1,8 +1,11 @@
-//! `trustformers-serve`: models behind HTTP and gRPC in one process, one prompt on the command line, or a measurement.
+//! `trustformers-serve`: models behind HTTP and gRPC in one process, one prompt or texts to embed on the
+//! command line, or a measurement.
 
 mod bench;
+mod embed;
 mod flags;
 mod generate;
+mod loading;
 
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -28,6 +31,13 @@ fn main() -> ExitCode {
     }
     match command {
         Some(Command::Generate(flags)) => match generate::run(flags) {
+            Ok(code) => code,
+            Err(error) => {
+                let code = error.exit_code();
+                failed(&error.into(), code)
+            }
+        },
+        Some(Command::Embed(flags)) => match embed::run(flags) {
             Ok(code) => code,
             Err(error) => {
                 let code = error.exit_code();

@@ -9,8 +9,10 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use trustformers_model::seeded::SeededModel;
-use trustformers_serve::proto::{GenerateRequest, inference_service_client::InferenceServiceClient};
+use trustformers_model::seeded::{SeededEncoder, SeededModel};
+use trustformers_serve::proto::{
+    EmbedRequest, GenerateRequest, inference_service_client::InferenceServiceClient,
+};
 
 /// A running program; it is killed when a test fails before it has ended.
 struct Server {
@@ -29,12 +31,15 @@ impl Drop for Server {
 }
 
 impl Server {
-    /// Starts it on free ports of the loopback with the given models, in a folder that holds `tiny.gguf`.
+    /// Starts it on free ports of the loopback with the given models, in a folder that holds `tiny.gguf`
+    /// and a folder `bert`.
     fn start(models: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("tiny.gguf"), SeededModel::default().gguf()).unwrap();
+        std::fs::create_dir(folder.path().join("bert")).unwrap();
+        SeededEncoder::default().write(&folder.path().join("bert")).unwrap();
         let config = format!(
-            "server: {{host: 127.0.0.1, port: 0, grpc_port: 0}}\n\
+            "batching: {{strategy: size, max_wait_time_ms: 1}}\nserver: {{host: 127.0.0.1, port: 0, grpc_port: 0}}\n\
              monitoring: {{prometheus: {{enabled: true, port: 0}}}}\nmodels: {models}\n"
         );
         std::fs::write(folder.path().join("config.yaml"), config).unwrap();
@@ -145,6 +150,42 @@ fn it_serves_http_sse_grpc_and_metrics_and_ends_on_a_signal() {
         assert!(page.starts_with("HTTP/1.1 200") && page.contains("trustformers_build_info"), "{page}");
     }
     assert_eq!(server.end_with("-INT"), Some(0));
+}
+
+/// The JSON in an HTTP answer.
+fn body(answer: &str) -> Value {
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap()
+}
+
+#[test]
+fn a_folder_with_a_checkpoint_embeds_beside_a_model_that_generates() {
+    let mut server =
+        Server::start("[{name: tiny, path: tiny.gguf}, {name: bert, path: bert, max_batch_size: 2}]");
+    server.until_states(&[("tiny", "ready"), ("bert", "ready")]);
+    // Neither request names a model: each task has exactly one.
+    let answer = body(&server.post("/v1/embeddings", r#"{"input": ["hello", "", "the cat"]}"#));
+    let data = answer["data"].as_array().unwrap();
+    assert_eq!((data.len(), &answer["model"]), (3, &Value::from("bert")));
+    assert_eq!(body(&server.post("/v1/generate", r#"{"prompt":"Hello","max_tokens":2}"#))["model"], "tiny");
+
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let embedded = runtime.block_on(async {
+        let mut client = InferenceServiceClient::connect(format!("http://{}", server.grpc)).await.unwrap();
+        let input = vec!["hello".into(), String::new(), "the cat".into()];
+        client.embed(EmbedRequest { input, ..Default::default() }).await.unwrap().into_inner()
+    });
+    for (over_http, over_grpc) in data.iter().zip(&embedded.data) {
+        let values: Vec<f32> = serde_json::from_value(over_http["embedding"].clone()).unwrap();
+        assert_eq!(values, over_grpc.values);
+    }
+    let wrong = server.post("/v1/embeddings", r#"{"input": "a", "model": "tiny"}"#);
+    assert!(wrong.starts_with("HTTP/1.1 400") && wrong.contains("/v1/generate"), "{wrong}");
+    let wrong = server.post("/v1/generate", r#"{"prompt": "a", "model": "bert"}"#);
+    assert!(wrong.starts_with("HTTP/1.1 400") && wrong.contains("/v1/embeddings"), "{wrong}");
+    let page = server.get(&server.http, "/metrics");
+    assert!(page.contains("trustformers_batch_texts_count{model=\"bert\"}"), "{page}");
+    assert_eq!(server.end_with("-TERM"), Some(0));
 }
 
 #[test]

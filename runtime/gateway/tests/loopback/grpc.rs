@@ -18,8 +18,8 @@ use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
 use trustformers_proto::v1::inference_service_server::{InferenceService, InferenceServiceServer};
 use trustformers_proto::v1::model_service_client::ModelServiceClient;
 use trustformers_proto::v1::{
-    GenerateRequest, GenerateResponse, GenerateStreamResponse, ListModelsRequest, ModelState,
-    WatchModelsRequest,
+    EmbedRequest, EmbedResponse, GenerateRequest, GenerateResponse, GenerateStreamResponse,
+    ListModelsRequest, ModelState, WatchModelsRequest,
 };
 
 use crate::operator::Table;
@@ -55,6 +55,11 @@ impl InferenceService for GrpcPod {
     ) -> Result<Response<Self::GenerateStreamStream>, Status> {
         let pieces = self.pieces.lock().await.take().unwrap();
         Ok(Response::new(Box::pin(ReceiverStream::new(pieces))))
+    }
+
+    async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
+        let EmbedRequest { model, input, .. } = request.into_inner();
+        Ok(Response::new(EmbedResponse { model, id: input.join("|"), ..Default::default() }))
     }
 }
 
@@ -131,6 +136,21 @@ async fn a_caller_who_leaves_stops_the_pod() {
     drop(stream);
     soon("the pod's stream to be reset", pieces.closed()).await;
     until("it to be counted", || async { scene.metric(&counted("cancelled")).await > 0.5 }).await;
+}
+
+#[tokio::test]
+async fn an_embed_call_finds_its_model_as_any_other_does() {
+    let (address, _pieces) = pod(None).await;
+    let table = Table::new(1, 1).route("a").backend("r1", 1, &[address]).route("b").backend("r1", 1, &[]);
+    let scene = Scene::with_table(table).await;
+    let ask = |model: &str| EmbedRequest {
+        input: vec!["x".repeat(300), String::new(), "y".into()],
+        model: model.into(),
+        ..Default::default()
+    };
+    let answer = caller(&scene).await.embed(ask("a")).await.unwrap().into_inner();
+    assert_eq!((answer.model.as_str(), answer.id), ("a", format!("{}||y", "x".repeat(300))));
+    assert_eq!(caller(&scene).await.embed(ask("b")).await.unwrap_err().code(), Code::Unavailable);
 }
 
 #[tokio::test]

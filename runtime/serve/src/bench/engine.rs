@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use trustformers_engine::{Engine, GenerateParams, GenerationEvent, Prompt};
 use trustformers_runtime::device;
 use trustformers_runtime::load::{Loader, OnProgress};
+use trustformers_runtime::runner::Runner;
 use trustformers_runtime::spec::{ModelSpec, numerics_of};
 use trustformers_store::Source;
 
@@ -72,7 +73,12 @@ pub(super) async fn run(flags: EngineFlags) -> Result<(), BenchFailure> {
     let Task { spec, measures, tokens, repeat } = task(&flags)?;
     let loader = Loader::new(device::real(), &prometheus::Registry::new())?;
     let quiet: OnProgress = Arc::new(|_, _| {});
-    let engine = loader.load(&spec, &quiet)?.engine;
+    let Runner::Generate(engine) = loader.load(&spec, &quiet)?.runner else {
+        return Err(BenchFailure::flag(
+            "model",
+            "it turns texts into vectors; see bench load --protocol for a server of it",
+        ));
+    };
     let mut speeds = vec![Vec::new(); measures.len()];
     let mut fresh = 0;
     for turn in 0..=repeat {

@@ -1,0 +1,86 @@
+//! Between a request for vectors in the API's words and the encoder engine's.
+
+use trustformers_api::{ApiError, EmbedInput, EmbedRequest, Embedded, PoolingMode, Priority};
+use trustformers_engine::Prompt;
+use trustformers_engine::encoder::{EncodeError, EncodeParams, Encoded};
+use trustformers_model::{EmbeddingFacts, Model};
+use trustformers_plan::Pooling;
+
+/// The model's facts about vectors, which every model that embeds has.
+///
+/// # Errors
+/// A model without them, which no loader makes.
+pub(crate) fn facts(model: &Model) -> Result<&EmbeddingFacts, ApiError> {
+    let facts = model.facts().embedding.as_ref();
+    facts.ok_or_else(|| ApiError::Internal { message: "the model has no vectors to give".to_owned() })
+}
+
+/// A length of vectors that the model does not give is refused: cutting a vector keeps its meaning only where the
+/// model was trained for that.
+pub(crate) fn check_dimensions(request: &EmbedRequest, facts: &EmbeddingFacts) -> Result<(), ApiError> {
+    let width = facts.width;
+    match request.dimensions {
+        Some(asked) if asked as usize != width => Err(ApiError::field(
+            "dimensions",
+            format!(
+                "{asked} is not what this model gives: its vectors have {width} values and were not trained to be cut; leave it out"
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// What the engine is asked for.
+pub fn encode_params(request: EmbedRequest) -> EncodeParams {
+    let EmbedRequest { input, model: _, truncate, dimensions: _, priority } = request;
+    let text = |input| match input {
+        EmbedInput::Text(text) => Prompt::Text(text),
+        EmbedInput::Tokens(ids) => Prompt::Tokens(ids),
+    };
+    let priority = match priority {
+        Priority::High => trustformers_engine::Priority::High,
+        Priority::Normal => trustformers_engine::Priority::Normal,
+        Priority::Low => trustformers_engine::Priority::Low,
+    };
+    EncodeParams { texts: input.into_iter().map(text).collect(), truncate, priority }
+}
+
+/// Who answers.
+pub(crate) struct Answering {
+    pub(crate) name: String,
+    pub(crate) digest: String,
+}
+
+/// The answer in the API's words.
+pub(crate) fn embedded(by: Answering, facts: &EmbeddingFacts, encoded: Encoded) -> Embedded {
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    Embedded {
+        id: format!("emb-{}", uuid::Uuid::new_v4().simple()),
+        model: by.name,
+        model_digest: by.digest,
+        values: encoded.values,
+        width: encoded.width,
+        tokens: count(encoded.tokens),
+        truncated: encoded.truncated.into_iter().map(count).collect(),
+        pooling: match facts.pooling {
+            Pooling::Mean => PoolingMode::Mean,
+            Pooling::First => PoolingMode::First,
+            Pooling::Max => PoolingMode::Max,
+        },
+        pooling_note: facts.pooling_note.clone(),
+    }
+}
+
+/// What the caller is told.
+pub(crate) fn failed(error: &EncodeError, retry_after_s: u32) -> ApiError {
+    let message = error.to_string();
+    match error {
+        EncodeError::Overloaded { .. } => ApiError::Overloaded { message, retry_after_s },
+        EncodeError::TooLong { .. } => ApiError::TooLong { message },
+        EncodeError::Invalid { field, .. } => {
+            ApiError::InvalidRequest { field: Some((*field).to_owned()), message }
+        }
+        EncodeError::Stopped => ApiError::Unavailable { message, retry_after_s: Some(retry_after_s) },
+        EncodeError::Backend { .. } | EncodeError::NotFinite => ApiError::Internal { message },
+    }
+}

@@ -1,0 +1,188 @@
+//! Whatever runs a loaded model: the engine of its task, seen from where the task does not matter.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use trustformers_engine::encoder::{BatchStrategy, Encoder, EncoderMetrics};
+use trustformers_engine::{Engine, EngineMetrics, Heartbeat, LoadProgress, MemoryReport};
+use trustformers_model::{Model, Task};
+use trustformers_plan::Backend;
+
+use crate::failure::Failure;
+use crate::spec::ModelSpec;
+
+/// A running engine.
+#[derive(Debug, Clone)]
+pub enum Runner {
+    /// It continues texts.
+    Generate(Engine),
+    /// It turns texts into vectors.
+    Embed(Encoder),
+}
+
+/// The series of all engines of a process.
+#[derive(Debug, Clone)]
+pub struct RunnerMetrics {
+    engines: EngineMetrics,
+    encoders: EncoderMetrics,
+}
+
+impl RunnerMetrics {
+    /// Adds the families to a registry.
+    ///
+    /// # Errors
+    /// When the registry already holds families of these names.
+    pub fn register(registry: &prometheus::Registry) -> Result<Self, prometheus::Error> {
+        let engines = EngineMetrics::register(registry)?;
+        Ok(Self { encoders: EncoderMetrics::register(registry, &engines)?, engines })
+    }
+}
+
+/// What a task is called in states, configurations and requests.
+pub fn task_word(task: Task) -> &'static str {
+    match task {
+        Task::Generate => "generate",
+        Task::Embed => "embed",
+    }
+}
+
+impl Runner {
+    /// Puts a model on a device, with the engine of its task.
+    ///
+    /// # Errors
+    /// Whatever stands in the way, with its reason.
+    pub fn start(
+        model: Model,
+        backend: Box<dyn Backend>,
+        spec: &ModelSpec,
+        metrics: &RunnerMetrics,
+        progress: Box<dyn FnMut(LoadProgress) + Send>,
+    ) -> Result<Self, Failure> {
+        let (task, model) = (model.task(), Arc::new(model));
+        Ok(match task {
+            Task::Generate => {
+                if spec.batching.strategy != BatchStrategy::default() {
+                    tracing::warn!(
+                        model = spec.name(),
+                        strategy = spec.batching.strategy.as_str(),
+                        "generation is batched continuously; the strategy is for models that embed"
+                    );
+                }
+                let engines = &metrics.engines;
+                Self::Generate(Engine::start_with_progress(model, backend, &spec.engine, engines, progress)?)
+            }
+            Task::Embed => {
+                let config = spec.encoder_config();
+                Self::Embed(Encoder::start(model, backend, &config, &metrics.encoders, progress)?)
+            }
+        })
+    }
+
+    /// What it does.
+    pub fn task(&self) -> Task {
+        match self {
+            Self::Generate(_) => Task::Generate,
+            Self::Embed(_) => Task::Embed,
+        }
+    }
+
+    /// The model it runs.
+    pub fn model(&self) -> &Arc<Model> {
+        match self {
+            Self::Generate(engine) => engine.model(),
+            Self::Embed(encoder) => encoder.model(),
+        }
+    }
+
+    /// The device in its own words.
+    pub fn device(&self) -> &str {
+        match self {
+            Self::Generate(engine) => &engine.info().device,
+            Self::Embed(encoder) => &encoder.info().device,
+        }
+    }
+
+    /// Longest sequence or text in tokens.
+    pub fn context_tokens(&self) -> usize {
+        match self {
+            Self::Generate(engine) => engine.info().context_tokens,
+            Self::Embed(encoder) => encoder.info().context_tokens,
+        }
+    }
+
+    /// Bytes that the model takes on the device.
+    pub fn memory(&self) -> &MemoryReport {
+        match self {
+            Self::Generate(engine) => &engine.info().memory,
+            Self::Embed(encoder) => &encoder.info().memory,
+        }
+    }
+
+    /// Signs of life.
+    pub fn heartbeat(&self) -> Heartbeat {
+        match self {
+            Self::Generate(engine) => engine.heartbeat(),
+            Self::Embed(encoder) => encoder.heartbeat(),
+        }
+    }
+
+    /// Runs a small request through the whole path and gives the time that it took.
+    ///
+    /// # Errors
+    /// The device or the model is broken, or the engine ends.
+    pub async fn warm_up(&self) -> Result<Duration, Failure> {
+        Ok(match self {
+            Self::Generate(engine) => engine.warm_up().await?,
+            Self::Embed(encoder) => encoder.warm_up().await?,
+        })
+    }
+
+    /// Ends the engine; what it was answering ends with an error.
+    pub async fn stop(&self) {
+        match self {
+            Self::Generate(engine) => engine.stop().await,
+            Self::Embed(encoder) => encoder.stop().await,
+        }
+    }
+
+    /// Says in the log how the engine was made.
+    pub(crate) fn log_sizes(&self, name: &str) {
+        match self {
+            Self::Generate(engine) => {
+                let info = engine.info();
+                tracing::info!(
+                    model = name,
+                    context_tokens = info.context_tokens,
+                    max_batch_size = info.max_batch_size,
+                    max_queue = info.max_queue,
+                    token_budget = info.token_budget,
+                    kv_blocks = info.kv_blocks,
+                    "generation engine"
+                );
+            }
+            Self::Embed(encoder) => {
+                let info = encoder.info();
+                tracing::info!(
+                    model = name,
+                    strategy = info.strategy.as_str(),
+                    max_wait_ms = info.max_wait.as_millis(),
+                    priority = info.priority,
+                    context_tokens = info.context_tokens,
+                    max_batch_size = info.max_batch_size,
+                    max_queue = info.max_queue,
+                    token_budget = info.token_budget,
+                    "encoder engine"
+                );
+                let note = encoder
+                    .model()
+                    .facts()
+                    .embedding
+                    .as_ref()
+                    .and_then(|facts| facts.pooling_note.as_deref());
+                if let Some(note) = note {
+                    tracing::warn!(model = name, "{note}");
+                }
+            }
+        }
+    }
+}

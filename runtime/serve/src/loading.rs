@@ -1,0 +1,91 @@
+//! What every command with a model and files does first: read the files, load the model, show how far it is.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use trustformers_runtime::device;
+use trustformers_runtime::failure::Failure;
+use trustformers_runtime::load::{Loaded, Loader, OnProgress};
+use trustformers_runtime::process::StartError;
+use trustformers_runtime::spec::ModelSpec;
+
+/// Why a model is not there.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LoadingError {
+    /// It could not be loaded. The message holds the failure already, so it is no source.
+    #[error("{} ({})", .0, .0.reason)]
+    Failed(Failure),
+    /// The process could not be set up.
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+/// Why a file that a flag names cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FileError {
+    /// It cannot be read.
+    #[error("{flag}: {} cannot be read: {source}", path.display())]
+    Unreadable {
+        /// The flag.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is not text.
+    #[error(
+        "{flag}: {} is not UTF-8 (byte {at} cannot be read); convert it, for example with iconv",
+        path.display()
+    )]
+    NotUtf8 {
+        /// The flag.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Place of the first wrong byte.
+        at: usize,
+    },
+}
+
+/// The file's bytes as they are, a final newline included.
+pub(crate) fn text_of(flag: &'static str, path: &Path) -> Result<String, FileError> {
+    let bytes = std::fs::read(path).map_err(|source| FileError::Unreadable {
+        flag,
+        path: path.to_owned(),
+        source,
+    })?;
+    String::from_utf8(bytes).map_err(|error| FileError::NotUtf8 {
+        flag,
+        path: path.to_owned(),
+        at: error.utf8_error().valid_up_to(),
+    })
+}
+
+/// Loads a model, with a bar on stderr where that is a terminal.
+pub(crate) async fn load(spec: ModelSpec) -> Result<Loaded, LoadingError> {
+    let bar = ProgressBar::new(0);
+    bar.set_style(bar_style());
+    bar.set_message(spec.name().to_owned());
+    let progress: OnProgress = {
+        let bar = bar.clone();
+        Arc::new(move |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        })
+    };
+    let loader = Loader::new(device::real(), &prometheus::Registry::new()).map_err(StartError::from)?;
+    let loading = tokio::task::spawn_blocking(move || loader.load(&spec, &progress));
+    let outcome = loading.await.map_err(|error| {
+        LoadingError::Failed(Failure::permanent("InternalError", format!("loading broke off: {error}")))
+    })?;
+    bar.finish_and_clear();
+    outcome.map_err(LoadingError::Failed)
+}
+
+/// indicatif draws on stderr, and only where that is a terminal.
+fn bar_style() -> ProgressStyle {
+    ProgressStyle::with_template("loading {msg} {wide_bar} {bytes}/{total_bytes} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
