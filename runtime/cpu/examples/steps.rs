@@ -1,8 +1,8 @@
 //! How fast steps are: decode, decode at depth, eight sequences and prefill, of models with made-up weights.
 //!
-//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [THREADS]`, where MODEL is `smollm2` (the
+//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [unfused] [THREADS]`, where MODEL is `smollm2` (the
 //! default: SmolLM2-135M, Q4_1), `qwen-0.5b` or `qwen-1.5b` (as their Q4_K_M files mix types), and `all` measures every
-//! tier and numerics instead of the best tier's fast ones. Decoding reads all repacked weights once per step; beside the
+//! tier and numerics instead of the best tier's fast ones; `unfused` adds plans without any fused op. Decoding reads all repacked weights once per step; beside the
 //! speed stands what reading that much memory takes at the bandwidth measured in the same run. All entries take turns for
 //! [`ROUNDS`] rounds and the fastest and the median are printed, so that a busy neighbour is seen for what it is instead of
 //! slowing one of them.
@@ -11,8 +11,8 @@ use std::{hint::black_box, sync::Arc, time::Instant};
 
 use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
 use trustformers_plan::{
-    Backend, DType, Executable, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, RopeLayout,
-    RopeSpec, SequenceStep, StepInput, StepOutput, Weight, Weights,
+    Backend, DType, Executable, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder,
+    RopeLayout, RopeSpec, SequenceStep, StepInput, StepOutput, Weight, Weights,
 };
 
 type AnyError = Box<dyn std::error::Error>;
@@ -132,7 +132,7 @@ fn weights(shape: &Shape) -> Result<Arc<Weights>, AnyError> {
     Ok(Arc::new(weights))
 }
 
-fn plan(shape: &Shape, weights: &Weights, backend: &dyn Backend) -> Result<Plan, AnyError> {
+fn plan(shape: &Shape, weights: &Weights, fused: &FusedOps) -> Result<Plan, AnyError> {
     let find = |name: String| weights.find(&name).ok_or(name);
     let head_dim = shape.hyper.head_dim;
     let rope = RopeSpec { layout: RopeLayout::Interleaved, base: 1e5, dims: head_dim, head_dim };
@@ -157,7 +157,7 @@ fn plan(shape: &Shape, weights: &Weights, backend: &dyn Backend) -> Result<Plan,
     let x = b.gather_rows(x);
     let x = b.rms_norm(x, norm, 1e-5);
     b.logits(x, find("embedding".into())?);
-    Ok(b.finish(&backend.caps().fused)?)
+    Ok(b.finish(fused)?)
 }
 
 /// Turns that each entry takes.
@@ -225,7 +225,8 @@ struct Entry {
 fn main() -> Result<(), AnyError> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let shape = SHAPES.iter().find(|shape| args.iter().any(|arg| arg == shape.name)).unwrap_or(&SHAPES[0]);
-    let all = args.iter().any(|arg| arg == "all");
+    let has = |word: &str| args.iter().any(|arg| arg == word);
+    let all = has("all");
     let threads: Option<usize> = args.iter().find_map(|arg| arg.parse().ok());
     let weights = weights(shape)?;
     let mut entries = Vec::new();
@@ -233,12 +234,14 @@ fn main() -> Result<(), AnyError> {
     // The plain tier is not for serving; its times would only make the others wait.
     let tiers = Tier::ALL.into_iter().filter(|tier| tier.is_available() && *tier != Tier::Scalar);
     for tier in tiers.filter(|tier| all || *tier == Tier::best()) {
-        for numerics in [Numerics::Fast, Numerics::Exact] {
-            if numerics == Numerics::Exact && !all {
+        for (numerics, unfused) in [Numerics::Fast, Numerics::Exact].map(|n| [(n, false), (n, true)]).concat()
+        {
+            if (numerics == Numerics::Exact && !all) || (unfused && !has("unfused")) {
                 continue;
             }
             let mut backend = CpuBackend::new(CpuConfig { tier: Some(tier), threads })?;
-            let plan = plan(shape, &weights, &backend)?;
+            let fused = if unfused { FusedOps::NONE } else { backend.caps().fused };
+            let plan = plan(shape, &weights, &fused)?;
             let start = Instant::now();
             let spec = LoadSpec {
                 weights: weights.clone(),
@@ -248,7 +251,8 @@ fn main() -> Result<(), AnyError> {
                 progress: &mut |_| {},
             };
             let mut loaded = backend.load(spec)?;
-            let name = format!("{} {} {numerics:?}", shape.name, backend.caps().description);
+            let unfused = if unfused { ", unfused" } else { "" };
+            let name = format!("{} {} {numerics:?}{unfused}", shape.name, backend.caps().description);
             println!("{name}: loaded in {:.2} s, {:?}", start.elapsed().as_secs_f64(), loaded.memory());
             weight_bytes = loaded.memory().weights_bytes;
             entries.push(Entry { name, executable: loaded.compile(&plan)?, seconds: Default::default() });
@@ -268,7 +272,7 @@ fn main() -> Result<(), AnyError> {
         (list[0], list[list.len() / 2])
     };
     for entry in &mut entries {
-        print!("{:<44}", entry.name);
+        print!("{:<53}", entry.name);
         let tokens = [("decode", 1.0), ("at 512", 1.0), ("8 sequences", 8.0), ("prefill 512", 512.0)];
         for ((what, tokens), list) in tokens.into_iter().zip(&mut entry.seconds) {
             let (best, median) = ends(list);

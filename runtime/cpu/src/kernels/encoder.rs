@@ -28,7 +28,7 @@ pub(crate) struct LayerNorm<'a> {
     pub(crate) eps: f32,
 }
 
-/// `out = (input - mean) / sqrt(variance + eps) * weight + bias`; sums are in f64, in eight interleaved parts.
+/// `out = (input - mean) / sqrt(variance + eps) * weight + bias`; sums are in f64.
 ///
 /// # Safety
 /// `input` and `out` are as long as `weight` and `bias` and do not overlap.
@@ -47,16 +47,28 @@ pub(crate) unsafe fn layer_norm(input: *const f32, norm: &LayerNorm<'_>, out: *m
     }
 }
 
+/// Sixteen interleaved partial sums. Whole chunks have constant indices, so that the sums stay in registers.
 #[inline(always)]
 fn sum(values: &[f32], f: impl Fn(f64) -> f64) -> f64 {
-    let mut sums = [0.0f64; 8];
-    for eight in values.chunks(8) {
-        for (sum, v) in sums.iter_mut().zip(eight) {
-            *sum += f(f64::from(*v));
+    let mut sums = [0.0f64; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..LANES {
+            sums[i] += f(f64::from(chunk[i]));
         }
     }
-    let [a, b, c, d, e, f, g, h] = sums;
-    ((a + b) + (c + d)) + ((e + f) + (g + h))
+    for (sum, v) in sums.iter_mut().zip(rest) {
+        *sum += f(f64::from(*v));
+    }
+    let mut count = LANES;
+    while count > 1 {
+        count /= 2;
+        for i in 0..count {
+            sums[i] += sums[i + count];
+        }
+    }
+    sums[0]
 }
 
 /// `out = input * (1 + erf(input / sqrt(2))) / 2` for `len` values.

@@ -15,7 +15,12 @@ pub(super) enum Spacing {
     Poisson,
     /// Evenly.
     Constant,
+    /// Sixteen at once, then none until the rate is kept.
+    Bursts,
 }
+
+/// Arrivals of one burst: half of what a batch takes by default, so that a burst alone does not fill it.
+const BURST: u32 = 16;
 
 /// Due times counted from the start, ascending, without end.
 #[derive(Debug)]
@@ -23,13 +28,15 @@ pub(super) struct Arrivals {
     spacing: Spacing,
     gap_s: f64,
     due_s: f64,
+    /// Arrivals so far.
+    count: u32,
     rng: ChaCha12Rng,
 }
 
 impl Arrivals {
     /// `rate` arrivals a second (above 0) on average; the same seed gives the same times.
     pub(super) fn new(spacing: Spacing, rate: f64, seed: u64) -> Self {
-        Self { spacing, gap_s: 1.0 / rate, due_s: 0.0, rng: ChaCha12Rng::seed_from_u64(seed) }
+        Self { spacing, gap_s: 1.0 / rate, due_s: 0.0, count: 0, rng: ChaCha12Rng::seed_from_u64(seed) }
     }
 }
 
@@ -38,8 +45,11 @@ impl Iterator for Arrivals {
 
     fn next(&mut self) -> Option<Duration> {
         let due = Duration::try_from_secs_f64(self.due_s).ok()?;
+        self.count = self.count.wrapping_add(1);
         self.due_s += match self.spacing {
             Spacing::Constant => self.gap_s,
+            Spacing::Bursts if self.count.is_multiple_of(BURST) => self.gap_s * f64::from(BURST),
+            Spacing::Bursts => 0.0,
             Spacing::Poisson => {
                 // 53 random bits make a uniform number in [0, 1); its distance to 1 is never 0.
                 let uniform = (self.rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
@@ -59,6 +69,17 @@ mod tests {
         let due: Vec<f64> =
             Arrivals::new(Spacing::Constant, 4.0, 1).take(4).map(|due| due.as_secs_f64()).collect();
         assert_eq!(due, [0.0, 0.25, 0.5, 0.75]);
+    }
+
+    #[test]
+    fn bursts_come_at_once_and_keep_the_rate() {
+        let due: Vec<f64> =
+            Arrivals::new(Spacing::Bursts, 32.0, 1).take(33).map(|due| due.as_secs_f64()).collect();
+        assert!(
+            due[..16].iter().all(|due| *due == 0.0) && due[16..32].iter().all(|due| *due == 0.5),
+            "{due:?}"
+        );
+        assert_eq!(due[32], 1.0);
     }
 
     #[test]
