@@ -1,6 +1,7 @@
 //! Loading a checkpoint that embeds texts: its files, checked against each other, become a [`Model`].
 
 use crate::arch::bert::{self, Head};
+use crate::chat::{self, ChatError, ChatTemplate};
 use crate::checkpoint::{
     BertConfig, CONFIG, CheckpointFiles, CheckpointProblem, Sentence, TOKENIZER, WEIGHTS,
 };
@@ -42,9 +43,15 @@ pub(crate) fn load(
     let weights = bert::weights(&config, &stored).map_err(|problem| files.wrong(WEIGHTS, problem))?;
     let architecture =
         bert::resolve(&config, head, &weights).map_err(|problem| files.wrong(WEIGHTS, problem))?;
-    let facts = facts(&config, head, sentence.note, &weights, stored.file_bytes());
+    let mut facts = facts(&config, head, sentence.note, &weights, stored.file_bytes());
+    let (template, special) = chat::config::of_checkpoint(files)?;
+    let chat = match &template {
+        Some(template) => ChatTemplate::new(template, special),
+        None => Err(ChatError::NoTemplate),
+    };
+    facts.chat_template = template;
     let lowercase = sentence.lowercase;
-    let model = Model { weights: Arc::new(weights), tokenizer, facts, architecture, lowercase };
+    let model = Model { weights: Arc::new(weights), tokenizer, facts, architecture, chat, lowercase };
     model.check_plan().map_err(|problem| LoadError::Plan { path: files.path(CONFIG), problem })?;
     Ok(model)
 }

@@ -9,6 +9,7 @@
 //! a setting was overlooked is worse than one that does not load.
 
 mod arch;
+pub mod chat;
 mod checkpoint;
 mod detokenizer;
 mod encoder;

@@ -1,6 +1,7 @@
 //! A loaded model: weights, tokenizer, facts, and the way to a plan.
 
 use crate::arch::{self, ArchSizes, Architecture};
+use crate::chat::{ChatError, ChatTemplate, SpecialTokens};
 use crate::checkpoint::CheckpointFiles;
 use crate::error::{LoadError, TokenizerProblem};
 use crate::gguf::Gguf;
@@ -81,6 +82,7 @@ pub struct Model {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) facts: ModelFacts,
     pub(crate) architecture: Box<dyn Architecture>,
+    pub(crate) chat: Result<ChatTemplate, ChatError>,
     /// Whether texts are lower-cased before the tokenizer sees them.
     pub(crate) lowercase: bool,
 }
@@ -139,7 +141,9 @@ impl Model {
             .map_err(|problem| LoadError::Tokenizer { path: path.to_owned(), problem })?;
         let facts = facts(&gguf, architecture.sizes(), bytes.len()).map_err(wrong)?;
         check_vocabulary(&tokenizer, &facts).map_err(wrong)?;
-        let model = Self { weights: Arc::new(weights), tokenizer, facts, architecture, lowercase: false };
+        let chat = chat(&gguf, &tokenizer, facts.chat_template.as_deref()).map_err(wrong)?;
+        let weights = Arc::new(weights);
+        let model = Self { weights, tokenizer, facts, architecture, chat, lowercase: false };
         model.check_plan().map_err(|problem| LoadError::Plan { path: path.to_owned(), problem })?;
         Ok(model)
     }
@@ -181,6 +185,14 @@ impl Model {
         }
     }
 
+    /// The template that makes a prompt of a conversation.
+    ///
+    /// # Errors
+    /// That there is none, or why it cannot be used.
+    pub fn chat(&self) -> Result<&ChatTemplate, ChatError> {
+        self.chat.as_ref().map_err(Clone::clone)
+    }
+
     /// What the model is for.
     pub fn task(&self) -> Task {
         self.facts.task
@@ -215,6 +227,26 @@ fn weights(gguf: &Gguf, file: &WeightBytes) -> Result<Weights, trustformers_plan
         )?)?;
     }
     Ok(weights)
+}
+
+/// The template with the special tokens that the file names.
+fn chat(
+    gguf: &Gguf,
+    tokenizer: &Tokenizer,
+    template: Option<&str>,
+) -> Result<Result<ChatTemplate, ChatError>, crate::gguf::GgufProblem> {
+    let Some(template) = template else { return Ok(Err(ChatError::NoTemplate)) };
+    let token = |key: &str| -> Result<Option<String>, crate::gguf::GgufProblem> {
+        let id = gguf.metadata.opt_unsigned(key)?;
+        Ok(id.and_then(|id| tokenizer.token(u32::try_from(id).ok()?)))
+    };
+    let special = SpecialTokens {
+        bos_token: token("tokenizer.ggml.bos_token_id")?,
+        eos_token: token("tokenizer.ggml.eos_token_id")?,
+        unk_token: token("tokenizer.ggml.unknown_token_id")?,
+        pad_token: token("tokenizer.ggml.padding_token_id")?,
+    };
+    Ok(ChatTemplate::new(template, special))
 }
 
 fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts, crate::gguf::GgufProblem> {

@@ -111,6 +111,26 @@ impl Tokenizer {
         Ok(self.begin.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
 
+    /// The ids of a text that a chat template made. The begin token comes once, whether the template wrote it or not.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, TokenizerProblem> {
+        let mut ids = self.encode(text)?;
+        if let (Some(begin), [first, second, ..]) = (self.begin, ids.as_slice())
+            && *first == begin
+            && *second == begin
+        {
+            ids.remove(0);
+        }
+        Ok(ids)
+    }
+
+    /// How the vocabulary spells a token.
+    pub(crate) fn token(&self, id: u32) -> Option<String> {
+        self.library.id_to_token(id)
+    }
+
     /// The text of all ids; control tokens have none.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut detokenizer = Detokenizer::new();
@@ -460,6 +480,8 @@ mod tests {
         let bytes = file.finish();
         let asked = Tokenizer::from_gguf(&Gguf::parse(&bytes).unwrap(), &bytes).unwrap();
         assert_eq!(asked.encode("ab").unwrap(), [1, 2]);
+        assert_eq!(asked.encode_rendered("ab").unwrap(), [1, 2]);
+        assert_eq!(asked.encode_rendered("bab").unwrap(), [1, 2], "a template may write it itself");
         assert_eq!((asked.begin_id(), asked.eos_ids()), (Some(1), &[][..]));
     }
 

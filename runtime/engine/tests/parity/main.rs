@@ -6,6 +6,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
 
+mod chat;
 mod qwen2;
 mod smollm2;
 

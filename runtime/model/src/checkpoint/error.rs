@@ -23,6 +23,9 @@ pub enum CheckpointProblem {
     /// Not JSON, or not with the keys that are needed.
     #[error("it cannot be read as JSON with the expected keys: {0}")]
     Json(String),
+    /// Not text.
+    #[error("it is not UTF-8; download it again")]
+    NotText,
     /// The library refused the file of weights.
     #[error("it is not a whole safetensors file ({0}); download it again")]
     Safetensors(String),

@@ -27,6 +27,8 @@ use trustformers_plan::{DType, WeightBytes};
 pub(crate) const CONFIG: &str = "config.json";
 /// The weights.
 pub(crate) const WEIGHTS: &str = "model.safetensors";
+/// What the tokenizer's class was configured with: limits, special tokens, perhaps a chat template.
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// The tokenizer, as the tokenizers library writes it.
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
 
@@ -88,8 +90,7 @@ impl CheckpointFiles {
 
     /// The bytes of a file that must be there.
     pub(crate) fn bytes(&self, name: &'static str) -> Result<Vec<u8>, LoadError> {
-        let path = self.files.get(name).ok_or_else(|| self.wrong(name, CheckpointProblem::Missing))?;
-        std::fs::read(path).map_err(|source| LoadError::Io { path: path.clone(), action: "read", source })
+        self.optional_bytes(name)?.ok_or_else(|| self.wrong(name, CheckpointProblem::Missing))
     }
 
     /// The content of a JSON file that must be there.
@@ -100,15 +101,22 @@ impl CheckpointFiles {
 
     /// The content of a JSON file that may be missing.
     pub(crate) fn optional_json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, LoadError> {
-        let Some(path) = self.files.get(name) else { return Ok(None) };
-        let bytes = std::fs::read(path).map_err(|source| LoadError::Io {
-            path: path.clone(),
-            action: "read",
-            source,
-        })?;
+        let Some(bytes) = self.optional_bytes(name)? else { return Ok(None) };
         serde_json::from_slice(&bytes)
             .map(Some)
             .map_err(|error| self.wrong(name, CheckpointProblem::Json(error.to_string())))
+    }
+
+    /// The content of a text file that may be missing.
+    pub(crate) fn optional_text(&self, name: &str) -> Result<Option<String>, LoadError> {
+        let Some(bytes) = self.optional_bytes(name)? else { return Ok(None) };
+        String::from_utf8(bytes).map(Some).map_err(|_| self.wrong(name, CheckpointProblem::NotText))
+    }
+
+    fn optional_bytes(&self, name: &str) -> Result<Option<Vec<u8>>, LoadError> {
+        let Some(path) = self.files.get(name) else { return Ok(None) };
+        let read = std::fs::read(path);
+        read.map(Some).map_err(|source| LoadError::Io { path: path.clone(), action: "read", source })
     }
 
     /// The weights, mapped, and where each tensor lies in them.

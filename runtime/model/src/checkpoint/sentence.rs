@@ -1,14 +1,13 @@
 //! What sentence-transformers keeps beside a transformer: the modules that follow it, how rows are pooled, and how
 //! long a text may be.
 
-use super::{CheckpointFiles, CheckpointProblem};
+use super::{CheckpointFiles, CheckpointProblem, TOKENIZER_CONFIG};
 use crate::error::LoadError;
 use serde::Deserialize;
 use trustformers_plan::Pooling;
 
 const MODULES: &str = "modules.json";
 const SENTENCE: &str = "sentence_bert_config.json";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// How the rows of a text become one vector, and how much of a text is read.
 #[derive(Debug, Clone, PartialEq, Eq)]

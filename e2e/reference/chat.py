@@ -1,0 +1,227 @@
+"""Makes the texts that transformers' chat templates give for a set of conversations.
+
+Two files come out. The first holds our own templates, each built to use what templates of real models use, with the text
+of every conversation or the word that the template refuses or fails. The second holds only texts: those of the templates
+inside GGUF files, which a test takes from the files.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+
+import gguf
+import jinja2
+import transformers
+from transformers.utils import chat_template_utils
+
+# What strftime_now tells.
+NOW = datetime.datetime(2026, 2, 3, 14, 5, 6)
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather <now> & \"today\" in a city — °C",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "default": 1}, "limit": {"type": "number", "default": 0.5}},
+            "required": ["city"],
+        },
+    },
+}
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": 2, "deep": [True, None, 1e-5]}}}
+
+CONVERSATIONS = {
+    "question": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
+    "system": {"messages": [{"role": "system", "content": "  Answer briefly.\n"}, {"role": "user", "content": "Hi <b>there</b> & 'all'"}]},
+    "turns": {
+        "messages": [
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "2"},
+            {"role": "user", "content": " And in 日本語? 🦀\n"},
+        ]
+    },
+    "no_answer": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "add_generation_prompt": False},
+    "tools": {"messages": [{"role": "user", "content": "Weather?"}], "tools": [WEATHER]},
+    "called": {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+            {"role": "tool", "content": "{\"t\": 3.5}"},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "3.5 °C"},
+        ],
+        "tools": [WEATHER, WEATHER],
+    },
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]},
+    "unfit": {"messages": [{"role": "assistant", "content": "I begin"}, {"role": "narrator", "content": "no"}]},
+    "thinking": {"messages": [{"role": "user", "content": "think"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes", "reasoning": None}, {"role": "user", "content": "again"}], "enable_thinking": False},
+}
+
+TEMPLATES = {
+    # Blanks around tags, line ends after them, a macro, a namespace, slices, text methods.
+    "blanks": """{%- macro turn(role, text) -%}
+[{{ role | upper }}]
+{{ text.strip() }}
+{%- endmacro %}
+{% set ns = namespace(users=0, last='') %}
+{% if messages[0].role == 'system' %}
+    {% set system = messages[0]['content'] | trim %}
+    {% set rest = messages[1:] %}
+{% else %}
+    {% set system = 'None given' %}
+    {% set rest = messages %}
+{% endif %}
+System: {{ system }}
+{% for message in rest %}
+    {% if message['role'] == 'user' %}
+        {% set ns.users = ns.users + 1 %}
+    {% endif %}
+    {% set ns.last = message.role %}
+{{ turn(message.role, message.content if message.content is string else '') }}{{ '\\n' if not loop.last else '' }}
+{% endfor %}
+
+users={{ ns.users }} last={{ ns.last }} of {{ rest | length }}
+{%- if add_generation_prompt %}
+
+[ASSISTANT]
+{% endif %}
+""",
+    # Refusals: a wrong order of roles, a role that is not known.
+    "strict": """{{ bos_token }}
+{%- for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) and message['role'] in ['user', 'assistant'] %}
+        {{- raise_exception('Conversation roles must alternate user/assistant/user/...') }}
+    {%- elif message['role'] not in ['user', 'assistant', 'system'] %}
+        {{- raise_exception('Unknown role: ' + message['role'] + '!') }}
+    {%- endif %}
+    {{- '<' ~ message.role ~ '>' + message.content | string + eos_token }}
+{%- endfor %}""",
+    # JSON in its forms, and values as Python prints them.
+    "json": """{% if tools is defined and tools is not none and tools | length > 0 %}
+tools: {{ tools | tojson }}
+{% for tool in tools %}
+{{ tool.function | tojson(indent=2) }}
+{{ tool['function']['parameters'].properties.items() | list | length }} of {{ tool.function.parameters.properties.keys() | join(', ') }}
+{% for name, about in tool.function.parameters.properties.items() %}
+- {{ name }}: {{ about.type }}{{ ' = ' ~ about.default if about.default is defined else '' }}
+{% endfor %}
+{% endfor %}
+{% else %}
+no tools: {{ tools }} {{ true }} {{ none }} {{ 1.0 }} {{ 3 / 2 }} {{ 7 // 2 }} {{ [1, 'a', none, false] }} {{ {'k': 'v', 'n': [1.5]} }}
+{% endif %}
+{% for message in messages %}
+{{ message | tojson }}
+{% for call in message.tool_calls or [] %}
+{{ call.function.name }}({{ call.function.arguments | tojson(sort_keys=True, separators=(',', ':')) }}){{ ';' if not loop.last }}
+{% endfor %}
+{% endfor %}""",
+    # Leaving loops, looking back and ahead, filters over lists, tests.
+    "loops": """{% for message in messages %}
+{% if message.role == 'system' %}{% continue %}{% endif %}
+{% if loop.index > 4 %}{% break %}{% endif %}
+{{ loop.index }}/{{ loop.length }} {{ loop.previtem.role if loop.previtem is defined else '-' }}>{{ message.role }}>{{ loop.nextitem.role if loop.nextitem is defined else '-' }}
+{% if message.content is iterable and message.content is not string %}
+{% for part in message.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}|{% endfor %}
+
+{% elif message.content is mapping %}map{% else %}{{ message.content | replace('a', 'A') }}
+{% endif %}
+{% endfor %}
+{{ messages | map(attribute='role') | unique | list | join('+') }}
+{{ (messages | last).role }} {{ (messages | selectattr('role', 'equalto', 'user') | list)[-1].role | default('nobody', true) }}
+{{ messages | rejectattr('role', 'in', ['user']) | list | length }}
+{%- for i in range(3, 0, -1) %} {{ i }}{% endfor %} {{ messages[::-1][0].role }} {{ 'yes' if 'user' in messages[0].role else 'no' }}""",
+    # Dates, marks of the assistant's part, thoughts that are cut off, variables of the request.
+    "thoughts": """Today: {{ strftime_now('%d %b %Y') }} ({{ strftime_now("%Y-%m-%d %H:%M") }})
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == 'assistant' %}
+{% generation %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+{{- '\\n' + message.role + ': ' + content.rstrip() }}
+{%- endgeneration %}
+    {%- else %}
+        {{- '\\n%s: %s' | format(message.role, content) }}
+    {%- endif %}
+    {%- if content.startswith('think') and not content.endswith('x') %}{{ '.' * 3 }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '\\nassistant: ' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}""",
+    # Not a template: a block that never ends.
+    "broken": "{% for message in messages %}{{ message.content }}",
+}
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+
+class Frozen(datetime.datetime):
+    """The clock that templates read."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return NOW
+
+
+def render(template: str, conversation: dict, special: dict) -> dict:
+    """The text, or the word that says how there is none."""
+    given = {"add_generation_prompt": True, **special, **conversation}
+    try:
+        texts, _ = chat_template_utils.render_jinja_template([given.pop("messages")], chat_template=template, **given)
+        return {"text": texts[0]}
+    except jinja2.exceptions.TemplateSyntaxError:
+        return {"error": "template"}
+    except jinja2.exceptions.UndefinedError:
+        return {"error": "failed"}
+    except jinja2.exceptions.TemplateError as error:
+        return {"error": "refused", "why": str(error)}
+    except TypeError:
+        return {"error": "failed"}
+
+
+def own() -> dict:
+    """Our templates with all conversations."""
+    templates = [
+        {"name": name, "template": template, "texts": {key: render(template, conversation, SPECIAL) for key, conversation in CONVERSATIONS.items()}}
+        for name, template in TEMPLATES.items()
+    ]
+    return {"special": SPECIAL, "conversations": CONVERSATIONS, "templates": templates}
+
+
+def of_files(paths: list[pathlib.Path]) -> dict:
+    """The texts of the templates in GGUF files."""
+    models = {}
+    for path in paths:
+        fields = gguf.GGUFReader(path).fields
+        tokens = fields["tokenizer.ggml.tokens"]
+        token = lambda key: bytes(tokens.parts[tokens.data[fields[f"tokenizer.ggml.{key}_token_id"].contents()]]).decode()
+        special = {"bos_token": token("bos"), "eos_token": token("eos")}
+        template = fields["tokenizer.chat_template"].contents()
+        models[path.name] = {key: render(template, conversation, special) for key, conversation in CONVERSATIONS.items()}
+    return {"conversations": CONVERSATIONS, "models": models}
+
+
+def main() -> None:
+    """Writes both files."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--own", type=pathlib.Path, required=True, help="the JSON file of our templates")
+    options.add_argument("--models", type=pathlib.Path, required=True, help="the JSON file of the models' texts")
+    options.add_argument("gguf", type=pathlib.Path, nargs="+", help="GGUF files with templates")
+    given = options.parse_args()
+    chat_template_utils.datetime = Frozen
+    made_with = f"transformers {transformers.__version__}, jinja2 {jinja2.__version__}; recipe: e2e/reference/chat.py"
+    for path, content in ((given.own, own()), (given.models, of_files(given.gguf))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"made_with": made_with, **content}, ensure_ascii=False, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
