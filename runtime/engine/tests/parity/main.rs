@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
 
 mod chat;
+mod minilm;
 mod qwen2;
 mod smollm2;
 
