@@ -10,7 +10,9 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import resource
+import statistics
 import subprocess
 import sys
 
@@ -22,8 +24,9 @@ DEPTH = 512
 TOKENS = 128
 CLIENTS = 8
 SEQUENCE = 128
-# SmolLM2 and Qwen end an answer with one of these; without them every answer has its full length.
-END_TOKENS = {"smollm2": [0, 2], "qwen": [151643, 151645]}
+BATCHES = (1, 32)
+# SmolLM2 ends an answer with one of these; without them every answer has its full length.
+END_TOKENS = (0, 2)
 
 
 class Bench:
@@ -97,7 +100,7 @@ def smollm2_clients(bench):
         firsts.append(answer["first_token_ms"]["p50"])
 
     def turn():
-        bias = json.dumps({"logit_bias": {str(token): -100 for token in END_TOKENS["smollm2"]}})
+        bias = json.dumps({"logit_bias": {str(token): -100 for token in END_TOKENS}})
         with programs.our_server(bench.ours, bench.smollm2) as url:
             note(programs.load(bench.ours, url, api="generate", extra=bias, **flags), speed.ours, first.ours)
         extra = json.dumps({"ignore_eos": True, "cache_prompt": False})
@@ -122,11 +125,94 @@ def qwen_decode(name):
     return group
 
 
+def minilm_embed(bench):
+    rows = {batch: Row(f"minilm-embed-{SEQUENCE}-batch-{batch}", "texts/s", need=1.0) for batch in BATCHES}
+    peers = {batch: {} for batch in BATCHES}
+
+    def turn():
+        ours = programs.ours_embed(bench.ours, bench.minilm, BATCHES, SEQUENCE)
+        theirs = programs.python_embed(bench.python, bench.minilm, bench.onnx)
+        for batch, row in rows.items():
+            row.ours.append(ours[batch])
+            for engine, speeds in theirs.items():
+                peers[batch].setdefault(engine, []).append(speeds[str(batch)])
+
+    bench.in_turns(list(rows.values()), turn)
+    for batch, row in rows.items():
+        if peers[batch]:
+            best = max(peers[batch], key=lambda engine: statistics.median(peers[batch][engine]))
+            row.peer = peers[batch][best]
+            medians = ", ".join(f"{engine} {statistics.median(speeds):.1f}" for engine, speeds in peers[batch].items())
+            row.note = f"(peer: the best of {medians})"
+    return list(rows.values())
+
+
+def minilm_strategies(bench):
+    """Middle and tail of the times that callers see, for each strategy under each load; texts of 16 words."""
+    loads = {
+        "low": {"rate": 5, "arrivals": "constant", "duration_s": 4},
+        "bursts": {"rate": 64, "arrivals": "bursts", "duration_s": 4},
+        "saturating": {"clients": 64, "requests": 2000},
+    }
+    strategies = ("time", "size", "dynamic")
+    rows = {(strategy, load): Row(f"minilm-{strategy}-{load}", "ms (p50)") for strategy in strategies for load in loads}
+    others = {key: [] for key in rows}
+
+    def turn():
+        for strategy in strategies:
+            with programs.our_server(bench.ours, bench.minilm, {"strategy": strategy, "max_wait_time_ms": 10}) as url:
+                for load, flags in loads.items():
+                    answer = programs.load(bench.ours, url, api="embeddings", prompt_words=16, warm_up=20, **flags)
+                    rows[strategy, load].ours.append(answer["total_ms"]["p50"])
+                    others[strategy, load].append((answer["total_ms"]["p99"], answer["texts_per_s"]))
+
+    bench.in_turns(list(rows.values()), turn)
+    for key, row in rows.items():
+        if others[key]:
+            p99, speed = (statistics.median(values) for values in zip(*others[key]))
+            row.note = f"p99 {p99:.1f} ms, {speed:.0f} texts/s"
+    return list(rows.values())
+
+
+def fused_beside_unfused(bench):
+    """Plans with every fused form beside plans with none, on weights of the real shapes; the examples take the turns."""
+    rows = {
+        ("steps", "decode"): Row("smollm2-shape-decode-fused", "tokens/s unfused"),
+        ("steps", "prefill 512"): Row("smollm2-shape-prefill-fused", "tokens/s unfused"),
+        ("encoder", "32 x 128"): Row("minilm-shape-32-fused", "texts/s unfused"),
+    }
+    progress("fused beside unfused", 1, 1)
+    for example in ("steps", "encoder"):
+        lines = programs.run(bench.examples / example, programs.THREADS, "fast", "unfused").splitlines()
+        for (of, what), row in rows.items():
+            if of == example:
+                speeds = [speed for line in lines if (speed := median_in(line, what)) is not None]
+                (fused,), (unfused,) = speeds[:-1], speeds[-1:]
+                row.ours, row.peer = [fused], [unfused]
+    return list(rows.values())
+
+
+def median_in(line, what):
+    """What an example prints as the median of a measurement; none in its other lines."""
+    found = re.search(rf"\| *{what}:? .*?\(median +([0-9.]+)\)", line)
+    return found and float(found.group(1))
+
+
+def speculation(bench):
+    row = Row("qwen-draft-speculation", "tokens/s", need=1.3, note="(peer: ours without the draft)")
+    row.not_built = "no engine with a draft model yet"
+    return [row]
+
+
 GROUPS = {
     "smollm2-steps": smollm2_steps,
     "smollm2-clients": smollm2_clients,
     "qwen-0.5b": qwen_decode("qwen-0.5b"),
     "qwen-1.5b": qwen_decode("qwen-1.5b"),
+    "minilm-embed": minilm_embed,
+    "qwen-speculation": speculation,
+    "minilm-strategies": minilm_strategies,
+    "fused": fused_beside_unfused,
 }
 
 

@@ -43,6 +43,18 @@ def ours_engine(program, model, **flags):
     return {(one["what"], one["prompt_tokens"], one["sequences"]): one["median"] for one in answer["results"]}
 
 
+def ours_embed(program, model, batches, tokens):
+    """One turn of `bench engine` on a model that embeds: {texts at once: texts a second}."""
+    command = [program, "bench", "engine", "--model", model, "--threads", THREADS, "--repeat", 1, "--json"]
+    answer = json.loads(run(*command, "--texts", ",".join(map(str, batches)), "--text-tokens", tokens))
+    return {one["texts"]: one["median"] for one in answer["results"]}
+
+
+def python_embed(python, model, onnx):
+    """One turn of the Python engines: {engine: {batch: texts a second}}."""
+    return json.loads(run(python, pathlib.Path(__file__).with_name("embeddings.py"), model, onnx))
+
+
 def llama_bench(program, model, prompt=0, tokens=0, depth=0):
     """One turn of llama-bench: tokens a second, the better of its two settings of flash attention."""
     answer = json.loads(
@@ -81,13 +93,14 @@ def server(command, url, ready, cwd=None):
 
 
 @contextlib.contextmanager
-def our_server(program, model):
-    """Ours with its default settings, on a free port."""
+def our_server(program, model, batching=None):
+    """Ours with its default settings, or those of `batching`, on a free port."""
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         config = {
             "server": {"host": "127.0.0.1", "port": port, "grpc_port": 0},
             "models": [{"name": "m", "path": str(model)}],
+            "batching": batching or {},
         }
         # JSON is YAML.
         pathlib.Path(folder, "config.yaml").write_text(json.dumps(config), encoding="utf-8")
@@ -108,8 +121,9 @@ def llama_server(program, model, clients, context):
 
 def load(program, url, **flags):
     """`bench load`: its JSON."""
+    flags = {"duration_s": 900, **flags}
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
-    answer = json.loads(run(program, "bench", "load", "--url", url, "--fresh-connections", "--duration-s", 900, "--json", *arguments))
+    answer = json.loads(run(program, "bench", "load", "--url", url, "--fresh-connections", "--json", *arguments))
     if answer["errors"]:
         raise Failed(f"requests to {url} failed: {answer['errors']}")
     return answer

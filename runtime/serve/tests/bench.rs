@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
-use trustformers_model::seeded::SeededModel;
+use trustformers_model::seeded::{SeededEncoder, SeededModel};
 use trustformers_serve::{Config, TrustformersServer};
 
 fn bench(arguments: &[&str]) -> Output {
@@ -224,6 +224,27 @@ fn an_engine_is_measured_with_every_answer_at_full_length() {
         let at = |name: &str| one[name].as_f64().unwrap();
         assert!(0.0 < at("min") && at("min") <= at("median") && at("median") <= at("max"), "{one}");
     }
+}
+
+#[test]
+fn a_model_that_embeds_is_measured_in_texts_and_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    SeededEncoder::default().write(folder.path()).unwrap();
+    let model = folder.path().to_str().unwrap();
+    let fixed = ["engine", "--model", model, "--repeat", "1", "--threads", "1"];
+    let run = |more: &[&str]| bench(&[fixed.as_slice(), more].concat());
+    let answer = json(&run(&["--texts", "1,3", "--text-tokens", "8", "--json"]));
+    for (one, texts) in answer["results"].as_array().unwrap().iter().zip([1, 3]) {
+        assert_eq!((&one["what"], &one["texts"]), (&"embed".into(), &texts.into()), "{answer}");
+        assert!(one["unit"] == "texts/s" && one["median"].as_f64().unwrap() > 0.0, "{one}");
+    }
+    let output = run(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("--texts 1,32"), "{}", stderr(&output));
+    let file = folder.path().join("tiny.gguf");
+    std::fs::write(&file, SeededModel::default().gguf()).unwrap();
+    let output = bench(&["engine", "--model", file.to_str().unwrap(), "--texts", "1"]);
+    assert!(stderr(&output).contains("--texts: the model generates text"), "{}", stderr(&output));
 }
 
 #[test]

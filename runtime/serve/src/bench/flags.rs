@@ -18,15 +18,16 @@ pub(crate) struct BenchFlags {
 #[derive(Debug, Subcommand)]
 pub(super) enum BenchWhat {
     /// What the engine gives in this process, with no network: reading prompts, and producing tokens alone, at depth
-    /// and several sequences at once.
+    /// and several sequences at once; or embedding texts.
     ///
     /// Every figure goes through the whole engine (scheduler, cache, device, choice of the token), as a request
     /// does. Prompts are made-up token ids, each another, so that nothing is answered from memory; the end token is
-    /// biased away, so that every answer has its length. After one unmeasured turn all measurements take turns
+    /// biased away, so that every answer has its length. A model that embeds is measured in texts, with --texts. After one unmeasured turn all measurements take turns
     /// --repeat times; medians are printed with the smallest and the largest.
     ///
     ///   trustformers-serve bench engine --model model.gguf
     ///   trustformers-serve bench engine --model model.gguf --prefill 512 --depth 0,512 --sequences 1,8 --json
+    ///   trustformers-serve bench engine --model all-minilm-l6-v2 --texts 1,32 --text-tokens 128
     #[command(verbatim_doc_comment)]
     Engine(EngineFlags),
     /// How a server answers under load: first token, time per token, tokens and requests a second, errors by class.
@@ -50,7 +51,7 @@ pub(super) enum BenchWhat {
 /// How to measure an engine.
 #[derive(Debug, Args)]
 pub(super) struct EngineFlags {
-    /// The model: a .gguf file or a folder that holds one, as a path or a file:// URI.
+    /// The model: a file, or a folder of files, as a path or a file:// URI.
     #[arg(long, value_name = "PATH|URI")]
     pub(super) model: String,
     /// Lengths of prompts, in tokens, whose reading is measured; 0: none.
@@ -68,6 +69,17 @@ pub(super) struct EngineFlags {
     /// Tokens that are produced in each measurement of decoding, 2 to 65536.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(super) tokens: usize,
+    /// For a model that embeds: texts in one request, whose speed is measured, such as 1,32.
+    #[arg(
+        long,
+        value_name = "N,..",
+        value_delimiter = ',',
+        conflicts_with_all = ["prefill", "depth", "sequences", "prompt_tokens", "tokens", "token_budget"]
+    )]
+    pub(super) texts: Vec<usize>,
+    /// Tokens of each text.
+    #[arg(long, value_name = "N", default_value_t = 128, requires = "texts")]
+    pub(super) text_tokens: usize,
     /// Turns that are measured, 1 to 1000.
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub(super) repeat: usize,
@@ -80,8 +92,8 @@ pub(super) struct EngineFlags {
     /// Threads of the CPU device; by default as many as the process may use.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(super) threads: Option<u16>,
-    /// Prints one JSON object: model, device, numerics and results (what, prompt_tokens, sequences, unit, median, min,
-    /// max, values).
+    /// Prints one JSON object: model, device, numerics and results (what, prompt_tokens and sequences or texts and
+    /// text_tokens, unit, median, min, max, values).
     #[arg(long)]
     pub(super) json: bool,
 }

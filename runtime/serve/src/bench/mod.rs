@@ -16,6 +16,7 @@ mod summary;
 
 use std::process::ExitCode;
 
+use trustformers_engine::encoder::EncodeError;
 use trustformers_engine::{GenerateError, SubmitError};
 use trustformers_runtime::failure::Failure;
 use trustformers_store::StoreError;
@@ -49,6 +50,9 @@ pub(crate) enum BenchFailure {
     /// A generation broke off.
     #[error(transparent)]
     Broken(#[from] GenerateError),
+    /// Texts were not embedded.
+    #[error("the engine could not be measured: {0}")]
+    Encode(#[from] EncodeError),
     /// Not one request was answered.
     #[error(
         "none of {asked} requests was answered ({errors}); is {url} the right address and --api its protocol?"
