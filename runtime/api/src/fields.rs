@@ -5,8 +5,12 @@
 
 use trustformers_proto::v1;
 
+use axum::http::HeaderMap;
+
 use crate::error::ApiError;
 use crate::options::Options;
+use crate::priority::{self, Priority};
+use crate::tenant;
 
 /// What stands where a field is not given.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,6 +46,10 @@ pub struct Asked {
     pub top_p: Option<f32>,
     /// Makes sampling repeatable.
     pub seed: Option<u64>,
+    /// How urgent it is.
+    pub priority: Option<Priority>,
+    /// On whose behalf; empty: nobody in particular.
+    pub tenant: String,
     /// The further fields.
     pub options: Options,
 }
@@ -61,11 +69,25 @@ pub struct Generation {
     pub top_p: f32,
     /// Makes sampling repeatable.
     pub seed: Option<u64>,
+    /// How urgent it is.
+    pub priority: Priority,
+    /// On whose behalf; empty: nobody in particular.
+    pub tenant: String,
     /// The further fields.
     pub options: Options,
 }
 
 impl Asked {
+    /// Takes from headers, or metadata, what they say for requests of any kind: the class where the request gives none
+    /// itself, and the tenant.
+    ///
+    /// # Errors
+    /// [`ApiError::InvalidRequest`] that names the header.
+    pub(crate) fn with_headers(self, headers: &HeaderMap) -> Result<Self, ApiError> {
+        let (class, tenant) = (priority::of_headers(headers)?, tenant::of_headers(headers)?);
+        Ok(Self { priority: self.priority.or(class), tenant: tenant.unwrap_or(self.tenant), ..self })
+    }
+
     /// Fills in what was left out and checks what was given.
     ///
     /// # Errors
@@ -78,6 +100,8 @@ impl Asked {
             temperature: self.temperature.unwrap_or(defaults.temperature),
             top_p: self.top_p.unwrap_or(defaults.top_p),
             seed: self.seed,
+            priority: self.priority.unwrap_or_default(),
+            tenant: self.tenant,
             options: self.options,
         };
         if request.prompt.is_empty() {
@@ -101,9 +125,13 @@ impl Asked {
     }
 }
 
-impl From<v1::GenerateRequest> for Asked {
-    fn from(mut request: v1::GenerateRequest) -> Self {
-        Self {
+impl TryFrom<v1::GenerateRequest> for Asked {
+    type Error = ApiError;
+
+    fn try_from(mut request: v1::GenerateRequest) -> Result<Self, ApiError> {
+        Ok(Self {
+            priority: priority::of_proto(request.priority)?,
+            tenant: String::new(),
             options: Options::from(&mut request),
             prompt: request.prompt,
             model: Some(request.model),
@@ -111,7 +139,7 @@ impl From<v1::GenerateRequest> for Asked {
             temperature: Some(request.temperature),
             top_p: Some(request.top_p).filter(|share| *share != 0.0),
             seed: request.seed,
-        }
+        })
     }
 }
 
@@ -128,7 +156,7 @@ mod tests {
         let http = asked().check(&HTTP_DEFAULTS).unwrap();
         assert_eq!((http.max_tokens, http.temperature, http.top_p), (100, 0.7, 0.9));
         let message = v1::GenerateRequest { prompt: "Hi".into(), ..Default::default() };
-        let grpc = Asked::from(message).check(&GRPC_DEFAULTS).unwrap();
+        let grpc = Asked::try_from(message).unwrap().check(&GRPC_DEFAULTS).unwrap();
         assert_eq!((grpc.max_tokens, grpc.temperature, grpc.top_p), (100, 0.0, 0.9));
         assert_eq!((grpc.model, grpc.seed), (None, None));
     }

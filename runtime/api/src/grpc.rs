@@ -19,7 +19,7 @@ use trustformers_proto::v1::inference_service_server::{InferenceService, Inferen
 use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceServer};
 
 use crate::embed::EmbedRequest;
-use crate::fields::{Asked, GRPC_DEFAULTS};
+use crate::fields::{Asked, GRPC_DEFAULTS, Generation};
 use crate::health::GrpcHealth;
 use crate::http::ended_early;
 use crate::inference::{Answer, Event, StoppedBy};
@@ -70,7 +70,7 @@ impl InferenceService for Api {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
         let started = Instant::now();
-        let checked = Asked::from(request.into_inner()).check(&GRPC_DEFAULTS)?;
+        let checked = checked(request)?;
         let Answer { id, model, model_digest, mut events } = self.inference.generate(checked).await?;
         let mut response = v1::GenerateResponse { id, model, model_digest, ..Default::default() };
         while let Some(event) = events.next().await {
@@ -103,7 +103,7 @@ impl InferenceService for Api {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStreamStream>, Status> {
         let started = Instant::now();
-        let checked = Asked::from(request.into_inner()).check(&GRPC_DEFAULTS)?;
+        let checked = checked(request)?;
         let mut answer = self.inference.generate(checked).await?;
         // The head goes out only once there is a token: until then this is still an ordinary, retriable failure.
         let first = answer.events.next().await.ok_or_else(ended_early)??;
@@ -120,6 +120,12 @@ impl InferenceService for Api {
         let embedded = self.inference.embed(asked).await?;
         Ok(Response::new(embedded.into_proto(milliseconds(started))))
     }
+}
+
+/// The generation that is asked for.
+fn checked(request: Request<v1::GenerateRequest>) -> Result<Generation, ApiError> {
+    let (metadata, _, message) = request.into_parts();
+    Asked::try_from(message)?.with_headers(metadata.as_ref())?.check(&GRPC_DEFAULTS)
 }
 
 fn message(event: Event, head: &Answer, started: Instant) -> v1::GenerateStreamResponse {
@@ -270,6 +276,28 @@ mod tests {
         let all: Vec<_> = stream.map(Result::unwrap).collect().await;
         assert_eq!(all[0].logprobs, Some(each));
         assert_eq!(all[2].stopped_by, Some(v1::generate_stream_response::StoppedBy::StopToken(9)));
+    }
+
+    #[tokio::test]
+    async fn class_and_tenant_come_from_metadata_and_the_field_goes_before() {
+        let fake = Fake::with(Script::tokens(&["a"]));
+        let (channel, ..) = start(&fake).await;
+        let mut client = InferenceServiceClient::new(channel);
+        let prompt = v1::GenerateRequest { prompt: "Say".into(), ..Default::default() };
+        let mut request = Request::new(prompt.clone());
+        request.metadata_mut().insert("x-trustformers-priority", "low".parse().unwrap());
+        request.metadata_mut().insert("x-gateway-inference-fairness-id", "team-1".parse().unwrap());
+        client.generate(request).await.unwrap();
+        let asked = fake.last_request();
+        assert_eq!((asked.priority, asked.tenant.as_str()), (crate::Priority::Low, "team-1"));
+        let high = v1::GenerateRequest { priority: v1::Priority::High as i32, ..prompt };
+        client.generate_stream(high.clone()).await.unwrap();
+        assert_eq!(fake.last_request().priority, crate::Priority::High);
+        let status = client.generate(v1::GenerateRequest { priority: 9, ..high }).await.unwrap_err();
+        assert!(
+            status.code() == Code::InvalidArgument && status.message().starts_with("priority: 9"),
+            "{status}"
+        );
     }
 
     #[tokio::test]

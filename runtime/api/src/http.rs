@@ -24,11 +24,11 @@ use crate::error::ApiError;
 use crate::fields::{Asked, Generation, HTTP_DEFAULTS};
 use crate::inference::{Answer, Event, Logprobs};
 use crate::options::{OPTION_FIELDS, Options};
-use crate::{Api, MAX_BODY_BYTES, embed, health, nearest};
+use crate::{Api, MAX_BODY_BYTES, embed, health, nearest, priority};
 
 /// Every field of a generate request.
 fn generate_fields() -> Vec<&'static str> {
-    let own = ["prompt", "max_tokens", "temperature", "top_p", "model", "stream", "seed"];
+    let own = ["prompt", "max_tokens", "temperature", "top_p", "model", "stream", "seed", "priority"];
     own.into_iter().chain(OPTION_FIELDS.iter().copied()).collect()
 }
 
@@ -54,14 +54,13 @@ pub fn router(api: Api) -> Router {
 }
 
 async fn generate(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
-    let (asked, stream) = read(request.into_body()).await?;
-    let checked = asked.check(&HTTP_DEFAULTS)?;
+    let (checked, stream) = read(request).await?;
     if stream { answer_in_stream(&api, checked).await } else { answer_whole(&api, checked).await }
 }
 
 async fn generate_stream(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
-    let (asked, _) = read(request.into_body()).await?;
-    answer_in_stream(&api, asked.check(&HTTP_DEFAULTS)?).await
+    let (checked, _) = read(request).await?;
+    answer_in_stream(&api, checked).await
 }
 
 async fn answer_whole(api: &Api, request: Generation) -> Result<Response, ApiError> {
@@ -210,9 +209,11 @@ pub(crate) fn ended_early() -> ApiError {
     ApiError::Internal { message: "the engine ended the answer without a reason; its log says more".into() }
 }
 
-/// The request in a body, and whether its answer is to be a stream.
-async fn read(body: Body) -> Result<(Asked, bool), ApiError> {
-    parse(&read_bytes(body).await?)
+/// The generation that is asked for, and whether its answer is to be a stream.
+async fn read(request: Request) -> Result<(Generation, bool), ApiError> {
+    let (head, body) = request.into_parts();
+    let (asked, stream) = parse(&read_bytes(body).await?)?;
+    Ok((asked.with_headers(&head.headers)?.check(&HTTP_DEFAULTS)?, stream))
 }
 
 /// A whole body, within bounds of length and time.
@@ -257,6 +258,8 @@ fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
         temperature: take(&object, "temperature", "a number", float)?,
         top_p: take(&object, "top_p", "a number", float)?,
         seed: take(&object, "seed", "a whole number from 0 to 18446744073709551615", Value::as_u64)?,
+        priority: priority::of_json(&object)?,
+        tenant: String::new(),
         options: Options::from_json(&object)?,
     };
     let stream = take(&object, "stream", "true or false", Value::as_bool)?.unwrap_or(false);
@@ -316,8 +319,8 @@ pub(crate) fn brief(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::StoppedBy;
     use crate::fake::{Fake, Script};
+    use crate::{StoppedBy, tenant};
     use axum::http::{Request as HttpRequest, StatusCode};
     use http_body_util::BodyExt;
     use tower::ServiceExt;
@@ -400,6 +403,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn class_and_tenant_come_from_headers_and_the_field_goes_before() {
+        let fake = Fake::with(Script::tokens(&["a"]));
+        let ask = async |body: &'static str, class: &str| {
+            let request = HttpRequest::post("/v1/generate")
+                .header(priority::PRIORITY_HEADER, class)
+                .header(tenant::TENANT_HEADER, "team-1")
+                .body(Body::from(body))
+                .unwrap();
+            router(fake.api()).oneshot(request).await.unwrap().status()
+        };
+        assert_eq!(ask(r#"{"prompt":"a"}"#, "low").await, StatusCode::OK);
+        let asked = fake.last_request();
+        assert_eq!((asked.priority, asked.tenant.as_str()), (crate::Priority::Low, "team-1"));
+        assert_eq!(ask(r#"{"prompt":"a","priority":"high"}"#, "low").await, StatusCode::OK);
+        assert_eq!(fake.last_request().priority, crate::Priority::High);
+        assert_eq!(ask(r#"{"prompt":"a"}"#, "urgent").await, StatusCode::BAD_REQUEST);
+        post(&fake, "/v1/generate", r#"{"prompt":"a"}"#).await;
+        let asked = fake.last_request();
+        assert_eq!((asked.priority, asked.tenant.as_str()), (crate::Priority::Normal, ""));
+    }
+
+    #[tokio::test]
     async fn overload_is_429_even_for_a_stream_and_says_when_to_come_back() {
         let refused = || ApiError::Overloaded { message: "full".into(), retry_after_s: 2 };
         for script in [Script::refused(refused()), Script::fails_before_a_token(refused())] {
@@ -441,6 +466,7 @@ mod tests {
             (r#"{"prompt":"a","temperature":"hot"}"#, "temperature", "number"),
             (r#"{"prompt":"a","top_p":2}"#, "top_p", "at most 1"),
             (r#"{"prompt":"a","stream":1}"#, "stream", "true or false"),
+            (r#"{"prompt":"a","priority":1}"#, "priority", "\"normal\""),
         ];
         for (body, field, text) in cases {
             let (status, answer) = post(&Fake::with(Script::tokens(&["a"])), "/v1/generate", body).await;

@@ -12,7 +12,7 @@
 //! | [`fields`] | defaults and limits of a request's fields, shared by both protocols |
 //! | [`options`] | the fields about sampling, stops and format |
 //! | [`embed`] | what is asked of a model that embeds, and `POST /v1/embeddings` |
-//! | [`priority`] | how urgent a request is |
+//! | [`priority`], [`tenant`] | how urgent a request is, and on whose behalf it comes |
 //! | [`http`], [`grpc`] | the codecs |
 //! | [`health`] | liveness, readiness and start-up, over both |
 //! | [`server`] | a listener for HTTP/1.1 and HTTP/2 that ends gracefully |
@@ -33,6 +33,7 @@ pub mod nearest;
 pub mod options;
 pub mod priority;
 pub mod server;
+pub mod tenant;
 
 #[cfg(test)]
 mod fake;

@@ -4,6 +4,7 @@
 //! honoured: a server that silently serves a shorter context than it was told is harder to operate than one that
 //! says what it needs.
 
+use std::time::Duration;
 use thiserror::Error;
 use trustformers_plan::{KV_BLOCK_TOKENS, Numerics};
 
@@ -12,6 +13,10 @@ pub const DEFAULT_CONTEXT_TOKENS: usize = 8192;
 
 /// KV room that the default memory rule adds for each sequence of a batch after the first, in tokens.
 const DEFAULT_FURTHER_SEQUENCE_TOKENS: usize = 256;
+
+/// Half of what a person takes for no delay at all: an arriving request waits for the step that runs and then for its
+/// own.
+const DEFAULT_STEP_TARGET_MS: u64 = 50;
 
 /// Settings of one engine.
 #[derive(Debug, Clone)]
@@ -29,6 +34,11 @@ pub struct EngineConfig {
     /// Most token rows of one step: decode rows of all running sequences plus chunks of prompts. Smaller means
     /// smoother streams while others' prompts are read, larger means faster prompts. At least `max_batch_size`.
     pub token_budget: usize,
+    /// How long a step should take at most while others wait for it, in milliseconds, 1 to 10000: prompts are cut so
+    /// that it does. `None`: as long as `token_budget` rows take.
+    pub step_target_ms: Option<u64>,
+    /// Whether a request's class decides who goes first. Otherwise all are of class normal.
+    pub priority: bool,
     /// Memory for the KV cache in bytes. `None`: one sequence of full context plus 256 tokens for each further
     /// member of a batch.
     pub kv_memory_bytes: Option<u64>,
@@ -44,6 +54,8 @@ impl Default for EngineConfig {
             max_queue: 512,
             context_tokens: None,
             token_budget: 128,
+            step_target_ms: Some(DEFAULT_STEP_TARGET_MS),
+            priority: true,
             kv_memory_bytes: None,
             numerics: Numerics::Fast,
         }
@@ -94,8 +106,8 @@ pub(crate) struct Sizes {
     pub(crate) max_queue: usize,
     pub(crate) context_tokens: usize,
     pub(crate) token_budget: usize,
+    pub(crate) step_target: Option<Duration>,
     pub(crate) kv_blocks: usize,
-    pub(crate) blocks_per_sequence: usize,
 }
 
 impl EngineConfig {
@@ -116,6 +128,9 @@ impl EngineConfig {
                     self.token_budget, self.max_batch_size
                 ),
             );
+        }
+        if let Some(ms) = self.step_target_ms.filter(|ms| !(1..=10_000).contains(ms)) {
+            return invalid("step_target_ms", format!("{ms} is not between 1 and 10000"));
         }
         let context_tokens = self.context_tokens.unwrap_or(model_context.min(DEFAULT_CONTEXT_TOKENS));
         if context_tokens < 2 || context_tokens > model_context {
@@ -148,8 +163,8 @@ impl EngineConfig {
             max_queue: self.max_queue,
             context_tokens,
             token_budget: self.token_budget,
+            step_target: self.step_target_ms.map(Duration::from_millis),
             kv_blocks,
-            blocks_per_sequence,
         })
     }
 }
@@ -163,7 +178,6 @@ mod tests {
         let sizes = EngineConfig::default().sizes(8192, 1000).unwrap();
         assert_eq!(sizes.context_tokens, 8192);
         assert_eq!(sizes.kv_blocks, 512 + 31 * 16);
-        assert_eq!(sizes.blocks_per_sequence, 512);
     }
 
     #[test]
@@ -199,6 +213,7 @@ mod tests {
             (EngineConfig { max_batch_size: 257, ..EngineConfig::default() }, "max_batch_size"),
             (EngineConfig { max_queue: 0, ..EngineConfig::default() }, "max_queue"),
             (EngineConfig { token_budget: 31, ..EngineConfig::default() }, "token_budget"),
+            (EngineConfig { step_target_ms: Some(0), ..EngineConfig::default() }, "step_target_ms"),
             (EngineConfig { context_tokens: Some(1), ..EngineConfig::default() }, "context_tokens"),
             (EngineConfig { context_tokens: Some(9000), ..EngineConfig::default() }, "context_tokens"),
         ];

@@ -5,15 +5,18 @@
 
 use crate::blocks::{BlockPool, blocks_for};
 use crate::config::{Sizes, StartError};
+use crate::contest::{Lack, Runs, gives_way, gives_way_to_growth};
 use crate::metrics::ModelMetrics;
+use crate::queue::{Place, Placed, Queue};
 use crate::request::GenerateError;
 use crate::sampler::Scratch;
-use crate::scheduler;
+use crate::scheduler::{Ask, Budget, Pace, Split};
 use crate::sequence::{After, Job, Sequence};
 use crate::shared::{EndMark, Shared};
-use std::collections::VecDeque;
+use crate::tenants::{Tenant, Tenants};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{Duration, Instant};
 use trustformers_model::{Model, PlanRequest};
 use trustformers_plan::{
     Backend, BackendError, Executable, Limits, LoadProgress, LoadSpec, Loaded, LogitsRows, MemoryReport,
@@ -95,11 +98,15 @@ impl Start {
             _loaded: loaded,
             _backend: self.backend,
             running: Vec::new(),
-            waiting: VecDeque::new(),
+            waiting: Queue::default(),
+            tenants: Tenants::default(),
             arrived: 0,
+            pace: Pace::new(sizes.token_budget, sizes.step_target),
+            worked: Duration::ZERO,
             pool,
             jobs: self.jobs,
             shared: self.shared,
+            metrics: self.metrics,
             model: self.model,
             sizes,
             step: Step::default(),
@@ -113,24 +120,29 @@ impl Start {
 struct Step {
     input: StepInput,
     output: StepOutput,
-    wants: Vec<scheduler::Wants>,
-    rows: Vec<usize>,
+    asks: Vec<Ask>,
+    split: Split,
     scratch: Scratch,
 }
 
 /// The thread's state. Fields are dropped in order: what runs before what it runs on.
 struct Device {
-    /// In the order of arrival, like those that wait: the last is the first to give its blocks up.
+    /// By class, then in the order of arrival.
     running: Vec<Sequence>,
-    waiting: VecDeque<Sequence>,
+    waiting: Queue<Sequence>,
+    tenants: Tenants,
     /// Requests that have arrived so far.
     arrived: u64,
+    pace: Pace,
+    /// Time of steps since a request last ended.
+    worked: Duration,
     executable: Box<dyn Executable>,
     _loaded: Box<dyn Loaded>,
     _backend: Box<dyn Backend>,
     pool: BlockPool,
     jobs: Receiver<Job>,
     shared: Arc<Shared>,
+    metrics: ModelMetrics,
     model: Arc<Model>,
     sizes: Sizes,
     step: Step,
@@ -140,12 +152,12 @@ impl Device {
     fn run(mut self) {
         while self.take_jobs() && !self.shared.stopping() {
             self.sweep_cancelled();
+            self.shed();
             self.admit();
             self.shared.set_running(self.running.len());
             if !self.running.is_empty() {
                 self.step();
                 self.shared.set_running(self.running.len());
-                self.shared.step_done();
             }
         }
         self.end();
@@ -166,100 +178,182 @@ impl Device {
     }
 
     fn arrive(&mut self, job: Job) {
-        self.waiting.push_back(Sequence::new(job, self.arrived));
+        self.tenants.enter(&job.tenant);
+        self.waiting.push(Sequence::new(job, self.arrived));
         self.arrived += 1;
     }
 
     /// Drops requests whose callers have gone. Their blocks are free before anything is admitted.
     fn sweep_cancelled(&mut self) {
-        let stays = |sequence: &Sequence| {
-            let gone = sequence.is_cancelled();
-            if let (true, Some(metrics)) = (gone, sequence.metrics()) {
+        let Self { waiting, running, tenants, .. } = self;
+        let mut stays = |sequence: &Sequence| {
+            if !sequence.is_cancelled() {
+                return true;
+            }
+            if let Some(metrics) = sequence.metrics() {
                 metrics.cancelled.inc();
             }
-            !gone
+            tenants.leave(&sequence.place().tenant);
+            false
         };
-        self.waiting.retain(stays);
-        self.running.retain(stays);
+        waiting.retain(&mut stays);
+        running.retain(&mut stays);
     }
 
-    /// Admits in order of arrival for as long as there are blocks for all tokens of the next one, beside what the
-    /// running ones need for theirs and one more block for each of them. It always fits once nothing runs, because no
-    /// request needs more than one full context and the cache holds at least that.
+    /// Refuses what the queue has no room for because others with precedence came. Who has been told something already
+    /// is never put out.
+    fn shed(&mut self) {
+        let most = self.sizes.max_batch_size + self.sizes.max_queue;
+        while self.waiting.len() + self.running.len() > most {
+            let Some(mut last) = self.waiting.take_last(Sequence::is_silent) else { return };
+            self.tenants.leave(&last.place().tenant);
+            last.refuse(self.shared.retry_after());
+        }
+    }
+
+    /// Admits, in turn, as many as there is room for: a place in the batch, and blocks for all tokens of the next one
+    /// beside what the running ones need for theirs and one more block for each of them. Others give way where they
+    /// have to. It always fits once nothing runs, because no request needs more than one full context and the cache
+    /// holds at least that.
     fn admit(&mut self) {
-        while self.running.len() < self.sizes.max_batch_size {
-            let Some(mut next) = self.waiting.pop_front() else { break };
+        loop {
+            let running_of = |tenant: &Tenant| {
+                self.running.iter().filter(|sequence| sequence.place().tenant == *tenant).count()
+            };
+            let Some(turn) = self.waiting.turn(&self.tenants, running_of) else { return };
+            let Some(next) = self.waiting.peek(&turn) else { return };
             let blocks = self.pool.matching(next.shared_beginning());
             let missing = blocks_for(next.tokens().len()) - blocks.ids().len();
             let promised: usize = self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum();
-            if !self.running.is_empty() && self.pool.available() < missing + promised {
-                self.waiting.push_front(next);
-                break;
+            let (wanted, free) = (missing + promised, self.pool.available());
+            let lack = if self.running.len() >= self.sizes.max_batch_size {
+                Some(Lack::Place)
+            } else if free < wanted && !self.running.is_empty() {
+                Some(Lack::Blocks { wanted, free })
+            } else {
+                None
+            };
+            if let Some(lack) = lack {
+                let Some(index) = gives_way((turn.class(), turn.tenant()), lack, &self.runs()) else {
+                    return;
+                };
+                self.preempt(index);
+                continue;
             }
+            let Some(mut next) = self.waiting.take(&turn) else { return };
+            next.raise(turn.class());
             next.admit(blocks);
-            let place = self.running.partition_point(|other| other.order() < next.order());
+            let place = self.running.partition_point(|other| other.place().rank() < next.place().rank());
             self.running.insert(place, next);
         }
     }
 
-    /// Decides who has how many rows in the next step and gets the blocks for them. Where these run out, the latest
-    /// sequence gives its own up and waits again; the first one always goes on, so the engine never stands still.
+    fn runs(&self) -> Vec<Runs<'_>> {
+        self.running
+            .iter()
+            .map(|sequence| Runs { place: sequence.place(), blocks: sequence.blocks() })
+            .collect()
+    }
+
+    /// Lets a running sequence wait again.
+    fn preempt(&mut self, index: usize) {
+        let mut sequence = self.running.remove(index);
+        sequence.preempt();
+        self.waiting.push(sequence);
+    }
+
+    /// Decides who has how many rows in the next step and gets the blocks for them. Where these run out, somebody gives
+    /// his own up and waits again; the first sequence always goes on, so the engine never stands still.
     fn share_out(&mut self) {
         loop {
-            let Step { wants, rows, .. } = &mut self.step;
-            wants.clear();
-            wants.extend(self.running.iter().map(Sequence::wants));
-            scheduler::rows(wants, self.sizes.token_budget, rows);
+            let Self { running, tenants, step: Step { asks, split, .. }, .. } = self;
+            let lowest = running.last().map(|sequence| sequence.place().class);
+            asks.clear();
+            asks.extend(running.iter().map(|sequence| {
+                let Place { class, tenant, order } = sequence.place();
+                Ask {
+                    wants: sequence.wants(),
+                    class: *class,
+                    served: tenants.served(tenant),
+                    order: *order,
+                    behind: tenants.is_behind(tenant) || lowest.is_some_and(|lowest| *class < lowest),
+                }
+            }));
+            let alone = running.len() == 1 && self.waiting.is_empty();
+            let prompt_rows = self.pace.prompt_rows(alone);
+            split.share_out(asks, Budget { rows: self.sizes.token_budget, prompt_rows });
+            let mut rows = split.rows.iter();
             let short =
-                self.running.iter_mut().zip(rows.iter()).any(|(sequence, rows)| !sequence.make_room(*rows));
+                running.iter_mut().any(|sequence| rows.next().is_some_and(|rows| !sequence.make_room(*rows)));
             if !short {
                 return;
             }
-            let Some(mut last) = self.running.pop() else { return };
-            last.preempt();
-            let place = self.waiting.partition_point(|other| other.order() < last.order());
-            self.waiting.insert(place, last);
+            let Some(index) = gives_way_to_growth(&self.runs()) else { return };
+            self.preempt(index);
         }
     }
 
     fn step(&mut self) {
         self.share_out();
-        let Step { input, output, rows, scratch, .. } = &mut self.step;
+        let Step { input, output, split, .. } = &mut self.step;
         input.clear();
-        for (sequence, rows) in self.running.iter_mut().zip(rows.iter()).filter(|(_, rows)| **rows > 0) {
+        for (sequence, rows) in self.running.iter_mut().zip(&split.rows).filter(|(_, rows)| **rows > 0) {
             sequence.step_begins();
             input.push_sequence(sequence.step(*rows));
         }
+        let began = Instant::now();
         let submitted = self.executable.submit(input);
         self.running.iter_mut().for_each(Sequence::prepare);
-        let ran = submitted.and_then(|()| self.executable.wait(output));
-        if let Err(error) = ran {
-            self.fail(&error);
-            return;
+        match submitted.and_then(|()| self.executable.wait(output)) {
+            Ok(()) => self.collect(began),
+            Err(error) => self.fail(&error),
         }
+    }
+
+    /// Takes note of a step that went well.
+    fn collect(&mut self, began: Instant) {
+        // Before anybody is told something: whoever sees his answer finds the engine well.
+        self.shared.step_succeeded();
+        let Self { running, tenants, pool, step: Step { output, split, scratch, .. }, .. } = self;
         let tokenizer = self.model.tokenizer();
-        let (mut logits_rows, mut rows) = (0.., rows.iter().copied());
-        self.running.retain_mut(|sequence| {
+        let (mut logits_rows, mut rows) = (0.., split.rows.iter().copied());
+        let before = running.len();
+        running.retain_mut(|sequence| {
             let rows = rows.next().unwrap_or(0);
             if rows == 0 {
                 return true;
             }
+            tenants.charge(&sequence.place().tenant, rows);
             let complete = sequence.step(rows).logits == LogitsRows::Last;
             let logits = complete.then(|| logits_rows.next()).flatten().map(|row| output.row(row));
             let after = sequence.step_done(rows, logits, scratch, tokenizer);
             if after == After::Broken {
-                self.pool.forget();
+                pool.forget();
+            }
+            if after != After::Running {
+                tenants.leave(&sequence.place().tenant);
             }
             after == After::Running
         });
+        let took = began.elapsed();
+        self.pace.note(split, took);
+        self.worked += took;
+        let ended = before - running.len();
+        if let Some(each) = u32::try_from(ended).ok().and_then(|ended| self.worked.checked_div(ended)) {
+            self.shared.requests_took(each);
+            self.worked = Duration::ZERO;
+        }
     }
 
     /// After a failed step nobody's cache can be trusted.
     fn fail(&mut self, error: &BackendError) {
         tracing::error!(%error, sequences = self.running.len(), "a step failed");
+        self.metrics.failed_steps.inc();
+        self.shared.step_failed();
         self.pool.forget();
         let message = error.to_string();
         for mut sequence in self.running.drain(..) {
+            self.tenants.leave(&sequence.place().tenant);
             sequence.fail(GenerateError::Backend { message: message.clone() });
         }
     }
@@ -269,7 +363,7 @@ impl Device {
         while let Ok(job) = self.jobs.try_recv() {
             self.arrive(job);
         }
-        for mut sequence in self.waiting.drain(..).chain(self.running.drain(..)) {
+        for mut sequence in self.waiting.drain().chain(self.running.drain(..)) {
             sequence.fail(GenerateError::Stopped);
         }
     }

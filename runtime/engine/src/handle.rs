@@ -1,14 +1,17 @@
 //! The engine as its callers see it: a handle that is cheap to clone and never blocks on the device.
 
 use crate::answer::Answer;
+use crate::census::Census;
 use crate::config::{EngineConfig, Sizes, StartError};
 use crate::device::Start;
 use crate::generation::Generation;
 use crate::grammar::{Constraint, Grammars};
 use crate::metrics::{Counted, EngineMetrics, ModelMetrics};
+use crate::priority::Priority;
 use crate::request::{GenerateError, GenerateParams, GenerationEvent, Prompt, SubmitError};
 use crate::sequence::Job;
 use crate::shared::{Heartbeat, Shared, Ticket};
+use crate::tenants::Tenant;
 use futures::StreamExt;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +19,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use trustformers_model::{Model, ModelFacts};
 use trustformers_plan::{Backend, KV_BLOCK_TOKENS, LoadProgress, MemoryReport, Numerics};
+
+/// Requests that may come beyond a full queue at once, because they have precedence over some in it. Those leave it
+/// before the next step.
+const DISPLACING: usize = 16;
 
 /// Prompt tokens of the warm-up generation: enough to run the batched kernels once.
 const WARM_UP_PROMPT_TOKENS: usize = 32;
@@ -56,7 +63,10 @@ struct Inner {
     model: Arc<Model>,
     info: EngineInfo,
     sizes: Sizes,
+    /// Whether classes count.
+    priority: bool,
     shared: Arc<Shared>,
+    census: Arc<Census>,
     metrics: ModelMetrics,
     grammars: Grammars,
     /// Taken by `stop`, which is what wakes an idle device thread.
@@ -108,7 +118,7 @@ impl Engine {
         let own = metrics.for_model(&config.model_label);
         // One place for every request that `Shared` lets in flight and one for a warm-up: a send never finds the
         // channel full.
-        let (sender, receiver) = sync_channel(sizes.max_batch_size + sizes.max_queue + 1);
+        let (sender, receiver) = sync_channel(sizes.max_batch_size + sizes.max_queue + DISPLACING + 1);
         let device = backend.caps().description.clone();
         let start = Start {
             model: Arc::clone(&model),
@@ -137,7 +147,9 @@ impl Engine {
             model,
             info,
             sizes,
+            priority: config.priority,
             shared,
+            census: Arc::default(),
             metrics: own,
             jobs: Mutex::new(Some(sender)),
             warming: tokio::sync::Mutex::new(()),
@@ -167,10 +179,14 @@ impl Engine {
         params.check()?;
         params.check_ids(self.inner.model.facts().vocabulary)?;
         let shared = &self.inner.shared;
-        let queue = shared.waiting();
-        let Some(ticket) = shared.enter() else {
+        let (queue, retry_after) = (shared.waiting(), shared.retry_after());
+        let beyond = || {
+            let precedes = self.inner.census.has_precedence(self.class_of(params), &params.tenant);
+            if precedes { shared.enter_beyond(DISPLACING) } else { None }
+        };
+        let Some(ticket) = shared.enter().or_else(beyond) else {
             return Err(if shared.accepting() {
-                SubmitError::Overloaded { queue }
+                SubmitError::Overloaded { queue, retry_after }
             } else {
                 SubmitError::Stopped
             });
@@ -183,6 +199,11 @@ impl Engine {
         let constraint =
             params.grammar.as_ref().map(|grammar| self.inner.grammars.start(grammar)).transpose()?;
         self.send(Request { params, prompt, constraint, metrics: Some(self.inner.metrics.clone()), ticket })
+    }
+
+    /// The class that counts.
+    fn class_of(&self, params: &GenerateParams) -> Priority {
+        if self.inner.priority { params.priority } else { Priority::Normal }
     }
 
     fn prompt_ids(&self, prompt: &Prompt) -> Result<Arc<[u32]>, SubmitError> {
@@ -218,10 +239,15 @@ impl Engine {
         // Every token of the answer and one end fit: the device thread never waits for a slow reader. The channel
         // takes memory only as it fills.
         let (events, receiver) = mpsc::channel(max_tokens + 1);
+        let class = self.class_of(params);
+        let tenant: Tenant = params.tenant.as_str().into();
         let job = Job {
             // Only the warm-up is not a caller's request: it must reach a decode step whatever it produces.
             answer: Answer::new(params, &prompt, max_tokens, metrics.is_some(), constraint),
             prompt: Arc::clone(&prompt),
+            class,
+            _enrolled: metrics.is_some().then(|| self.inner.census.enrol(class, Arc::clone(&tenant))),
+            tenant,
             submitted: Instant::now(),
             events,
             waiting: metrics.as_ref().map(|metrics| Counted::new(&metrics.waiting)),

@@ -29,7 +29,9 @@
 
 mod answer;
 mod blocks;
+mod census;
 mod config;
+mod contest;
 mod device;
 pub mod encoder;
 mod generation;
@@ -37,12 +39,14 @@ mod grammar;
 mod handle;
 mod metrics;
 mod priority;
+mod queue;
 mod request;
 mod sampler;
 mod scheduler;
 mod sequence;
 mod shared;
 mod stop;
+mod tenants;
 
 pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, StartError};
 pub use generation::Generation;
@@ -51,8 +55,8 @@ pub use metrics::EngineMetrics;
 pub use priority::Priority;
 pub use request::{
     FinishReason, GenerateError, GenerateParams, GenerationEvent, Grammar, MAX_GRAMMAR_BYTES,
-    MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, Prompt, StopCause,
-    SubmitError, Timings, TokenLogprobs,
+    MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_TENANT_BYTES, Prompt,
+    StopCause, SubmitError, Timings, TokenLogprobs,
 };
 pub use shared::Heartbeat;
 pub use trustformers_plan::{LoadProgress, MemoryReport, Numerics};

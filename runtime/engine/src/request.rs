@@ -1,5 +1,6 @@
 //! What callers ask for and what they are told: the words of the engine, with no machinery.
 
+use crate::priority::Priority;
 use std::time::Duration;
 use thiserror::Error;
 
@@ -20,6 +21,9 @@ pub const MAX_STOP_TOKENS: usize = 64;
 
 /// Longest schema, expression or grammar.
 pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
+
+/// Longest name of a tenant.
+pub const MAX_TENANT_BYTES: usize = 256;
 
 /// What to continue.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +76,11 @@ pub struct GenerateParams {
     pub seed: Option<u64>,
     /// Report with each token how far its step's best logit was above the second best.
     pub margins: bool,
+    /// Requests of a more urgent class overtake others, but none is overtaken without end.
+    pub priority: Priority,
+    /// On whose behalf: whoever was served least is next. At most [`MAX_TENANT_BYTES`]; empty: nobody in particular,
+    /// together with all who say so.
+    pub tenant: String,
 }
 
 impl GenerateParams {
@@ -95,6 +104,8 @@ impl GenerateParams {
             grammar: None,
             seed: None,
             margins: false,
+            priority: Priority::Normal,
+            tenant: String::new(),
         }
     }
 
@@ -120,6 +131,7 @@ impl GenerateParams {
             return invalid("logprobs", format!("{count} is not between 0 and {MAX_LOGPROBS}"));
         }
         self.check_lists()?;
+        at_most("tenant", "bytes", self.tenant.len(), MAX_TENANT_BYTES)?;
         self.grammar.as_ref().map_or(Ok(()), Grammar::check)
     }
 
@@ -226,10 +238,12 @@ fn at_most(field: &'static str, of: &str, count: usize, limit: usize) -> Result<
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SubmitError {
     /// As many requests as allowed are in flight. Retry after a moment or elsewhere.
-    #[error("{queue} requests are already waiting for this model; retry in a moment")]
+    #[error("{queue} requests are already waiting for this model; retry in {} s", retry_after.as_secs())]
     Overloaded {
         /// Requests that wait at this moment.
         queue: usize,
+        /// The time in which those will probably have been served, in whole seconds from 1 to 60.
+        retry_after: Duration,
     },
     /// The prompt leaves no room for even one token.
     #[error("the prompt has {tokens} tokens; this model is served with room for at most {limit}")]
@@ -269,6 +283,13 @@ pub enum GenerateError {
     Grammar {
         /// What went wrong.
         message: String,
+    },
+    /// It waited in a full queue and gave its place to a request of a higher class, or of a tenant that had fewer
+    /// there. It has said nothing yet. Retry after a moment or elsewhere.
+    #[error("the queue of this model is full and another request had precedence; retry in {} s", retry_after.as_secs())]
+    Overloaded {
+        /// The time in which those that wait will probably have been served, in whole seconds from 1 to 60.
+        retry_after: Duration,
     },
     /// The engine was stopped or died before the end.
     #[error("the engine was stopped before this generation ended")]
@@ -382,6 +403,7 @@ mod tests {
             (GenerateParams { stop: vec!["x".into(); 17], ..good.clone() }, "stop"),
             (GenerateParams { stop: vec!["x".repeat(1025)], ..good.clone() }, "stop"),
             (GenerateParams { stop_token_ids: vec![0; 65], ..good.clone() }, "stop_token_ids"),
+            (GenerateParams { tenant: "x".repeat(257), ..good.clone() }, "tenant"),
             (GenerateParams { grammar: Some(Grammar::Regex(" ".into())), ..good.clone() }, "response_format"),
             (
                 GenerateParams { grammar: Some(Grammar::Lark("x".repeat(300_000))), ..good.clone() },

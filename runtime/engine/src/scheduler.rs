@@ -1,4 +1,12 @@
 //! Which rows the next step has: a pure function, so that fairness can be read and tested without a model.
+//!
+//! Sequences that are past their prompt come first, one row each, so that a long prompt never stops a stream. What is
+//! left of the budget goes to prompts, in the order of class, of what their tenants were served, and of arrival. So
+//! that a step stays short whoever arrives while it runs, prompts have a budget of their own ([`Pace`]); a prompt that
+//! is *urgent*, because it fits in one step and its tenant is behind others, is read whole all the same.
+
+use crate::priority::Priority;
+use std::time::Duration;
 
 /// What a running sequence wants from the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -9,44 +17,228 @@ pub(crate) enum Wants {
     Decode,
 }
 
-/// Rows for each sequence, in the order given (admission order). Decoding sequences come first, one row each, so that
-/// a long prompt never stops a stream; what is left of the budget goes to prompts, oldest first.
-///
-/// `budget` is at least the number of sequences, hence every decoding one gets its row.
-pub(crate) fn rows(wants: &[Wants], budget: usize, rows: &mut Vec<usize>) {
-    let decoding = wants.iter().filter(|want| **want == Wants::Decode).count();
-    let mut left = budget.saturating_sub(decoding);
-    rows.clear();
-    rows.extend(wants.iter().map(|want| match want {
-        Wants::Decode => 1,
-        Wants::Prompt(tokens) => {
-            let given = left.min(*tokens);
+/// A running sequence's request for rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ask {
+    pub(crate) wants: Wants,
+    pub(crate) class: Priority,
+    /// What its tenant was served.
+    pub(crate) served: u64,
+    /// Its number in the order of arrival.
+    pub(crate) order: u64,
+    /// Whether others were served more than its tenant, or are of a lower class.
+    pub(crate) behind: bool,
+}
+
+/// How many rows a step may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Budget {
+    /// All rows; at least one for every sequence.
+    pub(crate) rows: usize,
+    /// Those of prompts that are not urgent; at least one.
+    pub(crate) prompt_rows: usize,
+}
+
+/// Rows for each sequence, with the room that working them out takes.
+#[derive(Debug, Default)]
+pub(crate) struct Split {
+    /// In the order of the asks.
+    pub(crate) rows: Vec<usize>,
+    /// Rows of prompts that are not urgent.
+    pub(crate) patient_rows: usize,
+    /// Rows of urgent prompts.
+    pub(crate) urgent_rows: usize,
+    prompts: Vec<usize>,
+}
+
+impl Split {
+    /// Shares a step out.
+    pub(crate) fn share_out(&mut self, asks: &[Ask], budget: Budget) {
+        let Self { rows, patient_rows, urgent_rows, prompts } = self;
+        rows.clear();
+        rows.extend(asks.iter().map(|ask| usize::from(ask.wants == Wants::Decode)));
+        let mut left = budget.rows.saturating_sub(rows.iter().sum());
+        // A prompt fits in one step if it would with all of these streams beside it.
+        let fits = left;
+        prompts.clear();
+        prompts.extend((0..asks.len()).filter(|index| rows[*index] == 0));
+        prompts.sort_unstable_by_key(|index| {
+            let ask = &asks[*index];
+            (ask.class, ask.served, ask.order)
+        });
+        (*patient_rows, *urgent_rows) = (0, 0);
+        for index in prompts.iter().copied() {
+            let Wants::Prompt(tokens) = asks[index].wants else { continue };
+            let urgent = asks[index].behind && tokens <= fits;
+            let patient = budget.prompt_rows.saturating_sub(*patient_rows + *urgent_rows);
+            let given = tokens.min(left).min(if urgent { left } else { patient });
+            rows[index] = given;
             left -= given;
-            given
+            *(if urgent { &mut *urgent_rows } else { &mut *patient_rows }) += given;
         }
-    }));
+    }
+}
+
+/// Fewest rows that prompts have in a step: below it, reading the weights for so few rows is most of the work.
+const FEWEST_PROMPT_ROWS: usize = 16;
+
+/// Rows by which a step that was short enough lets the next one grow.
+const GROWTH_ROWS: usize = 8;
+
+/// How much a step without prompts counts in the time that they take.
+const NEWEST: f64 = 0.2;
+
+/// How many rows of prompts a step may have so that it takes about as long as wanted: whoever arrives has to wait for
+/// the step that runs. Found by trying: a step that was too long makes the next ones smaller at once, one that was
+/// short enough lets them grow slowly.
+///
+/// Prompts may always take as long as the streams beside them do, so that they are not starved by a large model's
+/// decoding alone.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    wanted: Option<Duration>,
+    most: usize,
+    rows: usize,
+    /// Seconds of a step without prompts.
+    decode_s: f64,
+}
+
+impl Pace {
+    /// For steps of at most `most` rows that should take `wanted`; `None`: whatever they take.
+    pub(crate) fn new(most: usize, wanted: Option<Duration>) -> Self {
+        Self { wanted, most, rows: most, decode_s: 0.0 }
+    }
+
+    /// Rows of prompts for the next step. Alone, a request has nobody to wait for it, and its prompt is always cut
+    /// alike.
+    pub(crate) fn prompt_rows(&self, alone: bool) -> usize {
+        if alone || self.wanted.is_none() { self.most } else { self.rows }
+    }
+
+    /// Takes note of a step.
+    pub(crate) fn note(&mut self, split: &Split, took: Duration) {
+        let Some(wanted) = self.wanted else { return };
+        let took = took.as_secs_f64();
+        if split.urgent_rows > 0 {
+            return;
+        }
+        if split.patient_rows == 0 {
+            self.decode_s += NEWEST * (took - self.decode_s);
+            return;
+        }
+        let limit = wanted.as_secs_f64().max(2.0 * self.decode_s);
+        if took > limit {
+            // At most halved: one step that the machine was slow in is not all steps.
+            let rows = self.rows.min(split.patient_rows) as f64 * (limit / took).max(0.5);
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "it is a part of a row count"
+            )]
+            let rows = rows as usize;
+            self.rows = rows.max(FEWEST_PROMPT_ROWS).min(self.most);
+        } else if took < 0.8 * limit && split.patient_rows >= self.rows {
+            self.rows = (self.rows + GROWTH_ROWS).min(self.most);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn split(wants: &[Wants], budget: usize) -> Vec<usize> {
-        let mut out = Vec::new();
-        rows(wants, budget, &mut out);
-        out
+    fn ask(wants: Wants) -> Ask {
+        Ask { wants, class: Priority::Normal, served: 0, order: 0, behind: false }
+    }
+
+    fn split_of(asks: &[Ask], rows: usize, prompt_rows: usize) -> Split {
+        let mut split = Split::default();
+        split.share_out(asks, Budget { rows, prompt_rows });
+        split
+    }
+
+    fn rows(asks: &[Ask], rows: usize, prompt_rows: usize) -> Vec<usize> {
+        split_of(asks, rows, prompt_rows).rows
     }
 
     #[test]
     fn decoding_comes_first_then_prompts_in_order() {
-        let wants = [Wants::Prompt(10), Wants::Decode, Wants::Prompt(10), Wants::Decode];
-        assert_eq!(split(&wants, 8), [6, 1, 0, 1]);
-        assert_eq!(split(&wants, 16), [10, 1, 4, 1]);
-        assert_eq!(split(&wants, 100), [10, 1, 10, 1]);
+        let asks: Vec<Ask> = [Wants::Prompt(10), Wants::Decode, Wants::Prompt(10), Wants::Decode]
+            .into_iter()
+            .zip(0..)
+            .map(|(wants, order)| Ask { order, ..ask(wants) })
+            .collect();
+        assert_eq!(rows(&asks, 8, 100), [6, 1, 0, 1]);
+        assert_eq!(rows(&asks, 16, 100), [10, 1, 4, 1]);
+        assert_eq!(rows(&asks, 100, 100), [10, 1, 10, 1]);
+        assert_eq!(rows(&asks, 100, 7), [7, 1, 0, 1]);
     }
 
     #[test]
     fn prompts_wait_when_all_rows_decode() {
-        assert_eq!(split(&[Wants::Decode, Wants::Decode, Wants::Prompt(3)], 2), [1, 1, 0]);
+        assert_eq!(rows(&[ask(Wants::Decode), ask(Wants::Decode), ask(Wants::Prompt(3))], 2, 2), [1, 1, 0]);
+    }
+
+    #[test]
+    fn class_then_what_was_served_then_arrival_decides_among_prompts() {
+        let prompt = |class, served, order| Ask { class, served, order, ..ask(Wants::Prompt(4)) };
+        let asks = [
+            prompt(Priority::Low, 0, 0),
+            prompt(Priority::Normal, 9, 1),
+            prompt(Priority::Normal, 3, 3),
+            prompt(Priority::Normal, 3, 2),
+            prompt(Priority::High, 9, 4),
+        ];
+        assert_eq!(rows(&asks, 10, 100), [0, 0, 2, 4, 4]);
+    }
+
+    #[test]
+    fn an_urgent_prompt_is_read_whole_and_others_wait_for_it() {
+        let long = Ask { served: 9, ..ask(Wants::Prompt(500)) };
+        let short = Ask { behind: true, order: 7, ..ask(Wants::Prompt(40)) };
+        let split = split_of(&[long, short, ask(Wants::Decode)], 64, 24);
+        assert_eq!((split.rows.as_slice(), split.urgent_rows, split.patient_rows), (&[0, 40, 1][..], 40, 0));
+        // What does not fit in one step is not urgent: it goes first, at the pace of all.
+        let second_long = Ask { behind: true, ..ask(Wants::Prompt(64)) };
+        assert_eq!(rows(&[long, second_long, ask(Wants::Decode)], 64, 24), [0, 24, 1]);
+    }
+
+    fn step(prompt_rows: usize) -> Split {
+        Split { patient_rows: prompt_rows, ..Split::default() }
+    }
+
+    #[test]
+    fn the_pace_falls_at_once_and_grows_back_slowly() {
+        let ms = Duration::from_millis;
+        let mut pace = Pace::new(128, Some(ms(50)));
+        assert_eq!((pace.prompt_rows(true), pace.prompt_rows(false)), (128, 128));
+        pace.note(&step(128), ms(100));
+        assert_eq!((pace.prompt_rows(true), pace.prompt_rows(false)), (128, 64));
+        pace.note(&step(64), ms(2000));
+        assert_eq!(pace.prompt_rows(false), 32);
+        pace.note(&step(32), ms(20));
+        assert_eq!(pace.prompt_rows(false), 40);
+        pace.note(&step(12), ms(10));
+        assert_eq!(pace.prompt_rows(false), 40, "a step that was not full says nothing");
+        pace.note(&step(40), ms(45));
+        assert_eq!(pace.prompt_rows(false), 40);
+        for _ in 0..9 {
+            pace.note(&step(40), ms(500));
+        }
+        assert_eq!(pace.prompt_rows(false), FEWEST_PROMPT_ROWS);
+        assert_eq!(Pace::new(128, None).prompt_rows(false), 128);
+    }
+
+    #[test]
+    fn prompts_may_take_as_long_as_streams_do() {
+        let ms = Duration::from_millis;
+        let mut pace = Pace::new(128, Some(ms(50)));
+        for _ in 0..50 {
+            pace.note(&step(0), ms(300));
+        }
+        pace.note(&step(128), ms(580));
+        assert_eq!(pace.prompt_rows(false), 128);
+        pace.note(&step(128), ms(1200));
+        assert!((60..=70).contains(&pace.prompt_rows(false)));
     }
 }

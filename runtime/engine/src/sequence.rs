@@ -2,14 +2,18 @@
 
 use crate::answer::{Answer, End, Said};
 use crate::blocks::{Blocks, blocks_for};
+use crate::census::Enrolled;
 use crate::generation::EventResult;
 use crate::metrics::{Counted, ModelMetrics};
+use crate::priority::Priority;
+use crate::queue::{Place, Placed};
 use crate::request::{FinishReason, GenerateError, GenerationEvent, Timings};
 use crate::sampler::Scratch;
 use crate::scheduler::Wants;
 use crate::shared::Ticket;
+use crate::tenants::Tenant;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use trustformers_model::Tokenizer;
 use trustformers_plan::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep};
@@ -24,6 +28,10 @@ pub(crate) struct Job {
     pub(crate) events: mpsc::Sender<EventResult>,
     /// `None` for requests that are not a caller's.
     pub(crate) metrics: Option<ModelMetrics>,
+    pub(crate) class: Priority,
+    pub(crate) tenant: Tenant,
+    /// Counts it among the requests of its class and tenant while this exists.
+    pub(crate) _enrolled: Option<Enrolled>,
     /// Counts it as waiting while this exists.
     pub(crate) waiting: Option<Counted>,
     /// Its place among the requests in flight, given back when it is dropped.
@@ -45,8 +53,7 @@ pub(crate) enum After {
 /// far; between the two it may change any number of times, and its caller sees nothing of that but the time.
 #[derive(Debug)]
 pub(crate) struct Sequence {
-    /// Its place in the order of arrival.
-    order: u64,
+    place: Place,
     /// Prompt and answer so far; the last one is not in the cache.
     tokens: Vec<u32>,
     /// The table while it runs.
@@ -67,7 +74,7 @@ impl Sequence {
     /// A job that has arrived as number `order`.
     pub(crate) fn new(job: Job, order: u64) -> Self {
         Self {
-            order,
+            place: Place { class: job.class, tenant: Arc::clone(&job.tenant), order },
             tokens: job.prompt.to_vec(),
             blocks: None,
             cached: 0,
@@ -80,9 +87,19 @@ impl Sequence {
         }
     }
 
-    /// Its place in the order of arrival.
-    pub(crate) fn order(&self) -> u64 {
-        self.order
+    /// Makes it one of this class until it ends.
+    pub(crate) fn raise(&mut self, class: Priority) {
+        self.place.class = class;
+    }
+
+    /// Whether its caller has been told nothing yet.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.first_token.is_none()
+    }
+
+    /// Blocks that it holds.
+    pub(crate) fn blocks(&self) -> usize {
+        self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len())
     }
 
     /// Prompt and answer so far.
@@ -121,7 +138,7 @@ impl Sequence {
 
     /// Blocks that it lacks for all of its tokens.
     pub(crate) fn missing_blocks(&self) -> usize {
-        blocks_for(self.tokens.len()) - self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len())
+        blocks_for(self.tokens.len()).saturating_sub(self.blocks())
     }
 
     /// Makes room for `rows` more tokens in the cache, or says that there is none.
@@ -272,9 +289,23 @@ impl Sequence {
         self.tell(Err(error));
     }
 
+    /// Ends it before it began, because the queue is full.
+    pub(crate) fn refuse(&mut self, retry_after: Duration) {
+        if let Some(metrics) = self.metrics() {
+            metrics.overloaded.inc();
+        }
+        self.tell(Err(GenerateError::Overloaded { retry_after }));
+    }
+
     fn tell(&self, event: EventResult) {
         // The channel holds every event of the longest answer, so only a caller that has gone refuses one, which the
         // next step's sweep notices.
         let _gone = self.job.events.try_send(event);
+    }
+}
+
+impl Placed for Sequence {
+    fn place(&self) -> &Place {
+        &self.place
     }
 }

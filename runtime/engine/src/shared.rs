@@ -18,6 +18,8 @@ pub struct Heartbeat {
     pub work_pending: bool,
     /// Whether the engine's thread still runs. False after a stop or a panic.
     pub alive: bool,
+    /// Steps that failed since the last one that did not. Such a step is no progress: its age goes on.
+    pub failed_steps: u64,
 }
 
 /// State that both sides read and write without waiting.
@@ -30,6 +32,10 @@ pub(crate) struct Shared {
     running: AtomicUsize,
     /// Microseconds from `born` to the last sign of progress.
     progress_us: AtomicU64,
+    /// Failed steps since the last good one.
+    failed_steps: AtomicU64,
+    /// Microseconds of work for one request, as the last ones took; 0 while none has ended.
+    request_us: AtomicU64,
     accepting: AtomicBool,
     stopping: AtomicBool,
     alive: AtomicBool,
@@ -45,6 +51,8 @@ impl Shared {
             in_flight: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
             progress_us: AtomicU64::new(0),
+            failed_steps: AtomicU64::new(0),
+            request_us: AtomicU64::new(0),
             accepting: AtomicBool::new(true),
             stopping: AtomicBool::new(false),
             alive: AtomicBool::new(true),
@@ -67,6 +75,16 @@ impl Shared {
         Some(self.ticket(before, places))
     }
 
+    /// A place beyond the limit, for a request that takes another one's place in the queue.
+    pub(crate) fn enter_beyond(self: &Arc<Self>, beyond: usize) -> Option<Ticket> {
+        let limit = self.limit + beyond;
+        let before = self
+            .in_flight
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < limit).then_some(n + 1))
+            .ok()?;
+        Some(self.ticket(before, 1))
+    }
+
     /// A place whatever the limit, for the engine's own requests.
     pub(crate) fn enter_unbounded(self: &Arc<Self>) -> Ticket {
         let before = self.in_flight.fetch_add(1, Ordering::SeqCst);
@@ -86,12 +104,38 @@ impl Shared {
         self.progress_us.store(us, Ordering::SeqCst);
     }
 
+    /// A step did what it should.
+    pub(crate) fn step_succeeded(&self) {
+        self.failed_steps.store(0, Ordering::SeqCst);
+        self.step_done();
+    }
+
+    pub(crate) fn step_failed(&self) {
+        self.failed_steps.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Takes note of the work that requests took which have ended: so much for each.
+    pub(crate) fn requests_took(&self, each: Duration) {
+        let us = u64::try_from(each.as_micros()).unwrap_or(u64::MAX).max(1);
+        let before = self.request_us.load(Ordering::Relaxed);
+        // The last eight count most. Only the device thread writes.
+        let now = if before == 0 { us } else { before - before / 8 + us / 8 };
+        self.request_us.store(now, Ordering::Relaxed);
+    }
+
+    /// The time in which those that wait will probably have been served, in whole seconds from 1 to 60.
+    pub(crate) fn retry_after(&self) -> Duration {
+        let work_us = self.request_us.load(Ordering::Relaxed).saturating_mul(self.waiting() as u64);
+        Duration::from_secs(work_us.div_ceil(1_000_000).clamp(1, 60))
+    }
+
     pub(crate) fn heartbeat(&self) -> Heartbeat {
         let progress = Duration::from_micros(self.progress_us.load(Ordering::SeqCst));
         Heartbeat {
             last_step_age: self.born.elapsed().saturating_sub(progress),
             work_pending: self.in_flight() > 0,
             alive: self.alive.load(Ordering::SeqCst),
+            failed_steps: self.failed_steps.load(Ordering::SeqCst),
         }
     }
 
@@ -217,6 +261,33 @@ mod tests {
         let beat = shared.heartbeat();
         assert!(beat.work_pending && !beat.alive);
         assert!(!shared.accepting());
+    }
+
+    #[test]
+    fn failures_in_a_row_are_counted_and_are_no_progress() {
+        let shared = Arc::new(Shared::new(1));
+        shared.step_failed();
+        shared.step_failed();
+        assert_eq!(shared.heartbeat().failed_steps, 2);
+        shared.step_succeeded();
+        assert_eq!(shared.heartbeat().failed_steps, 0);
+    }
+
+    #[test]
+    fn who_is_refused_is_told_when_those_who_wait_will_have_been_served() {
+        let shared = Arc::new(Shared::new(100));
+        let tickets: Vec<_> = (0..20).filter_map(|_| shared.enter()).collect();
+        assert_eq!(shared.retry_after().as_secs(), 1, "nothing is known yet");
+        shared.set_running(4);
+        shared.requests_took(Duration::from_millis(250));
+        assert_eq!(shared.retry_after().as_secs(), 4, "16 requests wait");
+        shared.requests_took(Duration::from_millis(2250));
+        assert_eq!(shared.retry_after().as_secs(), 8, "each takes half a second now");
+        for _ in 0..100 {
+            shared.requests_took(Duration::from_secs(1000));
+        }
+        assert_eq!(shared.retry_after().as_secs(), 60);
+        drop(tickets);
     }
 
     #[tokio::test]

@@ -115,11 +115,27 @@ mod tests {
             ("x-private", "1"),
             ("authorization", "Bearer t"),
             ("x-user-id", "u"),
+            ("x-trustformers-priority", "low"),
+            ("x-gateway-inference-fairness-id", "team-1"),
         ]);
         let sent = forwarded(caller, "192.0.2.7".parse().unwrap(), HeaderValue::from_static("id"));
         let mut names: Vec<&str> = sent.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
-        assert_eq!(names, ["authorization", "te", "x-forwarded-for", "x-request-id", "x-user-id"]);
+        assert_eq!(
+            names,
+            [
+                "authorization",
+                "te",
+                "x-forwarded-for",
+                "x-gateway-inference-fairness-id",
+                "x-request-id",
+                "x-trustformers-priority",
+                "x-user-id"
+            ]
+        );
+        // Who is served first is the pod's business.
+        assert_eq!(sent["x-trustformers-priority"], "low");
+        assert_eq!(sent["x-gateway-inference-fairness-id"], "team-1");
         assert_eq!(sent["te"], "trailers");
         assert_eq!(sent[FORWARDED_FOR], "192.0.2.7");
     }

@@ -1,10 +1,12 @@
 //! Between a request for vectors in the API's words and the encoder engine's.
 
-use trustformers_api::{ApiError, EmbedInput, EmbedRequest, Embedded, PoolingMode, Priority};
+use trustformers_api::{ApiError, EmbedInput, EmbedRequest, Embedded, PoolingMode};
 use trustformers_engine::Prompt;
 use trustformers_engine::encoder::{EncodeError, EncodeParams, Encoded};
 use trustformers_model::{EmbeddingFacts, Model};
 use trustformers_plan::Pooling;
+
+use crate::params::class;
 
 /// The model's facts about vectors, which every model that embeds has.
 ///
@@ -37,12 +39,7 @@ pub fn encode_params(request: EmbedRequest) -> EncodeParams {
         EmbedInput::Text(text) => Prompt::Text(text),
         EmbedInput::Tokens(ids) => Prompt::Tokens(ids),
     };
-    let priority = match priority {
-        Priority::High => trustformers_engine::Priority::High,
-        Priority::Normal => trustformers_engine::Priority::Normal,
-        Priority::Low => trustformers_engine::Priority::Low,
-    };
-    EncodeParams { texts: input.into_iter().map(text).collect(), truncate, priority }
+    EncodeParams { texts: input.into_iter().map(text).collect(), truncate, priority: class(priority) }
 }
 
 /// Who answers.

@@ -32,6 +32,8 @@ use crate::spec::{ModelSpec, SpecError};
 /// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget of a large
 /// model on a slow CPU, takes a few seconds.
 const ENGINE_STALL: Duration = Duration::from_secs(60);
+/// So many steps failed one after the other: the device is broken in a way that a restart may cure.
+const FAILED_STEPS: u64 = 3;
 /// Loading without a sign of life for this long: the storage hangs in a way that a restart may cure.
 const LOAD_STALL: Duration = Duration::from_secs(600);
 /// Seconds after which a refused caller may try again: a small model frees a place within one.
@@ -244,14 +246,21 @@ fn translate(
             let field = Some("response_format".to_owned());
             Err(ApiError::InvalidRequest { field, message: error.to_string() })
         }
+        Err(error @ GenerateError::Overloaded { retry_after }) => {
+            Err(overloaded(error.to_string(), retry_after))
+        }
         Err(error) => Err(ApiError::Internal { message: error.to_string() }),
     }
+}
+
+fn overloaded(message: String, retry_after: Duration) -> ApiError {
+    ApiError::Overloaded { message, retry_after_s: u32::try_from(retry_after.as_secs()).unwrap_or(u32::MAX) }
 }
 
 fn refused(error: &SubmitError) -> ApiError {
     let message = error.to_string();
     match error {
-        SubmitError::Overloaded { .. } => ApiError::Overloaded { message, retry_after_s: RETRY_AFTER_S },
+        SubmitError::Overloaded { retry_after, .. } => overloaded(message, *retry_after),
         SubmitError::PromptTooLong { .. } => ApiError::TooLong { message },
         SubmitError::Invalid { field, .. } => {
             ApiError::InvalidRequest { field: Some((*field).to_owned()), message }
@@ -272,6 +281,12 @@ impl Health for ModelServer {
                     if !beat.alive {
                         return Verdict::no(format!(
                             "the engine of {name} has ended unexpectedly; see the log"
+                        ));
+                    }
+                    if beat.failed_steps >= FAILED_STEPS {
+                        let failed = beat.failed_steps;
+                        return Verdict::no(format!(
+                            "the last {failed} steps of the engine of {name} failed; see the log"
                         ));
                     }
                     if beat.work_pending && beat.last_step_age > ENGINE_STALL {
@@ -330,6 +345,8 @@ mod tests {
             temperature: 0.0,
             top_p: 1.0,
             seed: None,
+            priority: Priority::Normal,
+            tenant: String::new(),
             options: Options::default(),
         }
     }

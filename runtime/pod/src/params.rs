@@ -1,11 +1,12 @@
 //! From a request in the API's words to one in the engine's.
 
-use trustformers_api::{Format, Generation, Options};
+use trustformers_api::{Format, Generation, Options, Priority};
 use trustformers_engine::{GenerateParams, Grammar};
 
 /// What the engine is asked for. What the request leaves out changes nothing.
 pub fn generate_params(request: Generation) -> GenerateParams {
-    let Generation { prompt, model: _, max_tokens, temperature, top_p, seed, options } = request;
+    let Generation { prompt, model: _, max_tokens, temperature, top_p, seed, priority, tenant, options } =
+        request;
     let Options {
         top_k,
         min_p,
@@ -40,7 +41,18 @@ pub fn generate_params(request: Generation) -> GenerateParams {
             Format::Grammar(grammar) => Grammar::Lark(grammar),
         }),
         seed,
+        priority: class(priority),
+        tenant,
         ..plain
+    }
+}
+
+/// A class in the engine's words.
+pub(crate) fn class(priority: Priority) -> trustformers_engine::Priority {
+    match priority {
+        Priority::High => trustformers_engine::Priority::High,
+        Priority::Normal => trustformers_engine::Priority::Normal,
+        Priority::Low => trustformers_engine::Priority::Low,
     }
 }
 
@@ -59,6 +71,18 @@ mod tests {
     #[test]
     fn what_is_left_out_is_plain_greedy() {
         assert_eq!(asked(Options::default()), GenerateParams::greedy("Hi", 100));
+    }
+
+    #[test]
+    fn class_and_tenant_arrive() {
+        let asked = Asked {
+            prompt: "Hi".into(),
+            priority: Some(Priority::Low),
+            tenant: "team".into(),
+            ..Asked::default()
+        };
+        let params = generate_params(asked.check(&GRPC_DEFAULTS).unwrap());
+        assert_eq!((params.priority, params.tenant.as_str()), (trustformers_engine::Priority::Low, "team"));
     }
 
     #[test]

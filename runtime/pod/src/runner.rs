@@ -69,7 +69,13 @@ impl Runner {
                     );
                 }
                 let engines = &metrics.engines;
-                Self::Generate(Engine::start_with_progress(model, backend, &spec.engine, engines, progress)?)
+                Self::Generate(Engine::start_with_progress(
+                    model,
+                    backend,
+                    &spec.engine_config(),
+                    engines,
+                    progress,
+                )?)
             }
             Task::Embed => {
                 let config = spec.encoder_config();

@@ -154,6 +154,12 @@ impl ModelSpec {
         Ok(spec)
     }
 
+    /// The settings of an engine that generates.
+    pub fn engine_config(&self) -> EngineConfig {
+        let TextBatching { strategy, max_wait_ms: _, priority } = self.batching;
+        EngineConfig { priority: priority || strategy == BatchStrategy::Priority, ..self.engine.clone() }
+    }
+
     /// The settings of an engine that encodes texts.
     pub fn encoder_config(&self) -> EncoderConfig {
         let TextBatching { strategy, max_wait_ms, priority } = self.batching;
@@ -223,6 +229,7 @@ mod tests {
         assert_eq!(spec.task.as_deref(), Some("embed"));
         let encoder = spec.encoder_config();
         assert_eq!((encoder.strategy, encoder.max_wait_ms, encoder.priority), (BatchStrategy::Size, 7, true));
+        assert!(spec.engine_config().priority, "classes count for generation, too");
         assert_eq!(
             (encoder.max_batch_size, encoder.max_queue, encoder.context_tokens, encoder.numerics),
             (200, 3, Some(64), Numerics::Exact)

@@ -37,17 +37,22 @@ struct Steps {
     left: usize,
     /// Whether a step waits to be allowed.
     blocked: bool,
+    /// Whether the device fails every step.
+    fails: bool,
 }
 
 impl Gate {
     fn open() -> Self {
-        Self(Arc::new((Mutex::new(Steps { left: usize::MAX, blocked: false }), Condvar::new())))
+        Self(Arc::new((Mutex::new(Steps { left: usize::MAX, blocked: false, fails: false }), Condvar::new())))
     }
     fn allow(&self, steps: usize) {
         self.0.0.lock().unwrap().left = steps;
         self.0.1.notify_all();
     }
-    fn pass(&self) {
+    fn fail(&self, fails: bool) {
+        self.0.0.lock().unwrap().fails = fails;
+    }
+    fn pass(&self) -> Result<(), BackendError> {
         let mut steps = self.0.0.lock().unwrap();
         steps.blocked = steps.left == 0;
         self.0.1.notify_all();
@@ -56,6 +61,7 @@ impl Gate {
         if steps.left != usize::MAX {
             steps.left -= 1;
         }
+        if steps.fails { Err(BackendError::Device("the test pulled the plug".into())) } else { Ok(()) }
     }
     /// Waits until the device's thread stands at the gate.
     async fn until_blocked(&self) {
@@ -89,7 +95,7 @@ impl Loaded for Gated<dyn Loaded> {
 
 impl Executable for Gated<dyn Executable> {
     fn submit(&mut self, input: &StepInput) -> Result<(), BackendError> {
-        self.0.pass();
+        self.0.pass()?;
         self.1.submit(input)
     }
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
@@ -196,6 +202,27 @@ async fn readiness_comes_after_the_warm_up_and_the_page_of_metrics_names_the_mod
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_fails_every_step_is_reported_as_dead_until_one_succeeds() {
+    let server = start(Wish::default()).await;
+    server.until(ModelState::Ready).await;
+    let ask =
+        || async { http(server.http, &post("/v1/generate", r#"{"prompt":"Hello","max_tokens":1}"#)).await };
+    server.gate.fail(true);
+    for failed in 1..=3 {
+        let answer = ask().await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("pulled the plug"), "{answer}");
+        let live = get(server.http, "/health/live").await;
+        let expected = if failed < 3 { "HTTP/1.1 200" } else { "HTTP/1.1 503" };
+        assert!(live.starts_with(expected), "{failed} {live}");
+    }
+    assert!(get(server.http, "/health/live").await.contains("the last 3 steps of the engine of m failed"));
+    server.gate.fail(false);
+    assert!(ask().await.unwrap().starts_with("HTTP/1.1 200"));
+    assert!(get(server.http, "/health/live").await.starts_with("HTTP/1.1 200"));
+    assert!(server.process.drain().await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_it_warms_up_it_is_alive_and_not_ready_and_refuses_with_its_state() {
     let server = start(Wish::default()).await;
     server.gate.allow(0);
@@ -295,6 +322,8 @@ async fn when_the_drains_time_is_over_what_is_in_flight_is_told_so() {
         temperature: 0.0,
         top_p: 1.0,
         seed: None,
+        priority: trustformers_api::Priority::Normal,
+        tenant: String::new(),
         options: trustformers_api::Options::default(),
     };
     // The engine refuses once it was told to stop; only then the step that hangs may end.

@@ -158,6 +158,7 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
         top_p: Some(top_p),
         seed,
         options: options_of(options)?,
+        ..Asked::default()
     };
     let checked = asked.check(&HTTP_DEFAULTS).map_err(|error| in_flags(&error.to_string(), prompt_flag))?;
     let params = generate_params(checked);

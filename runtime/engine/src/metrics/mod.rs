@@ -34,6 +34,7 @@ pub struct EngineMetrics {
     pub(crate) queue_wait: HistogramVec,
     pub(crate) running: IntGaugeVec,
     pub(crate) waiting: IntGaugeVec,
+    failed_steps: IntCounterVec,
     cache: CacheFamilies,
     ages: LastStepAges,
 }
@@ -81,6 +82,11 @@ impl EngineMetrics {
             )?,
             running: new.gauge("trustformers_requests_running", "Sequences that are being computed.")?,
             waiting: new.gauge("trustformers_requests_waiting", "Requests that wait for room in a batch.")?,
+            failed_steps: new.counter(
+                "trustformers_failed_steps_total",
+                "Steps that the device failed; all sequences of such a step end.",
+                &["model"],
+            )?,
             cache: CacheFamilies::register(&new)?,
             ages,
         })
@@ -111,6 +117,7 @@ impl EngineMetrics {
             queue_wait: self.queue_wait.with_label_values(&[label]),
             running: self.running.with_label_values(&[label]),
             waiting: self.waiting.with_label_values(&[label]),
+            failed_steps: self.failed_steps.with_label_values(&[label]),
             cache: self.cache.for_model(label),
         }
     }
@@ -163,6 +170,7 @@ pub(crate) struct ModelMetrics {
     pub(crate) queue_wait: Histogram,
     pub(crate) running: IntGauge,
     pub(crate) waiting: IntGauge,
+    pub(crate) failed_steps: IntCounter,
     pub(crate) cache: CacheMetrics,
 }
 
@@ -239,7 +247,7 @@ mod tests {
         let shared = Arc::new(Shared::new(1));
         metrics.watch("m", &shared);
         let families = registry.gather();
-        assert_eq!(families.len(), 15);
+        assert_eq!(families.len(), 16);
         assert!(families.iter().all(|f| f.name().starts_with("trustformers_")));
         assert!(EngineMetrics::register(&registry).is_err());
     }

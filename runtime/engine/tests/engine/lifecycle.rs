@@ -4,6 +4,7 @@ use crate::gate::Verdict;
 use crate::{answer, config, kv_used, model, prompt, start, start_gated, tokens, value};
 use futures::StreamExt;
 use prometheus::Registry;
+use std::time::Duration;
 use trustformers_engine::{
     Engine, EngineConfig, EngineMetrics, FinishReason, GenerateError, GenerateParams, GenerationEvent,
     StartError, SubmitError,
@@ -112,7 +113,7 @@ async fn more_than_the_queue_is_refused_at_once_and_room_returns() {
     gate.begun();
     let waiting = [2, 3].map(|salt| engine.submit(&tokens(&prompt(4, salt), 1)).unwrap());
     let refused = engine.submit(&tokens(&prompt(4, 9), 1)).unwrap_err();
-    assert_eq!(refused, SubmitError::Overloaded { queue: 2 });
+    assert_eq!(refused, SubmitError::Overloaded { queue: 2, retry_after: Duration::from_secs(1) });
     assert_eq!(value(&registry, "trustformers_requests_total", Some("overloaded")), 1.0);
     assert_eq!(value(&registry, "trustformers_requests_waiting", None), 2.0);
     assert_eq!(value(&registry, "trustformers_requests_running", None), 1.0);

@@ -9,6 +9,7 @@
 mod gate;
 mod lifecycle;
 mod paging;
+mod scheduling;
 
 use futures::StreamExt;
 use gate::{Gate, gated};
@@ -29,7 +30,13 @@ fn model() -> Arc<Model> {
 }
 
 fn config() -> EngineConfig {
-    EngineConfig { model_label: "m".into(), max_batch_size: 8, token_budget: 64, ..EngineConfig::default() }
+    EngineConfig {
+        model_label: "m".into(),
+        max_batch_size: 8,
+        token_budget: 64,
+        step_target_ms: None,
+        ..EngineConfig::default()
+    }
 }
 
 fn start(config: &EngineConfig) -> Engine {

@@ -10,7 +10,7 @@ use trustformers_plan::Backend;
 use trustformers_plan::oracle::Oracle;
 
 /// Bytes of a KV block of the seeded model: layers, keys and values, tokens, heads, elements, bytes.
-const BLOCK_BYTES: u64 = 2 * 2 * 16 * 2 * 16 * 4;
+pub(crate) const BLOCK_BYTES: u64 = 2 * 2 * 16 * 2 * 16 * 4;
 
 #[tokio::test]
 async fn a_known_beginning_is_not_computed_again() {
