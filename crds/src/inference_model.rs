@@ -70,6 +70,10 @@ pub const MAX_NAME_CHARS: usize = 45;
 )]
 #[serde(rename_all = "camelCase")]
 pub struct InferenceModelSpec {
+    /// What the model is for. Left out: what its files say. Given, files of another task are refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<Task>,
+
     /// Where the model's files come from.
     pub source: Source,
 
@@ -92,6 +96,26 @@ pub struct InferenceModelSpec {
     /// Where its pods may run and what they carry.
     #[serde(default)]
     pub pod: PodSettings,
+}
+
+/// What the model is for. Left out: what its files say. Given, files of another task are refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Task {
+    /// It continues texts.
+    Generate,
+    /// It turns texts into vectors.
+    Embed,
+}
+
+impl Task {
+    /// The name as users write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Generate => "generate",
+            Self::Embed => "embed",
+        }
+    }
 }
 
 /// How many pods serve the model.

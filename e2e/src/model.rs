@@ -10,8 +10,11 @@ use serde_json::{Value, json};
 
 use crate::{cluster::Cluster, wait::Until};
 
-/// The model image that the test nodes hold.
+/// The image with a model that generates, one file, that the test nodes hold.
 pub const SMOLLM2: &str = "oci://localhost/smollm2-135m-instruct:q4_1";
+
+/// The image with a checkpoint that embeds, several files, that the test nodes hold.
+pub const MINILM: &str = "oci://localhost/all-minilm-l6-v2:f32";
 
 /// The InferenceModels of one namespace.
 #[derive(Clone)]

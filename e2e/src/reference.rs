@@ -21,6 +21,40 @@ struct Cases {
     cases: Vec<Case>,
 }
 
+/// One text and what the reference makes of it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Embedded {
+    /// The text; may be empty.
+    pub text: String,
+    /// Its vector, in some unit of length.
+    pub embedding: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+struct AllEmbedded {
+    items: Vec<Embedded>,
+}
+
+/// The texts of all-MiniLM-L6-v2 with their vectors.
+///
+/// # Errors
+/// When the file is missing or is not of this shape.
+pub fn embedded(settings: &Settings) -> Result<Vec<Embedded>> {
+    let path = settings.repository.join("runtime/engine/tests/reference/all-minilm-l6-v2.json");
+    let text =
+        std::fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
+    let all: AllEmbedded =
+        serde_json::from_str(&text).with_context(|| format!("{} is odd", path.display()))?;
+    Ok(all.items)
+}
+
+/// Cosine of the angle between two vectors.
+#[must_use]
+pub fn cosine(one: &[f64], other: &[f64]) -> f64 {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+    dot(one, other) / (dot(one, one) * dot(other, other)).sqrt()
+}
+
 /// The case of at least `tokens` tokens that is hardest to get wrong by rounding: its smallest margin is the largest.
 ///
 /// # Errors

@@ -37,7 +37,7 @@ cluster() {
   "$CLUSTER_SRC/down.sh"
   "$CLUSTER_SRC/up.sh" --nodes 2 --with metrics-server
   "$CLUSTER_SRC/binaries.sh" link "$BIN" helm
-  "$CLUSTER_SRC/load-images.sh" "$IMAGE_STORE"/trustformers-{operator,gateway,runtime}.tar "$IMAGE_STORE/smollm2.tar"
+  "$CLUSTER_SRC/load-images.sh" "$IMAGE_STORE"/trustformers-{operator,gateway,runtime}.tar "$IMAGE_STORE"/{smollm2,minilm}.tar
 }
 
 stories() {

@@ -9,3 +9,4 @@ mod s5_pod_kill;
 mod s6_validation;
 mod s7_operator_away;
 mod s8_change;
+mod s9_embeddings;

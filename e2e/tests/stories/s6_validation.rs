@@ -34,6 +34,14 @@ async fn mistakes_are_refused_by_name() -> Result<()> {
             apply(story, "m", &format!("{{source: {{uri: \"{SMOLLM2}\"}}, scaling: {{replicas: -1}}}}"))
                 .await?;
         assert!(!said.success && said.stderr.contains("spec.scaling.replicas"), "{said:?}");
+        for (setting, field) in [("maxWaitMs: 1001", "maxWaitMs"), ("strategy: best", "strategy")] {
+            let spec = format!("{{source: {{uri: \"{SMOLLM2}\"}}, runtime: {{batching: {{{setting}}}}}}}");
+            let said = apply(story, "m", &spec).await?;
+            assert!(
+                !said.success && said.stderr.contains(&format!("spec.runtime.batching.{field}")),
+                "{said:?}"
+            );
+        }
         Ok(())
     })
     .await

@@ -8,6 +8,7 @@
 use std::fmt::Write as _;
 
 use sha2::{Digest, Sha256};
+use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, Task};
 
 use crate::validate::ValidatedModel;
 
@@ -44,6 +45,14 @@ pub fn revision(model: &ValidatedModel) -> String {
     lines.add_if("runtime.contextTokens", model.runtime.context_tokens.map(|n| n.to_string()).as_deref());
     lines.add("runtime.batching.maxBatchSize", &model.runtime.batching.max_batch_size.to_string());
     lines.add("runtime.batching.maxQueue", &model.runtime.batching.max_queue.to_string());
+    // These came later: each counts only where it is not what it was before there was a choice.
+    lines.add_if("task", model.task.map(Task::as_str));
+    let batching = &model.runtime.batching;
+    let strategy = Some(batching.strategy).filter(|strategy| *strategy != BatchStrategy::default());
+    lines.add_if("runtime.batching.strategy", strategy.map(BatchStrategy::as_str));
+    let max_wait_ms = Some(batching.max_wait_ms).filter(|ms| *ms != DEFAULT_MAX_WAIT_MS);
+    lines.add_if("runtime.batching.maxWaitMs", max_wait_ms.map(|ms| ms.to_string()).as_deref());
+    lines.add_if("runtime.batching.priority", batching.priority.then_some("true"));
     short(&lines.0)
 }
 
@@ -141,6 +150,7 @@ mod tests {
             "{source: {uri: 'oci://x'}, traffic: {timeout: 1s, retries: 0}}",
             "{source: {uri: 'oci://x'}, pod: {labels: {a: b}}}",
             "{source: {uri: 'oci://x'}, runtime: {image: other}}",
+            "{source: {uri: 'oci://x'}, runtime: {batching: {strategy: dynamic, maxWaitMs: 10, priority: false}}}",
         ] {
             assert_eq!(revision(&valid("chat", same)), base, "{same}");
         }
@@ -151,6 +161,10 @@ mod tests {
             "{source: {uri: 'oci://x'}, runtime: {numerics: exact}}",
             "{source: {uri: 'oci://x'}, runtime: {contextTokens: 64}}",
             "{source: {uri: 'oci://x'}, runtime: {batching: {maxQueue: 1}}}",
+            "{source: {uri: 'oci://x'}, task: embed}",
+            "{source: {uri: 'oci://x'}, runtime: {batching: {strategy: size}}}",
+            "{source: {uri: 'oci://x'}, runtime: {batching: {maxWaitMs: 11}}}",
+            "{source: {uri: 'oci://x'}, runtime: {batching: {priority: true}}}",
         ] {
             assert_ne!(revision(&valid("chat", other)), base, "{other}");
         }

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
-use trustformers_crds::{InferenceModel, MAX_NAME_CHARS, PodSettings, Runtime, Source};
+use trustformers_crds::{
+    BatchStrategy, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, PodSettings, Runtime, Source, Task,
+};
 
 use crate::span::{self, SpanError};
 
@@ -40,6 +42,8 @@ pub struct ValidatedModel {
     pub generation: i64,
     /// Makes a child belong to the model.
     pub owner: OwnerReference,
+    /// What it must be for; none where its files decide.
+    pub task: Option<Task>,
     /// Where the files are.
     pub mount: Mount,
     /// The source as written: the URI, the globs, the pin.
@@ -88,6 +92,12 @@ pub enum ValidateError {
     /// The environment names one variable twice.
     #[error("spec.runtime.env: {0} is there twice")]
     EnvTwice(String),
+    /// A strategy that generation cannot follow.
+    #[error(
+        "spec.runtime.batching.strategy: {0} is for models that embed; with task generate, which is batched \
+         continuously, write dynamic or priority"
+    )]
+    Strategy(&'static str),
 }
 
 impl ValidateError {
@@ -101,6 +111,7 @@ impl ValidateError {
             Self::Span { .. } => "Span",
             Self::ReservedLabel(_) => "ReservedLabel",
             Self::EnvTwice(_) => "EnvTwice",
+            Self::Strategy(_) => "Strategy",
         }
     }
 }
@@ -125,12 +136,14 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
     if let Some(twice) = spec.runtime.env.iter().find(|one| seen.insert(one.name.as_str(), ()).is_some()) {
         return Err(ValidateError::EnvTwice(twice.name.clone()));
     }
+    check_strategy(spec)?;
     let time = |field, text: &str| span::parse(text).map_err(|cause| ValidateError::Span { field, cause });
     Ok(ValidatedModel {
         name,
         namespace,
         generation: meta.generation.unwrap_or(0),
         owner,
+        task: spec.task,
         mount: mount(&spec.source.uri)?,
         source: spec.source.clone(),
         runtime: spec.runtime.clone(),
@@ -141,6 +154,17 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
         max_unavailable: spec.disruption.max_unavailable,
         pod: spec.pod.clone(),
     })
+}
+
+/// Without a task the pod knows, once it has read the files; it says so in its log.
+fn check_strategy(spec: &InferenceModelSpec) -> Result<(), ValidateError> {
+    let strategy = spec.runtime.batching.strategy;
+    match (spec.task, strategy) {
+        (Some(Task::Generate), BatchStrategy::Time | BatchStrategy::Size) => {
+            Err(ValidateError::Strategy(strategy.as_str()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn is_reserved(key: &str) -> bool {
@@ -207,6 +231,15 @@ pub(crate) mod tests {
         assert!(label.to_string().contains("serving.trustformers.dev/model"), "{label}");
         let twice = error("{source: {uri: 'oci://x'}, runtime: {env: [{name: A}, {name: A}]}}");
         assert_eq!(twice.label(), "EnvTwice");
+        let window =
+            error("{task: generate, source: {uri: 'oci://x'}, runtime: {batching: {strategy: time}}}");
+        assert!(window.to_string().contains("time is for models that embed"), "{window}");
+        for good in ["task: embed, ", ""] {
+            valid(
+                "e",
+                &format!("{{{good}source: {{uri: 'oci://x'}}, runtime: {{batching: {{strategy: time}}}}}}"),
+            );
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::ConfigMap;
+use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, Task};
 use trustformers_proto::pod_config::{FILE_NAME, PodConfig, PodConfigError, PodEngine, PodModel};
 
 use super::meta;
@@ -24,8 +25,12 @@ pub(super) fn config_map(model: &ValidatedModel, revision: &str) -> Result<Confi
     })
 }
 
+/// What is as it was before there was a choice is left out, so that an operator with more choices changes the files of
+/// no model that did not choose, and older pods can read them.
 fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
     let runtime = &model.runtime;
+    let batching = &runtime.batching;
+    let strategy = Some(batching.strategy).filter(|strategy| *strategy != BatchStrategy::default());
     PodConfig {
         model: PodModel {
             names: vec![format!("{}/{}", model.namespace, model.name), model.name.clone()],
@@ -33,13 +38,17 @@ fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
             path: MODEL_DIR.to_owned(),
             files: model.source.files.clone(),
             sha256: model.source.sha256.clone(),
+            task: model.task.map(|task| Task::as_str(task).to_owned()),
         },
         engine: PodEngine {
             device: Some(runtime.device.as_str().to_owned()),
             numerics: Some(runtime.numerics.as_str().to_owned()),
             context_tokens: runtime.context_tokens,
-            max_batch_size: Some(runtime.batching.max_batch_size),
-            max_queue: Some(runtime.batching.max_queue),
+            max_batch_size: Some(batching.max_batch_size),
+            max_queue: Some(batching.max_queue),
+            batch_strategy: strategy.map(|strategy| strategy.as_str().to_owned()),
+            max_wait_ms: Some(batching.max_wait_ms).filter(|ms| *ms != DEFAULT_MAX_WAIT_MS),
+            priority: batching.priority.then_some(true),
         },
         // Validation bounds the span to a week, so that it fits.
         drain_timeout_ms: u64::try_from(model.drain_timeout.as_millis()).unwrap_or(u64::MAX),

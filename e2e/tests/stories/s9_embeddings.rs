@@ -1,0 +1,57 @@
+//! A checkpoint of several files in an image, applied like any other model, answers with vectors through the gateway.
+
+use anyhow::Result;
+use serde_json::json;
+use trustformers_e2e::{
+    ask::Ask,
+    model::{MINILM, status_text},
+    reference::{cosine, embedded},
+    story::tell,
+};
+
+/// From apply to ready: the image is on the node, and the files take a second to read.
+const READY_LIMIT_S: u64 = 60;
+
+#[tokio::test]
+async fn vectors_through_the_gateway_are_the_references() -> Result<()> {
+    tell("embeddings", async |story| {
+        // Given: texts whose vectors an independent implementation has computed.
+        let cases = embedded(&story.cluster.settings)?;
+        let texts: Vec<&str> = cases.iter().map(|case| case.text.as_str()).collect();
+
+        // When: the image is applied with every setting of batching, and becomes ready.
+        let models = story.models();
+        let batching =
+            json!({"strategy": "priority", "maxBatchSize": 8, "maxWaitMs": 5, "maxQueue": 64, "priority": true});
+        let spec = json!({
+            "task": "embed",
+            "source": {"uri": MINILM},
+            "runtime": {"numerics": "exact", "batching": batching},
+        });
+        models.apply("minilm", spec).await?;
+        let model = models.ready("minilm", READY_LIMIT_S).await?;
+        assert_eq!(status_text(&model, "/digest").len(), 64, "no digest of the loaded files");
+
+        // Then: by HTTP and gRPC alike, each text has the vector of the reference, and what was cut is said.
+        let gateway = story.gateway().await?;
+        let name = models.full_name("minilm");
+        let (vectors, answer) = gateway.embeddings(&name, &texts).await?;
+        assert_eq!(vectors.len(), cases.len());
+        for (vector, case) in vectors.iter().zip(&cases) {
+            let cosine = cosine(vector, &case.embedding);
+            assert!(cosine >= 0.9999, "{:?}: cosine {cosine}", case.text);
+        }
+        assert_eq!(answer["pooling"], "mean");
+        assert!(answer["truncated"].as_array().is_some_and(|cut| !cut.is_empty()), "{}", answer["truncated"]);
+        for (over_grpc, over_http) in gateway.grpc_embeddings(&name, &texts).await?.iter().zip(&vectors) {
+            let over_grpc: Vec<f64> = over_grpc.iter().map(|value| f64::from(*value)).collect();
+            assert!(cosine(&over_grpc, over_http) > 0.999_999, "HTTP and gRPC differ");
+        }
+
+        // And: asked to generate, it says what it is for and where to go.
+        let refusal = gateway.http(&Ask::new(&name, "Once upon a time", 2)).await.unwrap_err().to_string();
+        assert!(refusal.contains("/v1/embeddings"), "{refusal}");
+        Ok(())
+    })
+    .await
+}
