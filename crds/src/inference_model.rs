@@ -142,7 +142,8 @@ impl Default for Scaling {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Traffic {
-    /// From a request's arrival to the first byte of its answer, such as `60s`, `1m30s` or `500ms`.
+    /// From a request's arrival to the first byte of its answer, such as `60s`, `1m30s` or `500ms`. An answer that is not
+    /// streamed begins when it is complete.
     #[serde(default = "default_timeout")]
     #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h))+$"))]
     pub timeout: String,

@@ -92,14 +92,26 @@ pub struct Embedded {
     pub pooling_note: Option<String>,
 }
 
+/// An answer of more values is written away from the threads that serve connections: a million values take some tens of
+/// milliseconds, and this many about one.
+const VALUES_AT_ONCE: usize = 32 * 1024;
+
 /// `POST /v1/embeddings`.
 pub(crate) async fn embeddings(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
     let started = Instant::now();
     let (parts, body) = request.into_parts();
     let (asked, encoding) = parse(&read_bytes(body).await?, &parts.headers)?;
     let embedded = api.inference.embed(asked).await?;
-    let json = serde_json::to_vec(&AnswerBody::new(&embedded, encoding, milliseconds(started)))
-        .map_err(|error| ApiError::Internal { message: format!("the answer cannot be written: {error}") })?;
+    let many = embedded.values.len() > VALUES_AT_ONCE;
+    let failed = |why: String| ApiError::Internal { message: format!("the answer cannot be written: {why}") };
+    let write = move || serde_json::to_vec(&AnswerBody::new(&embedded, encoding, milliseconds(started)));
+    let json = if many {
+        let written = tokio::task::spawn_blocking(write).await;
+        written.map_err(|error| failed(error.to_string()))?
+    } else {
+        write()
+    };
+    let json = json.map_err(|error| failed(error.to_string()))?;
     Ok(([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response())
 }
 

@@ -6,6 +6,7 @@
 //!
 //! What must hold, and where it is checked:
 //!
+//! * F32 is among the types that it claims (`types`);
 //! * `exact` follows the oracle to within the rounding of f32 sums ([`cases`] `decoder/exact`, `encoder/exact`);
 //! * `fast` keeps the direction of the oracle's answer (`decoder/fast`, `encoder/fast`);
 //! * each fused form by itself gives what the plain ops give (`fused/decoder`, `fused/encoder`);

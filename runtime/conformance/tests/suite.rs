@@ -21,10 +21,12 @@ enum Flaw {
     Eager,
     /// It says that it takes no memory.
     Forgetful,
+    /// It claims no type.
+    Typeless,
 }
 
 /// The oracle with a flaw.
-struct Flawed(Oracle, Flaw);
+struct Flawed(Oracle, Flaw, Caps);
 struct FlawedModel(Box<dyn Loaded>, Flaw);
 struct FlawedExecutable {
     inner: Box<dyn Executable>,
@@ -34,7 +36,7 @@ struct FlawedExecutable {
 
 impl Backend for Flawed {
     fn caps(&self) -> &Caps {
-        self.0.caps()
+        &self.2
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
@@ -77,7 +79,14 @@ impl Executable for FlawedExecutable {
 }
 
 fn faults(flaw: Flaw) -> Vec<&'static str> {
-    let open: Open<'_> = &move || Ok(Box::new(Flawed(Oracle::new(), flaw)));
+    let open: Open<'_> = &move || {
+        let oracle = Oracle::new();
+        let mut caps = oracle.caps().clone();
+        if flaw == Flaw::Typeless {
+            caps.dtypes.clear();
+        }
+        Ok(Box::new(Flawed(oracle, flaw, caps)))
+    };
     check(open).unwrap_err().iter().map(|fault: &Fault| fault.case).collect()
 }
 
@@ -97,6 +106,7 @@ fn each_flaw_is_found_by_the_case_that_is_there_for_it() {
     }
     assert_eq!(faults(Flaw::Eager), ["order/steps"]);
     assert_eq!(faults(Flaw::Forgetful), ["order/memory"]);
+    assert_eq!(faults(Flaw::Typeless), ["types"]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use trustformers_api::inference::Models;
 use trustformers_api::{
@@ -42,6 +42,9 @@ const RETRY_AFTER_S: u32 = 1;
 /// the few milliseconds that a connection may be kept waiting.
 const LONG_PROMPT_BYTES: usize = 16 * 1024;
 
+/// Long requests that are tokenised at once: at 4 MiB of text and fifty bytes for each of it, 400 MiB.
+const LONG_REQUESTS: usize = 2;
+
 /// All models of this process.
 pub struct ModelServer {
     slots: Vec<Arc<Slot>>,
@@ -49,6 +52,7 @@ pub struct ModelServer {
     board: Arc<Board>,
     activity: Arc<Activity>,
     loading: Mutex<Vec<JoinHandle<()>>>,
+    long_requests: Semaphore,
 }
 
 impl ModelServer {
@@ -73,7 +77,14 @@ impl ModelServer {
             }
         }
         let slots = (0..).zip(specs).map(|(index, spec)| Arc::new(Slot::new(spec, index))).collect();
-        Ok(Self { slots, by_name, board, activity: Activity::new(), loading: Mutex::default() })
+        Ok(Self {
+            slots,
+            by_name,
+            board,
+            activity: Activity::new(),
+            loading: Mutex::default(),
+            long_requests: Semaphore::new(LONG_REQUESTS),
+        })
     }
 
     /// Begins to load every model. The loader takes them one at a time, but one that has to be tried again does not
@@ -118,23 +129,40 @@ impl ModelServer {
                 .map(|index| &self.slots[*index])
                 .ok_or_else(|| ApiError::UnknownModel { asked: name.to_owned(), choices: self.choices() });
         }
-        // A task is known once the model is loaded; until then it may be this one.
-        let may_be_meant = |slot: &&Arc<Slot>| {
-            let known = self.board.status(slot.index).task;
-            known.is_empty() || known == task_word(task)
-        };
-        let mut meant = self.slots.iter().filter(may_be_meant);
-        match (meant.next(), meant.next()) {
-            (Some(one), None) => Ok(one),
-            // None of this task: the error of the only one says what it is for.
-            (None, _) if self.slots.len() == 1 => Ok(&self.slots[0]),
-            (None, _) => Err(ApiError::ModelRequired { choices: self.choices() }),
-            (Some(one), Some(other)) => {
-                let choices = [one, other].into_iter().chain(meant);
-                let choices = choices.map(|slot| slot.spec.name().to_owned()).collect();
+        // Whatever the only one does, its own error is the best answer.
+        if let [only] = &self.slots[..] {
+            return Ok(only);
+        }
+        let mut meant = Vec::new();
+        for slot in &self.slots {
+            let status = self.board.status(slot.index);
+            if status.task == task_word(task) {
+                meant.push(slot);
+            } else if status.task.is_empty() && status.state() != ModelState::Failed {
+                // A task is known once the model is loaded: until then nobody can tell which one is meant.
+                let message = format!("{}; name the model, or ask again", describe(&status));
+                return Err(ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) });
+            }
+        }
+        match meant[..] {
+            [one] => Ok(one),
+            [] => Err(ApiError::ModelRequired { choices: self.choices() }),
+            _ => {
+                let choices = meant.iter().map(|slot| slot.spec.name().to_owned()).collect();
                 Err(ApiError::ModelRequired { choices })
             }
         }
+    }
+
+    /// Tokenises a long request away from the threads that serve connections, a few at a time: each may take fifty times
+    /// the memory of its text.
+    async fn at_length<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let _turn = self.long_requests.acquire().await;
+        let worked = tokio::task::spawn_blocking(work).await;
+        worked.map_err(|error| ApiError::Internal { message: format!("tokenising broke off: {error}") })
     }
 
     /// What answers for this slot now. Draining still answers: callers that have not heard of it yet are served.
@@ -162,9 +190,7 @@ impl ModelServer {
         let params = generate_params(request);
         let submitted = if long {
             let engine = engine.clone();
-            tokio::task::spawn_blocking(move || engine.submit(&params))
-                .await
-                .map_err(|error| ApiError::Internal { message: format!("tokenising broke off: {error}") })?
+            self.at_length(move || engine.submit(&params)).await?
         } else {
             engine.submit(&params)
         };
@@ -194,9 +220,7 @@ impl ModelServer {
         let params = embed::encode_params(request);
         let submitted = if long {
             let encoder = encoder.clone();
-            tokio::task::spawn_blocking(move || encoder.submit(&params))
-                .await
-                .map_err(|error| ApiError::Internal { message: format!("tokenising broke off: {error}") })?
+            self.at_length(move || encoder.submit(&params)).await?
         } else {
             encoder.submit(&params)
         };
@@ -493,8 +517,13 @@ mod tests {
         assert!(matches!(error, ApiError::UnknownModel { choices, .. } if choices == ["ns/m"]));
         let spec = |name: &str| ModelSpec::new(name, Source::from_path("/none"));
         let two = ModelServer::new(vec![spec("a"), spec("b")]).unwrap();
-        let error = two.generate(request(None)).await.err().unwrap();
-        assert!(matches!(error, ApiError::ModelRequired { choices } if choices == ["a", "b"]));
+        let unnamed = async || two.generate(request(None)).await.err().unwrap();
+        // What they do is not known yet.
+        assert!(matches!(unnamed().await, ApiError::Unavailable { retry_after_s: Some(_), .. }));
+        two.board.enter(0, ModelState::Failed);
+        two.board.enter(1, ModelState::Failed);
+        assert!(matches!(unnamed().await, ApiError::ModelRequired { choices } if choices == ["a", "b"]));
+        two.board.enter(1, ModelState::Pending);
         let error = two.generate(request(Some("b"))).await.err().unwrap();
         assert!(
             matches!(&error, ApiError::Unavailable { message, .. } if message.contains("b is pending")),

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use trustformers_engine::encoder::{BatchStrategy, Encoder, EncoderMetrics};
+use trustformers_engine::encoder::{Encoder, EncoderMetrics};
 use trustformers_engine::{Engine, EngineMetrics, Heartbeat, LoadProgress, MemoryReport};
 use trustformers_model::{Model, Task};
 use trustformers_plan::Backend;
 
 use crate::failure::Failure;
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, TextBatching};
 
 /// A running engine.
 #[derive(Debug, Clone)]
@@ -61,11 +61,11 @@ impl Runner {
         let (task, model) = (model.task(), Arc::new(model));
         Ok(match task {
             Task::Generate => {
-                if spec.batching.strategy != BatchStrategy::default() {
+                if spec.batching != TextBatching::default() {
                     tracing::warn!(
                         model = spec.name(),
-                        strategy = spec.batching.strategy.as_str(),
-                        "generation is batched continuously; the strategy is for models that embed"
+                        batching = ?spec.batching,
+                        "generation is batched continuously: strategy, waiting time and priority of batching are for models that embed and do nothing here"
                     );
                 }
                 let engines = &metrics.engines;

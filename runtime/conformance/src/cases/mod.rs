@@ -19,6 +19,7 @@ pub struct Case {
 
 /// Every case.
 pub const ALL: &[Case] = &[
+    Case { name: "types", run: numerics::types },
     Case { name: "decoder/exact", run: numerics::decoder_exact },
     Case { name: "decoder/fast", run: numerics::decoder_fast },
     Case { name: "encoder/exact", run: numerics::encoder_exact },

@@ -23,6 +23,15 @@ pub(super) fn decoders(dtypes: &[DType]) -> Vec<Decoder> {
     dtypes.iter().zip(turns).map(|(&dtype, (layout, biased))| Decoder { dtype, layout, biased }).collect()
 }
 
+/// Every backend runs F32, which the other cases rely on: without a type they would compare nothing.
+pub(super) fn types(open: Open<'_>) -> Result<(), CaseError> {
+    let caps = open()?.caps().clone();
+    if !caps.dtypes.contains(&DType::F32) {
+        return wrong(format!("it has kernels for {:?}, and F32 is not among them", caps.dtypes));
+    }
+    Ok(())
+}
+
 pub(super) fn decoder_exact(open: Open<'_>) -> Result<(), CaseError> {
     for decoder in decoders(&open()?.caps().dtypes.clone()) {
         let mut backend = open()?;

@@ -63,8 +63,12 @@ pub(crate) struct EncoderSizes {
 }
 
 impl EncoderConfig {
-    /// Checks the settings against the longest text that the model takes.
-    pub(crate) fn sizes(&self, model_context: usize) -> Result<EncoderSizes, StartError> {
+    /// Checks the settings against the longest text that the model takes, and the tokens that it puts around each.
+    pub(crate) fn sizes(
+        &self,
+        model_context: usize,
+        special_tokens: usize,
+    ) -> Result<EncoderSizes, StartError> {
         let invalid = |field, why: String| Err(StartError::Invalid { field, why });
         if !(1..=256).contains(&self.max_batch_size) {
             return invalid("max_batch_size", format!("{} is not between 1 and 256", self.max_batch_size));
@@ -76,9 +80,12 @@ impl EncoderConfig {
             return invalid("max_queue", format!("{} is not between 1 and 65536", self.max_queue));
         }
         let context_tokens = self.context_tokens.unwrap_or(model_context);
-        if context_tokens < 1 || context_tokens > model_context {
+        // Room for one token of the text: otherwise all texts would be the same.
+        let least = special_tokens + 1;
+        if context_tokens < least || context_tokens > model_context {
             let why = format!(
-                "{context_tokens} is not between 1 and the model's own limit of {model_context} tokens"
+                "{context_tokens} is not between {least} ({special_tokens} stand around every text) and the model's own \
+                 limit of {model_context} tokens"
             );
             return invalid("context_tokens", why);
         }
@@ -105,13 +112,13 @@ mod tests {
 
     #[test]
     fn a_step_holds_the_longest_text_and_classes_come_with_their_strategy() {
-        let sizes = EncoderConfig::default().sizes(256).unwrap();
+        let sizes = EncoderConfig::default().sizes(256, 2).unwrap();
         assert_eq!((sizes.context_tokens, sizes.rules.max_tokens, sizes.rules.by_class), (256, 1024, false));
         let long = EncoderConfig { strategy: BatchStrategy::Priority, ..EncoderConfig::default() };
-        let sizes = long.sizes(8192).unwrap();
+        let sizes = long.sizes(8192, 2).unwrap();
         assert_eq!((sizes.context_tokens, sizes.rules.max_tokens, sizes.rules.by_class), (8192, 8192, true));
         let short = EncoderConfig { context_tokens: Some(64), priority: true, ..EncoderConfig::default() };
-        let sizes = short.sizes(512).unwrap();
+        let sizes = short.sizes(512, 2).unwrap();
         assert_eq!((sizes.context_tokens, sizes.rules.by_class), (64, true));
     }
 
@@ -124,12 +131,12 @@ mod tests {
             (EncoderConfig { max_wait_ms: 0, ..good() }, "max_wait_ms"),
             (EncoderConfig { max_wait_ms: 1001, ..good() }, "max_wait_ms"),
             (EncoderConfig { max_queue: 0, ..good() }, "max_queue"),
-            (EncoderConfig { context_tokens: Some(0), ..good() }, "context_tokens"),
+            (EncoderConfig { context_tokens: Some(2), ..good() }, "context_tokens"),
             (EncoderConfig { context_tokens: Some(513), ..good() }, "context_tokens"),
             (EncoderConfig { token_budget: Some(511), ..good() }, "token_budget"),
         ];
         for (config, field) in cases {
-            let error = config.sizes(512).unwrap_err().to_string();
+            let error = config.sizes(512, 2).unwrap_err().to_string();
             assert!(error.starts_with(field), "{error}");
         }
     }

@@ -182,7 +182,9 @@ impl Device {
                 Ok(job) => self.accept(job),
                 Err(RecvTimeoutError::Timeout) => {}
                 // No more can come. What waits is still answered, unless the engine was stopped.
-                Err(RecvTimeoutError::Disconnected) if self.batcher.len() == 0 => break,
+                Err(RecvTimeoutError::Disconnected) if self.batcher.len() == 0 || self.shared.stopping() => {
+                    break;
+                }
                 Err(RecvTimeoutError::Disconnected) => self.step(now),
             }
         }

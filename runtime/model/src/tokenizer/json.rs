@@ -8,6 +8,10 @@ use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::{PostProcessor, Tokenizer as Library, TruncationDirection};
 
 const KIND: &str = "model.type";
+/// A text is first tokenised up to this many bytes for each token that is wanted: few words give fewer tokens than that.
+const BYTES_PER_TOKEN: usize = 16;
+/// The shortest piece that is worth tokenising by itself.
+const FIRST_PIECE_BYTES: usize = 4096;
 
 /// The ids of a text that was cut to a length.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,15 +42,22 @@ impl Tokenizer {
     }
 
     /// The ids of a text, at most `max_tokens` of them: a longer text loses its end, while the special tokens around
-    /// it stay.
+    /// it stay. What lies far behind the cut is not tokenised.
     ///
     /// # Errors
     /// The library's own; none is known for valid UTF-8.
     pub fn encode_up_to(&self, text: &str, max_tokens: usize) -> Result<EncodedText, TokenizerProblem> {
         let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
-        let special = self.special_tokens();
-        let mut encoding = self.library.encode_fast(text, false).map_err(failed)?;
-        let room = max_tokens.saturating_sub(special);
+        let room = max_tokens.saturating_sub(self.special_tokens());
+        let mut bytes = max_tokens.saturating_mul(BYTES_PER_TOKEN).max(FIRST_PIECE_BYTES);
+        let mut encoding = loop {
+            let piece = self.beginning(text, bytes);
+            let encoding = self.library.encode_fast(piece, false).map_err(failed)?;
+            if encoding.len() > room || piece.len() == text.len() {
+                break encoding;
+            }
+            bytes = bytes.saturating_mul(4);
+        };
         let cut = encoding.len() > room;
         encoding.truncate(room, 0, TruncationDirection::Right);
         // The library keeps what was cut off, and would put special tokens around each piece of it.
@@ -56,8 +67,19 @@ impl Tokenizer {
         Ok(EncodedText { ids, cut })
     }
 
+    /// The first words of `text`, `bytes` long or shorter, and all of it where it has no blank before that. WordPiece
+    /// splits at blanks before it does anything else, so that words in front of one have the tokens that they have in
+    /// the whole text; other tokenizers may look further.
+    fn beginning<'t>(&self, text: &'t str, bytes: usize) -> &'t str {
+        let word_piece = matches!(self.library.get_model(), ModelWrapper::WordPiece(_));
+        let start = text.get(..text.floor_char_boundary(bytes)).filter(|start| start.len() < text.len());
+        let blank = start.filter(|_| word_piece).and_then(|start| start.rfind([' ', '\n', '\t']));
+        blank.map_or(text, |end| &text[..end])
+    }
+
     /// How many tokens are put around every text.
-    pub(crate) fn special_tokens(&self) -> usize {
+    #[must_use]
+    pub fn special_tokens(&self) -> usize {
         let template = self.library.get_post_processor().filter(|_| self.templated);
         template.map_or(0, |template| template.added_tokens(false)) + usize::from(self.begin.is_some())
     }
@@ -156,6 +178,29 @@ mod tests {
         );
         assert_eq!(tokenizer.encode("🦀").unwrap(), [first, id("[UNK]"), last]);
         assert_eq!(tokenizer.decode(&whole.ids), " the cat sat");
+    }
+
+    #[test]
+    fn a_long_text_is_cut_as_if_it_had_been_tokenised_whole() {
+        let tokenizer = seeded();
+        // Blanks in plenty, words longer than a piece, and no blank at all.
+        let texts = [
+            "the cat sat ".repeat(5000),
+            format!("{} {}", "x".repeat(9000), "cat ".repeat(9000)),
+            format!("the{}cat", " ".repeat(100_000)),
+            "the".repeat(20_000),
+            "the, cat; 猫".repeat(3000),
+        ];
+        for text in &texts {
+            for most in [3, 8, 64] {
+                let mut whole = tokenizer.library.encode_fast(text.as_str(), false).unwrap();
+                let cut = whole.len() > most - 2;
+                whole.truncate(most - 2, 0, TruncationDirection::Right);
+                let found = tokenizer.encode_up_to(text, most).unwrap();
+                assert_eq!(found.ids[1..found.ids.len() - 1], *whole.get_ids());
+                assert_eq!(found.cut, cut);
+            }
+        }
     }
 
     #[test]
