@@ -1,4 +1,4 @@
-//! Qwen2.5-Coder 0.5B: five types of storage in one file, biases, halves of heads that turn together.
+//! Qwen2.5-Coder, 0.5B and where it is there 1.5B: five types of storage in one file, biases, halves of heads that turn together.
 
 use super::{Answer, Case, check_fast, check_logits, cpu, first_logits, generate, tiers};
 use std::sync::Arc;
@@ -38,22 +38,32 @@ fn prompts_become_the_same_ids() {
     assert_eq!(types, [DType::F32, DType::Q8_0, DType::Q5_0, DType::Q4_K, DType::Q6_K]);
 }
 
+/// Every case on one tier, compared as far as the reference is decided.
+fn check_greedy(model: &Arc<Model>, cases: &[Case], tier: Tier) -> Vec<Answer> {
+    let all: Vec<(&Case, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
+    let started = std::time::Instant::now();
+    let answers: Vec<Answer> = generate(model, cpu(tier), &all);
+    println!("{tier:?}: {} prompts in {:.1} s", cases.len(), started.elapsed().as_secs_f32());
+    let mut equal = 0;
+    for (case, (ids, text)) in cases.iter().zip(&answers) {
+        let decided = case.decided();
+        assert_eq!(ids[..decided], case.greedy[..decided], "{tier:?}: {:?}", case.prompt);
+        if decided == case.greedy.len() {
+            assert_eq!(text, &case.text);
+        }
+        equal += decided;
+    }
+    println!("{tier:?}: {equal} decided tokens are equal");
+    answers
+}
+
 #[test]
 fn the_best_tier_follows_the_reference_and_the_others_follow_it() {
     let Some(model) = model() else { return };
     let (cases, tiers) = (cases(), tiers());
     let best = *tiers.last().unwrap();
     let all: Vec<(&Case, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
-    let started = std::time::Instant::now();
-    let answers: Vec<Answer> = generate(&model, cpu(best), &all);
-    println!("{best:?}: {} prompts in {:.1} s", cases.len(), started.elapsed().as_secs_f32());
-    for (case, (ids, text)) in cases.iter().zip(&answers) {
-        let decided = case.decided();
-        assert_eq!(ids[..decided], case.greedy[..decided], "{best:?}: {:?}", case.prompt);
-        if decided == case.greedy.len() {
-            assert_eq!(text, &case.text);
-        }
-    }
+    let answers = check_greedy(&model, &cases, best);
     let short: Vec<(&Case, usize)> = all
         .iter()
         .filter(|(case, count)| case.ids.len() <= SHORT_PROMPT_TOKENS && *count >= SHORT_TOKENS)
@@ -77,5 +87,19 @@ fn fast_numerics_agree_where_the_reference_is_clear() {
     let best = tiers().into_iter().rfind(|tier| *tier != Tier::Scalar);
     if let Some(best) = best {
         check_fast(&model, &cases(), best);
+    }
+}
+
+#[test]
+fn the_larger_one_follows_its_reference_where_it_is_there() {
+    let Some(model) = super::model_if_there("Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf") else { return };
+    let cases = super::cases(include_str!("../reference/qwen2.5-coder-1.5b.json"));
+    for case in &cases {
+        assert_eq!(model.tokenizer().encode(&case.prompt).unwrap(), case.ids, "{:?}", case.prompt);
+    }
+    let best = *tiers().last().unwrap();
+    check_greedy(&model, &cases, best);
+    if best != Tier::Scalar {
+        check_fast(&model, &cases, best);
     }
 }
