@@ -11,8 +11,6 @@ use crate::{
 
 /// How far ahead a stream of weights is asked for, in bytes.
 const PREFETCH_BYTES: usize = 2048;
-/// Tiles of more rows take so long per block that the processor's own prefetching keeps up.
-const PREFETCH_ROWS: usize = 2;
 
 /// Runs a share.
 ///
@@ -56,7 +54,8 @@ unsafe fn tile<S: Simd, Q: Quant, const R: usize>(
         for b in 0..job.matrix.blocks() {
             let x = x.add(b * BLOCK_RECORD_BYTES);
             let values = [0, 1].map(|g| sides[g].values.add(b * Q::FORM.block_bytes()));
-            if R <= PREFETCH_ROWS {
+            // The first tile finds a unit's weights in memory, those after it in the caches.
+            if row == 0 {
                 for line in 0..Q::FORM.block_bytes() / 64 {
                     S::prefetch(values[0].wrapping_add(line * 64 + PREFETCH_BYTES));
                     S::prefetch(values[1].wrapping_add(line * 64 + PREFETCH_BYTES));
