@@ -8,11 +8,11 @@ use crate::priority::Priority;
 use crate::queue::Place;
 use crate::tenants::Tenant;
 
-/// A running sequence and what it holds.
+/// A running sequence and what it needs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Runs<'a> {
     pub(crate) place: &'a Place,
-    /// Blocks of the cache.
+    /// Blocks of the cache for all of its tokens, whether it has got them yet or not.
     pub(crate) blocks: usize,
 }
 
@@ -21,8 +21,8 @@ pub(crate) struct Runs<'a> {
 pub(crate) enum Lack {
     /// A place in the batch.
     Place,
-    /// So many blocks, beyond those that are free.
-    Blocks { wanted: usize, free: usize },
+    /// So many more blocks than are free, of all that it needs for itself.
+    Blocks { short: usize, own: usize },
 }
 
 /// The sequence that gives way to a request of this class and tenant, as an index of `running`; none where nobody
@@ -33,9 +33,9 @@ pub(crate) fn gives_way(
     running: &[Runs<'_>],
 ) -> Option<usize> {
     let below = |runs: &&Runs<'_>| runs.place.class > class;
-    if let Lack::Blocks { wanted, free } = lack {
+    if let Lack::Blocks { short, .. } = lack {
         let freed: usize = running.iter().filter(below).map(|runs| runs.blocks).sum();
-        if freed > 0 && free + freed >= wanted {
+        if freed >= short {
             return last(running, |runs| below(&runs));
         }
     } else if running.iter().any(|runs| below(&runs)) {
@@ -48,7 +48,7 @@ pub(crate) fn gives_way(
     };
     let needed = match lack {
         Lack::Place => 1,
-        Lack::Blocks { wanted, .. } => wanted,
+        Lack::Blocks { own, .. } => own,
     };
     let of = |tenant: &Tenant| -> usize {
         running.iter().filter(|runs| runs.place.tenant == *tenant).map(amount).sum()
@@ -111,8 +111,8 @@ mod tests {
         assert_eq!(way(High, Lack::Place), Some(1));
         assert_eq!(way(Normal, Lack::Place), Some(1));
         assert_eq!(way(Low, Lack::Place), None);
-        assert_eq!(way(High, Lack::Blocks { wanted: 5, free: 2 }), Some(1));
-        assert_eq!(way(High, Lack::Blocks { wanted: 6, free: 2 }), None, "it would not be enough");
+        assert_eq!(way(High, Lack::Blocks { short: 3, own: 5 }), Some(1));
+        assert_eq!(way(High, Lack::Blocks { short: 4, own: 5 }), None, "it would not be enough");
     }
 
     #[test]
@@ -133,7 +133,7 @@ mod tests {
         let held = [30, 10, 4];
         let running: Vec<Runs<'_>> =
             places.iter().zip(held).map(|(place, blocks)| Runs { place, blocks }).collect();
-        let way = |wanted| gives_way((Normal, &"b".into()), Lack::Blocks { wanted, free: 0 }, &running);
+        let way = |own| gives_way((Normal, &"b".into()), Lack::Blocks { short: 1, own }, &running);
         assert_eq!(way(20), Some(1));
         assert_eq!(way(27), None, "a would keep 30, b would have 31");
     }

@@ -215,7 +215,11 @@ impl Device {
     /// beside what the running ones need for theirs and one more block for each of them. Others give way where they
     /// have to. It always fits once nothing runs, because no request needs more than one full context and the cache
     /// holds at least that.
+    ///
+    /// Who gave way may be whose turn it is next. Each one gives way to a better claim, so this comes to an end; the
+    /// bound is there so that it needs no proof.
     fn admit(&mut self) {
+        let mut may_give_way = self.sizes.max_batch_size;
         loop {
             let running_of = |tenant: &Tenant| {
                 self.running.iter().filter(|sequence| sequence.place().tenant == *tenant).count()
@@ -223,20 +227,20 @@ impl Device {
             let Some(turn) = self.waiting.turn(&self.tenants, running_of) else { return };
             let Some(next) = self.waiting.peek(&turn) else { return };
             let blocks = self.pool.matching(next.shared_beginning());
-            let missing = blocks_for(next.tokens().len()) - blocks.ids().len();
+            let own = blocks_for(next.tokens().len());
             let promised: usize = self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum();
-            let (wanted, free) = (missing + promised, self.pool.available());
+            let short = (own - blocks.ids().len() + promised).saturating_sub(self.pool.available());
             let lack = if self.running.len() >= self.sizes.max_batch_size {
                 Some(Lack::Place)
-            } else if free < wanted && !self.running.is_empty() {
-                Some(Lack::Blocks { wanted, free })
+            } else if short > 0 && !self.running.is_empty() {
+                Some(Lack::Blocks { short, own })
             } else {
                 None
             };
             if let Some(lack) = lack {
-                let Some(index) = gives_way((turn.class(), turn.tenant()), lack, &self.runs()) else {
-                    return;
-                };
+                let gives_way = gives_way((turn.class(), turn.tenant()), lack, &self.runs());
+                let Some(index) = gives_way.filter(|_| may_give_way > 0) else { return };
+                may_give_way -= 1;
                 self.preempt(index);
                 continue;
             }
@@ -251,7 +255,7 @@ impl Device {
     fn runs(&self) -> Vec<Runs<'_>> {
         self.running
             .iter()
-            .map(|sequence| Runs { place: sequence.place(), blocks: sequence.blocks() })
+            .map(|sequence| Runs { place: sequence.place(), blocks: blocks_for(sequence.tokens().len()) })
             .collect()
     }
 

@@ -97,11 +97,6 @@ impl Sequence {
         self.first_token.is_none()
     }
 
-    /// Blocks that it holds.
-    pub(crate) fn blocks(&self) -> usize {
-        self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len())
-    }
-
     /// Prompt and answer so far.
     pub(crate) fn tokens(&self) -> &[u32] {
         &self.tokens
@@ -138,7 +133,8 @@ impl Sequence {
 
     /// Blocks that it lacks for all of its tokens.
     pub(crate) fn missing_blocks(&self) -> usize {
-        blocks_for(self.tokens.len()).saturating_sub(self.blocks())
+        let held = self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len());
+        blocks_for(self.tokens.len()).saturating_sub(held)
     }
 
     /// Makes room for `rows` more tokens in the cache, or says that there is none.

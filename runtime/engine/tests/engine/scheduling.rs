@@ -198,3 +198,34 @@ fn giving_way_changes_no_answer() {
         assert_eq!(ids(generation), ids(alone.submit(request).unwrap()));
     }
 }
+
+/// Two tenants whose sequences do not fit together, with classes mixed in: whoever gives way is next to ask again, and
+/// still every step computes something.
+#[test]
+fn tenants_that_contend_for_blocks_do_not_stand_still() {
+    let requests: Vec<GenerateParams> = (0..40)
+        .map(|index| GenerateParams {
+            priority: Priority::ALL[index % 3],
+            tenant: ["a", "b", "c", "d"][index % 4].to_owned(),
+            logit_bias: vec![(2, -100.0)],
+            ..tokens(
+                &prompt(if index % 5 == 0 { 100 } else { 20 }, index),
+                if index % 5 == 0 { 60 } else { 10 },
+            )
+        })
+        .collect();
+    let engine = start(&EngineConfig {
+        max_batch_size: 8,
+        context_tokens: Some(176),
+        kv_memory_bytes: Some(14 * crate::paging::BLOCK_BYTES),
+        ..config()
+    });
+    let running: Vec<_> = requests.iter().map(|request| engine.submit(request).unwrap()).collect();
+    for (request, mut generation) in requests.iter().zip(running) {
+        let mut produced = 0;
+        while let GenerationEvent::Token { .. } = generation.blocking_next().unwrap().unwrap() {
+            produced += 1;
+        }
+        assert_eq!(produced, request.max_tokens);
+    }
+}
