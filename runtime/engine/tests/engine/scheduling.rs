@@ -76,9 +76,12 @@ fn low_is_served_within_its_bound_whatever_comes_above_it() {
 fn a_tenant_with_a_full_batch_makes_place_for_another_at_once() {
     let config = EngineConfig { max_batch_size: 4, ..config() };
     let (engine, gate, registry) = start_gated(&config);
+    let first = engine.submit(&of(Priority::Normal, "a", 1, 30)).unwrap();
+    // The first step is held until all others wait, so that these begin together in the second.
+    gate.begun();
     let many: Vec<_> =
-        (1..20).map(|salt| engine.submit(&of(Priority::Normal, "a", salt, 30)).unwrap()).collect();
-    gate.run();
+        (2..20).map(|salt| engine.submit(&of(Priority::Normal, "a", salt, 30)).unwrap()).collect();
+    gate.let_it(Verdict::Run);
     gate.run();
     let step = gate.begun();
     assert_eq!(step.sequences(), 4);
@@ -96,9 +99,9 @@ fn a_tenant_with_a_full_batch_makes_place_for_another_at_once() {
     // The other has ended; the one that gave way goes on where it was, before those that have not begun.
     let step = gate.begun();
     assert_eq!(step.sequences(), 4);
-    assert_eq!(step.rows(), 3 + 4 + 3, "it had its prompt and three tokens");
+    assert_eq!(step.rows(), 3 + 4 + 2, "it had its prompt and two tokens");
     assert_eq!(value(&registry, "trustformers_preemptions_total", None), 1.0);
-    drop((gate, many, other));
+    drop((gate, first, many, other));
 }
 
 #[test]
