@@ -6,6 +6,7 @@ median of its turns.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -15,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 
 import programs
 from rows import Row
@@ -35,9 +37,11 @@ class Bench:
     def __init__(self, flags):
         self.ours = pathlib.Path(flags.ours) / "trustformers-serve"
         self.examples = pathlib.Path(flags.ours) / "examples"
-        self.llama_bench = pathlib.Path(flags.llama) / "llama-bench"
-        self.llama_server = pathlib.Path(flags.llama) / "llama-server"
-        self.llama_how = (pathlib.Path(flags.llama) / "how.txt").read_text(encoding="utf-8").strip()
+        # Only groups that need a peer use what is said of it.
+        llama = pathlib.Path(flags.llama)
+        self.llama_bench = llama / "llama-bench"
+        self.llama_server = llama / "llama-server"
+        self.llama_how = (llama / "how.txt").read_text(encoding="utf-8").strip() if flags.llama else "not needed"
         self.python = flags.python
         self.onnx = flags.onnx
         self.rounds = flags.rounds
@@ -204,15 +208,29 @@ def speculation(bench):
     return [row]
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rows that are measured together, and what run.sh has to get for them."""
+
+    measure: Callable[[Bench], list[Row]]
+    # Names that models/fetch.sh knows.
+    models: tuple[str, ...] = ()
+    # llama (llama-cpp.sh), python (python.sh)
+    peers: tuple[str, ...] = ()
+
+    def needs(self):
+        return {*(f"model:{name}" for name in self.models), *(f"peer:{name}" for name in self.peers)}
+
+
 GROUPS = {
-    "smollm2-steps": smollm2_steps,
-    "smollm2-clients": smollm2_clients,
-    "qwen-0.5b": qwen_decode("qwen-0.5b"),
-    "qwen-1.5b": qwen_decode("qwen-1.5b"),
-    "minilm-embed": minilm_embed,
-    "qwen-speculation": speculation,
-    "minilm-strategies": minilm_strategies,
-    "fused": fused_beside_unfused,
+    "smollm2-steps": Group(smollm2_steps, models=("smollm2",), peers=("llama",)),
+    "smollm2-clients": Group(smollm2_clients, models=("smollm2",), peers=("llama",)),
+    "qwen-0.5b": Group(qwen_decode("qwen-0.5b"), models=("qwen-0.5b",), peers=("llama",)),
+    "qwen-1.5b": Group(qwen_decode("qwen-1.5b"), models=("qwen-1.5b",), peers=("llama",)),
+    "minilm-embed": Group(minilm_embed, models=("minilm",), peers=("python",)),
+    "qwen-speculation": Group(speculation),
+    "minilm-strategies": Group(minilm_strategies, models=("minilm",)),
+    "fused": Group(fused_beside_unfused),
 }
 
 
@@ -235,22 +253,37 @@ def machine():
     return f"{value.get('model name')} ({family}), {os.cpu_count()} cores, {' '.join(known)}"
 
 
-def main():
+def asked():
+    """The flags and the groups that they ask for; ends the program where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("ours", "llama", "python", "onnx", "models", "report"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--needs", action="store_true", help="only print what the groups need, a line for each")
     parser.add_argument("--only", default="")
+    parser.add_argument("--rounds", type=int, default=3)
+    for name in ("ours", "models", "report"):
+        parser.add_argument(f"--{name}", default="")
+    for name in ("llama", "python", "onnx"):
+        parser.add_argument(f"--{name}", default="", help="empty where no group needs it")
     flags = parser.parse_args()
     if flags.rounds < 3:
         sys.exit("error: a median of fewer than 3 turns says little; BENCH_ROUNDS is at least 3")
-    bench = Bench(flags)
     groups = [group for name, group in GROUPS.items() if name.startswith(flags.only)]
     if not groups:
         sys.exit(f"error: no group begins with {flags.only!r}; there are {', '.join(GROUPS)}")
+    return flags, groups
+
+
+def main():
+    flags, groups = asked()
+    if flags.needs:
+        print("\n".join(sorted(set().union(*(group.needs() for group in groups)))))
+        return
+    for name in ("ours", "models", "report"):
+        if not getattr(flags, name):
+            sys.exit(f"error: --{name} is needed to measure anything")
+    bench = Bench(flags)
     (all_before, own_before), began = busy_seconds(), datetime.datetime.now(datetime.timezone.utc)
     try:
-        rows = [row for group in groups for row in group(bench)]
+        rows = [row for group in groups for row in group.measure(bench)]
     except programs.Failed as why:
         sys.exit(f"error: {why}")
     took = datetime.datetime.now(datetime.timezone.utc) - began

@@ -23,14 +23,23 @@ class Failed(Exception):
     """A program did not run."""
 
 
+# How ours says that it does not know a model's kind. Everything else that goes wrong is a failure: a row that is missing
+# because of a mistyped flag must not look like one that is to come.
+UNSUPPORTED = "UnsupportedModel"
+
+
 def run(*command):
     """A program's stdout."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    command = [str(part) for part in command]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as why:
+        raise Failed(f"{command[0]} cannot be started: {why}") from why
     if done.returncode:
         says = done.stderr.strip()[-2000:]
-        if any(sign in says for sign in ("UnsupportedModel", "ModelFileNotFound", "unexpected argument")):
+        if UNSUPPORTED in says:
             raise NotBuilt(says)
-        raise Failed(f"{' '.join(str(part) for part in command)}\nended with {done.returncode}: {says}")
+        raise Failed(f"{' '.join(command)}\nended with {done.returncode}: {says or 'it said nothing'}")
     return done.stdout
 
 
@@ -72,8 +81,12 @@ def free_port():
 @contextlib.contextmanager
 def server(command, url, ready, cwd=None):
     """A server while the block runs, from the moment at which `ready` answers 200."""
+    command = [str(part) for part in command]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, cwd=cwd)
+        try:
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=cwd)
+        except OSError as why:
+            raise Failed(f"{command[0]} cannot be started: {why}") from why
         try:
             end = time.monotonic() + START_SECONDS
             while True:
@@ -84,7 +97,7 @@ def server(command, url, ready, cwd=None):
                 if process.poll() is not None or time.monotonic() > end:
                     log.seek(0)
                     says = log.read().decode(errors="replace")[-2000:]
-                    raise NotBuilt(says) if "UnsupportedModel" in says else Failed(f"{command[0]} does not serve: {says}")
+                    raise NotBuilt(says) if UNSUPPORTED in says else Failed(f"{command[0]} does not serve: {says}")
                 time.sleep(0.05)
             yield url
         finally:

@@ -1,22 +1,38 @@
 #!/usr/bin/env bash
 # run.sh: ours and other engines on this processor, in turns and in one run, on 2 threads; prints the table of ratios.
-# Gets models and peers first (about 8 GB and half an hour on two cores, kept in the cache). A bar that is missed is
-# printed as MISS; only what could not be run is a failure.
+# Gets the models and peers that its groups need first (all: about 8 GB and half an hour on two cores, kept in the
+# cache). A bar that is missed is printed as MISS; only what could not be run is a failure.
 #   BENCH_ROUNDS=5      turns that each measurement takes, at least 3
 #   BENCH_ONLY=minilm   only the groups of rows whose names begin so
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
 cd "$REPO_DIR"
-models=(smollm2 minilm qwen-0.5b qwen-1.5b)
-"$E2E_DIR/models/fetch.sh" "${models[@]}"
-llama=$("$E2E_DIR/bench/llama-cpp.sh")
-mapfile -t python < <("$E2E_DIR/bench/python.sh")
-[ "${#python[@]}" = 2 ] || fail "the Python peers could not be made" "see above"
+asked=(--rounds "${BENCH_ROUNDS:-3}" --only "${BENCH_ONLY:-}")
+# A wrong word ends here, before anything is got or built; and only what the groups need is got.
+needs=$(python3 "$E2E_DIR/bench/bars.py" --needs "${asked[@]}")
+needed() { awk -v kind="$1:" 'index($0, kind) == 1 { print substr($0, length(kind) + 1) }' <<<"$needs"; }
+mapfile -t models < <(needed model)
+mapfile -t peers < <(needed peer)
+
+[ "${#models[@]}" = 0 ] || "$E2E_DIR/models/fetch.sh" "${models[@]}"
+for peer in "${peers[@]}"; do
+  case $peer in
+    llama)
+      llama=$("$E2E_DIR/bench/llama-cpp.sh")
+      asked+=(--llama "$llama")
+      ;;
+    python)
+      mapfile -t python < <("$E2E_DIR/bench/python.sh")
+      [ "${#python[@]}" = 2 ] || fail "the Python peers could not be made" "see above"
+      asked+=(--python "${python[0]}" --onnx "${python[1]}")
+      ;;
+    *) fail "no script gets the peer $peer" "needs: $E2E_DIR/bench/bars.py" ;;
+  esac
+done
 say "building ours ..."
 cargo build --locked --profile ci -p trustformers-serve --bin trustformers-serve
 cargo build --locked --profile ci -p trustformers-cpu --examples
 mkdir -p "$REPORT_DIR"
-exec python3 "$E2E_DIR/bench/bars.py" --ours "${CARGO_TARGET_DIR:-$REPO_DIR/target}/ci" --llama "$llama" \
-  --python "${python[0]}" --onnx "${python[1]}" --models "$MODEL_STORE" --report "$REPORT_DIR/bench-cpu.json" \
-  --rounds "${BENCH_ROUNDS:-3}" --only "${BENCH_ONLY:-}"
+exec python3 "$E2E_DIR/bench/bars.py" --ours "${CARGO_TARGET_DIR:-$REPO_DIR/target}/ci" --models "$MODEL_STORE" \
+  --report "$REPORT_DIR/bench-cpu.json" "${asked[@]}"
