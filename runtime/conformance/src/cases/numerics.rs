@@ -32,29 +32,36 @@ pub(super) fn types(open: Open<'_>) -> Result<(), CaseError> {
     Ok(())
 }
 
-pub(super) fn decoder_exact(open: Open<'_>) -> Result<(), CaseError> {
+/// The rows of one model's answers.
+type Rows = Vec<Vec<f32>>;
+
+/// Every decoder's answers in these numerics, judged with the oracle's beside them: the model, what was got, what is
+/// wanted.
+fn each_decoder(
+    open: Open<'_>,
+    numerics: Numerics,
+    judge: impl Fn(Decoder, &Rows, &Rows) -> Result<(), CaseError>,
+) -> Result<(), CaseError> {
     for decoder in decoders(&open()?.caps().dtypes.clone()) {
         let mut backend = open()?;
         let fused = backend.caps().fused;
         let want =
             decode(&mut *load_decoder(&mut Oracle::new(), decoder, &FusedOps::NONE, Numerics::Exact)?)?;
-        let got = decode(&mut *load_decoder(&mut *backend, decoder, &fused, Numerics::Exact)?)?;
-        near(&format!("{decoder:?}"), &got, &want)?;
+        let got = decode(&mut *load_decoder(&mut *backend, decoder, &fused, numerics)?)?;
+        judge(decoder, &got, &want)?;
     }
     Ok(())
 }
 
+pub(super) fn decoder_exact(open: Open<'_>) -> Result<(), CaseError> {
+    each_decoder(open, Numerics::Exact, |decoder, got, want| near(&format!("{decoder:?}"), got, want))
+}
+
 pub(super) fn decoder_fast(open: Open<'_>) -> Result<(), CaseError> {
-    for decoder in decoders(&open()?.caps().dtypes.clone()) {
-        let mut backend = open()?;
-        let fused = backend.caps().fused;
-        let want =
-            decode(&mut *load_decoder(&mut Oracle::new(), decoder, &FusedOps::NONE, Numerics::Exact)?)?;
-        let got = decode(&mut *load_decoder(&mut *backend, decoder, &fused, Numerics::Fast)?)?;
+    each_decoder(open, Numerics::Fast, |decoder, got, want| {
         let least = if decoder.dtype.is_quantised() { FAST_COSINE } else { FAST_FLOAT_COSINE };
-        alike(&format!("{decoder:?}"), &got, &want, least)?;
-    }
-    Ok(())
+        alike(&format!("{decoder:?}"), got, want, least)
+    })
 }
 
 fn encoders(dtypes: &[DType]) -> impl Iterator<Item = Encoder> {
@@ -66,35 +73,37 @@ fn encoders(dtypes: &[DType]) -> impl Iterator<Item = Encoder> {
     })
 }
 
-pub(super) fn encoder_exact(open: Open<'_>) -> Result<(), CaseError> {
+/// As [`each_decoder`], for the encoders.
+fn each_encoder(
+    open: Open<'_>,
+    numerics: Numerics,
+    judge: impl Fn(Encoder, &Rows, &Rows) -> Result<(), CaseError>,
+) -> Result<(), CaseError> {
     for encoder in encoders(&open()?.caps().dtypes.clone()) {
         let mut backend = open()?;
         let fused = backend.caps().fused;
-        let want = encode(
-            &mut *load_encoder(&mut Oracle::new(), encoder, &FusedOps::NONE, Numerics::Exact)?,
-            &LENGTHS,
-        )?;
-        let got = encode(&mut *load_encoder(&mut *backend, encoder, &fused, Numerics::Exact)?, &LENGTHS)?;
-        near(&format!("{encoder:?}"), &got, &want)?;
+        let oracle = &mut Oracle::new();
+        let want = encode(&mut *load_encoder(oracle, encoder, &FusedOps::NONE, Numerics::Exact)?, &LENGTHS)?;
+        let got = encode(&mut *load_encoder(&mut *backend, encoder, &fused, numerics)?, &LENGTHS)?;
+        judge(encoder, &got, &want)?;
+    }
+    Ok(())
+}
+
+pub(super) fn encoder_exact(open: Open<'_>) -> Result<(), CaseError> {
+    each_encoder(open, Numerics::Exact, |encoder, got, want| {
+        near(&format!("{encoder:?}"), got, want)?;
         let length = got[0].iter().map(|value| value * value).sum::<f32>().sqrt();
         // Of 96 squares, each rounded once: far within 1e-5.
         if encoder.normalise && (length - 1.0).abs() > 1e-5 {
             return wrong(format!("{encoder:?}: an answer of length {length}, not 1"));
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 pub(super) fn encoder_fast(open: Open<'_>) -> Result<(), CaseError> {
-    for encoder in encoders(&open()?.caps().dtypes.clone()) {
-        let mut backend = open()?;
-        let fused = backend.caps().fused;
-        let want = encode(
-            &mut *load_encoder(&mut Oracle::new(), encoder, &FusedOps::NONE, Numerics::Exact)?,
-            &LENGTHS,
-        )?;
-        let got = encode(&mut *load_encoder(&mut *backend, encoder, &fused, Numerics::Fast)?, &LENGTHS)?;
-        alike(&format!("{encoder:?}"), &got, &want, FAST_FLOAT_COSINE)?;
-    }
-    Ok(())
+    each_encoder(open, Numerics::Fast, |encoder, got, want| {
+        alike(&format!("{encoder:?}"), got, want, FAST_FLOAT_COSINE)
+    })
 }
