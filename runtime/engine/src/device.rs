@@ -12,19 +12,17 @@ use crate::request::GenerateError;
 use crate::sampler::Scratch;
 use crate::scheduler::{Ask, Budget, Pace, Split};
 use crate::sequence::{After, Job, Sequence};
-use crate::shared::{EndMark, Shared};
+use crate::shared::Shared;
 use crate::tenants::{Tenant, Tenants};
+use crate::thread::{self, OnProgress};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 use trustformers_model::{Model, PlanRequest};
 use trustformers_plan::{
-    Backend, BackendError, Executable, Limits, LoadProgress, LoadSpec, Loaded, LogitsRows, MemoryReport,
-    Numerics, StepInput, StepOutput,
+    Backend, BackendError, Executable, Limits, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics,
+    StepInput, StepOutput,
 };
-
-/// What is told about loading; called on the device thread.
-pub(crate) type OnProgress = Box<dyn FnMut(LoadProgress) + Send>;
 
 /// Everything a device thread starts with.
 pub(crate) struct Start {
@@ -41,34 +39,8 @@ pub(crate) struct Start {
 impl Start {
     /// Starts the thread and waits until the model is on the device.
     pub(crate) fn spawn(self) -> Result<MemoryReport, StartError> {
-        let device = self.backend.caps().description.clone();
-        // One message: how loading went.
-        let (loaded, ready) = sync_channel(1);
-        std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
-            let shared = Arc::clone(&self.shared);
-            // Declared first, hence dropped last: whoever sees the end finds everything given back.
-            let _end = EndMark(Arc::clone(&shared));
-            match self.load() {
-                Ok((device, memory)) => {
-                    let told = loaded.send(Ok(memory));
-                    if told.is_ok() {
-                        device.run();
-                    }
-                }
-                Err(error) => {
-                    // Nobody waits any more only if the starting thread died.
-                    let _gone = loaded.send(Err(error));
-                }
-            }
-        })?;
-        match ready.recv() {
-            Ok(Ok(memory)) => Ok(memory),
-            Ok(Err(error)) => Err(StartError::Backend { device, message: error.to_string() }),
-            Err(_) => Err(StartError::Backend {
-                device,
-                message: "it panicked while loading; see the log".to_owned(),
-            }),
-        }
+        let (device, shared) = (self.backend.caps().description.clone(), Arc::clone(&self.shared));
+        thread::start("engine", device, shared, || self.load(), Device::run)
     }
 
     fn load(mut self) -> Result<(Device, MemoryReport), BackendError> {

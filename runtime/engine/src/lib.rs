@@ -47,6 +47,7 @@ mod sequence;
 mod shared;
 mod stop;
 mod tenants;
+mod thread;
 
 pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, StartError};
 pub use generation::Generation;

@@ -9,13 +9,13 @@ use super::metrics::EncoderSeries;
 use super::request::{EncodeError, EncodeTimings, Encoded};
 use super::strategy::{Batcher, Decision, Moment};
 use crate::config::StartError;
-use crate::device::OnProgress;
 use crate::metrics::Counted;
 use crate::priority::Priority;
-use crate::shared::{EndMark, Shared, Ticket};
+use crate::shared::{Shared, Ticket};
+use crate::thread::{self, OnProgress};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 use tokio::sync::oneshot;
 use trustformers_model::{Model, PlanRequest};
@@ -57,33 +57,8 @@ pub(super) struct Start {
 impl Start {
     /// Starts the thread and waits until the model is on the device.
     pub(super) fn spawn(self) -> Result<MemoryReport, StartError> {
-        let device = self.backend.caps().description.clone();
-        // One message: how loading went.
-        let (loaded, ready) = sync_channel(1);
-        std::thread::Builder::new().name("encoder".to_owned()).spawn(move || {
-            // Declared first, hence dropped last: whoever sees the end finds everything given back.
-            let _end = EndMark(Arc::clone(&self.shared));
-            match self.load() {
-                Ok((device, memory)) => {
-                    let told = loaded.send(Ok(memory));
-                    if told.is_ok() {
-                        device.run();
-                    }
-                }
-                Err(error) => {
-                    // Nobody waits any more only if the starting thread died.
-                    let _gone = loaded.send(Err(error));
-                }
-            }
-        })?;
-        match ready.recv() {
-            Ok(Ok(memory)) => Ok(memory),
-            Ok(Err(error)) => Err(StartError::Backend { device, message: error.to_string() }),
-            Err(_) => Err(StartError::Backend {
-                device,
-                message: "it panicked while loading; see the log".to_owned(),
-            }),
-        }
+        let (device, shared) = (self.backend.caps().description.clone(), Arc::clone(&self.shared));
+        thread::start("encoder", device, shared, || self.load(), Device::run)
     }
 
     fn load(mut self) -> Result<(Device, MemoryReport), BackendError> {
