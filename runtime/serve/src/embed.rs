@@ -5,32 +5,24 @@
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use trustformers_engine::Prompt;
 use trustformers_engine::encoder::{EncodeError, EncodeParams, MAX_TEXTS};
-use trustformers_runtime::process::{EndSignals, StartError};
 use trustformers_runtime::runner::Runner;
-use trustformers_runtime::spec::{ModelSpec, numerics_of};
-use trustformers_store::{Source, StoreError};
+use trustformers_runtime::spec::ModelSpec;
 
 use crate::flags::EmbedFlags;
-use crate::loading::{self, FileError, LoadingError};
-
-/// Status of a process that was interrupted, as shells give it.
-const INTERRUPTED: u8 = 130;
+use crate::loading::{self, FileError, LoadingError, ModelFlagError};
+use crate::once::{self, OnceError, OutputError};
 
 /// Why there are no vectors.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum EmbedFailure {
-    /// `--model` names nothing that can be read.
-    #[error("--model: {0}")]
-    Model(StoreError),
-    /// `--numerics` is no such word.
-    #[error("--numerics: {0}")]
-    Numerics(String),
+    /// The flags about the model are wrong.
+    #[error(transparent)]
+    Model(#[from] ModelFlagError),
     /// The file that is named cannot be used.
     #[error(transparent)]
     File(#[from] FileError),
@@ -46,12 +38,12 @@ pub(crate) enum EmbedFailure {
     /// A text cannot be encoded, or the engine failed.
     #[error(transparent)]
     Encode(#[from] EncodeError),
-    /// The process could not be set up.
+    /// The command could not begin.
     #[error(transparent)]
-    Start(#[from] StartError),
+    Once(#[from] OnceError),
     /// The vectors could not be written.
-    #[error("stdout cannot be written: {0}")]
-    Output(#[from] std::io::Error),
+    #[error(transparent)]
+    Output(#[from] OutputError),
 }
 
 impl EmbedFailure {
@@ -59,7 +51,6 @@ impl EmbedFailure {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Model(_)
-            | Self::Numerics(_)
             | Self::File(_)
             | Self::NoText
             | Self::Task
@@ -123,33 +114,15 @@ struct Timings {
 pub(crate) fn run(flags: EmbedFlags) -> Result<ExitCode, EmbedFailure> {
     let began = Instant::now();
     let task = task(flags)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let outcome = runtime.block_on(async {
-        let mut signals = EndSignals::new()?;
-        tokio::select! {
-            done = embed(task, began) => done.map(|()| ExitCode::SUCCESS),
-            _ = signals.received() => Ok(ExitCode::from(INTERRUPTED)),
-        }
-    });
-    // A load that was interrupted sits on a blocking thread and must not hold up the end.
-    runtime.shutdown_background();
-    match outcome {
-        // Whoever read the vectors has seen enough.
-        Err(EmbedFailure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-            Ok(ExitCode::SUCCESS)
-        }
-        outcome => outcome,
-    }
+    once::run(embed(task, began), |failure| match failure {
+        EmbedFailure::Output(error) => Some(error),
+        _ => None,
+    })
 }
 
 fn task(flags: EmbedFlags) -> Result<Task, EmbedFailure> {
-    let EmbedFlags { model, input, input_file, no_truncate, numerics, threads, json } = flags;
-    let source = Source::from_str(&model).map_err(EmbedFailure::Model)?;
-    let name =
-        source.path().file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
-    let mut spec = ModelSpec::new(name, source);
-    spec.engine.numerics = numerics_of(&numerics).map_err(EmbedFailure::Numerics)?;
-    spec.threads = threads.map(usize::from);
+    let EmbedFlags { model, input, input_file, no_truncate, device, json } = flags;
+    let mut spec = loading::spec_of(&model, &device)?;
     // One request is under way at a time, and all of it waits at once.
     spec.engine.max_queue = MAX_TEXTS;
     let texts = match input_file {
@@ -198,7 +171,7 @@ async fn embed(task: Task, began: Instant) -> Result<(), EmbedFailure> {
         first += texts.len();
     }
     all.encode = begun.elapsed();
-    all.print(json)?;
+    all.print(json).map_err(OutputError::from)?;
     encoder.stop().await;
     Ok(())
 }

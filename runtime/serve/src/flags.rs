@@ -68,6 +68,17 @@ pub(crate) enum Command {
     Bench(crate::bench::BenchFlags),
 }
 
+/// How a model is computed.
+#[derive(Debug, Args)]
+pub(crate) struct DeviceFlags {
+    /// fast: activations may be quantised. exact: f32 activations, the same alone or batched.
+    #[arg(long, value_name = "fast|exact", default_value = "fast")]
+    pub(crate) numerics: String,
+    /// Threads of the CPU device; by default as many as the process may use.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+}
+
 /// How tokens are chosen and where the answer ends.
 #[derive(Debug, Args)]
 pub(crate) struct OptionFlags {
@@ -135,12 +146,8 @@ pub(crate) struct EmbedFlags {
     /// Texts that are too long are an error instead of being cut.
     #[arg(long)]
     pub(crate) no_truncate: bool,
-    /// fast: activations may be quantised. exact: f32 activations, the same alone or batched.
-    #[arg(long, value_name = "fast|exact", default_value = "fast")]
-    pub(crate) numerics: String,
-    /// Threads of the CPU device; by default as many as the process may use.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) threads: Option<u16>,
+    #[command(flatten)]
+    pub(crate) device: DeviceFlags,
     /// Prints one JSON object: data (index and embedding of each text), usage, timings_ms; truncated (places of texts
     /// that were cut) and pooling_note (where the model's files do not say how to pool) only where there are any.
     #[arg(long)]
@@ -178,12 +185,8 @@ pub(crate) struct GenerateFlags {
     pub(crate) seed: Option<u64>,
     #[command(flatten)]
     pub(crate) options: OptionFlags,
-    /// fast: activations may be quantised. exact: f32 activations, the same alone or batched.
-    #[arg(long, value_name = "fast|exact", default_value = "fast")]
-    pub(crate) numerics: String,
-    /// Threads of the CPU device; by default as many as the process may use.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) threads: Option<u16>,
+    #[command(flatten)]
+    pub(crate) device: DeviceFlags,
     /// Prints one JSON object: prompt_tokens, tokens (ids, the end token included when it was produced), text,
     /// finish_reason, timings_ms; with --logprobs also logprobs, and stopped_by where a stop text or token ended it.
     #[arg(long)]

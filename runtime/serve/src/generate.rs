@@ -3,9 +3,7 @@
 //! stdout carries the answer alone (text as it is made, or one JSON object), so that it can be piped; progress and logs
 //! go to stderr.
 
-use std::io::Write;
 use std::process::ExitCode;
-use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -16,26 +14,19 @@ use trustformers_engine::{
     GenerateError, GenerateParams, Generation, GenerationEvent, StopCause, SubmitError, TokenLogprobs,
 };
 use trustformers_runtime::params::generate_params;
-use trustformers_runtime::process::{EndSignals, StartError};
 use trustformers_runtime::runner::Runner;
-use trustformers_runtime::spec::{ModelSpec, numerics_of};
-use trustformers_store::{Source, StoreError};
+use trustformers_runtime::spec::ModelSpec;
 
 use crate::flags::{GenerateFlags, OptionFlags};
-use crate::loading::{self, FileError, LoadingError};
-
-/// Status of a process that was interrupted, as shells give it.
-const INTERRUPTED: u8 = 130;
+use crate::loading::{self, FileError, LoadingError, ModelFlagError};
+use crate::once::{self, OnceError, OutputError};
 
 /// Why no answer was given.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GenerateFailure {
-    /// `--model` names nothing that can be read.
-    #[error("--model: {0}")]
-    Model(StoreError),
-    /// `--numerics` is no such word.
-    #[error("--numerics: {0}")]
-    Numerics(String),
+    /// The flags about the model are wrong.
+    #[error(transparent)]
+    Model(#[from] ModelFlagError),
     /// What a flag says is wrong; the text begins with the flag.
     #[error("{0}")]
     Flag(String),
@@ -54,12 +45,12 @@ pub(crate) enum GenerateFailure {
     /// The generation broke off.
     #[error(transparent)]
     Broken(#[from] GenerateError),
-    /// The process could not be set up.
+    /// The command could not begin.
     #[error(transparent)]
-    Start(#[from] StartError),
+    Once(#[from] OnceError),
     /// The answer could not be written.
-    #[error("stdout cannot be written: {0}")]
-    Output(#[from] std::io::Error),
+    #[error(transparent)]
+    Output(#[from] OutputError),
 }
 
 impl GenerateFailure {
@@ -67,7 +58,6 @@ impl GenerateFailure {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Model(_)
-            | Self::Numerics(_)
             | Self::Flag(_)
             | Self::Refused(SubmitError::Invalid { .. })
             | Self::Broken(GenerateError::Grammar { .. })
@@ -103,23 +93,10 @@ struct Answer {
 pub(crate) fn run(flags: GenerateFlags) -> Result<ExitCode, GenerateFailure> {
     let began = Instant::now();
     let task = task(flags)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let outcome = runtime.block_on(async {
-        let mut signals = EndSignals::new()?;
-        tokio::select! {
-            done = answer(task, began) => done.map(|()| ExitCode::SUCCESS),
-            _ = signals.received() => Ok(ExitCode::from(INTERRUPTED)),
-        }
-    });
-    // A load that was interrupted sits on a blocking thread and must not hold up the end.
-    runtime.shutdown_background();
-    match outcome {
-        // Whoever read the answer has seen enough.
-        Err(GenerateFailure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-            Ok(ExitCode::SUCCESS)
-        }
-        outcome => outcome,
-    }
+    once::run(answer(task, began), |failure| match failure {
+        GenerateFailure::Output(error) => Some(error),
+        _ => None,
+    })
 }
 
 fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
@@ -132,16 +109,10 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
         top_p,
         seed,
         options,
-        numerics,
-        threads,
+        device,
         json,
     } = flags;
-    let source = Source::from_str(&model).map_err(GenerateFailure::Model)?;
-    let name =
-        source.path().file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
-    let mut spec = ModelSpec::new(name, source);
-    spec.engine.numerics = numerics_of(&numerics).map_err(GenerateFailure::Numerics)?;
-    spec.threads = threads.map(usize::from);
+    let mut spec = loading::spec_of(&model, &device)?;
     // One prompt needs room for one sequence.
     spec.engine.max_batch_size = 1;
     spec.engine.max_queue = 1;
@@ -224,9 +195,7 @@ async fn answer(task: Task, began: Instant) -> Result<(), GenerateFailure> {
     let answer = collect(generation, !json).await?;
     if json {
         let object = answer.to_json(load, began.elapsed());
-        let mut stdout = std::io::stdout().lock();
-        writeln!(stdout, "{object}")?;
-        stdout.flush()?;
+        once::print(&format!("{object}\n"))?;
     }
     engine.stop().await;
     Ok(())
@@ -245,9 +214,7 @@ async fn collect(mut generation: Generation, print: bool) -> Result<Answer, Gene
                 answer.logprobs.extend(logprobs);
                 answer.text.push_str(&text);
                 if print {
-                    let mut stdout = std::io::stdout().lock();
-                    stdout.write_all(text.as_bytes())?;
-                    stdout.flush()?;
+                    once::print(&text)?;
                 }
             }
             GenerationEvent::Finished { reason, stop, timings, .. } => {
@@ -259,7 +226,7 @@ async fn collect(mut generation: Generation, print: bool) -> Result<Answer, Gene
         }
     }
     if print && !answer.text.ends_with('\n') {
-        writeln!(std::io::stdout())?;
+        once::print("\n")?;
     }
     Ok(answer)
 }

@@ -1,6 +1,7 @@
-//! What every command with a model and files does first: read the files, load the model, show how far it is.
+//! What every command with a model and files does first: read its flags and files, load the model, show how far it is.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -8,7 +9,33 @@ use trustformers_runtime::device;
 use trustformers_runtime::failure::Failure;
 use trustformers_runtime::load::{Loaded, Loader, OnProgress};
 use trustformers_runtime::process::StartError;
-use trustformers_runtime::spec::ModelSpec;
+use trustformers_runtime::spec::{ModelSpec, numerics_of};
+use trustformers_store::{Source, StoreError};
+
+use crate::flags::DeviceFlags;
+
+/// Why flags name no model that can be loaded. The messages hold what they are about already, so it is no source.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ModelFlagError {
+    /// `--model` names nothing that can be read.
+    #[error("--model: {0}")]
+    Model(StoreError),
+    /// `--numerics` is no such word.
+    #[error("--numerics: {0}")]
+    Numerics(String),
+}
+
+/// The model that flags name, called by its file's or folder's name, with a server's settings.
+pub(crate) fn spec_of(model: &str, device: &DeviceFlags) -> Result<ModelSpec, ModelFlagError> {
+    let DeviceFlags { numerics, threads } = device;
+    let source = Source::from_str(model).map_err(ModelFlagError::Model)?;
+    let name =
+        source.path().file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
+    let mut spec = ModelSpec::new(name, source);
+    spec.engine.numerics = numerics_of(numerics).map_err(ModelFlagError::Numerics)?;
+    spec.threads = threads.map(usize::from);
+    Ok(spec)
+}
 
 /// Why a model is not there.
 #[derive(Debug, thiserror::Error)]

@@ -6,6 +6,7 @@ mod embed;
 mod flags;
 mod generate;
 mod loading;
+mod once;
 
 use std::process::ExitCode;
 use std::str::FromStr;

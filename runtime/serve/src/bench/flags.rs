@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 
 use super::arrivals::Spacing;
 use super::protocol::Api;
+use crate::flags::DeviceFlags;
 
 /// What to measure.
 #[derive(Debug, Args)]
@@ -86,12 +87,8 @@ pub(super) struct EngineFlags {
     /// Most rows of one step; by default what a server has.
     #[arg(long, value_name = "N")]
     pub(super) token_budget: Option<usize>,
-    /// fast: activations may be quantised. exact: f32 activations, the same alone or batched.
-    #[arg(long, value_name = "fast|exact", default_value = "fast")]
-    pub(super) numerics: String,
-    /// Threads of the CPU device; by default as many as the process may use.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(super) threads: Option<u16>,
+    #[command(flatten)]
+    pub(super) device: DeviceFlags,
     /// Prints one JSON object: model, device, numerics and results (what, prompt_tokens and sequences or texts and
     /// text_tokens, unit, median, min, max, values).
     #[arg(long)]

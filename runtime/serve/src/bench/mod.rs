@@ -19,7 +19,8 @@ use std::process::ExitCode;
 use trustformers_engine::encoder::EncodeError;
 use trustformers_engine::{GenerateError, SubmitError};
 use trustformers_runtime::failure::Failure;
-use trustformers_store::StoreError;
+
+use crate::loading::ModelFlagError;
 
 pub(crate) use flags::BenchFlags;
 use flags::BenchWhat;
@@ -35,9 +36,9 @@ pub(crate) enum BenchFailure {
         /// What is wrong and what is allowed.
         why: String,
     },
-    /// `--model` names nothing that can be read.
-    #[error("--model: {0}")]
-    Model(#[from] StoreError),
+    /// The flags about the model are wrong.
+    #[error(transparent)]
+    Model(#[from] ModelFlagError),
     /// The model could not be loaded.
     #[error("{} ({})", .0, .0.reason)]
     Load(Failure),

@@ -3,7 +3,6 @@
 mod encode;
 mod generate;
 
-use std::str::FromStr;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
@@ -11,12 +10,12 @@ use trustformers_runtime::device;
 use trustformers_runtime::failure::Failure;
 use trustformers_runtime::load::{Loader, OnProgress};
 use trustformers_runtime::runner::Runner;
-use trustformers_runtime::spec::{ModelSpec, numerics_of};
-use trustformers_store::Source;
+use trustformers_runtime::spec::ModelSpec;
 
 use super::flags::EngineFlags;
 use super::spread::{Spread, rounded};
 use super::{BenchFailure, print};
+use crate::loading;
 use encode::Texts;
 use generate::What;
 
@@ -114,15 +113,10 @@ fn measured(label: String, fields: Map<String, Value>, speeds: Vec<f64>) -> Meas
 }
 
 fn task(flags: &EngineFlags) -> Result<Task, BenchFailure> {
-    let source = Source::from_str(&flags.model)?;
     if !(1..=1000).contains(&flags.repeat) {
         return Err(BenchFailure::flag("repeat", format!("{} is not between 1 and 1000", flags.repeat)));
     }
-    let name =
-        source.path().file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
-    let mut spec = ModelSpec::new(name, source);
-    spec.engine.numerics = numerics_of(&flags.numerics).map_err(|why| BenchFailure::flag("numerics", why))?;
-    spec.threads = flags.threads.map(usize::from);
+    let mut spec = loading::spec_of(&flags.model, &flags.device)?;
     // Before anything is made: figures of the one task make no sense in the other.
     spec.task = Some(if flags.texts.is_empty() { "generate" } else { "embed" }.to_owned());
     let measures =
