@@ -20,6 +20,7 @@ use crate::error::ApiError;
 use crate::http::{brief, milliseconds, object, read_bytes, take};
 use crate::inference::Usage;
 use crate::priority::{self, Priority};
+use crate::tenant;
 
 /// The fields of a request. `user` is OpenAI's note of who asks; it changes nothing there either.
 const FIELDS: &[&str] = &["input", "model", "encoding_format", "dimensions", "truncate", "priority", "user"];
@@ -46,6 +47,8 @@ pub struct EmbedRequest {
     pub dimensions: Option<u32>,
     /// Who goes first.
     pub priority: Priority,
+    /// On whose behalf; empty: nobody in particular.
+    pub tenant: String,
 }
 
 /// How the tokens of a text become one vector.
@@ -140,6 +143,7 @@ fn parse(bytes: &[u8], headers: &HeaderMap) -> Result<(EmbedRequest, Encoding), 
         truncate: take(&object, "truncate", "true or false", Value::as_bool)?.unwrap_or(true),
         dimensions: take(&object, "dimensions", "a whole number from 1 on", number)?,
         priority: class.unwrap_or_default(),
+        tenant: tenant::of_headers(headers)?.unwrap_or_default(),
     };
     request.check()?;
     Ok((request, encoding.unwrap_or(Encoding::Float)))
@@ -197,11 +201,9 @@ impl EmbedRequest {
         Ok(())
     }
 
-    /// A message's request; `from_metadata` is the class where the message gives none.
-    pub(crate) fn from_proto(
-        request: v1::EmbedRequest,
-        from_metadata: Option<Priority>,
-    ) -> Result<Self, ApiError> {
+    /// A message's request. Metadata names the tenant, and the class where the message gives none.
+    pub(crate) fn from_proto(request: v1::EmbedRequest, metadata: &HeaderMap) -> Result<Self, ApiError> {
+        let from_metadata = priority::of_headers(metadata)?;
         let v1::EmbedRequest { input, input_tokens, truncate, dimensions, model, priority } = request;
         if !input.is_empty() && !input_tokens.is_empty() {
             return Err(ApiError::field("input_tokens", "is given beside input: give one of them"));
@@ -214,6 +216,7 @@ impl EmbedRequest {
             truncate: truncate.unwrap_or(true),
             dimensions,
             priority: priority::of_proto(priority)?.or(from_metadata).unwrap_or_default(),
+            tenant: tenant::of_headers(metadata)?.unwrap_or_default(),
         };
         request.check()?;
         Ok(request)
@@ -321,7 +324,8 @@ mod tests {
     use tower::ServiceExt;
 
     async fn post(fake: &Fake, body: &str, class: Option<&str>) -> (StatusCode, Value) {
-        let mut request = Request::post("/v1/embeddings").body(Body::from(body.to_owned())).unwrap();
+        let request = Request::post("/v1/embeddings").header(tenant::TENANT_HEADER, "team-1");
+        let mut request = request.body(Body::from(body.to_owned())).unwrap();
         if let Some(class) = class {
             request.headers_mut().insert(priority::PRIORITY_HEADER, class.parse().unwrap());
         }
@@ -382,6 +386,7 @@ mod tests {
         post(&fake, r#"{"input": "a", "priority": "high", "model": ""}"#, Some("low")).await;
         let asked = fake.last_embedding();
         assert_eq!((asked.priority, asked.truncate, asked.model), (Priority::High, true, None));
+        assert_eq!(asked.tenant, "team-1");
     }
 
     #[tokio::test]

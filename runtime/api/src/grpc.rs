@@ -23,7 +23,6 @@ use crate::fields::{Asked, GRPC_DEFAULTS, Generation};
 use crate::health::GrpcHealth;
 use crate::http::ended_early;
 use crate::inference::{Answer, Event, StoppedBy};
-use crate::priority;
 use crate::{Api, ApiError, MAX_BODY_BYTES};
 
 /// The services whose health and reflection are served, by their full names.
@@ -115,8 +114,8 @@ impl InferenceService for Api {
 
     async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
         let started = Instant::now();
-        let from_metadata = priority::of_headers(request.metadata().as_ref())?;
-        let asked = EmbedRequest::from_proto(request.into_inner(), from_metadata)?;
+        let (metadata, _, message) = request.into_parts();
+        let asked = EmbedRequest::from_proto(message, metadata.as_ref())?;
         let embedded = self.inference.embed(asked).await?;
         Ok(Response::new(embedded.into_proto(milliseconds(started))))
     }
@@ -308,12 +307,14 @@ mod tests {
         let texts = v1::EmbedRequest { input: vec!["a".into(), String::new()], ..Default::default() };
         let mut request = Request::new(texts.clone());
         request.metadata_mut().insert("x-trustformers-priority", "low".parse().unwrap());
+        request.metadata_mut().insert("x-gateway-inference-fairness-id", "team-1".parse().unwrap());
         let answer = client.embed(request).await.unwrap().into_inner();
         assert_eq!(answer.data.iter().map(|one| one.values.len()).collect::<Vec<_>>(), [2, 2]);
         assert_eq!((answer.pooling(), answer.model.as_str()), (v1::Pooling::Mean, "fake"));
         assert_eq!((answer.usage.unwrap().prompt_tokens, answer.truncated.as_slice()), (6, [0].as_slice()));
         let asked = fake.last_embedding();
         assert_eq!((asked.priority, asked.truncate, asked.model), (crate::Priority::Low, true, None));
+        assert_eq!(asked.tenant, "team-1");
         let ids = v1::TokenIds { ids: vec![3, 4] };
         let tokens =
             v1::EmbedRequest { input_tokens: vec![ids], truncate: Some(false), ..Default::default() };

@@ -26,23 +26,23 @@ impl Census {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a request of this class and tenant has precedence over one that is in flight: of a lower class, or of a
-    /// tenant that would still have as many.
-    pub(crate) fn has_precedence(&self, class: Priority, tenant: &str) -> bool {
+    /// Whether a request of this class and tenant, which counts as `many`, has precedence over one that is in flight: of a
+    /// lower class, or of a tenant that has more than this one would have.
+    pub(crate) fn has_precedence(&self, class: Priority, tenant: &str, many: usize) -> bool {
         let counts = self.lock();
         let lower =
             Priority::ALL.into_iter().any(|other| other > class && counts.classes[other as usize] > 0);
         let own = counts.tenants.get(tenant).copied().unwrap_or(0);
-        lower || counts.tenants.values().any(|count| *count >= own + 2)
+        lower || counts.tenants.values().any(|count| *count > own + many)
     }
 
-    /// Counts a request for as long as what is returned lives.
-    pub(crate) fn enrol(self: &Arc<Self>, class: Priority, tenant: Tenant) -> Enrolled {
+    /// Counts a request as `many` for as long as what is returned lives.
+    pub(crate) fn enrol(self: &Arc<Self>, class: Priority, tenant: Tenant, many: usize) -> Enrolled {
         let mut counts = self.lock();
-        counts.classes[class as usize] += 1;
-        *counts.tenants.entry(Arc::clone(&tenant)).or_default() += 1;
+        counts.classes[class as usize] += many;
+        *counts.tenants.entry(Arc::clone(&tenant)).or_default() += many;
         drop(counts);
-        Enrolled { census: Arc::clone(self), class, tenant }
+        Enrolled { census: Arc::clone(self), class, tenant, many }
     }
 }
 
@@ -52,14 +52,15 @@ pub(crate) struct Enrolled {
     census: Arc<Census>,
     class: Priority,
     tenant: Tenant,
+    many: usize,
 }
 
 impl Drop for Enrolled {
     fn drop(&mut self) {
         let mut counts = self.census.lock();
-        counts.classes[self.class as usize] -= 1;
+        counts.classes[self.class as usize] -= self.many;
         if let Some(count) = counts.tenants.get_mut(&self.tenant) {
-            *count -= 1;
+            *count -= self.many;
             if *count == 0 {
                 counts.tenants.remove(&self.tenant);
             }
@@ -74,13 +75,15 @@ mod tests {
     #[test]
     fn precedence_is_for_higher_classes_and_for_who_has_less() {
         let census = Arc::new(Census::default());
-        let has = |class, tenant| census.has_precedence(class, tenant);
+        let has = |class, tenant| census.has_precedence(class, tenant, 1);
         assert!(!has(Priority::High, "a"));
-        let first = census.enrol(Priority::Normal, "a".into());
+        let first = census.enrol(Priority::Normal, "a".into(), 1);
         assert!(has(Priority::High, "a") && !has(Priority::Normal, "b"), "1 and 0 would become 0 and 1");
-        let second = census.enrol(Priority::Normal, "a".into());
+        let second = census.enrol(Priority::Normal, "a".into(), 5);
         assert!(has(Priority::Normal, "b") && has(Priority::Low, "b"));
         assert!(!has(Priority::Normal, "a"));
+        let many = |many| census.has_precedence(Priority::Normal, "b", many);
+        assert!(many(5) && !many(6), "six of the one and six of the other");
         drop((first, second));
         assert!(!has(Priority::High, "b"));
         assert!(census.lock().tenants.is_empty());

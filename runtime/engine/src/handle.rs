@@ -181,8 +181,8 @@ impl Engine {
         let shared = &self.inner.shared;
         let (queue, retry_after) = (shared.waiting(), shared.retry_after());
         let beyond = || {
-            let precedes = self.inner.census.has_precedence(self.class_of(params), &params.tenant);
-            if precedes { shared.enter_beyond(DISPLACING) } else { None }
+            let precedes = self.inner.census.has_precedence(self.class_of(params), &params.tenant, 1);
+            if precedes { shared.enter_many(1, DISPLACING) } else { None }
         };
         let Some(ticket) = shared.enter().or_else(beyond) else {
             return Err(if shared.accepting() {
@@ -246,7 +246,7 @@ impl Engine {
             answer: Answer::new(params, &prompt, max_tokens, metrics.is_some(), constraint),
             prompt: Arc::clone(&prompt),
             class,
-            _enrolled: metrics.is_some().then(|| self.inner.census.enrol(class, Arc::clone(&tenant))),
+            _enrolled: metrics.is_some().then(|| self.inner.census.enrol(class, Arc::clone(&tenant), 1)),
             tenant,
             submitted: Instant::now(),
             events,

@@ -85,6 +85,11 @@ impl<T: Placed> Queue<T> {
         self.classes.iter().all(|class| class.lines.is_empty())
     }
 
+    /// The oldest request of each tenant in each class.
+    pub(crate) fn fronts(&self) -> impl Iterator<Item = &T> {
+        self.classes.iter().flat_map(|class| class.lines.values()).filter_map(VecDeque::front)
+    }
+
     /// Adds a request, before those of its tenant and class that came after it.
     pub(crate) fn push(&mut self, item: T) {
         let Place { class, tenant, order } = item.place();

@@ -26,8 +26,11 @@ pub struct Heartbeat {
 #[derive(Debug)]
 pub(crate) struct Shared {
     born: Instant,
-    /// Most requests in flight: those of one batch plus the queue.
+    /// Most places that are taken: those of one batch plus the queue.
     limit: usize,
+    /// Taken places. As many as are in flight, but for what a long list has beyond the last place.
+    places: AtomicUsize,
+    /// Requests, or texts of requests, that wait or are computed.
     in_flight: AtomicUsize,
     running: AtomicUsize,
     /// Microseconds from `born` to the last sign of progress.
@@ -48,6 +51,7 @@ impl Shared {
         Self {
             born: Instant::now(),
             limit,
+            places: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
             progress_us: AtomicU64::new(0),
@@ -62,41 +66,34 @@ impl Shared {
 
     /// A place among the requests in flight, or `None` when all are taken.
     pub(crate) fn enter(self: &Arc<Self>) -> Option<Ticket> {
-        self.enter_many(1)
+        self.enter_many(1, 0)
     }
 
-    /// So many places at once, or `None` when all are taken already. While one is free all are given: what comes
-    /// together is taken together, or a request of many texts would be refused for ever.
-    pub(crate) fn enter_many(self: &Arc<Self>, places: usize) -> Option<Ticket> {
-        let before = self
-            .in_flight
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < self.limit).then_some(n + places))
-            .ok()?;
-        Some(self.ticket(before, places))
-    }
-
-    /// A place beyond the limit, for a request that takes another one's place in the queue.
-    pub(crate) fn enter_beyond(self: &Arc<Self>, beyond: usize) -> Option<Ticket> {
+    /// Places for so many at once, or `None` when all are taken already, `beyond` more than there are otherwise. While one
+    /// is free all are let in: what comes together is taken together, or a request of many texts would be refused for
+    /// ever. It then has all places that are left.
+    pub(crate) fn enter_many(self: &Arc<Self>, many: usize, beyond: usize) -> Option<Ticket> {
         let limit = self.limit + beyond;
+        let given = |before: usize| many.min(limit.saturating_sub(before));
         let before = self
-            .in_flight
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < limit).then_some(n + 1))
+            .places
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (given(n) > 0).then_some(n + given(n)))
             .ok()?;
-        Some(self.ticket(before, 1))
+        Some(self.ticket(given(before), many))
     }
 
     /// A place whatever the limit, for the engine's own requests.
     pub(crate) fn enter_unbounded(self: &Arc<Self>) -> Ticket {
-        let before = self.in_flight.fetch_add(1, Ordering::SeqCst);
-        self.ticket(before, 1)
+        self.places.fetch_add(1, Ordering::SeqCst);
+        self.ticket(1, 1)
     }
 
-    fn ticket(self: &Arc<Self>, before: usize, places: usize) -> Ticket {
-        if before == 0 {
+    fn ticket(self: &Arc<Self>, places: usize, many: usize) -> Ticket {
+        if self.in_flight.fetch_add(many, Ordering::SeqCst) == 0 {
             // The clock of liveness starts when work arrives, not when the engine last had some.
             self.step_done();
         }
-        Ticket { shared: Arc::clone(self), places }
+        Ticket { shared: Arc::clone(self), places, many }
     }
 
     pub(crate) fn step_done(&self) {
@@ -114,7 +111,7 @@ impl Shared {
         self.failed_steps.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Takes note of the work that requests took which have ended: so much for each.
+    /// Takes note of the work that requests took which have ended, or an encoder's texts: so much for each.
     pub(crate) fn requests_took(&self, each: Duration) {
         let us = u64::try_from(each.as_micros()).unwrap_or(u64::MAX).max(1);
         let before = self.request_us.load(Ordering::Relaxed);
@@ -203,11 +200,14 @@ impl Shared {
 pub(crate) struct Ticket {
     shared: Arc<Shared>,
     places: usize,
+    /// Requests, or texts of one request.
+    many: usize,
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if self.shared.in_flight.fetch_sub(self.places, Ordering::SeqCst) == self.places {
+        self.shared.places.fetch_sub(self.places, Ordering::SeqCst);
+        if self.shared.in_flight.fetch_sub(self.many, Ordering::SeqCst) == self.many {
             self.shared.changed.notify_waiters();
         }
     }
@@ -244,13 +244,20 @@ mod tests {
     fn what_comes_together_is_taken_together_while_there_is_a_place() {
         let shared = Arc::new(Shared::new(2));
         let one = shared.enter().unwrap();
-        let many = shared.enter_many(5).unwrap();
+        let many = shared.enter_many(5, 0).unwrap();
         assert_eq!(shared.in_flight(), 6);
-        assert!(shared.enter_many(1).is_none());
+        assert!(shared.enter_many(1, 0).is_none());
+        // What goes beyond is counted from the limit on, however long the list is.
+        let beyond = [shared.enter_many(1, 2).unwrap(), shared.enter_many(3, 2).unwrap()];
+        assert!(shared.enter_many(1, 2).is_none());
+        assert_eq!(shared.in_flight(), 10);
         drop(many);
-        assert_eq!(shared.in_flight(), 1);
+        assert_eq!(shared.in_flight(), 5);
+        assert!(shared.enter().is_none(), "two places beyond and the first one are still taken");
+        drop(beyond);
+        assert!(shared.enter().is_some());
         drop(one);
-        assert_eq!(shared.in_flight(), 0);
+        assert_eq!((shared.in_flight(), shared.places.load(Ordering::SeqCst)), (0, 0));
     }
 
     #[test]

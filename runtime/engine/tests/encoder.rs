@@ -10,6 +10,7 @@ use gate::{Gate, Verdict, gated};
 use prometheus::Registry;
 use proptest::prelude::{ProptestConfig, prop, proptest};
 use std::sync::Arc;
+use std::time::Duration;
 use trustformers_cpu::{CpuBackend, CpuConfig};
 use trustformers_engine::encoder::{
     BatchStrategy, EncodeError, EncodeParams, Encoded, Encoder, EncoderConfig, EncoderMetrics,
@@ -68,7 +69,15 @@ fn ids(len: usize, salt: usize) -> Prompt {
 }
 
 fn request(texts: Vec<Prompt>) -> EncodeParams {
-    EncodeParams { texts, truncate: true, priority: Priority::Normal }
+    EncodeParams { texts, truncate: true, priority: Priority::Normal, tenant: String::new() }
+}
+
+/// Texts of these many tokens, of this tenant.
+fn of(tenant: &str, lengths: impl IntoIterator<Item = usize>) -> EncodeParams {
+    EncodeParams {
+        tenant: tenant.to_owned(),
+        ..request(lengths.into_iter().map(|len| ids(len, 1)).collect())
+    }
 }
 
 fn one(len: usize, salt: usize) -> EncodeParams {
@@ -177,7 +186,8 @@ async fn more_than_the_queue_is_refused_at_once_and_room_returns() {
     // One place is taken of the two: a longer list is still let in, and nobody after it.
     let waiting = [1, 5].map(|texts| encoder.submit(&request(vec![ids(4, texts); texts])).unwrap());
     let refused = encoder.submit(&one(4, 9)).unwrap_err();
-    assert_eq!(refused, EncodeError::Overloaded { waiting: 10 });
+    // Nothing has been computed yet, so nothing is known of how long they will take.
+    assert_eq!(refused, EncodeError::Overloaded { waiting: 6, retry_after: Duration::from_secs(1) });
     assert_eq!(value(&registry, "trustformers_requests_total", Some("overloaded")), 1.0);
     assert_eq!(value(&registry, "trustformers_requests_waiting", None), 2.0);
     let beat = encoder.heartbeat();
@@ -189,6 +199,47 @@ async fn more_than_the_queue_is_refused_at_once_and_room_returns() {
     }
     encoder.submit(&one(4, 9)).unwrap().await.unwrap();
     assert!(!encoder.heartbeat().work_pending);
+}
+
+#[tokio::test]
+async fn a_long_list_crowds_nobody_out_of_steps_or_of_the_queue() {
+    let (encoder, gate, _registry) =
+        start_gated(&EncoderConfig { max_queue: 2, ..config(BatchStrategy::Dynamic) });
+    let long = encoder.submit(&of("a", vec![3; 20])).unwrap();
+    assert_eq!(gate.begun().sequences(), 4);
+    // The queue is full three times over with one tenant's texts. Another one's still come in, and share the next step.
+    let single = encoder.submit(&of("b", [5])).unwrap();
+    assert!(matches!(encoder.submit(&of("a", [3])), Err(EncodeError::Overloaded { .. })));
+    let another = encoder.submit(&of("c", [7])).unwrap();
+    assert!(matches!(encoder.submit(&of("d", [9])), Err(EncodeError::Overloaded { .. })), "two places more");
+    gate.let_it(Verdict::Run);
+    assert_eq!(gate.run(), [3, 5, 7, 3]);
+    let (single, another) = (single.await.unwrap(), another.await.unwrap());
+    assert_eq!((single.tokens, another.tokens), (5, 7));
+    drop(gate);
+    assert_eq!(long.await.unwrap().rows().len(), 20);
+    assert_eq!(encoder.in_flight(), 0);
+}
+
+#[tokio::test]
+async fn a_full_queue_has_room_for_a_higher_class_only_where_classes_count() {
+    for strategy in [BatchStrategy::Priority, BatchStrategy::Dynamic] {
+        let (encoder, gate, _registry) = start_gated(&EncoderConfig { max_queue: 1, ..config(strategy) });
+        let waiting = [2, 3, 4].map(|len| encoder.submit(&of("a", vec![len; 4])));
+        let [Ok(first), Ok(second), Err(EncodeError::Overloaded { .. })] = waiting else {
+            panic!("{waiting:?}")
+        };
+        gate.begun();
+        let urgent = EncodeParams { priority: Priority::High, ..of("a", [9]) };
+        let urgent = encoder.submit(&urgent);
+        assert_eq!(urgent.is_ok(), strategy == BatchStrategy::Priority, "{urgent:?}");
+        gate.let_it(Verdict::Run);
+        let wanted: &[usize] = if urgent.is_ok() { &[9, 3, 3, 3] } else { &[3, 3, 3, 3] };
+        assert_eq!(gate.run(), wanted);
+        drop(gate);
+        first.await.unwrap();
+        second.await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -205,6 +256,15 @@ async fn a_failed_step_ends_its_requests_and_no_others() {
         other.await.unwrap();
     }
     assert_eq!(value(&registry, "trustformers_requests_total", Some("failed")), 2.0);
+    assert_eq!(value(&registry, "trustformers_failed_steps_total", None), 1.0);
+    assert_eq!(encoder.heartbeat().failed_steps, 0, "good steps followed");
+    for failed in 1..=2 {
+        let torn = encoder.submit(&request((0..4).map(|i| ids(5, i)).collect())).unwrap();
+        gate.begun();
+        gate.let_it(Verdict::Fail);
+        torn.await.unwrap_err();
+        assert_eq!(encoder.heartbeat().failed_steps, failed);
+    }
     let last = encoder.submit(&request((0..4).map(|i| ids(5, i)).collect())).unwrap();
     gate.begun();
     gate.let_it(Verdict::Panic);
@@ -223,6 +283,7 @@ async fn what_cannot_be_encoded_is_refused_by_name() {
     assert!(error(EncodeParams::texts(vec!["a"; 2049])).contains("2048"));
     assert!(error(request(vec![Prompt::Tokens(vec![1, 70_000])])).contains("70000"));
     assert!(error(request(vec![Prompt::Tokens(Vec::new())])).contains("empty"));
+    assert!(error(of(&"a".repeat(257), [3])).starts_with("tenant: 257 bytes"));
     let strict = EncodeParams { truncate: false, ..request(vec![ids(3, 1), ids(65, 1)]) };
     assert!(error(strict.clone()).starts_with("text 1 has more than the 64 tokens"));
     let cut = encoder.submit(&EncodeParams { truncate: true, ..strict }).unwrap().await.unwrap();

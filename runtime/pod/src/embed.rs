@@ -6,6 +6,7 @@ use trustformers_engine::encoder::{EncodeError, EncodeParams, Encoded};
 use trustformers_model::{EmbeddingFacts, Model};
 use trustformers_plan::Pooling;
 
+use crate::models::{RETRY_AFTER_S, overloaded};
 use crate::params::class;
 
 /// The model's facts about vectors, which every model that embeds has.
@@ -34,12 +35,12 @@ pub(crate) fn check_dimensions(request: &EmbedRequest, facts: &EmbeddingFacts) -
 
 /// What the engine is asked for.
 pub fn encode_params(request: EmbedRequest) -> EncodeParams {
-    let EmbedRequest { input, model: _, truncate, dimensions: _, priority } = request;
+    let EmbedRequest { input, model: _, truncate, dimensions: _, priority, tenant } = request;
     let text = |input| match input {
         EmbedInput::Text(text) => Prompt::Text(text),
         EmbedInput::Tokens(ids) => Prompt::Tokens(ids),
     };
-    EncodeParams { texts: input.into_iter().map(text).collect(), truncate, priority: class(priority) }
+    EncodeParams { texts: input.into_iter().map(text).collect(), truncate, priority: class(priority), tenant }
 }
 
 /// Who answers.
@@ -69,15 +70,40 @@ pub(crate) fn embedded(by: Answering, facts: &EmbeddingFacts, encoded: Encoded) 
 }
 
 /// What the caller is told.
-pub(crate) fn failed(error: &EncodeError, retry_after_s: u32) -> ApiError {
+pub(crate) fn failed(error: &EncodeError) -> ApiError {
     let message = error.to_string();
     match error {
-        EncodeError::Overloaded { .. } => ApiError::Overloaded { message, retry_after_s },
+        EncodeError::Overloaded { retry_after, .. } => overloaded(message, *retry_after),
         EncodeError::TooLong { .. } => ApiError::TooLong { message },
         EncodeError::Invalid { field, .. } => {
             ApiError::InvalidRequest { field: Some((*field).to_owned()), message }
         }
-        EncodeError::Stopped => ApiError::Unavailable { message, retry_after_s: Some(retry_after_s) },
+        EncodeError::Stopped => ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) },
         EncodeError::Backend { .. } | EncodeError::NotFinite => ApiError::Internal { message },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use trustformers_api::Priority;
+
+    #[test]
+    fn class_and_tenant_arrive_and_overload_says_when_to_come_back() {
+        let request = EmbedRequest {
+            input: vec![EmbedInput::Text("a".into()), EmbedInput::Tokens(vec![1])],
+            model: None,
+            truncate: false,
+            dimensions: None,
+            priority: Priority::Low,
+            tenant: "team".into(),
+        };
+        let params = encode_params(request);
+        assert_eq!((params.priority, params.tenant.as_str()), (trustformers_engine::Priority::Low, "team"));
+        assert_eq!(params.texts, [Prompt::Text("a".into()), Prompt::Tokens(vec![1])]);
+        let full = EncodeError::Overloaded { waiting: 3, retry_after: Duration::from_secs(7) };
+        assert!(matches!(failed(&full), ApiError::Overloaded { retry_after_s: 7, .. }));
+        assert!(matches!(failed(&EncodeError::NotFinite), ApiError::Internal { .. }));
     }
 }

@@ -37,7 +37,7 @@ const FAILED_STEPS: u64 = 3;
 /// Loading without a sign of life for this long: the storage hangs in a way that a restart may cure.
 const LOAD_STALL: Duration = Duration::from_secs(600);
 /// Seconds after which a refused caller may try again: a small model frees a place within one.
-const RETRY_AFTER_S: u32 = 1;
+pub(crate) const RETRY_AFTER_S: u32 = 1;
 /// Prompts above this many bytes are tokenised, and formats compiled, away from the threads that serve connections. Below it takes less than
 /// the few milliseconds that a connection may be kept waiting.
 const LONG_PROMPT_BYTES: usize = 16 * 1024;
@@ -224,7 +224,7 @@ impl ModelServer {
         } else {
             encoder.submit(&params)
         };
-        let failed = |error| embed::failed(&error, RETRY_AFTER_S);
+        let failed = |error| embed::failed(&error);
         let encoded = submitted.map_err(failed)?.await.map_err(failed)?;
         let by = embed::Answering { name: slot.spec.name().to_owned(), digest: serving.digest.clone() };
         Ok(embed::embedded(by, facts, encoded))
@@ -277,7 +277,8 @@ fn translate(
     }
 }
 
-fn overloaded(message: String, retry_after: Duration) -> ApiError {
+/// A refusal that says when to come again.
+pub(crate) fn overloaded(message: String, retry_after: Duration) -> ApiError {
     ApiError::Overloaded { message, retry_after_s: u32::try_from(retry_after.as_secs()).unwrap_or(u32::MAX) }
 }
 
@@ -455,6 +456,7 @@ mod tests {
             truncate: true,
             dimensions: None,
             priority: Priority::Normal,
+            tenant: String::new(),
         }
     }
 

@@ -28,7 +28,8 @@ pub struct EncoderConfig {
     pub priority: bool,
     /// Texts that may wait beyond those of one step, at least 1: while `max_batch_size + max_queue` texts are in flight,
     /// requests are refused as overloaded. The texts of one request come together, so there may be as many more as one
-    /// request has.
+    /// request has; and requests of a higher class, or of a tenant that has fewer texts in flight than another, find
+    /// `max_queue` more places.
     pub max_queue: usize,
     /// Longest text in tokens, special tokens included; longer ones are cut. `None`: the model's own limit.
     pub context_tokens: Option<usize>,

@@ -8,10 +8,12 @@ use super::handle::Outcome;
 use super::metrics::EncoderSeries;
 use super::request::{EncodeError, EncodeTimings, Encoded};
 use super::strategy::{Batcher, Decision, Moment};
+use crate::census::Enrolled;
 use crate::config::StartError;
 use crate::metrics::Counted;
 use crate::priority::Priority;
 use crate::shared::{Shared, Ticket};
+use crate::tenants::Tenant;
 use crate::thread::{self, OnProgress};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -31,13 +33,22 @@ pub(super) struct Job {
     pub(super) texts: Vec<Vec<u32>>,
     /// Which of them were cut.
     pub(super) truncated: Vec<usize>,
-    pub(super) priority: Priority,
+    pub(super) class: Priority,
+    pub(super) tenant: Tenant,
     pub(super) submitted: Instant,
+    pub(super) caller: Caller,
+}
+
+/// Who waits for the rows, and what counts the request until he has them.
+#[derive(Debug)]
+pub(super) struct Caller {
     pub(super) reply: oneshot::Sender<Outcome>,
     /// `None` for requests that are not a caller's.
     pub(super) series: Option<EncoderSeries>,
     /// Counts it as waiting, then as running.
     pub(super) counted: Option<Counted>,
+    /// Counts its texts for its class and tenant.
+    pub(super) enrolled: Option<Enrolled>,
     /// Its texts' places in flight.
     pub(super) ticket: Ticket,
 }
@@ -147,7 +158,7 @@ impl Device {
             let now = self.now();
             let arrived = match self.batcher.decide(now) {
                 Decision::Run => {
-                    self.step(now);
+                    self.step();
                     continue;
                 }
                 Decision::Idle => self.jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -160,7 +171,7 @@ impl Device {
                 Err(RecvTimeoutError::Disconnected) if self.batcher.len() == 0 || self.shared.stopping() => {
                     break;
                 }
-                Err(RecvTimeoutError::Disconnected) => self.step(now),
+                Err(RecvTimeoutError::Disconnected) => self.step(),
             }
         }
         self.end();
@@ -172,13 +183,14 @@ impl Device {
 
     fn accept(&mut self, job: Job) {
         let at = job.submitted.saturating_duration_since(self.born);
-        if job.series.is_some() {
+        if job.caller.series.is_some() {
             self.batcher.arrived(at);
         }
+        self.batcher.enter(&job.tenant);
         let request = self.next_request;
         self.next_request += 1;
         for (index, ids) in job.texts.iter().enumerate() {
-            self.batcher.push(at, job.priority, ids.len(), Text { request, index });
+            self.batcher.push(at, (job.class, &job.tenant), ids.len(), Text { request, index });
         }
         let left = job.texts.len();
         self.requests.insert(request, Request { job, values: Vec::new(), left, started: None });
@@ -186,23 +198,27 @@ impl Device {
 
     /// Drops requests whose callers have gone, with all their texts.
     fn sweep_cancelled(&mut self) {
-        let before = self.requests.len();
-        self.requests.retain(|_, request| {
-            let gone = request.job.reply.is_closed();
-            if let (true, Some(series)) = (gone, &request.job.series) {
-                series.cancelled.inc();
+        let Self { requests, batcher, .. } = self;
+        let before = requests.len();
+        requests.retain(|_, request| {
+            let gone = request.job.caller.reply.is_closed();
+            if gone {
+                batcher.leave(&request.job.tenant);
+                if let Some(series) = &request.job.caller.series {
+                    series.cancelled.inc();
+                }
             }
             !gone
         });
-        if self.requests.len() < before {
-            let requests = &self.requests;
-            self.batcher.retain(|text| requests.contains_key(&text.request));
+        if requests.len() < before {
+            batcher.retain(|text| requests.contains_key(&text.request));
         }
     }
 
-    fn step(&mut self, now: Moment) {
+    fn step(&mut self) {
         self.batch.clear();
-        self.batcher.take(now, &mut self.batch);
+        self.batcher.take(&mut self.batch);
+        self.shared.set_running(self.batch.len());
         self.input.clear();
         let began = Instant::now();
         for text in &self.batch {
@@ -218,14 +234,25 @@ impl Device {
         let ran = self.executable.submit(&self.input).and_then(|()| self.executable.wait(&mut self.output));
         let (took, tokens) = (began.elapsed(), self.input.rows());
         self.batcher.step_done(self.born.elapsed(), tokens, took);
-        self.shared.step_done();
+        self.shared.set_running(0);
         self.series.texts.observe(self.batch.len() as f64);
         self.series.tokens.observe(tokens as f64);
         self.series.seconds.observe(took.as_secs_f64());
         match ran {
-            Ok(()) => self.hand_out(),
+            Ok(()) => {
+                // Before anybody is told something: whoever sees his answer finds the engine well.
+                self.shared.step_succeeded();
+                if let Some(each) =
+                    u32::try_from(self.batch.len()).ok().and_then(|texts| took.checked_div(texts))
+                {
+                    self.shared.requests_took(each);
+                }
+                self.hand_out();
+            }
             Err(error) => {
                 tracing::error!(%error, texts = self.batch.len(), "a step failed");
+                self.series.failed_steps.inc();
+                self.shared.step_failed();
                 self.fail_batch(&EncodeError::Backend { message: error.to_string() });
             }
         }
@@ -245,12 +272,13 @@ impl Device {
             request.values.resize(request.job.texts.len() * width, 0.0);
             request.values[text.index * width..(text.index + 1) * width].copy_from_slice(values);
             request.left -= 1;
-            if let Some(series) = &request.job.series {
+            if let Some(series) = &request.job.caller.series {
                 series.prompt_tokens.inc_by(request.job.texts[text.index].len() as u64);
             }
             if request.left == 0
                 && let Some(done) = self.requests.remove(&text.request)
             {
+                self.batcher.leave(&done.job.tenant);
                 done.answer(width);
             }
         }
@@ -269,6 +297,7 @@ impl Device {
     fn fail(&mut self, request: u64, error: EncodeError) {
         let Some(failed) = self.requests.remove(&request) else { return };
         self.batcher.retain(|text| text.request != request);
+        self.batcher.leave(&failed.job.tenant);
         failed.fail(error);
     }
 
@@ -290,15 +319,16 @@ impl Request {
             return;
         }
         self.started = Some(now);
-        if let Some(series) = &self.job.series {
+        if let Some(series) = &self.job.caller.series {
             series.queue_wait.observe(now.saturating_duration_since(self.job.submitted).as_secs_f64());
             // The one that counts it as waiting is dropped.
-            self.job.counted = Some(Counted::new(&series.running));
+            self.job.caller.counted = Some(Counted::new(&series.running));
         }
     }
 
     fn answer(self, width: usize) {
-        let Job { texts, truncated, submitted, reply, series, counted, ticket, .. } = self.job;
+        let Job { texts, truncated, submitted, caller, .. } = self.job;
+        let Caller { reply, series, counted, enrolled, ticket } = caller;
         if let Some(series) = series {
             series.done.inc();
         }
@@ -307,16 +337,16 @@ impl Request {
             EncodeTimings { queue: started.saturating_duration_since(submitted), compute: started.elapsed() };
         let tokens = texts.iter().map(Vec::len).sum();
         // Whoever hears the answer finds the request no longer counted.
-        drop((counted, ticket));
+        drop((counted, enrolled, ticket));
         let _gone = reply.send(Ok(Encoded { values: self.values, width, tokens, truncated, timings }));
     }
 
     fn fail(self, error: EncodeError) {
-        let Job { reply, series, counted, ticket, .. } = self.job;
+        let Caller { reply, series, counted, enrolled, ticket } = self.job.caller;
         if let Some(series) = series {
             series.failed.inc();
         }
-        drop((counted, ticket));
+        drop((counted, enrolled, ticket));
         let _gone = reply.send(Err(error));
     }
 }

@@ -1,15 +1,17 @@
 //! The encoder engine as its callers see it.
 
 use super::config::{EncoderConfig, EncoderSizes};
-use super::device::{Job, Start};
+use super::device::{Caller, Job, Start};
 use super::metrics::{EncoderMetrics, EncoderSeries};
 use super::request::{EncodeError, EncodeParams, Encoded, MAX_TEXTS};
 use super::strategy::BatchStrategy;
+use crate::census::Census;
 use crate::config::StartError;
 use crate::metrics::Counted;
 use crate::priority::Priority;
-use crate::request::Prompt;
-use crate::shared::{Heartbeat, Shared};
+use crate::request::{MAX_TENANT_BYTES, Prompt};
+use crate::shared::{Heartbeat, Shared, Ticket};
+use crate::tenants::Tenant;
 use std::pin::Pin;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -64,6 +66,7 @@ struct Inner {
     info: EncoderInfo,
     sizes: EncoderSizes,
     shared: Arc<Shared>,
+    census: Arc<Census>,
     series: EncoderSeries,
     /// Taken by `stop`, which is what wakes an idle device thread.
     jobs: Mutex<Option<SyncSender<Job>>>,
@@ -121,9 +124,9 @@ impl Encoder {
         let places = sizes.rules.max_texts + sizes.max_queue;
         let shared = Arc::new(Shared::new(places));
         let series = metrics.for_model(&config.model_label);
-        // Every request takes at least one of the places that `Shared` counts, and the warm-up one more: a send never
-        // finds the channel full.
-        let (sender, receiver) = sync_channel(places + 1);
+        // Every request takes at least one of the places that `Shared` counts, `max_queue` beyond them included, and the
+        // warm-up one more: a send never finds the channel full.
+        let (sender, receiver) = sync_channel(places + sizes.max_queue + 1);
         let device = backend.caps().description.clone();
         let start = Start {
             model: Arc::clone(&model),
@@ -151,7 +154,7 @@ impl Encoder {
         };
         let jobs = Mutex::new(Some(sender));
         let warming = tokio::sync::Mutex::new(());
-        let inner = Inner { model, info, sizes, shared, series, jobs, warming };
+        let inner = Inner { model, info, sizes, shared, census: Arc::default(), series, jobs, warming };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -176,15 +179,12 @@ impl Encoder {
             let why = format!("{count} texts are not between 1 and {MAX_TEXTS}; send several requests");
             return Err(EncodeError::Invalid { field: "input", why });
         }
-        let shared = &self.inner.shared;
-        let Some(ticket) = shared.enter_many(count) else {
-            let full = EncodeError::Overloaded { waiting: shared.in_flight() };
-            return Err(if shared.accepting() { full } else { EncodeError::Stopped });
-        };
-        // Asked only after entering, so that a drain which saw nobody in flight can rely on nobody coming.
-        if !shared.accepting() {
-            return Err(EncodeError::Stopped);
+        let bytes = params.tenant.len();
+        if bytes > MAX_TENANT_BYTES {
+            let why = format!("{bytes} bytes are more than the {MAX_TENANT_BYTES} that are allowed");
+            return Err(EncodeError::Invalid { field: "tenant", why });
         }
+        let ticket = self.enter(params)?;
         let submitted = Instant::now();
         let (mut texts, mut truncated) = (Vec::with_capacity(count), Vec::new());
         for (index, text) in params.texts.iter().enumerate() {
@@ -200,9 +200,32 @@ impl Encoder {
         let (reply, answer) = oneshot::channel();
         let series = Some(self.inner.series.clone());
         let counted = Some(Counted::new(&self.inner.series.waiting));
-        let priority = params.priority;
-        self.send(Job { texts, truncated, priority, submitted, reply, series, counted, ticket })?;
+        let (class, tenant) = (self.class_of(params), Tenant::from(params.tenant.as_str()));
+        let enrolled = Some(self.inner.census.enrol(class, Tenant::clone(&tenant), count));
+        let caller = Caller { reply, series, counted, enrolled, ticket };
+        self.send(Job { texts, truncated, class, tenant, submitted, caller })?;
         Ok(Encoding { reply: answer })
+    }
+
+    /// Places for the texts of a request. A full queue has some more for those with precedence over what is in it.
+    fn enter(&self, params: &EncodeParams) -> Result<Ticket, EncodeError> {
+        let (shared, count) = (&self.inner.shared, params.texts.len());
+        let (waiting, retry_after) = (shared.waiting(), shared.retry_after());
+        let beyond = || {
+            let precedes = self.inner.census.has_precedence(self.class_of(params), &params.tenant, count);
+            if precedes { shared.enter_many(count, self.inner.sizes.max_queue) } else { None }
+        };
+        let ticket = shared.enter_many(count, 0).or_else(beyond);
+        // Asked only after entering, so that a drain which saw nobody in flight can rely on nobody coming.
+        if !shared.accepting() {
+            return Err(EncodeError::Stopped);
+        }
+        ticket.ok_or(EncodeError::Overloaded { waiting, retry_after })
+    }
+
+    /// The class that counts.
+    fn class_of(&self, params: &EncodeParams) -> Priority {
+        if self.inner.sizes.rules.by_class { params.priority } else { Priority::Normal }
     }
 
     fn send(&self, job: Job) -> Result<(), EncodeError> {
@@ -246,16 +269,11 @@ impl Encoder {
         for tokens in WARM_UP_TOKENS {
             let (reply, answer) = oneshot::channel();
             let texts = vec![vec![0; tokens.min(self.inner.sizes.context_tokens)]];
-            self.send(Job {
-                texts,
-                truncated: Vec::new(),
-                priority: Priority::High,
-                submitted: Instant::now(),
-                reply,
-                series: None,
-                counted: None,
-                ticket: self.inner.shared.enter_unbounded(),
-            })?;
+            let ticket = self.inner.shared.enter_unbounded();
+            let caller = Caller { reply, series: None, counted: None, enrolled: None, ticket };
+            let (class, tenant) = (Priority::High, Tenant::from(""));
+            let (truncated, submitted) = (Vec::new(), Instant::now());
+            self.send(Job { texts, truncated, class, tenant, submitted, caller })?;
             answer.await.unwrap_or(Err(EncodeError::Stopped))?;
         }
         Ok(started.elapsed())

@@ -71,6 +71,7 @@ impl EncoderMetrics {
             queue_wait: self.engines.queue_wait.with_label_values(&[label]),
             running: self.engines.running.with_label_values(&[label]),
             waiting: self.engines.waiting.with_label_values(&[label]),
+            failed_steps: self.engines.failed_steps.with_label_values(&[label]),
             texts: self.texts.with_label_values(&[label]),
             tokens: self.tokens.with_label_values(&[label]),
             seconds: self.seconds.with_label_values(&[label]),
@@ -92,6 +93,7 @@ pub(super) struct EncoderSeries {
     pub(super) running: IntGauge,
     /// Requests before that.
     pub(super) waiting: IntGauge,
+    pub(super) failed_steps: IntCounter,
     pub(super) texts: Histogram,
     pub(super) tokens: Histogram,
     pub(super) seconds: Histogram,

@@ -18,13 +18,16 @@ pub struct EncodeParams {
     pub truncate: bool,
     /// Who goes first, where the engine goes by classes.
     pub priority: Priority,
+    /// On whose behalf: whoever was served least is next. At most [`MAX_TENANT_BYTES`](crate::MAX_TENANT_BYTES); empty:
+    /// nobody in particular, together with all who say so.
+    pub tenant: String,
 }
 
 impl EncodeParams {
     /// These texts, cut where they are too long.
     pub fn texts<T: Into<String>>(texts: impl IntoIterator<Item = T>) -> Self {
         let texts = texts.into_iter().map(|text| Prompt::Text(text.into())).collect();
-        Self { texts, truncate: true, priority: Priority::Normal }
+        Self { texts, truncate: true, priority: Priority::Normal, tenant: String::new() }
     }
 }
 
@@ -63,10 +66,12 @@ pub struct EncodeTimings {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum EncodeError {
     /// As many texts as allowed wait. Retry after a moment or elsewhere.
-    #[error("{waiting} texts are already waiting for this model; retry in a moment")]
+    #[error("{waiting} texts are already waiting for this model; retry in {} s", retry_after.as_secs())]
     Overloaded {
-        /// Texts that wait or are computed at this moment.
+        /// Texts that wait at this moment.
         waiting: usize,
+        /// The time in which those will probably have been served, in whole seconds from 1 to 60.
+        retry_after: Duration,
     },
     /// A text is longer than the model takes, and was not to be cut.
     #[error(

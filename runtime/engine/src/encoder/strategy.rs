@@ -10,6 +10,10 @@
 //! | `dynamic` | the batch is full, or waiting for one more text would cost more than it saves |
 //! | `priority` | as `dynamic`, but a text of class high never waits for others, and classes overtake each other |
 //!
+//! Who goes is decided text by text, as generation decides it request by request ([`crate::queue`]): the class first,
+//! where classes count; within it the tenant that was served fewest tokens; within that the oldest. So a long list
+//! leaves places in every step to whoever else waits.
+//!
 //! What waiting saves is the part of a step's time that does not grow with its tokens (reading the weights, starting
 //! kernels): texts that share a step pay it once. `dynamic` measures that part, and how long callers take to send the
 //! next text. While `k` texts wait for one that is due in a time `g`, `k * g` is lost; where that is more than what is
@@ -17,16 +21,14 @@
 
 use super::estimate::{Arrivals, StepTimes};
 use crate::priority::Priority;
-use std::collections::VecDeque;
+use crate::queue::{Place, Placed, Queue};
+use crate::tenants::{Tenant, Tenants};
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
 /// A point in time: the time since the engine's start.
 pub(crate) type Moment = Duration;
-
-/// A text that has waited this long counts as one class more urgent, so that the lowest is late but never forgotten.
-const PROMOTION: Duration = Duration::from_secs(1);
 
 /// When the texts that wait become a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -80,7 +82,7 @@ pub(crate) struct Rules {
     pub(crate) strategy: BatchStrategy,
     /// Longest time that a free device waits for more texts.
     pub(crate) max_wait: Duration,
-    /// Whether classes overtake each other; otherwise texts go in the order of their arrival.
+    /// Whether classes overtake each other; otherwise all are of class normal.
     pub(crate) by_class: bool,
     /// Most texts of a step.
     pub(crate) max_texts: usize,
@@ -102,19 +104,30 @@ pub(crate) enum Decision {
 /// A text that waits.
 #[derive(Debug)]
 struct Waiting<T> {
+    place: Place,
     arrived: Moment,
     tokens: usize,
     item: T,
+}
+
+impl<T> Placed for Waiting<T> {
+    fn place(&self) -> &Place {
+        &self.place
+    }
 }
 
 /// The texts that wait, and what is known of arrivals and steps.
 #[derive(Debug)]
 pub(crate) struct Batcher<T> {
     rules: Rules,
-    /// One line for each class, in order of arrival; without classes only the middle one is used.
-    lines: [VecDeque<Waiting<T>>; Priority::ALL.len()],
+    waiting: Queue<Waiting<T>>,
+    /// Texts in `waiting`.
     texts: usize,
+    /// Their tokens together.
     tokens: usize,
+    tenants: Tenants,
+    /// Texts that have come so far.
+    order: u64,
     arrivals: Arrivals,
     steps: StepTimes,
     /// When the last step ended.
@@ -125,9 +138,11 @@ impl<T> Batcher<T> {
     pub(crate) fn new(rules: Rules) -> Self {
         Self {
             rules,
-            lines: Default::default(),
+            waiting: Queue::default(),
             texts: 0,
             tokens: 0,
+            tenants: Tenants::default(),
+            order: 0,
             arrivals: Arrivals::default(),
             steps: StepTimes::default(),
             free_since: Moment::ZERO,
@@ -144,34 +159,50 @@ impl<T> Batcher<T> {
         self.arrivals.note(at);
     }
 
-    /// A text of `tokens` tokens, at most [`Rules::max_tokens`], now waits.
-    pub(crate) fn push(&mut self, at: Moment, class: Priority, tokens: usize, item: T) {
-        let class = if self.rules.by_class { class } else { Priority::Normal };
+    /// The class that counts of a request that gives this one.
+    fn class(&self, given: Priority) -> Priority {
+        if self.rules.by_class { given } else { Priority::Normal }
+    }
+
+    /// A request of this tenant has come. Its texts follow.
+    pub(crate) fn enter(&mut self, tenant: &Tenant) {
+        self.tenants.enter(tenant);
+    }
+
+    /// A request of this tenant has ended, one way or another.
+    pub(crate) fn leave(&mut self, tenant: &Tenant) {
+        self.tenants.leave(tenant);
+    }
+
+    /// A text of `tokens` tokens, at most [`Rules::max_tokens`], now waits, of a request that has entered.
+    pub(crate) fn push(&mut self, at: Moment, (class, tenant): (Priority, &Tenant), tokens: usize, item: T) {
+        let place = Place { class: self.class(class), tenant: Tenant::clone(tenant), order: self.order };
+        self.order += 1;
         self.texts += 1;
         self.tokens += tokens;
-        self.lines[class as usize].push_back(Waiting { arrived: at, tokens, item });
+        self.waiting.push(Waiting { place, arrived: at, tokens, item });
     }
 
     /// Forgets the texts that are no longer wanted.
     pub(crate) fn retain(&mut self, mut wanted: impl FnMut(&T) -> bool) {
-        for line in &mut self.lines {
-            line.retain(|text| {
-                let stays = wanted(&text.item);
-                if !stays {
-                    self.texts -= 1;
-                    self.tokens -= text.tokens;
-                }
-                stays
-            });
-        }
+        let Self { waiting, texts, tokens, .. } = self;
+        waiting.retain(|text| {
+            let stays = wanted(&text.item);
+            if !stays {
+                *texts -= 1;
+                *tokens -= text.tokens;
+            }
+            stays
+        });
     }
 
     /// What a free device should do.
     pub(crate) fn decide(&self, now: Moment) -> Decision {
-        let Some(oldest) = self.lines.iter().filter_map(|line| Some(line.front()?.arrived)).min() else {
+        let Some(oldest) = self.waiting.fronts().map(|text| text.arrived).min() else {
             return Decision::Idle;
         };
-        let urgent = self.rules.by_class && !self.lines[Priority::High as usize].is_empty();
+        // Without classes there is none of class high.
+        let urgent = self.waiting.fronts().any(|text| text.place.class == Priority::High);
         // Texts are taken in order and never split, so more tokens than a step has also fill it as far as it goes.
         let full = self.texts >= self.rules.max_texts || self.tokens >= self.rules.max_tokens;
         let begin = match self.rules.strategy {
@@ -196,29 +227,23 @@ impl<T> Batcher<T> {
         next_is_due.min(oldest.max(self.free_since) + gain)
     }
 
-    /// Moves the next step's texts to `batch`: by class and then by arrival, until one does not fit.
-    pub(crate) fn take(&mut self, now: Moment, batch: &mut Vec<T>) {
+    /// Moves the next step's texts to `batch`, in turn, until one does not fit. Each counts for its tenant at once, so
+    /// that turns change within a step.
+    pub(crate) fn take(&mut self, batch: &mut Vec<T>) {
         let mut tokens = 0;
         while batch.len() < self.rules.max_texts {
-            let Some(line) = self.next_line(now) else { break };
-            let fits = |text: &mut Waiting<T>| tokens + text.tokens <= self.rules.max_tokens;
-            let Some(text) = self.lines[line].pop_front_if(fits) else { break };
+            let Some(turn) = self.waiting.turn(&self.tenants, |_| 0) else { break };
+            let fits = |next: &Waiting<T>| tokens + next.tokens <= self.rules.max_tokens;
+            if !self.waiting.peek(&turn).is_some_and(fits) {
+                break;
+            }
+            let Some(text) = self.waiting.take(&turn) else { break };
             tokens += text.tokens;
             self.texts -= 1;
             self.tokens -= text.tokens;
+            self.tenants.charge(&text.place.tenant, text.tokens);
             batch.push(text.item);
         }
-    }
-
-    /// The line whose first text is the most urgent one.
-    fn next_line(&self, now: Moment) -> Option<usize> {
-        let urgency = |(class, line): (usize, &VecDeque<Waiting<T>>)| {
-            let arrived = line.front()?.arrived;
-            let promotions = now.saturating_sub(arrived).as_millis() / PROMOTION.as_millis();
-            let class_now = class.saturating_sub(usize::try_from(promotions).unwrap_or(usize::MAX));
-            Some(((class_now, arrived), class))
-        };
-        self.lines.iter().enumerate().filter_map(urgency).min().map(|(_, line)| line)
     }
 
     /// Notes a step of `tokens` tokens that took `took` and ended `now`.

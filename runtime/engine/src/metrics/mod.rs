@@ -34,7 +34,7 @@ pub struct EngineMetrics {
     pub(crate) queue_wait: HistogramVec,
     pub(crate) running: IntGaugeVec,
     pub(crate) waiting: IntGaugeVec,
-    failed_steps: IntCounterVec,
+    pub(crate) failed_steps: IntCounterVec,
     cache: CacheFamilies,
     ages: LastStepAges,
 }
@@ -84,7 +84,7 @@ impl EngineMetrics {
             waiting: new.gauge("trustformers_requests_waiting", "Requests that wait for room in a batch.")?,
             failed_steps: new.counter(
                 "trustformers_failed_steps_total",
-                "Steps that the device failed; all sequences of such a step end.",
+                "Steps that the device failed; all sequences or texts of such a step end.",
                 &["model"],
             )?,
             cache: CacheFamilies::register(&new)?,

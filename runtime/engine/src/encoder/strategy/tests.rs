@@ -20,15 +20,27 @@ fn trained(strategy: BatchStrategy, fixed_us: u64) -> Batcher<usize> {
     batcher
 }
 
+/// A text of nobody in particular.
+fn push(batcher: &mut Batcher<usize>, at_us: u64, class: Priority, tokens: usize, item: usize) {
+    batcher.push(us(at_us), (class, &Tenant::from("")), tokens, item);
+}
+
 /// A request of one text of 10 tokens.
 fn request(batcher: &mut Batcher<usize>, at_us: u64, item: usize) {
     batcher.arrived(us(at_us));
-    batcher.push(us(at_us), Priority::Normal, 10, item);
+    push(batcher, at_us, Priority::Normal, 10, item);
 }
 
-fn taken(batcher: &mut Batcher<usize>, now_us: u64) -> Vec<usize> {
+/// Texts of 10 tokens each, of a request of this tenant.
+fn list(batcher: &mut Batcher<usize>, class: Priority, tenant: &str, items: std::ops::Range<usize>) {
+    let tenant = Tenant::from(tenant);
+    batcher.enter(&tenant);
+    items.for_each(|item| batcher.push(us(0), (class, &tenant), 10, item));
+}
+
+fn taken(batcher: &mut Batcher<usize>) -> Vec<usize> {
     let mut batch = Vec::new();
-    batcher.take(us(now_us), &mut batch);
+    batcher.take(&mut batch);
     batch
 }
 
@@ -64,13 +76,13 @@ fn fixed_strategies_begin_when_their_table_says() {
 #[test]
 fn tokens_fill_a_batch_as_texts_do() {
     let mut batcher = Batcher::new(rules(BatchStrategy::Size));
-    batcher.push(us(0), Priority::Normal, 60, 1);
+    push(&mut batcher, 0, Priority::Normal, 60, 1);
     assert!(matches!(batcher.decide(us(1)), Decision::Until(_)));
-    batcher.push(us(0), Priority::Normal, 60, 2);
-    batcher.push(us(0), Priority::Normal, 20, 3);
+    push(&mut batcher, 0, Priority::Normal, 60, 2);
+    push(&mut batcher, 0, Priority::Normal, 20, 3);
     assert_eq!(batcher.decide(us(1)), Decision::Run);
     // Nobody is passed over for being long.
-    assert_eq!((taken(&mut batcher, 1), taken(&mut batcher, 1), batcher.len()), (vec![1], vec![2, 3], 0));
+    assert_eq!((taken(&mut batcher), taken(&mut batcher), batcher.len()), (vec![1], vec![2, 3], 0));
 }
 
 #[test]
@@ -82,7 +94,7 @@ fn dynamic_never_waits_when_requests_are_sparse_or_nothing_is_to_be_gained() {
             let at = 1_000_000 + item as u64 * gap_us;
             request(&mut batcher, at, item);
             assert_eq!(batcher.decide(us(at)), Decision::Run, "gap {gap_us} fixed {fixed_us} request {item}");
-            assert_eq!(taken(&mut batcher, at), [item]);
+            assert_eq!(taken(&mut batcher), [item]);
         }
     }
     let mut untrained = Batcher::new(rules(BatchStrategy::Dynamic));
@@ -128,7 +140,7 @@ fn dynamic_gathers_a_crowd_until_it_ends_is_full_or_costs_too_much() {
 fn after_a_step_dynamic_gives_those_who_were_answered_time_to_come_back() {
     let mut batcher = trained(BatchStrategy::Dynamic, 2000);
     (0..6).for_each(|item| request(&mut batcher, item * 50, item as usize));
-    assert_eq!(taken(&mut batcher, 300), [0, 1, 2, 3]);
+    assert_eq!(taken(&mut batcher), [0, 1, 2, 3]);
     // Two came during the step, which ends at 9 ms; the four that are answered now will be back at once.
     batcher.step_done(us(9000), 40, us(2400));
     assert_eq!(batcher.decide(us(9000)), Decision::Until(us(9050)));
@@ -149,7 +161,7 @@ fn a_saturated_device_runs_full_batches_back_to_back_under_every_strategy() {
                 item += 1;
             }
             assert_eq!(batcher.decide(us(now)), Decision::Run, "{strategy}");
-            sizes.push(taken(&mut batcher, now).len());
+            sizes.push(taken(&mut batcher).len());
             now += 2400;
             batcher.step_done(us(now), 40, us(2400));
         }
@@ -158,22 +170,59 @@ fn a_saturated_device_runs_full_batches_back_to_back_under_every_strategy() {
 }
 
 #[test]
-fn classes_overtake_each_other_only_where_they_count_and_time_promotes() {
+fn classes_overtake_each_other_only_where_they_count() {
     use Priority::{High, Low, Normal};
-    let order = |strategy, now_us| {
-        let mut batcher = Batcher::new(Rules { max_texts: 8, ..rules(strategy) });
-        let waiting = [(0, Low), (500_000, Normal), (600_000, Low), (700_000, High), (800_000, Normal)];
-        for (item, (at, class)) in waiting.into_iter().enumerate() {
-            batcher.push(us(at), class, 10, item);
+    let order = |strategy, by_class| {
+        let mut batcher = Batcher::new(Rules { max_texts: 8, by_class, ..rules(strategy) });
+        for (item, class) in [Low, Normal, Low, High, Normal].into_iter().enumerate() {
+            push(&mut batcher, item as u64, class, 10, item);
         }
-        taken(&mut batcher, now_us)
+        taken(&mut batcher)
     };
-    assert_eq!(order(BatchStrategy::Dynamic, 900_000), [0, 1, 2, 3, 4]);
-    assert_eq!(order(BatchStrategy::Priority, 900_000), [3, 1, 4, 0, 2]);
-    // The first has waited for more than a second and counts as normal, where it is the oldest.
-    assert_eq!(order(BatchStrategy::Priority, 1_100_000), [3, 0, 1, 4, 2]);
-    // After two seconds it has become the most urgent of all.
-    assert_eq!(order(BatchStrategy::Priority, 2_100_000)[0], 0);
+    for strategy in BatchStrategy::ALL {
+        assert_eq!(order(strategy, false), [0, 1, 2, 3, 4], "{strategy}");
+        assert_eq!(order(strategy, true), [3, 1, 4, 0, 2], "{strategy}");
+    }
+}
+
+#[test]
+fn no_class_is_passed_over_without_end() {
+    let mut batcher = Batcher::new(rules(BatchStrategy::Priority));
+    let mut order = Vec::new();
+    push(&mut batcher, 0, Priority::Low, 10, 1000);
+    push(&mut batcher, 0, Priority::Normal, 10, 2000);
+    for step in 0..6 {
+        // More of class high come than a step takes.
+        (0..5).for_each(|item| push(&mut batcher, step, Priority::High, 10, item));
+        order.extend(taken(&mut batcher));
+    }
+    let at = |item| order.iter().position(|taken| *taken == item);
+    assert_eq!((at(2000), at(1000)), (Some(8), Some(16)), "{order:?}");
+}
+
+#[test]
+fn a_long_list_leaves_places_to_others_and_no_class_makes_up_for_it() {
+    let mut batcher = Batcher::new(rules(BatchStrategy::Dynamic));
+    list(&mut batcher, Priority::Normal, "long", 0..100);
+    assert_eq!(taken(&mut batcher), [0, 1, 2, 3]);
+    list(&mut batcher, Priority::Normal, "short", 200..201);
+    // Both begin alike, so the older one is first; then it is the other's turn.
+    assert_eq!(taken(&mut batcher), [4, 200, 5, 6]);
+    batcher.leave(&"short".into());
+    list(&mut batcher, Priority::Normal, "other", 300..400);
+    assert_eq!(taken(&mut batcher), [7, 300, 8, 301]);
+    // Turns are by tokens: whoever sends long texts has fewer of them in a step.
+    let mut batcher = Batcher::new(Rules { max_texts: 16, ..rules(BatchStrategy::Dynamic) });
+    list(&mut batcher, Priority::Normal, "short", 0..100);
+    let long = Tenant::from("long");
+    batcher.enter(&long);
+    (200..300).for_each(|item| batcher.push(us(0), (Priority::Normal, &long), 40, item));
+    assert_eq!(taken(&mut batcher), [0, 200, 1, 2, 3, 4]);
+    // A class goes before the tenants of the next one.
+    let mut batcher = Batcher::new(rules(BatchStrategy::Priority));
+    list(&mut batcher, Priority::High, "much", 0..3);
+    list(&mut batcher, Priority::Normal, "little", 10..11);
+    assert_eq!(taken(&mut batcher), [0, 1, 2, 10]);
 }
 
 #[test]
@@ -182,8 +231,8 @@ fn an_urgent_text_does_not_wait_for_others() {
         [(BatchStrategy::Priority, true), (BatchStrategy::Time, true), (BatchStrategy::Time, false)]
     {
         let mut batcher = Batcher::new(Rules { by_class, ..rules(strategy) });
-        batcher.push(us(0), Priority::Low, 10, 0);
-        batcher.push(us(0), Priority::High, 10, 1);
+        push(&mut batcher, 0, Priority::Low, 10, 0);
+        push(&mut batcher, 0, Priority::High, 10, 1);
         let wanted = if by_class { Decision::Run } else { Decision::Until(us(10_000)) };
         assert_eq!(batcher.decide(us(5)), wanted, "{strategy}");
     }
@@ -192,10 +241,10 @@ fn an_urgent_text_does_not_wait_for_others() {
 #[test]
 fn what_is_forgotten_leaves_no_trace_in_the_counts() {
     let mut batcher = Batcher::new(rules(BatchStrategy::Size));
-    (0..9).for_each(|item| batcher.push(us(0), Priority::Normal, 30, item));
+    (0..9).for_each(|item| push(&mut batcher, 0, Priority::Normal, 30, item));
     batcher.retain(|item| item % 3 == 0);
     assert_eq!((batcher.len(), batcher.tokens), (3, 90));
     assert!(matches!(batcher.decide(us(1)), Decision::Until(_)), "neither full by texts nor by tokens");
-    assert_eq!(taken(&mut batcher, 1), [0, 3, 6]);
+    assert_eq!(taken(&mut batcher), [0, 3, 6]);
     assert_eq!((batcher.len(), batcher.tokens, batcher.decide(us(1))), (0, 0, Decision::Idle));
 }
