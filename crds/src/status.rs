@@ -36,6 +36,10 @@ pub struct InferenceModelStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
 
+    /// What the model does, as its files say: `generate` or `embed`. It stays while nothing is loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<String>,
+
     /// sha256 of the loaded file; of several files, sha256 of their sorted lines `<sha256>  <path>`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,

@@ -14,7 +14,7 @@ use kube::runtime::reflector::{ObjectRef, Store, store};
 use kube::{Client, ResourceExt};
 use tokio::sync::{Notify, mpsc};
 use trustformers_control::build::Platform;
-use trustformers_control::routes::ModelKey;
+use trustformers_control::routes::{Loaded, ModelKey};
 use trustformers_crds::{InferenceModel, InferenceModelStatus};
 use trustformers_proto::v1::ModelStatus;
 
@@ -238,13 +238,15 @@ impl World {
         uids.into_iter().filter_map(|uid| Some((uid.to_owned(), reports.get(uid)?.clone()))).collect()
     }
 
-    /// The digests that pods have loaded, by UID of the pod.
-    pub fn digests(&self) -> BTreeMap<String, String> {
+    /// What pods have loaded, by UID of the pod.
+    pub fn loaded(&self) -> BTreeMap<String, Loaded> {
         let reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
         reports
             .iter()
             .filter(|(_, report)| !report.digest.is_empty())
-            .map(|(uid, report)| (uid.clone(), report.digest.clone()))
+            .map(|(uid, report)| {
+                (uid.clone(), Loaded { digest: report.digest.clone(), task: report.task.clone() })
+            })
             .collect()
     }
 

@@ -202,6 +202,7 @@ mod tests {
             first_byte_timeout: S,
             retries: 0,
             known_digest: None,
+            known_task: None,
         };
         routes(&[model], pods, &BTreeMap::new())
     }

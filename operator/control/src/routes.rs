@@ -30,6 +30,17 @@ pub struct RouteModel {
     pub retries: u32,
     /// The digest that its status names, and the revision it belongs to.
     pub known_digest: Option<(String, String)>,
+    /// The task that its spec or else its status names.
+    pub known_task: Option<String>,
+}
+
+/// What a pod reported that its route tells.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Loaded {
+    /// The digest of what it loaded.
+    pub digest: String,
+    /// What that does, such as `generate`; empty where the pod did not say so.
+    pub task: String,
 }
 
 /// Used where a stored timeout cannot be read; the schema refuses such a value today.
@@ -46,6 +57,11 @@ impl RouteModel {
             first_byte_timeout: span::parse(&model.spec.traffic.timeout).unwrap_or(FALLBACK_TIMEOUT),
             retries: model.spec.traffic.retries,
             known_digest: stable.and_then(|stable| Some((stable.revision.clone(), stable.digest.clone()?))),
+            known_task: model
+                .spec
+                .task
+                .map(|task| task.as_str().to_owned())
+                .or_else(|| model.status.as_ref()?.task.clone()),
         })
     }
 }
@@ -71,9 +87,9 @@ fn age(model: &RouteModel) -> (Timestamp, &ModelKey) {
     (model.created.unwrap_or(Timestamp::MAX), &model.key)
 }
 
-/// All routes, sorted, so that equal inputs give equal tables. `digests` are what pods reported, by UID.
+/// All routes, sorted, so that equal inputs give equal tables. `loaded` is what pods reported, by UID.
 #[must_use]
-pub fn routes(models: &[RouteModel], pods: &[PodView], digests: &BTreeMap<String, String>) -> Vec<Route> {
+pub fn routes(models: &[RouteModel], pods: &[PodView], loaded: &BTreeMap<String, Loaded>) -> Vec<Route> {
     let holders = bare_names(models);
     let mut by_model: BTreeMap<(&str, &str), Vec<&PodView>> = BTreeMap::new();
     for pod in pods.iter().filter(|pod| pod.routable()) {
@@ -89,10 +105,13 @@ pub fn routes(models: &[RouteModel], pods: &[PodView], digests: &BTreeMap<String
                 aliases.push(name.clone());
             }
             let pods = by_model.remove(&(namespace.as_str(), name.as_str())).unwrap_or_default();
+            let mut reported = pods.iter().filter_map(|pod| Some(&loaded.get(&pod.uid)?.task));
+            let task = reported.find(|task| !task.is_empty()).or(model.known_task.as_ref());
             Route {
                 name: full,
                 aliases,
-                backends: backends(model, pods, digests),
+                task: task.cloned().unwrap_or_default(),
+                backends: backends(model, pods, loaded),
                 policy: Some(Policy {
                     first_byte_timeout_ms: u64::try_from(model.first_byte_timeout.as_millis()).unwrap_or(0),
                     retries: model.retries,
@@ -105,14 +124,14 @@ pub fn routes(models: &[RouteModel], pods: &[PodView], digests: &BTreeMap<String
 }
 
 /// One backend for each revision; each pod gets the same share, whatever revision it is of.
-fn backends(model: &RouteModel, pods: Vec<&PodView>, digests: &BTreeMap<String, String>) -> Vec<Backend> {
+fn backends(model: &RouteModel, pods: Vec<&PodView>, loaded: &BTreeMap<String, Loaded>) -> Vec<Backend> {
     let mut by_revision: BTreeMap<&str, Vec<&PodView>> = BTreeMap::new();
     for pod in pods {
         by_revision.entry(&pod.revision).or_default().push(pod);
     }
     let backend = |(revision, mut pods): (&str, Vec<&PodView>)| {
         pods.sort_by(|one, other| one.name.cmp(&other.name));
-        let reported = pods.iter().find_map(|pod| digests.get(&pod.uid));
+        let reported = pods.iter().find_map(|pod| loaded.get(&pod.uid)).map(|loaded| &loaded.digest);
         let known = model.known_digest.as_ref().filter(|(of, _)| of == revision).map(|(_, digest)| digest);
         Backend {
             revision: revision.to_owned(),
@@ -147,6 +166,7 @@ mod tests {
             first_byte_timeout: Duration::from_secs(60),
             retries: 2,
             known_digest: None,
+            known_task: None,
         }
     }
 
@@ -172,8 +192,9 @@ mod tests {
         let loading = PodView { containers_ready: false, ..view("chat", "loading") };
         let ending = PodView { deleting: true, ..view("chat", "ending") };
         let pods = [view("chat", "b"), view("chat", "a"), old, loading, ending, view("other", "x")];
-        let digests = BTreeMap::from([("uid-a".to_owned(), "d1".to_owned())]);
-        let routes = routes(&[model("team", "chat", 1)], &pods, &digests);
+        let loaded = Loaded { digest: "d1".to_owned(), ..Loaded::default() };
+        let loaded = BTreeMap::from([("uid-a".to_owned(), loaded)]);
+        let routes = routes(&[model("team", "chat", 1)], &pods, &loaded);
         let seen: Vec<_> = routes[0]
             .backends
             .iter()
@@ -191,5 +212,26 @@ mod tests {
             RouteModel { known_digest: Some(("r1".to_owned(), "d9".to_owned())), ..model("team", "chat", 1) };
         let routes = routes(&[known], &[view("chat", "a")], &BTreeMap::new());
         assert_eq!(routes[0].backends[0].digest, "d9");
+    }
+
+    #[test]
+    fn a_route_tells_its_task_from_its_pods_or_else_from_what_is_stored() {
+        let read = |text: &str| RouteModel::of(&serde_yaml::from_str(text).unwrap()).unwrap();
+        let head = "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
+                    metadata: {name: chat, namespace: team}\n";
+        let stored = |task: &str, status: &str| {
+            read(&format!("{head}spec: {{{task}source: {{uri: 'oci://x'}}}}\nstatus: {{{status}}}\n"))
+        };
+        let loaded = Loaded { digest: "d".to_owned(), task: "embed".to_owned() };
+        let loaded = BTreeMap::from([("uid-a".to_owned(), loaded)]);
+        let pods = [view("chat", "a")];
+        let none = BTreeMap::new();
+        let task = |model, loaded| routes(&[model], &pods, loaded)[0].task.clone();
+        assert_eq!(task(stored("", ""), &none), "");
+        assert_eq!(task(stored("", ""), &loaded), "embed");
+        assert_eq!(task(stored("", "task: generate"), &none), "generate");
+        assert_eq!(task(stored("task: embed, ", "task: generate"), &none), "embed");
+        // Of a model without pods it is known as well.
+        assert_eq!(routes(&[stored("", "task: embed")], &[], &none)[0].task, "embed");
     }
 }

@@ -107,6 +107,9 @@ pub fn status(
         replicas: count(observed.pods.iter().filter(|pod| pod.counts())),
         ready_replicas: i32::try_from(facts.serving).unwrap_or(i32::MAX),
         device: device(observed).or_else(|| previous.device.clone().filter(|_| facts.serving > 0)),
+        task: task(observed, revision)
+            .or_else(|| model.task.map(|task| task.as_str().to_owned()))
+            .or_else(|| previous.task.clone()),
         digest: loaded,
         stable,
         loading: loading(observed, revision),
@@ -257,6 +260,13 @@ fn digest(observed: Observed<'_>, revision: &str) -> Option<String> {
         })
         .map(|report| report.digest.clone())
         .find(|digest| !digest.is_empty())
+}
+
+/// The task that pods of the revision reported.
+fn task(observed: Observed<'_>, revision: &str) -> Option<String> {
+    let pods = observed.pods.iter().filter(|pod| pod.revision == revision && pod.counts());
+    let reports = pods.filter_map(|pod| observed.reports.get(&pod.uid));
+    reports.map(|report| &report.task).find(|task| !task.is_empty()).cloned()
 }
 
 /// The devices that pods run on; more than one only in a mixed cluster.

@@ -40,5 +40,5 @@ fn table(world: &World) -> Vec<Route> {
     let models: Vec<RouteModel> =
         world.caches.models.state().iter().filter_map(|model| RouteModel::of(model)).collect();
     let pods: Vec<PodView> = world.caches.pods.state().iter().filter_map(|pod| PodView::of(pod)).collect();
-    routes(&models, &pods, &world.digests())
+    routes(&models, &pods, &world.loaded())
 }

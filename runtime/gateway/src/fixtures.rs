@@ -17,6 +17,7 @@ impl TableText {
             aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
             backends: Vec::new(),
             policy: Some(wire::Policy { first_byte_timeout_ms: 0, retries: 1 }),
+            task: String::new(),
         });
         self
     }

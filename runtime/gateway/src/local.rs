@@ -81,6 +81,7 @@ fn model(route: &Route) -> Value {
     json!({
         "id": route.name,
         "object": "model",
+        "task": (!route.task.is_empty()).then_some(&route.task),
         "aliases": route.aliases,
         "ready_endpoints": route.endpoint_count(),
         "revisions": revisions,

@@ -8,7 +8,7 @@
 //! | 4 the drain's count | from here on the request counts as work; the probes before it never end |
 //! | 5 the table | without one no body is worth reading; one table serves all further steps |
 //! | 6 the body, within bounds | the model's name is in it, and a second attempt needs it again |
-//! | 7 the model's name, the route | a caller's mistake is answered before any pod is bothered |
+//! | 7 the model's name or the task, the route | a caller's mistake is answered before any pod is bothered |
 //! | 8 headers | after the route, so that refused requests cost no copying |
 //! | 9 split, balance, attempts | within the route's time to the first byte, counted from the request's arrival |
 //! | 10 the answer's headers | the last word: what the pod said about its connection is gone, ours may be added |
@@ -29,7 +29,7 @@ use crate::gateway::Gateway;
 use crate::grpc::Services;
 use crate::headers::{REQUEST_ID, forwarded, request_id};
 use crate::metrics::Protocol;
-use crate::table::Lookup;
+use crate::table::{NameRequired, Unknown};
 use crate::{intake, local};
 
 /// gRPC calls below this path go to pods.
@@ -116,14 +116,19 @@ async fn proxied(
     let taken = intake::read(body, gateway.body_limit_bytes, &gateway.bodies).await.map_err(refused)?;
     // 7
     let model = intake::model_name(protocol, &parts.headers, &taken.bytes).map_err(refused)?;
-    let index = routing.table.find(&model).map_err(|lookup| {
-        let choices = routing.table.choices();
-        refused(match lookup {
-            Lookup::Unknown if !gateway.is_current() => GatewayError::UnknownYet { model: model.clone() },
-            Lookup::Unknown => GatewayError::UnknownModel { model: model.clone(), choices },
-            Lookup::NameRequired => GatewayError::NameRequired { choices },
+    let found = if model.is_empty() {
+        let unnamed = routing.table.find_unnamed(task(parts.uri.path()));
+        unnamed.map_err(|NameRequired { choices }| GatewayError::NameRequired { choices })
+    } else {
+        routing.table.find(&model).map_err(|Unknown| {
+            if gateway.is_current() {
+                GatewayError::UnknownModel { choices: routing.table.choices(), model }
+            } else {
+                GatewayError::UnknownYet { model }
+            }
         })
-    })?;
+    };
+    let index = found.map_err(refused)?;
     // 8
     let path = parts.uri.path_and_query().cloned();
     let call = Call {
@@ -173,6 +178,15 @@ fn target(request: &Request<Incoming>, protocol: Protocol) -> Result<Target, Gat
             Err(GatewayError::Method { path: path.to_owned(), allowed: "POST" })
         }
         _ => Err(GatewayError::NoSuchPath { path: path.to_owned() }),
+    }
+}
+
+/// The task of a path, as routes are called by it; none of a path that is newer than this gateway.
+fn task(path: &str) -> Option<&'static str> {
+    match path.strip_prefix(INFERENCE_SERVICE).unwrap_or(path) {
+        "/v1/generate" | "/v1/generate/stream" | "Generate" | "GenerateStream" => Some("generate"),
+        "/v1/embeddings" | "Embed" => Some("embed"),
+        _ => None,
     }
 }
 

@@ -93,6 +93,8 @@ pub struct Route {
     pub backends: Vec<Backend>,
     /// Timeouts and retries.
     pub policy: Policy,
+    /// What the model does, such as `generate` or `embed`; empty where that is not known.
+    pub task: String,
 }
 
 impl Route {
@@ -141,13 +143,15 @@ pub enum TableError {
     },
 }
 
-/// Why no route was found for a model's name.
+/// No route answers to a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lookup {
-    /// No route answers to the name.
-    Unknown,
-    /// No name was given, and there is not exactly one route to take.
-    NameRequired,
+pub struct Unknown;
+
+/// A request has to name a model: there is not exactly one that it can mean.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NameRequired {
+    /// The names to choose from: those of the task, or all where none is known to be of it.
+    pub choices: Vec<String>,
 }
 
 /// A parsed table.
@@ -191,20 +195,38 @@ impl Table {
                 .map(|backend| parse_backend(backend, &route.name))
                 .collect::<Result<_, _>>()?;
             let policy = route.policy.map_or_else(Policy::default, parse_policy);
-            routes.push(Route { name: route.name, aliases, backends, policy });
+            routes.push(Route { name: route.name, aliases, backends, policy, task: route.task });
         }
         Ok(Self { version, routes, names })
     }
 
-    /// Finds the route for a model's name; an empty name means the only route.
+    /// Finds the route for a model's name.
     ///
     /// # Errors
-    /// Says whether the name is unknown or was needed.
-    pub fn find(&self, model: &str) -> Result<usize, Lookup> {
-        if model.is_empty() {
-            return if self.routes.len() == 1 { Ok(0) } else { Err(Lookup::NameRequired) };
+    /// No route has it.
+    pub fn find(&self, model: &str) -> Result<usize, Unknown> {
+        self.names.get(model).copied().ok_or(Unknown)
+    }
+
+    /// Finds the route for a request that names no model: the only one there is, or the only one of the task that the
+    /// request is of, where that is known. A model whose task is not known yet has never served and is not meant.
+    ///
+    /// # Errors
+    /// There is not exactly one.
+    pub fn find_unnamed(&self, task: Option<&str>) -> Result<usize, NameRequired> {
+        if self.routes.len() == 1 {
+            return Ok(0);
         }
-        self.names.get(model).copied().ok_or(Lookup::Unknown)
+        let of_task = |(index, route): (usize, &Route)| (Some(&*route.task) == task).then_some(index);
+        let meant: Vec<usize> = self.routes.iter().enumerate().filter_map(of_task).collect();
+        match *meant {
+            [only] => Ok(only),
+            [] => Err(NameRequired { choices: self.choices() }),
+            _ => {
+                let choices = meant.into_iter().map(|index| self.routes[index].name.clone()).collect();
+                Err(NameRequired { choices })
+            }
+        }
     }
 
     /// The names of all routes, for an error that lists the choices.
@@ -282,6 +304,7 @@ mod tests {
                 }],
             }],
             policy: Some(wire::Policy { first_byte_timeout_ms: 1500, retries: 2 }),
+            task: String::new(),
         }
     }
 
@@ -300,8 +323,8 @@ mod tests {
         for (name, index) in [("default/a", 0), ("a", 0), ("default/b", 1), ("b", 1)] {
             assert_eq!(parsed.find(name), Ok(index), "{name}");
         }
-        assert_eq!(parsed.find("c"), Err(Lookup::Unknown));
-        assert_eq!(parsed.find(""), Err(Lookup::NameRequired));
+        assert_eq!(parsed.find("c"), Err(Unknown));
+        assert_eq!(parsed.find(""), Err(Unknown));
         let policy = parsed.routes[0].policy;
         assert_eq!(policy, Policy { first_byte_timeout: Some(Duration::from_millis(1500)), retries: 2 });
         let endpoint = &parsed.routes[0].backends[0].endpoints[0];
@@ -313,9 +336,25 @@ mod tests {
     #[test]
     fn the_only_route_needs_no_name() {
         let parsed = Table::parse(table(vec![route("default/a", &["a"])])).unwrap();
-        assert_eq!(parsed.find(""), Ok(0));
+        for task in [None, Some("generate"), Some("embed")] {
+            assert_eq!(parsed.find_unnamed(task), Ok(0), "{task:?}");
+        }
         let empty = Table::parse(table(Vec::new())).unwrap();
-        assert_eq!(empty.find(""), Err(Lookup::NameRequired));
+        assert_eq!(empty.find_unnamed(Some("embed")), Err(NameRequired { choices: Vec::new() }));
+    }
+
+    #[test]
+    fn without_a_name_the_only_route_of_the_task_is_meant() {
+        let of = |name: &str, task: &str| wire::Route { task: task.to_owned(), ..route(name, &[]) };
+        let routes = [("d/e", "embed"), ("d/g", "generate"), ("d/h", "generate"), ("d/u", "")];
+        let parsed = Table::parse(table(routes.map(|(name, task)| of(name, task)).to_vec())).unwrap();
+        let choices = |task| parsed.find_unnamed(task).map_err(|required| required.choices);
+        assert_eq!(choices(Some("embed")), Ok(0));
+        assert_eq!(choices(Some("generate")), Err(vec!["d/g".to_owned(), "d/h".to_owned()]));
+        // Of a task that no route has, and of a path that this gateway does not know, all are named.
+        let all: Vec<String> = routes.map(|(name, _)| name.to_owned()).to_vec();
+        assert_eq!(choices(Some("rerank")), Err(all.clone()));
+        assert_eq!(choices(None), Err(all));
     }
 
     #[test]

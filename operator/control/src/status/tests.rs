@@ -85,6 +85,19 @@ fn all_replicas_of_the_revision_make_it_ready() {
 }
 
 #[test]
+fn the_task_is_what_pods_report_and_stays_known() {
+    let embeds = ModelStatus { task: "embed".to_owned(), ..report(ModelState::Ready) };
+    let mut case = Case::new(1);
+    assert_eq!(case.status().task, None);
+    case = case.pod(view("chat", "a"), Some(embeds));
+    let status = case.status();
+    assert_eq!(status.task.as_deref(), Some("embed"));
+    let mut stopped = Case::new(0);
+    stopped.previous = status;
+    assert_eq!(stopped.status().task.as_deref(), Some("embed"));
+}
+
+#[test]
 fn nothing_yet_is_pending() {
     let status = Case::new(1).status();
     assert_eq!(status.phase, Some(Phase::Pending));

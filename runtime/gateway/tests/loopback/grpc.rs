@@ -151,6 +151,12 @@ async fn an_embed_call_finds_its_model_as_any_other_does() {
     let answer = caller(&scene).await.embed(ask("a")).await.unwrap().into_inner();
     assert_eq!((answer.model.as_str(), answer.id), ("a", format!("{}||y", "x".repeat(300))));
     assert_eq!(caller(&scene).await.embed(ask("b")).await.unwrap_err().code(), Code::Unavailable);
+    // Without a name it is the only one that embeds.
+    assert_eq!(caller(&scene).await.embed(ask("")).await.unwrap_err().code(), Code::InvalidArgument);
+    let table = Table::new(1, 2).route("a").task("embed").backend("r1", 1, &[address]);
+    scene.publish(table.route("b").task("generate")).await;
+    assert_eq!(caller(&scene).await.embed(ask("")).await.unwrap().into_inner().model, "");
+    assert_eq!(caller(&scene).await.generate(request("")).await.unwrap_err().code(), Code::Unavailable);
 }
 
 #[tokio::test]

@@ -31,7 +31,14 @@ impl Table {
             aliases: vec![format!("default/{name}"), name.to_owned()],
             backends: Vec::new(),
             policy: Some(wire::Policy { first_byte_timeout_ms: 0, retries: 1 }),
+            task: String::new(),
         });
+        self
+    }
+
+    /// Sets the last route's task.
+    pub(crate) fn task(mut self, task: &str) -> Self {
+        self.0.routes.last_mut().unwrap().task = task.to_owned();
         self
     }
 

@@ -35,6 +35,36 @@ async fn requests_go_where_the_name_says() {
 }
 
 #[tokio::test]
+async fn without_a_name_the_path_says_which_model_is_meant() {
+    let (words, vectors) = (Pod::named("words").await, Pod::named("vectors").await);
+    let table = |counter| {
+        let table = Table::new(1, counter).route("g").task("generate").backend("r1", 1, &[words.address]);
+        table.route("e").task("embed").backend("r1", 1, &[vectors.address]).route("new")
+    };
+    let scene = Scene::with_table(table(1)).await;
+    let ask = async |path: &str| {
+        let request = post(scene.http(), path, r#"{"input": "i"}"#);
+        text(scene.client.request(request).await.unwrap()).await
+    };
+    for (path, pod) in
+        [("/v1/generate", "words"), ("/v1/generate/stream?x=1", "words"), ("/v1/embeddings", "vectors")]
+    {
+        assert_eq!(ask(path).await, (StatusCode::OK, pod.to_owned()), "{path}");
+    }
+    let choices = async |path: &str| {
+        let (status, body) = ask(path).await;
+        assert_eq!(
+            (status, &json(&body)["error"]["type"]),
+            (StatusCode::BAD_REQUEST, &"model_required".into())
+        );
+        json(&body)["error"]["choices"].clone()
+    };
+    assert_eq!(choices("/v1/rerank").await, serde_json::json!(["default/g", "default/e", "default/new"]));
+    scene.publish(table(2).route("f").task("embed")).await;
+    assert_eq!(choices("/v1/embeddings").await, serde_json::json!(["default/e", "default/f"]));
+}
+
+#[tokio::test]
 async fn the_only_model_needs_no_name_and_unknown_paths_below_v1_are_for_the_pod() {
     let pod = Pod::start(|head, body| async move {
         let text = format!("{} {}", head.uri.path_and_query().unwrap(), body.len());
@@ -157,7 +187,8 @@ async fn pages_tell_the_state() {
     assert_eq!(json(&text(early).await.1)["error"]["type"], "no_table");
     let pod = Pod::named("one").await;
     let scene = Scene { gateway, operator, state, client };
-    let table = Table::new(3, 8).route("a").backend("r1", 90, &[pod.address]).backend("r2", 10, &[]);
+    let table =
+        Table::new(3, 8).route("a").task("generate").backend("r1", 90, &[pod.address]).backend("r2", 10, &[]);
     scene.publish(table).await;
     for path in ["/health", "/health/ready", "/health/startup"] {
         assert_eq!(scene.get(path).await.0, StatusCode::OK, "{path}");
@@ -166,6 +197,7 @@ async fn pages_tell_the_state() {
     let model = &json(&body)["data"][0];
     assert_eq!(model["id"], "default/a");
     assert_eq!(model["aliases"], serde_json::json!(["default/a", "a"]));
+    assert_eq!(model["task"], "generate");
     assert_eq!(model["ready_endpoints"], 1);
     let second =
         serde_json::json!({"revision": "r2", "digest": "digest-r2", "weight": 10, "ready_endpoints": 0});
