@@ -2,7 +2,8 @@
 //!
 //! A request takes the place of one of a lower class. Within a class it takes the place of a tenant's that has more
 //! than it, and still has as much as it afterwards: places are evened out, and no two push each other out in turn. The
-//! newest goes first, because least of it is lost.
+//! newest goes first, because least of it is lost. What is due, because it has waited long enough, gives way to nobody
+//! while somebody else can.
 
 use crate::priority::Priority;
 use crate::queue::Place;
@@ -56,6 +57,7 @@ pub(crate) fn gives_way(
     let own = of(tenant) + needed;
     let richer = |runs: &&Runs<'_>| {
         runs.place.class == class
+            && !runs.place.due
             && runs.place.tenant != *tenant
             && of(&runs.place.tenant) >= own + amount(runs)
     };
@@ -64,17 +66,19 @@ pub(crate) fn gives_way(
 }
 
 /// The sequence that gives way where those that run need more blocks than there are: of the lowest class, of the tenant
-/// with the most sequences in it, the newest. Never the first of all, so that one always goes on.
+/// with the most sequences in it, the newest; of those that are due only where there are no others. Never the first of
+/// all, so that one always goes on.
 pub(crate) fn gives_way_to_growth(running: &[Runs<'_>]) -> Option<usize> {
     let first = running.iter().map(|runs| runs.place.rank()).min()?;
+    let standing = |runs: &Runs<'_>| (!runs.place.due, runs.place.class);
     let others = || running.iter().filter(|runs| runs.place.rank() != first);
-    let lowest = others().map(|runs| runs.place.class).max()?;
+    let lowest = others().map(standing).max()?;
     let of = |tenant: &Tenant| {
-        others().filter(|runs| runs.place.class == lowest && runs.place.tenant == *tenant).count()
+        others().filter(|runs| standing(runs) == lowest && runs.place.tenant == *tenant).count()
     };
-    let most = others().filter(|runs| runs.place.class == lowest).map(|runs| of(&runs.place.tenant)).max()?;
+    let most = others().filter(|runs| standing(runs) == lowest).map(|runs| of(&runs.place.tenant)).max()?;
     last(running, |runs| {
-        runs.place.rank() != first && runs.place.class == lowest && of(&runs.place.tenant) == most
+        runs.place.rank() != first && standing(runs) == lowest && of(&runs.place.tenant) == most
     })
 }
 
@@ -94,6 +98,7 @@ mod tests {
             class: *class,
             tenant: (*tenant).into(),
             order,
+            due: false,
         };
         (0..).zip(all).map(place).collect()
     }
@@ -145,5 +150,17 @@ mod tests {
         assert_eq!(gives_way_to_growth(&runs(&all[..4])), Some(2), "a runs more than b");
         assert_eq!(gives_way_to_growth(&runs(&all[..2])), Some(0), "the first is the one of class high");
         assert_eq!(gives_way_to_growth(&runs(&all[..1])), None);
+    }
+
+    #[test]
+    fn what_is_due_gives_way_last() {
+        let mut all = places(&[(High, "a"), (High, "a"), (High, "a"), (High, "a")]);
+        for place in &mut all[2..] {
+            place.due = true;
+        }
+        assert_eq!(gives_way((High, &"b".into()), Lack::Place, &runs(&all)), Some(1));
+        assert_eq!(gives_way((High, &"b".into()), Lack::Place, &runs(&all[2..])), None);
+        assert_eq!(gives_way_to_growth(&runs(&all)), Some(1));
+        assert_eq!(gives_way_to_growth(&runs(&all[2..])), Some(1), "nobody else is there");
     }
 }

@@ -217,7 +217,9 @@ impl Device {
                 continue;
             }
             let Some(mut next) = self.waiting.take(&turn) else { return };
-            next.raise(turn.class());
+            if turn.is_due() {
+                next.raise();
+            }
             next.admit(blocks);
             let place = self.running.partition_point(|other| other.place().rank() < next.place().rank());
             self.running.insert(place, next);
@@ -246,13 +248,13 @@ impl Device {
             let lowest = running.last().map(|sequence| sequence.place().class);
             asks.clear();
             asks.extend(running.iter().map(|sequence| {
-                let Place { class, tenant, order } = sequence.place();
+                let Place { class, tenant, due, .. } = sequence.place();
+                let overtakes = lowest.is_some_and(|lowest| *class < lowest);
                 Ask {
                     wants: sequence.wants(),
-                    class: *class,
-                    served: tenants.served(tenant),
-                    order: *order,
-                    behind: tenants.is_behind(tenant) || lowest.is_some_and(|lowest| *class < lowest),
+                    rank: sequence.place().rank(),
+                    standing: tenants.standing(tenant),
+                    behind: *due || overtakes || tenants.is_behind(tenant),
                 }
             }));
             let alone = running.len() == 1 && self.waiting.is_empty();

@@ -1,9 +1,9 @@
 //! Who is next: the requests that wait, by class and by tenant.
 //!
 //! A class goes before the next one, but not without end: while a request waits in a class, at most
-//! [`PASSED_OVER_MOST`] requests of classes above it are admitted, then its turn has come. It is then treated as one of
-//! the first class until it ends, so whatever has had to wait that long also finishes. Within a class it is the turn of
-//! the tenant that was served least, and within a tenant that of the oldest request.
+//! [`PASSED_OVER_MOST`] requests of classes above it are admitted, then its turn has come. It is *due* then, until it
+//! ends: it is treated as the first of the first class, so whatever has had to wait that long also finishes. Within a
+//! class it is the turn of the tenant that was served least, and within a tenant that of the oldest request.
 
 use crate::priority::Priority;
 use crate::tenants::{Tenant, Tenants};
@@ -20,12 +20,14 @@ pub(crate) struct Place {
     pub(crate) tenant: Tenant,
     /// Its number in the order of arrival.
     pub(crate) order: u64,
+    /// It has been passed over often enough, so it is of the first class and goes before all others there.
+    pub(crate) due: bool,
 }
 
 impl Place {
     /// Smaller is better.
-    pub(crate) fn rank(&self) -> (Priority, u64) {
-        (self.class, self.order)
+    pub(crate) fn rank(&self) -> (bool, Priority, u64) {
+        (!self.due, self.class, self.order)
     }
 }
 
@@ -41,7 +43,7 @@ pub(crate) struct Turn {
     /// The class it waits in.
     class: Priority,
     tenant: Tenant,
-    /// Its class has been passed over often enough.
+    /// It, or its class, has been passed over often enough.
     due: bool,
 }
 
@@ -53,6 +55,10 @@ impl Turn {
 
     pub(crate) fn tenant(&self) -> &Tenant {
         &self.tenant
+    }
+
+    pub(crate) fn is_due(&self) -> bool {
+        self.due
     }
 }
 
@@ -92,26 +98,28 @@ impl<T: Placed> Queue<T> {
 
     /// Adds a request, before those of its tenant and class that came after it.
     pub(crate) fn push(&mut self, item: T) {
-        let Place { class, tenant, order } = item.place();
-        let (class, tenant, order) = (*class, Arc::clone(tenant), *order);
+        let place = item.place();
+        let (class, tenant, rank) = (place.class, Arc::clone(&place.tenant), place.rank());
         let line = self.classes[class as usize].lines.entry(tenant).or_default();
-        let at = line.partition_point(|other| other.place().order < order);
+        let at = line.partition_point(|other| other.place().rank() < rank);
         line.insert(at, item);
     }
 
     /// Whose turn it is. `running` says how many requests of a tenant run: among tenants that were served alike, the
-    /// one with the fewest is first.
+    /// one with the fewest is first. One that was due and has given way since goes before everything else.
     pub(crate) fn turn(&self, tenants: &Tenants, running: impl Fn(&Tenant) -> usize) -> Option<Turn> {
         let waiting = |class: &Priority| !self.classes[*class as usize].lines.is_empty();
         let is_due = |class: &Priority| {
             waiting(class) && self.classes[*class as usize].passed_over >= PASSED_OVER_MOST[*class as usize]
         };
-        let due = Priority::ALL.into_iter().rev().find(is_due);
+        let gave_way = |line: &VecDeque<T>| line.front().is_some_and(|item| item.place().due);
+        let first = self.classes[Priority::High as usize].lines.values().any(gave_way);
+        let due = if first { Some(Priority::High) } else { Priority::ALL.into_iter().rev().find(is_due) };
         let class = due.or_else(|| Priority::ALL.into_iter().find(waiting))?;
         let lines = self.classes[class as usize].lines.iter();
         let (tenant, _) = lines.min_by_key(|(tenant, line)| {
             let oldest = line.front().map_or(0, |item| item.place().order);
-            (tenants.served(tenant), running(tenant), oldest)
+            (!gave_way(line), tenants.served(tenant), running(tenant), oldest)
         })?;
         Some(Turn { class, tenant: Arc::clone(tenant), due: due.is_some() })
     }
@@ -187,7 +195,7 @@ mod tests {
     }
 
     fn place(class: Priority, tenant: &str, order: u64) -> Place {
-        Place { class, tenant: tenant.into(), order }
+        Place { class, tenant: tenant.into(), order, due: false }
     }
 
     /// Takes whose turn it is, with the word whether it was due.
@@ -238,6 +246,21 @@ mod tests {
             next(&mut queue, &tenants).1
         });
         assert_eq!(waits, Some(16));
+    }
+
+    #[test]
+    fn what_was_due_and_gave_way_goes_before_everything_else() {
+        let mut tenants = Tenants::default();
+        let mut queue = Queue::default();
+        queue.push(place(Priority::High, "a", 1));
+        queue.push(place(Priority::High, "b", 2));
+        queue.push(Place { due: true, ..place(Priority::High, "b", 3) });
+        for tenant in ["a", "b"] {
+            tenants.enter(&tenant.into());
+        }
+        tenants.charge(&"b".into(), 9);
+        let taken = [(); 3].map(|()| next(&mut queue, &tenants));
+        assert_eq!(taken, [(3, true), (1, false), (2, false)]);
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! Which rows the next step has: a pure function, so that fairness can be read and tested without a model.
 //!
 //! Sequences that are past their prompt come first, one row each, so that a long prompt never stops a stream. What is
-//! left of the budget goes to prompts, in the order of class, of what their tenants were served, and of arrival. So
-//! that a step stays short whoever arrives while it runs, prompts have a budget of their own ([`Pace`]); a prompt that
-//! is *urgent*, because it fits in one step and its tenant is behind others, is read whole all the same.
+//! left of the budget goes to prompts, in the order of class, of what their tenants were served, and of arrival; what
+//! is due, because it has waited long enough, goes before all. So that a step stays short whoever arrives while it
+//! runs, prompts have a budget of their own ([`Pace`]); a prompt that is *urgent*, because it fits in one step and is
+//! due or its tenant is behind others, is read whole all the same.
 
 use crate::priority::Priority;
+use crate::tenants::Standing;
 use std::time::Duration;
 
 /// What a running sequence wants from the next step.
@@ -21,12 +23,11 @@ pub(crate) enum Wants {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ask {
     pub(crate) wants: Wants,
-    pub(crate) class: Priority,
-    /// What its tenant was served.
-    pub(crate) served: u64,
-    /// Its number in the order of arrival.
-    pub(crate) order: u64,
-    /// Whether others were served more than its tenant, or are of a lower class.
+    /// Its place's: whether it is not due, its class, and its number in the order of arrival.
+    pub(crate) rank: (bool, Priority, u64),
+    /// Its tenant's.
+    pub(crate) standing: Standing,
+    /// Whether it is due, or others were served more than its tenant, or are of a lower class.
     pub(crate) behind: bool,
 }
 
@@ -63,8 +64,8 @@ impl Split {
         prompts.clear();
         prompts.extend((0..asks.len()).filter(|index| rows[*index] == 0));
         prompts.sort_unstable_by_key(|index| {
-            let ask = &asks[*index];
-            (ask.class, ask.served, ask.order)
+            let Ask { rank: (not_due, class, order), standing, .. } = asks[*index];
+            (not_due, class, standing, order)
         });
         (*patient_rows, *urgent_rows) = (0, 0);
         for index in prompts.iter().copied() {
@@ -148,7 +149,7 @@ mod tests {
     use super::*;
 
     fn ask(wants: Wants) -> Ask {
-        Ask { wants, class: Priority::Normal, served: 0, order: 0, behind: false }
+        Ask { wants, rank: (true, Priority::Normal, 0), standing: (0, 1), behind: false }
     }
 
     fn split_of(asks: &[Ask], rows: usize, prompt_rows: usize) -> Split {
@@ -166,7 +167,7 @@ mod tests {
         let asks: Vec<Ask> = [Wants::Prompt(10), Wants::Decode, Wants::Prompt(10), Wants::Decode]
             .into_iter()
             .zip(0..)
-            .map(|(wants, order)| Ask { order, ..ask(wants) })
+            .map(|(wants, order)| Ask { rank: (true, Priority::Normal, order), ..ask(wants) })
             .collect();
         assert_eq!(rows(&asks, 8, 100), [6, 1, 0, 1]);
         assert_eq!(rows(&asks, 16, 100), [10, 1, 4, 1]);
@@ -181,7 +182,11 @@ mod tests {
 
     #[test]
     fn class_then_what_was_served_then_arrival_decides_among_prompts() {
-        let prompt = |class, served, order| Ask { class, served, order, ..ask(Wants::Prompt(4)) };
+        let prompt = |class, served, order| Ask {
+            rank: (true, class, order),
+            standing: (served, 1),
+            ..ask(Wants::Prompt(4))
+        };
         let asks = [
             prompt(Priority::Low, 0, 0),
             prompt(Priority::Normal, 9, 1),
@@ -190,12 +195,14 @@ mod tests {
             prompt(Priority::High, 9, 4),
         ];
         assert_eq!(rows(&asks, 10, 100), [0, 0, 2, 4, 4]);
+        let due = Ask { rank: (false, Priority::High, 5), ..asks[1] };
+        assert_eq!(rows(&[asks[4], due], 6, 100), [2, 4], "what is due goes before its class");
     }
 
     #[test]
     fn an_urgent_prompt_is_read_whole_and_others_wait_for_it() {
-        let long = Ask { served: 9, ..ask(Wants::Prompt(500)) };
-        let short = Ask { behind: true, order: 7, ..ask(Wants::Prompt(40)) };
+        let long = Ask { standing: (9, 1), ..ask(Wants::Prompt(500)) };
+        let short = Ask { behind: true, rank: (true, Priority::Normal, 7), ..ask(Wants::Prompt(40)) };
         let split = split_of(&[long, short, ask(Wants::Decode)], 64, 24);
         assert_eq!((split.rows.as_slice(), split.urgent_rows, split.patient_rows), (&[0, 40, 1][..], 40, 0));
         // What does not fit in one step is not urgent: it goes first, at the pace of all.

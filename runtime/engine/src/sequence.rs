@@ -74,7 +74,7 @@ impl Sequence {
     /// A job that has arrived as number `order`.
     pub(crate) fn new(job: Job, order: u64) -> Self {
         Self {
-            place: Place { class: job.class, tenant: Arc::clone(&job.tenant), order },
+            place: Place { class: job.class, tenant: Arc::clone(&job.tenant), order, due: false },
             tokens: job.prompt.to_vec(),
             blocks: None,
             cached: 0,
@@ -87,9 +87,10 @@ impl Sequence {
         }
     }
 
-    /// Makes it one of this class until it ends.
-    pub(crate) fn raise(&mut self, class: Priority) {
-        self.place.class = class;
+    /// Puts it before all others until it ends.
+    pub(crate) fn raise(&mut self) {
+        self.place.class = Priority::High;
+        self.place.due = true;
     }
 
     /// Whether its caller has been told nothing yet.

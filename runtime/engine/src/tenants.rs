@@ -24,6 +24,10 @@ struct Account {
     here: usize,
 }
 
+/// How a tenant stands: what it was served, then its requests that are here. Whoever has less goes first; the second
+/// decides for a newcomer, who begins with what the least served of the others has had.
+pub(crate) type Standing = (u64, usize);
+
 /// The accounts of one engine.
 #[derive(Debug, Default)]
 pub(crate) struct Tenants {
@@ -63,10 +67,15 @@ impl Tenants {
         self.accounts.get(tenant).map_or(0, |account| account.served)
     }
 
-    /// Whether anybody who is here was served more.
+    /// What it was served, and its requests that are here.
+    pub(crate) fn standing(&self, tenant: &Tenant) -> Standing {
+        self.accounts.get(tenant).map_or((0, 0), |account| (account.served, account.here))
+    }
+
+    /// Whether anybody who is here was served more, or as much with more requests.
     pub(crate) fn is_behind(&self, tenant: &Tenant) -> bool {
-        let served = self.served(tenant);
-        self.here().any(|account| account.served > served)
+        let own = self.standing(tenant);
+        self.here().any(|account| (account.served, account.here) > own)
     }
 
     fn here(&self) -> impl Iterator<Item = &Account> {
@@ -117,6 +126,19 @@ mod tests {
         tenants.charge(&a, 50);
         tenants.enter(&c);
         assert_eq!((tenants.served(&c), tenants.is_behind(&c), tenants.is_behind(&a)), (100, true, false));
+    }
+
+    #[test]
+    fn a_newcomer_is_behind_who_has_a_crowd_here() {
+        let mut tenants = Tenants::default();
+        let (a, b) = (name("a"), name("b"));
+        for _ in 0..3 {
+            tenants.enter(&a);
+            tenants.charge(&a, 50);
+        }
+        tenants.enter(&b);
+        assert_eq!((tenants.standing(&a), tenants.standing(&b)), ((150, 3), (150, 1)));
+        assert!(tenants.is_behind(&b) && !tenants.is_behind(&a));
     }
 
     #[test]

@@ -176,7 +176,8 @@ impl<T> Batcher<T> {
 
     /// A text of `tokens` tokens, at most [`Rules::max_tokens`], now waits, of a request that has entered.
     pub(crate) fn push(&mut self, at: Moment, (class, tenant): (Priority, &Tenant), tokens: usize, item: T) {
-        let place = Place { class: self.class(class), tenant: Tenant::clone(tenant), order: self.order };
+        let place =
+            Place { class: self.class(class), tenant: Tenant::clone(tenant), order: self.order, due: false };
         self.order += 1;
         self.texts += 1;
         self.tokens += tokens;

@@ -72,6 +72,46 @@ fn low_is_served_within_its_bound_whatever_comes_above_it() {
     drop((gate, first, low, normal, high));
 }
 
+/// Older requests of a higher class run beside it and would have their prompts read first, over and over.
+#[test]
+fn what_is_due_is_read_before_what_came_earlier() {
+    let config = EngineConfig { max_batch_size: 2, token_budget: 4, ..config() };
+    let (engine, gate, _registry) = start_gated(&config);
+    let first = engine.submit(&of(Priority::High, "", 0, 1)).unwrap();
+    gate.begun();
+    let high: Vec<_> =
+        (10..50).map(|salt| engine.submit(&of(Priority::High, "", salt, 1)).unwrap()).collect();
+    let low = engine.submit(&of(Priority::Low, "", 1, 1)).unwrap();
+    gate.let_it(Verdict::Run);
+    // A step has room for one prompt.
+    let order = begun(&gate, 30);
+    let at = order.iter().position(|salt| *salt == 1);
+    assert!(at.is_some_and(|at| at <= 16), "{order:?}");
+    drop((gate, first, high, low));
+}
+
+#[test]
+fn a_newcomer_s_short_prompt_is_read_at_once_beside_a_long_one() {
+    let (engine, gate, _registry) = start_gated(&config());
+    let many: Vec<_> = (1..4)
+        .map(|salt| {
+            engine
+                .submit(&GenerateParams { tenant: "a".to_owned(), ..tokens(&prompt(150, salt), 1) })
+                .unwrap()
+        })
+        .collect();
+    assert_eq!(gate.begun().rows(), 64);
+    let other =
+        engine.submit(&GenerateParams { tenant: "b".to_owned(), ..tokens(&prompt(40, 9), 1) }).unwrap();
+    gate.let_it(Verdict::Run);
+    let step = gate.begun();
+    let last = step.sequences() - 1;
+    assert_eq!((step.rows(), step.rows_of(last).len()), (64, 40));
+    assert_eq!(step.tokens[step.rows_of(last).start], prompt(40, 9)[0]);
+    gate.let_it(Verdict::Run);
+    drop((gate, many, other));
+}
+
 #[test]
 fn a_tenant_with_a_full_batch_makes_place_for_another_at_once() {
     let config = EngineConfig { max_batch_size: 4, ..config() };
