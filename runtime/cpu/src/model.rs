@@ -43,6 +43,8 @@ pub(crate) struct Shared {
     pub(crate) cache: SharedF32,
     pub(crate) arena: SharedF32,
     arena_bytes: usize,
+    /// Of the loaded plan's largest answer, for which each executable has room.
+    answer_bytes: u64,
     pub(crate) scratch: Scratch,
 }
 
@@ -159,6 +161,7 @@ impl CpuModel {
             cache: SharedF32::new("the key/value cache", cache_len)?,
             arena: SharedF32::new("the arena", plan.arena_bytes() / size_of::<f32>())?,
             arena_bytes: plan.arena_bytes(),
+            answer_bytes: (plan.answer_len() * size_of::<f32>()) as u64,
             scratch: Scratch::new(plan, &matrices, threads)?,
             weights,
             matrices,
@@ -281,6 +284,7 @@ impl Loaded for CpuModel {
             arena_bytes: shared.arena.bytes(),
             kv_bytes: shared.cache.bytes(),
             other_bytes: shared.scratch.bytes()
+                + shared.answer_bytes
                 + shared.ropes.iter().map(|(_, table)| table.bytes()).sum::<u64>(),
         }
     }
@@ -306,7 +310,7 @@ impl Loaded for CpuModel {
             shared: self.shared.clone(),
             pool: self.pool.clone(),
             row_sequences: Vec::new(),
-            answer: Vec::new(),
+            answer: StepOutput::with_room_for(plan).values,
             finished: false,
         }))
     }

@@ -63,7 +63,14 @@ impl Start {
             progress: &mut self.progress,
         })?;
         let executable = loaded.compile(&plan)?;
-        let memory = loaded.memory();
+        let mut memory = loaded.memory();
+        // The answers' room on this side.
+        memory.other_bytes += (plan.answer_len() * size_of::<f32>()) as u64;
+        let step = Step {
+            output: StepOutput::with_room_for(&plan),
+            scratch: Scratch::with_room_for(self.model.facts().vocabulary),
+            ..Step::default()
+        };
         let pool = BlockPool::new(sizes.kv_blocks, self.metrics.cache.blocks.clone());
         let device = Device {
             executable,
@@ -81,7 +88,7 @@ impl Start {
             metrics: self.metrics,
             model: self.model,
             sizes,
-            step: Step::default(),
+            step,
         };
         Ok((device, memory))
     }

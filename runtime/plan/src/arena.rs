@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use crate::{Buf, Limits, PlanError, RowSpace, Value, builder::Draft};
+use crate::{Buf, Limits, PlanError, Value, builder::Draft};
 
 /// Every buffer starts at a multiple of this: a cache line, and the widest vector register.
 pub const ALIGN_BYTES: usize = 64;
@@ -65,12 +65,7 @@ fn lives(draft: &Draft, limits: &Limits) -> Option<Vec<Life>> {
             let slot = *at.entry(owner).or_insert(lives.len());
             if slot == lives.len() {
                 let info = draft.info(owner);
-                let rows = match info.rows {
-                    RowSpace::Tokens => limits.rows,
-                    RowSpace::Logits => limits.logits_rows,
-                    RowSpace::Sequences => limits.sequences,
-                };
-                let bytes = info.cols.checked_mul(rows)?.checked_mul(size_of::<f32>())?;
+                let bytes = info.cols.checked_mul(limits.of(info.rows))?.checked_mul(size_of::<f32>())?;
                 let bytes = bytes.checked_next_multiple_of(ALIGN_BYTES)?;
                 lives.push(Life { value: owner, first: index, last: index, bytes });
             }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{BackendError, Buf, Op, WeightId, Weights};
+use crate::{BackendError, Buf, Op, RowSpace, WeightId, Weights};
 
 /// Sizes of a model that the cache, the scheduler and validation need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +32,18 @@ pub struct Limits {
     pub sequences: usize,
     /// Rows of logits per step; may be zero for a plan that answers by sequence.
     pub logits_rows: usize,
+}
+
+impl Limits {
+    /// Most rows of this kind.
+    #[must_use]
+    pub const fn of(&self, rows: RowSpace) -> usize {
+        match rows {
+            RowSpace::Tokens => self.rows,
+            RowSpace::Logits => self.logits_rows,
+            RowSpace::Sequences => self.sequences,
+        }
+    }
 }
 
 /// Why a model could not be lowered.
@@ -110,6 +122,13 @@ impl Plan {
     #[must_use]
     pub fn answer(&self) -> Buf {
         self.ops.iter().find_map(Op::answer).expect("the builder refuses a plan without an answer")
+    }
+
+    /// Most values that the answer of a step has.
+    #[must_use]
+    pub fn answer_len(&self) -> usize {
+        let answer = self.answer();
+        self.limits.of(answer.rows) * answer.cols
     }
 
     /// Bytes of the arena that all buffers lie in.

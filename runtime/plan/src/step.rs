@@ -325,6 +325,16 @@ impl StepOutput {
         Self::default()
     }
 
+    /// No rows, and room for the largest answer of a plan: all of it is the process's own already, so that steps neither
+    /// allocate nor touch new memory.
+    #[must_use]
+    pub fn with_room_for(plan: &Plan) -> Self {
+        // Zeros would be left to the system until somebody writes them.
+        let mut values = vec![f32::NAN; plan.answer_len()];
+        values.clear();
+        Self { values, width: 0 }
+    }
+
     /// How many rows there are.
     #[must_use]
     pub fn rows(&self) -> usize {

@@ -63,6 +63,11 @@ pub(crate) struct Candidates {
 }
 
 impl Candidates {
+    /// With room for all of a vocabulary of this size.
+    pub(crate) fn with_room_for(vocabulary: usize) -> Self {
+        Self { list: Vec::with_capacity(vocabulary) }
+    }
+
     /// Draws from what `cuts` leave; `uniform` is in [0, 1).
     pub(crate) fn draw(&mut self, row: Row<'_>, cuts: &Cuts, uniform: f64) -> u32 {
         let mut mass = self.gather(row, cuts);

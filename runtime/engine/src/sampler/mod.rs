@@ -42,6 +42,17 @@ pub(crate) struct Scratch {
     candidates: Candidates,
 }
 
+impl Scratch {
+    /// With room for rows of a vocabulary of this size.
+    pub(crate) fn with_room_for(vocabulary: usize) -> Self {
+        Self {
+            row: Vec::with_capacity(vocabulary),
+            sums: Vec::new(),
+            candidates: Candidates::with_room_for(vocabulary),
+        }
+    }
+}
+
 /// A chosen token.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Choice {
