@@ -41,10 +41,14 @@ is the larger of the two. An empty list has no run, so the answer for it is zero
 of the list, and apart from the two figures no memory is needed.
 ";
 
-/// A prompt of so many tokens that shares no beginning with another of a different salt.
+/// A prompt of so many tokens that shares no beginning with another of a different salt below 9973.
 pub(crate) fn prompt(tokens: usize, salt: usize) -> Prompt {
-    // Ordinary tokens of any vocabulary of some ten thousand; the first differ already.
-    Prompt::Tokens((0..tokens).map(|i| 1000 + ((i * 7919 + salt * 104_729) % 9973) as u32).collect())
+    Prompt::Tokens((0..tokens).map(|position| token(position, salt)).collect())
+}
+
+/// A prompt's token. They are ordinary ones of any vocabulary of some ten thousand; the first differ already.
+pub(crate) fn token(position: usize, salt: usize) -> u32 {
+    1000 + ((position * 7919 + salt * 104_729) % 9973) as u32
 }
 
 /// A request for exactly so many tokens.
