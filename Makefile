@@ -1,7 +1,7 @@
 # What there is to do here. Each target is a script below e2e/ that can be read and run alone.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test cluster-up cluster-down cluster-status kubectl images models report bench-cpu fmt lint audit release
+.PHONY: help demo demo-down test test-engine cluster-up cluster-down cluster-status kubectl images models report bench-cpu fmt lint audit release
 
 NODES ?= 1
 export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG BENCH_ROUNDS BENCH_ONLY
@@ -18,8 +18,11 @@ demo: ## from nothing to tokens on a Kubernetes on this machine (Linux, root)
 demo-down: ## takes the demo away and leaves nothing
 	@e2e/tasks/demo-down.sh
 
-test: ## every rung: style, unit, parity, stories on a two-node cluster; prints what each took
+test: ## every rung: style, unit, parity, engine, stories on a two-node cluster; prints what each took
 	@e2e/tasks/test.sh
+
+test-engine: ## memory, classes, fairness and quality of the engine as bars; 15 minutes on an idle machine
+	@e2e/tasks/test-engine.sh
 
 cluster-up: ## a Kubernetes on this machine [NODES=2] [WITH="metrics-server kwok=20 gpu=2"]
 	@e2e/cluster/up.sh --nodes $(NODES) --with "$(WITH)"

@@ -55,6 +55,7 @@ rung preflight preflight
 rung models "$E2E_DIR/models/fetch.sh" smollm2 minilm qwen-0.5b
 rung lint "$E2E_DIR/tasks/lint.sh"
 rung unit unit
+rung engine "$E2E_DIR/tasks/test-engine.sh" short
 rung images "$E2E_DIR/images/build.sh"
 rung binaries binaries
 rung cluster cluster
