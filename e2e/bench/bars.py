@@ -203,9 +203,22 @@ def median_in(line, what):
 
 
 def speculation(bench):
-    row = Row("qwen-draft-speculation", "tokens/s", need=1.3, note="(peer: ours without the draft)")
-    row.not_built = "no engine with a draft model yet"
-    return [row]
+    """The larger Qwen, greedy, on prompts of code: with the smaller one as its draft, with guesses out of the text, and plain."""
+    draft = Row("qwen-draft-speculation", "tokens/s", need=1.3, note="(peer: ours without the draft)")
+    ngram = Row("qwen-ngram-speculation", "tokens/s plain")
+    prompts = json.loads(pathlib.Path(__file__).with_name("code-prompts.json").read_text(encoding="utf-8"))
+
+    def turn():
+        large, small = bench.qwen["qwen-1.5b"], bench.qwen["qwen-0.5b"]
+        plain, texts = programs.ours_generate(bench.ours, large, prompts, TOKENS)
+        for row, flags in ((draft, ["--draft", small]), (ngram, ["--ngram"])):
+            speed, same = programs.ours_generate(bench.ours, large, prompts, TOKENS, *flags)
+            if same != texts:
+                raise programs.Failed(f"{row.name}: the answers are not those without guesses")
+            row.ours.append(speed)
+            row.peer.append(plain)
+
+    return bench.in_turns([draft, ngram], turn)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,14 @@ def ours_embed(program, model, batches, tokens):
     return {one["texts"]: one["median"] for one in answer["results"]}
 
 
+def ours_generate(program, model, prompts, tokens, *flags):
+    """Greedy answers to prompts, one after the other: tokens a second after each one's first, and the answers' ids."""
+    command = [program, "generate", "--model", model, "--threads", THREADS, "--temperature", 0, "--max-tokens", tokens, "--json"]
+    answers = [json.loads(run(*command, *flags, "--prompt", prompt)) for prompt in prompts]
+    seconds = sum(answer["timings_ms"]["decode"] for answer in answers) / 1e3
+    return sum(len(answer["tokens"]) - 1 for answer in answers) / seconds, [answer["tokens"] for answer in answers]
+
+
 def python_embed(python, model, onnx):
     """One turn of the Python engines: {engine: {batch: texts a second}}."""
     return json.loads(run(python, pathlib.Path(__file__).with_name("embeddings.py"), model, onnx))

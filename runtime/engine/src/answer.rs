@@ -62,6 +62,11 @@ impl Answer {
         }
     }
 
+    /// Tokens that may still come.
+    pub(crate) fn left(&self) -> usize {
+        self.left
+    }
+
     /// Uses the time in which the device computes.
     pub(crate) fn prepare(&mut self) {
         self.sampler.prepare();

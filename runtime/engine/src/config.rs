@@ -4,8 +4,10 @@
 //! honoured: a server that silently serves a shorter context than it was told is harder to operate than one that
 //! says what it needs.
 
+use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
+use trustformers_model::Model;
 use trustformers_plan::{KV_BLOCK_TOKENS, Numerics};
 
 /// Context that is used when none is asked for and the model's own is longer, in tokens.
@@ -17,6 +19,17 @@ const DEFAULT_FURTHER_SEQUENCE_TOKENS: usize = 256;
 /// Half of what a person takes for no delay at all: an arriving request waits for the step that runs and then for its
 /// own.
 const DEFAULT_STEP_TARGET_MS: u64 = 50;
+
+/// How tokens are guessed so that one step checks several. Answers are the same with and without; they come sooner
+/// where few requests run at once.
+#[derive(Debug, Clone)]
+pub enum Speculation {
+    /// What followed the same words earlier in the prompt or the answer: for code, quotations, forms.
+    Ngram,
+    /// What a smaller model of the same vocabulary says, on the same device. It takes its own weights' memory, and its
+    /// share of the KV memory.
+    Draft(Arc<Model>),
+}
 
 /// Settings of one engine.
 #[derive(Debug, Clone)]
@@ -44,6 +57,8 @@ pub struct EngineConfig {
     pub kv_memory_bytes: Option<u64>,
     /// How closely the device must follow f32 arithmetic.
     pub numerics: Numerics,
+    /// How tokens are guessed. `None`: not at all.
+    pub speculation: Option<Speculation>,
 }
 
 impl Default for EngineConfig {
@@ -58,6 +73,7 @@ impl Default for EngineConfig {
             priority: true,
             kv_memory_bytes: None,
             numerics: Numerics::Fast,
+            speculation: None,
         }
     }
 }
@@ -71,6 +87,12 @@ pub enum StartError {
         /// The setting's name in [`EngineConfig`].
         field: &'static str,
         /// What is wrong and what is allowed.
+        why: String,
+    },
+    /// The draft model cannot guess for the model.
+    #[error("the draft model cannot be used: {why}; take a smaller model of the same family, or none")]
+    Draft {
+        /// What is wrong with it.
         why: String,
     },
     /// The KV memory does not hold one sequence of the asked context.

@@ -4,7 +4,7 @@
 //! the tokens. Between two turns nothing is held that a dropped request would not give back by itself.
 
 use crate::blocks::{BlockPool, blocks_for};
-use crate::config::{Sizes, StartError};
+use crate::config::{Sizes, Speculation, StartError};
 use crate::contest::{Lack, Runs, gives_way, gives_way_to_growth};
 use crate::metrics::ModelMetrics;
 use crate::queue::{Place, Placed, Queue};
@@ -13,6 +13,7 @@ use crate::sampler::Scratch;
 use crate::scheduler::{Ask, Budget, Pace, Split};
 use crate::sequence::{After, Job, Sequence};
 use crate::shared::Shared;
+use crate::speculation::{DraftModel, Guesser, Guesses, VERIFIED_ROWS};
 use crate::tenants::{Tenant, Tenants};
 use crate::thread::{self, OnProgress};
 use std::sync::Arc;
@@ -29,6 +30,7 @@ pub(crate) struct Start {
     pub(crate) model: Arc<Model>,
     pub(crate) backend: Box<dyn Backend>,
     pub(crate) numerics: Numerics,
+    pub(crate) speculation: Option<Speculation>,
     pub(crate) sizes: Sizes,
     pub(crate) jobs: Receiver<Job>,
     pub(crate) shared: Arc<Shared>,
@@ -45,12 +47,14 @@ impl Start {
 
     fn load(mut self) -> Result<(Device, MemoryReport), BackendError> {
         let sizes = self.sizes;
+        let guessed = if self.speculation.is_some() { VERIFIED_ROWS } else { 0 };
         let request = PlanRequest {
             context_tokens: sizes.context_tokens,
             limits: Limits {
                 rows: sizes.token_budget,
                 sequences: sizes.max_batch_size,
-                logits_rows: sizes.max_batch_size,
+                // Each sequence has at most one beside its guesses.
+                logits_rows: sizes.max_batch_size + guessed,
             },
             fused: self.backend.caps().fused,
         };
@@ -71,8 +75,18 @@ impl Start {
             scratch: Scratch::with_room_for(self.model.facts().vocabulary),
             ..Step::default()
         };
+        let guesser = match &self.speculation {
+            None => None,
+            Some(Speculation::Ngram) => Some(Guesser::Ngram),
+            Some(Speculation::Draft(model)) => {
+                let (draft, its) = DraftModel::load(&mut *self.backend, model, &sizes, self.numerics)?;
+                memory = memory.and(&its);
+                Some(Guesser::Draft(Box::new(draft)))
+            }
+        };
         let pool = BlockPool::new(sizes.kv_blocks, self.metrics.cache.blocks.clone());
         let device = Device {
+            guesser,
             executable,
             _loaded: loaded,
             _backend: self.backend,
@@ -115,6 +129,7 @@ struct Device {
     pace: Pace,
     /// Time of steps since a request last ended.
     worked: Duration,
+    guesser: Option<Guesser>,
     executable: Box<dyn Executable>,
     _loaded: Box<dyn Loaded>,
     _backend: Box<dyn Backend>,
@@ -158,7 +173,8 @@ impl Device {
 
     fn arrive(&mut self, job: Job) {
         self.tenants.enter(&job.tenant);
-        self.waiting.push(Sequence::new(job, self.arrived));
+        let guesses = self.guesser.as_ref().map_or_else(Guesses::none, Guesser::begin);
+        self.waiting.push(Sequence::new(job, self.arrived, guesses));
         self.arrived += 1;
     }
 
@@ -280,19 +296,27 @@ impl Device {
 
     fn step(&mut self) {
         self.share_out();
+        let began = Instant::now();
+        match self.compute() {
+            Ok(()) => self.collect(began),
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    /// Guesses, and computes one step.
+    fn compute(&mut self) -> Result<(), BackendError> {
         let Step { input, output, split, .. } = &mut self.step;
+        if let Some(guesser) = &mut self.guesser {
+            guesser.guess(&mut self.running, &mut split.rows, self.sizes.token_budget)?;
+        }
         input.clear();
         for (sequence, rows) in self.running.iter_mut().zip(&split.rows).filter(|(_, rows)| **rows > 0) {
             sequence.step_begins();
             input.push_sequence(sequence.step(*rows));
         }
-        let began = Instant::now();
         let submitted = self.executable.submit(input);
         self.running.iter_mut().for_each(Sequence::prepare);
-        match submitted.and_then(|()| self.executable.wait(output)) {
-            Ok(()) => self.collect(began),
-            Err(error) => self.fail(&error),
-        }
+        submitted.and_then(|()| self.executable.wait(output))
     }
 
     /// Takes note of a step that went well.
@@ -301,7 +325,7 @@ impl Device {
         self.shared.step_succeeded();
         let Self { running, tenants, pool, step: Step { output, split, scratch, .. }, .. } = self;
         let tokenizer = self.model.tokenizer();
-        let (mut logits_rows, mut rows) = (0.., split.rows.iter().copied());
+        let (mut first_row, mut rows) = (0, split.rows.iter().copied());
         let before = running.len();
         running.retain_mut(|sequence| {
             let rows = rows.next().unwrap_or(0);
@@ -309,8 +333,13 @@ impl Device {
                 return true;
             }
             tenants.charge(&sequence.place().tenant, rows);
-            let complete = sequence.step(rows).logits == LogitsRows::Last;
-            let logits = complete.then(|| logits_rows.next()).flatten().map(|row| output.row(row));
+            let count = match sequence.step(rows).logits {
+                LogitsRows::None => 0,
+                LogitsRows::Last => 1,
+                LogitsRows::All => rows,
+            };
+            let logits = (first_row..first_row + count).map(|row| output.row(row));
+            first_row += count;
             let after = sequence.step_done(rows, logits, scratch, tokenizer);
             if after == After::Broken {
                 pool.forget();
@@ -320,10 +349,15 @@ impl Device {
             }
             after == After::Running
         });
+        let ended = before - running.len();
+        if let Some(guesser) = &mut self.guesser
+            && let Err(error) = guesser.follow(running)
+        {
+            return self.fail(&error);
+        }
         let took = began.elapsed();
         self.pace.note(split, took);
         self.worked += took;
-        let ended = before - running.len();
         if let Some(each) = u32::try_from(ended).ok().and_then(|ended| self.worked.checked_div(ended)) {
             self.shared.requests_took(each);
             self.worked = Duration::ZERO;

@@ -2,7 +2,7 @@
 
 use crate::answer::Answer;
 use crate::census::Census;
-use crate::config::{EngineConfig, Sizes, StartError};
+use crate::config::{EngineConfig, Sizes, Speculation, StartError};
 use crate::device::Start;
 use crate::generation::Generation;
 use crate::grammar::{Constraint, Grammars};
@@ -11,6 +11,7 @@ use crate::priority::Priority;
 use crate::request::{GenerateError, GenerateParams, GenerationEvent, Prompt, SubmitError};
 use crate::sequence::Job;
 use crate::shared::{Heartbeat, Shared, Ticket};
+use crate::speculation;
 use crate::tenants::Tenant;
 use futures::StreamExt;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -112,8 +113,14 @@ impl Engine {
         progress: Box<dyn FnMut(LoadProgress) + Send>,
     ) -> Result<Self, StartError> {
         let facts = model.facts();
-        let sizes =
-            config.sizes(facts.context_tokens, kv_block_bytes(facts, backend.caps().kv_element_bytes))?;
+        let bytes = |facts| kv_block_bytes(facts, backend.caps().kv_element_bytes);
+        let (mut context_tokens, mut block_bytes) = (facts.context_tokens, bytes(facts));
+        if let Some(Speculation::Draft(draft)) = &config.speculation {
+            speculation::check(&model, draft)?;
+            context_tokens = context_tokens.min(draft.facts().context_tokens);
+            block_bytes += bytes(draft.facts());
+        }
+        let sizes = config.sizes(context_tokens, block_bytes)?;
         let shared = Arc::new(Shared::new(sizes.max_batch_size + sizes.max_queue));
         let own = metrics.for_model(&config.model_label);
         // One place for every request that `Shared` lets in flight and one for a warm-up: a send never finds the
@@ -124,6 +131,7 @@ impl Engine {
             model: Arc::clone(&model),
             backend,
             numerics: config.numerics,
+            speculation: config.speculation.clone(),
             sizes,
             jobs: receiver,
             shared: Arc::clone(&shared),

@@ -45,11 +45,12 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod shared;
+mod speculation;
 mod stop;
 mod tenants;
 mod thread;
 
-pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, StartError};
+pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, Speculation, StartError};
 pub use generation::Generation;
 pub use handle::{Engine, EngineInfo};
 pub use metrics::EngineMetrics;

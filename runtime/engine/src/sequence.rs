@@ -11,12 +11,13 @@ use crate::request::{FinishReason, GenerateError, GenerationEvent, Timings};
 use crate::sampler::Scratch;
 use crate::scheduler::Wants;
 use crate::shared::Ticket;
+use crate::speculation::Guesses;
 use crate::tenants::Tenant;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use trustformers_model::Tokenizer;
-use trustformers_plan::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep};
+use trustformers_plan::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep, StepInput};
 
 /// A request on its way to the device.
 #[derive(Debug)]
@@ -62,6 +63,7 @@ pub(crate) struct Sequence {
     cached: usize,
     /// The most that ever were, so that what is computed once more can be told.
     reached: usize,
+    guesses: Guesses,
     started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
@@ -71,14 +73,15 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// A job that has arrived as number `order`.
-    pub(crate) fn new(job: Job, order: u64) -> Self {
+    /// A job that has arrived as number `order`, and what it begins to guess with.
+    pub(crate) fn new(job: Job, order: u64, guesses: Guesses) -> Self {
         Self {
             place: Place { class: job.class, tenant: Arc::clone(&job.tenant), order, due: false },
             tokens: job.prompt.to_vec(),
             blocks: None,
             cached: 0,
             reached: 0,
+            guesses,
             started: None,
             first_token: None,
             last_token: None,
@@ -116,6 +119,7 @@ impl Sequence {
             self.running = Some(Counted::new(&metrics.running));
         }
         self.reached = self.reached.max(self.cached);
+        self.guesses.admitted(self.cached);
         self.blocks = Some(blocks);
         self.job.waiting = None;
     }
@@ -125,6 +129,7 @@ impl Sequence {
     pub(crate) fn preempt(&mut self) {
         self.blocks = None;
         self.cached = 0;
+        self.guesses.admitted(0);
         self.running = None;
         if let Some(metrics) = &self.job.metrics {
             metrics.cache.preemptions.inc();
@@ -164,12 +169,51 @@ impl Sequence {
     /// Its part of a step with `rows` rows.
     pub(crate) fn step(&self, rows: usize) -> SequenceStep<'_> {
         let end = self.cached + rows;
-        SequenceStep {
-            tokens: &self.tokens[self.cached..end],
-            cached_tokens: self.cached,
-            blocks: self.blocks.as_ref().map_or(&[], |blocks| blocks.ids()),
-            logits: if end == self.tokens.len() { LogitsRows::Last } else { LogitsRows::None },
+        let (tokens, logits) = if !self.guesses.rows().is_empty() {
+            (self.guesses.rows(), LogitsRows::All)
+        } else if end == self.tokens.len() {
+            (&self.tokens[self.cached..end], LogitsRows::Last)
+        } else {
+            (&self.tokens[self.cached..end], LogitsRows::None)
+        };
+        let blocks = self.blocks.as_ref().map_or(&[][..], |blocks| blocks.ids());
+        SequenceStep { tokens, cached_tokens: self.cached, blocks, logits }
+    }
+
+    /// How many tokens should be guessed for it, at most `most`; there is room for them in the cache.
+    pub(crate) fn guesses_wanted(&mut self, most: usize) -> usize {
+        // Of the tokens that may still come, the model itself chooses the last.
+        let most = most.min(self.job.answer.left().saturating_sub(1));
+        let wanted = self.guesses.worth().min(most);
+        if wanted > 0 && self.make_room(1 + wanted) { wanted } else { 0 }
+    }
+
+    /// Takes one more guess.
+    pub(crate) fn guess(&mut self, id: u32) {
+        if let Some(latest) = self.tokens.last() {
+            self.guesses.push(*latest, id);
         }
+    }
+
+    /// Tokens that are guessed for the next step.
+    pub(crate) fn guesses(&self) -> &[u32] {
+        self.guesses.ids()
+    }
+
+    /// Whether the draft model lacks something of the prompt that the model has read.
+    pub(crate) fn draft_lacks_prompt(&self) -> bool {
+        self.guesses.drafted().is_some_and(|drafted| drafted < self.cached.min(self.job.prompt.len()))
+    }
+
+    /// Adds its rows to a step of the draft model, at most `most`: what that lacks of all tokens and guesses where logits
+    /// are wanted, else of what the model has read. Says whether these were all.
+    pub(crate) fn feed_draft(&mut self, most: usize, logits: LogitsRows, input: &mut StepInput) -> bool {
+        let tokens = match logits {
+            LogitsRows::None => &self.tokens[..self.cached],
+            LogitsRows::Last | LogitsRows::All => &self.tokens,
+        };
+        let blocks = self.blocks.as_ref().map_or(&[][..], |blocks| blocks.ids());
+        self.guesses.feed((tokens, blocks), (most, logits), input)
     }
 
     /// Notes that a step of `rows` rows begins.
@@ -188,32 +232,57 @@ impl Sequence {
         self.job.answer.prepare();
     }
 
-    /// Takes note of a finished step and of its logits where it had any.
-    pub(crate) fn step_done(
+    /// Takes note of a finished step and of its rows of logits: none of a part of a prompt, one for each guess and one
+    /// more otherwise.
+    pub(crate) fn step_done<'a>(
         &mut self,
         rows: usize,
-        logits: Option<&[f32]>,
+        logits: impl Iterator<Item = &'a [f32]>,
         scratch: &mut Scratch,
         tokenizer: &Tokenizer,
     ) -> After {
         self.count(rows);
-        self.cached += rows;
-        self.reached = self.reached.max(self.cached);
-        let after = match logits.map(|logits| self.job.answer.next(logits, scratch, tokenizer)) {
-            None => After::Running,
-            Some(Ok(said)) => self.say(said),
-            Some(Err(error)) => {
-                let broken = error == GenerateError::NotFinite;
-                self.fail(error);
-                if broken { After::Broken } else { After::Ended }
+        let mut after = After::Running;
+        let guessed = self.guesses.ids().len();
+        let (mut said, mut right) = (0, 0);
+        for logits in logits {
+            after = match self.job.answer.next(logits, scratch, tokenizer) {
+                Ok(said) => self.say(said),
+                Err(error) => {
+                    let broken = error == GenerateError::NotFinite;
+                    self.fail(error);
+                    if broken { After::Broken } else { After::Ended }
+                }
+            };
+            let is_right =
+                self.guesses.ids().get(said).is_some_and(|guess| self.tokens.last() == Some(guess));
+            said += 1;
+            right += usize::from(is_right);
+            // The next row is that of the guess, so it counts only if this was chosen.
+            if after != After::Running || !is_right {
+                break;
             }
-        };
-        if let (true, true, Some(blocks)) =
-            (after != After::Broken, self.job.metrics.is_some(), &mut self.blocks)
-        {
-            blocks.learn(&self.tokens[..self.cached]);
+        }
+        // Of a row that was guessed wrong nothing remains.
+        self.cached += if guessed == 0 { rows } else { said };
+        self.reached = self.reached.max(self.cached);
+        if let Some(metrics) = self.metrics() {
+            metrics.guesses.made.inc_by(guessed as u64);
+            metrics.guesses.right.inc_by(right as u64);
+        }
+        self.guesses.checked(right, self.cached);
+        if after != After::Broken {
+            self.learn();
         }
         after
+    }
+
+    /// Lets others find what it has computed.
+    pub(crate) fn learn(&mut self) {
+        let known = self.guesses.known(self.cached);
+        if let (true, Some(blocks)) = (self.job.metrics.is_some(), &mut self.blocks) {
+            blocks.learn(&self.tokens[..known]);
+        }
     }
 
     /// Counts the rows of a step: new ones of the prompt, and those that were in the cache before.

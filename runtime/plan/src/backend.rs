@@ -145,6 +145,17 @@ pub struct MemoryReport {
 }
 
 impl MemoryReport {
+    /// What two models take together.
+    #[must_use]
+    pub const fn and(&self, other: &Self) -> Self {
+        Self {
+            weights_bytes: self.weights_bytes + other.weights_bytes,
+            arena_bytes: self.arena_bytes + other.arena_bytes,
+            kv_bytes: self.kv_bytes + other.kv_bytes,
+            other_bytes: self.other_bytes + other.other_bytes,
+        }
+    }
+
     /// All of it.
     #[must_use]
     pub const fn total_bytes(&self) -> u64 {

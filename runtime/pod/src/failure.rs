@@ -75,7 +75,7 @@ impl From<StartError> for Failure {
         let reason = match &error {
             StartError::Invalid { .. } => "InvalidConfiguration",
             StartError::KvTooSmall { .. } => "InsufficientMemory",
-            StartError::Backend { .. } => "UnsupportedModel",
+            StartError::Backend { .. } | StartError::Draft { .. } => "UnsupportedModel",
             StartError::Thread(_) => "NoThread",
         };
         Self::permanent(reason, error.to_string())

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use prometheus::{GaugeVec, Opts, Registry};
-use trustformers_engine::LoadProgress;
+use trustformers_engine::{LoadProgress, Speculation};
 use trustformers_model::{CheckpointFiles, Model, ReadProgress};
 use trustformers_plan::Caps;
 use trustformers_store::{Digest, Resolved};
@@ -16,7 +16,7 @@ use crate::board::LoadedFacts;
 use crate::device::OpenDevice;
 use crate::failure::Failure;
 use crate::runner::{Runner, RunnerMetrics, task_word};
-use crate::spec::ModelSpec;
+use crate::spec::{Guessing, ModelSpec};
 
 /// Told how far loading has come: bytes done and bytes in all, of the model's files. The digest, the reading and the
 /// way to the device count a third of the bytes each, so the figure rises once from nothing to all.
@@ -96,9 +96,16 @@ impl Loader {
             None => Model::load(model_file(&files)?, &mut reading)?,
         };
         check_task(spec, &model)?;
+        let mut spec = spec.clone();
+        spec.engine.speculation = spec.speculation.as_ref().map(speculation).transpose()?;
+        let spec = &spec;
         let read = Instant::now();
         let backend = (self.open_device)(spec)?;
-        check_memory(spec, model.facts().file_bytes, backend.caps())?;
+        let draft_bytes = match &spec.engine.speculation {
+            Some(Speculation::Draft(draft)) => draft.facts().file_bytes,
+            Some(Speculation::Ngram) | None => 0,
+        };
+        check_memory(spec, model.facts().file_bytes + draft_bytes, backend.caps())?;
         let on_device = {
             let progress = Arc::clone(progress);
             move |taken: LoadProgress| {
@@ -169,6 +176,14 @@ impl Loaded {
             embedding_dimensions: embedding.map_or(0, |facts| u32::try_from(facts.width).unwrap_or(u32::MAX)),
         }
     }
+}
+
+/// Reads the draft model, where there is one. It has no digest of its own: answers do not depend on it.
+fn speculation(guessing: &Guessing) -> Result<Speculation, Failure> {
+    let Guessing::Draft(source) = guessing else { return Ok(Speculation::Ngram) };
+    let files = source.resolve(&[])?;
+    let draft = Model::load(model_file(&files)?, &mut |_| {})?;
+    Ok(Speculation::Draft(Arc::new(draft)))
 }
 
 /// Refuses weights that alone are more than the device has. What else is needed (cache, activations) is the engine's to

@@ -30,8 +30,19 @@ pub struct ModelSpec {
     pub threads: Option<usize>,
     /// Settings of its engine; `model_label` is the first name.
     pub engine: EngineConfig,
+    /// How tokens are guessed, of a model that generates.
+    pub speculation: Option<Guessing>,
     /// How the engine of a model that embeds gathers texts; the other figures are those of `engine`.
     pub batching: TextBatching,
+}
+
+/// How tokens are guessed so that one step checks several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Guessing {
+    /// As they followed the same words before.
+    Ngram,
+    /// By a smaller model of the same vocabulary, which lies here.
+    Draft(Source),
 }
 
 /// How texts are gathered into steps.
@@ -102,6 +113,7 @@ impl ModelSpec {
             device: DeviceChoice::Auto,
             threads: None,
             engine,
+            speculation: None,
             batching: TextBatching::default(),
         }
     }

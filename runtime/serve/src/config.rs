@@ -10,7 +10,7 @@ use std::str::FromStr;
 use serde_yaml::Value;
 use trustformers_runtime::device::DeviceChoice;
 use trustformers_runtime::process::Listen;
-use trustformers_runtime::spec::{ModelSpec, TextBatching};
+use trustformers_runtime::spec::{Guessing, ModelSpec, TextBatching};
 use trustformers_store::Source;
 
 use crate::yaml::{Keys, Section, wrong};
@@ -36,6 +36,9 @@ models:
     path: /models/SmolLM2-135M-Instruct.Q4_1.gguf    # a .gguf file, or a folder with one or with a checkpoint
     device: auto         # auto | cpu
     max_batch_size: 32
+    # Guesses tokens and checks several in one step: the same answers, sooner where few requests run at once.
+    # speculation: {ngram: {}}                          # from the text itself
+    # speculation: {draft: {path: /models/small.gguf}}  # by a smaller model of the same vocabulary
 monitoring:
   prometheus: {enabled: true, port: 9090}    # may equal grpc_port; /metrics is always on server.port too
 ";
@@ -47,7 +50,10 @@ const ROOT: Keys = Keys {
 const SERVER: Keys = Keys { known: &["host", "port", "grpc_port"], later: &[] };
 const BATCHING: Keys =
     Keys { known: &["max_batch_size", "strategy", "max_wait_time_ms", "enable_priority"], later: &[] };
-const MODEL: Keys = Keys { known: &["name", "path", "device", "max_batch_size"], later: &[] };
+const MODEL: Keys = Keys { known: &["name", "path", "device", "max_batch_size", "speculation"], later: &[] };
+const SPECULATION: Keys = Keys { known: &["ngram", "draft"], later: &[] };
+const NGRAM: Keys = Keys { known: &[], later: &[] };
+const DRAFT: Keys = Keys { known: &["path"], later: &[] };
 const MONITORING: Keys = Keys {
     known: &["prometheus"],
     later: &[
@@ -102,6 +108,8 @@ pub struct ModelConfig {
     pub device: DeviceChoice,
     /// Sequences that are computed together, 1 to 256.
     pub max_batch_size: Option<usize>,
+    /// How tokens are guessed.
+    pub speculation: Option<Guessing>,
 }
 
 /// Why a configuration cannot be used. Each names the file or the path of the key.
@@ -206,13 +214,14 @@ impl Config {
         model: &ModelConfig,
         threads: Option<usize>,
     ) -> Result<ModelSpec, ConfigError> {
-        let ModelConfig { name, path, device, max_batch_size } = model;
+        let ModelConfig { name, path, device, max_batch_size, speculation } = model;
         let source =
             Source::from_str(path).map_err(|error| wrong(&format!("models[{index}].path"), error))?;
         let mut spec = ModelSpec::new(name.clone(), source);
         spec.device = *device;
         spec.threads = threads;
         spec.batching = self.batching;
+        spec.speculation.clone_from(speculation);
         if let Some(size) = max_batch_size.or(self.max_batch_size) {
             spec.set_max_batch_size(size);
         }
@@ -271,7 +280,23 @@ fn model(index: usize, value: Value) -> Result<ModelConfig, ConfigError> {
         Some(text) => text.parse().map_err(|error| wrong(&section.path_of("device"), error))?,
     };
     let max_batch_size = batch_size(&mut section)?;
-    Ok(ModelConfig { name, path, device, max_batch_size })
+    let speculation = match section.section("speculation", SPECULATION)? {
+        Some(own) => Some(speculation(&section.path_of("speculation"), own)?),
+        None => None,
+    };
+    Ok(ModelConfig { name, path, device, max_batch_size, speculation })
+}
+
+fn speculation(path: &str, mut section: Section) -> Result<Guessing, ConfigError> {
+    match (section.section("ngram", NGRAM)?, section.section("draft", DRAFT)?) {
+        (Some(_), None) => Ok(Guessing::Ngram),
+        (None, Some(mut draft)) => {
+            let text: String = draft.need("path", "a .gguf file, or a folder with one")?;
+            let source = Source::from_str(&text).map_err(|error| wrong(&draft.path_of("path"), error))?;
+            Ok(Guessing::Draft(source))
+        }
+        _ => Err(wrong(path, "give one of {ngram: {}} and {draft: {path: ...}}")),
+    }
 }
 
 fn monitoring(mut section: Section) -> Result<Option<u16>, ConfigError> {
@@ -315,6 +340,28 @@ mod tests {
         assert_eq!(encoder.max_batch_size, 16);
         assert_eq!((specs[1].name(), specs[1].device, specs[1].threads), ("b", DeviceChoice::Cpu, Some(3)));
         assert_eq!(specs[1].source, Source::from_path("/b"));
+    }
+
+    #[test]
+    fn a_model_guesses_in_one_of_two_ways() {
+        let speculation = |text: &str| {
+            let config = Config::from_str(&format!("models: [{{name: a, path: /a, speculation: {text}}}]"))?;
+            Ok(config.specs(None)?[0].speculation.clone())
+        };
+        assert_eq!(speculation("{ngram: {}}").unwrap(), Some(Guessing::Ngram));
+        let draft = Guessing::Draft(Source::from_path("/b.gguf"));
+        assert_eq!(speculation("{draft: {path: /b.gguf}}").unwrap(), Some(draft));
+        assert_eq!(speculation("null").unwrap(), None);
+        for (text, says) in [
+            ("{}", "models[0].speculation: give one of"),
+            ("{ngram: {}, draft: {path: /b}}", "models[0].speculation: give one of"),
+            ("{draft: {}}", "models[0].speculation.draft.path: is missing"),
+            ("{draft: {path: 'hf://b/c'}}", "models[0].speculation.draft.path: hf://"),
+            ("{ngram: {n: 3}}", "models[0].speculation.ngram.n: there is no such key"),
+        ] {
+            let error: ConfigError = speculation(text).unwrap_err();
+            assert!(error.to_string().starts_with(says), "{error}");
+        }
     }
 
     #[test]

@@ -185,6 +185,14 @@ pub(crate) struct GenerateFlags {
     pub(crate) seed: Option<u64>,
     #[command(flatten)]
     pub(crate) options: OptionFlags,
+    /// A smaller model of the same vocabulary guesses tokens, and the model checks several in one step: the same answer,
+    /// sooner. As --model.
+    #[arg(long, value_name = "PATH|URI", conflicts_with = "ngram")]
+    pub(crate) draft: Option<String>,
+    /// Tokens are guessed from what followed the same words before: the same answer, sooner where texts repeat
+    /// themselves.
+    #[arg(long)]
+    pub(crate) ngram: bool,
     #[command(flatten)]
     pub(crate) device: DeviceFlags,
     /// Prints one JSON object: prompt_tokens, tokens (ids, the end token included when it was produced), text,

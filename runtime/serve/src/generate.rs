@@ -4,6 +4,7 @@
 //! go to stderr.
 
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -15,7 +16,8 @@ use trustformers_engine::{
 };
 use trustformers_runtime::params::generate_params;
 use trustformers_runtime::runner::Runner;
-use trustformers_runtime::spec::ModelSpec;
+use trustformers_runtime::spec::{Guessing, ModelSpec};
+use trustformers_store::{Source, StoreError};
 
 use crate::flags::{GenerateFlags, OptionFlags};
 use crate::loading::{self, FileError, LoadingError, ModelFlagError};
@@ -27,6 +29,9 @@ pub(crate) enum GenerateFailure {
     /// The flags about the model are wrong.
     #[error(transparent)]
     Model(#[from] ModelFlagError),
+    /// `--draft` names nothing that can be read.
+    #[error("--draft: {0}")]
+    Draft(StoreError),
     /// What a flag says is wrong; the text begins with the flag.
     #[error("{0}")]
     Flag(String),
@@ -58,6 +63,7 @@ impl GenerateFailure {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Model(_)
+            | Self::Draft(_)
             | Self::Flag(_)
             | Self::Refused(SubmitError::Invalid { .. })
             | Self::Broken(GenerateError::Grammar { .. })
@@ -109,10 +115,16 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
         top_p,
         seed,
         options,
+        draft,
+        ngram,
         device,
         json,
     } = flags;
     let mut spec = loading::spec_of(&model, &device)?;
+    spec.speculation = match draft {
+        Some(draft) => Some(Guessing::Draft(Source::from_str(&draft).map_err(GenerateFailure::Draft)?)),
+        None => ngram.then_some(Guessing::Ngram),
+    };
     // One prompt needs room for one sequence.
     spec.engine.max_batch_size = 1;
     spec.engine.max_queue = 1;

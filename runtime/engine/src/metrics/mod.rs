@@ -6,11 +6,13 @@
 //! version during a swap) sum up instead of overwriting each other.
 
 mod cache;
+mod guesses;
 
 pub(crate) use cache::{BlockGauges, CacheMetrics};
 
 use crate::shared::Shared;
 use cache::CacheFamilies;
+use guesses::{GuessFamilies, GuessMetrics};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{
@@ -36,6 +38,7 @@ pub struct EngineMetrics {
     pub(crate) waiting: IntGaugeVec,
     pub(crate) failed_steps: IntCounterVec,
     cache: CacheFamilies,
+    guesses: GuessFamilies,
     ages: LastStepAges,
 }
 
@@ -88,6 +91,7 @@ impl EngineMetrics {
                 &["model"],
             )?,
             cache: CacheFamilies::register(&new)?,
+            guesses: GuessFamilies::register(&new)?,
             ages,
         })
     }
@@ -119,6 +123,7 @@ impl EngineMetrics {
             waiting: self.waiting.with_label_values(&[label]),
             failed_steps: self.failed_steps.with_label_values(&[label]),
             cache: self.cache.for_model(label),
+            guesses: self.guesses.for_model(label),
         }
     }
 
@@ -172,6 +177,7 @@ pub(crate) struct ModelMetrics {
     pub(crate) waiting: IntGauge,
     pub(crate) failed_steps: IntCounter,
     pub(crate) cache: CacheMetrics,
+    pub(crate) guesses: GuessMetrics,
 }
 
 /// Counts one thing in a gauge for as long as it exists.
@@ -247,7 +253,7 @@ mod tests {
         let shared = Arc::new(Shared::new(1));
         metrics.watch("m", &shared);
         let families = registry.gather();
-        assert_eq!(families.len(), 16);
+        assert_eq!(families.len(), 18);
         assert!(families.iter().all(|f| f.name().starts_with("trustformers_")));
         assert!(EngineMetrics::register(&registry).is_err());
     }

@@ -144,6 +144,11 @@ impl Sampler {
     }
 }
 
+/// The best token of a row, the lowest id among equals; none where a logit is no number.
+pub(crate) fn best(logits: &[f32]) -> Option<u32> {
+    scan::finite_max(logits).map(|max| id_of(scan::first(logits, max)))
+}
+
 /// Ids are indices of a vocabulary, which has fewer than 2^32 entries.
 fn id_of(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)

@@ -10,6 +10,7 @@ mod gate;
 mod lifecycle;
 mod paging;
 mod scheduling;
+mod speculation;
 
 use futures::StreamExt;
 use gate::{Gate, gated};

@@ -1,0 +1,209 @@
+//! Guessed tokens change when an answer comes, never the answer.
+
+use crate::gate::{Verdict, gated};
+use crate::{Answer, answer, config, kv_used, model, prompt, start, tokens, value};
+use prometheus::Registry;
+use std::path::Path;
+use std::sync::Arc;
+use trustformers_engine::{
+    Engine, EngineConfig, EngineMetrics, GenerateError, GenerateParams, Grammar, Speculation, StartError,
+};
+use trustformers_model::Model;
+use trustformers_model::seeded::{SeededFamily, SeededModel};
+use trustformers_plan::oracle::Oracle;
+
+fn seeded(shape: SeededModel) -> Arc<Model> {
+    Arc::new(Model::from_bytes(Path::new("draft.gguf"), Arc::new(shape.gguf())).unwrap())
+}
+
+/// A model that agrees with the test's model now and then.
+fn other_model() -> Speculation {
+    Speculation::Draft(seeded(SeededModel {
+        seed: 2,
+        layers: 1,
+        heads: 2,
+        kv_heads: 1,
+        ..SeededModel::default()
+    }))
+}
+
+/// The test's model itself, which is always right about greedy answers.
+fn same_model() -> Speculation {
+    Speculation::Draft(model())
+}
+
+fn with(speculation: Speculation) -> EngineConfig {
+    EngineConfig { speculation: Some(speculation), ..config() }
+}
+
+/// An answer per request, all requested at once, and what was counted.
+async fn answers(config: &EngineConfig, requests: &[GenerateParams]) -> (Vec<Answer>, Registry) {
+    let registry = Registry::new();
+    let metrics = EngineMetrics::register(&registry).unwrap();
+    let engine = Engine::start(model(), Box::new(Oracle::new()), config, &metrics).unwrap();
+    let generations: Vec<_> = requests.iter().map(|params| engine.submit(params).unwrap()).collect();
+    let mut all = Vec::new();
+    for generation in generations {
+        all.push(answer(generation).await.unwrap());
+    }
+    engine.drain().await;
+    assert_eq!(kv_used(&registry), 0.0);
+    (all, registry)
+}
+
+fn made_and_right(registry: &Registry) -> (f64, f64) {
+    let count = |name| value(registry, name, None);
+    (count("trustformers_draft_tokens_total"), count("trustformers_draft_tokens_accepted_total"))
+}
+
+/// A prompt that repeats itself, so that there is something to guess from.
+fn repeating(salt: usize) -> Vec<u32> {
+    prompt(12, salt).repeat(4)
+}
+
+/// Requests of every kind that a guess could disturb: sampling, penalties, stops, a grammar, log probabilities.
+fn requests() -> Vec<GenerateParams> {
+    let greedy = |salt| GenerateParams { margins: true, ..tokens(&repeating(salt), 40) };
+    let sampled = |salt| GenerateParams {
+        temperature: 0.6,
+        top_p: 0.9,
+        top_k: 40,
+        seed: Some(salt as u64),
+        ..greedy(salt)
+    };
+    vec![
+        greedy(1),
+        sampled(2),
+        GenerateParams { repetition_penalty: 1.3, frequency_penalty: 0.4, ..greedy(3) },
+        GenerateParams { logprobs: Some(3), max_tokens: 2, ..sampled(4) },
+        GenerateParams { max_tokens: 1, ..greedy(5) },
+        GenerateParams { grammar: Some(Grammar::Regex("(ab|cd)+[0-9]{5}".into())), ..greedy(6) },
+        GenerateParams { stop: vec!["a".into(), "e".into()], ..sampled(7) },
+    ]
+}
+
+#[tokio::test]
+async fn answers_are_the_same_with_and_without() {
+    let requests = requests();
+    let (plain, registry) = answers(&config(), &requests).await;
+    assert_eq!(made_and_right(&registry), (0.0, 0.0));
+    for speculation in [Speculation::Ngram, other_model(), same_model()] {
+        let name = format!("{speculation:?}").split('(').next().unwrap().to_owned();
+        // All at once, each alone, and with so few blocks that they give way to each other.
+        let (together, _) = answers(&with(speculation.clone()), &requests).await;
+        assert_eq!(together, plain, "{name}");
+        let mut guessed = 0.0;
+        for (params, plain) in requests.iter().zip(&plain) {
+            let (alone, registry) = answers(&with(speculation.clone()), std::slice::from_ref(params)).await;
+            assert_eq!(alone, std::slice::from_ref(plain), "{name}");
+            guessed += made_and_right(&registry).0;
+        }
+        assert!(guessed > 0.0, "{name} guessed something");
+        let kv_block_bytes = (2 * 2 * 16 * 2 * 16 * 4) as u64;
+        let draft_block_bytes = match &speculation {
+            Speculation::Ngram => 0,
+            Speculation::Draft(draft) => {
+                let facts = draft.facts();
+                (facts.layers * 2 * 16 * facts.kv_heads * facts.head_dim * 4) as u64
+            }
+        };
+        let tight = EngineConfig {
+            context_tokens: Some(96),
+            max_batch_size: 3,
+            kv_memory_bytes: Some(9 * (kv_block_bytes + draft_block_bytes)),
+            ..with(speculation)
+        };
+        let (given_way, registry) = answers(&tight, &requests).await;
+        assert_eq!(given_way, plain, "{name}");
+        assert!(value(&registry, "trustformers_preemptions_total", None) > 0.0, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn who_is_always_right_is_asked_for_more() {
+    let request = tokens(&prompt(20, 1), 60);
+    let (_, registry) = answers(&with(same_model()), &[request]).await;
+    let (made, right) = made_and_right(&registry);
+    assert!(right >= 40.0, "of 59 tokens after the first, most were guessed: {right}");
+    assert!((made - right).abs() < 0.5, "none was wrong: {made}");
+}
+
+#[tokio::test]
+async fn a_known_beginning_is_known_to_both_models() {
+    let registry = Registry::new();
+    let metrics = EngineMetrics::register(&registry).unwrap();
+    let engine = Engine::start(model(), Box::new(Oracle::new()), &with(same_model()), &metrics).unwrap();
+    let first = answer(engine.submit(&tokens(&prompt(40, 1), 20)).unwrap()).await.unwrap();
+    let before = made_and_right(&registry);
+    let longer = [prompt(40, 1), first.ids].concat();
+    let second = answer(engine.submit(&tokens(&longer, 20)).unwrap()).await.unwrap();
+    let reused = value(&registry, "trustformers_prompt_tokens_reused_total", None);
+    assert_eq!(reused, 48.0, "three blocks of sixteen, of 59 tokens that both have computed");
+    let after = made_and_right(&registry);
+    assert_eq!(after.0 - before.0, after.1 - before.1, "the draft model found what it had computed");
+    assert!(after.0 - before.0 > 10.0);
+    drop(second);
+}
+
+#[test]
+fn a_step_has_no_more_guesses_than_it_can_check_quickly() {
+    let registry = Registry::new();
+    let (backend, gate) = gated();
+    let metrics = EngineMetrics::register(&registry).unwrap();
+    let config = EngineConfig { max_batch_size: 8, ..with(Speculation::Ngram) };
+    let engine = Engine::start(model(), backend, &config, &metrics).unwrap();
+    let mut here = vec![engine.submit(&tokens(&repeating(0), 60)).unwrap()];
+    gate.begun();
+    here.extend((1..5).map(|salt| engine.submit(&tokens(&repeating(salt), 60)).unwrap()));
+    gate.let_it(Verdict::Run);
+    for _ in 0..30 {
+        let step = gate.begun();
+        let decoding = (0..step.sequences()).filter(|sequence| {
+            let rows = step.rows_of(*sequence);
+            step.positions[rows.start] >= 48
+        });
+        let rows: usize = decoding.map(|sequence| step.rows_of(sequence).len()).sum();
+        assert!(rows <= 8, "{rows} rows");
+        gate.let_it(Verdict::Run);
+    }
+    drop((gate, here));
+}
+
+#[tokio::test]
+async fn a_failed_step_ends_its_requests_and_the_next_guess_again() {
+    let registry = Registry::new();
+    let (backend, gate) = gated();
+    let metrics = EngineMetrics::register(&registry).unwrap();
+    let engine = Engine::start(model(), backend, &with(Speculation::Ngram), &metrics).unwrap();
+    let failed = engine.submit(&tokens(&repeating(1), 30)).unwrap();
+    gate.run();
+    gate.begun();
+    gate.let_it(Verdict::Fail);
+    let error = answer(failed).await.unwrap_err();
+    assert!(matches!(error, GenerateError::Backend { .. }), "{error}");
+    let again = engine.submit(&tokens(&repeating(1), 30)).unwrap();
+    drop(gate);
+    let again = answer(again).await.unwrap();
+    let plain = answer(start(&config()).submit(&tokens(&repeating(1), 30)).unwrap()).await.unwrap();
+    assert_eq!(again, plain);
+    assert_eq!(kv_used(&registry), 0.0);
+}
+
+#[test]
+fn a_draft_model_of_another_vocabulary_is_refused() {
+    let metrics = EngineMetrics::register(&Registry::new()).unwrap();
+    let other = seeded(SeededModel { family: SeededFamily::Qwen2, ..SeededModel::default() });
+    let same_vocabulary = other.tokenizer().len() == model().tokenizer().len();
+    let config = with(Speculation::Draft(other));
+    let started = Engine::start(model(), Box::new(Oracle::new()), &config, &metrics);
+    // The families share their vocabulary and split texts differently, which no guess depends on.
+    assert_eq!(started.is_ok(), same_vocabulary, "{:?}", started.err());
+    let encoder = trustformers_model::seeded::SeededEncoder::default();
+    let folder = tempfile::tempdir().unwrap();
+    encoder.write(folder.path()).unwrap();
+    let embeds = Arc::new(Model::load(folder.path(), &mut |_| {}).unwrap());
+    let config = with(Speculation::Draft(embeds));
+    let error = Engine::start(model(), Box::new(Oracle::new()), &config, &metrics).unwrap_err();
+    assert!(matches!(error, StartError::Draft { .. }), "{error}");
+    assert!(error.to_string().contains("generates nothing"), "{error}");
+}
