@@ -88,7 +88,13 @@ impl TrustformersServer {
             return Err(ServerError::PathNotUtf8 { name, path: path.to_owned() });
         };
         let path = text.to_owned();
-        self.config.models.push(ModelConfig { name, path, device: DeviceChoice::Auto, max_batch_size: None });
+        self.config.models.push(ModelConfig {
+            name,
+            path,
+            device: DeviceChoice::Auto,
+            max_batch_size: None,
+            speculation: None,
+        });
         Ok(())
     }
 
