@@ -20,8 +20,8 @@ const DEFAULT_FURTHER_SEQUENCE_TOKENS: usize = 256;
 /// own.
 const DEFAULT_STEP_TARGET_MS: u64 = 50;
 
-/// How tokens are guessed so that one step checks several. Answers are the same with and without; they come sooner
-/// where few requests run at once.
+/// How tokens are guessed so that one step checks several. The model chooses every token itself, so answers are the same
+/// with and without, in `exact` bit for bit; they come sooner where few requests run at once.
 #[derive(Debug, Clone)]
 pub enum Speculation {
     /// What followed the same words earlier in the prompt or the answer: for code, quotations, forms.

@@ -7,13 +7,13 @@ use crate::blocks::{BlockPool, blocks_for};
 use crate::config::{Sizes, Speculation, StartError};
 use crate::contest::{Lack, Runs, gives_way, gives_way_to_growth};
 use crate::metrics::ModelMetrics;
-use crate::queue::{Place, Placed, Queue};
+use crate::queue::{DUE_PART, Place, Placed, Queue};
 use crate::request::GenerateError;
 use crate::sampler::Scratch;
 use crate::scheduler::{Ask, Budget, Pace, Split};
 use crate::sequence::{After, Job, Sequence};
 use crate::shared::Shared;
-use crate::speculation::{DraftModel, Guesser, Guesses, VERIFIED_ROWS};
+use crate::speculation::{DraftModel, Guesser, Guesses, Room, VERIFIED_ROWS};
 use crate::tenants::{Tenant, Tenants};
 use crate::thread::{self, OnProgress};
 use std::sync::Arc;
@@ -219,7 +219,9 @@ impl Device {
             let running_of = |tenant: &Tenant| {
                 self.running.iter().filter(|sequence| sequence.place().tenant == *tenant).count()
             };
-            let Some(turn) = self.waiting.turn(&self.tenants, running_of) else { return };
+            let due = self.running.iter().filter(|sequence| sequence.place().due).count();
+            let more_due = due < self.sizes.max_batch_size.div_ceil(DUE_PART);
+            let Some(turn) = self.waiting.turn(&self.tenants, running_of, more_due) else { return };
             let Some(next) = self.waiting.peek(&turn) else { return };
             let blocks = self.pool.matching(next.shared_beginning());
             let own = blocks_for(next.tokens().len());
@@ -305,10 +307,14 @@ impl Device {
 
     /// Guesses, and computes one step.
     fn compute(&mut self) -> Result<(), BackendError> {
-        let Step { input, output, split, .. } = &mut self.step;
         if let Some(guesser) = &mut self.guesser {
-            guesser.guess(&mut self.running, &mut split.rows, self.sizes.token_budget)?;
+            let alone = self.running.len() == 1 && self.waiting.is_empty();
+            let room = Room { rows: self.sizes.token_budget, draft_rows: self.pace.prompt_rows(alone) };
+            if let Err(error) = guesser.guess(&mut self.running, &mut self.step.split.rows, room) {
+                self.guesses_fail(&error);
+            }
         }
+        let Step { input, output, split, .. } = &mut self.step;
         input.clear();
         for (sequence, rows) in self.running.iter_mut().zip(&split.rows).filter(|(_, rows)| **rows > 0) {
             sequence.step_begins();
@@ -332,7 +338,7 @@ impl Device {
             if rows == 0 {
                 return true;
             }
-            tenants.charge(&sequence.place().tenant, rows);
+            let before = sequence.cached();
             let count = match sequence.step(rows).logits {
                 LogitsRows::None => 0,
                 LogitsRows::Last => 1,
@@ -341,6 +347,8 @@ impl Device {
             let logits = (first_row..first_row + count).map(|row| output.row(row));
             first_row += count;
             let after = sequence.step_done(rows, logits, scratch, tokenizer);
+            // Of guesses only the right ones were served.
+            tenants.charge(&sequence.place().tenant, sequence.cached() - before);
             if after == After::Broken {
                 pool.forget();
             }
@@ -353,8 +361,9 @@ impl Device {
         if let Some(guesser) = &mut self.guesser
             && let Err(error) = guesser.follow(running)
         {
-            return self.fail(&error);
+            self.guesses_fail(&error);
         }
+        let Self { step: Step { split, .. }, .. } = self;
         let took = began.elapsed();
         self.pace.note(split, took);
         self.worked += took;
@@ -362,6 +371,14 @@ impl Device {
             self.shared.requests_took(each);
             self.worked = Duration::ZERO;
         }
+    }
+
+    /// Answers do not depend on guesses, so without them the engine goes on. A device that is broken shows in the model's
+    /// own next step.
+    fn guesses_fail(&mut self, error: &BackendError) {
+        tracing::error!(%error, "the draft model failed; nothing is guessed from now on");
+        self.guesser = None;
+        self.running.iter_mut().chain(self.waiting.iter_mut()).for_each(Sequence::guess_no_more);
     }
 
     /// After a failed step nobody's cache can be trusted.

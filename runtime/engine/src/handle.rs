@@ -114,13 +114,15 @@ impl Engine {
     ) -> Result<Self, StartError> {
         let facts = model.facts();
         let bytes = |facts| kv_block_bytes(facts, backend.caps().kv_element_bytes);
-        let (mut context_tokens, mut block_bytes) = (facts.context_tokens, bytes(facts));
+        let mut block_bytes = bytes(facts);
         if let Some(Speculation::Draft(draft)) = &config.speculation {
             speculation::check(&model, draft)?;
-            context_tokens = context_tokens.min(draft.facts().context_tokens);
             block_bytes += bytes(draft.facts());
         }
-        let sizes = config.sizes(context_tokens, block_bytes)?;
+        let sizes = config.sizes(facts.context_tokens, block_bytes)?;
+        if let Some(Speculation::Draft(draft)) = &config.speculation {
+            speculation::check_context(draft, sizes.context_tokens)?;
+        }
         let shared = Arc::new(Shared::new(sizes.max_batch_size + sizes.max_queue));
         let own = metrics.for_model(&config.model_label);
         // One place for every request that `Shared` lets in flight and one for a warm-up: a send never finds the

@@ -2,7 +2,8 @@
 //!
 //! A class goes before the next one, but not without end: while a request waits in a class, at most
 //! [`PASSED_OVER_MOST`] requests of classes above it are admitted, then its turn has come. It is *due* then, until it
-//! ends: it is treated as the first of the first class, so whatever has had to wait that long also finishes. Within a
+//! ends: it is treated as the first of the first class, so whatever has had to wait that long also finishes; only a part
+//! of the batch is for such requests ([`DUE_PART`]), and where that is taken the next one waits for a place in it. Within a
 //! class it is the turn of the tenant that was served least, and within a tenant that of the oldest request.
 
 use crate::priority::Priority;
@@ -12,6 +13,10 @@ use std::sync::Arc;
 
 /// Requests of the classes above that may be admitted while one of a class waits, by class.
 pub(crate) const PASSED_OVER_MOST: [usize; 3] = [usize::MAX, 8, 16];
+
+/// Requests that are due take at most one place of so many of the batch, and at least one: the others stay open to the
+/// first class however long the answers of lower ones are.
+pub(crate) const DUE_PART: usize = 4;
 
 /// Where a request belongs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,10 +112,18 @@ impl<T: Placed> Queue<T> {
 
     /// Whose turn it is. `running` says how many requests of a tenant run: among tenants that were served alike, the
     /// one with the fewest is first. One that was due and has given way since goes before everything else.
-    pub(crate) fn turn(&self, tenants: &Tenants, running: impl Fn(&Tenant) -> usize) -> Option<Turn> {
+    /// `more_due` says whether one more may become due.
+    pub(crate) fn turn(
+        &self,
+        tenants: &Tenants,
+        running: impl Fn(&Tenant) -> usize,
+        more_due: bool,
+    ) -> Option<Turn> {
         let waiting = |class: &Priority| !self.classes[*class as usize].lines.is_empty();
         let is_due = |class: &Priority| {
-            waiting(class) && self.classes[*class as usize].passed_over >= PASSED_OVER_MOST[*class as usize]
+            more_due
+                && waiting(class)
+                && self.classes[*class as usize].passed_over >= PASSED_OVER_MOST[*class as usize]
         };
         let gave_way = |line: &VecDeque<T>| line.front().is_some_and(|item| item.place().due);
         let first = self.classes[Priority::High as usize].lines.values().any(gave_way);
@@ -167,6 +180,11 @@ impl<T: Placed> Queue<T> {
         None
     }
 
+    /// All that wait.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.classes.iter_mut().flat_map(|class| class.lines.values_mut()).flatten()
+    }
+
     /// Takes away those for which `keep` says no.
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
         for class in &mut self.classes {
@@ -200,7 +218,7 @@ mod tests {
 
     /// Takes whose turn it is, with the word whether it was due.
     fn next(queue: &mut Queue<Place>, tenants: &Tenants) -> (u64, bool) {
-        let turn = queue.turn(tenants, |_| 0).unwrap();
+        let turn = queue.turn(tenants, |_| 0, true).unwrap();
         (queue.take(&turn).unwrap().order, turn.due)
     }
 
@@ -212,12 +230,12 @@ mod tests {
             queue.push(place(class, "", order));
         }
         // One that comes back goes before those that came after it.
-        let first = queue.turn(&Tenants::default(), |_| 0).unwrap();
+        let first = queue.turn(&Tenants::default(), |_| 0, true).unwrap();
         let back = queue.take(&first).unwrap();
         queue.push(back);
         let taken: Vec<u64> = (0..5).map(|_| next(&mut queue, &Tenants::default()).0).collect();
         assert_eq!(taken, [2, 4, 1, 3, 0]);
-        assert!(queue.is_empty() && queue.turn(&Tenants::default(), |_| 0).is_none());
+        assert!(queue.is_empty() && queue.turn(&Tenants::default(), |_| 0, true).is_none());
     }
 
     #[test]
@@ -239,6 +257,14 @@ mod tests {
         let at = |wanted: u64| taken.iter().position(|(order, _)| *order == wanted).unwrap();
         assert_eq!((at(normal), at(low)), (8, 16), "{taken:?}");
         assert!(taken[8].1 && taken[16].1 && taken.iter().filter(|(_, due)| *due).count() == 2);
+        // Where the part of the batch for such requests is taken, nobody becomes due.
+        push(&mut queue, Priority::Low);
+        for _ in 0..20 {
+            push(&mut queue, Priority::High);
+            let turn = queue.turn(&tenants, |_| 0, false).unwrap();
+            assert!(!turn.is_due() && queue.take(&turn).is_some());
+        }
+        assert!(next(&mut queue, &tenants).1, "it is once there is a place");
         // The count begins again with whoever waits next.
         push(&mut queue, Priority::Low);
         let waits = (0..40).position(|_| {
@@ -274,9 +300,9 @@ mod tests {
         tenants.charge(&"a".into(), 5);
         tenants.charge(&"b".into(), 5);
         tenants.charge(&"c".into(), 6);
-        let turn = queue.turn(&tenants, |tenant| usize::from(&**tenant == "a")).unwrap();
+        let turn = queue.turn(&tenants, |tenant| usize::from(&**tenant == "a"), true).unwrap();
         assert_eq!((&**turn.tenant(), queue.peek(&turn).unwrap().order), ("b", 2));
-        let turn = queue.turn(&tenants, |_| 0).unwrap();
+        let turn = queue.turn(&tenants, |_| 0, true).unwrap();
         assert_eq!(queue.take(&turn).unwrap().order, 0);
         tenants.charge(&"a".into(), 5);
         assert_eq!(next(&mut queue, &tenants).0, 2);

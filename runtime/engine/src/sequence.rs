@@ -180,6 +180,16 @@ impl Sequence {
         SequenceStep { tokens, cached_tokens: self.cached, blocks, logits }
     }
 
+    /// Tokens in the cache.
+    pub(crate) fn cached(&self) -> usize {
+        self.cached
+    }
+
+    /// Forgets its guesses and makes no more.
+    pub(crate) fn guess_no_more(&mut self) {
+        self.guesses = Guesses::none();
+    }
+
     /// How many tokens should be guessed for it, at most `most`; there is room for them in the cache.
     pub(crate) fn guesses_wanted(&mut self, most: usize) -> usize {
         // Of the tokens that may still come, the model itself chooses the last.

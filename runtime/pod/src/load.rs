@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::{GaugeVec, Opts, Registry};
 use trustformers_engine::{LoadProgress, Speculation};
-use trustformers_model::{CheckpointFiles, Model, ReadProgress};
+use trustformers_model::{CheckpointFiles, Model, ReadProgress, Task};
 use trustformers_plan::Caps;
 use trustformers_store::{Digest, Resolved};
 
@@ -96,6 +96,13 @@ impl Loader {
             None => Model::load(model_file(&files)?, &mut reading)?,
         };
         check_task(spec, &model)?;
+        if spec.speculation.is_some() && model.task() != Task::Generate {
+            let why = format!(
+                "speculation: {} turns texts into vectors and has no tokens to guess; remove it",
+                spec.name()
+            );
+            return Err(Failure::permanent("InvalidConfiguration", why));
+        }
         let mut spec = spec.clone();
         spec.engine.speculation = spec.speculation.as_ref().map(speculation).transpose()?;
         let spec = &spec;
@@ -327,6 +334,10 @@ mod tests {
         let partial = load(folder.path(), &["bert/model.safetensors", "bert/config.json"], None).unwrap_err();
         assert_eq!(partial.reason, "MalformedModel");
         assert!(partial.message.contains("bert/tokenizer.json: it is missing"), "{partial}");
+        let mut guessing = ModelSpec::new("bert", Source::from_path(folder.path().join("bert")));
+        guessing.speculation = Some(Guessing::Ngram);
+        let refused = loader().load(&guessing, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
+        assert_eq!(refused.reason, "InvalidConfiguration", "{refused}");
         let other = load(folder.path(), &["bert/**"], Some("generate")).unwrap_err();
         assert_eq!((other.reason, other.transient), ("TaskMismatch", false));
         assert!(other.message.contains("made for the task embed"), "{other}");

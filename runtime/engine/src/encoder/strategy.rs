@@ -233,7 +233,7 @@ impl<T> Batcher<T> {
     pub(crate) fn take(&mut self, batch: &mut Vec<T>) {
         let mut tokens = 0;
         while batch.len() < self.rules.max_texts {
-            let Some(turn) = self.waiting.turn(&self.tenants, |_| 0) else { break };
+            let Some(turn) = self.waiting.turn(&self.tenants, |_| 0, true) else { break };
             let fits = |next: &Waiting<T>| tokens + next.tokens <= self.rules.max_tokens;
             if !self.waiting.peek(&turn).is_some_and(fits) {
                 break;

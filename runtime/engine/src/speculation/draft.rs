@@ -37,6 +37,10 @@ pub(crate) fn check(model: &Model, draft: &Model) -> Result<(), StartError> {
         return refused("it turns texts into vectors and generates nothing".to_owned());
     }
     let (ours, its) = (model.tokenizer(), draft.tokenizer());
+    let (rows, its_rows) = (model.facts().vocabulary, draft.facts().vocabulary);
+    if rows != its_rows {
+        return refused(format!("its vocabulary has {its_rows} rows, the model's has {rows}"));
+    }
     if ours.len() != its.len() {
         return refused(format!("its vocabulary has {} tokens, the model's has {}", its.len(), ours.len()));
     }
@@ -45,6 +49,20 @@ pub(crate) fn check(model: &Model, draft: &Model) -> Result<(), StartError> {
         Some(id) => refused(format!("token {id} of its vocabulary is another one than the model's")),
         None => Ok(()),
     }
+}
+
+/// Checks that a draft model can follow to the end of a context: answers that went on without it at some place would be
+/// slower there, and nobody would know why.
+///
+/// # Errors
+/// [`StartError::Draft`] where its own context is shorter.
+pub(crate) fn check_context(draft: &Model, context_tokens: usize) -> Result<(), StartError> {
+    let own = draft.facts().context_tokens;
+    if own >= context_tokens {
+        return Ok(());
+    }
+    let why = format!("its context of {own} tokens is shorter than the {context_tokens} that are served");
+    Err(StartError::Draft { why })
 }
 
 impl DraftModel {
@@ -95,14 +113,16 @@ impl DraftModel {
         &mut self,
         running: &mut [Sequence],
         mut wanted: Vec<usize>,
+        most_rows: usize,
     ) -> Result<(), BackendError> {
+        let most_rows = most_rows.min(self.most_rows);
         while wanted.iter().any(|wanted| *wanted > 0) {
             self.begin();
             for (index, (sequence, wanted)) in running.iter_mut().zip(&mut wanted).enumerate() {
                 if *wanted == 0 {
                     continue;
                 }
-                if self.feed(sequence, LogitsRows::Last) {
+                if self.feed(sequence, LogitsRows::Last, most_rows) {
                     self.asked.push(index);
                 } else {
                     *wanted = 0;
@@ -127,7 +147,7 @@ impl DraftModel {
         loop {
             self.begin();
             for sequence in running.iter_mut().filter(|sequence| sequence.draft_lacks_prompt()) {
-                self.feed(sequence, LogitsRows::None);
+                self.feed(sequence, LogitsRows::None, self.most_rows);
             }
             if self.input.rows() == 0 {
                 break;
@@ -145,8 +165,8 @@ impl DraftModel {
 
     /// Adds what a sequence has that this model's cache lacks, as far as it fits. Says whether that was all, and so
     /// whether there are logits.
-    fn feed(&mut self, sequence: &mut Sequence, logits: LogitsRows) -> bool {
-        let left = self.most_rows.saturating_sub(self.input.rows());
+    fn feed(&mut self, sequence: &mut Sequence, logits: LogitsRows, most_rows: usize) -> bool {
+        let left = most_rows.saturating_sub(self.input.rows());
         sequence.feed_draft(left, logits, &mut self.input)
     }
 

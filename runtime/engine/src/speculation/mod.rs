@@ -2,7 +2,8 @@
 //!
 //! A step of few rows takes about as long as a step of one, because reading the weights is most of its work. Guessed
 //! tokens ride along as further rows of their sequence; the sampler then chooses from the rows one after the other for
-//! as long as its choice equals the guess (see [`crate::sampler`]). So guesses change when a token comes, never which.
+//! as long as its choice equals the guess (see [`crate::sampler`]). So guesses change when a token comes, never which: bit
+//! for bit in `exact`, and in `fast` on devices whose rounding does not depend on a step's rows, as the CPU's does not.
 //!
 //! Guesses come from the sequence's own tokens ([`ngram`]) or from a smaller model ([`draft`]). How many are made
 //! follows from how many were right before ([`rate`]), and from how many sequences share the step.
@@ -11,7 +12,7 @@ mod draft;
 mod ngram;
 mod rate;
 
-pub(crate) use draft::{DraftModel, check};
+pub(crate) use draft::{DraftModel, check, check_context};
 
 use crate::scheduler::Wants;
 use crate::sequence::Sequence;
@@ -28,6 +29,15 @@ pub(crate) enum Guesser {
     Ngram,
     /// A smaller model.
     Draft(Box<DraftModel>),
+}
+
+/// How many rows guessing may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    /// Of the model's step, all rows together.
+    pub(crate) rows: usize,
+    /// Of each step of a draft model: one that has fallen behind catches up at the pace of prompts.
+    pub(crate) draft_rows: usize,
 }
 
 /// One sequence's guesses.
@@ -98,7 +108,7 @@ impl Guesser {
     }
 
     /// Guesses for the sequences that decode, and adds the rows that this takes to `rows`, one figure for each of
-    /// `running`, as far as a step of `most` rows has room for them.
+    /// `running`, as far as there is room for them.
     ///
     /// # Errors
     /// The draft model's device fails.
@@ -106,7 +116,7 @@ impl Guesser {
         &mut self,
         running: &mut [Sequence],
         rows: &mut [usize],
-        most: usize,
+        room: Room,
     ) -> Result<(), BackendError> {
         let decodes = |(sequence, rows): (&Sequence, usize)| rows > 0 && sequence.wants() == Wants::Decode;
         let decoding = running.iter().zip(rows.iter().copied()).filter(|pair| decodes(*pair)).count();
@@ -114,7 +124,7 @@ impl Guesser {
         if each == 0 {
             return Ok(());
         }
-        let mut left = most.saturating_sub(rows.iter().sum());
+        let mut left = room.rows.saturating_sub(rows.iter().sum());
         let wanted: Vec<usize> = running
             .iter_mut()
             .zip(rows.iter().copied())
@@ -132,7 +142,7 @@ impl Guesser {
                     guesses.into_iter().for_each(|guess| sequence.guess(guess));
                 }
             }
-            Self::Draft(model) => model.guess(running, wanted)?,
+            Self::Draft(model) => model.guess(running, wanted, room.draft_rows)?,
         }
         for (sequence, rows) in running.iter().zip(rows) {
             *rows += sequence.guesses().len();

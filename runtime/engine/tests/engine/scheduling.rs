@@ -113,6 +113,21 @@ fn a_newcomer_s_short_prompt_is_read_at_once_beside_a_long_one() {
 }
 
 #[test]
+fn those_that_are_due_leave_places_to_the_first_class() {
+    let (engine, gate, _registry) = start_gated(&EngineConfig { max_batch_size: 4, ..config() });
+    let first = engine.submit(&of(Priority::High, "", 0, 1)).unwrap();
+    gate.begun();
+    let low: Vec<_> = (1..6).map(|salt| engine.submit(&of(Priority::Low, "", salt, 100)).unwrap()).collect();
+    let high: Vec<_> =
+        (10..90).map(|salt| engine.submit(&of(Priority::High, "", salt, 1)).unwrap()).collect();
+    gate.let_it(Verdict::Run);
+    let order = begun(&gate, 22);
+    assert!(order.len() > 60, "{order:?}");
+    assert_eq!(order.iter().filter(|salt| **salt < 10).count(), 1, "a quarter of the places: {order:?}");
+    drop((gate, first, low, high));
+}
+
+#[test]
 fn a_tenant_with_a_full_batch_makes_place_for_another_at_once() {
     let config = EngineConfig { max_batch_size: 4, ..config() };
     let (engine, gate, registry) = start_gated(&config);

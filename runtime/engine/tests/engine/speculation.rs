@@ -9,8 +9,11 @@ use trustformers_engine::{
     Engine, EngineConfig, EngineMetrics, GenerateError, GenerateParams, Grammar, Speculation, StartError,
 };
 use trustformers_model::Model;
-use trustformers_model::seeded::{SeededFamily, SeededModel};
+use trustformers_model::seeded::{SeededEncoder, SeededModel};
 use trustformers_plan::oracle::Oracle;
+use trustformers_plan::{
+    Backend, BackendError, Caps, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput, StepOutput,
+};
 
 fn seeded(shape: SeededModel) -> Arc<Model> {
     Arc::new(Model::from_bytes(Path::new("draft.gguf"), Arc::new(shape.gguf())).unwrap())
@@ -109,6 +112,8 @@ async fn answers_are_the_same_with_and_without() {
         };
         let tight = EngineConfig {
             context_tokens: Some(96),
+            // Less than a prompt: the draft model catches up in parts.
+            token_budget: 8,
             max_batch_size: 3,
             kv_memory_bytes: Some(9 * (kv_block_bytes + draft_block_bytes)),
             ..with(speculation)
@@ -192,18 +197,75 @@ async fn a_failed_step_ends_its_requests_and_the_next_guess_again() {
 #[test]
 fn a_draft_model_of_another_vocabulary_is_refused() {
     let metrics = EngineMetrics::register(&Registry::new()).unwrap();
-    let other = seeded(SeededModel { family: SeededFamily::Qwen2, ..SeededModel::default() });
-    let same_vocabulary = other.tokenizer().len() == model().tokenizer().len();
-    let config = with(Speculation::Draft(other));
-    let started = Engine::start(model(), Box::new(Oracle::new()), &config, &metrics);
-    // The families share their vocabulary and split texts differently, which no guess depends on.
-    assert_eq!(started.is_ok(), same_vocabulary, "{:?}", started.err());
-    let encoder = trustformers_model::seeded::SeededEncoder::default();
+    let refusal = |draft: Arc<Model>| {
+        let config = with(Speculation::Draft(draft));
+        let error = Engine::start(model(), Box::new(Oracle::new()), &config, &metrics).unwrap_err();
+        assert!(matches!(error, StartError::Draft { .. }), "{error}");
+        error.to_string()
+    };
+    let mut other_token = SeededModel::default().gguf();
+    let at = other_token.windows(12).position(|window| window == b"<|im_start|>").unwrap();
+    other_token[at + 9] = b'k';
+    let other_token = Model::from_bytes(Path::new("draft.gguf"), Arc::new(other_token)).unwrap();
+    let says = refusal(Arc::new(other_token));
+    assert!(says.contains("token 1 of its vocabulary is another one"), "{says}");
+    let says = refusal(seeded(SeededModel { context_tokens: 128, ..SeededModel::default() }));
+    assert!(says.contains("its context of 128 tokens is shorter than the 256"), "{says}");
     let folder = tempfile::tempdir().unwrap();
-    encoder.write(folder.path()).unwrap();
-    let embeds = Arc::new(Model::load(folder.path(), &mut |_| {}).unwrap());
-    let config = with(Speculation::Draft(embeds));
-    let error = Engine::start(model(), Box::new(Oracle::new()), &config, &metrics).unwrap_err();
-    assert!(matches!(error, StartError::Draft { .. }), "{error}");
-    assert!(error.to_string().contains("generates nothing"), "{error}");
+    SeededEncoder::default().write(folder.path()).unwrap();
+    let says = refusal(Arc::new(Model::load(folder.path(), &mut |_| {}).unwrap()));
+    assert!(says.contains("generates nothing"), "{says}");
+}
+
+/// A device that computes every model but the second one that it loads: that one's steps fail.
+struct BrokenDraft(Oracle, usize);
+
+struct BrokenModel(Box<dyn Loaded>);
+
+struct BrokenSteps;
+
+impl Backend for BrokenDraft {
+    fn caps(&self) -> &Caps {
+        self.0.caps()
+    }
+
+    fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
+        self.1 += 1;
+        let loaded = self.0.load(spec)?;
+        Ok(if self.1 == 2 { Box::new(BrokenModel(loaded)) } else { loaded })
+    }
+}
+
+impl Loaded for BrokenModel {
+    fn memory(&self) -> MemoryReport {
+        self.0.memory()
+    }
+
+    fn compile(&mut self, _plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
+        Ok(Box::new(BrokenSteps))
+    }
+}
+
+impl Executable for BrokenSteps {
+    fn submit(&mut self, _input: &StepInput) -> Result<(), BackendError> {
+        Err(BackendError::Device("the test pulled the plug".to_owned()))
+    }
+
+    fn wait(&mut self, _output: &mut StepOutput) -> Result<(), BackendError> {
+        Err(BackendError::Order("nothing was submitted"))
+    }
+}
+
+#[tokio::test]
+async fn without_its_draft_model_the_engine_goes_on() {
+    let metrics = EngineMetrics::register(&Registry::new()).unwrap();
+    let backend = Box::new(BrokenDraft(Oracle::new(), 0));
+    let engine = Engine::start(model(), backend, &with(same_model()), &metrics).unwrap();
+    let requests = requests();
+    let (plain, _) = answers(&config(), &requests).await;
+    let here: Vec<_> = requests.iter().map(|params| engine.submit(params).unwrap()).collect();
+    for (generation, plain) in here.into_iter().zip(plain) {
+        assert_eq!(answer(generation).await.unwrap(), plain);
+    }
+    assert_eq!(engine.heartbeat().failed_steps, 0);
 }
