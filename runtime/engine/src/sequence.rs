@@ -254,18 +254,25 @@ impl Sequence {
         self.count(rows);
         let mut after = After::Running;
         let guessed = self.guesses.ids().len();
+        // Counted before anything is told, so that whoever sees the answer finds it counted.
+        self.metrics().inspect(|metrics| metrics.guesses.made.inc_by(guessed as u64));
         let (mut said, mut right) = (0, 0);
         for logits in logits {
+            let mut is_right = false;
             after = match self.job.answer.next(logits, scratch, tokenizer) {
-                Ok(said) => self.say(said),
+                Ok(token) => {
+                    is_right = self.guesses.ids().get(said) == Some(&token.id);
+                    if let (true, Some(metrics)) = (is_right, self.metrics()) {
+                        metrics.guesses.right.inc();
+                    }
+                    self.say(token)
+                }
                 Err(error) => {
                     let broken = error == GenerateError::NotFinite;
                     self.fail(error);
                     if broken { After::Broken } else { After::Ended }
                 }
             };
-            let is_right =
-                self.guesses.ids().get(said).is_some_and(|guess| self.tokens.last() == Some(guess));
             said += 1;
             right += usize::from(is_right);
             // The next row is that of the guess, so it counts only if this was chosen.
@@ -276,10 +283,6 @@ impl Sequence {
         // Of a row that was guessed wrong nothing remains.
         self.cached += if guessed == 0 { rows } else { said };
         self.reached = self.reached.max(self.cached);
-        if let Some(metrics) = self.metrics() {
-            metrics.guesses.made.inc_by(guessed as u64);
-            metrics.guesses.right.inc_by(right as u64);
-        }
         self.guesses.checked(right, self.cached);
         if after != After::Broken {
             self.learn();

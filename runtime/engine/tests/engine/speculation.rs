@@ -203,12 +203,16 @@ fn a_draft_model_of_another_vocabulary_is_refused() {
         assert!(matches!(error, StartError::Draft { .. }), "{error}");
         error.to_string()
     };
-    let mut other_token = SeededModel::default().gguf();
-    let at = other_token.windows(12).position(|window| window == b"<|im_start|>").unwrap();
-    other_token[at + 9] = b'k';
-    let other_token = Model::from_bytes(Path::new("draft.gguf"), Arc::new(other_token)).unwrap();
-    let says = refusal(Arc::new(other_token));
-    assert!(says.contains("token 1 of its vocabulary is another one"), "{says}");
+    let mut swapped = SeededModel::default().gguf();
+    // A string is its length and its bytes; the first of these two are tokens.
+    let at = |file: &[u8], token: u8| {
+        file.windows(9).position(|window| window == [1, 0, 0, 0, 0, 0, 0, 0, token]).unwrap() + 8
+    };
+    let (a, b) = (at(&swapped, b'a'), at(&swapped, b'b'));
+    swapped.swap(a, b);
+    let swapped = Model::from_bytes(Path::new("draft.gguf"), Arc::new(swapped)).unwrap();
+    let says = refusal(Arc::new(swapped));
+    assert!(says.contains("of its vocabulary is another one"), "{says}");
     let says = refusal(seeded(SeededModel { context_tokens: 128, ..SeededModel::default() }));
     assert!(says.contains("its context of 128 tokens is shorter than the 256"), "{says}");
     let folder = tempfile::tempdir().unwrap();
