@@ -16,9 +16,9 @@ pub const DEFAULT_CONTEXT_TOKENS: usize = 8192;
 /// KV room that the default memory rule adds for each sequence of a batch after the first, in tokens.
 const DEFAULT_FURTHER_SEQUENCE_TOKENS: usize = 256;
 
-/// Half of what a person takes for no delay at all: an arriving request waits for the step that runs and then for its
-/// own.
-const DEFAULT_STEP_TARGET_MS: u64 = 50;
+/// An arriving request waits for the step that runs and then for its own; together they should be less than what a person
+/// takes for no delay at all.
+const DEFAULT_STEP_TARGET_MS: u64 = 40;
 
 /// How tokens are guessed so that one step checks several. The model chooses every token itself, so answers are the same
 /// with and without, in `exact` bit for bit; they come sooner where few requests run at once.

@@ -284,7 +284,10 @@ impl Device {
             }));
             let alone = running.len() == 1 && self.waiting.is_empty();
             let prompt_rows = self.pace.prompt_rows(alone);
-            split.share_out(asks, Budget { rows: self.sizes.token_budget, prompt_rows });
+            split.share_out(
+                asks,
+                Budget { rows: self.sizes.token_budget, prompt_rows, may_pause: self.pace.may_pause() },
+            );
             let mut rows = split.rows.iter();
             let short =
                 running.iter_mut().any(|sequence| rows.next().is_some_and(|rows| !sequence.make_room(*rows)));

@@ -4,7 +4,9 @@
 //! left of the budget goes to prompts, in the order of class, of what their tenants were served, and of arrival; what
 //! is due, because it has waited long enough, goes before all. So that a step stays short whoever arrives while it
 //! runs, prompts have a budget of their own ([`Pace`]); a prompt that is *urgent*, because it fits in one step and is
-//! due or its tenant is behind others, is read whole all the same.
+//! due or its tenant is behind others, is read whole all the same. Those that are not behind pause meanwhile, streams as
+//! well, so that its first token comes as soon as it can. They would have waited for it in a shared step just as long, and
+//! they never pause twice in a row.
 
 use crate::priority::Priority;
 use crate::tenants::Standing;
@@ -38,6 +40,8 @@ pub(crate) struct Budget {
     pub(crate) rows: usize,
     /// Those of prompts that are not urgent; at least one.
     pub(crate) prompt_rows: usize,
+    /// Whether streams may pause for an urgent prompt.
+    pub(crate) may_pause: bool,
 }
 
 /// Rows for each sequence, with the room that working them out takes.
@@ -49,13 +53,15 @@ pub(crate) struct Split {
     pub(crate) patient_rows: usize,
     /// Rows of urgent prompts.
     pub(crate) urgent_rows: usize,
+    /// Streams pause for an urgent prompt.
+    pub(crate) pauses: bool,
     prompts: Vec<usize>,
 }
 
 impl Split {
     /// Shares a step out.
     pub(crate) fn share_out(&mut self, asks: &[Ask], budget: Budget) {
-        let Self { rows, patient_rows, urgent_rows, prompts } = self;
+        let Self { rows, patient_rows, urgent_rows, pauses, prompts } = self;
         rows.clear();
         rows.extend(asks.iter().map(|ask| usize::from(ask.wants == Wants::Decode)));
         let mut left = budget.rows.saturating_sub(rows.iter().sum());
@@ -68,10 +74,22 @@ impl Split {
             (not_due, class, standing, order)
         });
         (*patient_rows, *urgent_rows) = (0, 0);
+        let is_urgent =
+            |ask: &Ask| ask.behind && matches!(ask.wants, Wants::Prompt(tokens) if tokens <= fits);
+        let alone = budget.may_pause && asks.iter().any(is_urgent);
+        *pauses = false;
+        if alone {
+            let streams = asks.iter().zip(&mut *rows).filter(|(ask, rows)| !ask.behind && **rows > 0);
+            for (_, rows) in streams {
+                (*rows, *pauses) = (0, true);
+                left += 1;
+            }
+        }
         for index in prompts.iter().copied() {
             let Wants::Prompt(tokens) = asks[index].wants else { continue };
-            let urgent = asks[index].behind && tokens <= fits;
-            let patient = budget.prompt_rows.saturating_sub(*patient_rows + *urgent_rows);
+            let urgent = is_urgent(&asks[index]);
+            let taken = *patient_rows + *urgent_rows;
+            let patient = if alone { 0 } else { budget.prompt_rows.saturating_sub(taken) };
             let given = tokens.min(left).min(if urgent { left } else { patient });
             rows[index] = given;
             left -= given;
@@ -100,6 +118,8 @@ pub(crate) struct Pace {
     wanted: Option<Duration>,
     most: usize,
     rows: usize,
+    /// Whether streams paused in the last step.
+    paused: bool,
     /// Seconds of a step without prompts.
     decode_s: f64,
 }
@@ -107,7 +127,7 @@ pub(crate) struct Pace {
 impl Pace {
     /// For steps of at most `most` rows that should take `wanted`; `None`: whatever they take.
     pub(crate) fn new(most: usize, wanted: Option<Duration>) -> Self {
-        Self { wanted, most, rows: most, decode_s: 0.0 }
+        Self { wanted, most, rows: most, paused: false, decode_s: 0.0 }
     }
 
     /// Rows of prompts for the next step. Alone, a request has nobody to wait for it, and its prompt is always cut
@@ -116,8 +136,14 @@ impl Pace {
         if alone || self.wanted.is_none() { self.most } else { self.rows }
     }
 
+    /// Whether streams may pause in the next step.
+    pub(crate) fn may_pause(&self) -> bool {
+        !self.paused
+    }
+
     /// Takes note of a step.
     pub(crate) fn note(&mut self, split: &Split, took: Duration) {
+        self.paused = split.pauses;
         let Some(wanted) = self.wanted else { return };
         let took = took.as_secs_f64();
         if split.urgent_rows > 0 {
@@ -154,7 +180,7 @@ mod tests {
 
     fn split_of(asks: &[Ask], rows: usize, prompt_rows: usize) -> Split {
         let mut split = Split::default();
-        split.share_out(asks, Budget { rows, prompt_rows });
+        split.share_out(asks, Budget { rows, prompt_rows, may_pause: false });
         split
     }
 
@@ -208,6 +234,29 @@ mod tests {
         // What does not fit in one step is not urgent: it goes first, at the pace of all.
         let second_long = Ask { behind: true, ..ask(Wants::Prompt(64)) };
         assert_eq!(rows(&[long, second_long, ask(Wants::Decode)], 64, 24), [0, 24, 1]);
+    }
+
+    #[test]
+    fn who_is_not_behind_pauses_for_an_urgent_prompt_but_not_twice() {
+        let long = Ask { standing: (9, 1), ..ask(Wants::Prompt(500)) };
+        let short = Ask { behind: true, ..ask(Wants::Prompt(40)) };
+        let stream = ask(Wants::Decode);
+        let other = Ask { behind: true, ..stream };
+        let asks = [long, short, stream, other];
+        let mut budget = Budget { rows: 64, prompt_rows: 50, may_pause: true };
+        let mut split = Split::default();
+        split.share_out(&asks, budget);
+        assert_eq!((split.rows.as_slice(), split.pauses, split.patient_rows), (&[0, 40, 0, 1][..], true, 0));
+        let mut pace = Pace::new(64, None);
+        pace.note(&split, Duration::ZERO);
+        budget.may_pause = pace.may_pause();
+        split.share_out(&asks, budget);
+        assert_eq!((split.rows.as_slice(), split.pauses), (&[10, 40, 1, 1][..], false));
+        pace.note(&split, Duration::ZERO);
+        assert!(pace.may_pause());
+        // Without an urgent prompt nobody pauses.
+        split.share_out(&[long, stream, other], Budget { may_pause: true, ..budget });
+        assert_eq!((split.rows.as_slice(), split.pauses), (&[50, 1, 1][..], false));
     }
 
     fn step(prompt_rows: usize) -> Split {
