@@ -1,5 +1,6 @@
 //! Classes: high overtakes, low is served within its bound. Every step is held until all that was said before it has
-//! been read, and requests come while one is held: what is reported are the engine's decisions, the same in every run.
+//! been read, and requests come while one is held: what is reported are the engine's decisions. The clock has a say only
+//! in how prompts are cut, which moves some figures within their bounds.
 
 use std::sync::Arc;
 
