@@ -108,7 +108,7 @@ impl Start {
     }
 }
 
-/// The buffers of a step, kept so that steps do not allocate.
+/// The buffers of a step, kept so that steps allocate next to nothing.
 #[derive(Default)]
 struct Step {
     input: StepInput,

@@ -209,7 +209,8 @@ impl Table {
     }
 
     /// Finds the route for a request that names no model: the only one there is, or the only one of the task that the
-    /// request is of, where that is known. A model whose task is not known yet has never served and is not meant.
+    /// request is of, where that is known. A model whose task is not known yet is not meant: it has never served, or its pods have not
+    /// reported to a new operator yet.
     ///
     /// # Errors
     /// There is not exactly one.

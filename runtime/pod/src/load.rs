@@ -188,8 +188,11 @@ impl Loaded {
 /// Reads the draft model, where there is one. It has no digest of its own: answers do not depend on it.
 fn speculation(guessing: &Guessing) -> Result<Speculation, Failure> {
     let Guessing::Draft(source) = guessing else { return Ok(Speculation::Ngram) };
-    let files = source.resolve(&[])?;
-    let draft = Model::load(model_file(&files)?, &mut |_| {})?;
+    let read = || Ok(Model::load(model_file(&source.resolve(&[])?)?, &mut |_| {})?);
+    let draft = read().map_err(|failure: Failure| Failure {
+        message: format!("the draft model: {}", failure.message),
+        ..failure
+    })?;
     Ok(Speculation::Draft(Arc::new(draft)))
 }
 
@@ -338,6 +341,11 @@ mod tests {
         guessing.speculation = Some(Guessing::Ngram);
         let refused = loader().load(&guessing, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
         assert_eq!(refused.reason, "InvalidConfiguration", "{refused}");
+        let mut drafted = ModelSpec::new("m", Source::from_path(folder.path().join("m.gguf")));
+        std::fs::write(folder.path().join("m.gguf"), SeededModel::default().gguf()).unwrap();
+        drafted.speculation = Some(Guessing::Draft(Source::from_path(folder.path().join("bert"))));
+        let refused = loader().load(&drafted, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
+        assert!(refused.message.starts_with("the draft model: none of the picked"), "{refused}");
         let other = load(folder.path(), &["bert/**"], Some("generate")).unwrap_err();
         assert_eq!((other.reason, other.transient), ("TaskMismatch", false));
         assert!(other.message.contains("made for the task embed"), "{other}");
