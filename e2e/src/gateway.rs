@@ -133,10 +133,13 @@ impl Gateway {
     /// When there is no whole answer.
     pub async fn embeddings(
         &self,
-        model: &str,
+        model: Option<&str>,
         texts: &[&str],
     ) -> Result<(Vec<Vec<f64>>, serde_json::Value), Failure> {
-        let body = serde_json::json!({"model": model, "input": texts});
+        let body = match model {
+            Some(model) => serde_json::json!({"model": model, "input": texts}),
+            None => serde_json::json!({"input": texts}),
+        };
         let answer = limited(async {
             let response = self.post_json("/v1/embeddings", &body).await?;
             let body =

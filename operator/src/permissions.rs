@@ -33,7 +33,7 @@ pub const EVERYWHERE: &[Right] = &[
     right("", "pods", &["list", "watch"]),
     right("", "pods/status", &["patch"]),
     // recorder
-    right("events.k8s.io", "events", &["create", "patch"]),
+    right("events.k8s.io", "events", &["create", "get", "patch"]),
     // feed::identity
     right("authentication.k8s.io", "tokenreviews", &["create"]),
 ];

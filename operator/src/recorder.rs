@@ -49,11 +49,18 @@ async fn publish_one(
     match events.create(&PostParams::default(), &event).await {
         Err(kube::Error::Api(status)) if status.is_already_exists() => {
             let name = event.metadata.name.unwrap_or_default();
-            let again = json!({"series": {"count": 2, "lastObservedTime": now}});
+            // Only the leader publishes, so nobody counts at the same time.
+            let known = events.get(&name).await?;
+            let again = json!({"series": {"count": count_after(&known), "lastObservedTime": now}});
             events.patch(&name, &PatchParams::default(), &Patch::Merge(again)).await.map(drop)
         }
         other => other.map(drop),
     }
+}
+
+/// How often an Event that is there will have been said with this time: one that has no series was said once.
+fn count_after(known: &Event) -> i32 {
+    known.series.as_ref().map_or(1, |series| series.count).saturating_add(1)
 }
 
 fn event(about: ObjectReference, what: &Happening, now: MicroTime, instance: Option<&str>) -> Event {
@@ -81,6 +88,17 @@ fn event(about: ObjectReference, what: &Happening, now: MicroTime, instance: Opt
 #[cfg(test)]
 mod tests {
     use super::*;
+    use k8s_openapi::api::events::v1::EventSeries;
+
+    #[test]
+    fn an_event_counts_how_often_it_was_said() {
+        let mut known = Event::default();
+        for wanted in [2, 3, 4] {
+            assert_eq!(count_after(&known), wanted);
+            let last_observed_time = MicroTime(Timestamp::UNIX_EPOCH);
+            known.series = Some(EventSeries { count: count_after(&known), last_observed_time });
+        }
+    }
 
     #[test]
     fn the_same_words_have_the_same_name_and_other_words_another() {

@@ -35,7 +35,7 @@ async fn vectors_through_the_gateway_are_the_references() -> Result<()> {
         // Then: by HTTP and gRPC alike, each text has the vector of the reference, and what was cut is said.
         let gateway = story.gateway().await?;
         let name = models.full_name("minilm");
-        let (vectors, answer) = gateway.embeddings(&name, &texts).await?;
+        let (vectors, answer) = gateway.embeddings(Some(&name), &texts).await?;
         assert_eq!(vectors.len(), cases.len());
         for (vector, case) in vectors.iter().zip(&cases) {
             let cosine = cosine(vector, &case.embedding);
@@ -51,6 +51,16 @@ async fn vectors_through_the_gateway_are_the_references() -> Result<()> {
         // And: asked to generate, it says what it is for and where to go.
         let refusal = gateway.http(&Ask::new(&name, "Once upon a time", 2)).await.unwrap_err().to_string();
         assert!(refusal.contains("/v1/embeddings"), "{refusal}");
+
+        // And: who names no model is answered while one embeds, whatever else there is, and asked which where two do.
+        let (unnamed, _) = gateway.embeddings(None, &texts[..1]).await?;
+        assert!(cosine(&unnamed[0], &vectors[0]) > 0.999_999, "another model answered");
+        models.apply("other", json!({"task": "embed", "source": {"uri": MINILM}})).await?;
+        models.ready("other", READY_LIMIT_S).await?;
+        let refusal = gateway.embeddings(None, &texts[..1]).await.unwrap_err().to_string();
+        for name in [name, models.full_name("other")] {
+            assert!(refusal.contains(&name), "{refusal} does not name {name}");
+        }
         Ok(())
     })
     .await

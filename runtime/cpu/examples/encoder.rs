@@ -1,12 +1,12 @@
 //! How fast an encoder's steps are: MiniLM's shape with made-up f32 weights, sequences of 128 tokens, one and 32 at once.
 //!
-//! `cargo run --profile ci -p trustformers-cpu --example encoder -- [THREADS] [fast] [unfused]`. Numerics take turns (only
-//! the fast ones with `fast`), and with `unfused` plans without any fused op as well; the fastest and the median of
-//! [`ROUNDS`] rounds are printed, and the products per second beside them.
+//! `cargo run --profile ci -p trustformers-cpu --example encoder -- [THREADS] [fast] [unfused] [all]`. Numerics take turns
+//! (only the fast ones with `fast`), with `unfused` plans without any fused op as well, and with `all` every tier; the
+//! fastest and the median of [`ROUNDS`] rounds are printed, and the products per second beside them.
 
 use std::{sync::Arc, time::Instant};
 
-use trustformers_cpu::{CpuBackend, CpuConfig};
+use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
 use trustformers_plan::{
     Backend, Executable, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, Pooling,
     SequenceStep, StepInput, StepOutput, Weight, Weights,
@@ -97,25 +97,43 @@ fn seconds(e: &mut dyn Executable, input: &StepInput) -> Result<f64, AnyError> {
     Ok(start.elapsed().as_secs_f64())
 }
 
+/// An entry: its name, and what runs its steps.
+fn entry(
+    mut backend: CpuBackend,
+    weights: &Arc<Weights>,
+    numerics: Numerics,
+    unfused: bool,
+) -> Result<(String, Box<dyn Executable>), AnyError> {
+    let fused = if unfused { FusedOps::NONE } else { backend.caps().fused };
+    let plan = plan(weights, &fused)?;
+    let spec =
+        LoadSpec { weights: weights.clone(), plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
+    let executable = backend.load(spec)?.compile(&plan)?;
+    let name =
+        format!("{} {numerics:?}{}", backend.caps().description, if unfused { ", unfused" } else { "" });
+    Ok((name, executable))
+}
+
 fn main() -> Result<(), AnyError> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let threads: Option<usize> = args.iter().find_map(|arg| arg.parse().ok());
     let has = |word: &str| args.iter().any(|arg| arg == word);
     let weights = weights()?;
+    let tiers: Vec<Tier> = if has("all") {
+        Tier::ALL.into_iter().filter(|tier| tier.is_available()).collect()
+    } else {
+        vec![Tier::best()]
+    };
     let mut entries = Vec::new();
-    for (numerics, unfused) in [Numerics::Fast, Numerics::Exact].map(|n| [(n, false), (n, true)]).concat() {
-        if (numerics == Numerics::Exact && has("fast")) || (unfused && !has("unfused")) {
-            continue;
+    for tier in tiers {
+        for (numerics, unfused) in [Numerics::Fast, Numerics::Exact].map(|n| [(n, false), (n, true)]).concat()
+        {
+            if (numerics == Numerics::Exact && has("fast")) || (unfused && !has("unfused")) {
+                continue;
+            }
+            let backend = CpuBackend::new(CpuConfig { tier: Some(tier), threads })?;
+            entries.push(entry(backend, &weights, numerics, unfused)?);
         }
-        let mut backend = CpuBackend::new(CpuConfig { tier: None, threads })?;
-        let fused = if unfused { FusedOps::NONE } else { backend.caps().fused };
-        let plan = plan(&weights, &fused)?;
-        let spec =
-            LoadSpec { weights: weights.clone(), plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
-        let executable = backend.load(spec)?.compile(&plan)?;
-        let name =
-            format!("{} {numerics:?}{}", backend.caps().description, if unfused { ", unfused" } else { "" });
-        entries.push((name, executable));
     }
     let width = HYPER.width;
     let products = (HYPER.layers * (4 * width * width + 2 * width * FEED_FORWARD) * TOKENS) as f64;

@@ -1,7 +1,7 @@
 //! How fast steps are: decode, decode at depth, eight sequences and prefill, of models with made-up weights.
 //!
 //! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [unfused] [THREADS]`, where MODEL is `smollm2` (the
-//! default: SmolLM2-135M, Q4_1), `qwen-0.5b` or `qwen-1.5b` (as their Q4_K_M files mix types), and `all` measures every
+//! default: SmolLM2-135M, Q4_1), `smollm2-bf16`, `qwen-0.5b` or `qwen-1.5b` (as their Q4_K_M files mix types), and `all` measures every
 //! tier and numerics instead of the best tier's fast ones; `unfused` adds plans without any fused op. Decoding reads all repacked weights once per step; beside the
 //! speed stands what reading that much memory takes at the bandwidth measured in the same run. All entries take turns for
 //! [`ROUNDS`] rounds and the fastest and the median are printed, so that a busy neighbour is seen for what it is instead of
@@ -31,7 +31,7 @@ struct Shape {
     down: [DType; 2],
 }
 
-const SHAPES: [Shape; 3] = [
+const SHAPES: [Shape; 4] = [
     Shape {
         name: "smollm2",
         hyper: Hyper {
@@ -49,6 +49,24 @@ const SHAPES: [Shape; 3] = [
         value: [DType::Q4_1; 2],
         gate_up: DType::Q4_1,
         down: [DType::Q4_1; 2],
+    },
+    Shape {
+        name: "smollm2-bf16",
+        hyper: Hyper {
+            width: 576,
+            layers: 30,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            vocab: 49_152,
+            context: 2048,
+        },
+        feed_forward: 1536,
+        head: DType::BF16,
+        query_key_output: DType::BF16,
+        value: [DType::BF16; 2],
+        gate_up: DType::BF16,
+        down: [DType::BF16; 2],
     },
     Shape {
         name: "qwen-0.5b",

@@ -6,8 +6,11 @@
 //! ([`hazards`]).
 //!
 //! In [`Numerics::Exact`](trustformers_plan::Numerics) activations stay f32 and every row is summed in an order that
-//! depends on the tier alone. In `Fast` they are quantised to 8 bits per 32 columns where the weights are quantised too.
+//! depends on the tier alone. In `Fast` they are quantised to 8 bits per 32 columns where the weights are quantised too, and
+//! rounded to bf16 where the weights are bf16 and the processor multiplies it.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod hazards;
 mod kernels;
 mod machine;

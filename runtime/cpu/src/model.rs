@@ -17,8 +17,7 @@ use crate::{
         Kernels,
         attention::{self, CHUNK_TOKENS, chunk_len},
         encoder,
-        matmul::SCRATCH_LEN,
-        quantise::{BlockRows, Int8Rows},
+        quantise::{Bf16Rows, BlockRows, Int8Rows},
     },
     memory::{SharedF32, Store},
     pack::{BLOCK_COLS, Form, GROUP_ROWS, Packed},
@@ -81,12 +80,20 @@ fn normed_cols(op: &Op) -> Option<usize> {
 }
 
 impl Scratch {
-    fn new(plan: &Plan, matrices: &HashMap<WeightId, Packed>, threads: usize) -> Result<Self, BackendError> {
+    fn new(
+        plan: &Plan,
+        kernels: &Kernels,
+        matrices: &HashMap<WeightId, Packed>,
+        threads: usize,
+    ) -> Result<Self, BackendError> {
         let what = "scratch space";
         let hyper = plan.hyper();
         let cols = matrices.values().map(|m| m.blocks() * BLOCK_COLS).max().unwrap_or(0);
-        let words =
-            |rows| (BlockRows::bytes(rows, cols) + Int8Rows::bytes(rows, cols)).div_ceil(size_of::<f32>());
+        let rounds = kernels.quantise_bf16.is_some() && matrices.values().any(|m| m.form == Form::Bf16);
+        let words = |rows| {
+            let halves = if rounds { Bf16Rows::bytes(rows, cols) } else { 0 };
+            (BlockRows::bytes(rows, cols) + Int8Rows::bytes(rows, cols) + halves).div_ceil(size_of::<f32>())
+        };
         let normed_cols = plan.ops().iter().filter_map(normed_cols).max().unwrap_or(0);
         let rows = plan.limits().rows.max(plan.limits().logits_rows);
         let shape = trustformers_plan::AttentionShape {
@@ -102,7 +109,7 @@ impl Scratch {
         };
         let own = || {
             Ok(ThreadScratch {
-                matmul: SharedF32::new(what, SCRATCH_LEN)?,
+                matmul: SharedF32::new(what, kernels.matmul_scratch_len(cols))?,
                 quantised: SharedF32::new(what, words(PRIVATE_ROWS))?,
                 normed: SharedF32::new(what, PRIVATE_ROWS * normed_cols)?,
                 partials: SharedF32::new(what, item)?,
@@ -152,8 +159,9 @@ impl CpuModel {
             .into_iter()
             .try_fold(1usize, usize::checked_mul)
             .ok_or(BackendError::OutOfMemory { what: "the key/value cache", needed_bytes: u64::MAX })?;
+        let kernels = Kernels::of(tier);
         let shared = Shared {
-            kernels: Kernels::of(tier),
+            kernels,
             numerics,
             hyper,
             limits: *plan.limits(),
@@ -162,7 +170,7 @@ impl CpuModel {
             arena: SharedF32::new("the arena", plan.arena_bytes() / size_of::<f32>())?,
             arena_bytes: plan.arena_bytes(),
             answer_bytes: (plan.answer_len() * size_of::<f32>()) as u64,
-            scratch: Scratch::new(plan, &matrices, threads)?,
+            scratch: Scratch::new(plan, &kernels, &matrices, threads)?,
             weights,
             matrices,
             vectors,

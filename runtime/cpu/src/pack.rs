@@ -1,8 +1,9 @@
 //! Weights laid out for the kernels: sixteen output features side by side, one per vector lane.
 //!
 //! A *group* is 16 rows of the matrix (the last is filled up with zeros), a *block* 32 columns. Reading a group is one
-//! forward stream, and a dot product needs no sum across lanes. Floats lie `[column][row]`. Quants lie in planes, so that
-//! a step of four columns is a vector of `[row][column]`, one byte each:
+//! forward stream, and a dot product needs no sum across lanes. Floats lie `[column][row]`, but bf16 in
+//! pairs `[column / 2][row][column % 2]`, as the instructions that multiply them want it. Quants lie in planes, so that a
+//! step of four columns is a vector of `[row][column]`, one byte each:
 //!
 //! * eight bits: 512 bytes `[column / 4][row][column % 4]`
 //! * low four bits: 256 bytes, where step `k` of the eight is the low (`k < 4`) or high half of vector `k % 4`
@@ -84,6 +85,16 @@ impl Form {
         }
     }
 
+    /// Bytes of the first stream. Tile registers take two blocks of [`Self::Int8`] at once, the last of which may not be
+    /// there: its values meet zeros, and so may be anything, but must be memory.
+    const fn value_bytes(self, groups: usize, blocks: usize) -> usize {
+        let behind = match self {
+            Self::Int8 => blocks % 2,
+            _ => 0,
+        };
+        (groups * blocks + behind) * self.block_bytes()
+    }
+
     /// 16-bit words of a group of so many blocks in the second stream.
     const fn scale_words(self, blocks: usize) -> usize {
         match self {
@@ -115,7 +126,7 @@ impl Packed {
     /// Bytes that a weight takes in a form.
     pub(crate) const fn bytes_of(form: Form, rows: usize, cols: usize) -> usize {
         let (groups, blocks) = (rows.div_ceil(GROUP_ROWS), cols.div_ceil(BLOCK_COLS));
-        let values = groups * blocks * form.block_bytes();
+        let values = form.value_bytes(groups, blocks);
         let scales = groups * form.scale_words(blocks) * size_of::<u16>();
         values.next_multiple_of(64) + scales.next_multiple_of(64)
     }
@@ -138,7 +149,7 @@ impl Packed {
     fn empty(form: Form, weight: &Weight, store: &mut Store) -> Self {
         let (rows, cols) = (weight.rows(), weight.cols());
         let (groups, blocks) = (rows.div_ceil(GROUP_ROWS), cols.div_ceil(BLOCK_COLS));
-        let values = store.take(groups * blocks * form.block_bytes());
+        let values = store.take(form.value_bytes(groups, blocks));
         let scales = store.take(groups * form.scale_words(blocks) * size_of::<u16>());
         Self { form, rows, cols, values, scales }
     }
@@ -191,7 +202,9 @@ impl Packed {
             let row = weight.row(first_row + lane);
             match form {
                 Form::F32 => scatter::<4>(values, row, lane),
-                Form::F16 | Form::Bf16 => scatter::<2>(values, row, lane),
+                Form::F16 => scatter::<2>(values, row, lane),
+                // A pair of columns is what a column is elsewhere; the last may be alone.
+                Form::Bf16 => scatter::<4>(values, row, lane),
                 _ => {
                     let dtype = weight.dtype();
                     let blocks_in_one = dtype.block_len() / BLOCK_COLS;
@@ -257,8 +270,8 @@ fn place(form: Form, block: &mut [u8], quants: &[u8; BLOCK_COLS], lane: usize) {
 }
 
 fn scatter<const N: usize>(values: &mut [u8], row: &[u8], lane: usize) {
-    for (column, value) in row.chunks_exact(N).enumerate() {
+    for (column, value) in row.chunks(N).enumerate() {
         let at = (column * GROUP_ROWS + lane) * N;
-        values[at..at + N].copy_from_slice(value);
+        values[at..at + value.len()].copy_from_slice(value);
     }
 }

@@ -14,13 +14,18 @@ pub enum Tier {
     Avx512,
     /// AVX-512 with VNNI: four 8-bit products per lane and instruction.
     Avx512Vnni,
+    /// With BF16 as well: two products of bf16 per lane and instruction.
+    Avx512Bf16,
+    /// With tile registers of AMX as well, for 8-bit integers and bf16.
+    Amx,
 }
 
 impl Tier {
     /// Every tier, plainest first.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+    pub const ALL: [Self; 6] =
+        [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16, Self::Amx];
 
-    /// Whether this processor has the instructions.
+    /// Whether this processor has the instructions, and the system lets this process use them.
     #[must_use]
     #[cfg(target_arch = "x86_64")]
     pub fn is_available(self) -> bool {
@@ -36,11 +41,15 @@ impl Tier {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
         };
+        let vnni = || avx512() && is_x86_feature_detected!("avx512vnni");
+        let bf16 = || vnni() && is_x86_feature_detected!("avx512bf16");
         match self {
             Self::Scalar => true,
             Self::Avx2 => avx2(),
             Self::Avx512 => avx512(),
-            Self::Avx512Vnni => avx512() && is_x86_feature_detected!("avx512vnni"),
+            Self::Avx512Vnni => vnni(),
+            Self::Avx512Bf16 => bf16(),
+            Self::Amx => bf16() && crate::amx::is_available(),
         }
     }
 
@@ -65,6 +74,8 @@ impl Tier {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512-vnni",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx",
         }
     }
 }

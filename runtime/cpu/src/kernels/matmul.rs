@@ -9,13 +9,33 @@
 //! * [`blocks`]: activations were quantised to 8 bits per 32 columns; a block's products are summed in integers and scaled
 //!   once.
 //! * [`int8`]: activations have one scale per row and weights one per feature; sums are integers over all columns.
+//! * [`bf16`]: weights are bf16 and activations were rounded to it; sums are f32.
+//! * [`tiles`]: the last three by tile registers.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
 
+/// Runs a block for each row of a tile with its number as a constant. The compiler unrolls no loop this long by itself,
+/// and sums that are found by a variable index lie in memory: loading and storing them took most of the time.
+macro_rules! each_row {
+    ($rows:expr, $row:ident => $body:block) => {
+        each_row!(@ $rows, $row => $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+    };
+    (@ $rows:expr, $row:ident => $body:block, $($number:literal)*) => {
+        const { assert!($rows <= 16) };
+        $(if $number < $rows {
+            let $row: usize = $number;
+            $body
+        })*
+    };
+}
+
+pub(crate) mod bf16;
 pub(crate) mod blocks;
 pub(crate) mod exact;
 mod forms;
 pub(crate) mod int8;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tiles;
 
 use std::ops::Range;
 
@@ -23,14 +43,28 @@ pub(crate) use forms::{Floats, HalfFloats, Q4, Q4K, Q4Min, Q5, Q5K, Q6K, Q8, Qua
 
 use super::{
     encoder,
-    quantise::{BlockRows, Int8Rows},
+    quantise::{Bf16Rows, BlockRows, Int8Rows},
     rows,
     simd::{LANES, Simd},
 };
 use crate::pack::Packed;
 
-/// Values of scratch memory that a job needs: sums of a block of rows, then panels of unpacked weights.
-pub(crate) const SCRATCH_LEN: usize = exact::ROW_BLOCK * 2 * LANES + exact::PANELS_LEN;
+/// Values of scratch memory that jobs of matrices with at most so many columns need: sums of a block of rows, then panels
+/// of unpacked weights, which are larger for tile registers.
+pub(crate) fn scratch_len(cols: usize, has_tiles: bool) -> usize {
+    exact::ROW_BLOCK * 2 * LANES
+        + if has_tiles { tile_panels_len(cols).max(exact::PANELS_LEN) } else { exact::PANELS_LEN }
+}
+
+#[cfg(target_arch = "x86_64")]
+const fn tile_panels_len(cols: usize) -> usize {
+    tiles::scratch_len(cols)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+const fn tile_panels_len(_: usize) -> usize {
+    0
+}
 
 /// Rows of f32 to read.
 #[derive(Clone, Copy)]
@@ -46,6 +80,7 @@ pub(crate) enum Input<'a> {
     Floats(Rows),
     Blocks(&'a BlockRows),
     Int8(&'a Int8Rows),
+    Bf16(&'a Bf16Rows),
 }
 
 /// What becomes of a projection's sums, after the bias.
@@ -77,7 +112,7 @@ pub(crate) struct MatMul<'a> {
     pub(crate) rows: usize,
     pub(crate) input: Input<'a>,
     pub(crate) target: Target<'a>,
-    /// [`SCRATCH_LEN`] values of this thread's own.
+    /// [`scratch_len`] values of this thread's own.
     pub(crate) scratch: *mut f32,
 }
 

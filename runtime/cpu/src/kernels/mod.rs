@@ -18,19 +18,23 @@ mod tests;
 use attention::Attend;
 use encoder::{EncoderAttend, LayerNorm};
 use matmul::MatMul;
-use quantise::{BlockRows, Int8Rows};
+use quantise::{Bf16Rows, BlockRows, Int8Rows, Layout};
 
 use crate::Tier;
 
 /// One tier's kernels; their contracts are those of the generic functions they instantiate.
 #[derive(Clone, Copy)]
 pub(crate) struct Kernels {
-    /// [`matmul::blocks::run`], [`matmul::int8::run`] or [`matmul::exact::run`], as the matrix's form and the input ask.
+    /// One of [`matmul`]'s, as the matrix's form and the input ask.
     pub(crate) matmul: unsafe fn(&MatMul<'_>),
+    /// Whether it reads stacked rows by tile registers.
+    has_tiles: bool,
     /// [`BlockRows::fill`]
     pub(crate) quantise: unsafe fn(&BlockRows, usize, *const f32),
     /// [`Int8Rows::fill`]
     pub(crate) quantise_int8: unsafe fn(&Int8Rows, usize, *const f32),
+    /// [`Bf16Rows::fill`], where the tier multiplies them.
+    pub(crate) quantise_bf16: Option<unsafe fn(&Bf16Rows, usize, *const f32)>,
     /// [`rows::rms_norm`]
     pub(crate) rms_norm: unsafe fn(*const f32, &[f32], f32, *mut f32),
     /// [`rows::silu_mul`]
@@ -182,8 +186,8 @@ macro_rules! tier {
             }
 
             pub(super) const TABLE: Kernels = Kernels {
-                matmul, quantise, quantise_int8, rms_norm, silu_mul, add, attend, merge, layer_norm, gelu,
-                encoder_attend,
+                matmul, has_tiles: false, quantise, quantise_int8, quantise_bf16: None, rms_norm, silu_mul, add, attend,
+                merge, layer_norm, gelu, encoder_attend,
             };
         }
     };
@@ -201,7 +205,103 @@ tier!(
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 );
 
+/// What the BF16 part of AVX-512 adds to [`avx512_vnni`].
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16 {
+    use super::{Bf16Rows, Kernels, MatMul, avx512_vnni, matmul, matmul::Input};
+
+    projection!(
+        rows,
+        &Bf16Rows,
+        matmul::bf16::run::<crate::kernels::x86::Avx512<true>>,
+        "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"
+    );
+
+    unsafe fn matmul(job: &MatMul<'_>) {
+        // SAFETY: the caller's contract is the same.
+        unsafe {
+            match job.input {
+                Input::Bf16(x) => rows(job, x),
+                _ => (avx512_vnni::TABLE.matmul)(job),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn quantise(rows: &Bf16Rows, row: usize, input: *const f32) {
+        // SAFETY: the caller's contract is the same.
+        unsafe { rows.fill(row, input) }
+    }
+
+    pub(super) const TABLE: Kernels = Kernels { matmul, quantise_bf16: Some(quantise), ..avx512_vnni::TABLE };
+}
+
+/// What tile registers add to [`avx512_bf16`].
+#[cfg(target_arch = "x86_64")]
+mod amx {
+    use super::{Bf16Rows, BlockRows, Int8Rows, Kernels, Layout, MatMul, avx512_bf16, matmul, matmul::Input};
+    use crate::pack::Form;
+
+    /// A projection kernel on tile registers; what is around them needs what [`avx512_vnni`](super::avx512_vnni) does.
+    macro_rules! on_tiles {
+        ($name:ident, $rows:ty, $kernel:path) => {
+            projection!($name, $rows, $kernel, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
+        };
+    }
+    on_tiles!(int8, &Int8Rows, matmul::tiles::int8);
+    on_tiles!(bf16, &Bf16Rows, matmul::tiles::bf16);
+    on_tiles!(q8, &BlockRows, matmul::tiles::blocks::<matmul::Q8>);
+    on_tiles!(q4, &BlockRows, matmul::tiles::blocks::<matmul::Q4>);
+    on_tiles!(q5, &BlockRows, matmul::tiles::blocks::<matmul::Q5>);
+    on_tiles!(q4_min, &BlockRows, matmul::tiles::blocks::<matmul::Q4Min>);
+    on_tiles!(q4_k, &BlockRows, matmul::tiles::blocks::<matmul::Q4K>);
+    on_tiles!(q5_k, &BlockRows, matmul::tiles::blocks::<matmul::Q5K>);
+    on_tiles!(q6_k, &BlockRows, matmul::tiles::blocks::<matmul::Q6K>);
+
+    unsafe fn matmul(job: &MatMul<'_>) {
+        // SAFETY: the caller's contract is the same.
+        unsafe {
+            match job.input {
+                Input::Bf16(x) => bf16(job, x),
+                Input::Int8(x) if x.layout() == Layout::Stacked => int8(job, x),
+                Input::Blocks(x) if x.layout() == Layout::Stacked => match job.matrix.form {
+                    Form::Q8 => q8(job, x),
+                    Form::Q4 => q4(job, x),
+                    Form::Q5 => q5(job, x),
+                    Form::Q4Min => q4_min(job, x),
+                    Form::Q4K => q4_k(job, x),
+                    Form::Q5K => q5_k(job, x),
+                    Form::Q6K => q6_k(job, x),
+                    form => unreachable!("{form:?} does not meet such activations"),
+                },
+                _ => (avx512_bf16::TABLE.matmul)(job),
+            }
+        }
+    }
+
+    pub(super) const TABLE: Kernels = Kernels { matmul, has_tiles: true, ..avx512_bf16::TABLE };
+}
+
+/// With fewer rows a product over a tile register is mostly empty, and vectors, which read weights as they are packed, are
+/// faster: two tiles of interleaved rows take about what one of tile registers does.
+const LEAST_STACKED_ROWS: usize = 2 * quantise::BLOCK_TILE;
+
 impl Kernels {
+    /// How so many [`BlockRows`] must lie.
+    pub(crate) const fn block_layout(&self, rows: usize) -> Layout {
+        if self.has_tiles && rows >= LEAST_STACKED_ROWS { Layout::Stacked } else { Layout::Interleaved }
+    }
+
+    /// How [`Int8Rows`] must lie.
+    pub(crate) const fn int8_layout(&self) -> Layout {
+        if self.has_tiles { Layout::Stacked } else { Layout::Interleaved }
+    }
+
+    /// Values of scratch memory that projections of at most so many columns need.
+    pub(crate) fn matmul_scratch_len(&self, cols: usize) -> usize {
+        matmul::scratch_len(cols, self.has_tiles)
+    }
+
     /// The kernels of an available tier.
     ///
     /// # Panics
@@ -214,6 +314,8 @@ impl Kernels {
             Tier::Avx2 => avx2::TABLE,
             Tier::Avx512 => avx512::TABLE,
             Tier::Avx512Vnni => avx512_vnni::TABLE,
+            Tier::Avx512Bf16 => avx512_bf16::TABLE,
+            Tier::Amx => amx::TABLE,
         }
     }
 

@@ -1,14 +1,24 @@
-//! Activations to 8 bits, laid out for the tiles that will read them.
+//! Activations to 8 or 16 bits, laid out for the tiles that will read them.
 //!
-//! The rows of a tile lie interleaved by four columns, so that one pointer runs through all of them. Blocks of 32 columns
-//! share a scale in [`BlockRows`], whole rows in [`Int8Rows`].
+//! Blocks of 32 columns share a scale in [`BlockRows`], whole rows in [`Int8Rows`]; [`Bf16Rows`] need none.
 
 use super::simd::{LANES, Simd};
 use crate::pack::BLOCK_COLS;
 
-/// Rows of a stored tile of [`BlockRows`].
+/// How the rows of a stored tile lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// Interleaved by four columns, so that one pointer runs through all rows: what kernels on vectors read.
+    Interleaved,
+    /// One whole row after the other: what tile registers are loaded from.
+    Stacked,
+}
+
+/// Rows of a stored tile whose rows are stacked.
+pub(crate) const STACKED_TILE: usize = 16;
+/// Rows of a stored tile of interleaved [`BlockRows`].
 pub(crate) const BLOCK_TILE: usize = 6;
-/// Rows of a stored tile of [`Int8Rows`].
+/// Rows of a stored tile of interleaved [`Int8Rows`].
 pub(crate) const INT8_TILE: usize = 12;
 
 /// Where the parts of a tile's record of one block begin, in bytes. Values lie first, `[column / 4][row][column % 4]`.
@@ -42,30 +52,50 @@ pub(crate) const RECORD: Record = {
 /// Bytes of a record.
 pub(crate) const BLOCK_RECORD_BYTES: usize = RECORD.minus_second + 4 * BLOCK_TILE;
 
+/// Where a stacked tile's record of one block keeps each row's f32 scale, after its values `[row][column]`.
+pub(crate) const STACKED_SCALE: usize = STACKED_TILE * BLOCK_COLS;
+/// And the scale times the sum of the quants.
+pub(crate) const STACKED_SCALED_SUM: usize = STACKED_SCALE + 4 * STACKED_TILE;
+/// Bytes of such a record.
+pub(crate) const STACKED_RECORD_BYTES: usize = STACKED_SCALED_SUM + 4 * STACKED_TILE;
+
 /// Rows quantised by blocks.
 pub(crate) struct BlockRows {
     memory: *mut u8,
     blocks: usize,
+    layout: Layout,
 }
 
 impl BlockRows {
-    /// Bytes that `rows` rows of `cols` columns (whole blocks) take.
+    /// Bytes that `rows` rows of `cols` columns (whole blocks) take, however they lie.
     pub(crate) const fn bytes(rows: usize, cols: usize) -> usize {
-        rows.div_ceil(BLOCK_TILE) * (cols / BLOCK_COLS) * BLOCK_RECORD_BYTES
+        let interleaved = rows.div_ceil(BLOCK_TILE) * BLOCK_RECORD_BYTES;
+        let stacked = rows.div_ceil(STACKED_TILE) * STACKED_RECORD_BYTES;
+        cols / BLOCK_COLS * if interleaved > stacked { interleaved } else { stacked }
     }
 
     /// Lays rows out in memory of [`Self::bytes`].
     ///
     /// # Safety
     /// `memory` is aligned to four and lives as long as the rows.
-    pub(crate) const unsafe fn new(memory: *mut u8, cols: usize) -> Self {
-        Self { memory, blocks: cols / BLOCK_COLS }
+    pub(crate) const unsafe fn new(memory: *mut u8, cols: usize, layout: Layout) -> Self {
+        Self { memory, blocks: cols / BLOCK_COLS, layout }
     }
 
-    /// The first record of a row's tile, moved so that the row is the tile's first.
+    /// How the rows lie.
+    pub(crate) const fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The first record of a row's interleaved tile, moved so that the row is the tile's first.
     pub(crate) const fn record(&self, row: usize) -> *const u8 {
         let tile = row / BLOCK_TILE * self.blocks * BLOCK_RECORD_BYTES;
         self.memory.wrapping_add(tile + row % BLOCK_TILE * 4).cast_const()
+    }
+
+    /// The first record of a row's stacked tile.
+    pub(crate) const fn stacked_record(&self, row: usize) -> *const u8 {
+        self.memory.wrapping_add(row / STACKED_TILE * self.blocks * STACKED_RECORD_BYTES).cast_const()
     }
 
     /// Quantises one row: `scale = max |x| / 127`, nearest integers, halves to even.
@@ -77,7 +107,6 @@ impl BlockRows {
         for b in 0..self.blocks {
             // SAFETY: the block lies inside the row, its record inside the memory.
             unsafe {
-                let record = self.record(row).cast_mut().add(b * BLOCK_RECORD_BYTES);
                 let x = input.add(b * BLOCK_COLS);
                 let x = [S::load(x), S::load(x.add(LANES))];
                 let largest = S::largest(S::max(magnitude::<S>(x[0]), magnitude::<S>(x[1])));
@@ -86,11 +115,21 @@ impl BlockRows {
                 let mut bytes = [0i8; BLOCK_COLS];
                 S::store_i8(bytes.as_mut_ptr(), quants[0]);
                 S::store_i8(bytes.as_mut_ptr().add(LANES), quants[1]);
+                let (scale, sums) = (largest / 127.0, [S::sum_i(quants[0]), S::sum_i(quants[1])]);
+                if self.layout == Layout::Stacked {
+                    let record = self.stacked_record(row).cast_mut().add(b * STACKED_RECORD_BYTES);
+                    let row = row % STACKED_TILE;
+                    record.add(row * BLOCK_COLS).cast::<[i8; BLOCK_COLS]>().write(bytes);
+                    *record.add(STACKED_SCALE + 4 * row).cast::<f32>() = scale;
+                    *record.add(STACKED_SCALED_SUM + 4 * row).cast::<f32>() =
+                        scale * (sums[0] + sums[1]) as f32;
+                    continue;
+                }
+                let record = self.record(row).cast_mut().add(b * BLOCK_RECORD_BYTES);
                 for k in 0..BLOCK_COLS / 4 {
                     let four = bytes.as_ptr().add(4 * k).cast::<i32>().read_unaligned();
                     *record.add(4 * k * BLOCK_TILE).cast::<i32>() = four;
                 }
-                let (scale, sums) = (largest / 127.0, [S::sum_i(quants[0]), S::sum_i(quants[1])]);
                 *record.add(RECORD.scale).cast::<f32>() = scale;
                 *record.add(RECORD.scaled_sum).cast::<f32>() = scale * (sums[0] + sums[1]) as f32;
                 *record.add(RECORD.minus).cast::<i32>() = -sums[0] - sums[1];
@@ -126,40 +165,79 @@ unsafe fn vector<S: Simd>(row: *const f32, at: usize, cols: usize) -> S::F {
 pub(crate) struct Int8Rows {
     memory: *mut u8,
     cols: usize,
+    layout: Layout,
 }
 
+/// Columns that a tile register takes at once; stacked rows are filled up with zeros to whole steps.
+const STACKED_COLS: usize = 64;
+
 impl Int8Rows {
-    /// Bytes that `rows` rows of `cols` columns take.
+    /// Bytes that `rows` rows of `cols` columns take, however they lie.
     pub(crate) const fn bytes(rows: usize, cols: usize) -> usize {
-        rows.div_ceil(INT8_TILE) * Self::tile_bytes(cols)
+        let interleaved = rows.div_ceil(INT8_TILE) * Self::tile_bytes(cols, Layout::Interleaved);
+        let stacked = rows.div_ceil(STACKED_TILE) * Self::tile_bytes(cols, Layout::Stacked);
+        if interleaved > stacked { interleaved } else { stacked }
     }
 
-    const fn tile_bytes(cols: usize) -> usize {
-        INT8_TILE * (cols.next_multiple_of(BLOCK_COLS) + 8)
+    /// Bytes of a tile: values, then for each row its f32 scale, then for each row the sum of its quants, negated.
+    const fn tile_bytes(cols: usize, layout: Layout) -> usize {
+        Self::tile_rows(layout) * (Self::row_bytes(cols, layout) + 8)
+    }
+
+    const fn tile_rows(layout: Layout) -> usize {
+        match layout {
+            Layout::Interleaved => INT8_TILE,
+            Layout::Stacked => STACKED_TILE,
+        }
+    }
+
+    const fn row_bytes(cols: usize, layout: Layout) -> usize {
+        cols.next_multiple_of(match layout {
+            Layout::Interleaved => BLOCK_COLS,
+            Layout::Stacked => STACKED_COLS,
+        })
     }
 
     /// Lays rows out in memory of [`Self::bytes`].
     ///
     /// # Safety
     /// `memory` is aligned to four and lives as long as the rows.
-    pub(crate) const unsafe fn new(memory: *mut u8, cols: usize) -> Self {
-        Self { memory, cols }
+    pub(crate) const unsafe fn new(memory: *mut u8, cols: usize, layout: Layout) -> Self {
+        Self { memory, cols, layout }
     }
 
-    /// The first four columns of a row; the next four follow [`INT8_TILE`] further.
+    /// How the rows lie.
+    pub(crate) const fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The first value of a row's tile.
+    const fn tile(&self, row: usize) -> *mut u8 {
+        let tile = row / Self::tile_rows(self.layout);
+        self.memory.wrapping_add(tile * Self::tile_bytes(self.cols, self.layout))
+    }
+
+    /// The first four columns of an interleaved row; the next four follow [`INT8_TILE`] further.
     pub(crate) const fn fours(&self, row: usize) -> *const i32 {
-        let tile = self.memory.wrapping_add(row / INT8_TILE * Self::tile_bytes(self.cols));
-        tile.cast::<i32>().wrapping_add(row % INT8_TILE).cast_const()
+        self.tile(row).cast::<i32>().wrapping_add(row % INT8_TILE).cast_const()
+    }
+
+    /// The first column of a stacked row, and how far it is to the next row's, in bytes.
+    pub(crate) const fn stacked(&self, row: usize) -> (*const u8, usize) {
+        let stride = Self::row_bytes(self.cols, Layout::Stacked);
+        (self.tile(row).wrapping_add(row % STACKED_TILE * stride).cast_const(), stride)
     }
 
     /// The row's scale.
     pub(crate) const fn scale(&self, row: usize) -> *const f32 {
-        self.fours(row).wrapping_add(INT8_TILE * (self.cols.next_multiple_of(BLOCK_COLS) / 4)).cast()
+        let rows = Self::tile_rows(self.layout);
+        let values = rows * Self::row_bytes(self.cols, self.layout);
+        self.tile(row).wrapping_add(values).cast::<f32>().wrapping_add(row % rows).cast_const()
     }
 
     /// The sum of the row's quants, negated.
     pub(crate) const fn minus(&self, row: usize) -> *const i32 {
-        self.scale(row).wrapping_add(INT8_TILE).cast()
+        self.scale(row).wrapping_add(Self::tile_rows(self.layout)).cast()
     }
 
     /// Quantises one row: `scale = max |x| / 127`, nearest integers, halves to even.
@@ -176,21 +254,96 @@ impl Int8Rows {
             }
             let largest = S::largest(largest);
             let inverse = S::splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
-            let (fours, mut sum) = (self.fours(row).cast_mut(), S::zero_i());
-            for at in (0..self.cols.next_multiple_of(BLOCK_COLS)).step_by(LANES) {
+            let mut sum = S::zero_i();
+            for at in (0..Self::row_bytes(self.cols, self.layout)).step_by(LANES) {
                 let mut bytes = [0i8; LANES];
                 if at < self.cols {
                     let quants = S::round_i(S::mul(vector::<S>(input, at, self.cols), inverse));
                     sum = S::add_i(sum, quants);
                     S::store_i8(bytes.as_mut_ptr(), quants);
                 }
-                for k in 0..LANES / 4 {
-                    let four = bytes.as_ptr().add(4 * k).cast::<i32>().read_unaligned();
-                    *fours.add((at / 4 + k) * INT8_TILE) = four;
-                }
+                self.place(row, at, bytes);
             }
             *self.scale(row).cast_mut() = largest / 127.0;
             *self.minus(row).cast_mut() = -S::sum_i(sum);
         }
     }
+
+    /// Puts sixteen columns of a row, from `at` on, where they belong.
+    #[inline(always)]
+    unsafe fn place(&self, row: usize, at: usize, bytes: [i8; LANES]) {
+        // SAFETY: the row's places are its own.
+        unsafe {
+            match self.layout {
+                Layout::Interleaved => {
+                    let fours = self.fours(row).cast_mut();
+                    for k in 0..LANES / 4 {
+                        let four = bytes.as_ptr().add(4 * k).cast::<i32>().read_unaligned();
+                        *fours.add((at / 4 + k) * INT8_TILE) = four;
+                    }
+                }
+                Layout::Stacked => {
+                    let to = self.stacked(row).0.cast_mut().add(at);
+                    to.cast::<[i8; LANES]>().write(bytes);
+                }
+            }
+        }
+    }
+}
+
+/// Rows rounded to bf16, stacked, and filled up with zeros to whole blocks.
+pub(crate) struct Bf16Rows {
+    memory: *mut u16,
+    cols: usize,
+}
+
+impl Bf16Rows {
+    /// Bytes that `rows` rows of `cols` columns take, filled up to whole tile registers.
+    pub(crate) const fn bytes(rows: usize, cols: usize) -> usize {
+        rows.next_multiple_of(STACKED_TILE) * cols.next_multiple_of(BLOCK_COLS) * size_of::<u16>()
+    }
+
+    /// Lays rows out in memory of [`Self::bytes`].
+    ///
+    /// # Safety
+    /// `memory` is aligned to four and lives as long as the rows.
+    pub(crate) const unsafe fn new(memory: *mut u8, cols: usize) -> Self {
+        Self { memory: memory.cast(), cols }
+    }
+
+    /// Distance between rows, in values.
+    pub(crate) const fn stride(&self) -> usize {
+        self.cols.next_multiple_of(BLOCK_COLS)
+    }
+
+    /// A row's first value.
+    pub(crate) const fn row(&self, row: usize) -> *const u16 {
+        self.memory.wrapping_add(row * self.stride()).cast_const()
+    }
+
+    /// Rounds one row to nearest, halves to even.
+    ///
+    /// # Safety
+    /// `input` has the columns; no other thread uses row `row` meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn fill(&self, row: usize, input: *const f32) {
+        // SAFETY: the row's places are its own.
+        let (out, input) = unsafe {
+            let out = std::slice::from_raw_parts_mut(self.row(row).cast_mut(), self.stride());
+            (out, std::slice::from_raw_parts(input, self.cols))
+        };
+        for (out, x) in out.iter_mut().zip(input) {
+            *out = bf16_bits(*x);
+        }
+        out[self.cols..].fill(0);
+    }
+}
+
+/// The nearest bf16's bits, without a branch.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+    // Rounding must not carry what is not a number into infinity.
+    (if x.is_nan() { bits >> 16 | 0x40 } else { nearest }) as u16
 }

@@ -37,8 +37,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Sixteen halves.
     unsafe fn load_half(p: *const u16) -> Self::F;
-    /// Sixteen upper halves of f32.
-    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    /// Of sixteen pairs of bf16 the first of each, or the second.
+    unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F;
     /// Sixteen bytes as numbers.
     unsafe fn load_u8(p: *const u8) -> Self::F;
     /// Sixteen signed bytes as numbers.
@@ -73,6 +73,15 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot_i8(acc: Self::I, w: Self::I, x: i32) -> Self::I;
     /// Asks for a line that will be read soon; any address is allowed.
     unsafe fn prefetch(p: *const u8);
+}
+
+/// Lanes that multiply bf16.
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait DotBf16: Simd {
+    /// `acc + w[2 i] · x[0] + w[2 i + 1] · x[1]` per lane `i`; `x` are two bf16.
+    unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: i32) -> Self::F;
 }
 
 /// f16 bits to f32, without asking the processor what it can do each time.
@@ -146,10 +155,10 @@ impl Simd for Scalar {
         bits.map(half_to_f32)
     }
     #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> Self::F {
-        // SAFETY: the caller vouches for sixteen values.
-        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
-        bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F {
+        // SAFETY: the caller vouches for sixteen pairs.
+        let pairs = unsafe { p.cast::<[[u16; 2]; LANES]>().read_unaligned() };
+        pairs.map(|pair| f32::from_bits(u32::from(pair[usize::from(second)]) << 16))
     }
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> Self::F {

@@ -9,7 +9,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::Simd;
+use super::simd::{DotBf16, Simd};
 
 /// `2^n` from `n + ROUND_MAGIC`, half a vector.
 #[inline(always)]
@@ -22,6 +22,16 @@ unsafe fn pow2_256(v: __m256) -> __m256 {
 unsafe fn byte_256(v: __m256i, j: i32) -> __m256 {
     let down = _mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * j));
     _mm256_cvtepi32_ps(_mm256_and_si256(down, _mm256_set1_epi32(255)))
+}
+
+/// One of each pair of bf16 as f32: its bits are the upper half.
+#[inline(always)]
+unsafe fn bf16_256(pairs: __m256i, second: bool) -> __m256 {
+    _mm256_castsi256_ps(if second {
+        _mm256_and_si256(pairs, _mm256_set1_epi32(-1 << 16))
+    } else {
+        _mm256_slli_epi32::<16>(pairs)
+    })
 }
 
 /// Two products of at most 15 * 127 cannot saturate the 16-bit sums.
@@ -95,12 +105,10 @@ impl Simd for Avx2 {
         [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
     }
     #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> Self::F {
-        let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-        let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
+    unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F {
         [
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            bf16_256(_mm256_loadu_si256(p.cast()), second),
+            bf16_256(_mm256_loadu_si256(p.add(16).cast()), second),
         ]
     }
     #[inline(always)]
@@ -255,8 +263,13 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
     }
     #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> Self::F {
-        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))))
+    unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F {
+        let pairs = _mm512_loadu_si512(p.cast());
+        _mm512_castsi512_ps(if second {
+            _mm512_and_si512(pairs, _mm512_set1_epi32(-1 << 16))
+        } else {
+            _mm512_slli_epi32::<16>(pairs)
+        })
     }
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> Self::F {
@@ -352,5 +365,14 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    }
+}
+
+/// The instruction comes with the BF16 part of AVX-512, which tiers that use it were checked for.
+impl DotBf16 for Avx512<true> {
+    #[inline(always)]
+    unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: i32) -> Self::F {
+        let pairs = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
+        _mm512_dpbf16_ps(acc, pairs(w), pairs(_mm512_set1_epi32(x)))
     }
 }

@@ -6,7 +6,7 @@ use super::{Me, PRIVATE_ROWS, Step};
 use crate::{
     kernels::{
         matmul::{self, Input, MatMul, Rows, Target},
-        quantise::{BlockRows, Int8Rows},
+        quantise::{Bf16Rows, BlockRows, Int8Rows},
     },
     pack::{Form, Packed},
     pool::Aborted,
@@ -34,6 +34,7 @@ struct Inputs {
     floats: Rows,
     blocks: BlockRows,
     int8: Int8Rows,
+    bf16: Bf16Rows,
 }
 
 /// Which ways those are.
@@ -42,6 +43,7 @@ struct Wanted {
     floats: bool,
     blocks: bool,
     int8: bool,
+    bf16: bool,
 }
 
 impl Step<'_> {
@@ -95,10 +97,16 @@ impl Step<'_> {
         self.shared.numerics == Numerics::Fast && matrix.form.has_blocks()
     }
 
+    fn wants_bf16(&self, matrix: &Packed) -> bool {
+        let can = self.shared.kernels.quantise_bf16.is_some();
+        self.shared.numerics == Numerics::Fast && matrix.form == Form::Bf16 && can
+    }
+
     fn input_for<'a>(&self, matrix: &Packed, inputs: &'a Inputs) -> Input<'a> {
         match matrix.form {
             Form::Int8 => Input::Int8(&inputs.int8),
             _ if self.wants_blocks(matrix) => Input::Blocks(&inputs.blocks),
+            _ if self.wants_bf16(matrix) => Input::Bf16(&inputs.bf16),
             _ => Input::Floats(inputs.floats),
         }
     }
@@ -111,14 +119,17 @@ impl Step<'_> {
         let wanted = Wanted {
             blocks: any(&|m| self.wants_blocks(m)),
             int8: any(&|m| m.form == Form::Int8),
-            floats: any(&|m| m.form != Form::Int8 && !self.wants_blocks(m)),
+            bf16: any(&|m| self.wants_bf16(m)),
+            floats: any(&|m| m.form != Form::Int8 && !self.wants_blocks(m) && !self.wants_bf16(m)),
         };
         let (scratch, private, cols) = (&self.shared.scratch, rows <= PRIVATE_ROWS, p.input.cols);
         let own = &scratch.threads[me.number];
         let memory = if private { &own.quantised } else { &scratch.quantised };
         // A normed row that is only quantised needs to be kept no longer than that.
         let normed = if private || !wanted.floats { &own.normed } else { &scratch.normed };
+        let kernels = &self.shared.kernels;
         let int8_at = if wanted.blocks { BlockRows::bytes(rows, cols) } else { 0 };
+        let bf16_at = int8_at + if wanted.int8 { Int8Rows::bytes(rows, cols) } else { 0 };
         // SAFETY: loading sized the memory for the widest projection and the number of rows.
         let inputs = unsafe {
             let memory = memory.ptr().cast::<u8>();
@@ -127,11 +138,12 @@ impl Step<'_> {
                     Some(_) => Rows { ptr: normed.ptr(), stride: cols },
                     None => Rows { ptr: self.at(p.input, 0), stride: p.input.stride },
                 },
-                blocks: BlockRows::new(memory, cols),
-                int8: Int8Rows::new(memory.add(int8_at), cols),
+                blocks: BlockRows::new(memory, cols, kernels.block_layout(rows)),
+                int8: Int8Rows::new(memory.add(int8_at), cols, kernels.int8_layout()),
+                bf16: Bf16Rows::new(memory.wrapping_add(bf16_at), cols),
             }
         };
-        if p.norm.is_none() && !wanted.blocks && !wanted.int8 {
+        if p.norm.is_none() && !wanted.blocks && !wanted.int8 && !wanted.bf16 {
             return Ok(inputs);
         }
         for row in if private { 0..rows } else { self.my_share(rows, me) } {
@@ -140,14 +152,17 @@ impl Step<'_> {
             unsafe {
                 if let Some(norm) = p.norm {
                     let out = normed.ptr().add(if wanted.floats { row * cols } else { 0 });
-                    (self.shared.kernels.rms_norm)(input, &self.shared.vectors[&norm.weight], norm.eps, out);
+                    (kernels.rms_norm)(input, &self.shared.vectors[&norm.weight], norm.eps, out);
                     input = out;
                 }
                 if wanted.blocks {
-                    (self.shared.kernels.quantise)(&inputs.blocks, row, input);
+                    (kernels.quantise)(&inputs.blocks, row, input);
                 }
                 if wanted.int8 {
-                    (self.shared.kernels.quantise_int8)(&inputs.int8, row, input);
+                    (kernels.quantise_int8)(&inputs.int8, row, input);
+                }
+                if let Some(quantise) = kernels.quantise_bf16.filter(|_| wanted.bf16) {
+                    quantise(&inputs.bf16, row, input);
                 }
             }
         }

@@ -86,10 +86,10 @@ impl Unpack for UpperHalves {
     #[inline(always)]
     unsafe fn block<S: Simd>(values: *const u8, _: *const u16, (b, columns): (usize, usize), out: *mut f32) {
         for c in 0..columns {
-            // SAFETY: a column is 16 values on both sides.
+            // SAFETY: a pair of columns is 32 values, a column of the output 16.
             unsafe {
-                let column = values.cast::<u16>().add((b * BLOCK_COLS + c) * LANES);
-                S::store(out.add(c * LANES), S::load_bf16(column));
+                let pairs = values.cast::<u16>().add((b * BLOCK_COLS + c / 2 * 2) * LANES);
+                S::store(out.add(c * LANES), S::load_bf16(pairs, c % 2 == 1));
             }
         }
     }

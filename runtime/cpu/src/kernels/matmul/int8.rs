@@ -59,21 +59,6 @@ unsafe fn unit_rows<S: Simd>(job: &MatMul<'_>, unit: usize, rows: std::ops::Rang
     }
 }
 
-/// Runs a block for each row of a tile with its number as a constant. The compiler unrolls no loop this long by itself,
-/// and sums that are found by a variable index lie in memory: loading and storing them took most of the time.
-macro_rules! each_row {
-    ($rows:ident, $row:ident => $body:block) => {
-        each_row!(@ $rows, $row => $body, 0 1 2 3 4 5 6 7 8 9 10 11);
-    };
-    (@ $rows:ident, $row:ident => $body:block, $($number:literal)*) => {
-        const { assert!($rows <= INT8_TILE && INT8_TILE == 12) };
-        $(if $number < $rows {
-            let $row: usize = $number;
-            $body
-        })*
-    };
-}
-
 #[inline(always)]
 unsafe fn tile<S: Simd, const R: usize>(
     job: &MatMul<'_>,

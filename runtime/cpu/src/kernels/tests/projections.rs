@@ -1,5 +1,6 @@
 //! Projections of every form, numerics and epilogue.
 
+use half::bf16;
 use proptest::prelude::*;
 use trustformers_plan::{DType, Weight};
 
@@ -8,8 +9,8 @@ use crate::{
     Tier,
     kernels::{
         Kernels,
-        matmul::{Activation, Input, MatMul, Rows, SCRATCH_LEN, Target},
-        quantise::{BlockRows, Int8Rows},
+        matmul::{Activation, Input, MatMul, Rows, Target},
+        quantise::{Bf16Rows, BlockRows, Int8Rows},
     },
     memory::{SharedF32, Store},
     pack::{Form, Packed},
@@ -21,6 +22,13 @@ enum Mode {
     Exact,
     Blocks,
     Int8,
+    Bf16,
+}
+
+impl Mode {
+    fn is_known_to(self, tier: Tier) -> bool {
+        self != Self::Bf16 || Kernels::of(tier).quantise_bf16.is_some()
+    }
 }
 
 /// What follows the sums.
@@ -64,8 +72,10 @@ impl Case<'_> {
             let mut store = Store::new("test", Packed::bytes_of(form, features, cols)).unwrap();
             Packed::new(weight, form, &mut store)
         });
-        let scratch = SharedF32::new("test", SCRATCH_LEN).unwrap();
-        let bytes = BlockRows::bytes(self.rows, cols).max(Int8Rows::bytes(self.rows, cols));
+        let scratch = SharedF32::new("test", kernels.matmul_scratch_len(cols)).unwrap();
+        let bytes = BlockRows::bytes(self.rows, cols)
+            .max(Int8Rows::bytes(self.rows, cols))
+            .max(Bf16Rows::bytes(self.rows, cols));
         let memory = SharedF32::new("test", bytes / 4).unwrap();
         let activation = match self.after {
             After::Nothing | After::Bias => Activation::None,
@@ -77,14 +87,16 @@ impl Case<'_> {
         let mut out = vec![7.5f32; self.rows * stride];
         // SAFETY: all memory is as large as the kernels are told.
         unsafe {
-            let blocks = BlockRows::new(memory.ptr().cast(), cols);
-            let int8 = Int8Rows::new(memory.ptr().cast(), cols);
+            let blocks = BlockRows::new(memory.ptr().cast(), cols, kernels.block_layout(self.rows));
+            let int8 = Int8Rows::new(memory.ptr().cast(), cols, kernels.int8_layout());
+            let halves = Bf16Rows::new(memory.ptr().cast(), cols);
             for r in 0..self.rows {
                 let row = self.x[r * cols..].as_ptr();
                 match self.mode {
                     Mode::Exact => {}
                     Mode::Blocks => (kernels.quantise)(&blocks, r, row),
                     Mode::Int8 => (kernels.quantise_int8)(&int8, r, row),
+                    Mode::Bf16 => (kernels.quantise_bf16.unwrap())(&halves, r, row),
                 }
             }
             // In two shares, as two threads would take them.
@@ -98,6 +110,7 @@ impl Case<'_> {
                         Mode::Exact => Input::Floats(Rows { ptr: self.x.as_ptr(), stride: cols }),
                         Mode::Blocks => Input::Blocks(&blocks),
                         Mode::Int8 => Input::Int8(&int8),
+                        Mode::Bf16 => Input::Bf16(&halves),
                     },
                     target: Target {
                         ptr: out.as_mut_ptr().add(1),
@@ -122,6 +135,7 @@ impl Case<'_> {
             Mode::Exact => self.x.to_vec(),
             Mode::Blocks => self.x.chunks(32).flat_map(rounded).collect(),
             Mode::Int8 => self.x.chunks(self.cols()).flat_map(rounded).collect(),
+            Mode::Bf16 => self.x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect(),
         };
         let sums = [0, 1].map(|i| self.sums(i, &x));
         let mut out = Vec::new();
@@ -156,20 +170,25 @@ impl Case<'_> {
         out
     }
 
+    /// Compares what a tier gave with the definition.
+    fn is_as_expected(&self, tier: Tier, got: &[f32], tolerance: f64) -> Result<(), TestCaseError> {
+        for (i, (got, (want, size))) in got.iter().zip(self.expected()).enumerate() {
+            let error = (f64::from(*got) - want).abs();
+            let (what, mode, after) = (self.weights[0].dtype(), self.mode, self.after);
+            prop_assert!(
+                error <= tolerance * size + 1e-6,
+                "{tier} {what} {mode:?} {after:?} output {i}: {got} for {want} of {size}"
+            );
+        }
+        Ok(())
+    }
+
     /// Compares with the definition, and each row alone with itself in company, bit by bit.
     fn check(&self, tolerance: f64) -> Result<(), TestCaseError> {
-        let (cols, features, mode, after) = (self.cols(), self.features(), self.mode, self.after);
-        let expected = self.expected();
-        for tier in tiers() {
+        let (cols, features) = (self.cols(), self.features());
+        for tier in tiers().filter(|tier| self.mode.is_known_to(*tier)) {
             let got = self.run(tier);
-            for (i, (got, (want, size))) in got.iter().zip(&expected).enumerate() {
-                let error = (f64::from(*got) - want).abs();
-                let what = self.weights[0].dtype();
-                prop_assert!(
-                    error <= tolerance * size + 1e-6,
-                    "{tier} {what} {mode:?} {after:?} output {i}: {got} for {want} of {size}"
-                );
-            }
+            self.is_as_expected(tier, &got, tolerance)?;
             for r in 0..self.rows {
                 let x = &self.x[r * cols..(r + 1) * cols];
                 let residual = self.residual.map(|v| &v[r * features..(r + 1) * features]);
@@ -179,46 +198,108 @@ impl Case<'_> {
         }
         Ok(())
     }
+
+    /// Tile registers give the bits of vectors wherever sums are integers, and what is defined elsewhere.
+    fn check_tiles(&self) -> Result<(), TestCaseError> {
+        let got = self.run(Tier::Amx);
+        if self.mode == Mode::Bf16 {
+            return self.is_as_expected(Tier::Amx, &got, 4e-6);
+        }
+        prop_assert_eq!(got, self.run(Tier::Avx512Vnni), "{:?}", self.mode);
+        Ok(())
+    }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+/// What a case is made of.
+#[derive(Debug, Clone, Copy)]
+struct Recipe {
+    seed: u64,
+    dtype: DType,
+    mode: Mode,
+    rows: usize,
+    blocks: usize,
+    features: usize,
+    after: After,
+    add: bool,
+}
 
-    #[test]
-    fn projections_follow_the_definition(
-        seed in any::<u64>(),
-        dtype in 0..DType::ALL.len(),
-        mode in 0usize..3,
-        (rows, blocks, features) in (1usize..28, 1usize..20, 1usize..70),
-        after in 0..AFTER.len(),
-        add: bool,
-    ) {
-        let (dtype, mut dice) = (DType::ALL[dtype], Dice(seed));
-        let mode = match [Mode::Exact, Mode::Blocks, Mode::Int8][mode] {
+impl Recipe {
+    fn make(self, check: impl FnOnce(Case<'_>) -> Result<(), TestCaseError>) -> Result<(), TestCaseError> {
+        let Self { dtype, rows, features, .. } = self;
+        let mut dice = Dice(self.seed);
+        let mode = match self.mode {
+            Mode::Blocks | Mode::Bf16 if dtype == DType::BF16 => Mode::Bf16,
             Mode::Blocks if !Form::of(dtype).has_blocks() => Mode::Exact,
+            Mode::Bf16 => Mode::Exact,
             mode => mode,
         };
         // Floats need no whole blocks.
         let cols = match dtype.block_len() {
-            1 => 32 * blocks - dice.bits() as usize % 31,
-            len => len * (32 * blocks).div_ceil(len),
+            1 => 32 * self.blocks - dice.bits() as usize % 31,
+            len => len * (32 * self.blocks).div_ceil(len),
         };
         let weights = [dice.weight(dtype, features, cols), dice.weight(dtype, features, cols)];
         let biases = [0, 1].map(|_| dice.floats(features.next_multiple_of(16)));
         let (mut x, residual) = (dice.floats(rows * cols), dice.floats(rows * features));
         // A block of nothing but zeros has no scale to divide by.
         x[..cols.min(32)].fill(0.0);
-        let case = Case {
+        check(Case {
             weights: [&weights[0], &weights[1]],
             biases: [&biases[0], &biases[1]],
             x: &x,
             rows,
-            residual: add.then_some(&residual[..]),
+            residual: self.add.then_some(&residual[..]),
             mode,
+            after: self.after,
+        })
+    }
+}
+
+/// Cases of at most so many rows.
+fn recipes(most_rows: usize) -> impl Strategy<Value = Recipe> {
+    let modes = [Mode::Exact, Mode::Blocks, Mode::Int8, Mode::Bf16];
+    let sizes = (1..=most_rows, 1usize..20, 1usize..70);
+    let choices = (0..DType::ALL.len(), 0..modes.len(), 0..AFTER.len());
+    (any::<u64>(), sizes, choices, any::<bool>()).prop_map(move |(seed, sizes, choices, add)| {
+        let ((rows, blocks, features), (dtype, mode, after)) = (sizes, choices);
+        Recipe {
+            seed,
+            dtype: DType::ALL[dtype],
+            mode: modes[mode],
+            rows,
+            blocks,
+            features,
             after: AFTER[after],
-        };
+            add,
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn projections_follow_the_definition(recipe in recipes(27)) {
         // The minimum of an affine block is taken out of the sum, so what is rounded may exceed the products.
-        case.check(if mode == Mode::Exact { 2e-6 } else { 4e-6 })?;
+        recipe.make(|case| case.check(if case.mode == Mode::Exact { 2e-6 } else { 4e-6 }))?;
+    }
+
+    #[test]
+    fn rows_of_bf16_follow_the_definition(recipe in recipes(14)) {
+        Recipe { dtype: DType::BF16, mode: Mode::Bf16, ..recipe }.make(|case| case.check(4e-6))?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn tiles_give_the_bits_of_vectors(recipe in recipes(80)) {
+        if Tier::Amx.is_available() {
+            recipe.make(|case| if case.mode == Mode::Exact { Ok(()) } else { case.check_tiles() })?;
+        } else {
+            println!("not run: neither this processor nor the interpreter of tile registers has what else AMX's tier needs");
+        }
     }
 }
 
