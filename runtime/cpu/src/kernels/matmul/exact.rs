@@ -3,7 +3,7 @@
 //! Sums are formed over [`CHUNK_BLOCKS`] blocks of columns at a time, in the columns' order, and added up chunk by chunk.
 //! A chunk of a unit's weights stays in the nearest cache while the rows pass.
 
-use super::{MatMul, Rows, finish, forms::Unpack};
+use super::{Floats, MatMul, Rows, finish, forms::Unpack};
 use crate::{
     kernels::simd::{LANES, Simd},
     pack::BLOCK_COLS,
@@ -54,56 +54,82 @@ unsafe fn chunk<S: Simd, U: Unpack>(
     let first = first_block * BLOCK_COLS;
     let columns = CHUNK_COLS.min(job.matrix.cols - first);
     let sides = job.sides(unit);
-    let mut panels = [job.scratch.wrapping_add(ROW_BLOCK * 2 * LANES).cast_const(); 2];
-    panels[1] = panels[1].wrapping_add(CHUNK_COLS * LANES);
+    let x = Rows { ptr: x.ptr.wrapping_add(first), ..x };
+    let most = if S::WIDE { TILE } else { SMALL_TILE };
     // SAFETY: blocks lie inside the groups; a panel has room for a chunk.
     unsafe {
+        if U::IS_F32 || U::HAS_COLUMNS && rows <= most {
+            let weights = Chunk { values: [sides[0].values, sides[1].values], first, columns };
+            return tiles::<S, U>(job, &weights, (x, rows), first_block == 0);
+        }
+        let panels = job.scratch.add(ROW_BLOCK * 2 * LANES);
+        let panels = [panels, panels.add(CHUNK_COLS * LANES)];
         for g in 0..2 {
-            if U::IS_F32 {
-                panels[g] = sides[g].values.cast::<f32>().add(first * LANES);
-                continue;
-            }
             for b in 0..columns.div_ceil(BLOCK_COLS) {
                 let columns = BLOCK_COLS.min(columns - b * BLOCK_COLS);
-                let out = panels[g].cast_mut().add(b * BLOCK_COLS * LANES);
+                let out = panels[g].add(b * BLOCK_COLS * LANES);
                 U::block::<S>(sides[g].values, sides[g].scales, (first_block + b, columns), out);
             }
         }
-        let most = if S::WIDE { TILE } else { SMALL_TILE };
-        let mut row = 0;
-        while row < rows {
-            let x = (x.ptr.add(row * x.stride + first), x.stride);
-            let part = (columns, job.sums(row), first_block == 0);
-            row += match (rows - row).min(most) {
-                1 => tile::<S, 1>(panels, x, part),
-                2 => tile::<S, 2>(panels, x, part),
-                3 => tile::<S, 3>(panels, x, part),
-                4 => tile::<S, 4>(panels, x, part),
-                5 => tile::<S, 5>(panels, x, part),
-                6 => tile::<S, 6>(panels, x, part),
-                7 => tile::<S, 7>(panels, x, part),
-                8 => tile::<S, 8>(panels, x, part),
-                9 => tile::<S, 9>(panels, x, part),
-                10 => tile::<S, 10>(panels, x, part),
-                11 => tile::<S, 11>(panels, x, part),
-                _ => tile::<S, TILE>(panels, x, part),
-            };
-        }
+        let values = panels.map(|panel| panel.cast_const().cast());
+        tiles::<S, Floats>(job, &Chunk { values, first: 0, columns }, (x, rows), first_block == 0);
+    }
+}
+
+/// Some columns of a unit.
+struct Chunk {
+    /// Of both groups.
+    values: [*const u8; 2],
+    first: usize,
+    columns: usize,
+}
+
+/// Adds a chunk to the sums of rows that begin with its first column.
+#[inline(always)]
+unsafe fn tiles<S: Simd, U: Unpack>(
+    job: &MatMul<'_>,
+    weights: &Chunk,
+    (x, rows): (Rows, usize),
+    is_first: bool,
+) {
+    let most = if S::WIDE { TILE } else { SMALL_TILE };
+    let mut row = 0;
+    while row < rows {
+        let x = Rows { ptr: x.ptr.wrapping_add(row * x.stride), ..x };
+        let sums = (job.sums(row), is_first);
+        // SAFETY: the rows of a tile are below the count.
+        row += unsafe {
+            match (rows - row).min(most) {
+                1 => tile::<S, U, 1>(weights, x, sums),
+                2 => tile::<S, U, 2>(weights, x, sums),
+                3 => tile::<S, U, 3>(weights, x, sums),
+                4 => tile::<S, U, 4>(weights, x, sums),
+                5 => tile::<S, U, 5>(weights, x, sums),
+                6 => tile::<S, U, 6>(weights, x, sums),
+                7 => tile::<S, U, 7>(weights, x, sums),
+                8 => tile::<S, U, 8>(weights, x, sums),
+                9 => tile::<S, U, 9>(weights, x, sums),
+                10 => tile::<S, U, 10>(weights, x, sums),
+                11 => tile::<S, U, 11>(weights, x, sums),
+                _ => tile::<S, U, TILE>(weights, x, sums),
+            }
+        };
     }
 }
 
 #[inline(always)]
-unsafe fn tile<S: Simd, const R: usize>(
-    panels: [*const f32; 2],
-    (x, stride): (*const f32, usize),
-    (columns, totals, is_first): (usize, *mut f32, bool),
+unsafe fn tile<S: Simd, U: Unpack, const R: usize>(
+    weights: &Chunk,
+    x: Rows,
+    (totals, is_first): (*mut f32, bool),
 ) -> usize {
-    // SAFETY: panels and rows have `columns` columns, the totals room for `R` rows.
+    let Chunk { values, first, columns } = *weights;
+    // SAFETY: weights and rows have the columns, the totals room for `R` rows.
     unsafe {
         let mut sums = [[S::splat(0.0); R]; 2];
-        let rows: [*const f32; R] = std::array::from_fn(|r| x.add(r * stride));
+        let rows: [*const f32; R] = std::array::from_fn(|r| x.ptr.add(r * x.stride));
         for c in 0..columns {
-            let weights = [S::load(panels[0].add(c * LANES)), S::load(panels[1].add(c * LANES))];
+            let weights = [U::column::<S>(values[0], first + c), U::column::<S>(values[1], first + c)];
             for r in 0..R {
                 let value = S::splat(*rows[r].add(c));
                 sums[0][r] = S::fma(weights[0], value, sums[0][r]);

@@ -27,7 +27,14 @@ pub(crate) trait Quant {
 
 /// A form whose blocks can become f32.
 pub(crate) trait Unpack {
-    /// Whether the first stream is what [`Self::block`] would write.
+    /// Whether [`Self::column`] gives what [`Self::block`] writes. Where all rows fit one tile it saves the writing.
+    const HAS_COLUMNS: bool = false;
+    /// Column `c` of a group, where the form has columns.
+    unsafe fn column<S: Simd>(_values: *const u8, _c: usize) -> S::F {
+        // SAFETY: arithmetic only.
+        unsafe { S::splat(0.0) }
+    }
+    /// Whether columns are f32, and so take no work.
     const IS_F32: bool = false;
     /// Writes `columns` (at most 32) of block `b` of a group times 16 lanes to `out`.
     unsafe fn block<S: Simd>(values: *const u8, scales: *const u16, at: (usize, usize), out: *mut f32);
@@ -56,42 +63,55 @@ pub(crate) struct Q5K;
 /// [`Form::Q6K`]
 pub(crate) struct Q6K;
 
+/// Writes columns as [`Unpack::column`] gives them.
+#[inline(always)]
+unsafe fn columns<S: Simd, U: Unpack>(values: *const u8, (b, columns): (usize, usize), out: *mut f32) {
+    for c in 0..columns {
+        // SAFETY: a column is 16 values on both sides.
+        unsafe { S::store(out.add(c * LANES), U::column::<S>(values, b * BLOCK_COLS + c)) };
+    }
+}
+
 impl Unpack for Floats {
+    const HAS_COLUMNS: bool = true;
     const IS_F32: bool = true;
     #[inline(always)]
-    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, (b, columns): (usize, usize), out: *mut f32) {
-        for c in 0..columns {
-            // SAFETY: a column is 16 values on both sides.
-            unsafe {
-                S::store(out.add(c * LANES), S::load(values.cast::<f32>().add((b * BLOCK_COLS + c) * LANES)));
-            }
-        }
+    unsafe fn column<S: Simd>(values: *const u8, c: usize) -> S::F {
+        // SAFETY: a column is 16 values.
+        unsafe { S::load(values.cast::<f32>().add(c * LANES)) }
+    }
+    #[inline(always)]
+    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, at: (usize, usize), out: *mut f32) {
+        // SAFETY: handed on.
+        unsafe { columns::<S, Self>(values, at, out) }
     }
 }
 
 impl Unpack for HalfFloats {
+    const HAS_COLUMNS: bool = true;
     #[inline(always)]
-    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, (b, columns): (usize, usize), out: *mut f32) {
-        for c in 0..columns {
-            // SAFETY: a column is 16 values on both sides.
-            unsafe {
-                let column = values.cast::<u16>().add((b * BLOCK_COLS + c) * LANES);
-                S::store(out.add(c * LANES), S::load_half(column));
-            }
-        }
+    unsafe fn column<S: Simd>(values: *const u8, c: usize) -> S::F {
+        // SAFETY: a column is 16 values.
+        unsafe { S::load_half(values.cast::<u16>().add(c * LANES)) }
+    }
+    #[inline(always)]
+    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, at: (usize, usize), out: *mut f32) {
+        // SAFETY: handed on.
+        unsafe { columns::<S, Self>(values, at, out) }
     }
 }
 
 impl Unpack for UpperHalves {
+    const HAS_COLUMNS: bool = true;
     #[inline(always)]
-    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, (b, columns): (usize, usize), out: *mut f32) {
-        for c in 0..columns {
-            // SAFETY: a pair of columns is 32 values, a column of the output 16.
-            unsafe {
-                let pairs = values.cast::<u16>().add((b * BLOCK_COLS + c / 2 * 2) * LANES);
-                S::store(out.add(c * LANES), S::load_bf16(pairs, c % 2 == 1));
-            }
-        }
+    unsafe fn column<S: Simd>(values: *const u8, c: usize) -> S::F {
+        // SAFETY: a pair of columns is 32 values.
+        unsafe { S::load_bf16(values.cast::<u16>().add(c / 2 * 2 * LANES), c % 2 == 1) }
+    }
+    #[inline(always)]
+    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, at: (usize, usize), out: *mut f32) {
+        // SAFETY: handed on.
+        unsafe { columns::<S, Self>(values, at, out) }
     }
 }
 
