@@ -6,6 +6,7 @@ median of its turns.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import json
@@ -152,23 +153,39 @@ def minilm_embed(bench):
 
 
 def minilm_strategies(bench):
-    """Middle and tail of the times that callers see, for each strategy under each load; texts of 16 words."""
+    """Middle and tail of the times that callers see, for each strategy under each load; texts of 16 words.
+
+    `urgent` are texts of class high beside the saturating load: classes count in the strategy `priority` alone.
+    """
     loads = {
         "low": {"rate": 5, "arrivals": "constant", "duration_s": 4},
         "bursts": {"rate": 64, "arrivals": "bursts", "duration_s": 4},
         "saturating": {"clients": 64, "requests": 2000},
     }
-    strategies = ("time", "size", "dynamic")
-    rows = {(strategy, load): Row(f"minilm-{strategy}-{load}", "ms (p50)") for strategy in strategies for load in loads}
+    urgent = {"rate": 10, "arrivals": "constant", "duration_s": 3, "extra": json.dumps({"priority": "high"})}
+    strategies = ("time", "size", "dynamic", "priority")
+    keys = [(strategy, load) for strategy in strategies for load in (*loads, "urgent")]
+    rows = {key: Row(f"minilm-{'-'.join(key)}", "ms (p50)") for key in keys}
     others = {key: [] for key in rows}
+
+    def note(key, answer):
+        rows[key].ours.append(answer["total_ms"]["p50"])
+        others[key].append((answer["total_ms"]["p99"], answer["texts_per_s"]))
+
+    def load(url, flags):
+        return programs.load(bench.ours, url, api="embeddings", prompt_words=16, warm_up=20, **flags)
 
     def turn():
         for strategy in strategies:
             with programs.our_server(bench.ours, bench.minilm, {"strategy": strategy, "max_wait_time_ms": 10}) as url:
-                for load, flags in loads.items():
-                    answer = programs.load(bench.ours, url, api="embeddings", prompt_words=16, warm_up=20, **flags)
-                    rows[strategy, load].ours.append(answer["total_ms"]["p50"])
-                    others[strategy, load].append((answer["total_ms"]["p99"], answer["texts_per_s"]))
+                for name, flags in loads.items():
+                    note((strategy, name), load(url, flags))
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    crowd = pool.submit(load, url, {**loads["saturating"], "requests": 100_000, "duration_s": 6})
+                    note((strategy, "urgent"), load(url, urgent))
+                    if crowd.done():
+                        raise programs.Failed("the crowd was gone before the urgent texts were answered")
+                    crowd.result()
 
     bench.in_turns(list(rows.values()), turn)
     for key, row in rows.items():
