@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 use trustformers_e2e::{
     ask::Ask,
-    model::{MINILM, status_text},
+    model::{MINILM, SMOLLM2, status_text},
     reference::{cosine, embedded},
     story::tell,
 };
@@ -52,7 +52,9 @@ async fn vectors_through_the_gateway_are_the_references() -> Result<()> {
         let refusal = gateway.http(&Ask::new(&name, "Once upon a time", 2)).await.unwrap_err().to_string();
         assert!(refusal.contains("/v1/embeddings"), "{refusal}");
 
-        // And: who names no model is answered while one embeds, whatever else there is, and asked which where two do.
+        // And: who names no model is answered while one embeds, beside one that generates, and asked which where two do.
+        models.apply("writes", json!({"source": {"uri": SMOLLM2}})).await?;
+        models.ready("writes", READY_LIMIT_S).await?;
         let (unnamed, _) = gateway.embeddings(None, &texts[..1]).await?;
         assert!(cosine(&unnamed[0], &vectors[0]) > 0.999_999, "another model answered");
         models.apply("other", json!({"task": "embed", "source": {"uri": MINILM}})).await?;
@@ -61,6 +63,7 @@ async fn vectors_through_the_gateway_are_the_references() -> Result<()> {
         for name in [name, models.full_name("other")] {
             assert!(refusal.contains(&name), "{refusal} does not name {name}");
         }
+        assert!(!refusal.contains(&models.full_name("writes")), "{refusal} names a model that generates");
         Ok(())
     })
     .await

@@ -9,7 +9,7 @@
 //! column of weights, where weights lie in fours of 8 bits (or pairs of 16) per feature: `B[k][feature][4]`, which is how
 //! [`crate::pack`] lays them out anyway.
 
-#[cfg(test)]
+#[cfg(all(test, target_os = "linux"))]
 pub(crate) mod interpreter;
 
 use std::{arch::asm, marker::PhantomData};
@@ -24,7 +24,7 @@ pub(crate) const TILE_BYTES: usize = TILE_ROWS * TILE_ROW_BYTES;
 /// Whether the processor has AMX for 8-bit integers and for bf16, the system lets this process use it, and it computes
 /// what it should.
 pub(crate) fn is_available() -> bool {
-    #[cfg(test)]
+    #[cfg(all(test, target_os = "linux"))]
     if interpreter::install() {
         return true;
     }
@@ -56,7 +56,12 @@ fn is_granted() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_ulong = 18;
     // SAFETY: the call takes two numbers and touches no memory of ours.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+    let answer = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
+    if answer != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::info!(%error, "this processor has AMX, and the system does not let it be used");
+    }
+    answer == 0
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -64,16 +69,18 @@ fn is_granted() -> bool {
     false
 }
 
-/// One product of small integers by each of the instructions that sum up whole rows, against plain loops.
+/// Each product that kernels use, of small integers, against plain loops.
 unsafe fn proves_itself() -> bool {
     const ROWS: usize = 2 * TILE_ROWS;
-    // Numbers that bf16 holds exactly; as bytes, weights are those numbers plus 128.
-    let number = |i: usize| (i * 7 % 17) as i32 - 8;
-    let rows: Vec<i8> = (0..ROWS * TILE_ROW_BYTES).map(|i| number(i) as i8).collect();
-    let weights: Vec<u8> = (0..2 * TILE_BYTES).map(|i| (number(i / 3) + 128) as u8).collect();
-    let bf16 = |i: usize| ((number(i) as f32).to_bits() >> 16) as u16;
-    let half_rows: Vec<u16> = (0..ROWS * TILE_ROW_BYTES / 2).map(bf16).collect();
-    let half_weights: Vec<u16> = (0..TILE_BYTES).map(|i| bf16(i / 3)).collect();
+    // Numbers that bf16 holds exactly; as unsigned bytes, weights are those numbers plus 128.
+    let x = |i: usize| (i * 7 % 17) as i32 - 8;
+    let w = |i: usize| (i / 3 * 7 % 17) as i32 - 8;
+    let bf16 = |number: i32| ((number as f32).to_bits() >> 16) as u16;
+    let rows: Vec<i8> = (0..ROWS * TILE_ROW_BYTES).map(|i| x(i) as i8).collect();
+    let half_rows: Vec<u16> = (0..ROWS * TILE_ROW_BYTES / 2).map(|i| bf16(x(i))).collect();
+    let weights: Vec<u8> = (0..2 * TILE_BYTES).map(|i| (w(i) + 128) as u8).collect();
+    let signed: Vec<i8> = (0..TILE_BYTES / 2).map(|i| w(i) as i8).collect();
+    let half_weights: Vec<u16> = (0..TILE_BYTES).map(|i| bf16(w(i))).collect();
     let mut sums = vec![0f32; ROWS * ROWS];
     let place = sums.as_mut_ptr();
     let operands = |rows: *const u8, weights: *const u8| Operands {
@@ -83,26 +90,34 @@ unsafe fn proves_itself() -> bool {
         steps: 1,
         sums: place,
     };
-    let plain = |per_four: usize, product: &dyn Fn(usize, usize) -> i32| -> Vec<i32> {
-        let columns = TILE_ROWS * per_four;
-        (0..ROWS * ROWS)
-            .map(|i| {
-                let (row, group, feature) = (i / ROWS, i % ROWS / TILE_ROWS, i % TILE_ROWS);
-                let weight =
-                    |k: usize| group * TILE_ROWS * columns + (k / per_four * TILE_ROWS + feature) * per_four;
-                (0..columns).map(|k| product(row * columns + k, weight(k) + k % per_four)).sum()
-            })
-            .collect()
+    let integers = |sums: &[f32]| sums.iter().map(|sum| sum.to_bits().cast_signed()).collect::<Vec<_>>();
+    // The sum of a row and a feature over so many columns, which lie so many together per feature.
+    let sum = |row: usize, (feature, columns, together): (usize, usize, usize), plus: i32| -> i32 {
+        let (group, feature) = (feature / TILE_ROWS, feature % TILE_ROWS);
+        let weight = |k: usize| (k / together * TILE_ROWS + feature) * together + k % together;
+        (0..columns).map(|k| x(row + k) * (w(group * TILE_ROWS * columns + weight(k)) + plus)).sum()
     };
-    // SAFETY: the rows are 32, the weights two tiles, the sums 32 by 32.
+    // SAFETY: rows are 32 of a whole step (of a block, 16 rows of less), weights one tile for each group, sums enough.
     unsafe {
         let tiles = Tiles::configure(&WHOLE);
         tiles.bytes(&operands(rows.as_ptr().cast(), weights.as_ptr()));
-        let bytes = sums.iter().map(|sum| sum.to_bits().cast_signed()).collect::<Vec<_>>();
+        let bytes = integers(&sums);
         tiles.bf16(&operands(half_rows.as_ptr().cast(), half_weights.as_ptr().cast()));
         let halves = sums.iter().map(|sum| *sum as i32).collect::<Vec<_>>();
-        bytes == plain(4, &|x, w| i32::from(rows[x]) * i32::from(weights[w]))
-            && halves == plain(2, &|x, w| number(x) * number(w / 3))
+        drop(tiles);
+        let tiles = Tiles::configure(&BLOCKS);
+        tiles.block(rows.as_ptr().cast(), signed.as_ptr().cast(), place);
+        let block = integers(&sums[..TILE_ROWS * TILE_ROWS]);
+        tiles.half_block(rows.as_ptr().cast(), signed.as_ptr().cast(), place);
+        let half_block = integers(&sums[..TILE_ROWS * TILE_ROWS]);
+        (0..ROWS * ROWS).all(|i| {
+            let (row, feature) = (i / ROWS, i % ROWS);
+            bytes[i] == sum(row * 64, (feature, 64, 4), 128)
+                && halves[i] == sum(row * 32, (feature, 32, 2), 0)
+        }) && (0..TILE_ROWS * TILE_ROWS).all(|i| {
+            let (row, feature) = (i / TILE_ROWS * BLOCK_STRIDE_BYTES, i % TILE_ROWS);
+            block[i] == sum(row, (feature, 32, 4), 0) && half_block[i] == sum(row, (feature, 16, 4), 0)
+        })
     }
 }
 
@@ -118,7 +133,7 @@ impl Config {
         let mut i = 0;
         while i < shapes.len() {
             let (rows, row_bytes) = shapes[i];
-            assert!(rows <= TILE_ROWS && row_bytes <= TILE_ROW_BYTES);
+            assert!(rows <= TILE_ROWS && row_bytes <= TILE_ROW_BYTES && (rows == 0) == (row_bytes == 0));
             bytes[16 + 2 * i] = row_bytes as u8;
             bytes[48 + i] = rows as u8;
             i += 1;

@@ -82,14 +82,16 @@ fn normed_cols(op: &Op) -> Option<usize> {
 impl Scratch {
     fn new(
         plan: &Plan,
-        kernels: &Kernels,
+        (kernels, numerics): (&Kernels, Numerics),
         matrices: &HashMap<WeightId, Packed>,
         threads: usize,
     ) -> Result<Self, BackendError> {
         let what = "scratch space";
         let hyper = plan.hyper();
         let cols = matrices.values().map(|m| m.blocks() * BLOCK_COLS).max().unwrap_or(0);
-        let rounds = kernels.quantise_bf16.is_some() && matrices.values().any(|m| m.form == Form::Bf16);
+        let rounds = numerics == Numerics::Fast
+            && kernels.quantise_bf16.is_some()
+            && matrices.values().any(|m| m.form == Form::Bf16);
         let words = |rows| {
             let halves = if rounds { Bf16Rows::bytes(rows, cols) } else { 0 };
             (BlockRows::bytes(rows, cols) + Int8Rows::bytes(rows, cols) + halves).div_ceil(size_of::<f32>())
@@ -170,7 +172,7 @@ impl CpuModel {
             arena: SharedF32::new("the arena", plan.arena_bytes() / size_of::<f32>())?,
             arena_bytes: plan.arena_bytes(),
             answer_bytes: (plan.answer_len() * size_of::<f32>()) as u64,
-            scratch: Scratch::new(plan, &kernels, &matrices, threads)?,
+            scratch: Scratch::new(plan, (&kernels, numerics), &matrices, threads)?,
             weights,
             matrices,
             vectors,

@@ -11,7 +11,7 @@
 //! * fifth and sixth: 128 bytes, bits `2 (k % 4)` of vector `k / 4` for step `k`
 //!
 //! Quants are unsigned, as the dot-product instructions want their first operand; what is subtracted from them is the
-//! form's [`Form::centre`]. Scales lie in a second stream, as they are stored: nothing is rounded by packing, except where
+//! form's centre (`CENTRE` in [`crate::kernels::matmul`]'s forms). Scales lie in a second stream, as they are stored: nothing is rounded by packing, except where
 //! a matrix of floats is deliberately made one of [`Form::Int8`].
 
 mod stored;

@@ -16,7 +16,7 @@ pub enum Tier {
     Avx512Vnni,
     /// With BF16 as well: two products of bf16 per lane and instruction.
     Avx512Bf16,
-    /// With tile registers of AMX as well, for 8-bit integers and bf16.
+    /// AVX-512 with VNNI and tile registers (AMX), which multiply 8-bit integers and bf16.
     Amx,
 }
 
@@ -49,7 +49,8 @@ impl Tier {
             Self::Avx512 => avx512(),
             Self::Avx512Vnni => vnni(),
             Self::Avx512Bf16 => bf16(),
-            Self::Amx => bf16() && crate::amx::is_available(),
+            // Every processor with AMX has the BF16 part of AVX-512 too; nothing here needs it.
+            Self::Amx => vnni() && crate::amx::is_available(),
         }
     }
 

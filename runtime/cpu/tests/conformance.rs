@@ -31,7 +31,7 @@ fn every_tier_passes_the_suite() {
 
 #[test]
 fn threads_and_fusion_move_no_bit() {
-    let decoders = [DType::F32, DType::Q4_1, DType::Q4_K].map(|dtype| Decoder {
+    let decoders = [DType::F32, DType::BF16, DType::Q4_1, DType::Q4_K].map(|dtype| Decoder {
         dtype,
         layout: RopeLayout::Interleaved,
         biased: true,

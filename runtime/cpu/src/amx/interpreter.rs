@@ -13,7 +13,7 @@ use super::{TILE_BYTES, TILE_ROW_BYTES, TILE_ROWS};
 pub(crate) fn install() -> bool {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     *INSTALLED.get_or_init(|| {
-        if super::has_instructions() || !cfg!(target_os = "linux") {
+        if super::has_instructions() {
             return false;
         }
         // SAFETY: the structure is plain numbers, for which zeros are a value; the handler has the signature that
@@ -66,7 +66,7 @@ struct Instruction {
     /// 0 for none, 1 for 66, 2 for F3, 3 for F2.
     prefix: u8,
     opcode: u8,
-    /// ModRM's `reg`, and `vvvv`.
+    /// ModRM's `reg`, and `vvvv` as a number: 0 where an instruction has no use for it.
     reg: usize,
     vvvv: usize,
     operand: Operand,
@@ -75,8 +75,8 @@ struct Instruction {
 
 enum Operand {
     Register(usize),
-    /// An address, and what is added to it from row to row.
-    Memory(*mut u8, isize),
+    /// An address, and what is added to it from row to row where the instruction has a byte that says so (SIB).
+    Memory(*mut u8, Option<isize>),
 }
 
 /// Where the context keeps the general registers, by their numbers in instructions.
@@ -109,20 +109,25 @@ impl Instruction {
         if !is_ours {
             return None;
         }
+        // Bits that would number a register above the eighth: there is none for tiles.
+        let is_tile = first >> 7 == 1 && (modrm >> 6 != 3 || first >> 5 & 1 == 1);
+        if !is_tile {
+            return None;
+        }
         let extend = |bit: u8, low: u8| usize::from(low | u8::from(first >> bit & 1 == 0) << 3);
         let value = |number: usize| registers[ORDER[number] as usize];
         let mut length = 5;
         let operand = if modrm >> 6 == 3 {
             Operand::Register(usize::from(modrm & 7))
         } else {
-            let (mut base, mut stride) = (usize::from(modrm & 7), 0);
+            let (mut base, mut stride) = (usize::from(modrm & 7), None);
             if base == 4 {
                 let sib = byte(length);
                 length += 1;
                 base = usize::from(sib & 7);
                 let index = extend(6, sib >> 3 & 7);
                 // Number 4 means that there is none.
-                stride = if index == 4 { 0 } else { value(index) << (sib >> 6) };
+                stride = Some(if index == 4 { 0 } else { (value(index) << (sib >> 6)) as isize });
             }
             let displacement = match modrm >> 6 {
                 // A base of number 5 would mean a constant address here.
@@ -133,7 +138,7 @@ impl Instruction {
             };
             length += [0, 1, 4][usize::from(modrm >> 6)];
             let address = value(extend(5, base as u8)) + displacement;
-            Operand::Memory(address as *mut u8, stride as isize)
+            Operand::Memory(address as *mut u8, stride)
         };
         Some(Self {
             prefix: second & 3,
@@ -149,39 +154,31 @@ impl Instruction {
 impl State {
     /// Does an instruction; none where the processor would refuse it.
     unsafe fn run(&mut self, i: &Instruction) -> Option<()> {
-        if !self.is_configured && !matches!((i.opcode, i.prefix, &i.operand), (0x49, 0, Operand::Memory(..)))
-        {
+        let configures = matches!((i.opcode, i.prefix, &i.operand), (0x49, 0, Operand::Memory(..)));
+        let multiplies = matches!(i.opcode, 0x5E | 0x5C);
+        if !self.is_configured && !configures || !multiplies && i.vvvv != 0 {
             return None;
         }
         // SAFETY: the addresses are those of an instruction under way.
         unsafe {
             match (i.opcode, i.prefix, &i.operand) {
-                (0x49, 0, Operand::Memory(at, _)) => return self.configure(*at),
+                (0x49, 0, Operand::Memory(at, _)) if i.reg == 0 => return self.configure(*at),
                 (0x49, 0, Operand::Register(0)) if i.reg == 0 => self.is_configured = false,
-                (0x49, 3, Operand::Register(0)) => self.tiles[i.reg] = [0; TILE_BYTES],
-                (0x4B, 3, Operand::Memory(at, stride)) => self.load(i.reg, *at, *stride),
-                (0x4B, 2, Operand::Memory(at, stride)) => self.store(i.reg, *at, *stride),
+                (0x49, 3, Operand::Register(0)) if self.is_in_use(i.reg) => {
+                    self.tiles[i.reg] = [0; TILE_BYTES];
+                }
+                (0x4B, 3, Operand::Memory(at, Some(stride))) if self.is_in_use(i.reg) => {
+                    self.load(i.reg, *at, *stride);
+                }
+                (0x4B, 2, Operand::Memory(at, Some(stride))) if self.is_in_use(i.reg) => {
+                    self.store(i.reg, *at, *stride);
+                }
                 (0x5E, prefix, Operand::Register(rows)) => {
-                    let (x_signed, w_signed) = (prefix >= 2, prefix == 1 || prefix == 3);
-                    return self.multiply((i.reg, *rows, i.vvvv), |sum, x, w| {
-                        let number = |byte: u8, signed: bool| {
-                            if signed { i32::from(byte.cast_signed()) } else { i32::from(byte) }
-                        };
-                        let products = (0..4).map(|j| number(x[j], x_signed) * number(w[j], w_signed));
-                        sum[0] = (sum[0].cast_signed() + products.sum::<i32>()).cast_unsigned();
-                    });
+                    let signed = (prefix >= 2, prefix == 1 || prefix == 3);
+                    return self.multiply((i.reg, *rows, i.vvvv), |sum, x, w| add_bytes(sum, (x, w), signed));
                 }
                 (0x5C, 2, Operand::Register(rows)) => {
-                    return self.multiply((i.reg, *rows, i.vvvv), |sum, x, w| {
-                        let number = |v: [u8; 4], j: usize| {
-                            f32::from_bits(u32::from(v[j]) << 16 | u32::from(v[j + 1]) << 24)
-                        };
-                        for half in 0..2 {
-                            let before = f32::from_bits(sum[1 + half]);
-                            sum[1 + half] =
-                                number(x, 2 * half).mul_add(number(w, 2 * half), before).to_bits();
-                        }
-                    });
+                    return self.multiply((i.reg, *rows, i.vvvv), add_halves);
                 }
                 _ => return None,
             }
@@ -189,17 +186,26 @@ impl State {
         Some(())
     }
 
+    /// Whether the configuration gives a register any rows.
+    fn is_in_use(&self, tile: usize) -> bool {
+        self.rows[tile] > 0
+    }
+
+    /// Takes a configuration over; none where the processor would fault on it.
     unsafe fn configure(&mut self, at: *const u8) -> Option<()> {
         // SAFETY: the operand has 64 bytes.
         let bytes = unsafe { at.cast::<[u8; 64]>().read_unaligned() };
-        if bytes[0] != 1 || bytes[1] != 0 {
+        let reserved = [&bytes[2..16], &bytes[32..48], &bytes[56..64]];
+        if bytes[0] != 1 || bytes[1] != 0 || reserved.concat().iter().any(|byte| *byte != 0) {
             return None;
         }
         self.rows = std::array::from_fn(|i| usize::from(bytes[48 + i]));
-        self.row_bytes = std::array::from_fn(|i| usize::from(bytes[16 + 2 * i]));
+        self.row_bytes =
+            std::array::from_fn(|i| usize::from(u16::from_le_bytes([bytes[16 + 2 * i], bytes[17 + 2 * i]])));
         self.tiles = [[0; TILE_BYTES]; 8];
-        self.is_configured = self.rows.iter().all(|rows| *rows <= TILE_ROWS)
-            && self.row_bytes.iter().all(|bytes| *bytes <= TILE_ROW_BYTES);
+        self.is_configured = self.rows.iter().zip(&self.row_bytes).all(|(rows, bytes)| {
+            *rows <= TILE_ROWS && *bytes <= TILE_ROW_BYTES && (*rows == 0) == (*bytes == 0)
+        });
         self.is_configured.then_some(())
     }
 
@@ -237,6 +243,7 @@ impl State {
             && sums != rows
             && sums != weights
             && rows != weights
+            && [sums, rows, weights].iter().all(|tile| self.is_in_use(*tile))
             && self.rows[sums] == self.rows[rows]
             && self.row_bytes[sums] == self.row_bytes[weights]
             && self.rows[weights] == steps
@@ -255,8 +262,8 @@ impl State {
                     add(&mut words, four(&self.tiles[rows], row, k), four(&self.tiles[weights], k, feature));
                 }
                 if words[1..] != [0, 0] {
-                    let both = f32::from_bits(words[1]) + f32::from_bits(words[2]);
-                    words[0] = (f32::from_bits(words[0]) + both).to_bits();
+                    let both = flushed(f32::from_bits(words[1]) + f32::from_bits(words[2]));
+                    words[0] = flushed(flushed(f32::from_bits(words[0])) + both).to_bits();
                 }
                 let at = row * TILE_ROW_BYTES + 4 * feature;
                 self.tiles[sums][at..at + 4].copy_from_slice(&words[0].to_le_bytes());
@@ -266,7 +273,33 @@ impl State {
     }
 }
 
-/// The instructions in use do what the plain loops do that every start compares them with.
+/// Four products of bytes, each signed or not.
+fn add_bytes(sum: &mut [u32; 3], (x, w): ([u8; 4], [u8; 4]), (x_signed, w_signed): (bool, bool)) {
+    let number =
+        |byte: u8, signed: bool| if signed { i32::from(byte.cast_signed()) } else { i32::from(byte) };
+    for j in 0..4 {
+        // A negative number in two's complement wraps into the sum that it belongs to.
+        let product = number(x[j], x_signed) * number(w[j], w_signed);
+        sum[0] = sum[0].wrapping_add(product.cast_unsigned());
+    }
+}
+
+/// Two products of bf16, of the even and of the odd columns, each fused with its addition.
+fn add_halves(sum: &mut [u32; 3], x: [u8; 4], w: [u8; 4]) {
+    let number =
+        |v: [u8; 4], j: usize| flushed(f32::from_bits(u32::from(v[j]) << 16 | u32::from(v[j + 1]) << 24));
+    for half in 0..2 {
+        let before = f32::from_bits(sum[1 + half]);
+        sum[1 + half] = flushed(number(x, 2 * half).mul_add(number(w, 2 * half), before)).to_bits();
+    }
+}
+
+/// Numbers too small for a full mantissa are zero to these instructions, coming in and going out.
+fn flushed(x: f32) -> f32 {
+    if x.is_subnormal() { 0f32.copysign(x) } else { x }
+}
+
+/// Every product that a start proves.
 #[test]
 fn the_instructions_prove_themselves() {
     assert!(install() || super::is_available(), "neither AMX nor its interpreter");
@@ -280,7 +313,9 @@ fn the_tier_passes_the_suite() {
     use crate::{CpuBackend, CpuConfig, Tier};
 
     if !Tier::Amx.is_available() {
-        println!("not run: this processor has not even what else AMX's tier needs");
+        println!(
+            "not run: AMX's tier needs AVX-512 with VNNI beside it, and where the processor has AMX, the system's leave"
+        );
         return;
     }
     let config = CpuConfig { tier: Some(Tier::Amx), threads: Some(2) };

@@ -29,6 +29,7 @@ macro_rules! each_row {
     };
 }
 
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod bf16;
 pub(crate) mod blocks;
 pub(crate) mod exact;
@@ -80,6 +81,10 @@ pub(crate) enum Input<'a> {
     Floats(Rows),
     Blocks(&'a BlockRows),
     Int8(&'a Int8Rows),
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "no other processor's tier multiplies them yet")
+    )]
     Bf16(&'a Bf16Rows),
 }
 

@@ -227,6 +227,7 @@ mod avx512_bf16 {
         }
     }
 
+    // Rounding needs nothing of BF16, and AMX's tier uses this too.
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn quantise(rows: &Bf16Rows, row: usize, input: *const f32) {
         // SAFETY: the caller's contract is the same.
@@ -236,10 +237,13 @@ mod avx512_bf16 {
     pub(super) const TABLE: Kernels = Kernels { matmul, quantise_bf16: Some(quantise), ..avx512_vnni::TABLE };
 }
 
-/// What tile registers add to [`avx512_bf16`].
+/// What tile registers add to [`avx512_vnni`].
 #[cfg(target_arch = "x86_64")]
 mod amx {
-    use super::{Bf16Rows, BlockRows, Int8Rows, Kernels, Layout, MatMul, avx512_bf16, matmul, matmul::Input};
+    use super::{
+        Bf16Rows, BlockRows, Int8Rows, Kernels, Layout, MatMul, avx512_bf16, avx512_vnni, matmul,
+        matmul::Input,
+    };
     use crate::pack::Form;
 
     /// A projection kernel on tile registers; what is around them needs what [`avx512_vnni`](super::avx512_vnni) does.
@@ -274,17 +278,23 @@ mod amx {
                     Form::Q6K => q6_k(job, x),
                     form => unreachable!("{form:?} does not meet such activations"),
                 },
-                _ => (avx512_bf16::TABLE.matmul)(job),
+                _ => (avx512_vnni::TABLE.matmul)(job),
             }
         }
     }
 
-    pub(super) const TABLE: Kernels = Kernels { matmul, has_tiles: true, ..avx512_bf16::TABLE };
+    pub(super) const TABLE: Kernels = Kernels {
+        matmul,
+        has_tiles: true,
+        quantise_bf16: avx512_bf16::TABLE.quantise_bf16,
+        ..avx512_vnni::TABLE
+    };
 }
 
-/// With fewer rows a product over a tile register is mostly empty, and vectors, which read weights as they are packed, are
-/// faster: two tiles of interleaved rows take about what one of tile registers does.
-const LEAST_STACKED_ROWS: usize = 2 * quantise::BLOCK_TILE;
+/// From so many rows on they are stacked. By count of instructions (`docs/performance.md`): sixteen rows of a block take
+/// vectors 88 cycles, so eight take 44; a product over tile registers takes 24 to 32 however few rows it has, and its
+/// weights some 12 to unpack. To be measured on a machine that has them.
+const LEAST_STACKED_ROWS: usize = 8;
 
 impl Kernels {
     /// How so many [`BlockRows`] must lie.

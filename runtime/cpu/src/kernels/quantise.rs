@@ -98,6 +98,25 @@ impl BlockRows {
         self.memory.wrapping_add(row / STACKED_TILE * self.blocks * STACKED_RECORD_BYTES).cast_const()
     }
 
+    /// Gives scales of zero to what a stacked tile has behind its last row, `rows - 1`. Nobody reads what comes of them, but
+    /// numbers that happen to lie there may be so small that computing with them takes a hundred times as long.
+    ///
+    /// # Safety
+    /// No other thread uses row `rows - 1` meanwhile.
+    pub(crate) unsafe fn end(&self, rows: usize) {
+        let used = rows % STACKED_TILE;
+        if self.layout == Layout::Interleaved || used == 0 {
+            return;
+        }
+        for b in 0..self.blocks {
+            let record = self.stacked_record(rows - 1).cast_mut().wrapping_add(b * STACKED_RECORD_BYTES);
+            for at in [STACKED_SCALE, STACKED_SCALED_SUM] {
+                // SAFETY: the tile's record has these numbers of sixteen rows.
+                unsafe { record.add(at + 4 * used).write_bytes(0, 4 * (STACKED_TILE - used)) };
+            }
+        }
+    }
+
     /// Quantises one row: `scale = max |x| / 127`, nearest integers, halves to even.
     ///
     /// # Safety
@@ -297,6 +316,10 @@ pub(crate) struct Bf16Rows {
     cols: usize,
 }
 
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "no other processor's tier reads them yet")
+)]
 impl Bf16Rows {
     /// Bytes that `rows` rows of `cols` columns take, filled up to whole tile registers.
     pub(crate) const fn bytes(rows: usize, cols: usize) -> usize {
@@ -340,6 +363,7 @@ impl Bf16Rows {
 }
 
 /// The nearest bf16's bits, without a branch.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "as above"))]
 #[inline(always)]
 fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();

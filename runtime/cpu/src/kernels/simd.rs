@@ -75,15 +75,6 @@ pub(crate) trait Simd: Copy {
     unsafe fn prefetch(p: *const u8);
 }
 
-/// Lanes that multiply bf16.
-///
-/// # Safety
-/// As [`Simd`].
-pub(crate) trait DotBf16: Simd {
-    /// `acc + w[2 i] · x[0] + w[2 i + 1] · x[1]` per lane `i`; `x` are two bf16.
-    unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: i32) -> Self::F;
-}
-
 /// f16 bits to f32, without asking the processor what it can do each time.
 #[inline(always)]
 pub(crate) fn half_to_f32(bits: u16) -> f32 {

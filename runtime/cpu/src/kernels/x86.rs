@@ -1,4 +1,5 @@
-//! The lanes of [`super::simd`] on x86-64: two AVX2 registers, or one AVX-512 register with or without VNNI.
+//! The lanes of [`super::simd`] on x86-64: two AVX2 registers, or one AVX-512 register with or without VNNI, and BF16
+//! beside it.
 //!
 //! Safety, for every function below: the intrinsics need instructions that the tier was checked for before its kernels
 //! were chosen ([`crate::Tier::is_available`]), and pointers are vouched for by the caller, as the trait says.
@@ -9,7 +10,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{DotBf16, Simd};
+use super::simd::Simd;
 
 /// `2^n` from `n + ROUND_MAGIC`, half a vector.
 #[inline(always)]
@@ -366,6 +367,15 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
+}
+
+/// Lanes that multiply bf16.
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait DotBf16: Simd {
+    /// `acc + w[2 i] · x[0] + w[2 i + 1] · x[1]` per lane `i`; `x` are two bf16.
+    unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: i32) -> Self::F;
 }
 
 /// The instruction comes with the BF16 part of AVX-512, which tiers that use it were checked for.

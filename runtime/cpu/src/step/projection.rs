@@ -157,6 +157,9 @@ impl Step<'_> {
                 }
                 if wanted.blocks {
                     (kernels.quantise)(&inputs.blocks, row, input);
+                    if row + 1 == rows {
+                        inputs.blocks.end(rows);
+                    }
                 }
                 if wanted.int8 {
                     (kernels.quantise_int8)(&inputs.int8, row, input);

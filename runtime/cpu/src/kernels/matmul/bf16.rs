@@ -1,10 +1,7 @@
 //! Weights of bf16 times activations that were rounded to bf16; sums are f32.
 
 use super::{MatMul, Side, finish};
-use crate::kernels::{
-    quantise::Bf16Rows,
-    simd::{DotBf16, LANES},
-};
+use crate::kernels::{quantise::Bf16Rows, simd::LANES, x86::DotBf16};
 
 /// Rows of a tile, with 32 registers.
 const TILE: usize = 12;

@@ -3,7 +3,7 @@
 use super::{MatMul, Side, finish, forms::Quant};
 use crate::{
     kernels::{
-        quantise::{BLOCK_RECORD_BYTES, BLOCK_TILE, BlockRows, RECORD},
+        quantise::{BLOCK_RECORD_BYTES, BLOCK_TILE, BlockRows, Layout, RECORD},
         simd::{LANES, Simd},
     },
     pack::Form,
@@ -19,6 +19,7 @@ const PREFETCH_BYTES: usize = 2048;
 /// of these units.
 #[inline(always)]
 pub(crate) unsafe fn run<S: Simd, Q: Quant>(job: &MatMul<'_>, x: &BlockRows) {
+    debug_assert!(x.layout() == Layout::Interleaved);
     // With 16 registers there is room for three rows' sums, half a stored tile.
     let most = if S::WIDE { BLOCK_TILE } else { BLOCK_TILE / 2 };
     for unit in job.units.clone() {

@@ -5,7 +5,7 @@
 
 use super::{MatMul, Side, finish};
 use crate::kernels::{
-    quantise::{INT8_TILE, Int8Rows},
+    quantise::{INT8_TILE, Int8Rows, Layout},
     simd::{LANES, Simd},
 };
 
@@ -20,6 +20,7 @@ const ROW_BLOCK: usize = 4 * INT8_TILE;
 /// As [`super::blocks::run`].
 #[inline(always)]
 pub(crate) unsafe fn run<S: Simd>(job: &MatMul<'_>, x: &Int8Rows) {
+    debug_assert!(x.layout() == Layout::Interleaved);
     let mut first = 0;
     while first < job.rows {
         let rows = first..job.rows.min(first + ROW_BLOCK);
