@@ -11,7 +11,8 @@
 //! * `fast` keeps the direction of the oracle's answer (`decoder/fast`, `encoder/fast`);
 //! * each fused form by itself gives what the plain ops give (`fused/decoder`, `fused/encoder`);
 //! * a sequence gives the same bits alone, in company, in chunks and behind a shared prefix (`decoder/company`,
-//!   `encoder/company`);
+//!   `decoder/prefix`, `encoder/company`);
+//! * a few tokens read at once, as guesses are, give the bits of one after the other, in `fast` too (`decoder/guesses`);
 //! * nothing of an earlier sequence is left in a block that is used again (`cache/poison`);
 //! * steps and plans that make no sense are refused with the right error, and the next step works (`order/…`).
 

@@ -1,4 +1,4 @@
-//! The same bits alone, in company, in chunks, token by token, and behind a prefix that another sequence wrote.
+//! The same bits alone, in company, in chunks, token by token, as guesses, and behind a prefix that another sequence wrote.
 
 use trustformers_plan::{DType, KV_BLOCK_TOKENS, LogitsRows, Numerics, Pooling, RopeLayout, SequenceStep};
 
@@ -37,6 +37,43 @@ pub(super) fn decoder(open: Open<'_>) -> Result<(), CaseError> {
             last = run(executable, &[step(i, i + 1, &blocks)])?;
         }
         same_bits(&format!("{decoder:?} token by token"), &last, &whole)?;
+    }
+    Ok(())
+}
+
+/// Decoding rows of a step in which guesses are checked, all sequences together.
+const GUESSED_ROWS: usize = 8;
+
+/// Tokens that are read together, as guesses are, give the logits that each has after the one before. In `fast` numerics
+/// that is all that is asked for: an answer must not depend on whether anything was guessed.
+pub(super) fn guesses(open: Open<'_>) -> Result<(), CaseError> {
+    let (read, tokens) = (40, prompt(40 + GUESSED_ROWS as u32));
+    let blocks: [Vec<u32>; 3] = [(10..14).collect(), (20..24).collect(), (30..34).collect()];
+    let step = |from: usize, to: usize, of: usize, logits| SequenceStep {
+        tokens: &tokens[from..to],
+        cached_tokens: from,
+        blocks: &blocks[of],
+        logits,
+    };
+    for decoder in decoders(&open()?.caps().dtypes.clone()) {
+        let mut backend = open()?;
+        let fused = backend.caps().fused;
+        let executable = &mut *load_decoder(&mut *backend, decoder, &fused, Numerics::Fast)?;
+        for of in 0..blocks.len() {
+            run(executable, &[step(0, read, of, LogitsRows::None)])?;
+        }
+        let mut one_by_one = Vec::new();
+        for at in read..tokens.len() {
+            one_by_one.extend(run(executable, &[step(at, at + 1, 0, LogitsRows::Last)])?);
+        }
+        // Alone in a step, and beside another sequence; the first tokens are read again where they were.
+        for count in [2, 4, GUESSED_ROWS] {
+            let together = run(executable, &[step(read, read + count, 1, LogitsRows::All)])?;
+            same_bits(&format!("{decoder:?}, {count} at once"), &together, &one_by_one[..count])?;
+            let others = step(read, read + 1, 2, LogitsRows::None);
+            let together = run(executable, &[others, step(read, read + count, 1, LogitsRows::All)])?;
+            same_bits(&format!("{decoder:?}, {count} in company"), &together, &one_by_one[..count])?;
+        }
     }
     Ok(())
 }

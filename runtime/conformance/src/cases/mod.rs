@@ -27,6 +27,7 @@ pub const ALL: &[Case] = &[
     Case { name: "fused/decoder", run: fused::decoder },
     Case { name: "fused/encoder", run: fused::encoder },
     Case { name: "decoder/company", run: company::decoder },
+    Case { name: "decoder/guesses", run: company::guesses },
     Case { name: "decoder/prefix", run: company::prefix },
     Case { name: "encoder/company", run: company::encoder },
     Case { name: "cache/poison", run: cache::poison },
