@@ -31,42 +31,35 @@ struct Shape {
     down: [DType; 2],
 }
 
-const SHAPES: [Shape; 4] = [
-    Shape {
-        name: "smollm2",
-        hyper: Hyper {
-            width: 576,
-            layers: 30,
-            heads: 9,
-            kv_heads: 3,
-            head_dim: 64,
-            vocab: 49_152,
-            context: 2048,
-        },
-        feed_forward: 1536,
-        head: DType::Q8_0,
-        query_key_output: DType::Q4_1,
-        value: [DType::Q4_1; 2],
-        gate_up: DType::Q4_1,
-        down: [DType::Q4_1; 2],
+const SMOLLM2: Shape = Shape {
+    name: "smollm2",
+    hyper: Hyper {
+        width: 576,
+        layers: 30,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        vocab: 49_152,
+        context: 2048,
     },
+    feed_forward: 1536,
+    head: DType::Q8_0,
+    query_key_output: DType::Q4_1,
+    value: [DType::Q4_1; 2],
+    gate_up: DType::Q4_1,
+    down: [DType::Q4_1; 2],
+};
+
+const SHAPES: [Shape; 4] = [
+    SMOLLM2,
     Shape {
         name: "smollm2-bf16",
-        hyper: Hyper {
-            width: 576,
-            layers: 30,
-            heads: 9,
-            kv_heads: 3,
-            head_dim: 64,
-            vocab: 49_152,
-            context: 2048,
-        },
-        feed_forward: 1536,
         head: DType::BF16,
         query_key_output: DType::BF16,
         value: [DType::BF16; 2],
         gate_up: DType::BF16,
         down: [DType::BF16; 2],
+        ..SMOLLM2
     },
     Shape {
         name: "qwen-0.5b",

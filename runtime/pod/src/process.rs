@@ -68,15 +68,15 @@ pub enum StartError {
     Spec(#[from] SpecError),
     /// An address cannot be listened on.
     #[error(
-        "cannot listen on {address} for {purpose}: {source}; is another server running, or the address taken?"
+        "cannot listen on {address} for {purpose}: {cause}; is another server running, or the address taken?"
     )]
     Listen {
         /// The address.
         address: SocketAddr,
         /// What it is for.
         purpose: &'static str,
-        /// What the system said.
-        source: std::io::Error,
+        /// What the system said; the message holds it, so it is no source.
+        cause: std::io::Error,
     },
     /// The metrics do not fit together.
     #[error(transparent)]
@@ -249,7 +249,7 @@ pub async fn run(settings: Settings, registry: Registry, open: device::OpenDevic
 }
 
 async fn open_listener(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, StartError> {
-    server::bind(address).await.map_err(|source| StartError::Listen { address, purpose, source })
+    server::bind(address).await.map_err(|cause| StartError::Listen { address, purpose, cause })
 }
 
 fn address_of(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {

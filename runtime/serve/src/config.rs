@@ -117,14 +117,14 @@ pub struct ModelConfig {
 pub enum ConfigError {
     /// The file cannot be read.
     #[error(
-        "{} cannot be read: {source}; name a file with --config (trustformers-serve --print-config-example shows one)",
+        "{} cannot be read: {cause}; name a file with --config (trustformers-serve --print-config-example shows one)",
         path.display()
     )]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+        /// What the system said; the message holds it, so it is no source.
+        cause: std::io::Error,
     },
     /// The text is not YAML.
     #[error("it is not valid YAML: {0}")]

@@ -52,14 +52,14 @@ pub(crate) enum LoadingError {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FileError {
     /// It cannot be read.
-    #[error("{flag}: {} cannot be read: {source}", path.display())]
+    #[error("{flag}: {} cannot be read: {cause}", path.display())]
     Unreadable {
         /// The flag.
         flag: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+        /// What the system said; the message holds it, so it is no source.
+        cause: std::io::Error,
     },
     /// It is not text.
     #[error(
@@ -78,11 +78,8 @@ pub(crate) enum FileError {
 
 /// The file's bytes as they are, a final newline included.
 pub(crate) fn text_of(flag: &'static str, path: &Path) -> Result<String, FileError> {
-    let bytes = std::fs::read(path).map_err(|source| FileError::Unreadable {
-        flag,
-        path: path.to_owned(),
-        source,
-    })?;
+    let bytes =
+        std::fs::read(path).map_err(|cause| FileError::Unreadable { flag, path: path.to_owned(), cause })?;
     String::from_utf8(bytes).map_err(|error| FileError::NotUtf8 {
         flag,
         path: path.to_owned(),

@@ -72,7 +72,7 @@ fn serve(flags: ServeFlags) -> anyhow::Result<()> {
     }
     let file = file.unwrap_or_else(|| config::FILE_NAME.into());
     let text = std::fs::read_to_string(&file)
-        .map_err(|source| ConfigError::Unreadable { path: file.clone(), source })?;
+        .map_err(|cause| ConfigError::Unreadable { path: file.clone(), cause })?;
     let config = Config::from_str(&text).with_context(|| format!("{} cannot be used", file.display()))?;
     let mut server = TrustformersServer::new(config);
     if let Some(threads) = threads {

@@ -94,6 +94,7 @@ fn the_wrong_kind_of_model_or_file_is_named_with_the_way_out() {
     assert!(code == Some(2) && message.contains("--input-file: it is empty"), "{message}");
     let (code, message) = run(model.path(), &["--input-file", "/nowhere"]);
     assert!(code == Some(2) && message.contains("/nowhere cannot be read"), "{message}");
+    assert_eq!(message.matches("os error").count(), 1, "said twice: {message}");
     let (code, message) = run(model.path(), &[]);
     assert!(code == Some(2) && message.contains("--input"), "{message}");
     let generate = Command::new(env!("CARGO_BIN_EXE_trustformers-serve"))

@@ -306,23 +306,3 @@ fn the_instructions_prove_themselves() {
     // SAFETY: the processor or the interpreter does the instructions.
     assert!(unsafe { super::proves_itself() });
 }
-
-/// Where the processor has AMX, `tests/conformance.rs` runs this tier as every other.
-#[test]
-fn the_tier_passes_the_suite() {
-    use crate::{CpuBackend, CpuConfig, Tier};
-
-    if !Tier::Amx.is_available() {
-        println!(
-            "not run: AMX's tier needs AVX-512 with VNNI beside it, and where the processor has AMX, the system's leave"
-        );
-        return;
-    }
-    let config = CpuConfig { tier: Some(Tier::Amx), threads: Some(2) };
-    let passed = trustformers_conformance::check(&|| Ok(Box::new(CpuBackend::new(config)?)));
-    assert!(
-        passed.is_ok(),
-        "{}",
-        passed.unwrap_err().iter().map(|fault| format!("{fault}\n")).collect::<String>()
-    );
-}

@@ -29,6 +29,25 @@ macro_rules! each_row {
     };
 }
 
+/// Most rows of a tile of which [`by_rows`] knows.
+const MOST_ROWS: usize = 12;
+
+/// Calls a tile's function with the number of its rows, of 1 to [`MOST_ROWS`], as its last constant.
+macro_rules! by_rows {
+    ($rows:expr, $tile:ident::<$($lanes:ty),*> $arguments:tt) => {
+        by_rows!(@ $rows, $tile, { $($lanes),* }, $arguments, 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@ $rows:expr, $tile:ident, $lanes:tt, $arguments:tt, $($number:literal)*) => {
+        match $rows {
+            $($number => by_rows!(@call $tile, $lanes, $number, $arguments),)*
+            _ => by_rows!(@call $tile, $lanes, { super::MOST_ROWS }, $arguments),
+        }
+    };
+    (@call $tile:ident, { $($lanes:ty),* }, $number:tt, ($($argument:expr),*)) => {
+        $tile::<$($lanes,)* $number>($($argument),*)
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod bf16;
 pub(crate) mod blocks;

@@ -12,7 +12,7 @@ use super::{
     Kernels,
     attention::{Attend, CHUNK_TOKENS, Query, TILE, cache_index, chunk_len, partial_len},
 };
-use crate::Tier;
+use crate::{CpuBackend, CpuConfig, Tier};
 
 /// A small generator, so that failures repeat from their seed alone.
 struct Dice(u64);
@@ -59,6 +59,27 @@ impl Dice {
         let bytes: Vec<u8> = (0..rows * cols / dtype.block_len()).flat_map(|_| self.block(dtype)).collect();
         let range = 0..bytes.len();
         Weight::new("w", dtype, (rows, cols), Arc::new(bytes), range).unwrap()
+    }
+}
+
+/// Whether AMX's tier can be tested, on the processor or on the interpreter; says so where it cannot.
+fn has_amx() -> bool {
+    let has = Tier::Amx.is_available();
+    if !has {
+        println!(
+            "not run: AMX's tier needs AVX-512 with VNNI, and where the processor has AMX, the system's leave"
+        );
+    }
+    has
+}
+
+/// Where the processor has AMX, `tests/conformance.rs` runs this tier as every other.
+#[test]
+fn tile_registers_pass_the_suite() {
+    if has_amx() {
+        let config = CpuConfig { tier: Some(Tier::Amx), threads: Some(2) };
+        let passed = trustformers_conformance::check(&|| Ok(Box::new(CpuBackend::new(config)?)));
+        assert!(passed.is_ok(), "{:?}", passed.unwrap_err());
     }
 }
 

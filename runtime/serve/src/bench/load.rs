@@ -114,7 +114,7 @@ fn task(flags: LoadFlags) -> Result<Task, BenchFailure> {
         None => Texts::Made { words: flags.prompt_words },
         Some(path) => {
             let what = format!("--prompt-file {} cannot be read", path.display());
-            let text = std::fs::read_to_string(path).map_err(|source| BenchFailure::Io { what, source })?;
+            let text = std::fs::read_to_string(path).map_err(|cause| BenchFailure::Io { what, cause })?;
             let lines: Vec<String> =
                 text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect();
             if lines.is_empty() {

@@ -67,12 +67,12 @@ pub(crate) enum BenchFailure {
         url: String,
     },
     /// A file cannot be read, or stdout cannot be written.
-    #[error("{what}: {source}")]
+    #[error("{what}: {cause}")]
     Io {
         /// The file, or what was to be done.
         what: String,
         /// What the system said.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
 }
 
@@ -103,7 +103,7 @@ pub(crate) fn run(flags: BenchFlags) -> Result<ExitCode, BenchFailure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|source| BenchFailure::Io { what: "no runtime".to_owned(), source })?;
+        .map_err(|cause| BenchFailure::Io { what: "no runtime".to_owned(), cause })?;
     match flags.what {
         BenchWhat::Engine(flags) => runtime.block_on(engine::run(flags))?,
         BenchWhat::Load(flags) => runtime.block_on(load::run(flags))?,
@@ -117,7 +117,7 @@ fn print(text: &str) -> Result<(), BenchFailure> {
     let mut stdout = std::io::stdout().lock();
     match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(BenchFailure::Io { what: "stdout cannot be written".to_owned(), source: error })
+            Err(BenchFailure::Io { what: "stdout cannot be written".to_owned(), cause: error })
         }
         _ => Ok(()),
     }

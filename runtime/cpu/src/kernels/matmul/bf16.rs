@@ -4,7 +4,7 @@ use super::{MatMul, Side, finish};
 use crate::kernels::{quantise::Bf16Rows, simd::LANES, x86::DotBf16};
 
 /// Rows of a tile, with 32 registers.
-const TILE: usize = 12;
+const TILE: usize = super::MOST_ROWS;
 
 /// Runs a share.
 ///
@@ -18,22 +18,7 @@ pub(crate) unsafe fn run<S: DotBf16>(job: &MatMul<'_>, x: &Bf16Rows) {
         while row < job.rows {
             let at = (unit, row);
             // SAFETY: the rows of a tile are below the count.
-            row += unsafe {
-                match (job.rows - row).min(TILE) {
-                    1 => tile::<S, 1>(job, at, &sides, x),
-                    2 => tile::<S, 2>(job, at, &sides, x),
-                    3 => tile::<S, 3>(job, at, &sides, x),
-                    4 => tile::<S, 4>(job, at, &sides, x),
-                    5 => tile::<S, 5>(job, at, &sides, x),
-                    6 => tile::<S, 6>(job, at, &sides, x),
-                    7 => tile::<S, 7>(job, at, &sides, x),
-                    8 => tile::<S, 8>(job, at, &sides, x),
-                    9 => tile::<S, 9>(job, at, &sides, x),
-                    10 => tile::<S, 10>(job, at, &sides, x),
-                    11 => tile::<S, 11>(job, at, &sides, x),
-                    _ => tile::<S, TILE>(job, at, &sides, x),
-                }
-            };
+            row += unsafe { by_rows!((job.rows - row).min(TILE), tile::<S>(job, at, &sides, x)) };
         }
     }
 }

@@ -16,7 +16,7 @@ const CHUNK_COLS: usize = CHUNK_BLOCKS * BLOCK_COLS;
 /// Values of a unit's unpacked chunk.
 pub(crate) const PANELS_LEN: usize = 2 * CHUNK_COLS * LANES;
 /// Rows of a tile with 32 registers, and with 16.
-const TILE: usize = 12;
+const TILE: usize = super::MOST_ROWS;
 const SMALL_TILE: usize = 3;
 
 const _: () = assert!(ROW_BLOCK.is_multiple_of(TILE) && ROW_BLOCK.is_multiple_of(SMALL_TILE));
@@ -98,22 +98,7 @@ unsafe fn tiles<S: Simd, U: Unpack>(
         let x = Rows { ptr: x.ptr.wrapping_add(row * x.stride), ..x };
         let sums = (job.sums(row), is_first);
         // SAFETY: the rows of a tile are below the count.
-        row += unsafe {
-            match (rows - row).min(most) {
-                1 => tile::<S, U, 1>(weights, x, sums),
-                2 => tile::<S, U, 2>(weights, x, sums),
-                3 => tile::<S, U, 3>(weights, x, sums),
-                4 => tile::<S, U, 4>(weights, x, sums),
-                5 => tile::<S, U, 5>(weights, x, sums),
-                6 => tile::<S, U, 6>(weights, x, sums),
-                7 => tile::<S, U, 7>(weights, x, sums),
-                8 => tile::<S, U, 8>(weights, x, sums),
-                9 => tile::<S, U, 9>(weights, x, sums),
-                10 => tile::<S, U, 10>(weights, x, sums),
-                11 => tile::<S, U, 11>(weights, x, sums),
-                _ => tile::<S, U, TILE>(weights, x, sums),
-            }
-        };
+        row += unsafe { by_rows!((rows - row).min(most), tile::<S, U>(weights, x, sums)) };
     }
 }
 

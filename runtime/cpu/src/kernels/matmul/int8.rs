@@ -14,6 +14,8 @@ use crate::kernels::{
 /// translations hold.
 const ROW_BLOCK: usize = 4 * INT8_TILE;
 
+const _: () = assert!(INT8_TILE == super::MOST_ROWS);
+
 /// Runs a share.
 ///
 /// # Safety
@@ -41,22 +43,7 @@ unsafe fn unit_rows<S: Simd>(job: &MatMul<'_>, unit: usize, rows: std::ops::Rang
     while row < rows.end {
         let at = (unit, row);
         // SAFETY: the rows of a tile are below the count and in one stored tile.
-        row += unsafe {
-            match (rows.end - row).min(most) {
-                1 => tile::<S, 1>(job, at, &sides, x),
-                2 => tile::<S, 2>(job, at, &sides, x),
-                3 => tile::<S, 3>(job, at, &sides, x),
-                4 => tile::<S, 4>(job, at, &sides, x),
-                5 => tile::<S, 5>(job, at, &sides, x),
-                6 => tile::<S, 6>(job, at, &sides, x),
-                7 => tile::<S, 7>(job, at, &sides, x),
-                8 => tile::<S, 8>(job, at, &sides, x),
-                9 => tile::<S, 9>(job, at, &sides, x),
-                10 => tile::<S, 10>(job, at, &sides, x),
-                11 => tile::<S, 11>(job, at, &sides, x),
-                _ => tile::<S, INT8_TILE>(job, at, &sides, x),
-            }
-        };
+        row += unsafe { by_rows!((rows.end - row).min(most), tile::<S>(job, at, &sides, x)) };
     }
 }
 
