@@ -1,19 +1,20 @@
-//! How near an answer must be to the oracle's.
+//! How close an answer must be to the oracle's.
 
 use crate::CaseError;
 
-/// What `exact` may differ by, as a share of the largest element of the row.
+/// The largest difference allowed in `exact`, as a share of the largest element of the row.
 ///
-/// A sum of `n` products in f32 errs by √n · 2⁻²⁴ of its size when the signs of the errors are random and n · 2⁻²⁴ at
-/// worst. The longest sum here has 290 terms (attention over 290 tokens): 1e-6, and 1.7e-5 at worst. A row passes some
-/// twenty sums, and what the first of them lost is carried on by the rest: √20 · 1e-6 is 5e-6, and a sharp softmax
-/// multiplies by up to four.
+/// A sum of `n` products in f32 errs by √n · 2⁻²⁴ of its size when the signs of the errors are random and n ·
+/// 2⁻²⁴ at worst. The longest sum here has 290 terms (attention over 290 tokens): 1e-6, and 1.7e-5 at worst.
+/// A row passes through some twenty sums, whose errors add up: √20 · 1e-6 is 5e-6, and a sharp softmax
+/// multiplies that by up to four.
 pub const EXACT_SHARE: f32 = 2e-5;
 
-/// Least cosine between `fast` and the oracle where weights are quantised: the design's bar.
+/// Least cosine between `fast` and the oracle where weights are quantised: the design's objective.
 pub const FAST_COSINE: f64 = 0.997;
 
-/// Least cosine between `fast` and the oracle where weights are floats: activations may be rounded to 16 or 8 bits.
+/// Least cosine between `fast` and the oracle where weights are floats: activations may be rounded to 16 or 8
+/// bits.
 pub const FAST_FLOAT_COSINE: f64 = 0.999;
 
 /// The cosine of two vectors.
@@ -23,7 +24,8 @@ pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
-/// Checks that each row is within [`EXACT_SHARE`] of the oracle's and has its largest element in the same place.
+/// Checks that each row is within [`EXACT_SHARE`] of the oracle's and has its largest element in the same
+/// place.
 ///
 /// # Errors
 /// The first row that is not, with its figures.
@@ -31,7 +33,7 @@ pub fn near(what: &str, got: &[Vec<f32>], want: &[Vec<f32>]) -> Result<(), CaseE
     same_count(what, got, want)?;
     for (row, (got, want)) in got.iter().zip(want).enumerate() {
         let size = want.iter().fold(0f32, |most, value| most.max(value.abs()));
-        let error = got.iter().zip(want).fold(0f32, |most, (g, w)| most.max(nan_is_far((g - w).abs())));
+        let error = got.iter().zip(want).fold(0f32, |most, (g, w)| most.max(nan_to_infinity((g - w).abs())));
         if error >= EXACT_SHARE * size {
             return wrong(format!("{what}, row {row}: off by {error} where the largest is {size}"));
         }
@@ -43,7 +45,7 @@ pub fn near(what: &str, got: &[Vec<f32>], want: &[Vec<f32>]) -> Result<(), CaseE
     Ok(())
 }
 
-/// Checks that each row points the oracle's way.
+/// Checks that each row has nearly the oracle's direction.
 ///
 /// # Errors
 /// The first row that does not, with its cosine.
@@ -52,7 +54,7 @@ pub fn alike(what: &str, got: &[Vec<f32>], want: &[Vec<f32>], least: f64) -> Res
     for (row, (got, want)) in got.iter().zip(want).enumerate() {
         let cosine = cosine(got, want);
         if cosine.is_nan() || cosine < least {
-            return wrong(format!("{what}, row {row}: cosine {cosine}, at least {least} is needed"));
+            return wrong(format!("{what}, row {row}: the cosine is {cosine}, at least {least} is needed"));
         }
     }
     Ok(())
@@ -82,12 +84,12 @@ pub fn wrong<T>(why: impl Into<String>) -> Result<T, CaseError> {
 fn same_count(what: &str, got: &[Vec<f32>], want: &[Vec<f32>]) -> Result<(), CaseError> {
     let widths = |rows: &[Vec<f32>]| rows.iter().map(Vec::len).collect::<Vec<_>>();
     if widths(got) != widths(want) || want.is_empty() {
-        return wrong(format!("{what}: {} rows where {} were asked for", got.len(), want.len()));
+        return wrong(format!("{what}: {} rows where {} were expected", got.len(), want.len()));
     }
     Ok(())
 }
 
-fn nan_is_far(error: f32) -> f32 {
+fn nan_to_infinity(error: f32) -> f32 {
     if error.is_nan() { f32::INFINITY } else { error }
 }
 

@@ -1,38 +1,43 @@
-//! One suite for every backend, judged by the scalar oracle of `trustformers-plan`.
+//! One conformance suite for every backend. The scalar oracle of `trustformers-plan` defines the right
+//! answers.
 //!
-//! A backend hands in how it is opened; the suite runs small models through it that together use every op of the closed
-//! set, every weight type and every fused form that the backend claims, in ragged steps, and compares. Everything is made
-//! from seeds: no file is read. A backend's crate depends on this one for its tests alone.
+//! A backend's test passes a function that opens it. The suite runs small models in ragged steps and
+//! compares. Together the models use every op, every weight type and every fused form that the backend
+//! claims. All weights come from seeds: the suite reads no file. A backend's crate depends on this one in its
+//! tests only.
 //!
-//! What must hold, and where it is checked:
+//! What must hold, and the [`cases`] that check it:
 //!
-//! * F32 is among the types that it claims (`types`);
-//! * `exact` follows the oracle to within the rounding of f32 sums ([`cases`] `decoder/exact`, `encoder/exact`);
+//! * the backend claims F32 (`types`);
+//! * `exact` follows the oracle to within the rounding of f32 sums (`decoder/exact`, `encoder/exact`);
 //! * `fast` keeps the direction of the oracle's answer (`decoder/fast`, `encoder/fast`);
-//! * each fused form by itself gives what the plain ops give (`fused/decoder`, `fused/encoder`);
-//! * a sequence gives the same bits alone, in company, in chunks and behind a shared prefix (`decoder/company`,
-//!   `decoder/prefix`, `encoder/company`);
-//! * a few tokens read at once, as guesses are, give the bits of one after the other, in `fast` too (`decoder/guesses`);
-//! * nothing of an earlier sequence is left in a block that is used again (`cache/poison`);
-//! * steps and plans that make no sense are refused with the right error, and the next step works (`order/…`).
+//! * projections of one input may have weights of different types (`decoder/mixed_types`);
+//! * each fused form by itself gives the answer of the unfused ops (`fused/decoder`, `fused/encoder`);
+//! * a sequence gives the same bits alone, batched, in chunks and after a shared prefix
+//!   (`decoder/batch_invariance`, `decoder/prefix`, `encoder/batch_invariance`);
+//! * draft tokens that are verified in one step get the bits of one step each, in `fast` too
+//!   (`decoder/draft_tokens`);
+//! * a reused block shows nothing of an earlier sequence (`cache/poison`);
+//! * invalid steps and plans are refused with the right error, and the next step works (`order/…`);
+//! * the memory report and the estimate before the load are right (`order/memory`).
 
 #![forbid(unsafe_code)]
 
 pub mod cases;
 pub mod compare;
+pub mod harness;
 pub mod models;
 pub mod seeds;
-pub mod story;
 
 use trustformers_plan::{Backend, BackendError, PlanError, WeightError};
 
-/// Opens the backend under test. Called once or more for every case, so that none sees what another left behind.
+/// Opens the backend under test. Each case calls it, so that no case depends on what another one left behind.
 pub type Open<'a> = &'a dyn Fn() -> Result<Box<dyn Backend>, BackendError>;
 
 /// Why a case failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CaseError {
-    /// The backend refused or failed where it must not.
+    /// The backend failed or refused something valid.
     #[error("the backend failed: {0}")]
     Backend(#[from] BackendError),
     /// A plan of the suite is wrong: a fault of the suite or of a pass.
@@ -41,7 +46,7 @@ pub enum CaseError {
     /// A weight of the suite is wrong: a fault of the suite.
     #[error("a weight of the suite is wrong: {0}")]
     Weight(#[from] WeightError),
-    /// The backend's answer is not what it has to be.
+    /// The backend's answer is wrong.
     #[error("{0}")]
     Wrong(String),
 }
@@ -50,7 +55,7 @@ pub enum CaseError {
 #[derive(Debug, thiserror::Error)]
 #[error("{backend} fails {case}: {error}")]
 pub struct Fault {
-    /// The backend, in its own words.
+    /// The backend's description of itself.
     pub backend: String,
     /// The case.
     pub case: &'static str,

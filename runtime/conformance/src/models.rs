@@ -1,35 +1,39 @@
-//! Two small models that together use every op: a decoder of Llama's and Qwen's kind, and an encoder of BERT's.
+//! Two small models that together use every op: a decoder like Llama and Qwen, and an encoder like BERT.
 
 use std::sync::Arc;
 
 use trustformers_plan::{
     DType, FusedOps, Hyper, Limits, Plan, PlanBuilder, Pooling, RopeLayout, RopeSpec, Value, Weight,
-    WeightId, Weights,
+    WeightId, Weights, seeded::SeededRng,
 };
 
 use crate::CaseError;
-use crate::seeds::{Dice, bytes};
+use crate::seeds::bytes;
 
-/// Steps of the decoder: as large as [`crate::story`] makes them.
+/// The largest steps of the decoder that [`crate::harness`] makes.
 pub const DECODER_LIMITS: Limits = Limits { rows: 300, sequences: 8, logits_rows: 16 };
-/// Steps of the encoder.
+/// The largest steps of the encoder.
 pub const ENCODER_LIMITS: Limits = Limits { rows: 160, sequences: 5, logits_rows: 0 };
-/// Words that both models know. Odd, so that rows of a matrix are no multiple of any kernel's tile.
+/// Tokens in the vocabulary of both models. Odd, so that the rows of a matrix are no multiple of any kernel's
+/// tile.
 pub const VOCABULARY: usize = 107;
 
 /// A decoder of two layers.
 #[derive(Debug, Clone, Copy)]
 pub struct Decoder {
-    /// How its matrices are stored. Norms and biases are always F32.
+    /// The stored type of its matrices. Norms and biases are always F32.
     pub dtype: DType,
-    /// How heads are turned.
+    /// The stored type of the value and up projections, where it differs from that of the others.
+    pub mixed_with: Option<DType>,
+    /// How rotary embedding pairs the elements of a head.
     pub layout: RopeLayout,
     /// Whether queries, keys and values have biases, as Qwen's do.
     pub biased: bool,
 }
 
 impl Decoder {
-    /// Its sizes: rows are whole blocks of the type, the hidden width is not a power of two, heads share keys.
+    /// Its sizes: rows are whole blocks of the type, the hidden width is no power of two, and heads share
+    /// keys.
     #[must_use]
     pub fn hyper(&self) -> Hyper {
         let (width, heads, head_dim) = if self.dtype.block_len() > 32 { (256, 4, 64) } else { (96, 6, 16) };
@@ -40,10 +44,10 @@ impl Decoder {
         if self.dtype.block_len() > 32 { 512 } else { 160 }
     }
 
-    /// Its weights, the same for the same decoder.
+    /// Its weights; equal decoders have equal weights.
     ///
     /// # Errors
-    /// Never, unless this crate is wrong.
+    /// Only by a fault of this crate.
     pub fn weights(&self) -> Result<Arc<Weights>, CaseError> {
         let Hyper { width, layers, kv_heads, head_dim, .. } = self.hyper();
         let (keys, hidden) = (kv_heads * head_dim, self.hidden());
@@ -60,7 +64,8 @@ impl Decoder {
                 ("down", width, hidden),
             ];
             for (name, rows, cols) in shapes {
-                made.matrix(&format!("{layer}.{name}"), self.dtype, rows, cols)?;
+                let dtype = if ["v", "up"].contains(&name) { self.mixed_with } else { None };
+                made.matrix(&format!("{layer}.{name}"), dtype.unwrap_or(self.dtype), rows, cols)?;
             }
             for (name, cols) in [("q.bias", width), ("k.bias", keys), ("v.bias", keys)] {
                 made.vector(&format!("{layer}.{name}"), cols, 0.0, 0.2)?;
@@ -75,14 +80,15 @@ impl Decoder {
     /// Its plan with these fused forms.
     ///
     /// # Errors
-    /// When a pass makes a wrong plan.
+    /// The plan that a pass made is wrong.
     pub fn plan(&self, weights: &Weights, fused: &FusedOps) -> Result<Plan, CaseError> {
         let hyper = self.hyper();
-        // Half of each head is turned where the layout allows for it, as some models do.
+        // The biased decoder rotates half of each head only, as some models do.
         let dims = if self.biased { hyper.head_dim / 2 } else { hyper.head_dim };
         let rope = RopeSpec { layout: self.layout, base: 10_000.0, dims, head_dim: hyper.head_dim };
-        // Random queries and keys give scores far apart, and a softmax sharper than any trained one multiplies what `fast`
-        // lost before it: half of the usual scale for heads of 16, a quarter for 64.
+        // Random queries and keys give scores far apart. The softmax of such scores is sharper than that of
+        // any trained model and amplifies the rounding of `fast`, so the scale is smaller than usual: half of
+        // it for heads of 16, a quarter for heads of 64.
         let scale = 2.0 / hyper.head_dim as f32;
         let mut b = PlanBuilder::new(weights, hyper, DECODER_LIMITS);
         let mut x = b.embed(named(weights, "embedding")?);
@@ -116,11 +122,11 @@ impl Decoder {
 /// An encoder of two layers.
 #[derive(Debug, Clone, Copy)]
 pub struct Encoder {
-    /// How its matrices are stored: one of the floats, as published encoders are.
+    /// The stored type of its matrices: a float type, as in published encoders.
     pub dtype: DType,
-    /// How rows become one.
+    /// How the rows of a sequence become one.
     pub pooling: Pooling,
-    /// Whether answers have length one.
+    /// Whether answers are divided by their length.
     pub normalise: bool,
 }
 
@@ -130,10 +136,10 @@ impl Encoder {
         Hyper { width: 96, layers: 2, heads: 4, kv_heads: 4, head_dim: 24, vocab: VOCABULARY, context: 90 };
     const HIDDEN: usize = 200;
 
-    /// Its weights, the same for the same encoder.
+    /// Its weights; equal encoders have equal weights.
     ///
     /// # Errors
-    /// Never, unless this crate is wrong.
+    /// Only by a fault of this crate.
     pub fn weights(&self) -> Result<Arc<Weights>, CaseError> {
         let Hyper { width, layers, context, .. } = Self::HYPER;
         let mut made = Maker::seeded(11);
@@ -162,7 +168,7 @@ impl Encoder {
     /// Its plan with these fused forms.
     ///
     /// # Errors
-    /// When a pass makes a wrong plan.
+    /// The plan that a pass made is wrong.
     pub fn plan(&self, weights: &Weights, fused: &FusedOps) -> Result<Plan, CaseError> {
         let dense = |b: &mut PlanBuilder<'_>, x, name: String| -> Result<Value, CaseError> {
             let product = b.matmul(x, named(weights, &name)?);
@@ -173,8 +179,8 @@ impl Encoder {
         };
         let mut b = PlanBuilder::new(weights, Self::HYPER, ENCODER_LIMITS);
         let words = b.embed(named(weights, "words")?);
-        let places = b.embed_positions(named(weights, "positions")?);
-        let x = b.add(words, places);
+        let positions = b.embed_positions(named(weights, "positions")?);
+        let x = b.add(words, positions);
         let x = b.add_row(x, named(weights, "types")?);
         let mut x = norm(&mut b, x, "norm".to_owned())?;
         for layer in 0..Self::HYPER.layers {
@@ -200,30 +206,30 @@ impl Encoder {
 /// The weight of that name.
 ///
 /// # Errors
-/// When there is none: a fault of this crate.
+/// There is none: a fault of this crate.
 pub fn named(weights: &Weights, name: &str) -> Result<WeightId, CaseError> {
     weights.find(name).ok_or_else(|| CaseError::Wrong(format!("the suite has no weight {name}")))
 }
 
 struct Maker {
-    dice: Dice,
+    rng: SeededRng,
     weights: Weights,
 }
 
 impl Maker {
     fn seeded(seed: u64) -> Self {
-        Self { dice: Dice::seeded(seed), weights: Weights::new() }
+        Self { rng: SeededRng::new(seed), weights: Weights::new() }
     }
 
     fn matrix(&mut self, name: &str, dtype: DType, rows: usize, cols: usize) -> Result<(), CaseError> {
-        let bytes = bytes(dtype, rows * cols, &mut self.dice);
+        let bytes = bytes(dtype, rows * cols, &mut self.rng);
         let range = 0..bytes.len();
         self.weights.push(Weight::new(name, dtype, (rows, cols), Arc::new(bytes), range)?)?;
         Ok(())
     }
 
-    fn vector(&mut self, name: &str, cols: usize, middle: f32, spread: f32) -> Result<(), CaseError> {
-        let values: Vec<f32> = (0..cols).map(|_| middle + spread * self.dice.signed()).collect();
+    fn vector(&mut self, name: &str, cols: usize, middle: f32, radius: f32) -> Result<(), CaseError> {
+        let values: Vec<f32> = (0..cols).map(|_| middle + radius * self.rng.next_signed()).collect();
         self.weights.push(Weight::from_f32(name, (1, cols), &values)?)?;
         Ok(())
     }

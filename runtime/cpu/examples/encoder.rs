@@ -1,8 +1,10 @@
-//! How fast an encoder's steps are: MiniLM's shape with made-up f32 weights, sequences of 128 tokens, one and 32 at once.
+//! Measures the steps of an encoder: the shape of MiniLM with synthetic f32 weights, batches of 1 and 32
+//! sequences of 128 tokens.
 //!
-//! `cargo run --profile ci -p trustformers-cpu --example encoder -- [THREADS] [fast] [unfused] [all]`. Numerics take turns
-//! (only the fast ones with `fast`), with `unfused` plans without any fused op as well, and with `all` every tier; the
-//! fastest and the median of [`ROUNDS`] rounds are printed, and the products per second beside them.
+//! `cargo run --profile ci -p trustformers-cpu --example encoder -- [THREADS] [fast] [unfused] [all]`
+//! measures both numerics. `fast` excludes exact numerics, `unfused` adds plans without fused ops, and `all`
+//! measures every tier instead of the best one. All entries run alternately for [`ROUNDS`] rounds. It prints
+//! the fastest and the median round, and products per second.
 
 use std::{sync::Arc, time::Instant};
 
@@ -19,7 +21,7 @@ const HYPER: Hyper =
 const FEED_FORWARD: usize = 1536;
 const TOKENS: usize = 128;
 const BATCHES: [usize; 2] = [1, 32];
-/// Turns that each entry takes.
+/// Measurements of each entry.
 const ROUNDS: usize = 7;
 
 fn weights() -> Result<Arc<Weights>, AnyError> {
@@ -54,8 +56,8 @@ fn plan(weights: &Weights, fused: &FusedOps) -> Result<Plan, AnyError> {
     let (norm, norm_bias) = (find("norm".into())?, find("norm.bias".into())?);
     let limits = Limits { rows: TOKENS * BATCHES[1], sequences: BATCHES[1], logits_rows: 0 };
     let mut b = PlanBuilder::new(weights, HYPER, limits);
-    let (words, places) = (b.embed(find("words".into())?), b.embed_positions(find("positions".into())?));
-    let mut x = b.add(words, places);
+    let (words, positions) = (b.embed(find("words".into())?), b.embed_positions(find("positions".into())?));
+    let mut x = b.add(words, positions);
     for layer in 0..HYPER.layers {
         let dense = |b: &mut PlanBuilder<'_>, x, name: &str| {
             let product = b.matmul(x, find(format!("{layer}.{name}"))?);
@@ -97,7 +99,7 @@ fn seconds(e: &mut dyn Executable, input: &StepInput) -> Result<f64, AnyError> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// An entry: its name, and what runs its steps.
+/// An entry: its name, and the executable of its steps.
 fn entry(
     mut backend: CpuBackend,
     weights: &Arc<Weights>,

@@ -1,11 +1,13 @@
-//! How fast steps are: decode, decode at depth, eight sequences and prefill, of models with made-up weights.
+//! Measures steps of models with synthetic weights: decode, decode with a long context, eight sequences, and
+//! prefill.
 //!
-//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [unfused] [THREADS]`, where MODEL is `smollm2` (the
-//! default: SmolLM2-135M, Q4_1), `smollm2-bf16`, `qwen-0.5b` or `qwen-1.5b` (as their Q4_K_M files mix types), and `all` measures every
-//! tier and numerics instead of the best tier's fast ones; `unfused` adds plans without any fused op. Decoding reads all repacked weights once per step; beside the
-//! speed stands what reading that much memory takes at the bandwidth measured in the same run. All entries take turns for
-//! [`ROUNDS`] rounds and the fastest and the median are printed, so that a busy neighbour is seen for what it is instead of
-//! slowing one of them.
+//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [unfused] [THREADS]`. MODEL
+//! is `smollm2` (the default: SmolLM2-135M, Q4_1), `smollm2-bf16`, `qwen-0.5b` or `qwen-1.5b` (with the mixed
+//! types of their Q4_K_M files). `all` measures every tier in both numerics instead of the best tier in fast
+//! numerics, and `unfused` adds plans without fused ops. Decoding reads all repacked weights once per step,
+//! so the speed is printed with the time that reading this much memory takes at the bandwidth measured in the
+//! same run. All entries run alternately for [`ROUNDS`] rounds, so that other load on the machine affects all
+//! of them. It prints the fastest and the median round.
 
 use std::{hint::black_box, sync::Arc, time::Instant};
 
@@ -24,10 +26,10 @@ struct Shape {
     feed_forward: usize,
     head: DType,
     query_key_output: DType,
-    /// In one half of the layers and in the other.
+    /// Types in even and in odd layers.
     value: [DType; 2],
     gate_up: DType,
-    /// In one half of the layers and in the other.
+    /// Types in even and in odd layers.
     down: [DType; 2],
 }
 
@@ -99,7 +101,7 @@ const SHAPES: [Shape; 4] = [
     },
 ];
 
-/// A block with quants of every value and scales of about 0.008; what they are does not change the time.
+/// A block with quants of every value and scales of about 0.008. The values do not affect the time.
 fn block(dtype: DType, seed: usize) -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..dtype.block_bytes()).map(|i| (((seed + i) * 37) >> 3) as u8).collect();
     let small = [0x10, 0x20];
@@ -171,10 +173,10 @@ fn plan(shape: &Shape, weights: &Weights, fused: &FusedOps) -> Result<Plan, AnyE
     Ok(b.finish(fused)?)
 }
 
-/// Turns that each entry takes.
+/// Measurements of each entry.
 const ROUNDS: usize = 7;
 
-/// Seconds of one step, the fastest of `times` in this turn.
+/// Seconds of one step, the fastest of `times` in this round.
 fn seconds(e: &mut dyn Executable, input: &StepInput, times: usize) -> Result<f64, AnyError> {
     let mut output = StepOutput::new();
     let mut best = f64::MAX;
@@ -203,17 +205,17 @@ fn step(sequences: usize, rows: usize, cached_tokens: usize) -> StepInput {
     input
 }
 
-/// Bytes per second that `threads` threads read together, each its own part of `bytes`.
+/// Bytes per second that `threads` threads read together, each a different chunk of `bytes`.
 fn read_bandwidth(bytes: u64, threads: usize) -> f64 {
     let words: Vec<u64> = (0..bytes / 8).collect();
     let mut best = f64::MAX;
     for _ in 0..5 {
         let start = Instant::now();
         std::thread::scope(|scope| {
-            for part in words.chunks(words.len().div_ceil(threads)) {
+            for chunk in words.chunks(words.len().div_ceil(threads)) {
                 scope.spawn(|| {
                     let mut sums = [0u64; 32];
-                    for line in part.chunks_exact(32) {
+                    for line in chunk.chunks_exact(32) {
                         sums.iter_mut().zip(line).for_each(|(sum, word)| *sum ^= word);
                     }
                     black_box(sums);
@@ -225,7 +227,7 @@ fn read_bandwidth(bytes: u64, threads: usize) -> f64 {
     bytes as f64 / best
 }
 
-/// One tier's model and what was measured of it.
+/// One tier's model and its measurements.
 struct Entry {
     name: String,
     executable: Box<dyn Executable>,
@@ -242,7 +244,7 @@ fn main() -> Result<(), AnyError> {
     let weights = weights(shape)?;
     let mut entries = Vec::new();
     let mut weight_bytes = 0;
-    // The plain tier is not for serving; its times would only make the others wait.
+    // The scalar tier is not for serving, and its steps would take most of the run.
     let tiers = Tier::ALL.into_iter().filter(|tier| tier.is_available() && *tier != Tier::Scalar);
     for tier in tiers.filter(|tier| all || *tier == Tier::best()) {
         for (numerics, unfused) in [Numerics::Fast, Numerics::Exact].map(|n| [(n, false), (n, true)]).concat()

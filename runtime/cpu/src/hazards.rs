@@ -1,18 +1,19 @@
-//! Where the threads of a step must meet.
+//! Where the threads of a step need a barrier.
 //!
-//! Ops split their work differently (by rows, features, heads), so a barrier is needed wherever an op touches bytes that
-//! an op since the last barrier wrote, or writes bytes that one read. That is decided once, when a plan is compiled.
+//! Ops split their work differently (by rows, features, heads). So a barrier is needed where an op accesses
+//! bytes that an op after the last barrier wrote, or writes bytes that one read. This is decided once, when a
+//! plan is compiled.
 
 use trustformers_plan::{Buf, Op};
 
-/// Something that ops share.
+/// Memory that ops share.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Resource {
     /// A part of the arena.
     Arena(Buf),
     /// One layer of the cache.
     Cache(usize),
-    /// The buffers that projections and attentions share for their intermediate results.
+    /// The scratch memory that projections and attentions share.
     Scratch,
 }
 
@@ -22,8 +23,9 @@ pub(crate) fn barriers(ops: &[Op]) -> Vec<bool> {
     ops.iter()
         .map(|op| {
             let mine = accesses(op);
-            let meets = |(r, w): &(Resource, bool)| since.iter().any(|(q, v)| (*w || *v) && conflict(r, q));
-            let barrier = mine.iter().any(meets);
+            let conflicts =
+                |(r, w): &(Resource, bool)| since.iter().any(|(q, v)| (*w || *v) && conflict(r, q));
+            let barrier = mine.iter().any(conflicts);
             if barrier {
                 since.clear();
             }
@@ -33,7 +35,7 @@ pub(crate) fn barriers(ops: &[Op]) -> Vec<bool> {
         .collect()
 }
 
-/// What an op touches, and whether it writes it.
+/// The resources that an op accesses, and whether it writes them.
 fn accesses(op: &Op) -> Vec<(Resource, bool)> {
     let mut list: Vec<_> = op.inputs().into_iter().map(|buf| (Resource::Arena(buf), false)).collect();
     list.extend(op.changes().into_iter().chain(op.output()).map(|buf| (Resource::Arena(buf), true)));
@@ -46,7 +48,7 @@ fn accesses(op: &Op) -> Vec<(Resource, bool)> {
             list.push((Resource::Scratch, true));
         }
         Op::MatMul { .. } | Op::Logits { .. } => list.push((Resource::Scratch, true)),
-        // What an encoder's attention keeps meanwhile is each thread's own.
+        // An encoder's attention uses scratch memory of each thread only.
         Op::EncoderAttention { .. }
         | Op::Embed { .. }
         | Op::EmbedPositions { .. }
@@ -70,8 +72,8 @@ fn conflict(a: &Resource, b: &Resource) -> bool {
     }
 }
 
-/// Whether two buffers may share bytes. Column ranges of one allocation are apart when their columns are; how many rows
-/// a step has is not known here, so anything else is taken to reach to the arena's end.
+/// Whether two buffers may share bytes. Column ranges of one allocation are disjoint when their columns are.
+/// The number of rows of a step is not known here, so any other buffer is taken to reach to the arena's end.
 fn may_overlap(a: &Buf, b: &Buf) -> bool {
     let (low, high) = if a.offset <= b.offset { (a, b) } else { (b, a) };
     let distance = (high.offset - low.offset) / size_of::<f32>();
@@ -92,18 +94,18 @@ mod tests {
     }
 
     #[test]
-    fn columns_of_one_allocation_do_not_meet() {
+    fn columns_of_one_allocation_are_disjoint() {
         assert!(!may_overlap(&buf(0, 32, 64), &buf(128, 16, 64)));
         assert!(!may_overlap(&buf(192, 16, 64), &buf(128, 16, 64)));
         assert!(may_overlap(&buf(0, 33, 64), &buf(128, 16, 64)));
         assert!(may_overlap(&buf(128, 16, 64), &buf(128, 16, 64)));
-        // Its last columns would wrap into the first's next row.
+        // Its last columns would reach into the next row of the first buffer.
         assert!(may_overlap(&buf(0, 32, 64), &buf(192, 17, 64)));
         assert!(may_overlap(&buf(0, 32, 64), &buf(128, 16, 32)));
     }
 
     #[test]
-    fn turning_queries_and_keys_needs_one_meeting() {
+    fn rope_of_queries_and_keys_needs_one_barrier() {
         let spec = RopeSpec { layout: RopeLayout::Neox, base: 1e4, dims: 8, head_dim: 8 };
         let (q, k, v) = (buf(0, 32, 64), buf(128, 16, 64), buf(192, 16, 64));
         let ops = [
@@ -114,10 +116,10 @@ mod tests {
         ];
         assert_eq!(barriers(&ops), [false, false, true, false]);
         let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8 };
-        let at_once = [
+        let fused = [
             Op::RopeKvWrite { layer: 0, query: q, keys: k, values: v, spec },
             Op::Attention { layer: 0, query: q, shape, scale: 1.0, out: buf(8192, 32, 32) },
         ];
-        assert_eq!(barriers(&at_once), [false, true]);
+        assert_eq!(barriers(&fused), [false, true]);
     }
 }

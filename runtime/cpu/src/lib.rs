@@ -1,16 +1,23 @@
 //! CPU backend: run-time dispatch over SIMD tiers.
 //!
-//! Decoding reads every weight once per step, so its speed is the memory's: weights are repacked at load into one
-//! forward stream per thread ([`pack`]), and the kernels ([`kernels`]) only have to keep up. A step is one pass of all
-//! threads over the plan ([`step`]), each on its static share, meeting at barriers where an op reads what another wrote
-//! ([`hazards`]).
+//! Decoding reads every weight once per step, so memory bandwidth limits its speed. Weights are repacked at
+//! load into one forward stream per thread ([`pack`]), which the kernels ([`kernels`]) read at full
+//! bandwidth. In a step all threads run the whole plan ([`step`]), each on its static share of every op, and
+//! synchronise at barriers where an op reads what another thread wrote ([`hazards`]). [`footprint`] computes
+//! the memory of a model before it is loaded.
 //!
-//! In [`Numerics::Exact`](trustformers_plan::Numerics) activations stay f32 and every row is summed in an order that
-//! depends on the tier alone. In `Fast` they are quantised to 8 bits per 32 columns where the weights are quantised too, and
-//! rounded to bf16 where the weights are bf16 and the processor multiplies it.
+//! In [`Numerics::Exact`](trustformers_plan::Numerics) activations stay f32, and the order in which a row is
+//! summed depends on the tier only. In `Fast` activations are quantised to 8 bits per 32 columns where the
+//! weights are quantised, and rounded to bf16 where the weights are bf16 and the processor can multiply bf16.
+//!
+//! One word has one meaning here: a *block* is 32 columns of a weight matrix, the unit of quantisation; a *KV
+//! block* is 16 positions of the key/value cache; a *group* is 16 rows of a packed matrix; a *tile* is a few
+//! rows of activations whose sums stay in registers; a *strip* is as many rows as share weights that are in a
+//! cache of the processor.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod footprint;
 mod hazards;
 mod kernels;
 mod machine;
@@ -21,23 +28,25 @@ mod pool;
 mod step;
 mod tier;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use trustformers_plan::{Backend, BackendError, Caps, DType, DeviceKind, FusedOps, LoadSpec, Loaded};
+use trustformers_plan::{
+    Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec, FusedOps, LoadSpec, Loaded, MemoryReport,
+};
 
-use crate::{model::CpuModel, pool::Pool};
+use crate::{footprint::Footprint, kernels::Kernels, model::CpuModel, pool::Pool};
 pub use tier::Tier;
 
 /// How to use the processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CpuConfig {
-    /// Kernels to use; the fastest that the processor has where none is named.
+    /// Kernels to use; `None` for the fastest that the processor has.
     pub tier: Option<Tier>,
-    /// Threads per step; where none are named, as many as affinity and the cgroup's processor quota allow.
+    /// Threads per step; `None` for as many as the affinity mask and the cgroup's processor quota allow.
     pub threads: Option<usize>,
 }
 
-/// Threads that no step can use well: more than any machine this was written for has.
+/// Most threads: more would not make steps faster on any supported machine.
 const MAX_THREADS: usize = 1024;
 
 /// The processor as a device. Its threads serve every model loaded on it, one step at a time.
@@ -51,8 +60,8 @@ impl CpuBackend {
     /// Starts the threads.
     ///
     /// # Errors
-    /// [`BackendError::Device`] when the processor lacks a named tier, the number of threads makes no sense, or the
-    /// system refuses a thread.
+    /// [`BackendError::Device`] when the processor lacks the tier, the number of threads is out of range, or
+    /// the system refuses a thread.
     pub fn new(config: CpuConfig) -> Result<Self, BackendError> {
         let tier = config.tier.unwrap_or_else(Tier::best);
         if !tier.is_available() {
@@ -91,6 +100,11 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     fn caps(&self) -> &Caps {
         &self.caps
+    }
+
+    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
+        let threads = self.pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
+        Ok(Footprint::of(spec, &Kernels::of(self.tier), threads)?.report())
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {

@@ -1,4 +1,4 @@
-//! Aligned memory that several threads write at once, each its own part.
+//! Aligned memory that several threads write at the same time, each its own range.
 
 use std::{cell::UnsafeCell, sync::Arc};
 
@@ -9,27 +9,28 @@ use trustformers_plan::{BackendError, Buf};
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Zeroed bytes that start at a cache line, in large pages where the system has some: a step reads all weights, and with
-/// pages of four kilobytes waits for translations.
+/// Zeroed bytes that start at a cache line, in large pages where the system has some. A step reads all
+/// weights; with pages of four kilobytes it would wait for address translations.
 fn lines(what: &'static str, bytes: usize) -> Result<Vec<Line>, BackendError> {
     let count = bytes.div_ceil(64);
     let mut lines: Vec<Line> = Vec::new();
     lines
         .try_reserve_exact(count)
         .map_err(|_| BackendError::OutOfMemory { what, needed_bytes: bytes as u64 })?;
-    ask_for_large_pages(lines.as_mut_ptr().cast(), count * size_of::<Line>());
+    advise_large_pages(lines.as_mut_ptr().cast(), count * size_of::<Line>());
     lines.resize(count, Line([0; 64]));
     Ok(lines)
 }
 
-/// Advises the system before the memory is touched for the first time; what comes of it is the system's business.
+/// Advises the system to use large pages, before the memory is written for the first time. It may ignore the
+/// advice.
 #[cfg(target_os = "linux")]
-fn ask_for_large_pages(start: *mut u8, bytes: usize) {
-    const PAGE: usize = 4096;
-    let skipped = start.align_offset(PAGE);
-    let whole = bytes.saturating_sub(skipped) / PAGE * PAGE;
-    if whole >= LARGE_PAGE {
-        // SAFETY: these pages lie inside memory that was allocated and holds nothing yet; the advice changes no content.
+fn advise_large_pages(start: *mut u8, bytes: usize) {
+    const PAGE_BYTES: usize = 4096;
+    let skipped = start.align_offset(PAGE_BYTES);
+    let whole = bytes.saturating_sub(skipped) / PAGE_BYTES * PAGE_BYTES;
+    if whole >= LARGE_PAGE_BYTES {
+        // SAFETY: these pages lie inside allocated memory without content; the advice changes none.
         let advised = unsafe {
             rustix::mm::madvise(start.add(skipped).cast(), whole, rustix::mm::Advice::LinuxHugepage)
         };
@@ -40,37 +41,37 @@ fn ask_for_large_pages(start: *mut u8, bytes: usize) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn ask_for_large_pages(_: *mut u8, _: usize) {}
+fn advise_large_pages(_: *mut u8, _: usize) {}
 
 /// Bytes of a large page; smaller memory has no use for them.
 #[cfg(target_os = "linux")]
-const LARGE_PAGE: usize = 2 << 20;
+const LARGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Memory that several things share, given out from its start.
+/// One allocation that is handed out in pieces, from its start.
 pub(crate) struct Store {
     memory: Arc<SharedF32>,
-    taken_bytes: usize,
+    used_bytes: usize,
 }
 
 impl Store {
-    /// So many bytes to give out.
+    /// A store of `bytes` bytes.
     pub(crate) fn new(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
-        Ok(Self { memory: Arc::new(SharedF32::of_bytes(what, bytes)?), taken_bytes: 0 })
+        Ok(Self { memory: Arc::new(SharedF32::of_bytes(what, bytes)?), used_bytes: 0 })
     }
 
-    /// The next `bytes`, which nobody else is given; starts at a cache line.
+    /// The next `bytes`, as a piece of their own; they start at a cache line.
     ///
     /// # Panics
-    /// When the store was made too small.
+    /// When the store is too small.
     pub(crate) fn take(&mut self, bytes: usize) -> Piece {
-        let start = self.taken_bytes;
-        self.taken_bytes += bytes.next_multiple_of(size_of::<Line>());
-        assert!(self.taken_bytes as u64 <= self.memory.bytes(), "the store is too small");
+        let start = self.used_bytes;
+        self.used_bytes += bytes.next_multiple_of(size_of::<Line>());
+        assert!(self.used_bytes as u64 <= self.memory.bytes(), "the store is too small");
         Piece { memory: self.memory.clone(), start, bytes }
     }
 }
 
-/// A part of a [`Store`], which it keeps alive.
+/// A range of a [`Store`]'s memory, which it keeps alive.
 pub(crate) struct Piece {
     memory: Arc<SharedF32>,
     start: usize,
@@ -88,26 +89,26 @@ impl Piece {
         self.bytes
     }
 
-    /// Its content as plain numbers.
+    /// Its content as numbers.
     pub(crate) fn as_mut<T: Plain>(&mut self) -> &mut [T] {
-        // SAFETY: the store gave these bytes to this piece alone, and any bytes are a plain number; cache lines are aligned
-        // for all of them.
+        // SAFETY: the store gave these bytes to this piece only; any bytes are a valid number, and cache
+        // lines are aligned for all number types.
         unsafe { std::slice::from_raw_parts_mut(self.ptr().cast_mut().cast(), self.bytes / size_of::<T>()) }
     }
 }
 
-/// Numbers of which any bytes are one.
+/// Numbers for which any bytes are valid.
 pub(crate) trait Plain {}
 impl Plain for u8 {}
 impl Plain for u16 {}
 
-/// f32 memory shared by the threads of a step. Who may touch what, when, is the plan's business: threads write disjoint
-/// parts, and a barrier lies between a write and any access to the same part by another thread.
+/// f32 memory shared by the threads of a step. Threads write disjoint ranges, and a barrier lies between a
+/// write and any access to the same range by another thread.
 pub(crate) struct SharedF32 {
     lines: Box<[UnsafeCell<Line>]>,
 }
 
-// SAFETY: the memory is plain numbers, and only reached through raw pointers whose users keep the rule above.
+// SAFETY: the memory is accessed through raw pointers only, whose users keep the rule above.
 unsafe impl Sync for SharedF32 {}
 
 impl SharedF32 {
@@ -118,7 +119,7 @@ impl SharedF32 {
         Ok(Self { lines: lines(what, bytes)?.into_iter().map(UnsafeCell::new).collect() })
     }
 
-    /// So many zero bytes.
+    /// `bytes` zero bytes.
     pub(crate) fn of_bytes(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
         Self::new(what, bytes.div_ceil(size_of::<f32>()))
     }
@@ -130,7 +131,13 @@ impl SharedF32 {
 
     /// Bytes it takes.
     pub(crate) fn bytes(&self) -> u64 {
-        (self.lines.len() * 64) as u64
+        (self.lines.len() * size_of::<Line>()) as u64
+    }
+
+    /// Bytes that `len` values take.
+    pub(crate) const fn bytes_of(len: usize) -> u64 {
+        let line_bytes = size_of::<Line>() as u64;
+        (len as u64).saturating_mul(size_of::<f32>() as u64).div_ceil(line_bytes).saturating_mul(line_bytes)
     }
 
     /// First value of a buffer's row.

@@ -1,18 +1,21 @@
-//! Weights laid out for the kernels: sixteen output features side by side, one per vector lane.
+//! Weights in the layout of the kernels: sixteen output features side by side, one per vector lane.
 //!
-//! A *group* is 16 rows of the matrix (the last is filled up with zeros), a *block* 32 columns. Reading a group is one
-//! forward stream, and a dot product needs no sum across lanes. Floats lie `[column][row]`, but bf16 in
-//! pairs `[column / 2][row][column % 2]`, as the instructions that multiply them want it. Quants lie in planes, so that a
-//! step of four columns is a vector of `[row][column]`, one byte each:
+//! A *group* is 16 rows of the matrix (the last is filled up with zeros), a *block* 32 columns. Reading a
+//! group is one forward stream, and a dot product needs no sum across lanes. Floats are stored as
+//! `[column][row]`, but bf16 in pairs `[column / 2][row][column % 2]`, as the instructions that multiply them
+//! require. Quants are stored in planes, so that a step of four columns is a vector of `[row][column]`, one
+//! byte each:
 //!
 //! * eight bits: 512 bytes `[column / 4][row][column % 4]`
-//! * low four bits: 256 bytes, where step `k` of the eight is the low (`k < 4`) or high half of vector `k % 4`
+//! * low four bits: 256 bytes, where step `k` of the eight is the low (`k < 4`) or high half of vector
+//!   `k % 4`
 //! * a fifth bit: 64 bytes, bit `k` of each for step `k`
 //! * fifth and sixth: 128 bytes, bits `2 (k % 4)` of vector `k / 4` for step `k`
 //!
-//! Quants are unsigned, as the dot-product instructions want their first operand; what is subtracted from them is the
-//! form's centre (`CENTRE` in [`crate::kernels::matmul`]'s forms). Scales lie in a second stream, as they are stored: nothing is rounded by packing, except where
-//! a matrix of floats is deliberately made one of [`Form::Int8`].
+//! Quants are unsigned, as the dot-product instructions require their first operand. The number that is
+//! subtracted from them is the form's centre (`CENTRE` in the forms of [`crate::kernels::matmul`]). A second
+//! stream has the scales as they are stored. Packing rounds nothing, except where a matrix of floats becomes
+//! [`Form::Int8`] on purpose.
 
 mod stored;
 
@@ -41,18 +44,19 @@ pub(crate) enum Form {
     Q5,
     /// Four bits; f16 scales `[row]`, then f16 minima `[row]` per block.
     Q4Min,
-    /// Four bits; per eight blocks f16 `d` and `dmin` `[row]`, then for each block bytes `scale[row]`, `min[row]`.
+    /// Four bits; per eight blocks f16 `d` and `dmin` `[row]`, then for each block bytes `scale[row]`,
+    /// `min[row]`.
     Q4K,
     /// Five bits; scales as `Q4K`.
     Q5K,
     /// Six bits; per eight blocks f16 `d[row]`, then for each half block signed bytes `scale[row]`.
     Q6K,
-    /// Eight bits; one f32 scale per row. The one form that rounds: see [`Packed::new`].
+    /// Eight bits; one f32 scale per row. The only form that rounds: see [`Packed::new`].
     Int8,
 }
 
 impl Form {
-    /// The form that holds weights of this type as they are.
+    /// The form that keeps the values of this stored type.
     pub(crate) const fn of(dtype: DType) -> Self {
         match dtype {
             DType::F32 => Self::F32,
@@ -68,8 +72,8 @@ impl Form {
         }
     }
 
-    /// Whether it can meet activations that are quantised by blocks.
-    pub(crate) const fn has_blocks(self) -> bool {
+    /// Whether it can be multiplied by activations that are quantised by blocks.
+    pub(crate) const fn has_block_scales(self) -> bool {
         !matches!(self, Self::F32 | Self::F16 | Self::Bf16 | Self::Int8)
     }
 
@@ -85,17 +89,18 @@ impl Form {
         }
     }
 
-    /// Bytes of the first stream. Tile registers take two blocks of [`Self::Int8`] at once, the last of which may not be
-    /// there: its values meet zeros, and so may be anything, but must be memory.
+    /// Bytes of the first stream. Tile registers load two blocks of [`Self::Int8`] together. Where the last
+    /// block has no partner, the bytes after it are multiplied by zeros: any values will do, but the memory
+    /// must exist.
     const fn value_bytes(self, groups: usize, blocks: usize) -> usize {
-        let behind = match self {
+        let padding = match self {
             Self::Int8 => blocks % 2,
             _ => 0,
         };
-        (groups * blocks + behind) * self.block_bytes()
+        (groups * blocks + padding) * self.block_bytes()
     }
 
-    /// 16-bit words of a group of so many blocks in the second stream.
+    /// 16-bit words of a group of `blocks` blocks in the second stream.
     const fn scale_words(self, blocks: usize) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 0,
@@ -131,7 +136,8 @@ impl Packed {
         values.next_multiple_of(64) + scales.next_multiple_of(64)
     }
 
-    /// Repacks a stored matrix into memory of [`Self::bytes_of`]. The form is that of its type, or one that floats can become.
+    /// Repacks a stored matrix into memory of [`Self::bytes_of`]. The form is that of its type, or
+    /// [`Form::Int8`].
     pub(crate) fn new(weight: &Weight, form: Form, store: &mut Store) -> Self {
         let mut packed = Self::empty(form, weight, store);
         if form == Form::of(weight.dtype()) {
@@ -141,7 +147,7 @@ impl Packed {
         let mut floats = vec![0.0; weight.cols()];
         for row in 0..weight.rows() {
             weight.dequantise_row(row, &mut floats);
-            packed.fill_floats(row, &floats);
+            packed.fill_rounded(row, &floats);
         }
         packed
     }
@@ -203,7 +209,7 @@ impl Packed {
             match form {
                 Form::F32 => scatter::<4>(values, row, lane),
                 Form::F16 => scatter::<2>(values, row, lane),
-                // A pair of columns is what a column is elsewhere; the last may be alone.
+                // A pair of columns takes the place of a column; the last may be single.
                 Form::Bf16 => scatter::<4>(values, row, lane),
                 _ => {
                     let dtype = weight.dtype();
@@ -215,10 +221,10 @@ impl Packed {
                             &mut scales[form.scale_words(i * blocks_in_one)..],
                             lane,
                         );
-                        for part in 0..blocks_in_one {
-                            let block = (i * blocks_in_one + part) * form.block_bytes();
+                        for sub_block in 0..blocks_in_one {
+                            let block = (i * blocks_in_one + sub_block) * form.block_bytes();
                             let block = &mut values[block..block + form.block_bytes()];
-                            place(form, block, &stored::quants(form, stored, part), lane);
+                            place_quants(form, block, &stored::quants(form, stored, sub_block), lane);
                         }
                     }
                 }
@@ -226,15 +232,11 @@ impl Packed {
         }
     }
 
-    /// One row as [`Form::F32`], or rounded to [`Form::Int8`]: `q = round(w / scale) + 128`, `scale = max |w| / 127`.
-    fn fill_floats(&mut self, row: usize, floats: &[f32]) {
-        let (lane, form) = (row % GROUP_ROWS, self.form);
+    /// One row rounded to [`Form::Int8`]: `q = round(w / scale) + 128`, `scale = max |w| / 127`.
+    fn fill_rounded(&mut self, row: usize, floats: &[f32]) {
+        debug_assert!(self.form == Form::Int8, "{:?} is made of stored blocks only", self.form);
+        let lane = row % GROUP_ROWS;
         let (values, scales) = self.streams(row / GROUP_ROWS);
-        if form != Form::Int8 {
-            debug_assert!(form == Form::F32, "{form:?} is made of stored blocks only");
-            let bytes: Vec<u8> = floats.iter().flat_map(|v| v.to_le_bytes()).collect();
-            return scatter::<4>(values, &bytes, lane);
-        }
         let largest = floats.iter().fold(0f32, |a, v| a.max(v.abs()));
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         let bits = (largest / 127.0).to_bits();
@@ -245,13 +247,13 @@ impl Packed {
             for (q, v) in quants.iter_mut().zip(floats) {
                 *q = ((v * inverse).round_ties_even() as i8).cast_unsigned() ^ 0x80;
             }
-            place(Form::Int8, &mut values[b * Form::Int8.block_bytes()..], &quants, lane);
+            place_quants(Form::Int8, &mut values[b * Form::Int8.block_bytes()..], &quants, lane);
         }
     }
 }
 
-/// Puts the quants of one row into a block's planes, which are zero there.
-fn place(form: Form, block: &mut [u8], quants: &[u8; BLOCK_COLS], lane: usize) {
+/// Writes the quants of one row into a block's planes, which must be zero there.
+fn place_quants(form: Form, block: &mut [u8], quants: &[u8; BLOCK_COLS], lane: usize) {
     for (k, four) in quants.chunks_exact(4).enumerate() {
         for (j, &q) in four.iter().enumerate() {
             let at = lane * 4 + j;

@@ -1,8 +1,9 @@
-//! The threads of a step: each runs the whole plan on its share of the rows and meets the others at barriers.
+//! The threads of a step: each runs the whole plan on its share of the rows and synchronises with the others
+//! at barriers.
 //!
-//! Work is split statically, so no queue is on the path. Workers spin only while a step runs (they meet several times
-//! per layer, microseconds apart) and are parked between steps: an idle server uses no processor. The caller's thread
-//! is one of them.
+//! Work is split statically, so there is no queue. Workers spin only while a step runs (barriers are
+//! microseconds apart) and sleep between steps, so that an idle server uses no processor. The caller's thread
+//! is one of the threads.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -15,15 +16,15 @@ use std::{
 
 use std::sync::{Condvar, Mutex, PoisonError};
 
-/// Spins before a waiting thread offers its processor to others. Longer than the skew between threads that all run
-/// (about a microsecond), far shorter than the scheduler's slice when they share one.
+/// Spins before a waiting thread yields its processor. They take longer than the skew between threads that
+/// all run (about a microsecond) and far less than a time slice of the scheduler.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
 
 /// A thread of the step failed; the others stop at their next barrier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Aborted;
 
-/// Where the threads of a step meet.
+/// A barrier that an aborted step releases.
 pub(crate) struct Barrier {
     threads: usize,
     arrived: AtomicUsize,
@@ -37,7 +38,8 @@ impl Barrier {
         Self { threads, arrived, round, aborted: AtomicBool::new(false) }
     }
 
-    /// Waits until every thread of the step is here; what each wrote before is then visible to all.
+    /// Waits until every thread of the step has called it; the earlier writes of each are then visible to
+    /// all.
     ///
     /// # Errors
     /// [`Aborted`] when another thread failed.
@@ -67,32 +69,32 @@ impl Barrier {
     }
 }
 
-/// What a thread does in one step: its number and the barrier.
-type Task<'a> = dyn Fn(usize, &Barrier) -> Result<(), Aborted> + Sync + 'a;
+/// The function that every thread of a step runs, with its number and the barrier.
+type Job<'a> = dyn Fn(usize, &Barrier) -> Result<(), Aborted> + Sync + 'a;
 
-/// A task whose lifetime has been erased; valid until every worker has reported the step's end.
+/// A job whose lifetime has been erased; valid until every worker has reported the step's end.
 #[derive(Clone, Copy)]
-struct TaskPtr(*const Task<'static>);
+struct JobPtr(*const Job<'static>);
 // SAFETY: the pointee is `Sync`, and `Pool::run` keeps it alive until all workers are done with it.
-unsafe impl Send for TaskPtr {}
+unsafe impl Send for JobPtr {}
 
-/// What workers wait for.
-struct Slot {
+/// The step that workers wait for.
+struct Assignment {
     step: u64,
-    task: Option<TaskPtr>,
+    job: Option<JobPtr>,
     stop: bool,
 }
 
-struct Shared {
+struct PoolState {
     barrier: Barrier,
-    slot: Mutex<Slot>,
+    assignment: Mutex<Assignment>,
     wake: Condvar,
     running: AtomicUsize,
 }
 
-/// The workers. Dropping it ends them.
+/// The worker threads. Dropping it ends them.
 pub(crate) struct Pool {
-    shared: Arc<Shared>,
+    state: Arc<PoolState>,
     workers: Vec<JoinHandle<()>>,
 }
 
@@ -102,17 +104,17 @@ impl Pool {
     /// # Errors
     /// When the system refuses a thread.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared {
+        let state = Arc::new(PoolState {
             barrier: Barrier::new(threads),
-            slot: Mutex::new(Slot { step: 0, task: None, stop: false }),
+            assignment: Mutex::new(Assignment { step: 0, job: None, stop: false }),
             wake: Condvar::new(),
             running: AtomicUsize::new(0),
         });
-        let mut pool = Self { shared, workers: Vec::new() };
+        let mut pool = Self { state, workers: Vec::new() };
         for number in 1..threads {
-            let shared = pool.shared.clone();
+            let state = pool.state.clone();
             let builder = std::thread::Builder::new().name(format!("cpu-{number}"));
-            pool.workers.push(builder.spawn(move || worker(&shared, number))?);
+            pool.workers.push(builder.spawn(move || worker(&state, number))?);
         }
         Ok(pool)
     }
@@ -122,25 +124,25 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `task` on every thread and returns when all have ended.
+    /// Runs `job` on every thread and returns when all have ended.
     ///
     /// # Errors
     /// [`Aborted`] when a thread panicked; the pool can be used again.
-    pub(crate) fn run(&mut self, task: &Task<'_>) -> Result<(), Aborted> {
-        let shared = &*self.shared;
-        shared.running.store(self.workers.len(), Ordering::Relaxed);
+    pub(crate) fn run(&mut self, job: &Job<'_>) -> Result<(), Aborted> {
+        let state = &*self.state;
+        state.running.store(self.workers.len(), Ordering::Relaxed);
         if !self.workers.is_empty() {
-            let mut slot = shared.slot.lock().unwrap_or_else(PoisonError::into_inner);
-            slot.step += 1;
-            // SAFETY: only the lifetime changes; this function does not return before `running` is zero.
-            slot.task =
-                Some(TaskPtr(unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) }));
-            drop(slot);
-            shared.wake.notify_all();
+            let mut assignment = state.assignment.lock().unwrap_or_else(PoisonError::into_inner);
+            assignment.step += 1;
+            // SAFETY: only the lifetime changes; this function returns after `running` is zero.
+            assignment.job =
+                Some(JobPtr(unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job) }));
+            drop(assignment);
+            state.wake.notify_all();
         }
-        let mut result = guarded(shared, task, 0);
+        let mut result = guarded(state, job, 0);
         let mut spins = 0u32;
-        while shared.running.load(Ordering::Acquire) > 0 {
+        while state.running.load(Ordering::Acquire) > 0 {
             spins = spins.wrapping_add(1);
             if spins.is_multiple_of(SPINS_BEFORE_YIELD) {
                 std::thread::yield_now();
@@ -148,8 +150,8 @@ impl Pool {
                 std::hint::spin_loop();
             }
         }
-        if shared.barrier.aborted.swap(false, Ordering::Relaxed) {
-            shared.barrier.arrived.store(0, Ordering::Relaxed);
+        if state.barrier.aborted.swap(false, Ordering::Relaxed) {
+            state.barrier.arrived.store(0, Ordering::Relaxed);
             result = Err(Aborted);
         }
         result
@@ -158,45 +160,46 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.slot.lock().unwrap_or_else(PoisonError::into_inner).stop = true;
-        self.shared.wake.notify_all();
+        self.state.assignment.lock().unwrap_or_else(PoisonError::into_inner).stop = true;
+        self.state.wake.notify_all();
         for worker in self.workers.drain(..) {
-            // A worker catches its panics, so there is nothing to report here.
+            // A worker catches its panics, so `join` cannot fail.
             let _ = worker.join();
         }
     }
 }
 
-fn guarded(shared: &Shared, task: &Task<'_>, number: usize) -> Result<(), Aborted> {
-    let result = catch_unwind(AssertUnwindSafe(|| task(number, &shared.barrier))).unwrap_or(Err(Aborted));
+fn guarded(state: &PoolState, job: &Job<'_>, number: usize) -> Result<(), Aborted> {
+    let result = catch_unwind(AssertUnwindSafe(|| job(number, &state.barrier))).unwrap_or(Err(Aborted));
     if result.is_err() {
-        shared.barrier.aborted.store(true, Ordering::Relaxed);
+        state.barrier.aborted.store(true, Ordering::Relaxed);
     }
     result
 }
 
-fn worker(shared: &Shared, number: usize) {
-    let mut seen = 0;
+fn worker(state: &PoolState, number: usize) {
+    let mut last_step = 0;
     loop {
-        let mut slot = shared.slot.lock().unwrap_or_else(PoisonError::into_inner);
-        while slot.step == seen && !slot.stop {
-            slot = shared.wake.wait(slot).unwrap_or_else(PoisonError::into_inner);
+        let mut assignment = state.assignment.lock().unwrap_or_else(PoisonError::into_inner);
+        while assignment.step == last_step && !assignment.stop {
+            assignment = state.wake.wait(assignment).unwrap_or_else(PoisonError::into_inner);
         }
-        if slot.stop {
+        if assignment.stop {
             return;
         }
-        seen = slot.step;
-        let task = slot.task;
-        drop(slot);
-        if let Some(TaskPtr(task)) = task {
-            // SAFETY: `Pool::run` set it for this step and waits for `running` before it lets go of the task.
-            let _ = guarded(shared, unsafe { &*task }, number);
+        last_step = assignment.step;
+        let job = assignment.job;
+        drop(assignment);
+        if let Some(JobPtr(job)) = job {
+            // SAFETY: `Pool::run` set it for this step and waits for `running` before the job ends.
+            let _ = guarded(state, unsafe { &*job }, number);
         }
-        shared.running.fetch_sub(1, Ordering::Release);
+        state.running.fetch_sub(1, Ordering::Release);
     }
 }
 
-/// The part of `0..total` that thread `number` of `threads` takes: contiguous, sizes differing by at most one.
+/// The share of `0..total` of thread `number` of `threads`: contiguous, with sizes that differ by at most
+/// one.
 pub(crate) fn share(total: usize, threads: usize, number: usize) -> std::ops::Range<usize> {
     total * number / threads..total * (number + 1) / threads
 }
@@ -206,35 +209,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_thread_runs_and_sees_what_the_others_wrote() {
+    fn threads_see_each_others_writes_after_a_barrier() {
         for threads in [1, 2, 3, 5] {
             let mut pool = Pool::new(threads).unwrap();
             assert_eq!(pool.threads(), threads);
             for _ in 0..50 {
                 let cells: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
-                let seen = AtomicUsize::new(0);
+                let observed = AtomicUsize::new(0);
                 pool.run(&|number, barrier| {
                     for round in 1..=4 {
                         cells[number].store(round, Ordering::Relaxed);
                         barrier.wait()?;
                         let all = cells.iter().all(|cell| cell.load(Ordering::Relaxed) == round);
-                        seen.fetch_add(usize::from(all), Ordering::Relaxed);
+                        observed.fetch_add(usize::from(all), Ordering::Relaxed);
                         barrier.wait()?;
                     }
                     Ok(())
                 })
                 .unwrap();
-                assert_eq!(seen.into_inner(), 4 * threads);
+                assert_eq!(observed.into_inner(), 4 * threads);
             }
         }
     }
 
     #[test]
-    fn a_panic_ends_the_step_and_not_the_pool() {
+    fn a_panic_ends_the_step_but_not_the_pool() {
         let mut pool = Pool::new(3).unwrap();
-        for culprit in 0..3 {
+        for panicking in 0..3 {
             let result = pool.run(&|number, barrier| {
-                assert!(number != culprit, "on purpose");
+                assert!(number != panicking, "on purpose");
                 barrier.wait()
             });
             assert_eq!(result, Err(Aborted));
@@ -243,15 +246,15 @@ mod tests {
     }
 
     #[test]
-    fn shares_cover_everything_once() {
+    fn shares_partition_the_total() {
         for total in 0..40 {
             for threads in 1..7 {
-                let parts: Vec<_> = (0..threads).map(|n| share(total, threads, n)).collect();
+                let shares: Vec<_> = (0..threads).map(|n| share(total, threads, n)).collect();
                 assert_eq!(
-                    parts.iter().cloned().flatten().collect::<Vec<_>>(),
+                    shares.iter().cloned().flatten().collect::<Vec<_>>(),
                     (0..total).collect::<Vec<_>>()
                 );
-                let sizes = parts.iter().map(ExactSizeIterator::len);
+                let sizes = shares.iter().map(ExactSizeIterator::len);
                 assert!(sizes.clone().max().unwrap() - sizes.min().unwrap() <= 1);
             }
         }

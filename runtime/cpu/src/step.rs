@@ -1,34 +1,35 @@
-//! One thread's way through a plan.
+//! A step of a plan on one thread.
 //!
-//! Every method here does this thread's share of one op. Safety rests on three things that hold for the whole file:
-//! the step was validated against the plan, the plan's buffers lie in the arena and do not overlap while they live, and
-//! [`crate::hazards`] put a barrier wherever one thread's share meets another's.
+//! Every method computes this thread's share of one op. Three facts make the whole file safe: the step was
+//! validated against the plan; the plan's buffers lie in the arena and do not overlap while they are live;
+//! and [`crate::hazards`] put a barrier wherever a thread accesses what another one wrote.
 
 mod encoder;
 mod projection;
 
 use trustformers_plan::{
-    AttentionShape, Buf, KV_BLOCK_TOKENS, Op, Part, Plan, RopeLayout, RopeSpec, RowSpace, StepInput, WeightId,
+    AttentionShape, Buf, KV_BLOCK_TOKENS, Op, Plan, RopeLayout, RopeSpec, RowSpace, Segment, StepInput,
+    WeightId,
 };
 
 use crate::{
     kernels::attention::{Attend, CHUNK_TOKENS, Query, TILE, cache_index, chunk_len, partial_len},
-    model::Shared,
+    model::ModelState,
     pool::{Aborted, Barrier, share},
 };
-use encoder::EncoderAttention;
+use encoder::{EncoderAttention, LayerNormOperands, PoolOperands};
 use projection::Projection;
 
-/// Rows that each thread quantises for itself: repeating so little costs less than meeting once more.
+/// Most rows that each thread quantises for itself: the repeated work costs less than one more barrier.
 pub(crate) const PRIVATE_ROWS: usize = 4;
 /// With fewer tiles per thread than this, attention is split by chunks too.
 pub(crate) const ITEMS_PER_THREAD: usize = 4;
 /// Columns per unit of element-wise work.
 const UNIT_COLS: usize = 256;
 
-/// A step under way, as all threads see it.
+/// A running step, shared by all threads.
 pub(crate) struct Step<'a> {
-    pub(crate) shared: &'a Shared,
+    pub(crate) shared: &'a ModelState,
     pub(crate) plan: &'a Plan,
     pub(crate) barriers: &'a [bool],
     pub(crate) input: &'a StepInput,
@@ -36,9 +37,9 @@ pub(crate) struct Step<'a> {
     pub(crate) threads: usize,
 }
 
-/// This thread's number, and where it meets the others.
+/// This thread's number, and the barrier of the step.
 #[derive(Clone, Copy)]
-struct Me<'a> {
+struct ThreadContext<'a> {
     number: usize,
     barrier: &'a Barrier,
 }
@@ -46,17 +47,17 @@ struct Me<'a> {
 impl Step<'_> {
     /// Runs this thread's share of every op.
     pub(crate) fn run(&self, number: usize, barrier: &Barrier) -> Result<(), Aborted> {
-        let me = Me { number, barrier };
+        let thread = ThreadContext { number, barrier };
         for (op, &barrier_before) in self.plan.ops().iter().zip(self.barriers) {
             if barrier_before {
                 barrier.wait()?;
             }
-            self.op(op, me)?;
+            self.op(op, thread)?;
         }
         Ok(())
     }
 
-    /// Appends the step's answer; for the caller's thread, after all have ended.
+    /// Appends the step's answer; the caller's thread calls it after all threads have ended.
     pub(crate) fn read_answer(&self, values: &mut Vec<f32>) {
         let out = self.plan.answer();
         for row in 0..self.rows(out) {
@@ -65,14 +66,14 @@ impl Step<'_> {
         }
     }
 
-    fn op(&self, op: &Op, me: Me<'_>) -> Result<(), Aborted> {
+    fn op(&self, op: &Op, thread: ThreadContext<'_>) -> Result<(), Aborted> {
         match *op {
-            Op::Embed { table, out } => self.embed(table, &self.input.tokens, out, me),
-            Op::EmbedPositions { table, out } => self.embed(table, &self.input.positions, out, me),
-            Op::AddRow { input, weight, out } => self.add_row(input, weight, out, me),
+            Op::Embed { table, out } => self.embed(table, &self.input.tokens, out, thread),
+            Op::EmbedPositions { table, out } => self.embed(table, &self.input.positions, out, thread),
+            Op::AddRow { input, weight, out } => self.add_row(input, weight, out, thread),
             Op::RmsNorm { input, weight, eps, out } => {
                 let weight = &self.shared.vectors[&weight];
-                for row in self.my_share(self.rows(out), me) {
+                for row in self.my_share(self.rows(out), thread) {
                     // SAFETY: see the module; the row is this thread's.
                     unsafe {
                         (self.shared.kernels.rms_norm)(self.at(input, row), weight, eps, self.at(out, row));
@@ -80,38 +81,43 @@ impl Step<'_> {
                 }
             }
             Op::LayerNorm { input, weight, bias, eps, out } => {
-                self.layer_norm((input, out), (weight, bias), eps, me);
+                self.layer_norm(&LayerNormOperands { input, weight, bias, eps, out }, thread);
             }
-            Op::MatMul { input, norm, ref parts, activation, residual, out } => {
-                return self.matmul(&Projection { input, norm, parts, activation, residual, out }, me);
+            Op::MatMul { input, norm, ref segments, activation, residual, out } => {
+                return self.matmul(&Projection { input, norm, segments, activation, residual, out }, thread);
             }
             Op::Logits { input, weight, out } => {
-                return self.matmul(&Projection::plain(input, &[Part { weight, bias: None }], out), me);
+                return self
+                    .matmul(&Projection::plain(input, &[Segment { weight, bias: None }], out), thread);
             }
-            Op::Rope { data, spec } => self.rope(data, &spec, me),
-            Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values, me),
-            Op::RopeKvWrite { layer, query, keys, values, ref spec } => {
-                self.rope_kv_write(layer, (query, keys, values), spec, me);
+            Op::Rope { data, spec } => self.rope(data, &spec, thread),
+            Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values, thread),
+            Op::RopeKvWrite { layer, query, keys, values, spec } => {
+                self.rope_kv_write(&RopeKvWrite { layer, query, keys, values, spec }, thread);
             }
             Op::Attention { layer, query, shape, scale, out } => {
-                return self.attention(&Attention { layer, query, shape, scale, out }, me);
+                return self.attention(&Attention { layer, query, shape, scale, out }, thread);
             }
             Op::EncoderAttention { query, keys, values, shape, scale, out } => {
-                self.encoder_attention(&EncoderAttention { query, keys, values, shape, scale, out }, me);
+                self.encoder_attention(&EncoderAttention { query, keys, values, shape, scale, out }, thread);
             }
-            Op::Gelu { input, out } => self.gelu(input, out, me),
+            Op::Gelu { input, out } => self.gelu(input, out, thread),
             Op::SiluMul { gate, up, out } => {
-                self.element_wise(self.shared.kernels.silu_mul, (gate, up, out), me);
+                self.element_wise(self.shared.kernels.silu_mul, &ElementWise { a: gate, b: up, out }, thread);
             }
-            Op::Add { a, b, out } => self.element_wise(self.shared.kernels.add, (a, b, out), me),
+            Op::Add { a, b, out } => {
+                self.element_wise(self.shared.kernels.add, &ElementWise { a, b, out }, thread);
+            }
             Op::GatherRows { input, out } => {
-                for i in self.my_share(self.rows(out), me) {
+                for i in self.my_share(self.rows(out), thread) {
                     let row = self.input.logits_rows[i] as usize;
                     // SAFETY: see the module; the buffers do not overlap.
                     unsafe { std::ptr::copy_nonoverlapping(self.at(input, row), self.at(out, i), out.cols) };
                 }
             }
-            Op::Pool { input, pooling, normalise, out } => self.pool((input, out), pooling, normalise, me),
+            Op::Pool { input, pooling, normalise, out } => {
+                self.pool(&PoolOperands { input, pooling, normalise, out }, thread);
+            }
         }
         Ok(())
     }
@@ -124,8 +130,8 @@ impl Step<'_> {
         }
     }
 
-    fn my_share(&self, total: usize, me: Me<'_>) -> std::ops::Range<usize> {
-        share(total, self.threads, me.number)
+    fn my_share(&self, total: usize, thread: ThreadContext<'_>) -> std::ops::Range<usize> {
+        share(total, self.threads, thread.number)
     }
 
     fn at(&self, buf: Buf, row: usize) -> *mut f32 {
@@ -134,9 +140,9 @@ impl Step<'_> {
         unsafe { self.shared.arena.row(buf, row) }
     }
 
-    fn embed(&self, table: WeightId, picked: &[u32], out: Buf, me: Me<'_>) {
+    fn embed(&self, table: WeightId, picked: &[u32], out: Buf, thread: ThreadContext<'_>) {
         let table = self.shared.weights.get(table);
-        for row in self.my_share(picked.len(), me) {
+        for row in self.my_share(picked.len(), thread) {
             // SAFETY: see the module; the row is this thread's.
             let out = unsafe { std::slice::from_raw_parts_mut(self.at(out, row), out.cols) };
             table.dequantise_row(picked[row] as usize, out);
@@ -146,11 +152,12 @@ impl Step<'_> {
     fn element_wise(
         &self,
         kernel: unsafe fn(*const f32, *const f32, *mut f32, usize),
-        (a, b, out): (Buf, Buf, Buf),
-        me: Me<'_>,
+        operands: &ElementWise,
+        thread: ThreadContext<'_>,
     ) {
+        let ElementWise { a, b, out } = *operands;
         let units = out.cols.div_ceil(UNIT_COLS);
-        for unit in self.my_share(self.rows(out) * units, me) {
+        for unit in self.my_share(self.rows(out) * units, thread) {
             let (row, first) = (unit / units, unit % units * UNIT_COLS);
             let len = UNIT_COLS.min(out.cols - first);
             // SAFETY: see the module; the columns are this thread's.
@@ -165,29 +172,29 @@ impl Step<'_> {
         }
     }
 
-    fn rope(&self, data: Buf, spec: &RopeSpec, me: Me<'_>) {
+    fn rope(&self, data: Buf, spec: &RopeSpec, thread: ThreadContext<'_>) {
         let heads = data.cols / spec.head_dim;
-        for unit in self.my_share(self.input.rows() * heads, me) {
-            self.turn(data, spec, (unit / heads, unit % heads));
+        for unit in self.my_share(self.input.rows() * heads, thread) {
+            self.rotate(data, spec, unit / heads, unit % heads);
         }
     }
 
-    /// Turns one head of a row in place; the head is this thread's.
-    fn turn(&self, data: Buf, spec: &RopeSpec, (row, head): (usize, usize)) {
+    /// Rotates one head of a row in place; the head is this thread's.
+    fn rotate(&self, data: Buf, spec: &RopeSpec, row: usize, head: usize) {
         // SAFETY: see the module; the head lies in the row.
         let head = unsafe {
             std::slice::from_raw_parts_mut(self.at(data, row).add(head * spec.head_dim), spec.head_dim)
         };
-        self.turned(spec, row, |(a, b), (cos, sin)| {
+        self.for_each_pair(spec, row, |(a, b), (cos, sin)| {
             let (x, y) = (head[a], head[b]);
             (head[a], head[b]) = (x * cos - y * sin, x * sin + y * cos);
         });
     }
 
-    /// Hands the pairs of a head, and by how much they turn at a row's position, to `each`.
-    fn turned(&self, spec: &RopeSpec, row: usize, mut each: impl FnMut((usize, usize), (f32, f32))) {
+    /// Calls `each` with every pair of a head, and the cosine and sine of its rotation at a row's position.
+    fn for_each_pair(&self, spec: &RopeSpec, row: usize, mut each: impl FnMut((usize, usize), (f32, f32))) {
         // Compiling checked that the table exists.
-        let Some((_, table)) = self.shared.ropes.iter().find(|(known, _)| known == spec) else { return };
+        let Some((_, table)) = self.shared.ropes.iter().find(|(own, _)| own == spec) else { return };
         let (cos, sin) = table.at(self.input.positions[row] as usize);
         for (i, (cos, sin)) in cos.iter().zip(sin).enumerate() {
             let pair = match spec.layout {
@@ -214,8 +221,9 @@ impl Step<'_> {
         AttentionShape { heads: hyper.heads, kv_heads: hyper.kv_heads, head_dim: hyper.head_dim }
     }
 
-    /// Where a row's key of one head goes, [`KV_BLOCK_TOKENS`] apart, and where its value goes, side by side.
-    fn slot(&self, layer: usize, row: usize, kv_head: usize) -> (*mut f32, *mut f32) {
+    /// The slots of a row in the cache of one head: its key's elements are [`KV_BLOCK_TOKENS`] apart, its
+    /// value's adjacent.
+    fn cache_slot(&self, layer: usize, row: usize, kv_head: usize) -> (*mut f32, *mut f32) {
         let shape = self.shape();
         let position = self.input.positions[row] as usize;
         let (block, slot) = (self.table(row)[position / KV_BLOCK_TOKENS], position % KV_BLOCK_TOKENS);
@@ -224,60 +232,72 @@ impl Step<'_> {
         (cached.wrapping_add(slot), cached.wrapping_add(values))
     }
 
-    fn kv_write(&self, layer: usize, keys: Buf, values: Buf, me: Me<'_>) {
+    fn kv_write(&self, layer: usize, keys: Buf, values: Buf, thread: ThreadContext<'_>) {
         let AttentionShape { kv_heads, head_dim, .. } = self.shape();
-        for unit in self.my_share(self.input.rows() * kv_heads, me) {
+        for unit in self.my_share(self.input.rows() * kv_heads, thread) {
             let (row, kv_head) = (unit / kv_heads, unit % kv_heads);
-            let (key_slot, value_slot) = self.slot(layer, row, kv_head);
+            let (key_out, value_out) = self.cache_slot(layer, row, kv_head);
             // SAFETY: validation put the block inside the cache and lets one row alone write the slot.
             unsafe {
                 let key = self.at(keys, row).add(kv_head * head_dim);
                 for d in 0..head_dim {
-                    *key_slot.add(d * KV_BLOCK_TOKENS) = *key.add(d);
+                    *key_out.add(d * KV_BLOCK_TOKENS) = *key.add(d);
                 }
                 let value = self.at(values, row).add(kv_head * head_dim);
-                std::ptr::copy_nonoverlapping(value, value_slot, head_dim);
+                std::ptr::copy_nonoverlapping(value, value_out, head_dim);
             }
         }
     }
 
-    /// Turns queries in place and puts turned keys and values into the cache; heads of both kinds are the units of work.
-    fn rope_kv_write(
-        &self,
-        layer: usize,
-        (query, keys, values): (Buf, Buf, Buf),
-        spec: &RopeSpec,
-        me: Me<'_>,
-    ) {
+    /// Rotates queries in place and stores rotated keys, and values, in the cache. A unit of work is a query
+    /// or key head.
+    fn rope_kv_write(&self, operands: &RopeKvWrite, thread: ThreadContext<'_>) {
+        let RopeKvWrite { layer, query, keys, values, ref spec } = *operands;
         let AttentionShape { heads, kv_heads, head_dim } = self.shape();
         let units = heads + kv_heads;
-        for unit in self.my_share(self.input.rows() * units, me) {
+        for unit in self.my_share(self.input.rows() * units, thread) {
             let (row, head) = (unit / units, unit % units);
             if head < heads {
-                self.turn(query, spec, (row, head));
+                self.rotate(query, spec, row, head);
                 continue;
             }
             let kv_head = head - heads;
-            let (key_slot, value_slot) = self.slot(layer, row, kv_head);
+            let (key_out, value_out) = self.cache_slot(layer, row, kv_head);
             // SAFETY: as in `kv_write`; pairs are elements of the head.
             unsafe {
                 let key = self.at(keys, row).add(kv_head * head_dim);
-                self.turned(spec, row, |(a, b), (cos, sin)| {
+                self.for_each_pair(spec, row, |(a, b), (cos, sin)| {
                     let (x, y) = (*key.add(a), *key.add(b));
-                    *key_slot.add(a * KV_BLOCK_TOKENS) = x * cos - y * sin;
-                    *key_slot.add(b * KV_BLOCK_TOKENS) = x * sin + y * cos;
+                    *key_out.add(a * KV_BLOCK_TOKENS) = x * cos - y * sin;
+                    *key_out.add(b * KV_BLOCK_TOKENS) = x * sin + y * cos;
                 });
                 for d in spec.dims..head_dim {
-                    *key_slot.add(d * KV_BLOCK_TOKENS) = *key.add(d);
+                    *key_out.add(d * KV_BLOCK_TOKENS) = *key.add(d);
                 }
                 let value = self.at(values, row).add(kv_head * head_dim);
-                std::ptr::copy_nonoverlapping(value, value_slot, head_dim);
+                std::ptr::copy_nonoverlapping(value, value_out, head_dim);
             }
         }
     }
 }
 
-/// The operands of a [`Op::Attention`].
+/// The operands of an op on each element of two buffers.
+struct ElementWise {
+    a: Buf,
+    b: Buf,
+    out: Buf,
+}
+
+/// The operands of an [`Op::RopeKvWrite`].
+struct RopeKvWrite {
+    layer: usize,
+    query: Buf,
+    keys: Buf,
+    values: Buf,
+    spec: RopeSpec,
+}
+
+/// The operands of an [`Op::Attention`].
 struct Attention {
     layer: usize,
     query: Buf,
@@ -288,7 +308,8 @@ struct Attention {
 
 // === attention ===
 
-/// Queries of one sequence that share a key/value head. Query `q` of a sequence is head `q % group` of its row `q / group`.
+/// Queries of one sequence that share a key/value head. Query `q` of a sequence is head `q % group` of its
+/// row `q / group`.
 #[derive(Clone)]
 struct Tile {
     sequence: usize,
@@ -297,18 +318,18 @@ struct Tile {
 }
 
 impl Step<'_> {
-    fn attention(&self, a: &Attention, me: Me<'_>) -> Result<(), Aborted> {
+    fn attention(&self, a: &Attention, thread: ThreadContext<'_>) -> Result<(), Aborted> {
         let longest = self.input.context_lens.iter().max().map_or(0, |&tokens| tokens as usize);
         let few = self.tiles(a.shape).count() < ITEMS_PER_THREAD * self.threads;
         if few && longest > CHUNK_TOKENS && self.threads > 1 {
-            return self.attention_by_chunks(a, me);
+            return self.attention_by_chunks(a, thread);
         }
-        let partials = self.shared.scratch.threads[me.number].partials.ptr();
-        // Neighbouring tiles cost about the same, so taking every n-th balances the threads; one head after the other
-        // keeps its keys and values in the cache.
-        for tile in self.tiles(a.shape).skip(me.number).step_by(self.threads) {
+        let partials = self.shared.scratch.threads[thread.number].partials.ptr();
+        // Adjacent tiles cost about the same, so every n-th tile for a thread balances the load. Tiles of one
+        // head are adjacent, so that its keys and values stay in the processor's cache.
+        for tile in self.tiles(a.shape).skip(thread.number).step_by(self.threads) {
             let mut queries = [NO_QUERY; TILE];
-            let attend = self.attend(a, &tile, &mut queries, me);
+            let attend = self.attend(a, &tile, &mut queries, thread);
             // SAFETY: see the module; the partials are this thread's, and so are the tile's heads.
             unsafe {
                 (self.shared.kernels.attend)(&attend, 0..attend.chunks(), partials);
@@ -320,19 +341,20 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// The same for few rows with long contexts: chunks are the units of work, and merging follows a barrier.
-    fn attention_by_chunks(&self, a: &Attention, me: Me<'_>) -> Result<(), Aborted> {
+    /// [`Self::attention`] for few rows with long contexts: a unit of work is a chunk, and a barrier precedes
+    /// the merge.
+    fn attention_by_chunks(&self, a: &Attention, thread: ThreadContext<'_>) -> Result<(), Aborted> {
         let tile_len = self.shared.hyper.context.div_ceil(CHUNK_TOKENS) * chunk_len(&a.shape);
         let partials = |tile: usize| self.shared.scratch.partials.ptr().wrapping_add(tile * tile_len);
         let total = self.tiles(a.shape).map(|tile| self.chunks_of(a, &tile)).sum();
-        let mine = self.my_share(total, me);
+        let mine = self.my_share(total, thread);
         let mut first = 0;
         for (i, tile) in self.tiles(a.shape).enumerate() {
             let count = self.chunks_of(a, &tile);
             let chunks = mine.start.max(first)..mine.end.min(first + count);
             if !chunks.is_empty() {
                 let mut queries = [NO_QUERY; TILE];
-                let attend = self.attend(a, &tile, &mut queries, me);
+                let attend = self.attend(a, &tile, &mut queries, thread);
                 let chunks = chunks.start - first..chunks.end - first;
                 // SAFETY: see the module; the chunks' partials are this thread's.
                 unsafe {
@@ -342,9 +364,9 @@ impl Step<'_> {
             }
             first += count;
         }
-        me.barrier.wait()?;
+        thread.barrier.wait()?;
         let all = || self.tiles(a.shape).enumerate();
-        let mine = self.my_share(all().map(|(_, tile)| tile.queries.len()).sum(), me);
+        let mine = self.my_share(all().map(|(_, tile)| tile.queries.len()).sum(), thread);
         let each =
             all().flat_map(|(i, tile)| tile.queries.clone().map(move |query| (i, tile.clone(), query)));
         for (i, tile, query) in each.skip(mine.start).take(mine.len()) {
@@ -383,12 +405,12 @@ impl Step<'_> {
         a: &Attention,
         tile: &Tile,
         queries: &'a mut [Query; TILE],
-        me: Me<'_>,
+        thread: ThreadContext<'_>,
     ) -> Attend<'a> {
-        for (slot, query) in queries.iter_mut().zip(tile.queries.clone()) {
+        for (entry, query) in queries.iter_mut().zip(tile.queries.clone()) {
             let (row, head) = self.query(a, tile, query);
             let ptr = self.at(a.query, row).wrapping_add(head * a.shape.head_dim).cast_const();
-            *slot = Query { ptr, positions: self.input.positions[row] as usize + 1 };
+            *entry = Query { ptr, positions: self.input.positions[row] as usize + 1 };
         }
         Attend {
             shape: a.shape,
@@ -397,12 +419,12 @@ impl Step<'_> {
             table: self.input.blocks_of(tile.sequence),
             kv_head: tile.kv_head,
             queries: &queries[..tile.queries.len()],
-            scratch: self.shared.scratch.threads[me.number].queries.ptr(),
+            scratch: self.shared.scratch.threads[thread.number].queries.ptr(),
         }
     }
 
     /// # Safety
-    /// `partials` are the tile's, all chunks of it; nobody else writes the query's head.
+    /// `partials` are all chunks of the tile; no other thread writes the query's head.
     unsafe fn merge(&self, a: &Attention, tile: &Tile, query: usize, partials: *const f32) {
         let (row, head) = self.query(a, tile, query);
         let chunks = (self.input.positions[row] as usize + 1).div_ceil(CHUNK_TOKENS);
@@ -411,10 +433,10 @@ impl Step<'_> {
         unsafe {
             let from = partials.add((query - tile.queries.start) * partial_len(&a.shape));
             let out = self.at(a.out, row).add(head * dim);
-            (self.shared.kernels.merge)(from, chunk_len(&a.shape), chunks, (out, dim));
+            (self.shared.kernels.merge)(from, chunk_len(&a.shape), chunks, out, dim);
         }
     }
 }
 
-/// What a tile's places hold before they are filled.
+/// An unused entry of a tile's queries.
 const NO_QUERY: Query = Query { ptr: std::ptr::null(), positions: 0 };

@@ -1,12 +1,12 @@
-//! Which instructions the kernels may use, found at run time.
+//! The instruction sets of the kernels, selected at run time.
 //!
-//! One binary carries every tier; `cfg` only keeps x86 code off other processors. A tier can be forced, so that each is
-//! tested on a machine that has the best.
+//! One binary contains every tier; `cfg` only excludes x86 code from other architectures. A tier can be
+//! forced, so that a machine with the best tier can test all.
 
-/// A set of instructions, from the plainest to the fastest.
+/// A set of instructions, from the simplest to the fastest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Tier {
-    /// What every processor of the architecture has.
+    /// Instructions that every processor of the architecture has.
     Scalar,
     /// AVX2 with FMA and F16C.
     Avx2,
@@ -14,14 +14,14 @@ pub enum Tier {
     Avx512,
     /// AVX-512 with VNNI: four 8-bit products per lane and instruction.
     Avx512Vnni,
-    /// With BF16 as well: two products of bf16 per lane and instruction.
+    /// VNNI and BF16: two products of bf16 per lane and instruction.
     Avx512Bf16,
     /// AVX-512 with VNNI and tile registers (AMX), which multiply 8-bit integers and bf16.
     Amx,
 }
 
 impl Tier {
-    /// Every tier, plainest first.
+    /// Every tier, simplest first.
     pub const ALL: [Self; 6] =
         [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16, Self::Amx];
 
@@ -49,7 +49,7 @@ impl Tier {
             Self::Avx512 => avx512(),
             Self::Avx512Vnni => vnni(),
             Self::Avx512Bf16 => bf16(),
-            // Every processor with AMX has the BF16 part of AVX-512 too; nothing here needs it.
+            // Every processor with AMX also has the BF16 extension of AVX-512; this tier does not need it.
             Self::Amx => vnni() && crate::amx::is_available(),
         }
     }

@@ -1,10 +1,10 @@
-//! Every tier of this processor through the suite that all backends must pass, and what holds for processors alone:
-//! neither the number of threads nor fusion moves a bit.
+//! The conformance suite on every tier of this processor. Beyond the suite, neither the number of threads nor
+//! fusion changes a bit of an answer.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in what it builds as well")]
 
+use trustformers_conformance::harness::{decode, encode, load_decoder, load_encoder};
 use trustformers_conformance::models::{Decoder, Encoder};
-use trustformers_conformance::story::{decode, encode, load_decoder, load_encoder};
 use trustformers_conformance::{Fault, check};
 use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
 use trustformers_plan::{Backend, BackendError, DType, FusedOps, Numerics, Pooling, RopeLayout};
@@ -30,9 +30,10 @@ fn every_tier_passes_the_suite() {
 }
 
 #[test]
-fn threads_and_fusion_move_no_bit() {
+fn threads_and_fusion_change_no_bits() {
     let decoders = [DType::F32, DType::BF16, DType::Q4_1, DType::Q4_K].map(|dtype| Decoder {
         dtype,
+        mixed_with: None,
         layout: RopeLayout::Interleaved,
         biased: true,
     });
@@ -60,8 +61,8 @@ fn threads_and_fusion_move_no_bit() {
 }
 
 #[test]
-fn fast_is_batch_invariant_for_encoders_too() {
-    // Nobody asks it to be; it is because rows are quantised each by itself.
+fn fast_numerics_of_encoders_are_batch_invariant() {
+    // No contract demands it; it holds because each row is quantised by itself.
     let encoder = Encoder { dtype: DType::F32, pooling: Pooling::Mean, normalise: true };
     for tier in tiers() {
         let mut backend = cpu(tier, 2);
@@ -74,7 +75,7 @@ fn fast_is_batch_invariant_for_encoders_too() {
 }
 
 #[test]
-fn refusals_name_the_reason() {
+fn refused_configurations_name_the_reason() {
     let threads = CpuBackend::new(CpuConfig { tier: None, threads: Some(0) });
     assert!(matches!(threads, Err(BackendError::Device(_))));
     for tier in Tier::ALL.into_iter().filter(|tier| !tier.is_available()) {

@@ -19,6 +19,7 @@ use crate::gguf::{GgufValue, GgufWriter};
 use crate::tokenizer::byte_chars;
 use store::store;
 use trustformers_plan::DType;
+use trustformers_plan::seeded::SeededRng;
 
 /// Spread of the embedding, and of the other matrices, before the division by the root of the columns. Larger than in
 /// a trained model, so that answers depend visibly on the prompt.
@@ -216,12 +217,7 @@ fn tokenizer(file: &mut GgufWriter, split: &str) {
 
 /// Element `index` of the sequence that starts at `start`, in [-1, 1).
 fn element(start: u64, index: u64) -> f32 {
-    let mut z = start.wrapping_add((index + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^= z >> 31;
-    // 24 bits are exact in f32.
-    (z >> 40) as f32 / (1 << 23) as f32 - 1.0
+    trustformers_plan::seeded::signed(SeededRng::nth(start, index))
 }
 
 fn fnv1a(text: &str) -> u64 {

@@ -1,8 +1,9 @@
-//! The boundary between a plan and a device: four calls at load, two per step, none per op.
+//! The boundary between a plan and a device: a few calls at load, two per step, none per op.
 //!
-//! `load` takes the weights once (and repacks, uploads, allocates), `compile` turns a plan into something that runs,
-//! `submit` starts a step and `wait` collects it. Splitting the last two lets a scheduler prepare step *n + 1* while
-//! step *n* runs. A CUDA executable replays a graph, a Vulkan one resubmits a command buffer, a CPU one loops.
+//! `estimate` tells the memory that a load will take. `load` repacks or uploads the weights and allocates,
+//! `compile` makes a plan executable, `submit` starts a step, and `wait` returns its answer. With two calls
+//! per step a scheduler can prepare step *n + 1* while step *n* runs. A CUDA executable replays a graph, a
+//! Vulkan one resubmits a command buffer, and a CPU one loops over the ops.
 
 use std::sync::Arc;
 
@@ -29,40 +30,44 @@ impl std::fmt::Display for DeviceKind {
     }
 }
 
-/// How closely a device must follow f32 arithmetic.
+/// How closely a device follows f32 arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Numerics {
     /// Activations may be quantised where that is faster.
     #[default]
     Fast,
-    /// f32 activations against dequantised weights, and sums whose order does not depend on what else is in the batch
-    /// or on the number of threads: a sequence gives the same bits alone and batched.
+    /// f32 activations against dequantised weights, and sums whose order does not depend on what else is in
+    /// the batch or on the number of threads. A sequence gives the same bits alone and batched.
     Exact,
 }
 
-/// Fused forms of ops that a device has kernels for; [`crate::passes`] make only those.
+/// Fused forms of ops that a device has kernels for; [`crate::passes`] make no others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FusedOps {
-    /// Several projections of one input as one [`crate::Op::MatMul`] (QKV).
+    /// Several projections of one input as one [`crate::Op::MatMul`] (QKV), all of one weight type.
     pub concat_matmul: bool,
-    /// [`crate::Part::bias`]: the bias added by the projection itself.
+    /// With `concat_matmul`: the segments may have different weight types, each stored in its own.
+    pub concat_mixed_types: bool,
+    /// [`crate::Segment::bias`]: the projection adds the bias.
     pub bias_epilogue: bool,
-    /// [`crate::Activation::Gelu`] by the projection itself.
+    /// [`crate::Activation::Gelu`]: the projection applies it.
     pub gelu_epilogue: bool,
-    /// [`crate::Activation::SiluMul`]: gate and up as one projection that stores their gated product.
+    /// [`crate::Activation::SiluMul`]: gate and up, of one weight type, as one projection that stores their
+    /// gated product.
     pub silu_mul_epilogue: bool,
-    /// The residual added by the projection itself.
+    /// The projection adds the residual.
     pub add_epilogue: bool,
-    /// [`crate::Norm`]: the root-mean-square norm taken while a projection reads its input.
+    /// [`crate::Norm`]: the projection computes the root-mean-square norm while it reads its input.
     pub norm_matmul: bool,
     /// [`crate::Op::RopeKvWrite`].
     pub rope_kv_write: bool,
 }
 
 impl FusedOps {
-    /// Nothing fused.
+    /// No fused form.
     pub const NONE: Self = Self {
         concat_matmul: false,
+        concat_mixed_types: false,
         bias_epilogue: false,
         gelu_epilogue: false,
         silu_mul_epilogue: false,
@@ -71,9 +76,10 @@ impl FusedOps {
         rope_kv_write: false,
     };
 
-    /// Every fused form there is.
+    /// All fused forms.
     pub const ALL: Self = Self {
         concat_matmul: true,
+        concat_mixed_types: true,
         bias_epilogue: true,
         gelu_epilogue: true,
         silu_mul_epilogue: true,
@@ -88,7 +94,7 @@ impl FusedOps {
 pub struct Caps {
     /// Kind of device.
     pub kind: DeviceKind,
-    /// For people: the device and the kernels chosen, such as `cpu avx512-vnni, 2 threads`.
+    /// The device and its kernels as text, such as `cpu avx512-vnni, 2 threads`.
     pub description: String,
     /// Bytes that weights, cache and arena may take together.
     pub memory_bytes: u64,
@@ -108,20 +114,20 @@ impl Caps {
     }
 }
 
-/// How far a load is; `done_bytes` never falls and ends at `total_bytes`.
+/// Progress of a load; `done_bytes` never falls and ends at `total_bytes`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadProgress {
-    /// Stored bytes of weights taken in so far.
+    /// Stored bytes of weights loaded so far.
     pub done_bytes: u64,
     /// Stored bytes of all weights the plan uses.
     pub total_bytes: u64,
 }
 
-/// Everything a device needs to hold a model.
+/// Everything that a device needs to load a model.
 pub struct LoadSpec<'a> {
     /// The tensors; the device keeps the `Arc` only if it reads them after loading.
     pub weights: Arc<Weights>,
-    /// The largest plan that will be compiled: it says how weights are used and how large the arena is.
+    /// The largest plan that will be compiled. It determines how weights are used and how large the arena is.
     pub plan: &'a Plan,
     /// Blocks of the key/value cache, each of [`KV_BLOCK_TOKENS`] tokens; zero for a plan that uses none.
     pub kv_blocks: usize,
@@ -129,6 +135,28 @@ pub struct LoadSpec<'a> {
     pub numerics: Numerics,
     /// Called after each tensor, on the loading thread.
     pub progress: &'a mut dyn FnMut(LoadProgress),
+}
+
+impl LoadSpec<'_> {
+    /// What [`Backend::estimate`] needs to know of this load.
+    #[must_use]
+    pub fn estimate_spec(&self) -> EstimateSpec<'_> {
+        let Self { weights, plan, kv_blocks, numerics, progress: _ } = self;
+        EstimateSpec { weights, plan, kv_blocks: *kv_blocks, numerics: *numerics }
+    }
+}
+
+/// What decides how much memory a load takes. The fields are those of [`LoadSpec`].
+#[derive(Debug, Clone, Copy)]
+pub struct EstimateSpec<'a> {
+    /// The tensors; only their types and shapes are read.
+    pub weights: &'a Weights,
+    /// The largest plan that will be compiled.
+    pub plan: &'a Plan,
+    /// Blocks of the key/value cache.
+    pub kv_blocks: usize,
+    /// How closely to follow f32.
+    pub numerics: Numerics,
 }
 
 /// Bytes that a loaded model takes on its device.
@@ -145,7 +173,7 @@ pub struct MemoryReport {
 }
 
 impl MemoryReport {
-    /// What two models take together.
+    /// The sum of two models.
     #[must_use]
     pub const fn and(&self, other: &Self) -> Self {
         Self {
@@ -163,7 +191,7 @@ impl MemoryReport {
     }
 }
 
-/// Why a device refused or failed.
+/// Why a device refused a call or failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// The plan itself is wrong.
@@ -187,16 +215,16 @@ pub enum BackendError {
         "the model needs {needed_bytes} bytes for {what}, which could not be allocated; lower the context, the cache or the batch"
     )]
     OutOfMemory {
-        /// Weights, arena or cache.
+        /// The memory that could not be allocated: weights, arena or cache.
         what: &'static str,
         /// Bytes asked for.
         needed_bytes: u64,
     },
-    /// A plan that is not the loaded one's.
+    /// A plan that does not belong to the loaded model.
     #[error("the plan does not belong to the loaded model: {0}")]
     Mismatch(&'static str),
     /// `wait` without `submit`, or `submit` twice.
-    #[error("steps are submitted and awaited in turn: {0}")]
+    #[error("submit and wait must alternate: {0}")]
     Order(&'static str),
     /// The device cannot be used.
     #[error("device unusable: {0}")]
@@ -205,40 +233,49 @@ pub enum BackendError {
 
 /// A device that can hold models.
 pub trait Backend: Send {
-    /// What it is and can do.
+    /// Its kind and capabilities.
     fn caps(&self) -> &Caps;
 
-    /// Takes a model's weights in and allocates its cache and arena.
+    /// What [`Loaded::memory`] will report after a load with this specification, at most 1 % less or more.
+    /// Nothing is allocated: callers compare the sum with the memory there is and refuse the model where it
+    /// does not fit.
+    ///
+    /// # Errors
+    /// [`BackendError`] where the load would be refused in any case.
+    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError>;
+
+    /// Loads a model's weights and allocates its cache and arena.
     ///
     /// # Errors
     /// [`BackendError`] when a weight type has no kernel or memory does not suffice.
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError>;
 }
 
-/// A model on its device. Dropping it and its executables returns the memory.
+/// A model on its device. Dropping it and its executables frees the memory.
 pub trait Loaded: Send {
     /// Bytes it takes.
     fn memory(&self) -> MemoryReport;
 
-    /// Makes a plan runnable. All executables of one model share its cache and arena, so one step runs at a time.
+    /// Makes a plan executable. All executables of one model share its cache and arena, so one step runs at a
+    /// time.
     ///
     /// # Errors
     /// [`BackendError::Mismatch`] when the plan needs more than was loaded.
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError>;
 }
 
-/// A plan that runs.
+/// A plan that can run.
 pub trait Executable: Send {
-    /// Checks the step and starts it; a CPU may do all the work here.
+    /// Checks the step and starts it; a CPU may compute all of it here.
     ///
     /// # Errors
     /// [`BackendError::Step`] when the step is invalid (nothing was computed, the next may be submitted),
-    /// [`BackendError::Order`] when one is under way.
+    /// [`BackendError::Order`] when a submitted step was not awaited yet.
     fn submit(&mut self, input: &StepInput) -> Result<(), BackendError>;
 
-    /// Waits for the step under way and writes its answer.
+    /// Waits for the submitted step and writes its answer.
     ///
     /// # Errors
-    /// [`BackendError::Order`] when none is, [`BackendError::Device`] when it failed.
+    /// [`BackendError::Order`] without a submitted step, [`BackendError::Device`] when it failed.
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError>;
 }

@@ -1,30 +1,39 @@
-//! Writing a model down: one line per operation, checked as it goes.
+//! Building a plan: one call per op, each checked at once.
 //!
-//! The first mistake is remembered and reported by [`PlanBuilder::finish`] with the number of its op, so that model
-//! code reads like the formulas it implements. Values are defined once ([`PlanBuilder::rope`] alone changes one in
-//! place), which is what lets passes reorder and the arena reuse memory.
+//! [`PlanBuilder::finish`] reports the first mistake with the number of its op, so that model code reads like
+//! the formulas it implements. Each value is defined once (only [`PlanBuilder::rope`] changes one in place),
+//! so that passes can reorder ops and the arena can reuse memory.
 
 use std::sync::Arc;
 
 use crate::{
-    Activation, AttentionShape, FusedOps, Hyper, Limits, Op, Part, Plan, PlanError, Pooling, RopeSpec,
-    RowSpace, WeightId, Weights, arena, passes,
+    Activation, AttentionShape, FusedOps, Hyper, Limits, Op, Plan, PlanError, Pooling, RopeSpec, RowSpace,
+    Segment, WeightId, Weights, arena, passes,
 };
 
 /// A matrix that some op makes; belongs to its builder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Value(pub(crate) u32);
 
-/// What is known of a [`Value`] before it has a place.
+/// The properties of a [`Value`] before the arena is planned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ValueInfo {
     pub(crate) cols: usize,
     pub(crate) rows: RowSpace,
-    /// A column range of another value: that value, and the first column.
-    pub(crate) part_of: Option<(Value, usize)>,
+    /// Set where the value is a range of columns of another value.
+    pub(crate) columns_of: Option<ColumnsOf>,
 }
 
-/// A model written down but not yet placed; what passes work on.
+/// Where a value lies in a wider one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ColumnsOf {
+    /// The wider value.
+    pub(crate) whole: Value,
+    /// Its column that is the value's first.
+    pub(crate) first_col: usize,
+}
+
+/// The ops and values of a model before the arena is planned; passes rewrite it.
 #[derive(Debug, Default)]
 pub(crate) struct Draft {
     pub(crate) ops: Vec<Op<Value>>,
@@ -37,13 +46,13 @@ impl Draft {
     }
 
     pub(crate) fn new_value(&mut self, cols: usize, rows: RowSpace) -> Value {
-        self.values.push(ValueInfo { cols, rows, part_of: None });
-        // A plan of four billion values would have exhausted memory long before.
+        self.values.push(ValueInfo { cols, rows, columns_of: None });
+        // Four billion values would exhaust memory first.
         Value(u32::try_from(self.values.len() - 1).unwrap_or(u32::MAX))
     }
 }
 
-/// Collects a model's ops. See the crate's tests for a whole small model.
+/// Collects a model's ops. The crate's tests have a complete small model.
 pub struct PlanBuilder<'a> {
     weights: &'a Weights,
     hyper: Hyper,
@@ -53,7 +62,7 @@ pub struct PlanBuilder<'a> {
 }
 
 impl<'a> PlanBuilder<'a> {
-    /// Starts a plan for a model of these sizes and steps up to these limits.
+    /// Begins a plan for a model of these sizes and for steps up to these limits.
     #[must_use]
     pub fn new(weights: &'a Weights, hyper: Hyper, limits: Limits) -> Self {
         let first_error = hyper.check().and_then(|()| limits.check()).err();
@@ -83,7 +92,7 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::EmbedPositions { table, out }, out)
     }
 
-    /// Adds a vector to each row: a bias, or BERT's row of the one token type in use.
+    /// Adds a vector to each row, such as a bias or BERT's embedding of the only token type in use.
     pub fn add_row(&mut self, input: Value, weight: WeightId) -> Value {
         let info = self.check_vector("add_row", input, weight);
         let out = self.draft.new_value(info.cols, info.rows);
@@ -110,11 +119,11 @@ impl<'a> PlanBuilder<'a> {
         let info = self.draft.info(input);
         self.check_projection("matmul", input, weight);
         let out = self.draft.new_value(self.weights.get(weight).rows(), info.rows);
-        let (parts, activation) = (vec![Part { weight, bias: None }], Activation::None);
-        self.push(Op::MatMul { input, norm: None, parts, activation, residual: None, out }, out)
+        let (segments, activation) = (vec![Segment { weight, bias: None }], Activation::None);
+        self.push(Op::MatMul { input, norm: None, segments, activation, residual: None, out }, out)
     }
 
-    /// Turns the heads of `data` in place; the same value comes back, its unturned form is gone.
+    /// Rotates the heads of `data` in place and returns the same value.
     pub fn rope(&mut self, data: Value, spec: RopeSpec) -> Value {
         let info = self.draft.info(data);
         let fits =
@@ -140,7 +149,8 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::KvWrite { layer, keys, values }, keys);
     }
 
-    /// Causal attention of `query` over the cache of `layer`, which must have been written before in this plan.
+    /// Causal attention of `query` over the cache of `layer`, which must have been written before in this
+    /// plan.
     pub fn attention(&mut self, layer: usize, query: Value, scale: f32) -> Value {
         let Hyper { heads, kv_heads, head_dim, .. } = self.hyper;
         let info = self.draft.info(query);
@@ -156,7 +166,8 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Attention { layer, query, shape, scale, out }, out)
     }
 
-    /// Attention of every row to all rows of its sequence in the step, before and after it. For plans without a cache.
+    /// Attention of every row to all rows of its sequence in the step, before and after it. For plans without
+    /// a cache.
     pub fn encoder_attention(&mut self, query: Value, keys: Value, values: Value, scale: f32) -> Value {
         let Hyper { heads, kv_heads, head_dim, .. } = self.hyper;
         for (value, heads) in [(query, heads), (keys, kv_heads), (values, kv_heads)] {
@@ -190,7 +201,7 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Add { a, b, out }, out)
     }
 
-    /// Keeps only the rows whose logits are wanted.
+    /// Keeps only the rows whose logits are requested.
     pub fn gather_rows(&mut self, input: Value) -> Value {
         let info = self.draft.info(input);
         self.check(info.rows == RowSpace::Tokens, "gather_rows", || "rows were gathered before".into());
@@ -208,7 +219,7 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Logits { input, weight, out }, out);
     }
 
-    /// One row per sequence: the answer of an encoding plan. `normalise` divides each by its length.
+    /// One row per sequence, the answer of an encoding plan. `normalise` divides each row by its length.
     pub fn pool(&mut self, input: Value, pooling: Pooling, normalise: bool) {
         let info = self.draft.info(input);
         self.check(info.rows == RowSpace::Tokens, "pool", || "rows were gathered before".into());
@@ -216,10 +227,10 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Pool { input, pooling, normalise, out }, out);
     }
 
-    /// Fuses what the device claims, places the buffers, and freezes the plan.
+    /// Fuses the forms that the device claims, plans the arena, and makes the plan.
     ///
     /// # Errors
-    /// The first mistake made while writing, or an arena that overflows.
+    /// The first mistake of the calls before, or an arena whose size overflows.
     pub fn finish(mut self, fused: &FusedOps) -> Result<Plan, PlanError> {
         let answers = self.draft.ops.iter().filter(|op| op.answer().is_some()).count();
         let last = self.draft.ops.last().is_some_and(|op| op.answer().is_some());
@@ -231,9 +242,9 @@ impl<'a> PlanBuilder<'a> {
             return Err(error);
         }
         passes::run(&mut self.draft, fused, self.weights);
-        let layout = arena::place(&self.draft, &self.limits)?;
+        let layout = arena::lay_out(&self.draft, &self.limits)?;
         let weight_names: Arc<[String]> = self.weights.iter().map(|(_, w)| w.name().to_owned()).collect();
-        let ops = self.draft.ops.iter().map(|op| op.map(|value| layout.buf(value))).collect();
+        let ops = self.draft.ops.iter().map(|op| op.map(|_, value| layout.buf(value))).collect();
         Ok(Plan { ops, hyper: self.hyper, limits: self.limits, arena_bytes: layout.bytes, weight_names })
     }
 
@@ -248,8 +259,8 @@ impl<'a> PlanBuilder<'a> {
         }
     }
 
-    /// A plan that answers by sequence must see whole sequences, which a cache would let it miss; one that answers by row
-    /// needs room for the rows.
+    /// A plan that answers by sequence needs whole sequences in each step, so it can have no cache. A plan
+    /// that answers by row needs room for the rows.
     fn check_pooled(&mut self) {
         let has = |f: fn(&Op<Value>) -> bool| self.draft.ops.iter().any(f);
         let cached = has(|op| matches!(op, Op::KvWrite { .. }));

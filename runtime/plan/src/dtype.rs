@@ -1,8 +1,8 @@
-//! How weights are stored, and what a stored block means in f32.
+//! The stored types of weights, and the f32 values of a stored block.
 //!
-//! The quantised layouts are those of GGUF files (the format's description and the `block_*` structures of the ggml
-//! project define them); all numbers are little-endian. They are written down here once, as the plainest loop that is
-//! right; backends repack and must agree with [`DType::dequantise`].
+//! The quantised layouts are those of GGUF files (the format's description and the `block_*` structures of
+//! the ggml project define them); all numbers are little-endian. [`DType::dequantise`] defines them here by
+//! plain loops; backends repack the weights and must agree with it.
 
 mod k_quants;
 
@@ -20,23 +20,24 @@ pub enum DType {
     BF16,
     /// 32 weights in 34 bytes: f16 scale `d`, then 32 signed bytes `q`. A weight is `d * q`.
     Q8_0,
-    /// 32 weights in 20 bytes: f16 scale `d`, f16 minimum `m`, then 16 bytes. Byte `j` holds weight `j` in its low
-    /// four bits and weight `j + 16` in its high four bits. A weight is `d * q + m` with `q` in 0..=15.
+    /// 32 weights in 20 bytes: f16 scale `d`, f16 minimum `m`, then 16 bytes. Byte `j` holds weight `j` in
+    /// its low four bits and weight `j + 16` in its high four bits. A weight is `d * q + m` with `q` in
+    /// 0..=15.
     Q4_1,
     /// 32 weights in 18 bytes: f16 scale `d`, then 16 bytes as in `Q4_1`. A weight is `d * (q - 8)`.
     Q4_0,
-    /// 32 weights in 22 bytes: f16 scale `d`, 32 bits of which bit `j` is the fifth bit of weight `j`, then 16 bytes as in
-    /// `Q4_1`. A weight is `d * (q - 16)` with `q` in 0..=31.
+    /// 32 weights in 22 bytes: f16 scale `d`, 32 bits of which bit `j` is the fifth bit of weight `j`, then
+    /// 16 bytes as in `Q4_1`. A weight is `d * (q - 16)` with `q` in 0..=31.
     Q5_0,
-    /// 256 weights in 144 bytes: f16 `d`, f16 `dmin`, eight 6-bit scales `s` and minima `m` in 12 bytes, then 128 bytes.
-    /// Byte `l` of the `p`-th 32 holds a weight of sub-block `2p` in its low and one of `2p + 1` in its high four bits. A
-    /// weight is `d * s * q - dmin * m`.
+    /// 256 weights in 144 bytes: f16 `d`, f16 `dmin`, eight 6-bit scales `s` and minima `m` in 12 bytes, then
+    /// 128 bytes. Byte `l` of the `p`-th 32 holds a weight of sub-block `2p` in its low and one of `2p + 1`
+    /// in its high four bits. A weight is `d * s * q - dmin * m`.
     Q4_K,
-    /// 256 weights in 176 bytes: as `Q4_K`, with 32 bytes between scales and quants: bit `b` of byte `l` is the fifth bit of
-    /// weight `l` of sub-block `b`.
+    /// 256 weights in 176 bytes: as `Q4_K`, with 32 bytes between scales and quants: bit `b` of byte `l` is
+    /// the fifth bit of weight `l` of sub-block `b`.
     Q5_K,
-    /// 256 weights in 210 bytes: 128 bytes of low four bits, 64 of high two bits, sixteen signed scales `s`, f16 `d`. A
-    /// weight of the `i`-th sixteen is `d * s[i] * (q - 32)` with `q` in 0..=63.
+    /// 256 weights in 210 bytes: 128 bytes of low four bits, 64 of high two bits, sixteen signed scales `s`,
+    /// f16 `d`. A weight of the `i`-th sixteen is `d * s[i] * (q - 32)` with `q` in 0..=63.
     Q6_K,
 }
 
@@ -87,7 +88,8 @@ impl DType {
         self.block_len() > 1
     }
 
-    /// Bytes of one row of `cols` weights; `None` where `cols` is no whole number of blocks or the size overflows.
+    /// Bytes of one row of `cols` weights; `None` where `cols` is no whole number of blocks or the size
+    /// overflows.
     #[must_use]
     pub fn row_bytes(self, cols: usize) -> Option<usize> {
         if !cols.is_multiple_of(self.block_len()) {
@@ -116,7 +118,8 @@ impl DType {
     /// Writes the f32 value of every weight in `bytes` into `out`.
     ///
     /// # Panics
-    /// When `bytes` and `out` do not describe the same whole number of blocks: callers hold checked [`crate::Weight`]s.
+    /// When `bytes` and `out` do not describe the same whole number of blocks: callers hold checked
+    /// [`crate::Weight`]s.
     pub fn dequantise(self, bytes: &[u8], out: &mut [f32]) {
         assert_eq!(
             self.row_bytes(out.len()),

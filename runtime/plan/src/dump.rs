@@ -1,4 +1,4 @@
-//! The text form of a plan. It is compared with golden files, so its shape changes only on purpose.
+//! The text form of a plan. Golden files are compared with it, so it changes only on purpose.
 
 use std::fmt::Write as _;
 
@@ -41,8 +41,8 @@ fn operands(plan: &Plan, op: &Op) -> String {
         Op::Rope { data, spec } => format!("{} {}", buf(*data), rope(spec)),
         Op::KvWrite { layer, keys, values } => format!("layer {layer}: k {} v {}", buf(*keys), buf(*values)),
         Op::RopeKvWrite { layer, query, keys, values, spec } => {
-            let turned = format!("q {} k {}", buf(*query), buf(*keys));
-            format!("layer {layer}: {turned} v {} {}", buf(*values), rope(spec))
+            let rotated = format!("q {} k {}", buf(*query), buf(*keys));
+            format!("layer {layer}: {rotated} v {} {}", buf(*values), rope(spec))
         }
         Op::Attention { layer, query, shape, scale, .. } => {
             format!("layer {layer}: q {} {} scale {scale}", buf(*query), heads(shape))
@@ -58,7 +58,7 @@ fn operands(plan: &Plan, op: &Op) -> String {
         Op::Pool { input, pooling, normalise, .. } => {
             let pooling = match pooling {
                 Pooling::Mean => "mean",
-                Pooling::First => "first",
+                Pooling::Cls => "cls",
                 Pooling::Max => "max",
             };
             format!("{pooling} {}{}", buf(*input), if *normalise { " normalised" } else { "" })
@@ -71,19 +71,19 @@ fn norm(plan: &Plan, input: Buf, weight: WeightId, eps: f32) -> String {
 }
 
 fn projection(plan: &Plan, op: &Op) -> String {
-    let Op::MatMul { input, norm: before, parts, activation, residual, .. } = op else {
+    let Op::MatMul { input, norm: before, segments, activation, residual, .. } = op else {
         return String::new();
     };
-    let part = |part: &crate::Part| {
-        let bias = part.bias.map_or_else(String::new, |bias| format!(" + {}", plan.weight_name(bias)));
-        format!("{}{bias}", plan.weight_name(part.weight))
+    let segment = |segment: &crate::Segment| {
+        let bias = segment.bias.map_or_else(String::new, |bias| format!(" + {}", plan.weight_name(bias)));
+        format!("{}{bias}", plan.weight_name(segment.weight))
     };
-    let parts: Vec<String> = parts.iter().map(part).collect();
+    let segments: Vec<String> = segments.iter().map(segment).collect();
     let input = match before {
         Some(n) => format!("rms_norm({})", norm(plan, *input, n.weight, n.eps)),
         None => buf(*input),
     };
-    let product = format!("[{}] . {input}", parts.join(" | "));
+    let product = format!("[{}] . {input}", segments.join(" | "));
     let product = match activation {
         Activation::None => product,
         Activation::Gelu => format!("gelu({product})"),

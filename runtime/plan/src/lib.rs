@@ -1,13 +1,15 @@
-//! The execution plan: what a model does in one step, written once, run by every backend.
+//! The execution plan: the ops of one step of a model, lowered once and run by every backend.
 //!
-//! A model is lowered *at load* into a [`Plan`]: a flat list over the closed set of [`Op`]s, whose operands are
-//! offsets into an arena that is planned before the first request. Nothing about a plan changes afterwards, so a
-//! backend may record it (a CUDA graph, a Vulkan command buffer) or loop over it (a CPU); addresses are fixed, no op
-//! allocates and no op waits for the host.
+//! A model is lowered *at load* into a [`Plan`]: a flat list over the closed set of [`Op`]s, whose operands
+//! are offsets into an arena that is planned before the first request. A plan is immutable, so a backend can
+//! record it (a CUDA graph, a Vulkan command buffer) or loop over it (a CPU). Addresses are fixed, no op
+//! allocates, and no op waits for the host.
 //!
-//! The way through the crate: [`Weights`] name the tensors, [`PlanBuilder`] writes the model down, [`passes`] fuse
-//! what the backend's [`Caps`] claim, [`arena`] places the buffers, [`Backend`] → [`Loaded`] → [`Executable`] run it on
-//! a [`StepInput`]. [`oracle::Oracle`] is the backend that every other one is compared with: plain loops, one thread.
+//! The steps from model to answer: [`Weights`] name the tensors, [`PlanBuilder`] collects the ops, [`passes`]
+//! fuse the forms that the backend's [`Caps`] claim, [`arena`] assigns offsets to the buffers, and
+//! [`Backend`] → [`Loaded`] → [`Executable`] run the plan on a [`StepInput`]. [`Backend::estimate`] tells the
+//! memory before a load. The backend [`oracle::Oracle`] defines the right answers: plain loops, one thread.
+//! [`seeded`] is the generator for reproducible weights.
 
 pub mod arena;
 pub mod backend;
@@ -19,17 +21,19 @@ pub mod oracle;
 pub mod passes;
 pub mod plan;
 pub mod rope;
+pub mod seeded;
 pub mod step;
 pub mod weights;
 
 pub use backend::{
-    Backend, BackendError, Caps, DeviceKind, Executable, FusedOps, LoadProgress, LoadSpec, Loaded,
-    MemoryReport, Numerics,
+    Backend, BackendError, Caps, DeviceKind, EstimateSpec, Executable, FusedOps, LoadProgress, LoadSpec,
+    Loaded, MemoryReport, Numerics,
 };
 pub use builder::{PlanBuilder, Value};
 pub use dtype::DType;
 pub use op::{
-    Activation, AttentionShape, Buf, Norm, Op, Part, Pooling, RopeLayout, RopeSpec, RowSpace, WeightUse,
+    Access, Activation, AttentionShape, Buf, Norm, Op, Pooling, RopeLayout, RopeSpec, RowSpace, Segment,
+    WeightUse,
 };
 pub use plan::{Hyper, Limits, Plan, PlanError};
 pub use step::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep, StepError, StepInput, StepOutput};

@@ -1,9 +1,10 @@
-//! The closed set of operations a plan is made of.
+//! The closed set of operations that plans consist of.
 //!
-//! Ops are as large as a transformer's own sentences (a norm, a projection, an attention), so that a backend has few
-//! kernels, each worth tuning, and a plan is short enough to read. `B` is the operand: a [`crate::Value`] while a
-//! model is being written down, a [`Buf`] with a fixed place once the arena is planned. The set is matched without a
-//! wildcard everywhere: a new op does not compile until every backend has an answer.
+//! An op is one step of a transformer's formulas (a norm, a projection, an attention). So a backend has few
+//! kernels, each worth tuning, and a plan is short enough to read. `B` is the type of the operands: a
+//! [`crate::Value`] while a model is lowered, a [`Buf`] with a fixed offset once the arena is planned. Every
+//! match over the set lists all ops without a wildcard, so that a new op does not compile until every backend
+//! implements it.
 
 use crate::WeightId;
 
@@ -20,8 +21,8 @@ pub enum RowSpace {
 
 /// A matrix of f32 in the arena: row `r` starts at byte `offset + r * stride * 4` and has `cols` values.
 ///
-/// `stride` exceeds `cols` where several values share one allocation side by side (the output of a concatenated
-/// projection); the first row of an allocation is aligned to [`crate::arena::ALIGN_BYTES`].
+/// `stride` exceeds `cols` where several values share one allocation side by side (the output of a
+/// concatenated projection); the first row of an allocation is aligned to [`crate::arena::ALIGN_BYTES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Buf {
     /// Byte offset of the first value in the arena.
@@ -37,20 +38,20 @@ pub struct Buf {
 /// How rotary embedding pairs the elements of a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RopeLayout {
-    /// Elements `2i` and `2i + 1` turn together (Llama weights as GGUF stores them; "norm" there).
+    /// Elements `2i` and `2i + 1` form a pair (Llama weights as GGUF stores them; GGUF calls it "norm").
     Interleaved,
-    /// Elements `i` and `i + dims/2` turn together (GPT-NeoX, Qwen, Gemma; Llama in safetensors).
+    /// Elements `i` and `i + dims/2` form a pair (GPT-NeoX, Qwen, Gemma; Llama in safetensors).
     Neox,
 }
 
-/// A rotary position embedding: pair `i` turns by `position * base^(-2i/dims)`.
+/// A rotary position embedding: pair `i` rotates by `position * base^(-2i/dims)` radians.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RopeSpec {
     /// How elements are paired.
     pub layout: RopeLayout,
     /// The base of the frequencies ("theta").
     pub base: f32,
-    /// Elements of a head that turn, from its first; even and at most `head_dim`.
+    /// Elements of a head that are rotated, from its first; even and at most `head_dim`.
     pub dims: usize,
     /// Elements of a head.
     pub head_dim: usize,
@@ -73,15 +74,15 @@ pub struct AttentionShape {
 pub enum Pooling {
     /// Their mean.
     Mean,
-    /// The first (BERT's `[CLS]`).
-    First,
+    /// The first row (BERT's `[CLS]`).
+    Cls,
     /// The largest of each column.
     Max,
 }
 
-/// One matrix of a projection.
+/// One matrix of a projection; its outputs are a range of the projection's columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Part {
+pub struct Segment {
     /// Features out × features in.
     pub weight: WeightId,
     /// 1 × features out, added to the product.
@@ -104,8 +105,8 @@ pub enum Activation {
     None,
     /// [`Op::Gelu`] of each.
     Gelu,
-    /// [`Op::SiluMul`] of the first part's (gate) and the second's (up): there are two, of one shape, and the output is as
-    /// wide as one of them.
+    /// [`Op::SiluMul`] of the first segment's products (gate) and the second's (up). There are two segments,
+    /// of one shape and one weight type, and the output is as wide as one of them.
     SiluMul,
 }
 
@@ -146,8 +147,8 @@ pub enum Op<B = Buf> {
         /// Like `input`.
         out: B,
     },
-    /// `out[r] = (input[r] - mean) / sqrt(variance + eps) * weight + bias`, the variance being the mean of squared
-    /// differences.
+    /// `out[r] = (input[r] - mean) / sqrt(variance + eps) * weight + bias`, the variance being the mean of
+    /// squared differences.
     LayerNorm {
         /// Rows × width.
         input: B,
@@ -160,15 +161,16 @@ pub enum Op<B = Buf> {
         /// Like `input`.
         out: B,
     },
-    /// `out = activation(concat(weight · x + bias for each part)) + residual`, where `x` is the input's row, normed where a
-    /// norm is given. What is more than one weight appears only where [`crate::FusedOps`] claims it.
+    /// `out = activation(concat(weight · x + bias for each segment)) + residual`, where `x` is the input's
+    /// row, normed where a norm is given. Anything beyond one weight appears only where [`crate::FusedOps`]
+    /// claims it.
     MatMul {
         /// Rows × features in.
         input: B,
-        /// Applied to each row of the input first.
+        /// Applied to each row of the input before the products.
         norm: Option<Norm>,
         /// Their outputs lie side by side.
-        parts: Vec<Part>,
+        segments: Vec<Segment>,
         /// Applied to the outputs.
         activation: Activation,
         /// Like `out`; added last.
@@ -176,41 +178,41 @@ pub enum Op<B = Buf> {
         /// Rows × the sum of features out, half of it after [`Activation::SiluMul`].
         out: B,
     },
-    /// Turns every head of `data` by the row's position, in place.
+    /// Rotates every head of `data` by the row's position, in place.
     Rope {
         /// Tokens × (heads · head_dim).
         data: B,
-        /// How.
+        /// The rotation.
         spec: RopeSpec,
     },
     /// Stores keys and values of each row at the row's position in its sequence's cache.
     KvWrite {
         /// Layer of the cache.
         layer: usize,
-        /// Tokens × (kv_heads · head_dim), turned already.
+        /// Tokens × (kv_heads · head_dim), rotated.
         keys: B,
         /// Tokens × (kv_heads · head_dim).
         values: B,
     },
-    /// [`Op::Rope`] of queries and keys and [`Op::KvWrite`] at once: queries are turned in place, turned keys go to the cache
-    /// alone. Appears only where [`crate::FusedOps::rope_kv_write`] is claimed.
+    /// [`Op::Rope`] of queries and keys and [`Op::KvWrite`] in one op: queries are rotated in place, rotated
+    /// keys are stored in the cache only. Appears only where [`crate::FusedOps::rope_kv_write`] is claimed.
     RopeKvWrite {
         /// Layer of the cache.
         layer: usize,
-        /// Tokens × (heads · head_dim), turned in place.
+        /// Tokens × (heads · head_dim), rotated in place.
         query: B,
-        /// Tokens × (kv_heads · head_dim), left as they are.
+        /// Tokens × (kv_heads · head_dim), unchanged.
         keys: B,
         /// Tokens × (kv_heads · head_dim).
         values: B,
-        /// How queries and keys are turned.
+        /// The rotation of queries and keys.
         spec: RopeSpec,
     },
     /// Causal softmax attention of each row over its sequence's cache, positions `0..=position[r]`.
     Attention {
         /// Layer of the cache.
         layer: usize,
-        /// Tokens × (heads · head_dim), turned already.
+        /// Tokens × (heads · head_dim), rotated.
         query: B,
         /// Heads.
         shape: AttentionShape,
@@ -219,7 +221,8 @@ pub enum Op<B = Buf> {
         /// Like `query`.
         out: B,
     },
-    /// Softmax attention of each row to all rows of its sequence in this step, before and after it; no cache.
+    /// Softmax attention of each row to all rows of its sequence in this step, earlier and later ones; no
+    /// cache.
     EncoderAttention {
         /// Tokens × (heads · head_dim).
         query: B,
@@ -259,14 +262,15 @@ pub enum Op<B = Buf> {
         /// Like `a`.
         out: B,
     },
-    /// `out[i] = input[logits_rows[i]]`: from here on only rows that somebody reads are computed.
+    /// `out[i] = input[logits_rows[i]]`: the ops after it compute only the rows whose logits are requested.
     GatherRows {
         /// Tokens × features.
         input: B,
         /// Logits × features.
         out: B,
     },
-    /// `out[i] = weight · input[i]`, handed to the caller as the step's logits. The last op of a generating plan.
+    /// `out[i] = weight · input[i]`, returned to the caller as the step's logits. The last op of a generating
+    /// plan.
     Logits {
         /// Logits × width.
         input: B,
@@ -275,12 +279,12 @@ pub enum Op<B = Buf> {
         /// Logits × vocabulary.
         out: B,
     },
-    /// One row per sequence from its rows of this step, then, if wanted, divided by its length (the root of the sum of its
-    /// squares, at least 1e-12); handed to the caller. The last op of an encoding plan.
+    /// One row per sequence from its rows of this step, divided, if `normalise`, by its length (the root of
+    /// the sum of its squares, at least 1e-12); returned to the caller. The last op of an encoding plan.
     Pool {
         /// Tokens × width.
         input: B,
-        /// How.
+        /// How rows become one.
         pooling: Pooling,
         /// Whether to divide by the length.
         normalise: bool,
@@ -314,51 +318,33 @@ impl<B: Copy> Op<B> {
         }
     }
 
-    /// Every buffer the op reads (what it changes in place included).
+    /// Every buffer the op reads, including one that it changes in place.
     #[must_use]
     pub fn inputs(&self) -> Vec<B> {
-        match self {
-            Self::Embed { .. } | Self::EmbedPositions { .. } => vec![],
-            Self::RmsNorm { input, .. }
-            | Self::LayerNorm { input, .. }
-            | Self::AddRow { input, .. }
-            | Self::Gelu { input, .. }
-            | Self::GatherRows { input, .. }
-            | Self::Logits { input, .. }
-            | Self::Pool { input, .. } => vec![*input],
-            Self::MatMul { input, residual, .. } => [Some(*input), *residual].into_iter().flatten().collect(),
-            Self::Rope { data, .. } => vec![*data],
-            Self::KvWrite { keys, values, .. } => vec![*keys, *values],
-            Self::RopeKvWrite { query, keys, values, .. }
-            | Self::EncoderAttention { query, keys, values, .. } => vec![*query, *keys, *values],
-            Self::Attention { query, .. } => vec![*query],
-            Self::SiluMul { gate, up, .. } => vec![*gate, *up],
-            Self::Add { a, b, .. } => vec![*a, *b],
-        }
+        self.operands(|access| access != Access::Write)
     }
 
     /// The buffer the op changes in place, if it does.
     #[must_use]
-    pub const fn changes(&self) -> Option<B> {
-        match self {
-            Self::Rope { data, .. } => Some(*data),
-            Self::RopeKvWrite { query, .. } => Some(*query),
-            Self::Embed { .. }
-            | Self::EmbedPositions { .. }
-            | Self::AddRow { .. }
-            | Self::RmsNorm { .. }
-            | Self::LayerNorm { .. }
-            | Self::MatMul { .. }
-            | Self::KvWrite { .. }
-            | Self::Attention { .. }
-            | Self::EncoderAttention { .. }
-            | Self::Gelu { .. }
-            | Self::SiluMul { .. }
-            | Self::Add { .. }
-            | Self::GatherRows { .. }
-            | Self::Logits { .. }
-            | Self::Pool { .. } => None,
-        }
+    pub fn changes(&self) -> Option<B> {
+        self.operands(|access| access == Access::Update).pop()
+    }
+
+    /// The buffer the op fills, if it makes a new one.
+    #[must_use]
+    pub fn output(&self) -> Option<B> {
+        self.operands(|access| access == Access::Write).pop()
+    }
+
+    /// The buffers with an access that `is_wanted` accepts.
+    fn operands(&self, is_wanted: impl Fn(Access) -> bool) -> Vec<B> {
+        let mut operands = Vec::new();
+        let _ = self.map(|access, operand| {
+            if is_wanted(access) {
+                operands.push(operand);
+            }
+        });
+        operands
     }
 
     /// Every weight the op reads, and how.
@@ -371,10 +357,10 @@ impl<B: Copy> Op<B> {
                 vec![(*weight, WeightUse::Vector), (*bias, WeightUse::Vector)]
             }
             Self::Logits { weight, .. } => vec![(*weight, WeightUse::Matrix)],
-            Self::MatMul { norm, parts, .. } => {
+            Self::MatMul { norm, segments, .. } => {
                 let norm = norm.iter().map(|norm| (norm.weight, WeightUse::Vector));
-                let matrices = parts.iter().map(|part| (part.weight, WeightUse::Matrix));
-                let biases = parts.iter().filter_map(|part| Some((part.bias?, WeightUse::Vector)));
+                let matrices = segments.iter().map(|segment| (segment.weight, WeightUse::Matrix));
+                let biases = segments.iter().filter_map(|segment| Some((segment.bias?, WeightUse::Vector)));
                 norm.chain(matrices).chain(biases).collect()
             }
             Self::Rope { .. }
@@ -390,29 +376,7 @@ impl<B: Copy> Op<B> {
         }
     }
 
-    /// The buffer the op fills, if it makes a new one.
-    #[must_use]
-    pub const fn output(&self) -> Option<B> {
-        match self {
-            Self::Rope { .. } | Self::KvWrite { .. } | Self::RopeKvWrite { .. } => None,
-            Self::Embed { out, .. }
-            | Self::EmbedPositions { out, .. }
-            | Self::AddRow { out, .. }
-            | Self::RmsNorm { out, .. }
-            | Self::LayerNorm { out, .. }
-            | Self::MatMul { out, .. }
-            | Self::Attention { out, .. }
-            | Self::EncoderAttention { out, .. }
-            | Self::Gelu { out, .. }
-            | Self::SiluMul { out, .. }
-            | Self::Add { out, .. }
-            | Self::GatherRows { out, .. }
-            | Self::Logits { out, .. }
-            | Self::Pool { out, .. } => Some(*out),
-        }
-    }
-
-    /// The buffer that is the step's answer, if this op gives it.
+    /// The buffer that is the step's answer, if this op makes it.
     #[must_use]
     pub const fn answer(&self) -> Option<B> {
         match self {
@@ -421,50 +385,72 @@ impl<B: Copy> Op<B> {
         }
     }
 
-    /// The same op on other operands.
-    pub fn map<C>(&self, mut f: impl FnMut(B) -> C) -> Op<C> {
+    /// The same op on other operands. This is the one place that says how an op accesses each of its buffers.
+    pub fn map<C>(&self, mut f: impl FnMut(Access, B) -> C) -> Op<C> {
+        use Access::{Read, Update, Write};
         match *self {
-            Self::Embed { table, out } => Op::Embed { table, out: f(out) },
-            Self::EmbedPositions { table, out } => Op::EmbedPositions { table, out: f(out) },
-            Self::AddRow { input, weight, out } => Op::AddRow { input: f(input), weight, out: f(out) },
+            Self::Embed { table, out } => Op::Embed { table, out: f(Write, out) },
+            Self::EmbedPositions { table, out } => Op::EmbedPositions { table, out: f(Write, out) },
+            Self::AddRow { input, weight, out } => {
+                Op::AddRow { input: f(Read, input), weight, out: f(Write, out) }
+            }
             Self::RmsNorm { input, weight, eps, out } => {
-                Op::RmsNorm { input: f(input), weight, eps, out: f(out) }
+                Op::RmsNorm { input: f(Read, input), weight, eps, out: f(Write, out) }
             }
             Self::LayerNorm { input, weight, bias, eps, out } => {
-                Op::LayerNorm { input: f(input), weight, bias, eps, out: f(out) }
+                Op::LayerNorm { input: f(Read, input), weight, bias, eps, out: f(Write, out) }
             }
-            Self::MatMul { input, norm, ref parts, activation, residual, out } => {
-                let (input, residual) = (f(input), residual.map(&mut f));
-                Op::MatMul { input, norm, parts: parts.clone(), activation, residual, out: f(out) }
+            Self::MatMul { input, norm, ref segments, activation, residual, out } => {
+                let (input, residual) = (f(Read, input), residual.map(|residual| f(Read, residual)));
+                let segments = segments.clone();
+                Op::MatMul { input, norm, segments, activation, residual, out: f(Write, out) }
             }
-            Self::Rope { data, spec } => Op::Rope { data: f(data), spec },
-            Self::KvWrite { layer, keys, values } => Op::KvWrite { layer, keys: f(keys), values: f(values) },
+            Self::Rope { data, spec } => Op::Rope { data: f(Update, data), spec },
+            Self::KvWrite { layer, keys, values } => {
+                Op::KvWrite { layer, keys: f(Read, keys), values: f(Read, values) }
+            }
             Self::RopeKvWrite { layer, query, keys, values, spec } => {
-                Op::RopeKvWrite { layer, query: f(query), keys: f(keys), values: f(values), spec }
+                let (query, keys, values) = (f(Update, query), f(Read, keys), f(Read, values));
+                Op::RopeKvWrite { layer, query, keys, values, spec }
             }
             Self::Attention { layer, query, shape, scale, out } => {
-                Op::Attention { layer, query: f(query), shape, scale, out: f(out) }
+                Op::Attention { layer, query: f(Read, query), shape, scale, out: f(Write, out) }
             }
             Self::EncoderAttention { query, keys, values, shape, scale, out } => {
-                let (query, keys, values) = (f(query), f(keys), f(values));
-                Op::EncoderAttention { query, keys, values, shape, scale, out: f(out) }
+                let (query, keys, values) = (f(Read, query), f(Read, keys), f(Read, values));
+                Op::EncoderAttention { query, keys, values, shape, scale, out: f(Write, out) }
             }
-            Self::Gelu { input, out } => Op::Gelu { input: f(input), out: f(out) },
-            Self::SiluMul { gate, up, out } => Op::SiluMul { gate: f(gate), up: f(up), out: f(out) },
-            Self::Add { a, b, out } => Op::Add { a: f(a), b: f(b), out: f(out) },
-            Self::GatherRows { input, out } => Op::GatherRows { input: f(input), out: f(out) },
-            Self::Logits { input, weight, out } => Op::Logits { input: f(input), weight, out: f(out) },
+            Self::Gelu { input, out } => Op::Gelu { input: f(Read, input), out: f(Write, out) },
+            Self::SiluMul { gate, up, out } => {
+                Op::SiluMul { gate: f(Read, gate), up: f(Read, up), out: f(Write, out) }
+            }
+            Self::Add { a, b, out } => Op::Add { a: f(Read, a), b: f(Read, b), out: f(Write, out) },
+            Self::GatherRows { input, out } => Op::GatherRows { input: f(Read, input), out: f(Write, out) },
+            Self::Logits { input, weight, out } => {
+                Op::Logits { input: f(Read, input), weight, out: f(Write, out) }
+            }
             Self::Pool { input, pooling, normalise, out } => {
-                Op::Pool { input: f(input), pooling, normalise, out: f(out) }
+                Op::Pool { input: f(Read, input), pooling, normalise, out: f(Write, out) }
             }
         }
     }
 }
 
-/// How an op reads a weight: a device may keep it in another form for each.
+/// How an op accesses a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// It reads it.
+    Read,
+    /// It reads it and changes it in place.
+    Update,
+    /// It fills it; the buffer has no content before.
+    Write,
+}
+
+/// How an op reads a weight. A device may store the weight in a different form for each use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum WeightUse {
-    /// Single rows, picked by the step's tokens or positions.
+    /// Single rows, selected by the step's tokens or positions.
     Rows,
     /// The one row of a vector.
     Vector,

@@ -1,4 +1,4 @@
-//! The immutable result of lowering a model: ops in order, the arena they live in, and the model's sizes.
+//! The immutable result of lowering a model: ops in order, the size of their arena, and the model's sizes.
 
 use std::sync::Arc;
 
@@ -49,14 +49,14 @@ impl Limits {
 /// Why a model could not be lowered.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PlanError {
-    /// Operands that do not fit each other.
+    /// Operands whose shapes do not match.
     #[error("op {index} ({op}): {detail}")]
     Shape {
-        /// Number of the op in writing order.
+        /// Number of the op, in the order of the builder's calls.
         index: usize,
         /// Its name.
         op: &'static str,
-        /// What does not fit.
+        /// What does not match.
         detail: String,
     },
     /// A size of the model or a limit that is zero or inconsistent.
@@ -70,21 +70,21 @@ pub enum PlanError {
         detail: &'static str,
     },
     /// The arena's size overflows.
-    #[error("an arena for {rows} rows is larger than memory can be; lower the rows per step")]
+    #[error("the size of an arena for {rows} rows overflows; lower the rows per step")]
     ArenaOverflow {
         /// Rows asked for.
         rows: usize,
     },
 }
 
-/// What a model does in one step. Immutable; made by [`crate::PlanBuilder`].
+/// The ops of one step of a model. Immutable; made by [`crate::PlanBuilder`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     pub(crate) ops: Vec<Op>,
     pub(crate) hyper: Hyper,
     pub(crate) limits: Limits,
     pub(crate) arena_bytes: usize,
-    /// Names by id, so that a dump and an error can say which weight is meant.
+    /// Names by id, for dumps and errors.
     pub(crate) weight_names: Arc<[String]>,
 }
 
@@ -107,7 +107,8 @@ impl Plan {
         &self.limits
     }
 
-    /// Whether steps need blocks of the key/value cache. Without it a sequence's tokens all come in one step.
+    /// Whether steps need blocks of the key/value cache. Without a cache, all tokens of a sequence come in
+    /// one step.
     #[must_use]
     pub fn uses_cache(&self) -> bool {
         self.ops
@@ -115,7 +116,7 @@ impl Plan {
             .any(|op| matches!(op, Op::KvWrite { .. } | Op::RopeKvWrite { .. } | Op::Attention { .. }))
     }
 
-    /// What a step answers: one row per requested row of logits, or one per sequence; and the values of each.
+    /// The step's answer: one row per requested row of logits, or one per sequence.
     ///
     /// # Panics
     /// Never: the builder refuses a plan without an answer.
@@ -124,14 +125,14 @@ impl Plan {
         self.ops.iter().find_map(Op::answer).expect("the builder refuses a plan without an answer")
     }
 
-    /// Most values that the answer of a step has.
+    /// Values of the largest answer.
     #[must_use]
     pub fn answer_len(&self) -> usize {
         let answer = self.answer();
         self.limits.of(answer.rows) * answer.cols
     }
 
-    /// Bytes of the arena that all buffers lie in.
+    /// Bytes of the arena, which holds all buffers.
     #[must_use]
     pub const fn arena_bytes(&self) -> usize {
         self.arena_bytes
@@ -146,7 +147,8 @@ impl Plan {
         &self.weight_names[id.index()]
     }
 
-    /// Checks that this plan can run where another was loaded: same sizes, same weights, no larger an arena.
+    /// Checks that this plan can run on a model that was loaded with another: same sizes, same weights, no
+    /// larger arena.
     ///
     /// # Errors
     /// [`BackendError::Mismatch`] naming what differs.
@@ -166,7 +168,7 @@ impl Plan {
         checks.into_iter().find(|(ok, _)| !ok).map_or(Ok(()), |(_, what)| Err(BackendError::Mismatch(what)))
     }
 
-    /// A stable text form, one line per op: golden files in tests, and the answer to "what does it run?".
+    /// A stable text form, one line per op, for golden files and for people.
     #[must_use]
     pub fn dump(&self) -> String {
         crate::dump::dump(self)

@@ -1,7 +1,8 @@
 //! Sines and cosines of rotary position embeddings, computed once at load.
 //!
-//! The angle is the f32 product of the position and the f32 frequency, as the float32 reference implementation has it;
-//! only its sine and cosine are taken in f64 and rounded, so that every backend turns by the same numbers.
+//! The angle is the f32 product of the position and the f32 frequency, as the float32 reference
+//! implementation has it; only its sine and cosine are taken in f64 and rounded, so that every backend
+//! rotates by the same numbers.
 
 use crate::RopeSpec;
 
@@ -42,6 +43,12 @@ impl RopeTable {
         self.values[position * 2 * self.pairs..(position + 1) * 2 * self.pairs].split_at(self.pairs)
     }
 
+    /// Bytes of the table that [`Self::new`] would make.
+    #[must_use]
+    pub const fn bytes_of(spec: &RopeSpec, context: usize) -> u64 {
+        (context * 2 * (spec.dims / 2) * size_of::<f32>()) as u64
+    }
+
     /// Bytes it takes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -55,15 +62,16 @@ mod tests {
     use crate::RopeLayout;
 
     #[test]
-    fn first_pair_turns_by_the_position_in_radians() {
+    fn first_pair_rotates_by_the_position_in_radians() {
         let spec = RopeSpec { layout: RopeLayout::Interleaved, base: 10_000.0, dims: 4, head_dim: 4 };
         let table = RopeTable::new(&spec, 3);
         assert_eq!(table.at(0), (&[1.0, 1.0][..], &[0.0, 0.0][..]));
         let (cos, sin) = table.at(2);
         assert_eq!((cos[0], sin[0]), (2f64.cos() as f32, 2f64.sin() as f32));
-        // The second of two pairs turns base^(-2/4) = 1/100 as fast.
+        // The second of two pairs rotates base^(-2/4) = 1/100 as fast.
         let (c, s) = ((0.02f32 as f64).cos() as f32, (0.02f32 as f64).sin() as f32);
         assert!((cos[1] - c).abs() < 1e-7 && (sin[1] - s).abs() < 1e-8);
         assert_eq!(table.bytes(), 3 * 4 * 4);
+        assert_eq!(RopeTable::bytes_of(&spec, 3), table.bytes());
     }
 }

@@ -1,7 +1,8 @@
-//! What one step computes: ragged rows of several sequences, and the rows that come back.
+//! The input and the output of one step: ragged rows of several sequences, and the rows of the answer.
 //!
-//! Everything a step varies is here, so that a device backend copies it into one staging block at a fixed address.
-//! [`StepInput::validate`] checks it once per step; kernels then trust every id, position and block number.
+//! Everything that differs between steps is in [`StepInput`], so that a device backend can copy it into one
+//! staging buffer at a fixed address. [`StepInput::validate`] checks it once per step; kernels then rely on
+//! every id, position and block number.
 
 use crate::{Plan, RowSpace};
 
@@ -11,23 +12,23 @@ pub const KV_BLOCK_TOKENS: usize = 16;
 /// Which of a sequence's rows give logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogitsRows {
-    /// None: a part of a prompt.
+    /// None, as for a chunk of a prompt that is not its last.
     None,
     /// The last row.
     Last,
-    /// All rows: scoring, or checking a draft.
+    /// All rows, to score a text or to verify draft tokens.
     All,
 }
 
-/// One sequence's share of a step.
+/// The rows of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
 pub struct SequenceStep<'a> {
-    /// Tokens to feed, at least one.
+    /// Tokens to compute, at least one.
     pub tokens: &'a [u32],
-    /// Tokens that are in the cache already: the first token's position.
+    /// Tokens that the cache holds already; also the first token's position.
     pub cached_tokens: usize,
-    /// Cache blocks, in order of position; they hold `cached_tokens + tokens.len()` tokens or more. None for a plan without
-    /// a cache.
+    /// Cache blocks, in order of position; they hold `cached_tokens + tokens.len()` tokens or more. None for
+    /// a plan without a cache.
     pub blocks: &'a [u32],
     /// Which rows give logits.
     pub logits: LogitsRows,
@@ -48,17 +49,17 @@ pub struct StepInput {
     pub blocks: Vec<u32>,
     /// Blocks of sequence `s` are `blocks[cu_blocks[s]..cu_blocks[s + 1]]`.
     pub cu_blocks: Vec<u32>,
-    /// Rows whose logits are wanted, ascending.
+    /// Rows whose logits are requested, ascending.
     pub logits_rows: Vec<u32>,
 }
 
 /// Why a step was refused; nothing was computed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StepError {
-    /// There is no row to compute.
+    /// The step has no row.
     #[error("the step is empty: push at least one sequence")]
     Empty,
-    /// More than the plan was made for.
+    /// The step is larger than the plan's limits.
     #[error("the step has {got} {what}, the plan was made for at most {max}")]
     TooMany {
         /// Rows, sequences or logits rows.
@@ -68,7 +69,7 @@ pub enum StepError {
         /// The plan's limit.
         max: usize,
     },
-    /// The lists do not describe the same rows and sequences.
+    /// The lists describe different rows or sequences.
     #[error("the step's lists disagree: {0}")]
     Inconsistent(&'static str),
     /// A token id outside the vocabulary.
@@ -81,7 +82,7 @@ pub enum StepError {
         /// Size of the vocabulary.
         vocab: usize,
     },
-    /// A sequence has outgrown the model's context.
+    /// A sequence is longer than the model's context.
     #[error("sequence {sequence}: {tokens} tokens exceed the context of {context}")]
     Context {
         /// Which sequence of the step.
@@ -121,20 +122,20 @@ pub enum StepError {
         /// Blocks in the cache.
         kv_blocks: usize,
     },
-    /// Tokens of a sequence that lie in no step, because the plan keeps none.
+    /// Cached tokens, though the plan has no cache.
     #[error(
-        "sequence {sequence}: {cached} tokens are said to be cached, but the plan has no cache: feed the whole sequence in one step"
+        "sequence {sequence}: {cached} cached tokens were given, but the plan has no cache: compute the whole sequence in one step"
     )]
     Uncached {
         /// Which sequence of the step.
         sequence: usize,
-        /// Tokens said to be cached.
+        /// Cached tokens given.
         cached: usize,
     },
-    /// Rows of logits asked of a plan that answers by sequence.
-    #[error("{0} rows of logits were asked for, but the plan answers one row per sequence: ask for none")]
+    /// Rows of logits were requested from a plan that answers by sequence.
+    #[error("{0} rows of logits were requested, but the plan answers one row per sequence: request none")]
     NoLogits(usize),
-    /// Two places of the step would write to one block.
+    /// Two sequences of the step would write to one block.
     #[error("block {0} would be written twice: only full blocks may be shared")]
     SharedWrite(u32),
     /// A row of logits that does not exist or is not in ascending order.
@@ -149,7 +150,7 @@ impl StepInput {
         Self::default()
     }
 
-    /// Forgets all rows, keeps the memory.
+    /// Removes all rows and keeps the memory.
     pub fn clear(&mut self) {
         let Self { tokens, positions, cu_seqlens, context_lens, blocks, cu_blocks, logits_rows } = self;
         for list in [tokens, positions, cu_seqlens, context_lens, blocks, cu_blocks, logits_rows] {
@@ -157,7 +158,7 @@ impl StepInput {
         }
     }
 
-    /// Adds one sequence's rows. Wrong content is found by [`Self::validate`], not here.
+    /// Adds one sequence's rows. [`Self::validate`] finds wrong content, not this method.
     pub fn push_sequence(&mut self, step: SequenceStep<'_>) {
         if self.cu_seqlens.is_empty() {
             self.cu_seqlens.push(0);
@@ -202,7 +203,7 @@ impl StepInput {
         &self.blocks[self.cu_blocks[sequence] as usize..self.cu_blocks[sequence + 1] as usize]
     }
 
-    /// Checks everything that kernels rely on, against the plan and a cache of `kv_blocks` blocks.
+    /// Checks everything that kernels rely on, for this plan and a cache of `kv_blocks` blocks.
     ///
     /// # Errors
     /// The first [`StepError`] found.
@@ -297,22 +298,24 @@ impl StepInput {
     }
 }
 
-/// Numbers past `u32` become `u32::MAX`, which validation refuses (no plan has that many rows, tokens or blocks).
+/// Numbers past `u32` become `u32::MAX`, which validation refuses (no plan has that many rows, tokens or
+/// blocks).
 fn saturating(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-fn offsets_are_valid(offsets: &[u32], parts: usize, total: usize, min_step: u32) -> bool {
-    offsets.len() == parts + 1
+fn offsets_are_valid(offsets: &[u32], ranges: usize, total: usize, min_step: u32) -> bool {
+    offsets.len() == ranges + 1
         && offsets[0] == 0
-        && offsets[parts] as usize == total
+        && offsets[ranges] as usize == total
         && offsets.windows(2).all(|w| w[1].checked_sub(w[0]).is_some_and(|step| step >= min_step))
 }
 
 /// The answer of one step; reuse it so that steps do not allocate.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutput {
-    /// Row after row, each `width` long: logits in the order of [`StepInput::logits_rows`], or one row per sequence.
+    /// Row after row, each `width` long: logits in the order of [`StepInput::logits_rows`], or one row per
+    /// sequence.
     pub values: Vec<f32>,
     /// Values per row.
     pub width: usize,
@@ -325,11 +328,11 @@ impl StepOutput {
         Self::default()
     }
 
-    /// No rows, and room for the largest answer of a plan: all of it is the process's own already, so that steps neither
-    /// allocate nor touch new memory.
+    /// No rows, and room for the largest answer of a plan. All its pages are written now, so that steps
+    /// neither allocate nor touch new memory.
     #[must_use]
     pub fn with_room_for(plan: &Plan) -> Self {
-        // Zeros would be left to the system until somebody writes them.
+        // The system would map pages of zeros only when they are written.
         let mut values = vec![f32::NAN; plan.answer_len()];
         values.clear();
         Self { values, width: 0 }
@@ -341,7 +344,7 @@ impl StepOutput {
         self.values.len().checked_div(self.width).unwrap_or(0)
     }
 
-    /// The logits of row `i` of [`StepInput::logits_rows`], or what was made of sequence `i`.
+    /// The logits of row `i` of [`StepInput::logits_rows`], or the row of sequence `i`.
     ///
     /// # Panics
     /// When `i` is not below [`Self::rows`].

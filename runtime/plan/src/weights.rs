@@ -1,13 +1,13 @@
-//! The tensors of a model, as the plan sees them: a name, a type, a shape and bytes that something else keeps alive.
+//! The tensors of a model as a plan needs them: a name, a type, a shape and bytes with a shared owner.
 //!
-//! Bytes are a range of a shared source (usually a mapped file), so that a model of several gigabytes is described
-//! without being read. Shapes are checked against the bytes when a weight is made; nobody checks again.
+//! The bytes are a range of a shared source (usually a mapped file), so that a model of several gigabytes is
+//! described without being read. A shape is checked against the bytes once, when the weight is made.
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use crate::DType;
 
-/// What keeps weight bytes alive: a mapped file, or a vector in tests.
+/// The owner of weight bytes: a mapped file, or a vector in tests.
 pub type WeightBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// Why a weight was refused.
@@ -50,7 +50,7 @@ pub enum WeightError {
     Duplicate(String),
 }
 
-/// Names a weight of one [`Weights`].
+/// Identifies a weight of one [`Weights`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WeightId(pub(crate) u32);
 
@@ -98,7 +98,7 @@ impl Weight {
         Ok(Self { name, dtype, rows, cols, source, range })
     }
 
-    /// A weight that owns `values` as f32; for tests and small made models.
+    /// A weight that owns `values` as f32; for tests and small synthetic models.
     ///
     /// # Errors
     /// [`WeightError::WrongSize`] when `values` is not `rows × cols` long.

@@ -1,4 +1,4 @@
-//! A whole small encoder through builder, passes, arena and oracle.
+//! A complete small encoder through builder, passes, arena and oracle.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in what it builds as well")]
 
@@ -7,6 +7,7 @@ use std::sync::Arc;
 use trustformers_plan::{
     Backend, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, PlanError, Pooling,
     RowSpace, SequenceStep, StepError, StepInput, StepOutput, Weight, Weights, oracle::Oracle,
+    seeded::SeededRng,
 };
 
 const HYPER: Hyper =
@@ -14,15 +15,10 @@ const HYPER: Hyper =
 const LIMITS: Limits = Limits { rows: 40, sequences: 4, logits_rows: 0 };
 
 fn weights() -> Weights {
-    let mut state = 5u32;
+    let mut rng = SeededRng::new(5);
     let mut weights = Weights::new();
     let mut push = |name: &str, rows: usize, cols: usize| {
-        let values: Vec<f32> = (0..rows * cols)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                ((state >> 8) as f32 / 8_388_608.0 - 1.0) / 2.0
-            })
-            .collect();
+        let values: Vec<f32> = (0..rows * cols).map(|_| rng.next_signed() / 2.0).collect();
         weights.push(Weight::from_f32(name, (rows, cols), &values).unwrap()).unwrap();
     };
     push("words", 48, 32);
@@ -95,7 +91,7 @@ fn step(sequences: &[&[u32]]) -> StepInput {
 }
 
 #[test]
-fn the_dump_is_stable_plain_and_fused() {
+fn the_dump_is_stable() {
     let weights = weights();
     let dump = |fused| plan(&weights, fused, Pooling::Mean, true).dump();
     insta::assert_snapshot!("encoder_plain", dump(&FusedOps::NONE));
@@ -103,9 +99,9 @@ fn the_dump_is_stable_plain_and_fused() {
 }
 
 #[test]
-fn fused_plain_alone_and_batched_give_the_same_bits() {
+fn fusion_and_batching_change_no_bits() {
     let (a, b): (Vec<u32>, Vec<u32>) = ((0..24).map(|i| i * 7 % 48).collect(), vec![3, 1, 4]);
-    for pooling in [Pooling::Mean, Pooling::First, Pooling::Max] {
+    for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max] {
         let both = run(&FusedOps::ALL, pooling, true, &[&b, &a]);
         assert_eq!(both, run(&FusedOps::NONE, pooling, true, &[&b, &a]));
         assert_eq!(both[1], run(&FusedOps::NONE, pooling, true, &[&a])[0]);
@@ -116,14 +112,14 @@ fn fused_plain_alone_and_batched_give_the_same_bits() {
 #[test]
 fn attention_sees_later_tokens_and_no_other_sequence() {
     let first = |tokens: &[u32], other: &[u32]| {
-        run(&FusedOps::NONE, Pooling::First, false, &[tokens, other])[0].clone()
+        run(&FusedOps::NONE, Pooling::Cls, false, &[tokens, other])[0].clone()
     };
     assert_ne!(first(&[1, 2, 3], &[9]), first(&[1, 2, 4], &[9]));
     assert_eq!(first(&[1, 2, 3], &[9]), first(&[1, 2, 3], &[8, 8]));
 }
 
 #[test]
-fn pooling_is_what_it_says() {
+fn pooling_follows_its_definition() {
     let tokens: &[u32] = &[5, 6, 7, 8];
     let raw = run(&FusedOps::NONE, Pooling::Mean, false, &[tokens]);
     let unit = run(&FusedOps::NONE, Pooling::Mean, true, &[tokens]);
@@ -132,13 +128,13 @@ fn pooling_is_what_it_says() {
     for (unit, raw) in unit[0].iter().zip(&raw[0]) {
         assert!((unit - raw / length).abs() < 1e-6);
     }
-    // Of one token, mean and first are the same; of several they are not.
+    // Mean and CLS pooling of one token are equal; of several tokens they differ.
     let one = |pooling| run(&FusedOps::NONE, pooling, false, &[&tokens[..1]]);
-    assert_eq!(one(Pooling::Mean), one(Pooling::First));
+    assert_eq!(one(Pooling::Mean), one(Pooling::Cls));
     assert_eq!(one(Pooling::Mean), one(Pooling::Max));
-    let first = run(&FusedOps::NONE, Pooling::First, false, &[tokens]);
+    let first = run(&FusedOps::NONE, Pooling::Cls, false, &[tokens]);
     assert_ne!(raw, first);
-    // The largest of each column is nowhere below the mean or the first.
+    // The maximum of each column is nowhere below the mean or the first row.
     let most = run(&FusedOps::NONE, Pooling::Max, false, &[tokens]);
     for (most, (mean, first)) in most[0].iter().zip(raw[0].iter().zip(&first[0])) {
         assert!(most >= mean && most >= first);
@@ -147,7 +143,7 @@ fn pooling_is_what_it_says() {
 }
 
 #[test]
-fn a_layer_norm_has_mean_and_variance_of_its_weights() {
+fn layer_norm_follows_its_definition() {
     let mut weights = Weights::new();
     let mut push = |name: &str, rows: usize, values: &[f32]| {
         weights.push(Weight::from_f32(name, (rows, 4), values).unwrap()).unwrap()
@@ -158,7 +154,7 @@ fn a_layer_norm_has_mean_and_variance_of_its_weights() {
     let mut b = PlanBuilder::new(&weights, hyper, LIMITS);
     let x = b.embed(table);
     let x = b.layer_norm(x, scale, shift, 0.5);
-    b.pool(x, Pooling::First, false);
+    b.pool(x, Pooling::Cls, false);
     let plan = b.finish(&FusedOps::NONE).unwrap();
     let (weights, numerics) = (Arc::new(weights), Numerics::Exact);
     let spec = LoadSpec { weights, plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
@@ -195,7 +191,7 @@ fn steps_of_a_plan_without_a_cache_are_checked() {
 }
 
 #[test]
-fn mistakes_in_an_encoder_are_named() {
+fn mistakes_in_an_encoder_are_reported_by_op() {
     let weights = weights();
     let w = |name: &str| weights.find(name).unwrap();
     let finish = |write: &dyn Fn(&mut PlanBuilder<'_>)| {
@@ -215,7 +211,7 @@ fn mistakes_in_an_encoder_are_named() {
     let two = finish(&|b| {
         let x = b.embed(w("words"));
         b.pool(x, Pooling::Mean, true);
-        b.pool(x, Pooling::First, true);
+        b.pool(x, Pooling::Cls, true);
     });
     assert!(two.contains("has one of them: found 2"), "{two}");
     let cached = finish(&|b| {

@@ -1,4 +1,4 @@
-//! A whole small model, written down, dumped, fused and run by the oracle; and every step that must be refused.
+//! A complete small model: built, dumped, fused and run by the oracle; and every step that must be refused.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in what it builds as well")]
 
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use trustformers_plan::{
     Backend, BackendError, Executable, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan,
     PlanBuilder, PlanError, RopeLayout, RopeSpec, SequenceStep, StepError, StepInput, StepOutput, Weight,
-    Weights, oracle::Oracle,
+    Weights, oracle::Oracle, seeded::SeededRng,
 };
 
 const HYPER: Hyper =
@@ -15,16 +15,12 @@ const HYPER: Hyper =
 const LIMITS: Limits = Limits { rows: 24, sequences: 4, logits_rows: 8 };
 const KV_BLOCKS: usize = 12;
 
-/// Weights from a small linear congruential generator, so that the test owns its numbers.
 fn weights() -> Weights {
-    let mut state = 1u32;
+    let mut rng = SeededRng::new(1);
     let mut weights = Weights::new();
     let mut push = |name: String, rows: usize, cols: usize| {
         let values: Vec<f32> = (0..rows * cols)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) as f32 / 8_388_608.0 - 1.0
-            })
+            .map(|_| rng.next_signed())
             .map(|v| if rows == 1 { 1.0 + v / 4.0 } else { v / 3.0 })
             .collect();
         weights.push(Weight::from_f32(name, (rows, cols), &values).unwrap()).unwrap();
@@ -117,7 +113,7 @@ fn step(sequences: &[SequenceStep<'_>]) -> StepInput {
 }
 
 #[test]
-fn the_dump_is_stable_plain_and_fused() {
+fn the_dump_is_stable() {
     let weights = weights();
     insta::assert_snapshot!("plain", plan(&weights, &FusedOps::default()).dump());
     insta::assert_snapshot!("fused", plan(&weights, &FusedOps::ALL).dump());
@@ -135,7 +131,7 @@ fn fused_and_plain_plans_give_the_same_bits() {
 }
 
 #[test]
-fn token_by_token_in_chunks_and_batched_agree_bit_for_bit() {
+fn chunks_and_batches_give_the_same_bits() {
     let tokens: Vec<u32> = (0..19).map(|i| (i * 5 + 3) % 48).collect();
     let whole = run(
         &mut *executable(&FusedOps::default()),
@@ -160,7 +156,7 @@ fn token_by_token_in_chunks_and_batched_agree_bit_for_bit() {
 }
 
 #[test]
-fn order_of_submit_and_wait_is_kept() {
+fn submit_and_wait_must_alternate() {
     let mut e = executable(&FusedOps::default());
     let input = step(&[sequence(&[1], 0, &[0], LogitsRows::Last)]);
     assert!(matches!(e.wait(&mut StepOutput::new()), Err(BackendError::Order(_))));
@@ -192,7 +188,7 @@ fn a_foreign_or_larger_plan_is_refused() {
 }
 
 #[test]
-fn wrong_steps_are_refused_with_their_reason() {
+fn invalid_steps_are_refused_with_their_reason() {
     let weights = weights();
     let plan = plan(&weights, &FusedOps::default());
     let check = |input: &StepInput| input.validate(&plan, KV_BLOCKS).unwrap_err();
@@ -240,7 +236,7 @@ fn wrong_steps_are_refused_with_their_reason() {
 }
 
 #[test]
-fn mistakes_in_a_model_are_named() {
+fn mistakes_in_a_model_are_reported_by_op() {
     let weights = weights();
     let w = |name: &str| weights.find(name).unwrap();
     let finish = |write: &dyn Fn(&mut PlanBuilder<'_>)| {

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use trustformers_cpu::{CpuBackend, CpuConfig};
-use trustformers_plan::{Backend, BackendError, Caps, LoadSpec, Loaded};
+use trustformers_plan::{Backend, BackendError, Caps, EstimateSpec, LoadSpec, Loaded, MemoryReport};
 
 use crate::spec::ModelSpec;
 
@@ -94,6 +94,10 @@ struct SharedBackend {
 impl Backend for SharedBackend {
     fn caps(&self) -> &Caps {
         &self.caps
+    }
+
+    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner).estimate(spec)
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {

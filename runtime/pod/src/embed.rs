@@ -62,7 +62,7 @@ pub(crate) fn embedded(by: Answering, facts: &EmbeddingFacts, encoded: Encoded) 
         truncated: encoded.truncated.into_iter().map(count).collect(),
         pooling: match facts.pooling {
             Pooling::Mean => PoolingMode::Mean,
-            Pooling::First => PoolingMode::First,
+            Pooling::Cls => PoolingMode::First,
             Pooling::Max => PoolingMode::Max,
         },
         pooling_note: facts.pooling_note.clone(),

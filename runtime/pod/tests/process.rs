@@ -18,7 +18,8 @@ use trustformers_api::{ApiError, Generation, Inference};
 use trustformers_model::seeded::SeededModel;
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput, StepOutput,
+    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput,
+    StepOutput,
 };
 use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
 use trustformers_proto::v1::model_service_client::ModelServiceClient;
@@ -78,6 +79,9 @@ struct Gated<T: ?Sized>(Gate, Box<T>);
 impl Backend for Gated<dyn Backend> {
     fn caps(&self) -> &Caps {
         self.1.caps()
+    }
+    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
+        self.1.estimate(spec)
     }
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
         Ok(Box::new(Gated(self.0.clone(), self.1.load(spec)?)))

@@ -1,4 +1,4 @@
-//! Blocks are used again without being cleared: what a sequence of not-a-numbers left behind must not matter.
+//! Blocks are reused without being cleared: NaNs that an earlier sequence left in one must not matter.
 
 use std::sync::Arc;
 
@@ -8,12 +8,12 @@ use trustformers_plan::{
 };
 
 use crate::compare::{same_bits, wrong};
+use crate::harness::run;
 use crate::models::{DECODER_LIMITS, Decoder, VOCABULARY, named};
-use crate::story::run;
 use crate::{CaseError, Open};
 
 pub(super) fn poison(open: Open<'_>) -> Result<(), CaseError> {
-    let decoder = Decoder { dtype: DType::F32, layout: RopeLayout::Neox, biased: false };
+    let decoder = Decoder { dtype: DType::F32, mixed_with: None, layout: RopeLayout::Neox, biased: false };
     let width = decoder.hyper().width;
     let mut weights = Weights::clone(&*decoder.weights()?);
     let poison = weights.push(Weight::from_f32(
@@ -48,11 +48,11 @@ pub(super) fn poison(open: Open<'_>) -> Result<(), CaseError> {
     let step = |tokens| SequenceStep { tokens, cached_tokens: 0, blocks: &[1], logits: LogitsRows::Last };
     let before = run(&mut *plain, &[step(&[1, 2, 3])])?;
     if !before[0].iter().all(|value| value.is_finite()) {
-        return wrong("a fresh cache gave a logit that is no number");
+        return wrong("a fresh cache gave a logit that is not finite");
     }
     let bad = run(&mut *poisoned, &[step(&[5; 16])])?;
     if !bad[0].iter().all(|value| value.is_nan()) {
-        return wrong("weights that are no numbers gave logits that are: something was not computed");
+        return wrong("NaN weights gave a logit that is a number: something was not computed");
     }
-    same_bits("a block that held no numbers", &run(&mut *plain, &[step(&[1, 2, 3])])?, &before)
+    same_bits("a block that held NaNs", &run(&mut *plain, &[step(&[1, 2, 3])])?, &before)
 }

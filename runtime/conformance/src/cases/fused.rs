@@ -1,19 +1,20 @@
-//! Each fused form by itself, and all that are claimed, beside the oracle's plain ops.
+//! Each fused form by itself, and all claimed forms together, compared with the oracle's unfused ops.
 
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{DType, FusedOps, Numerics, Pooling, RopeLayout};
 
 use super::numerics::LENGTHS;
 use crate::compare::near;
+use crate::harness::{decode, encode, load_decoder, load_encoder};
 use crate::models::{Decoder, Encoder};
-use crate::story::{decode, encode, load_decoder, load_encoder};
 use crate::{CaseError, Open};
 
-/// None, each claimed form alone, and all that are claimed.
+/// No form, each claimed form by itself, and all claimed forms together.
 fn choices(claimed: FusedOps) -> Vec<FusedOps> {
-    // No `..`: a new form that is not tried here does not compile.
+    // No `..`, so that a new form does not compile until it is tried here.
     let FusedOps {
         concat_matmul,
+        concat_mixed_types,
         bias_epilogue,
         gelu_epilogue,
         silu_mul_epilogue,
@@ -24,8 +25,9 @@ fn choices(claimed: FusedOps) -> Vec<FusedOps> {
     let none = FusedOps::NONE;
     let alone = [
         FusedOps { concat_matmul, ..none },
+        FusedOps { concat_matmul, concat_mixed_types, ..none },
         FusedOps { bias_epilogue, ..none },
-        // Where there is a bias, what follows it is folded only with it.
+        // The ops after a bias are fused only together with it.
         FusedOps { bias_epilogue, gelu_epilogue, ..none },
         FusedOps { silu_mul_epilogue, ..none },
         FusedOps { bias_epilogue, add_epilogue, ..none },
@@ -38,16 +40,16 @@ fn choices(claimed: FusedOps) -> Vec<FusedOps> {
     choices
 }
 
-/// What the backend claims of floats and of one quantised type.
+/// A float type and a quantised type, where the backend claims them.
 fn dtypes(open: Open<'_>) -> Result<Vec<DType>, CaseError> {
-    let known = open()?.caps().dtypes.clone();
-    Ok([DType::F32, DType::Q8_0].into_iter().filter(|dtype| known.contains(dtype)).collect())
+    let claimed = open()?.caps().dtypes.clone();
+    Ok([DType::F32, DType::Q8_0].into_iter().filter(|dtype| claimed.contains(dtype)).collect())
 }
 
 pub(super) fn decoder(open: Open<'_>) -> Result<(), CaseError> {
     for dtype in dtypes(open)? {
         for biased in [false, true] {
-            let decoder = Decoder { dtype, layout: RopeLayout::Neox, biased };
+            let decoder = Decoder { dtype, mixed_with: None, layout: RopeLayout::Neox, biased };
             let oracle = &mut Oracle::new();
             let want = decode(&mut *load_decoder(oracle, decoder, &FusedOps::NONE, Numerics::Exact)?)?;
             let mut backend = open()?;

@@ -1,7 +1,7 @@
-//! The cases, each with what it opens, runs and compares.
+//! The cases of the suite. Each opens backends, runs models and compares their answers.
 
+mod batch_invariance;
 mod cache;
-mod company;
 mod fused;
 mod numerics;
 mod order;
@@ -11,7 +11,7 @@ use crate::{CaseError, Open};
 /// One case of the suite.
 #[derive(Clone, Copy)]
 pub struct Case {
-    /// What is checked.
+    /// The claim that it checks.
     pub name: &'static str,
     /// Runs it.
     pub run: fn(Open<'_>) -> Result<(), CaseError>,
@@ -26,10 +26,11 @@ pub const ALL: &[Case] = &[
     Case { name: "encoder/fast", run: numerics::encoder_fast },
     Case { name: "fused/decoder", run: fused::decoder },
     Case { name: "fused/encoder", run: fused::encoder },
-    Case { name: "decoder/company", run: company::decoder },
-    Case { name: "decoder/guesses", run: company::guesses },
-    Case { name: "decoder/prefix", run: company::prefix },
-    Case { name: "encoder/company", run: company::encoder },
+    Case { name: "decoder/mixed_types", run: numerics::decoder_mixed_types },
+    Case { name: "decoder/batch_invariance", run: batch_invariance::decoder },
+    Case { name: "decoder/draft_tokens", run: batch_invariance::draft_tokens },
+    Case { name: "decoder/prefix", run: batch_invariance::prefix },
+    Case { name: "encoder/batch_invariance", run: batch_invariance::encoder },
     Case { name: "cache/poison", run: cache::poison },
     Case { name: "order/steps", run: order::steps },
     Case { name: "order/plans", run: order::plans },

@@ -1,4 +1,4 @@
-//! What is refused, with which error, and what is promised about memory and progress.
+//! Which errors refuse invalid calls, and what a backend promises about memory and progress.
 
 use std::sync::Arc;
 
@@ -8,13 +8,14 @@ use trustformers_plan::{
 };
 
 use crate::compare::wrong;
+use crate::harness::{KV_BLOCKS, load_decoder, run};
 use crate::models::{DECODER_LIMITS, Decoder, VOCABULARY};
-use crate::story::{KV_BLOCKS, load_decoder, run};
 use crate::{CaseError, Open};
 
-const DECODER: Decoder = Decoder { dtype: DType::F32, layout: RopeLayout::Neox, biased: false };
+const DECODER: Decoder =
+    Decoder { dtype: DType::F32, mixed_with: None, layout: RopeLayout::Neox, biased: false };
 
-/// Submit and wait take turns, and a refused step leaves the next one alone.
+/// Submit and wait alternate, and a refused step does not affect the next one.
 pub(super) fn steps(open: Open<'_>) -> Result<(), CaseError> {
     let mut backend = open()?;
     let fused = backend.caps().fused;
@@ -27,19 +28,21 @@ pub(super) fn steps(open: Open<'_>) -> Result<(), CaseError> {
     expect("a step without rows", empty, |e| matches!(e, BackendError::Step(_)))?;
     let mut unknown = StepInput::new();
     unknown.push_sequence(step(&[VOCABULARY as u32]));
-    expect("a token that is no word", executable.submit(&unknown), |e| matches!(e, BackendError::Step(_)))?;
+    expect("a token outside the vocabulary", executable.submit(&unknown), |e| {
+        matches!(e, BackendError::Step(_))
+    })?;
     let mut input = StepInput::new();
     input.push_sequence(step(&[1, 2]));
     executable.submit(&input)?;
     expect("submit twice", executable.submit(&input), |e| matches!(e, BackendError::Order(_)))?;
     executable.wait(output)?;
     if output.row(0) != want[0] {
-        return wrong("a step after refused ones gives another answer");
+        return wrong("the step after refused steps gives another answer");
     }
     Ok(())
 }
 
-/// A plan of other weights, or one that needs a larger arena, is not compiled.
+/// A plan of other weights is not compiled.
 pub(super) fn plans(open: Open<'_>) -> Result<(), CaseError> {
     let mut backend = open()?;
     let weights = DECODER.weights()?;
@@ -59,28 +62,41 @@ pub(super) fn plans(open: Open<'_>) -> Result<(), CaseError> {
     expect("a plan of other weights", compiled, |e| matches!(e, BackendError::Mismatch(_)))
 }
 
-/// Progress never falls and ends at everything; the report adds up; what cannot fit is refused.
+/// Progress never falls and ends at the total; the memory report and the estimate are right; a cache that
+/// cannot fit is refused.
 pub(super) fn memory(open: Open<'_>) -> Result<(), CaseError> {
     let mut backend = open()?;
     let weights = DECODER.weights()?;
     let plan = DECODER.plan(&weights, &backend.caps().fused)?;
-    let mut seen = Vec::new();
+    let mut reported = Vec::new();
     let numerics = Numerics::Fast;
     let spec = LoadSpec {
         weights: Arc::clone(&weights),
         plan: &plan,
         kv_blocks: KV_BLOCKS,
         numerics,
-        progress: &mut |progress| seen.push((progress.done_bytes, progress.total_bytes)),
+        progress: &mut |progress| reported.push((progress.done_bytes, progress.total_bytes)),
     };
+    let estimate = backend.estimate(&spec.estimate_spec())?;
     let memory = backend.load(spec)?.memory();
-    let all = seen.last().is_some_and(|(done, total)| done == total && *total > 0);
-    if !seen.is_sorted() || !all {
-        return wrong(format!("progress fell or did not end at everything: {seen:?}"));
+    let all = reported.last().is_some_and(|(done, total)| done == total && *total > 0);
+    if !reported.is_sorted() || !all {
+        return wrong(format!("progress fell or did not end at the total: {reported:?}"));
     }
     let kv_bytes = KV_BLOCKS as u64 * backend.caps().kv_block_bytes(plan.hyper());
     if memory.kv_bytes != kv_bytes || memory.arena_bytes < plan.arena_bytes() as u64 {
         return wrong(format!("{memory:?}: the cache takes {kv_bytes}, the arena {}", plan.arena_bytes()));
+    }
+    // `Backend::estimate` promises to be at most 1 % off.
+    for (what, estimated, taken) in [
+        ("weights", estimate.weights_bytes, memory.weights_bytes),
+        ("cache", estimate.kv_bytes, memory.kv_bytes),
+        ("arena", estimate.arena_bytes, memory.arena_bytes),
+        ("all", estimate.total_bytes(), memory.total_bytes()),
+    ] {
+        if estimated.abs_diff(taken) > taken / 100 {
+            return wrong(format!("{what}: {estimated} bytes were estimated, {taken} are reported"));
+        }
     }
     let huge =
         LoadSpec { weights, plan: &plan, kv_blocks: usize::MAX / 1024, numerics, progress: &mut |_| {} };
@@ -91,10 +107,10 @@ pub(super) fn memory(open: Open<'_>) -> Result<(), CaseError> {
 fn expect(
     what: &str,
     outcome: Result<(), BackendError>,
-    right: impl Fn(&BackendError) -> bool,
+    matches: impl Fn(&BackendError) -> bool,
 ) -> Result<(), CaseError> {
     match outcome {
-        Err(error) if right(&error) => Ok(()),
+        Err(error) if matches(&error) => Ok(()),
         Err(error) => wrong(format!("{what} gave another error: {error}")),
         Ok(()) => wrong(format!("{what} was not refused")),
     }

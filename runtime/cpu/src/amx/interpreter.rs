@@ -1,23 +1,24 @@
-//! AMX for processors that have none: a handler of illegal-instruction signals that does what the instruction would.
+//! AMX on processors without it: a signal handler for illegal instructions that interprets AMX instructions.
 //!
-//! Tests run the kernels' own machine code through it, so encodings, configurations, strides and the order of operands
-//! are judged by what the manual says they mean (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2,
-//! "AMX Instruction Set Reference") and not by a second copy of the kernels. Where the processor has AMX, nothing is
-//! installed and the tests run on it. What this cannot show is speed.
+//! Tests run the machine code of the kernels through it. So encodings, configurations, strides and the order
+//! of operands are checked against the manual (Intel 64 and IA-32 Architectures Software Developer's Manual,
+//! volume 2, "AMX Instruction Set Reference") and not against a second copy of the kernels. On a processor
+//! with AMX no handler is installed and the tests run on the processor. The interpreter says nothing about
+//! speed.
 
 use std::{cell::UnsafeCell, sync::OnceLock};
 
 use super::{TILE_BYTES, TILE_ROW_BYTES, TILE_ROWS};
 
-/// Installs the handler, once; whether it was.
+/// Installs the handler on the first call; returns whether it is installed.
 pub(crate) fn install() -> bool {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     *INSTALLED.get_or_init(|| {
         if super::has_instructions() {
             return false;
         }
-        // SAFETY: the structure is plain numbers, for which zeros are a value; the handler has the signature that
-        // `SA_SIGINFO` asks for.
+        // SAFETY: the structure consists of numbers, for which zeros are valid; the handler has the signature
+        // that `SA_SIGINFO` requires.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = handle as extern "C" fn(_, _, _) as usize;
@@ -41,11 +42,12 @@ thread_local! {
     };
 }
 
-/// Does the instruction at the interrupted place and goes on behind it, or ends the process as if there were no handler.
+/// Interprets the instruction at the interrupted address and continues after it. Any other instruction ends
+/// the process, as without a handler.
 extern "C" fn handle(signal: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the system hands over the context of the interrupted thread; what the instruction reads and writes is what
-    // the processor would have, and the state is this thread's own, which no one else uses meanwhile: the interrupted code
-    // is an instruction of a kernel.
+    // SAFETY: the system passes the context of the interrupted thread. The instruction accesses the memory
+    // that the processor would access. The state belongs to this thread, and no other code uses it now,
+    // because the interrupted code is an instruction of a kernel.
     unsafe {
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let at = registers[libc::REG_RIP as usize] as *const u8;
@@ -66,7 +68,7 @@ struct Instruction {
     /// 0 for none, 1 for 66, 2 for F3, 3 for F2.
     prefix: u8,
     opcode: u8,
-    /// ModRM's `reg`, and `vvvv` as a number: 0 where an instruction has no use for it.
+    /// ModRM's `reg`, and `vvvv` as a number: 0 where an instruction does not use it.
     reg: usize,
     vvvv: usize,
     operand: Operand,
@@ -75,11 +77,11 @@ struct Instruction {
 
 enum Operand {
     Register(usize),
-    /// An address, and what is added to it from row to row where the instruction has a byte that says so (SIB).
+    /// An address, and the distance between rows where the instruction has a SIB byte.
     Memory(*mut u8, Option<isize>),
 }
 
-/// Where the context keeps the general registers, by their numbers in instructions.
+/// The indices of the general registers in the context, by their numbers in instructions.
 const ORDER: [libc::c_int; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
@@ -100,16 +102,16 @@ const ORDER: [libc::c_int; 16] = [
 ];
 
 impl Instruction {
-    /// Reads an instruction; none where it is not one of AMX's kind.
+    /// Decodes an instruction; `None` where it has not the form of AMX instructions.
     unsafe fn decode(at: *const u8, registers: &[i64; 23]) -> Option<Self> {
-        // SAFETY: the processor was about to execute these bytes, so they are there.
+        // SAFETY: the processor was about to execute these bytes, so they are readable.
         let byte = |i: usize| unsafe { *at.add(i) };
         let (first, second, modrm) = (byte(1), byte(2), byte(4));
         let is_ours = byte(0) == 0xC4 && first & 0x1F == 2 && second >> 7 == 0 && second >> 2 & 1 == 0;
         if !is_ours {
             return None;
         }
-        // Bits that would number a register above the eighth: there is none for tiles.
+        // Bits for registers above the eighth; there are only eight tiles.
         let is_tile = first >> 7 == 1 && (modrm >> 6 != 3 || first >> 5 & 1 == 1);
         if !is_tile {
             return None;
@@ -126,11 +128,11 @@ impl Instruction {
                 length += 1;
                 base = usize::from(sib & 7);
                 let index = extend(6, sib >> 3 & 7);
-                // Number 4 means that there is none.
+                // Number 4 means no index.
                 stride = Some(if index == 4 { 0 } else { (value(index) << (sib >> 6)) as isize });
             }
             let displacement = match modrm >> 6 {
-                // A base of number 5 would mean a constant address here.
+                // A base of number 5 would mean an absolute address here.
                 0 if base == 5 => return None,
                 0 => 0,
                 1 => i64::from(byte(length).cast_signed()),
@@ -152,14 +154,14 @@ impl Instruction {
 }
 
 impl State {
-    /// Does an instruction; none where the processor would refuse it.
+    /// Executes an instruction; `None` where the processor would fault.
     unsafe fn run(&mut self, i: &Instruction) -> Option<()> {
         let configures = matches!((i.opcode, i.prefix, &i.operand), (0x49, 0, Operand::Memory(..)));
         let multiplies = matches!(i.opcode, 0x5E | 0x5C);
         if !self.is_configured && !configures || !multiplies && i.vvvv != 0 {
             return None;
         }
-        // SAFETY: the addresses are those of an instruction under way.
+        // SAFETY: the addresses are those of the interrupted instruction.
         unsafe {
             match (i.opcode, i.prefix, &i.operand) {
                 (0x49, 0, Operand::Memory(at, _)) if i.reg == 0 => return self.configure(*at),
@@ -174,11 +176,16 @@ impl State {
                     self.store(i.reg, *at, *stride);
                 }
                 (0x5E, prefix, Operand::Register(rows)) => {
-                    let signed = (prefix >= 2, prefix == 1 || prefix == 3);
-                    return self.multiply((i.reg, *rows, i.vvvv), |sum, x, w| add_bytes(sum, (x, w), signed));
+                    let signed = Signed { x: prefix >= 2, w: prefix == 1 || prefix == 3 };
+                    return self.multiply(
+                        &Product { sums: i.reg, rows: *rows, weights: i.vvvv },
+                        |sum, x, w| {
+                            add_bytes(sum, x, w, signed);
+                        },
+                    );
                 }
                 (0x5C, 2, Operand::Register(rows)) => {
-                    return self.multiply((i.reg, *rows, i.vvvv), add_halves);
+                    return self.multiply(&Product { sums: i.reg, rows: *rows, weights: i.vvvv }, add_halves);
                 }
                 _ => return None,
             }
@@ -186,12 +193,12 @@ impl State {
         Some(())
     }
 
-    /// Whether the configuration gives a register any rows.
+    /// Whether the configuration gives the register at least one row.
     fn is_in_use(&self, tile: usize) -> bool {
         self.rows[tile] > 0
     }
 
-    /// Takes a configuration over; none where the processor would fault on it.
+    /// Loads a configuration; `None` where the processor would fault.
     unsafe fn configure(&mut self, at: *const u8) -> Option<()> {
         // SAFETY: the operand has 64 bytes.
         let bytes = unsafe { at.cast::<[u8; 64]>().read_unaligned() };
@@ -213,7 +220,7 @@ impl State {
         self.tiles[tile] = [0; TILE_BYTES];
         for row in 0..self.rows[tile] {
             let to = self.tiles[tile][row * TILE_ROW_BYTES..].as_mut_ptr();
-            // SAFETY: the row lies at its distance from the address, and inside the tile.
+            // SAFETY: the row is in the operand's memory and inside the tile.
             unsafe {
                 std::ptr::copy_nonoverlapping(at.offset(stride * row as isize), to, self.row_bytes[tile]);
             };
@@ -223,22 +230,19 @@ impl State {
     unsafe fn store(&mut self, tile: usize, at: *mut u8, stride: isize) {
         for row in 0..self.rows[tile] {
             let from = self.tiles[tile][row * TILE_ROW_BYTES..].as_ptr();
-            // SAFETY: as in loading.
+            // SAFETY: as for loads.
             unsafe {
                 std::ptr::copy_nonoverlapping(from, at.offset(stride * row as isize), self.row_bytes[tile]);
             };
         }
     }
 
-    /// Adds to each sum what `add` makes of the four bytes of each step. It has three words: the sum, and two more that
-    /// begin at zero and are added to it as f32 in the end, where bf16 is summed.
-    fn multiply(
-        &mut self,
-        (sums, rows, weights): (usize, usize, usize),
-        add: impl Fn(&mut [u32; 3], [u8; 4], [u8; 4]),
-    ) -> Option<()> {
+    /// Calls `add` for each sum with the four bytes of each step. `add` has three words: the sum, and two
+    /// words that begin at zero. Where bf16 is summed, the two words are added to the sum as f32 at the end.
+    fn multiply(&mut self, product: &Product, add: impl Fn(&mut [u32; 3], [u8; 4], [u8; 4])) -> Option<()> {
+        let Product { sums, rows, weights } = *product;
         let steps = self.row_bytes[rows] / 4;
-        // What the processor demands of the operands.
+        // The processor's requirements on the operands.
         let fits = weights < 8
             && sums != rows
             && sums != weights
@@ -273,13 +277,27 @@ impl State {
     }
 }
 
-/// Four products of bytes, each signed or not.
-fn add_bytes(sum: &mut [u32; 3], (x, w): ([u8; 4], [u8; 4]), (x_signed, w_signed): (bool, bool)) {
+/// The tile registers of a multiplication.
+struct Product {
+    sums: usize,
+    rows: usize,
+    weights: usize,
+}
+
+/// Which operands of a byte product are signed.
+#[derive(Clone, Copy)]
+struct Signed {
+    x: bool,
+    w: bool,
+}
+
+/// Adds four products of bytes.
+fn add_bytes(sum: &mut [u32; 3], x: [u8; 4], w: [u8; 4], signed: Signed) {
     let number =
         |byte: u8, signed: bool| if signed { i32::from(byte.cast_signed()) } else { i32::from(byte) };
     for j in 0..4 {
-        // A negative number in two's complement wraps into the sum that it belongs to.
-        let product = number(x[j], x_signed) * number(w[j], w_signed);
+        // In two's complement a negative product wraps to the right sum.
+        let product = number(x[j], signed.x) * number(w[j], signed.w);
         sum[0] = sum[0].wrapping_add(product.cast_unsigned());
     }
 }
@@ -294,15 +312,14 @@ fn add_halves(sum: &mut [u32; 3], x: [u8; 4], w: [u8; 4]) {
     }
 }
 
-/// Numbers too small for a full mantissa are zero to these instructions, coming in and going out.
+/// These instructions treat subnormal inputs and results as zero.
 fn flushed(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
-/// Every product that a start proves.
 #[test]
-fn the_instructions_prove_themselves() {
+fn the_self_test_passes() {
     assert!(install() || super::is_available(), "neither AMX nor its interpreter");
-    // SAFETY: the processor or the interpreter does the instructions.
-    assert!(unsafe { super::proves_itself() });
+    // SAFETY: the processor or the interpreter executes the instructions.
+    assert!(unsafe { super::self_test() });
 }

@@ -1,13 +1,13 @@
-//! Attention of a few queries over their sequence's cache, a fixed number of positions at a time.
+//! Attention of a few queries over their sequence's cache, chunk by chunk.
 //!
-//! A *query* is one head of one row; a *tile* is up to [`TILE`] queries of one sequence that share a key/value head, so
-//! that each key and value that was loaded meets all of them. A *chunk* is [`CHUNK_TOKENS`] positions: its softmax has its
-//! own maximum and sum, and chunks are merged in order. Chunks begin at multiples of their size whatever the batch or the
-//! threads, and each query's sums are formed in the order of elements and positions, so the result never depends on who
-//! computed which, or beside whom.
+//! A *query* is one head of one row. A *tile* is up to [`TILE`] queries of one sequence that share a
+//! key/value head, so that each loaded key and value is used for all of them. A *chunk* is [`CHUNK_TOKENS`]
+//! positions; its softmax has its own maximum and sum, and chunks are merged in order. Chunks begin at
+//! multiples of their size for every batch and number of threads, and each query is summed in the order of
+//! elements and positions. So the result does not depend on how work is split or batched.
 //!
-//! Cache layout per layer: `[block][kv head]`, then keys `[element][slot]` (sixteen positions are the lanes of a score)
-//! and values `[slot][element]`, so that both are read forward.
+//! Cache layout per layer: `[KV block][kv head]`, then keys `[element][slot]` (sixteen positions are the
+//! lanes of a score) and values `[slot][element]`, so that both are read forward.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
 
@@ -20,22 +20,23 @@ use super::{
     simd::{LANES, Simd},
 };
 
-/// Positions per chunk: small enough that one long sequence feeds several threads, large enough that merging is cheap.
+/// Positions per chunk: few enough to split one long sequence over several threads, enough to make the merge
+/// cheap.
 pub(crate) const CHUNK_TOKENS: usize = 128;
 const CHUNK_BLOCKS: usize = CHUNK_TOKENS / KV_BLOCK_TOKENS;
 /// Queries of a tile.
 pub(crate) const TILE: usize = 12;
-/// Queries that 16 registers can serve at once.
+/// Queries of a tile with 16 registers.
 const SMALL_TILE: usize = 3;
 
-const _: () = assert!(KV_BLOCK_TOKENS == LANES, "sixteen positions of a block are the lanes of a score");
+const _: () = assert!(KV_BLOCK_TOKENS == LANES, "sixteen positions of a KV block are the lanes of a score");
 
 /// One query.
 #[derive(Clone, Copy)]
 pub(crate) struct Query {
     /// Its `head_dim` elements.
     pub(crate) ptr: *const f32,
-    /// Positions it sees: its row's own and all before.
+    /// Positions that it attends to: its row's own and all earlier ones.
     pub(crate) positions: usize,
 }
 
@@ -55,18 +56,18 @@ pub(crate) struct Attend<'a> {
 }
 
 impl Attend<'_> {
-    /// Chunks that the last query sees.
+    /// Chunks that the last query attends to.
     pub(crate) fn chunks(&self) -> usize {
         self.queries.last().map_or(0, |query| query.positions.div_ceil(CHUNK_TOKENS))
     }
 
-    /// Keys of a block; its values follow after `head_dim * 16`.
+    /// Keys of a KV block; its values follow after `head_dim * 16`.
     fn keys(&self, block: usize) -> *const f32 {
         self.cache.wrapping_add(cache_index(&self.shape, self.table[block] as usize, self.kv_head))
     }
 }
 
-/// First value of a block's key/value head in its layer.
+/// First value of a KV block's key/value head in its layer.
 pub(crate) const fn cache_index(shape: &AttentionShape, block: usize, kv_head: usize) -> usize {
     (block * shape.kv_heads + kv_head) * 2 * KV_BLOCK_TOKENS * shape.head_dim
 }
@@ -81,41 +82,42 @@ pub(crate) const fn chunk_len(shape: &AttentionShape) -> usize {
     TILE * partial_len(shape)
 }
 
-/// Writes the queries' partial results over each of `chunks` to `out`, [`chunk_len`] apart; what a query does not see gives
-/// a partial result that means nothing.
+/// Writes the queries' partial results over each of `chunks` to `out`, [`chunk_len`] apart. The partial
+/// result of a chunk after a query's positions is undefined.
 ///
 /// # Safety
-/// The tier's instructions exist; the table's blocks lie in the cache; queries, scratch and `out` are as large as said.
+/// The tier's instructions exist; the table's blocks lie in the cache; queries, scratch and `out` are as
+/// large as said.
 #[inline(always)]
 pub(crate) unsafe fn tile<S: Simd>(a: &Attend<'_>, chunks: Range<usize>, out: *mut f32) {
     let most = if S::WIDE { TILE } else { SMALL_TILE };
     let mut first = 0;
     while first < a.queries.len() {
-        // SAFETY: the queries exist, and so does their room.
+        // SAFETY: the queries and the room for their results exist.
         unsafe {
             let out = out.add(first * partial_len(&a.shape));
             let (chunks, queries) = (chunks.clone(), &a.queries[first..]);
             first += match queries.len().min(most) {
-                1 => together::<S, 1>(a, queries, chunks, out),
-                2 => together::<S, 2>(a, queries, chunks, out),
-                3 => together::<S, 3>(a, queries, chunks, out),
-                4 => together::<S, 4>(a, queries, chunks, out),
-                5 => together::<S, 5>(a, queries, chunks, out),
-                6 => together::<S, 6>(a, queries, chunks, out),
-                7 => together::<S, 7>(a, queries, chunks, out),
-                8 => together::<S, 8>(a, queries, chunks, out),
-                9 => together::<S, 9>(a, queries, chunks, out),
-                10 => together::<S, 10>(a, queries, chunks, out),
-                11 => together::<S, 11>(a, queries, chunks, out),
-                _ => together::<S, TILE>(a, queries, chunks, out),
+                1 => query_tile::<S, 1>(a, queries, chunks, out),
+                2 => query_tile::<S, 2>(a, queries, chunks, out),
+                3 => query_tile::<S, 3>(a, queries, chunks, out),
+                4 => query_tile::<S, 4>(a, queries, chunks, out),
+                5 => query_tile::<S, 5>(a, queries, chunks, out),
+                6 => query_tile::<S, 6>(a, queries, chunks, out),
+                7 => query_tile::<S, 7>(a, queries, chunks, out),
+                8 => query_tile::<S, 8>(a, queries, chunks, out),
+                9 => query_tile::<S, 9>(a, queries, chunks, out),
+                10 => query_tile::<S, 10>(a, queries, chunks, out),
+                11 => query_tile::<S, 11>(a, queries, chunks, out),
+                _ => query_tile::<S, TILE>(a, queries, chunks, out),
             };
         }
     }
 }
 
-/// The first `H` queries.
+/// Computes the first `H` queries.
 #[inline(always)]
-unsafe fn together<S: Simd, const H: usize>(
+unsafe fn query_tile<S: Simd, const H: usize>(
     a: &Attend<'_>,
     queries: &[Query],
     chunks: Range<usize>,
@@ -138,7 +140,7 @@ unsafe fn together<S: Simd, const H: usize>(
     H
 }
 
-/// One chunk, of which the queries see `counts` positions, in rising order.
+/// Computes one chunk, of which the queries attend to `counts` positions, in rising order.
 #[inline(always)]
 unsafe fn one_chunk<S: Simd, const H: usize>(
     a: &Attend<'_>,
@@ -152,7 +154,7 @@ unsafe fn one_chunk<S: Simd, const H: usize>(
     unsafe {
         let mut i = 0;
         while i < blocks {
-            // As many sums as hide the latency of a multiplication and find room in registers.
+            // As many sums as fit in registers and hide the latency of a multiplication.
             i += match blocks - i {
                 4.. if H <= 3 && S::WIDE => scores::<S, H, 4>(a, first_block + i, &mut shares, i),
                 2.. => scores::<S, H, 2>(a, first_block + i, &mut shares, i),
@@ -160,26 +162,27 @@ unsafe fn one_chunk<S: Simd, const H: usize>(
             };
         }
         for h in 0..H {
-            // Slots past the row's own position belong to later tokens, or to nobody.
+            // Slots after the row's own position belong to later tokens, or are unused.
             shares[h][counts[h]..].fill(f32::NEG_INFINITY);
             let (max, sum) = softmax::<S>(&mut shares[h], blocks);
             let partial = out.add(h * partial_len(&a.shape));
             *partial = max;
             *partial.add(1) = sum;
         }
+        let chunk = Chunk { first_block, counts, shares: &shares };
         let (mut at, dim) = (0, a.shape.head_dim);
         while at < dim {
             at += match (dim - at) / LANES {
-                4.. if H <= 6 && S::WIDE => mix::<S, H, 4>(a, (first_block, counts), &shares, (at, out)),
-                2.. => mix::<S, H, 2>(a, (first_block, counts), &shares, (at, out)),
-                1 => mix::<S, H, 1>(a, (first_block, counts), &shares, (at, out)),
-                _ => mix_one::<H>(a, (first_block, counts), &shares, (at, out)),
+                4.. if H <= 6 && S::WIDE => mix::<S, H, 4>(a, &chunk, at, out),
+                2.. => mix::<S, H, 2>(a, &chunk, at, out),
+                1 => mix::<S, H, 1>(a, &chunk, at, out),
+                _ => mix_one::<H>(a, &chunk, at, out),
             };
         }
     }
 }
 
-/// Scores of `B` blocks of sixteen positions.
+/// Scores of `B` KV blocks.
 #[inline(always)]
 unsafe fn scores<S: Simd, const H: usize, const B: usize>(
     a: &Attend<'_>,
@@ -213,22 +216,22 @@ unsafe fn scores<S: Simd, const H: usize, const B: usize>(
     B
 }
 
-/// Replaces scores by `exp(score - max)` in the first `blocks` vectors; answers the maximum and the sum. What lies behind
-/// them would add nothing that a sum of one or more could hold.
+/// Replaces scores by `exp(score - max)` in the first `vectors` vectors; returns the maximum and the sum. The
+/// vectors after them would add less than the sum, which is at least one, can represent.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS], blocks: usize) -> (f32, f32) {
+unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS], vectors: usize) -> (f32, f32) {
     let ptr = scores.as_mut_ptr();
     let mut lanes = [0.0f32; LANES];
     // SAFETY: a chunk is whole vectors.
     unsafe {
         let mut max = S::load(ptr);
-        for i in 1..blocks {
+        for i in 1..vectors {
             max = S::max(max, S::load(ptr.add(i * LANES)));
         }
         S::store(lanes.as_mut_ptr(), max);
         let max = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
         let mut sum = S::splat(0.0);
-        for i in 0..blocks {
+        for i in 0..vectors {
             let share = exp::<S>(S::sub(S::load(ptr.add(i * LANES)), S::splat(max)));
             S::store(ptr.add(i * LANES), share);
             sum = S::add(sum, share);
@@ -238,15 +241,26 @@ unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS], blocks: usize) -> (
     }
 }
 
-/// `Σ share · value` of `16 · W` elements; the slots of tokens that a query does not see are not even read for it, since
-/// what is left in them may not be a number.
+/// A chunk whose shares are computed.
+struct Chunk<'a, const H: usize> {
+    /// Its first block in the sequence's block table.
+    first_block: usize,
+    /// Positions that each query sees, in rising order.
+    counts: &'a [usize; H],
+    /// `exp(score - max)` of each query and position.
+    shares: &'a [[f32; CHUNK_TOKENS]; H],
+}
+
+/// `Σ share · value` of `16 · W` elements; slots of positions that a query does not attend to are not used
+/// for it, because they may hold NaNs.
 #[inline(always)]
 unsafe fn mix<S: Simd, const H: usize, const W: usize>(
     a: &Attend<'_>,
-    (first_block, counts): (usize, &[usize; H]),
-    shares: &[[f32; CHUNK_TOKENS]; H],
-    (at, out): (usize, *mut f32),
+    chunk: &Chunk<'_, H>,
+    at: usize,
+    out: *mut f32,
 ) -> usize {
+    let Chunk { first_block, counts, shares } = *chunk;
     let dim = a.shape.head_dim;
     // SAFETY: elements `at..at + 16 * W` exist.
     unsafe {
@@ -291,12 +305,8 @@ unsafe fn mix<S: Simd, const H: usize, const W: usize>(
 
 /// One element, for heads that are no whole number of vectors.
 #[inline(always)]
-unsafe fn mix_one<const H: usize>(
-    a: &Attend<'_>,
-    (first_block, counts): (usize, &[usize; H]),
-    shares: &[[f32; CHUNK_TOKENS]; H],
-    (at, out): (usize, *mut f32),
-) -> usize {
+unsafe fn mix_one<const H: usize>(a: &Attend<'_>, chunk: &Chunk<'_, H>, at: usize, out: *mut f32) -> usize {
+    let Chunk { first_block, counts, shares } = *chunk;
     let dim = a.shape.head_dim;
     for h in 0..H {
         let mut sum = 0.0;
@@ -312,17 +322,12 @@ unsafe fn mix_one<const H: usize>(
     1
 }
 
-/// Merges one query's partials, `stride` values apart, in the order of their chunks.
+/// Merges one query's partial results, `stride` values apart, in the order of their chunks.
 ///
 /// # Safety
-/// There are `chunks` (at least one) partials; `out` has room for a head and overlaps none of them.
+/// There are `chunks` (at least one) partial results; `out` has room for a head and overlaps none of them.
 #[inline(always)]
-pub(crate) unsafe fn merge(
-    partials: *const f32,
-    stride: usize,
-    chunks: usize,
-    (out, dim): (*mut f32, usize),
-) {
+pub(crate) unsafe fn merge(partials: *const f32, stride: usize, chunks: usize, out: *mut f32, dim: usize) {
     // SAFETY: as above.
     unsafe {
         let mut max = f32::NEG_INFINITY;

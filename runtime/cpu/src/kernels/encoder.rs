@@ -1,9 +1,10 @@
 //! Kernels of encoders: layer norm, gelu, and attention of a whole sequence to itself.
 //!
-//! *Attention*, one key/value head at a time: keys are laid out with positions side by side (the lanes of a score) and
-//! values without the gaps of their buffer, both in the thread's scratch, where they stay in the first-level caches. Then
-//! tiles of rows run over them: scores of all positions, softmax, mixing. What a row gets depends on its own sequence
-//! alone, in an order that is the same in every tile.
+//! *Attention* computes one key/value head at a time. It copies the keys, with positions side by side (the
+//! lanes of a score), and the values, without the gaps of their buffer, to the thread's scratch memory, where
+//! they stay in the first-level cache. Then it computes tiles of rows: scores of all positions, softmax,
+//! weighted sum of values. A row's result depends on its own sequence only, and the order of operations is
+//! the same in every tile.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
 
@@ -15,12 +16,12 @@ use super::{
     simd::{LANES, Simd},
 };
 
-/// Positions whose scores are formed together: two vectors.
-const BLOCK: usize = 2 * LANES;
+/// Positions whose scores are computed together: two vectors.
+const SCORE_POSITIONS: usize = 2 * LANES;
 /// Rows of a tile with 32 registers.
 const TILE: usize = 8;
 
-/// What a layer norm does to the rows that it has centred.
+/// The parameters of a layer norm.
 #[derive(Clone, Copy)]
 pub(crate) struct LayerNorm<'a> {
     pub(crate) weight: &'a [f32],
@@ -35,7 +36,7 @@ pub(crate) struct LayerNorm<'a> {
 #[inline(always)]
 pub(crate) unsafe fn layer_norm(input: *const f32, norm: &LayerNorm<'_>, out: *mut f32) {
     let LayerNorm { weight, bias, eps } = *norm;
-    // SAFETY: the caller vouches for the lengths.
+    // SAFETY: the caller's pointers have these lengths.
     let (input, out) = unsafe {
         (std::slice::from_raw_parts(input, weight.len()), std::slice::from_raw_parts_mut(out, weight.len()))
     };
@@ -47,7 +48,8 @@ pub(crate) unsafe fn layer_norm(input: *const f32, norm: &LayerNorm<'_>, out: *m
     }
 }
 
-/// Sixteen interleaved partial sums. Whole chunks have constant indices, so that the sums stay in registers.
+/// Sixteen interleaved partial sums. Indices of whole chunks are constants, so that the sums stay in
+/// registers.
 #[inline(always)]
 fn sum(values: &[f32], f: impl Fn(f64) -> f64) -> f64 {
     let mut sums = [0.0f64; LANES];
@@ -80,7 +82,7 @@ pub(crate) unsafe fn gelu<S: Simd>(input: *const f32, out: *mut f32, len: usize)
     let mut at = 0;
     while at < len {
         let lanes = LANES.min(len - at);
-        // SAFETY: full vectors lie inside; the rest goes through an array of a full vector.
+        // SAFETY: full vectors lie inside; the rest is computed in an array of a full vector.
         unsafe {
             if lanes == LANES {
                 S::store(out.add(at), gelu_of::<S>(S::load(input.add(at))));
@@ -111,15 +113,16 @@ pub(crate) unsafe fn gelu_of<S: Simd>(x: S::F) -> S::F {
         for c in [-1.453_152, 1.421_413_8, -0.284_496_72, 0.254_829_6] {
             p = S::fma(p, t, S::splat(c));
         }
-        // Half of what the error function lacks to one.
+        // Half the complementary error function.
         let tail = S::mul(S::mul(p, t), S::mul(exp::<S>(S::mul(z, S::sub(zero, z))), S::splat(0.5)));
-        // x (1 - tail) where x is positive, x tail where it is negative: the larger of x and 0, minus |x| tail.
+        // x (1 - tail) where x is positive, x tail where it is negative: the larger of x and 0, minus |x|
+        // tail.
         S::sub(S::max(x, zero), S::mul(size, tail))
     }
 }
 
-/// The query heads of one key/value head of one sequence. Pointers are row 0's first value of the first head, with the
-/// distance to the next row.
+/// The query heads of one key/value head of one sequence. Pointers are row 0's first value of the first head,
+/// with the distance to the next row.
 pub(crate) struct EncoderAttend {
     /// Rows of the sequence.
     pub(crate) len: usize,
@@ -131,22 +134,22 @@ pub(crate) struct EncoderAttend {
     pub(crate) keys: (*mut f32, usize),
     pub(crate) values: (*mut f32, usize),
     pub(crate) out: (*mut f32, usize),
-    /// [`scratch_len`] values of this thread's own.
+    /// [`scratch_len`] values that only this thread uses.
     pub(crate) scratch: *mut f32,
 }
 
 /// Values of scratch space for a sequence of `len` rows: keys, values, and a tile's scores.
 pub(crate) const fn scratch_len(len: usize, head_dim: usize) -> usize {
-    let padded = len.next_multiple_of(BLOCK);
+    let padded = len.next_multiple_of(SCORE_POSITIONS);
     padded * head_dim + padded * head_dim.next_multiple_of(LANES) + TILE * padded
 }
 
-/// A sequence's head laid out for the tiles.
+/// A head of a sequence in the layout of the tiles.
 #[derive(Clone, Copy)]
-struct Laid {
-    /// `[block][element][position in block]`, zero past the last position.
+struct HeadLayout {
+    /// `[position / 32][element][position % 32]`, zero after the last position.
     keys: *const f32,
-    /// `[position][element]`, `width` apart, zero past the last element.
+    /// `[position][element]`, `width` apart, zero after the last element.
     values: *const f32,
     width: usize,
     /// `[row of the tile][position]`, `padded` apart.
@@ -154,25 +157,25 @@ struct Laid {
     padded: usize,
 }
 
-/// Runs all rows and heads.
+/// Computes all rows and heads.
 ///
 /// # Safety
-/// The tier's instructions exist; the pointers cover `len` rows; the scratch space is large enough; nobody else uses it or
-/// the outputs.
+/// The tier's instructions exist; the pointers cover `len` rows; the scratch space is large enough; no other
+/// thread uses it or the outputs.
 #[inline(always)]
 pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend) {
     // SAFETY: tiles end at the last row.
     unsafe {
-        let laid = lay_out(a);
+        let layout = lay_out(a);
         for head in 0..a.heads {
             let mut row = 0;
             while row < a.len {
                 row += match (S::WIDE, a.len - row) {
-                    (true, TILE..) => tile::<S, TILE, 2>(a, &laid, (row, head)),
-                    (_, 4..) if S::WIDE => tile::<S, 4, 2>(a, &laid, (row, head)),
-                    (_, 4..) => tile::<S, 4, 1>(a, &laid, (row, head)),
-                    (_, 2..) => tile::<S, 2, 1>(a, &laid, (row, head)),
-                    _ => tile::<S, 1, 1>(a, &laid, (row, head)),
+                    (true, TILE..) => tile::<S, TILE, 2>(a, &layout, row, head),
+                    (_, 4..) if S::WIDE => tile::<S, 4, 2>(a, &layout, row, head),
+                    (_, 4..) => tile::<S, 4, 1>(a, &layout, row, head),
+                    (_, 2..) => tile::<S, 2, 1>(a, &layout, row, head),
+                    _ => tile::<S, 1, 1>(a, &layout, row, head),
                 };
             }
         }
@@ -180,22 +183,22 @@ pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend) {
 }
 
 #[inline(always)]
-unsafe fn lay_out(a: &EncoderAttend) -> Laid {
-    let (dim, padded) = (a.head_dim, a.len.next_multiple_of(BLOCK));
+unsafe fn lay_out(a: &EncoderAttend) -> HeadLayout {
+    let (dim, padded) = (a.head_dim, a.len.next_multiple_of(SCORE_POSITIONS));
     let width = dim.next_multiple_of(LANES);
-    // SAFETY: the parts lie one after the other in the scratch space; rows are below `len`.
+    // SAFETY: keys, values and scores are adjacent in the scratch space; rows are below `len`.
     unsafe {
         let keys = a.scratch;
         let values = keys.add(padded * dim);
         let scores = values.add(padded * width);
-        for block in 0..padded / BLOCK {
-            let out = keys.add(block * BLOCK * dim);
-            let there = BLOCK.min(a.len - block * BLOCK);
+        for range in 0..padded / SCORE_POSITIONS {
+            let out = keys.add(range * SCORE_POSITIONS * dim);
+            let count = SCORE_POSITIONS.min(a.len - range * SCORE_POSITIONS);
             for d in 0..dim {
-                let from = a.keys.0.add(block * BLOCK * a.keys.1 + d);
-                let out = &mut *out.add(d * BLOCK).cast::<[f32; BLOCK]>();
+                let from = a.keys.0.add(range * SCORE_POSITIONS * a.keys.1 + d);
+                let out = &mut *out.add(d * SCORE_POSITIONS).cast::<[f32; SCORE_POSITIONS]>();
                 for (p, out) in out.iter_mut().enumerate() {
-                    *out = if p < there { *from.add(p * a.keys.1) } else { 0.0 };
+                    *out = if p < count { *from.add(p * a.keys.1) } else { 0.0 };
                 }
             }
         }
@@ -204,7 +207,7 @@ unsafe fn lay_out(a: &EncoderAttend) -> Laid {
             std::ptr::copy_nonoverlapping(a.values.0.add(p * a.values.1), out, dim);
             std::slice::from_raw_parts_mut(out.add(dim), width - dim).fill(0.0);
         }
-        Laid { keys, values, width, scores, padded }
+        HeadLayout { keys, values, width, scores, padded }
     }
 }
 
@@ -212,8 +215,9 @@ unsafe fn lay_out(a: &EncoderAttend) -> Laid {
 #[inline(always)]
 unsafe fn tile<S: Simd, const R: usize, const W: usize>(
     a: &EncoderAttend,
-    laid: &Laid,
-    (row, head): (usize, usize),
+    layout: &HeadLayout,
+    row: usize,
+    head: usize,
 ) -> usize {
     let dim = a.head_dim;
     // SAFETY: rows, positions and elements exist, or are padding of the scratch space.
@@ -221,24 +225,24 @@ unsafe fn tile<S: Simd, const R: usize, const W: usize>(
         let query: [*const f32; R] =
             std::array::from_fn(|r| a.query.0.add((row + r) * a.query.1 + head * dim).cast_const());
         let mut at = 0;
-        while at < laid.padded {
-            score::<S, R, W>(a, laid, (&query, at));
+        while at < layout.padded {
+            score::<S, R, W>(a, layout, &query, at);
             at += W * LANES;
         }
         let mut inverse = [0.0f32; R];
         for r in 0..R {
-            let scores = laid.scores.add(r * laid.padded);
-            // Padding belongs to nobody.
-            std::slice::from_raw_parts_mut(scores.add(a.len), laid.padded - a.len).fill(f32::NEG_INFINITY);
-            inverse[r] = 1.0 / softmax::<S>(scores, laid.padded);
+            let scores = layout.scores.add(r * layout.padded);
+            // No position lies in the padding.
+            std::slice::from_raw_parts_mut(scores.add(a.len), layout.padded - a.len).fill(f32::NEG_INFINITY);
+            inverse[r] = 1.0 / softmax::<S>(scores, layout.padded);
         }
         let mut at = 0;
-        while at < laid.width {
+        while at < layout.width {
             let out: [*mut f32; R] =
                 std::array::from_fn(|r| a.out.0.add((row + r) * a.out.1 + head * dim + at));
-            at += match laid.width - at {
-                n if n >= W * LANES => mix::<S, R, W>(a, laid, (&inverse, at), &out),
-                _ => mix::<S, R, 1>(a, laid, (&inverse, at), &out),
+            at += match layout.width - at {
+                n if n >= W * LANES => mix::<S, R, W>(a, layout, &inverse, at, &out),
+                _ => mix::<S, R, 1>(a, layout, &inverse, at, &out),
             };
         }
     }
@@ -249,15 +253,17 @@ unsafe fn tile<S: Simd, const R: usize, const W: usize>(
 #[inline(always)]
 unsafe fn score<S: Simd, const R: usize, const W: usize>(
     a: &EncoderAttend,
-    laid: &Laid,
-    (query, at): (&[*const f32; R], usize),
+    layout: &HeadLayout,
+    query: &[*const f32; R],
+    at: usize,
 ) {
-    // SAFETY: the positions lie in one block.
+    // SAFETY: the positions are in one range of `SCORE_POSITIONS`.
     unsafe {
-        let keys = laid.keys.add(at / BLOCK * BLOCK * a.head_dim + at % BLOCK);
+        let keys =
+            layout.keys.add(at / SCORE_POSITIONS * SCORE_POSITIONS * a.head_dim + at % SCORE_POSITIONS);
         let mut sums = [[S::splat(0.0); W]; R];
         for d in 0..a.head_dim {
-            let keys: [S::F; W] = std::array::from_fn(|w| S::load(keys.add(d * BLOCK + w * LANES)));
+            let keys: [S::F; W] = std::array::from_fn(|w| S::load(keys.add(d * SCORE_POSITIONS + w * LANES)));
             for r in 0..R {
                 let q = S::splat(*query[r].add(d));
                 for w in 0..W {
@@ -268,13 +274,13 @@ unsafe fn score<S: Simd, const R: usize, const W: usize>(
         for r in 0..R {
             for w in 0..W {
                 let score = S::mul(sums[r][w], S::splat(a.scale));
-                S::store(laid.scores.add(r * laid.padded + at + w * LANES), score);
+                S::store(layout.scores.add(r * layout.padded + at + w * LANES), score);
             }
         }
     }
 }
 
-/// Replaces scores by `exp(score - max)` and answers their sum.
+/// Replaces scores by `exp(score - max)` and returns their sum.
 #[inline(always)]
 unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
     let mut lanes = [0.0f32; LANES];
@@ -301,18 +307,20 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
 #[inline(always)]
 unsafe fn mix<S: Simd, const R: usize, const W: usize>(
     a: &EncoderAttend,
-    laid: &Laid,
-    (inverse, at): (&[f32; R], usize),
+    layout: &HeadLayout,
+    inverse: &[f32; R],
+    at: usize,
     out: &[*mut f32; R],
 ) -> usize {
-    // SAFETY: elements up to the padded width exist in the scratch space; only a head's own are stored.
+    // SAFETY: elements up to the padded width exist in the scratch space; only the head's elements are
+    // stored.
     unsafe {
         let mut sums = [[S::splat(0.0); W]; R];
         for p in 0..a.len {
             let values: [S::F; W] =
-                std::array::from_fn(|w| S::load(laid.values.add(p * laid.width + at + w * LANES)));
+                std::array::from_fn(|w| S::load(layout.values.add(p * layout.width + at + w * LANES)));
             for r in 0..R {
-                let share = S::splat(*laid.scores.add(r * laid.padded + p));
+                let share = S::splat(*layout.scores.add(r * layout.padded + p));
                 for w in 0..W {
                     sums[r][w] = S::fma(share, values[w], sums[r][w]);
                 }

@@ -1,21 +1,23 @@
 //! Projections: every row of a step times a packed matrix.
 //!
-//! Work comes in *units*: two groups of 16 output features, side by side in the matrix, or the same group of a gate and
-//! of what it gates. A *tile* is a unit by a few rows; its sums stay in registers, so that a weight that was loaded (and
-//! unpacked) meets several rows, and an activation 32 features. Each row's sums are formed in an order that depends on
-//! nothing but the tier, so a row gives the same bits whatever shares its tile.
+//! Work is divided into *units*: two adjacent groups of 16 output features, or the same group of a gate and
+//! of the matrix that it gates. A *tile* is a unit by a few rows. Its sums stay in registers, so that a
+//! loaded and unpacked weight is used for several rows, and an activation for 32 features. The order in which
+//! a row is summed depends on the tier only, so a row gives the same bits in every tile.
 //!
-//! * [`exact`]: weights become f32 and meet f32 activations.
-//! * [`blocks`]: activations were quantised to 8 bits per 32 columns; a block's products are summed in integers and scaled
-//!   once.
-//! * [`int8`]: activations have one scale per row and weights one per feature; sums are integers over all columns.
+//! * [`exact`]: weights become f32 and are multiplied by f32 activations.
+//! * [`block_scaled`]: activations were quantised to 8 bits per 32 columns; a block's products are summed in
+//!   integers and scaled together.
+//! * [`int8`]: activations have one scale per row and weights one per feature; sums are integers over all
+//!   columns.
 //! * [`bf16`]: weights are bf16 and activations were rounded to it; sums are f32.
-//! * [`tiles`]: the last three by tile registers.
+//! * [`tiles`]: the last three on tile registers.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
 
-/// Runs a block for each row of a tile with its number as a constant. The compiler unrolls no loop this long by itself,
-/// and sums that are found by a variable index lie in memory: loading and storing them took most of the time.
+/// Repeats a body for each row of a tile, with the row's number as a constant. The compiler does not unroll a
+/// loop of this length, and sums with a variable index would be in memory: their loads and stores took most
+/// of the time.
 macro_rules! each_row {
     ($rows:expr, $row:ident => $body:block) => {
         each_row!(@ $rows, $row => $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
@@ -29,7 +31,7 @@ macro_rules! each_row {
     };
 }
 
-/// Most rows of a tile of which [`by_rows`] knows.
+/// Most rows of a tile in [`by_rows`].
 const MOST_ROWS: usize = 12;
 
 /// Calls a tile's function with the number of its rows, of 1 to [`MOST_ROWS`], as its last constant.
@@ -50,7 +52,7 @@ macro_rules! by_rows {
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod bf16;
-pub(crate) mod blocks;
+pub(crate) mod block_scaled;
 pub(crate) mod exact;
 mod forms;
 pub(crate) mod int8;
@@ -63,16 +65,16 @@ pub(crate) use forms::{Floats, HalfFloats, Q4, Q4K, Q4Min, Q5, Q5K, Q6K, Q8, Qua
 
 use super::{
     encoder,
-    quantise::{Bf16Rows, BlockRows, Int8Rows},
+    quantise::{Bf16Rows, BlockScaledRows, Int8Rows},
     rows,
     simd::{LANES, Simd},
 };
 use crate::pack::Packed;
 
-/// Values of scratch memory that jobs of matrices with at most so many columns need: sums of a block of rows, then panels
-/// of unpacked weights, which are larger for tile registers.
+/// Values of scratch memory for matrices of at most `cols` columns: sums of a strip of rows, then panels of
+/// unpacked weights, which are larger for tile registers.
 pub(crate) fn scratch_len(cols: usize, has_tiles: bool) -> usize {
-    exact::ROW_BLOCK * 2 * LANES
+    exact::STRIP_ROWS * 2 * LANES
         + if has_tiles { tile_panels_len(cols).max(exact::PANELS_LEN) } else { exact::PANELS_LEN }
 }
 
@@ -94,11 +96,11 @@ pub(crate) struct Rows {
     pub(crate) stride: usize,
 }
 
-/// The rows that a projection takes.
+/// The input rows of a projection, by their form.
 #[derive(Clone, Copy)]
 pub(crate) enum Input<'a> {
     Floats(Rows),
-    Blocks(&'a BlockRows),
+    BlockScaled(&'a BlockScaledRows),
     Int8(&'a Int8Rows),
     #[cfg_attr(
         not(target_arch = "x86_64"),
@@ -107,16 +109,17 @@ pub(crate) enum Input<'a> {
     Bf16(&'a Bf16Rows),
 }
 
-/// What becomes of a projection's sums, after the bias.
+/// What follows the bias.
 #[derive(Clone, Copy)]
 pub(crate) enum Activation<'a> {
     None,
     Gelu,
-    /// The silu of the matrix's output times that of a second matrix of its form and size, which has a bias of its own.
+    /// The silu of the matrix's output times the output of a second matrix of the same form and size, with
+    /// its own bias.
     Gate(&'a Packed, Option<&'a [f32]>),
 }
 
-/// Where outputs go: `ptr` is row 0 of the first feature.
+/// The outputs: `ptr` is row 0 of the first feature.
 #[derive(Clone, Copy)]
 pub(crate) struct Target<'a> {
     pub(crate) ptr: *mut f32,
@@ -136,7 +139,7 @@ pub(crate) struct MatMul<'a> {
     pub(crate) rows: usize,
     pub(crate) input: Input<'a>,
     pub(crate) target: Target<'a>,
-    /// [`scratch_len`] values of this thread's own.
+    /// [`scratch_len`] values that only this thread uses.
     pub(crate) scratch: *mut f32,
 }
 
@@ -156,7 +159,7 @@ impl MatMul<'_> {
         }
     }
 
-    /// The two groups of a unit; the last unit may have one group, which then stands for both.
+    /// The two groups of a unit. Where the last unit has one group, that group is both.
     fn sides(&self, unit: usize) -> [Side; 2] {
         let of = |m: &Packed, group: usize| Side { values: m.values(group), scales: m.scales(group) };
         match self.target.activation {
@@ -168,15 +171,15 @@ impl MatMul<'_> {
         }
     }
 
-    /// Where row `row` of a block of rows keeps its sums: 16 of one group, then 16 of the other.
+    /// The sums of row `row` of a strip: 16 of one group, then 16 of the other.
     const fn sums(&self, row: usize) -> *mut f32 {
         self.scratch.wrapping_add(row * 2 * LANES)
     }
 }
 
-/// Stores `count` rows of a unit whose sums lie in the scratch memory, as [`MatMul::sums`] says.
+/// Applies bias and activation to the sums of `count` rows of a unit (see [`MatMul::sums`]) and stores them.
 #[inline(always)]
-unsafe fn finish<S: Simd>(job: &MatMul<'_>, unit: usize, (first_row, count): (usize, usize)) {
+unsafe fn finish<S: Simd>(job: &MatMul<'_>, unit: usize, first_row: usize, count: usize) {
     let target = &job.target;
     for i in 0..count {
         // SAFETY: the sums were stored; features and rows exist.
@@ -185,7 +188,7 @@ unsafe fn finish<S: Simd>(job: &MatMul<'_>, unit: usize, (first_row, count): (us
             if let Activation::Gate(_, up_bias) = target.activation {
                 let gate = biased::<S>(sums[0], target.bias, unit);
                 let up = biased::<S>(sums[1], up_bias, unit);
-                store::<S>(job, (unit, first_row + i), rows::gated::<S>(gate, up));
+                store::<S>(job, unit, first_row + i, rows::gated::<S>(gate, up));
                 continue;
             }
             for (side, sum) in sums.into_iter().enumerate() {
@@ -195,7 +198,7 @@ unsafe fn finish<S: Simd>(job: &MatMul<'_>, unit: usize, (first_row, count): (us
                     if let Activation::Gelu = target.activation {
                         sum = encoder::gelu_of::<S>(sum);
                     }
-                    store::<S>(job, (group, first_row + i), sum);
+                    store::<S>(job, group, first_row + i, sum);
                 }
             }
         }
@@ -211,9 +214,9 @@ unsafe fn biased<S: Simd>(sum: S::F, bias: Option<&[f32]>, group: usize) -> S::F
     }
 }
 
-/// Stores one row of a group, with the residual; features past the matrix's last are dropped.
+/// Stores one row of a group and adds the residual. Features after the matrix's last are dropped.
 #[inline(always)]
-unsafe fn store<S: Simd>(job: &MatMul<'_>, (group, row): (usize, usize), sum: S::F) {
+unsafe fn store<S: Simd>(job: &MatMul<'_>, group: usize, row: usize, sum: S::F) {
     let first = group * LANES;
     let features = LANES.min(job.matrix.rows - first);
     // SAFETY: only existing features are read and written.

@@ -1,7 +1,7 @@
 //! The kernels, and the table that holds one tier's.
 //!
 //! Each kernel is generic over its lanes and inlined into one entry point per tier, which enables the tier's
-//! instructions. A model holds a [`Kernels`], chosen once at load.
+//! instructions. A model holds a [`Kernels`], selected once at load.
 
 pub(crate) mod attention;
 pub(crate) mod encoder;
@@ -18,22 +18,22 @@ mod tests;
 use attention::Attend;
 use encoder::{EncoderAttend, LayerNorm};
 use matmul::MatMul;
-use quantise::{Bf16Rows, BlockRows, Int8Rows, Layout};
+use quantise::{Bf16Rows, BlockScaledRows, Int8Rows, Layout};
 
 use crate::Tier;
 
 /// One tier's kernels; their contracts are those of the generic functions they instantiate.
 #[derive(Clone, Copy)]
 pub(crate) struct Kernels {
-    /// One of [`matmul`]'s, as the matrix's form and the input ask.
+    /// A projection by the kernel in [`matmul`] for the matrix's form and the input.
     pub(crate) matmul: unsafe fn(&MatMul<'_>),
-    /// Whether it reads stacked rows by tile registers.
+    /// Whether it loads stacked rows into tile registers.
     has_tiles: bool,
-    /// [`BlockRows::fill`]
-    pub(crate) quantise: unsafe fn(&BlockRows, usize, *const f32),
+    /// [`BlockScaledRows::fill`]
+    pub(crate) quantise: unsafe fn(&BlockScaledRows, usize, *const f32),
     /// [`Int8Rows::fill`]
     pub(crate) quantise_int8: unsafe fn(&Int8Rows, usize, *const f32),
-    /// [`Bf16Rows::fill`], where the tier multiplies them.
+    /// [`Bf16Rows::fill`], on tiers that multiply bf16.
     pub(crate) quantise_bf16: Option<unsafe fn(&Bf16Rows, usize, *const f32)>,
     /// [`rows::rms_norm`]
     pub(crate) rms_norm: unsafe fn(*const f32, &[f32], f32, *mut f32),
@@ -44,7 +44,7 @@ pub(crate) struct Kernels {
     /// [`attention::tile`]
     pub(crate) attend: unsafe fn(&Attend<'_>, std::ops::Range<usize>, *mut f32),
     /// [`attention::merge`]
-    pub(crate) merge: unsafe fn(*const f32, usize, usize, (*mut f32, usize)),
+    pub(crate) merge: unsafe fn(*const f32, usize, usize, *mut f32, usize),
     /// [`encoder::layer_norm`]
     pub(crate) layer_norm: unsafe fn(*const f32, &LayerNorm<'_>, *mut f32),
     /// [`encoder::gelu`]
@@ -68,14 +68,14 @@ macro_rules! projection {
 macro_rules! projections {
     ($lanes:ty, $($features:literal)?) => {
         mod fast {
-            use super::{BlockRows, MatMul, matmul};
-            projection!(q8, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q8> $(, $features)?);
-            projection!(q4, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q4> $(, $features)?);
-            projection!(q5, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q5> $(, $features)?);
-            projection!(q4_min, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q4Min> $(, $features)?);
-            projection!(q4_k, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q4K> $(, $features)?);
-            projection!(q5_k, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q5K> $(, $features)?);
-            projection!(q6_k, &BlockRows, matmul::blocks::run::<$lanes, matmul::Q6K> $(, $features)?);
+            use super::{BlockScaledRows, MatMul, matmul};
+            projection!(q8, &BlockScaledRows, matmul::block_scaled::run::<$lanes, matmul::Q8> $(, $features)?);
+            projection!(q4, &BlockScaledRows, matmul::block_scaled::run::<$lanes, matmul::Q4> $(, $features)?);
+            projection!(q5, &BlockScaledRows, matmul::block_scaled::run::<$lanes, matmul::Q5> $(, $features)?);
+            projection!(q4_min, &BlockScaledRows, matmul::block_scaled::run::<$lanes, matmul::Q4Min> $(, $features)?);
+            projection!(q4_k, &BlockScaledRows, matmul::block_scaled::run::<$lanes, matmul::Q4K> $(, $features)?);
+            projection!(q5_k, &BlockScaledRows, matmul::block_scaled::run::<$lanes, matmul::Q5K> $(, $features)?);
+            projection!(q6_k, &BlockScaledRows, matmul::block_scaled::run::<$lanes, matmul::Q6K> $(, $features)?);
         }
         mod exact {
             use super::{MatMul, Rows, matmul};
@@ -100,24 +100,25 @@ macro_rules! tier {
     ($table:ident, $lanes:ty $(, $features:literal)?) => {
         mod $table {
             use super::{
-                Attend, BlockRows, EncoderAttend, Int8Rows, Kernels, LayerNorm, MatMul, attention, encoder, matmul, rows,
+                Attend, BlockScaledRows, EncoderAttend, Int8Rows, Kernels, LayerNorm, MatMul, attention, encoder, matmul, rows,
             };
             use crate::{kernels::matmul::{Input, Rows}, pack::Form};
 
-            // One function per form and numerics: together they would be too much for the compiler.
+            // One function per form and numerics, because one function of all would take the compiler too
+            // long.
             projections!($lanes, $($features)?);
 
             unsafe fn matmul(job: &MatMul<'_>) {
                 // SAFETY: the caller's contract is the same.
                 unsafe {
                     match (job.matrix.form, job.input) {
-                        (Form::Q8, Input::Blocks(x)) => fast::q8(job, x),
-                        (Form::Q4, Input::Blocks(x)) => fast::q4(job, x),
-                        (Form::Q5, Input::Blocks(x)) => fast::q5(job, x),
-                        (Form::Q4Min, Input::Blocks(x)) => fast::q4_min(job, x),
-                        (Form::Q4K, Input::Blocks(x)) => fast::q4_k(job, x),
-                        (Form::Q5K, Input::Blocks(x)) => fast::q5_k(job, x),
-                        (Form::Q6K, Input::Blocks(x)) => fast::q6_k(job, x),
+                        (Form::Q8, Input::BlockScaled(x)) => fast::q8(job, x),
+                        (Form::Q4, Input::BlockScaled(x)) => fast::q4(job, x),
+                        (Form::Q5, Input::BlockScaled(x)) => fast::q5(job, x),
+                        (Form::Q4Min, Input::BlockScaled(x)) => fast::q4_min(job, x),
+                        (Form::Q4K, Input::BlockScaled(x)) => fast::q4_k(job, x),
+                        (Form::Q5K, Input::BlockScaled(x)) => fast::q5_k(job, x),
+                        (Form::Q6K, Input::BlockScaled(x)) => fast::q6_k(job, x),
                         (Form::Int8, Input::Int8(x)) => int8(job, x),
                         (Form::F32, Input::Floats(x)) => exact::floats(job, x),
                         (Form::F16, Input::Floats(x)) => exact::half_floats(job, x),
@@ -129,12 +130,12 @@ macro_rules! tier {
                         (Form::Q4K, Input::Floats(x)) => exact::q4_k(job, x),
                         (Form::Q5K, Input::Floats(x)) => exact::q5_k(job, x),
                         (Form::Q6K, Input::Floats(x)) => exact::q6_k(job, x),
-                        (form, _) => unreachable!("{form:?} does not meet such activations"),
+                        (form, _) => unreachable!("{form:?} has no kernel for such activations"),
                     }
                 }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn quantise(rows: &BlockRows, row: usize, input: *const f32) {
+            unsafe fn quantise(rows: &BlockScaledRows, row: usize, input: *const f32) {
                 // SAFETY: the caller's contract is the same.
                 unsafe { rows.fill::<$lanes>(row, input) }
             }
@@ -164,9 +165,9 @@ macro_rules! tier {
                 unsafe { attention::tile::<$lanes>(a, chunks, out) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn merge(partials: *const f32, stride: usize, chunks: usize, out: (*mut f32, usize)) {
+            unsafe fn merge(partials: *const f32, stride: usize, chunks: usize, out: *mut f32, dim: usize) {
                 // SAFETY: the caller's contract is the same.
-                unsafe { attention::merge(partials, stride, chunks, out) }
+                unsafe { attention::merge(partials, stride, chunks, out, dim) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -205,7 +206,7 @@ tier!(
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 );
 
-/// What the BF16 part of AVX-512 adds to [`avx512_vnni`].
+/// The kernels that the BF16 extension of AVX-512 adds to [`avx512_vnni`].
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16 {
     use super::{Bf16Rows, Kernels, MatMul, avx512_vnni, matmul, matmul::Input};
@@ -227,7 +228,7 @@ mod avx512_bf16 {
         }
     }
 
-    // Rounding needs nothing of BF16, and AMX's tier uses this too.
+    // Rounding needs no BF16 instruction; the AMX tier uses this too.
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn quantise(rows: &Bf16Rows, row: usize, input: *const f32) {
         // SAFETY: the caller's contract is the same.
@@ -237,16 +238,17 @@ mod avx512_bf16 {
     pub(super) const TABLE: Kernels = Kernels { matmul, quantise_bf16: Some(quantise), ..avx512_vnni::TABLE };
 }
 
-/// What tile registers add to [`avx512_vnni`].
+/// The kernels that tile registers add to [`avx512_vnni`].
 #[cfg(target_arch = "x86_64")]
 mod amx {
     use super::{
-        Bf16Rows, BlockRows, Int8Rows, Kernels, Layout, MatMul, avx512_bf16, avx512_vnni, matmul,
+        Bf16Rows, BlockScaledRows, Int8Rows, Kernels, Layout, MatMul, avx512_bf16, avx512_vnni, matmul,
         matmul::Input,
     };
     use crate::pack::Form;
 
-    /// A projection kernel on tile registers; what is around them needs what [`avx512_vnni`](super::avx512_vnni) does.
+    /// A projection kernel on tile registers; the code around them needs the instructions of
+    /// [`avx512_vnni`](super::avx512_vnni).
     macro_rules! on_tiles {
         ($name:ident, $rows:ty, $kernel:path) => {
             projection!($name, $rows, $kernel, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
@@ -254,13 +256,13 @@ mod amx {
     }
     on_tiles!(int8, &Int8Rows, matmul::tiles::int8);
     on_tiles!(bf16, &Bf16Rows, matmul::tiles::bf16);
-    on_tiles!(q8, &BlockRows, matmul::tiles::blocks::<matmul::Q8>);
-    on_tiles!(q4, &BlockRows, matmul::tiles::blocks::<matmul::Q4>);
-    on_tiles!(q5, &BlockRows, matmul::tiles::blocks::<matmul::Q5>);
-    on_tiles!(q4_min, &BlockRows, matmul::tiles::blocks::<matmul::Q4Min>);
-    on_tiles!(q4_k, &BlockRows, matmul::tiles::blocks::<matmul::Q4K>);
-    on_tiles!(q5_k, &BlockRows, matmul::tiles::blocks::<matmul::Q5K>);
-    on_tiles!(q6_k, &BlockRows, matmul::tiles::blocks::<matmul::Q6K>);
+    on_tiles!(q8, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q8>);
+    on_tiles!(q4, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q4>);
+    on_tiles!(q5, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q5>);
+    on_tiles!(q4_min, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q4Min>);
+    on_tiles!(q4_k, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q4K>);
+    on_tiles!(q5_k, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q5K>);
+    on_tiles!(q6_k, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q6K>);
 
     unsafe fn matmul(job: &MatMul<'_>) {
         // SAFETY: the caller's contract is the same.
@@ -268,7 +270,7 @@ mod amx {
             match job.input {
                 Input::Bf16(x) => bf16(job, x),
                 Input::Int8(x) if x.layout() == Layout::Stacked => int8(job, x),
-                Input::Blocks(x) if x.layout() == Layout::Stacked => match job.matrix.form {
+                Input::BlockScaled(x) if x.layout() == Layout::Stacked => match job.matrix.form {
                     Form::Q8 => q8(job, x),
                     Form::Q4 => q4(job, x),
                     Form::Q5 => q5(job, x),
@@ -276,7 +278,7 @@ mod amx {
                     Form::Q4K => q4_k(job, x),
                     Form::Q5K => q5_k(job, x),
                     Form::Q6K => q6_k(job, x),
-                    form => unreachable!("{form:?} does not meet such activations"),
+                    form => unreachable!("{form:?} has no kernel for such activations"),
                 },
                 _ => (avx512_vnni::TABLE.matmul)(job),
             }
@@ -291,23 +293,23 @@ mod amx {
     };
 }
 
-/// From so many rows on they are stacked. By count of instructions (`docs/performance.md`): sixteen rows of a block take
-/// vectors 88 cycles, so eight take 44; a product over tile registers takes 24 to 32 however few rows it has, and its
-/// weights some 12 to unpack. To be measured on a machine that has them.
+/// Rows are stacked from this number on. By count of instructions (`docs/performance.md`): sixteen rows of a
+/// block take 88 cycles on vectors, so eight take 44; a product on tile registers takes 24 to 32 cycles for
+/// any number of rows, and unpacking its weights some 12.
 const LEAST_STACKED_ROWS: usize = 8;
 
 impl Kernels {
-    /// How so many [`BlockRows`] must lie.
-    pub(crate) const fn block_layout(&self, rows: usize) -> Layout {
+    /// The layout of `rows` [`BlockScaledRows`].
+    pub(crate) const fn block_scaled_layout(&self, rows: usize) -> Layout {
         if self.has_tiles && rows >= LEAST_STACKED_ROWS { Layout::Stacked } else { Layout::Interleaved }
     }
 
-    /// How [`Int8Rows`] must lie.
+    /// The layout of [`Int8Rows`].
     pub(crate) const fn int8_layout(&self) -> Layout {
         if self.has_tiles { Layout::Stacked } else { Layout::Interleaved }
     }
 
-    /// Values of scratch memory that projections of at most so many columns need.
+    /// Values of scratch memory that projections of at most `cols` columns need.
     pub(crate) fn matmul_scratch_len(&self, cols: usize) -> usize {
         matmul::scratch_len(cols, self.has_tiles)
     }
@@ -315,7 +317,7 @@ impl Kernels {
     /// The kernels of an available tier.
     ///
     /// # Panics
-    /// When the processor lacks the tier's instructions: [`crate::CpuBackend::new`] has refused it before.
+    /// When the processor lacks the tier's instructions, which [`crate::CpuBackend::new`] refuses.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn of(tier: Tier) -> Self {
         assert!(tier.is_available(), "this processor has no {tier}");
@@ -332,7 +334,7 @@ impl Kernels {
     /// The kernels of an available tier.
     ///
     /// # Panics
-    /// When the processor lacks the tier's instructions: [`crate::CpuBackend::new`] has refused it before.
+    /// When the processor lacks the tier's instructions, which [`crate::CpuBackend::new`] refuses.
     #[cfg(not(target_arch = "x86_64"))]
     pub(crate) fn of(tier: Tier) -> Self {
         assert!(tier.is_available(), "this processor has no {tier}");

@@ -1,27 +1,29 @@
-//! Activations to 8 or 16 bits, laid out for the tiles that will read them.
+//! Quantisation of activations to 8 or 16 bits, in the layout of the tiles that read them.
 //!
-//! Blocks of 32 columns share a scale in [`BlockRows`], whole rows in [`Int8Rows`]; [`Bf16Rows`] need none.
+//! A scale covers a block of 32 columns in [`BlockScaledRows`] and a whole row in [`Int8Rows`]; [`Bf16Rows`]
+//! have none.
 
 use super::simd::{LANES, Simd};
 use crate::pack::BLOCK_COLS;
 
-/// How the rows of a stored tile lie.
+/// The layout of the rows of a stored tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
-    /// Interleaved by four columns, so that one pointer runs through all rows: what kernels on vectors read.
+    /// Interleaved by four columns, so that one pointer runs through all rows; for kernels on vectors.
     Interleaved,
-    /// One whole row after the other: what tile registers are loaded from.
+    /// One whole row after the other; for tile registers.
     Stacked,
 }
 
 /// Rows of a stored tile whose rows are stacked.
 pub(crate) const STACKED_TILE: usize = 16;
-/// Rows of a stored tile of interleaved [`BlockRows`].
+/// Rows of a stored tile of interleaved [`BlockScaledRows`].
 pub(crate) const BLOCK_TILE: usize = 6;
 /// Rows of a stored tile of interleaved [`Int8Rows`].
 pub(crate) const INT8_TILE: usize = 12;
 
-/// Where the parts of a tile's record of one block begin, in bytes. Values lie first, `[column / 4][row][column % 4]`.
+/// The offsets of the fields of a tile's record of one block, in bytes. Values are first,
+/// `[column / 4][row][column % 4]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Record {
     /// f32 scale of each row.
@@ -36,7 +38,7 @@ pub(crate) struct Record {
     pub(crate) minus_second: usize,
 }
 
-/// The places in a record.
+/// The offsets in a record.
 pub(crate) const RECORD: Record = {
     let first = BLOCK_COLS * BLOCK_TILE;
     let each = 4 * BLOCK_TILE;
@@ -52,29 +54,29 @@ pub(crate) const RECORD: Record = {
 /// Bytes of a record.
 pub(crate) const BLOCK_RECORD_BYTES: usize = RECORD.minus_second + 4 * BLOCK_TILE;
 
-/// Where a stacked tile's record of one block keeps each row's f32 scale, after its values `[row][column]`.
+/// Offset of each row's f32 scale in a stacked tile's record of one block, after its values `[row][column]`.
 pub(crate) const STACKED_SCALE: usize = STACKED_TILE * BLOCK_COLS;
-/// And the scale times the sum of the quants.
+/// Offset of the scale times the sum of the quants.
 pub(crate) const STACKED_SCALED_SUM: usize = STACKED_SCALE + 4 * STACKED_TILE;
-/// Bytes of such a record.
+/// Bytes of that record.
 pub(crate) const STACKED_RECORD_BYTES: usize = STACKED_SCALED_SUM + 4 * STACKED_TILE;
 
 /// Rows quantised by blocks.
-pub(crate) struct BlockRows {
+pub(crate) struct BlockScaledRows {
     memory: *mut u8,
     blocks: usize,
     layout: Layout,
 }
 
-impl BlockRows {
-    /// Bytes that `rows` rows of `cols` columns (whole blocks) take, however they lie.
+impl BlockScaledRows {
+    /// Bytes that `rows` rows of `cols` columns (whole blocks) take in the larger layout.
     pub(crate) const fn bytes(rows: usize, cols: usize) -> usize {
         let interleaved = rows.div_ceil(BLOCK_TILE) * BLOCK_RECORD_BYTES;
         let stacked = rows.div_ceil(STACKED_TILE) * STACKED_RECORD_BYTES;
         cols / BLOCK_COLS * if interleaved > stacked { interleaved } else { stacked }
     }
 
-    /// Lays rows out in memory of [`Self::bytes`].
+    /// Rows in memory of [`Self::bytes`].
     ///
     /// # Safety
     /// `memory` is aligned to four and lives as long as the rows.
@@ -82,7 +84,7 @@ impl BlockRows {
         Self { memory, blocks: cols / BLOCK_COLS, layout }
     }
 
-    /// How the rows lie.
+    /// The layout of the rows.
     pub(crate) const fn layout(&self) -> Layout {
         self.layout
     }
@@ -98,11 +100,12 @@ impl BlockRows {
         self.memory.wrapping_add(row / STACKED_TILE * self.blocks * STACKED_RECORD_BYTES).cast_const()
     }
 
-    /// Gives scales of zero to what a stacked tile has behind its last row, `rows - 1`. Nobody reads what comes of them, but
-    /// numbers that happen to lie there may be so small that computing with them takes a hundred times as long.
+    /// Sets the scales of a stacked tile's unused rows, those after row `rows - 1`, to zero. Their results
+    /// are never read, but the values there may be subnormal, and computing with subnormal numbers takes a
+    /// hundred times as long.
     ///
     /// # Safety
-    /// No other thread uses row `rows - 1` meanwhile.
+    /// No other thread uses row `rows - 1` during the call.
     pub(crate) unsafe fn end(&self, rows: usize) {
         let used = rows % STACKED_TILE;
         if self.layout == Layout::Interleaved || used == 0 {
@@ -120,7 +123,7 @@ impl BlockRows {
     /// Quantises one row: `scale = max |x| / 127`, nearest integers, halves to even.
     ///
     /// # Safety
-    /// The tier's instructions exist; `input` has the columns; no other thread uses row `row` meanwhile.
+    /// The tier's instructions exist; `input` has the columns; no other thread uses row `row` during the call.
     #[inline(always)]
     pub(crate) unsafe fn fill<S: Simd>(&self, row: usize, input: *const f32) {
         for b in 0..self.blocks {
@@ -165,10 +168,10 @@ unsafe fn magnitude<S: Simd>(x: S::F) -> S::F {
     unsafe { S::max(x, S::sub(S::splat(0.0), x)) }
 }
 
-/// Sixteen values of a row from its column `at`; zeros behind its last.
+/// Sixteen values of a row from column `at` on; zeros after its last.
 #[inline(always)]
 unsafe fn vector<S: Simd>(row: *const f32, at: usize, cols: usize) -> S::F {
-    // SAFETY: full vectors lie inside the row, the rest goes through an array.
+    // SAFETY: full vectors lie inside the row; the rest is copied to an array.
     unsafe {
         let n = cols - at;
         if n >= LANES {
@@ -187,18 +190,19 @@ pub(crate) struct Int8Rows {
     layout: Layout,
 }
 
-/// Columns that a tile register takes at once; stacked rows are filled up with zeros to whole steps.
+/// Columns of one step of a tile register; stacked rows are filled up with zeros to whole steps.
 const STACKED_COLS: usize = 64;
 
 impl Int8Rows {
-    /// Bytes that `rows` rows of `cols` columns take, however they lie.
+    /// Bytes that `rows` rows of `cols` columns take in the larger layout.
     pub(crate) const fn bytes(rows: usize, cols: usize) -> usize {
         let interleaved = rows.div_ceil(INT8_TILE) * Self::tile_bytes(cols, Layout::Interleaved);
         let stacked = rows.div_ceil(STACKED_TILE) * Self::tile_bytes(cols, Layout::Stacked);
         if interleaved > stacked { interleaved } else { stacked }
     }
 
-    /// Bytes of a tile: values, then for each row its f32 scale, then for each row the sum of its quants, negated.
+    /// Bytes of a tile: values, then for each row its f32 scale, then for each row the sum of its quants,
+    /// negated.
     const fn tile_bytes(cols: usize, layout: Layout) -> usize {
         Self::tile_rows(layout) * (Self::row_bytes(cols, layout) + 8)
     }
@@ -217,7 +221,7 @@ impl Int8Rows {
         })
     }
 
-    /// Lays rows out in memory of [`Self::bytes`].
+    /// Rows in memory of [`Self::bytes`].
     ///
     /// # Safety
     /// `memory` is aligned to four and lives as long as the rows.
@@ -225,7 +229,7 @@ impl Int8Rows {
         Self { memory, cols, layout }
     }
 
-    /// How the rows lie.
+    /// The layout of the rows.
     pub(crate) const fn layout(&self) -> Layout {
         self.layout
     }
@@ -236,12 +240,12 @@ impl Int8Rows {
         self.memory.wrapping_add(tile * Self::tile_bytes(self.cols, self.layout))
     }
 
-    /// The first four columns of an interleaved row; the next four follow [`INT8_TILE`] further.
+    /// The first four columns of an interleaved row; the next four are [`INT8_TILE`] later.
     pub(crate) const fn fours(&self, row: usize) -> *const i32 {
         self.tile(row).cast::<i32>().wrapping_add(row % INT8_TILE).cast_const()
     }
 
-    /// The first column of a stacked row, and how far it is to the next row's, in bytes.
+    /// The first column of a stacked row, and the distance to the next row's, in bytes.
     pub(crate) const fn stacked(&self, row: usize) -> (*const u8, usize) {
         let stride = Self::row_bytes(self.cols, Layout::Stacked);
         (self.tile(row).wrapping_add(row % STACKED_TILE * stride).cast_const(), stride)
@@ -262,10 +266,10 @@ impl Int8Rows {
     /// Quantises one row: `scale = max |x| / 127`, nearest integers, halves to even.
     ///
     /// # Safety
-    /// The tier's instructions exist; `input` has the columns; no other thread uses row `row` meanwhile.
+    /// The tier's instructions exist; `input` has the columns; no other thread uses row `row` during the call.
     #[inline(always)]
     pub(crate) unsafe fn fill<S: Simd>(&self, row: usize, input: *const f32) {
-        // SAFETY: the row's places are its own.
+        // SAFETY: no other row uses these bytes.
         unsafe {
             let mut largest = S::splat(0.0);
             for at in (0..self.cols).step_by(LANES) {
@@ -281,17 +285,17 @@ impl Int8Rows {
                     sum = S::add_i(sum, quants);
                     S::store_i8(bytes.as_mut_ptr(), quants);
                 }
-                self.place(row, at, bytes);
+                self.store_lanes(row, at, bytes);
             }
             *self.scale(row).cast_mut() = largest / 127.0;
             *self.minus(row).cast_mut() = -S::sum_i(sum);
         }
     }
 
-    /// Puts sixteen columns of a row, from `at` on, where they belong.
+    /// Stores sixteen columns of a row, from `at` on.
     #[inline(always)]
-    unsafe fn place(&self, row: usize, at: usize, bytes: [i8; LANES]) {
-        // SAFETY: the row's places are its own.
+    unsafe fn store_lanes(&self, row: usize, at: usize, bytes: [i8; LANES]) {
+        // SAFETY: no other row uses these bytes.
         unsafe {
             match self.layout {
                 Layout::Interleaved => {
@@ -326,7 +330,7 @@ impl Bf16Rows {
         rows.next_multiple_of(STACKED_TILE) * cols.next_multiple_of(BLOCK_COLS) * size_of::<u16>()
     }
 
-    /// Lays rows out in memory of [`Self::bytes`].
+    /// Rows in memory of [`Self::bytes`].
     ///
     /// # Safety
     /// `memory` is aligned to four and lives as long as the rows.
@@ -347,10 +351,10 @@ impl Bf16Rows {
     /// Rounds one row to nearest, halves to even.
     ///
     /// # Safety
-    /// `input` has the columns; no other thread uses row `row` meanwhile.
+    /// `input` has the columns; no other thread uses row `row` during the call.
     #[inline(always)]
     pub(crate) unsafe fn fill(&self, row: usize, input: *const f32) {
-        // SAFETY: the row's places are its own.
+        // SAFETY: no other row uses these bytes.
         let (out, input) = unsafe {
             let out = std::slice::from_raw_parts_mut(self.row(row).cast_mut(), self.stride());
             (out, std::slice::from_raw_parts(input, self.cols))
@@ -368,6 +372,6 @@ impl Bf16Rows {
 fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();
     let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
-    // Rounding must not carry what is not a number into infinity.
+    // Rounding must not turn a NaN into infinity.
     (if x.is_nan() { bits >> 16 | 0x40 } else { nearest }) as u16
 }

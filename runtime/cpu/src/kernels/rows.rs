@@ -1,10 +1,10 @@
-//! Norms and element-wise ops on one row or a part of it.
+//! Norms and element-wise ops on one row or a range of its columns.
 
 use super::simd::{LANES, ROUND_MAGIC, Simd};
 
-/// `e^x` to about one unit in the last place: `2^n · e^r` with `|r| ≤ ln 2 / 2` and a polynomial of degree six in `r`
-/// (the coefficients are those of the Cephes library's single-precision exponential). Below -87 it stays at e^-87,
-/// above 88 at e^88: neither overflows nor becomes zero, and both vanish beside what they are added to.
+/// `e^x` to about one unit in the last place: `2^n · e^r` with `|r| ≤ ln 2 / 2` and a polynomial of degree
+/// six in `r` (the coefficients are those of the Cephes library's single-precision exponential). Arguments
+/// are limited to -87..=88, so that no result overflows or is zero.
 ///
 /// # Safety
 /// The tier's instructions exist.
@@ -15,7 +15,7 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
         let x = S::min(S::max(x, S::splat(-87.0)), S::splat(88.0));
         let shifted = S::fma(x, S::splat(std::f32::consts::LOG2_E), S::splat(ROUND_MAGIC));
         let n = S::sub(shifted, S::splat(ROUND_MAGIC));
-        // ln 2 in two parts, the first with few bits so that its product with `n` is exact.
+        // ln 2 as a sum of two numbers; the first has few bits, so that its product with `n` is exact.
         let r = S::fma(n, S::splat(-0.693_359_4), x);
         let r = S::fma(n, S::splat(2.121_944_4e-4), r);
         let mut p = S::splat(1.987_569_1e-4);
@@ -36,7 +36,7 @@ pub(crate) unsafe fn silu_mul<S: Simd>(gate: *const f32, up: *const f32, out: *m
     let mut at = 0;
     while at < len {
         let lanes = LANES.min(len - at);
-        // SAFETY: full vectors lie inside; the rest goes through arrays of a full vector.
+        // SAFETY: full vectors lie inside; the rest is computed in arrays of a full vector.
         unsafe {
             if lanes == LANES {
                 let value = gated::<S>(S::load(gate.add(at)), S::load(up.add(at)));
@@ -73,7 +73,7 @@ pub(crate) unsafe fn gated<S: Simd>(gate: S::F, up: S::F) -> S::F {
 /// The pointers have `len` values; `out` overlaps neither input.
 #[inline(always)]
 pub(crate) unsafe fn add(a: *const f32, b: *const f32, out: *mut f32, len: usize) {
-    // SAFETY: the caller vouches for the lengths.
+    // SAFETY: the caller's pointers have these lengths.
     let (a, b, out) = unsafe {
         (
             std::slice::from_raw_parts(a, len),
@@ -92,7 +92,7 @@ pub(crate) unsafe fn add(a: *const f32, b: *const f32, out: *mut f32, len: usize
 /// `input` and `out` are as long as `weight` and do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn rms_norm(input: *const f32, weight: &[f32], eps: f32, out: *mut f32) {
-    // SAFETY: the caller vouches for the lengths.
+    // SAFETY: the caller's pointers have these lengths.
     let (input, out) = unsafe {
         (std::slice::from_raw_parts(input, weight.len()), std::slice::from_raw_parts_mut(out, weight.len()))
     };

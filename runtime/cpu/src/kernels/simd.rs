@@ -1,8 +1,9 @@
-//! Sixteen lanes, by three sets of instructions.
+//! Vectors of sixteen lanes, for every tier.
 //!
-//! Kernels are written once over [`Simd`] and compiled per tier inside functions that enable the tier's instructions;
-//! everything here is inlined into those, which is what makes the intrinsics legal. Fused multiply-add is part of the
-//! trait because its rounding is: the scalar tier has none and rounds twice.
+//! Kernels are generic over [`Simd`] and compiled per tier inside functions that enable the tier's
+//! instructions. Everything here is inlined into those functions, which makes the intrinsics legal. Fused
+//! multiply-add is a method because tiers round differently: the scalar tier has no such instruction and
+//! rounds twice.
 
 /// Lanes of a vector; the rows of a packed group.
 pub(crate) const LANES: usize = 16;
@@ -21,7 +22,8 @@ pub(crate) trait Simd: Copy {
     type I: Copy;
     /// Whether there are 32 registers of the full width.
     const WIDE: bool;
-    /// Whether [`Self::dot_i8`] adds `128 · Σx`, because it takes its first operand as it is stored (`q + 128`).
+    /// Whether [`Self::dot_i8`] adds `128 · Σx`, because it takes its first operand as it is stored
+    /// (`q + 128`).
     const DOT_IS_OFFSET: bool;
 
     unsafe fn splat(v: f32) -> Self::F;
@@ -37,7 +39,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Sixteen halves.
     unsafe fn load_half(p: *const u16) -> Self::F;
-    /// Of sixteen pairs of bf16 the first of each, or the second.
+    /// The first of each of sixteen pairs of bf16, or the second.
     unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F;
     /// Sixteen bytes as numbers.
     unsafe fn load_u8(p: *const u8) -> Self::F;
@@ -53,11 +55,11 @@ pub(crate) trait Simd: Copy {
     unsafe fn to_f(v: Self::I) -> Self::F;
     unsafe fn splat_i(v: i32) -> Self::I;
     unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I;
-    /// Each byte and `byte`.
+    /// Bitwise and of each byte and `byte`.
     unsafe fn mask(v: Self::I, byte: u8) -> Self::I;
-    /// Each 32-bit lane, `n` bits up.
+    /// Each 32-bit lane, shifted up by `n` bits.
     unsafe fn shl(v: Self::I, n: i32) -> Self::I;
-    /// Each 32-bit lane, `n` bits down; what comes in from above is not defined.
+    /// Each 32-bit lane, shifted down by `n` bits; the upper bits of the result are undefined.
     unsafe fn shr(v: Self::I, n: i32) -> Self::I;
     /// Nearest integers, halves to even, of numbers between -2^31 and 2^31.
     unsafe fn round_i(v: Self::F) -> Self::I;
@@ -71,11 +73,11 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot_u4(acc: Self::I, w: Self::I, x: i32) -> Self::I;
     /// The same for `w` stored as `q + 128`; see [`Self::DOT_IS_OFFSET`]. `x` are -127..=127.
     unsafe fn dot_i8(acc: Self::I, w: Self::I, x: i32) -> Self::I;
-    /// Asks for a line that will be read soon; any address is allowed.
+    /// Prefetches a cache line; any address is allowed.
     unsafe fn prefetch(p: *const u8);
 }
 
-/// f16 bits to f32, without asking the processor what it can do each time.
+/// f16 bits to f32, without a check of the processor's features on each call.
 #[inline(always)]
 pub(crate) fn half_to_f32(bits: u16) -> f32 {
     half::f16::from_bits(bits).to_f32_const()
@@ -102,12 +104,12 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::F {
-        // SAFETY: the caller vouches for sixteen values.
+        // SAFETY: the caller's pointer has sixteen values.
         unsafe { p.cast::<Self::F>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::F) {
-        // SAFETY: the caller vouches for sixteen values.
+        // SAFETY: the caller's pointer has sixteen values.
         unsafe { p.cast::<Self::F>().write_unaligned(v) }
     }
     #[inline(always)]
@@ -128,7 +130,7 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
-        // As the vector instructions: the second operand where the comparison fails.
+        // Like the vector instructions, the second operand where the comparison fails.
         zip(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
@@ -141,24 +143,24 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn load_half(p: *const u16) -> Self::F {
-        // SAFETY: the caller vouches for sixteen values.
+        // SAFETY: the caller's pointer has sixteen values.
         let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
         bits.map(half_to_f32)
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F {
-        // SAFETY: the caller vouches for sixteen pairs.
+        // SAFETY: the caller's pointer has sixteen pairs.
         let pairs = unsafe { p.cast::<[[u16; 2]; LANES]>().read_unaligned() };
         pairs.map(|pair| f32::from_bits(u32::from(pair[usize::from(second)]) << 16))
     }
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> Self::F {
-        // SAFETY: the caller vouches for sixteen values.
+        // SAFETY: the caller's pointer has sixteen values.
         unsafe { p.cast::<[u8; LANES]>().read() }.map(f32::from)
     }
     #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> Self::F {
-        // SAFETY: the caller vouches for sixteen values.
+        // SAFETY: the caller's pointer has sixteen values.
         unsafe { p.cast::<[i8; LANES]>().read() }.map(f32::from)
     }
     #[inline(always)]
@@ -171,7 +173,7 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn load_i(p: *const u8) -> Self::I {
-        // SAFETY: the caller vouches for 64 bytes.
+        // SAFETY: the caller's pointer has 64 bytes.
         unsafe { p.cast::<Self::I>().read_unaligned() }
     }
     #[inline(always)]
@@ -208,7 +210,7 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn store_i8(p: *mut i8, v: Self::I) {
-        // SAFETY: the caller vouches for sixteen bytes.
+        // SAFETY: the caller's pointer has sixteen bytes.
         unsafe { p.cast::<[i8; LANES]>().write(v.map(|v| v as i8)) };
     }
     #[inline(always)]

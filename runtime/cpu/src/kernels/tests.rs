@@ -1,4 +1,4 @@
-//! Every tier's kernels against plain definitions in f64.
+//! Every tier's kernels, compared with plain definitions in f64.
 
 mod projections;
 
@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use proptest::prelude::*;
-use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, Weight};
+use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, Weight, seeded::SeededRng};
 
 use super::{
     Kernels,
@@ -14,18 +14,17 @@ use super::{
 };
 use crate::{CpuBackend, CpuConfig, Tier};
 
-/// A small generator, so that failures repeat from their seed alone.
-struct Dice(u64);
+/// Random rows and stored matrices.
+struct Samples(SeededRng);
 
-impl Dice {
-    fn bits(&mut self) -> u32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as u32
+impl Samples {
+    fn new(seed: u64) -> Self {
+        Self(SeededRng::new(seed))
     }
 
     /// In -1..1.
     fn float(&mut self) -> f32 {
-        self.bits() as f32 / 1_073_741_824.0 - 1.0
+        self.0.next_signed()
     }
 
     fn floats(&mut self, len: usize) -> Vec<f32> {
@@ -35,7 +34,7 @@ impl Dice {
     fn block(&mut self, dtype: DType) -> Vec<u8> {
         let float = self.float();
         let half = |v: f32| f16::from_f32(v).to_le_bytes();
-        let mut block: Vec<u8> = (0..dtype.block_bytes()).map(|_| self.bits() as u8).collect();
+        let mut block: Vec<u8> = (0..dtype.block_bytes()).map(|_| self.0.next_u8()).collect();
         match dtype {
             DType::F32 => block.copy_from_slice(&float.to_le_bytes()),
             DType::F16 => block.copy_from_slice(&half(float)),
@@ -62,24 +61,24 @@ impl Dice {
     }
 }
 
-/// Whether AMX's tier can be tested, on the processor or on the interpreter; says so where it cannot.
+/// Whether the AMX tier can be tested, on the processor or on the interpreter. Prints why where it cannot.
 fn has_amx() -> bool {
     let has = Tier::Amx.is_available();
     if !has {
         println!(
-            "not run: AMX's tier needs AVX-512 with VNNI, and where the processor has AMX, the system's leave"
+            "not run: the AMX tier needs AVX-512 with VNNI, and on a processor with AMX the system's permission"
         );
     }
     has
 }
 
-/// Where the processor has AMX, `tests/conformance.rs` runs this tier as every other.
+/// On a processor with AMX, `tests/conformance.rs` runs this tier like every other.
 #[test]
 fn tile_registers_pass_the_suite() {
     if has_amx() {
         let config = CpuConfig { tier: Some(Tier::Amx), threads: Some(2) };
-        let passed = trustformers_conformance::check(&|| Ok(Box::new(CpuBackend::new(config)?)));
-        assert!(passed.is_ok(), "{:?}", passed.unwrap_err());
+        let outcome = trustformers_conformance::check(&|| Ok(Box::new(CpuBackend::new(config)?)));
+        assert!(outcome.is_ok(), "{:?}", outcome.unwrap_err());
     }
 }
 
@@ -92,10 +91,10 @@ proptest! {
 
     #[test]
     fn rows_ops_follow_their_definitions(seed in any::<u64>(), len in 1usize..150, big: bool) {
-        let mut dice = Dice(seed);
+        let mut samples = Samples::new(seed);
         let factor = if big { 60.0 } else { 3.0 };
-        let a: Vec<f32> = dice.floats(len).iter().map(|v| v * factor).collect();
-        let b = dice.floats(len);
+        let a: Vec<f32> = samples.floats(len).iter().map(|v| v * factor).collect();
+        let b = samples.floats(len);
         let mean = a.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / len as f64;
         for tier in tiers() {
             let kernels = Kernels::of(tier);
@@ -121,13 +120,13 @@ proptest! {
     fn attention_follows_its_definition(
         seed in any::<u64>(), positions in 1usize..300, kv_heads in 1usize..4, group in 1usize..7, dim in 1usize..70,
     ) {
-        let mut dice = Dice(seed);
+        let mut samples = Samples::new(seed);
         let shape = AttentionShape { heads: kv_heads * group, kv_heads, head_dim: dim };
         let blocks = positions.div_ceil(KV_BLOCK_TOKENS);
-        // Blocks in falling order, and not-a-number wherever no position of the row lies.
+        // Blocks in falling order, and NaN in every slot without a position.
         let table: Vec<u32> = (0..blocks as u32).rev().collect();
         let mut cache = vec![f32::NAN; cache_index(&shape, blocks, 0)];
-        let (keys, values) = (dice.floats(positions * kv_heads * dim), dice.floats(positions * kv_heads * dim));
+        let (keys, values) = (samples.floats(positions * kv_heads * dim), samples.floats(positions * kv_heads * dim));
         for p in 0..positions {
             for h in 0..kv_heads {
                 let base = cache_index(&shape, table[p / KV_BLOCK_TOKENS] as usize, h);
@@ -138,11 +137,12 @@ proptest! {
                 }
             }
         }
-        // Several rows, the last of which sees all positions.
-        let rows = 1 + dice.bits() as usize % positions.min(9);
-        let query: Vec<f32> = dice.floats(rows * shape.heads * dim).iter().map(|v| v * 4.0).collect();
+        // Several rows; the last attends to all positions.
+        let rows = 1 + samples.0.next_u8() as usize % positions.min(9);
+        let query: Vec<f32> = samples.floats(rows * shape.heads * dim).iter().map(|v| v * 4.0).collect();
         for tier in tiers() {
-            let run = |kv_head, first, count| tile(tier, (&shape, &cache, &table), (&query, rows, positions), (kv_head, first, count));
+            let case = AttentionCase { shape, cache: &cache, table: &table, query: &query, rows, positions };
+            let run = |kv_head, first, count| case.tile(tier, kv_head, first..first + count);
             for kv_head in 0..kv_heads {
                 for first in (0..rows * group).step_by(TILE) {
                     let count = TILE.min(rows * group - first);
@@ -150,7 +150,7 @@ proptest! {
                     for (i, together) in together.iter().enumerate() {
                         let (row, head) = ((first + i) / group, kv_head * group + (first + i) % group);
                         let own = &query[row * shape.heads * dim..(row + 1) * shape.heads * dim];
-                        let want = attention_of(head, own, (&keys, &values), (&shape, positions - rows + row + 1));
+                        let want = attention_of(head, own, &Cached { keys: &keys, values: &values, shape, positions: positions - rows + row + 1 });
                         for (got, want) in together.iter().zip(want) {
                             prop_assert!((f64::from(*got) - want).abs() < 1e-5, "{tier} {row} {head}: {got} for {want}");
                         }
@@ -162,50 +162,64 @@ proptest! {
     }
 }
 
-/// Queries `first..first + count` of a key/value head through a tier's kernels, all chunks merged.
-fn tile(
-    tier: Tier,
-    (shape, cache, table): (&AttentionShape, &[f32], &[u32]),
-    (query, rows, positions): (&[f32], usize, usize),
-    (kv_head, first, count): (usize, usize, usize),
-) -> Vec<Vec<f32>> {
-    let (kernels, group, dim) = (Kernels::of(tier), shape.heads / shape.kv_heads, shape.head_dim);
-    let queries: Vec<Query> = (first..first + count)
-        .map(|q| Query {
-            ptr: query[(q / group * shape.heads + kv_head * group + q % group) * dim..].as_ptr(),
-            positions: positions - rows + q / group + 1,
-        })
-        .collect();
-    let mut scratch = vec![0.0; TILE * dim];
-    let attend = Attend {
-        shape: *shape,
-        scale: 0.5,
-        cache: cache.as_ptr(),
-        table,
-        kv_head,
-        queries: &queries,
-        scratch: scratch.as_mut_ptr(),
-    };
-    let mut partials = vec![0.0; attend.chunks() * chunk_len(shape)];
-    let mut out = vec![vec![0.0; dim]; count];
-    // SAFETY: partials have room for every chunk and query, the outputs for one head each.
-    unsafe {
-        (kernels.attend)(&attend, 0..attend.chunks(), partials.as_mut_ptr());
-        for (i, (query, out)) in queries.iter().zip(&mut out).enumerate() {
-            let chunks = query.positions.div_ceil(CHUNK_TOKENS);
-            let first = partials[i * partial_len(shape)..].as_ptr();
-            (kernels.merge)(first, chunk_len(shape), chunks, (out.as_mut_ptr(), dim));
-        }
-    }
-    out
+/// A sequence of `positions` positions, of whose last `rows` the queries are given.
+struct AttentionCase<'a> {
+    shape: AttentionShape,
+    cache: &'a [f32],
+    table: &'a [u32],
+    query: &'a [f32],
+    rows: usize,
+    positions: usize,
 }
 
-fn attention_of(
-    head: usize,
-    query: &[f32],
-    (keys, values): (&[f32], &[f32]),
-    (shape, positions): (&AttentionShape, usize),
-) -> Vec<f64> {
+impl AttentionCase<'_> {
+    /// Queries `range` of a key/value head through a tier's kernels, all chunks merged.
+    fn tile(&self, tier: Tier, kv_head: usize, range: std::ops::Range<usize>) -> Vec<Vec<f32>> {
+        let Self { ref shape, cache, table, query, rows, positions } = *self;
+        let (kernels, group, dim) = (Kernels::of(tier), shape.heads / shape.kv_heads, shape.head_dim);
+        let count = range.len();
+        let queries: Vec<Query> = range
+            .map(|q| Query {
+                ptr: query[(q / group * shape.heads + kv_head * group + q % group) * dim..].as_ptr(),
+                positions: positions - rows + q / group + 1,
+            })
+            .collect();
+        let mut scratch = vec![0.0; TILE * dim];
+        let attend = Attend {
+            shape: *shape,
+            scale: 0.5,
+            cache: cache.as_ptr(),
+            table,
+            kv_head,
+            queries: &queries,
+            scratch: scratch.as_mut_ptr(),
+        };
+        let mut partials = vec![0.0; attend.chunks() * chunk_len(shape)];
+        let mut out = vec![vec![0.0; dim]; count];
+        // SAFETY: partials have room for every chunk and query, the outputs for one head each.
+        unsafe {
+            (kernels.attend)(&attend, 0..attend.chunks(), partials.as_mut_ptr());
+            for (i, (query, out)) in queries.iter().zip(&mut out).enumerate() {
+                let chunks = query.positions.div_ceil(CHUNK_TOKENS);
+                let first = partials[i * partial_len(shape)..].as_ptr();
+                (kernels.merge)(first, chunk_len(shape), chunks, out.as_mut_ptr(), dim);
+            }
+        }
+        out
+    }
+}
+
+/// The first positions of a sequence.
+struct Cached<'a> {
+    keys: &'a [f32],
+    values: &'a [f32],
+    shape: AttentionShape,
+    positions: usize,
+}
+
+/// Attention by its definition.
+fn attention_of(head: usize, query: &[f32], cached: &Cached<'_>) -> Vec<f64> {
+    let Cached { keys, values, ref shape, positions } = *cached;
     let (dim, kv) = (shape.head_dim, head / (shape.heads / shape.kv_heads));
     let at = |p: usize| (p * shape.kv_heads + kv) * dim;
     let scores: Vec<f64> = (0..positions)

@@ -1,8 +1,8 @@
-//! The lanes of [`super::simd`] on x86-64: two AVX2 registers, or one AVX-512 register with or without VNNI, and BF16
-//! beside it.
+//! The lanes of [`super::simd`] on x86-64: two AVX2 registers, or one AVX-512 register with or without VNNI
+//! and BF16.
 //!
-//! Safety, for every function below: the intrinsics need instructions that the tier was checked for before its kernels
-//! were chosen ([`crate::Tier::is_available`]), and pointers are vouched for by the caller, as the trait says.
+//! Safety of every function below: the processor has the instructions, which [`crate::Tier::is_available`]
+//! checked before the kernels were selected, and the trait's contract covers the pointers.
 #![allow(
     unsafe_op_in_unsafe_fn,
     reason = "each body is one intrinsic; the condition for all of them stands in the module's documentation"
@@ -173,7 +173,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_i8(p: *mut i8, v: Self::I) {
-        // Packing works within each half of the registers, which is put right afterwards.
+        // The pack instruction works within each half of the registers; the permutation restores the order.
         let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
         let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
         _mm_storeu_si128(p.cast(), bytes);
@@ -378,7 +378,7 @@ pub(crate) trait DotBf16: Simd {
     unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: i32) -> Self::F;
 }
 
-/// The instruction comes with the BF16 part of AVX-512, which tiers that use it were checked for.
+/// The instruction is part of the BF16 extension of AVX-512. Tiers that use it were checked for it.
 impl DotBf16 for Avx512<true> {
     #[inline(always)]
     unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: i32) -> Self::F {

@@ -2,7 +2,7 @@
 
 use trustformers_plan::{AttentionShape, Buf, Pooling, WeightId};
 
-use super::{Me, Step};
+use super::{Step, ThreadContext};
 use crate::kernels::encoder::{EncoderAttend, LayerNorm};
 
 /// The operands of a [`trustformers_plan::Op::EncoderAttention`].
@@ -15,11 +15,28 @@ pub(super) struct EncoderAttention {
     pub(super) out: Buf,
 }
 
+/// The operands of a [`trustformers_plan::Op::LayerNorm`].
+pub(super) struct LayerNormOperands {
+    pub(super) input: Buf,
+    pub(super) weight: WeightId,
+    pub(super) bias: WeightId,
+    pub(super) eps: f32,
+    pub(super) out: Buf,
+}
+
+/// The operands of a [`trustformers_plan::Op::Pool`].
+pub(super) struct PoolOperands {
+    pub(super) input: Buf,
+    pub(super) pooling: Pooling,
+    pub(super) normalise: bool,
+    pub(super) out: Buf,
+}
+
 impl Step<'_> {
-    pub(super) fn add_row(&self, input: Buf, weight: WeightId, out: Buf, me: Me<'_>) {
+    pub(super) fn add_row(&self, input: Buf, weight: WeightId, out: Buf, thread: ThreadContext<'_>) {
         let weight = &self.shared.vectors[&weight];
-        for row in self.my_share(self.rows(out), me) {
-            // SAFETY: see the module above; the row is this thread's.
+        for row in self.my_share(self.rows(out), thread) {
+            // SAFETY: see the parent module; the row is this thread's.
             unsafe {
                 (self.shared.kernels.add)(
                     self.at(input, row),
@@ -31,40 +48,36 @@ impl Step<'_> {
         }
     }
 
-    pub(super) fn layer_norm(
-        &self,
-        (input, out): (Buf, Buf),
-        (weight, bias): (WeightId, WeightId),
-        eps: f32,
-        me: Me<'_>,
-    ) {
+    pub(super) fn layer_norm(&self, operands: &LayerNormOperands, thread: ThreadContext<'_>) {
+        let LayerNormOperands { input, weight, bias, eps, out } = *operands;
         let (weight, bias) = (&self.shared.vectors[&weight], &self.shared.vectors[&bias]);
         let norm = LayerNorm { weight, bias, eps };
-        for row in self.my_share(self.rows(out), me) {
-            // SAFETY: see the module above; the row is this thread's.
+        for row in self.my_share(self.rows(out), thread) {
+            // SAFETY: see the parent module; the row is this thread's.
             unsafe { (self.shared.kernels.layer_norm)(self.at(input, row), &norm, self.at(out, row)) };
         }
     }
 
-    pub(super) fn gelu(&self, input: Buf, out: Buf, me: Me<'_>) {
-        for row in self.my_share(self.rows(out), me) {
-            // SAFETY: see the module above; the row is this thread's.
+    pub(super) fn gelu(&self, input: Buf, out: Buf, thread: ThreadContext<'_>) {
+        for row in self.my_share(self.rows(out), thread) {
+            // SAFETY: see the parent module; the row is this thread's.
             unsafe { (self.shared.kernels.gelu)(self.at(input, row), self.at(out, row), out.cols) };
         }
     }
 
-    /// Key/value heads of sequences are the units of work; every n-th is a thread's, so that one long sequence does not
-    /// keep one thread alone.
-    pub(super) fn encoder_attention(&self, a: &EncoderAttention, me: Me<'_>) {
+    /// A unit of work is a key/value head of a sequence. Each thread computes every n-th unit, so that one
+    /// long sequence is spread over the threads.
+    pub(super) fn encoder_attention(&self, a: &EncoderAttention, thread: ThreadContext<'_>) {
         let AttentionShape { heads, kv_heads, head_dim } = a.shape;
         let group = heads / kv_heads;
-        let scratch = self.shared.scratch.threads[me.number].encoder.ptr();
-        for unit in (me.number..self.input.sequences() * kv_heads).step_by(self.threads) {
+        let scratch = self.shared.scratch.threads[thread.number].encoder.ptr();
+        for unit in (thread.number..self.input.sequences() * kv_heads).step_by(self.threads) {
             let (sequence, kv_head) = (unit / kv_heads, unit % kv_heads);
             let rows = self.input.rows_of(sequence);
             let at = |buf: Buf, head: usize| self.at(buf, rows.start).wrapping_add(head * head_dim);
             let first = kv_head * group;
-            // SAFETY: see the module above; the heads' outputs are this thread's, and so is the scratch space.
+            // SAFETY: see the parent module; the heads' outputs are this thread's, and so is the scratch
+            // space.
             unsafe {
                 (self.shared.kernels.encoder_attend)(&EncoderAttend {
                     len: rows.len(),
@@ -81,29 +94,31 @@ impl Step<'_> {
         }
     }
 
-    /// Sequences are the units of work. Sums are in f64, so that a mean over many rows is as good as one over few.
-    pub(super) fn pool(&self, (input, out): (Buf, Buf), pooling: Pooling, normalise: bool, me: Me<'_>) {
+    /// A unit of work is a sequence. Sums are in f64, so that a mean over many rows is as exact as one over
+    /// few.
+    pub(super) fn pool(&self, operands: &PoolOperands, thread: ThreadContext<'_>) {
+        let PoolOperands { input, pooling, normalise, out } = *operands;
         let mut pooled = [0.0f64; POOL_COLS];
-        for sequence in self.my_share(self.input.sequences(), me) {
+        for sequence in self.my_share(self.input.sequences(), thread) {
             let rows = match pooling {
                 Pooling::Mean | Pooling::Max => self.input.rows_of(sequence),
-                Pooling::First => self.input.rows_of(sequence).take(1).fold(0..0, |_, row| row..row + 1),
+                Pooling::Cls => self.input.rows_of(sequence).take(1).fold(0..0, |_, row| row..row + 1),
             };
-            // SAFETY: see the module above; the sequence's row is this thread's.
+            // SAFETY: see the parent module; the sequence's row is this thread's.
             let out = unsafe { std::slice::from_raw_parts_mut(self.at(out, sequence), out.cols) };
             let mut squares = 0.0f64;
             for (i, out) in out.chunks_mut(POOL_COLS).enumerate() {
                 let sums = &mut pooled[..out.len()];
                 sums.fill(if pooling == Pooling::Max { f64::NEG_INFINITY } else { 0.0 });
                 for row in rows.clone() {
-                    // SAFETY: as above; nobody writes the input during this op.
+                    // SAFETY: as above; no thread writes the input during this op.
                     let row = unsafe {
                         std::slice::from_raw_parts(self.at(input, row).add(i * POOL_COLS), out.len())
                     };
                     let values = sums.iter_mut().zip(row);
                     match pooling {
                         Pooling::Max => values.for_each(|(most, v)| *most = most.max(f64::from(*v))),
-                        Pooling::Mean | Pooling::First => values.for_each(|(sum, v)| *sum += f64::from(*v)),
+                        Pooling::Mean | Pooling::Cls => values.for_each(|(sum, v)| *sum += f64::from(*v)),
                     }
                 }
                 let share = if pooling == Pooling::Max { 1.0 } else { rows.len() as f64 };
@@ -120,5 +135,5 @@ impl Step<'_> {
     }
 }
 
-/// Columns that are summed at once; they fit the first-level cache.
+/// Columns that are summed together; they fit in the first-level cache.
 const POOL_COLS: usize = 256;

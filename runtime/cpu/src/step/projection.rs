@@ -1,12 +1,12 @@
-//! Projections: norming and quantising their input, multiplying, and what is done to the products before they are stored.
+//! Projections: norm and quantisation of the input, products, and the epilogue before they are stored.
 
-use trustformers_plan::{Activation, Buf, Norm, Numerics, Part};
+use trustformers_plan::{Activation, Buf, Norm, Numerics, Segment};
 
-use super::{Me, PRIVATE_ROWS, Step};
+use super::{PRIVATE_ROWS, Step, ThreadContext};
 use crate::{
     kernels::{
         matmul::{self, Input, MatMul, Rows, Target},
-        quantise::{Bf16Rows, BlockRows, Int8Rows},
+        quantise::{Bf16Rows, BlockScaledRows, Int8Rows},
     },
     pack::{Form, Packed},
     pool::Aborted,
@@ -16,66 +16,66 @@ use crate::{
 pub(super) struct Projection<'a> {
     pub(super) input: Buf,
     pub(super) norm: Option<Norm>,
-    pub(super) parts: &'a [Part],
+    pub(super) segments: &'a [Segment],
     pub(super) activation: Activation,
     pub(super) residual: Option<Buf>,
     pub(super) out: Buf,
 }
 
 impl<'a> Projection<'a> {
-    /// Nothing but products.
-    pub(super) const fn plain(input: Buf, parts: &'a [Part], out: Buf) -> Self {
-        Self { input, norm: None, parts, activation: Activation::None, residual: None, out }
+    /// A projection without norm, activation and residual.
+    pub(super) const fn plain(input: Buf, segments: &'a [Segment], out: Buf) -> Self {
+        Self { input, norm: None, segments, activation: Activation::None, residual: None, out }
     }
 }
 
-/// A projection's input in every way that its matrices want it.
+/// A projection's input in every form that its matrices need.
 struct Inputs {
     floats: Rows,
-    blocks: BlockRows,
+    block_scaled: BlockScaledRows,
     int8: Int8Rows,
     bf16: Bf16Rows,
 }
 
-/// Which ways those are.
+/// The forms of the input that a projection needs.
 #[derive(Clone, Copy)]
 struct Wanted {
     floats: bool,
-    blocks: bool,
+    block_scaled: bool,
     int8: bool,
     bf16: bool,
 }
 
 impl Step<'_> {
-    pub(super) fn matmul(&self, p: &Projection<'_>, me: Me<'_>) -> Result<(), Aborted> {
+    pub(super) fn matmul(&self, p: &Projection<'_>, thread: ThreadContext<'_>) -> Result<(), Aborted> {
         let rows = self.rows(p.out);
         if rows == 0 {
             return Ok(());
         }
-        let inputs = self.inputs(p, rows, me)?;
-        let part = |part: &Part| {
-            let bias = part.bias.map(|bias| &self.shared.biases[&bias][..]);
-            (&self.shared.matrices[&part.weight], bias)
+        let inputs = self.inputs(p, rows, thread)?;
+        let segment = |segment: &Segment| {
+            let bias = segment.bias.map(|bias| &self.shared.biases[&bias][..]);
+            (&self.shared.matrices[&segment.weight], bias)
         };
-        let (parts, activation) = match (p.activation, p.parts) {
+        let (segments, activation) = match (p.activation, p.segments) {
             (Activation::SiluMul, [gate, up]) => {
-                let (up, bias) = part(up);
+                let (up, bias) = segment(up);
                 (std::slice::from_ref(gate), matmul::Activation::Gate(up, bias))
             }
-            (Activation::Gelu, parts) => (parts, matmul::Activation::Gelu),
-            (Activation::None | Activation::SiluMul, parts) => (parts, matmul::Activation::None),
+            (Activation::Gelu, segments) => (segments, matmul::Activation::Gelu),
+            (Activation::None | Activation::SiluMul, segments) => (segments, matmul::Activation::None),
         };
-        let total = parts.iter().map(|p| MatMul::units_of(part(p).0, &activation)).sum();
-        let mine = self.my_share(total, me);
+        let total = segments.iter().map(|p| MatMul::units_of(segment(p).0, &activation)).sum();
+        let mine = self.my_share(total, thread);
         let (mut first_unit, mut first_col) = (0, 0);
-        for (matrix, bias) in parts.iter().map(part) {
+        for (matrix, bias) in segments.iter().map(segment) {
             let end = first_unit + MatMul::units_of(matrix, &activation);
             let units = mine.start.max(first_unit)..mine.end.min(end);
             if !units.is_empty() {
                 let residual =
                     p.residual.map(|r| (self.at(r, 0).wrapping_add(first_col).cast_const(), r.stride));
                 let ptr = self.at(p.out, 0).wrapping_add(first_col);
-                // SAFETY: see the module above; the units' outputs are this thread's.
+                // SAFETY: see the parent module; the units' outputs are this thread's.
                 unsafe {
                     (self.shared.kernels.matmul)(&MatMul {
                         matrix,
@@ -83,7 +83,7 @@ impl Step<'_> {
                         rows,
                         input: self.input_for(matrix, &inputs),
                         target: Target { ptr, stride: p.out.stride, bias, activation, residual },
-                        scratch: self.shared.scratch.threads[me.number].matmul.ptr(),
+                        scratch: self.shared.scratch.threads[thread.number].matmul.ptr(),
                     });
                 }
             }
@@ -93,8 +93,8 @@ impl Step<'_> {
         Ok(())
     }
 
-    fn wants_blocks(&self, matrix: &Packed) -> bool {
-        self.shared.numerics == Numerics::Fast && matrix.form.has_blocks()
+    fn wants_block_scaled(&self, matrix: &Packed) -> bool {
+        self.shared.numerics == Numerics::Fast && matrix.form.has_block_scales()
     }
 
     fn wants_bf16(&self, matrix: &Packed) -> bool {
@@ -105,32 +105,33 @@ impl Step<'_> {
     fn input_for<'a>(&self, matrix: &Packed, inputs: &'a Inputs) -> Input<'a> {
         match matrix.form {
             Form::Int8 => Input::Int8(&inputs.int8),
-            _ if self.wants_blocks(matrix) => Input::Blocks(&inputs.blocks),
+            _ if self.wants_block_scaled(matrix) => Input::BlockScaled(&inputs.block_scaled),
             _ if self.wants_bf16(matrix) => Input::Bf16(&inputs.bf16),
             _ => Input::Floats(inputs.floats),
         }
     }
 
-    /// Norms and quantises what the kernels read: few rows by each thread for itself, many once for all.
-    fn inputs(&self, p: &Projection<'_>, rows: usize, me: Me<'_>) -> Result<Inputs, Aborted> {
+    /// Norms and quantises the input. Each thread does few rows for itself; many rows are shared among the
+    /// threads.
+    fn inputs(&self, p: &Projection<'_>, rows: usize, thread: ThreadContext<'_>) -> Result<Inputs, Aborted> {
         let any = |which: &dyn Fn(&Packed) -> bool| {
-            p.parts.iter().any(|part| which(&self.shared.matrices[&part.weight]))
+            p.segments.iter().any(|segment| which(&self.shared.matrices[&segment.weight]))
         };
         let wanted = Wanted {
-            blocks: any(&|m| self.wants_blocks(m)),
+            block_scaled: any(&|m| self.wants_block_scaled(m)),
             int8: any(&|m| m.form == Form::Int8),
             bf16: any(&|m| self.wants_bf16(m)),
-            floats: any(&|m| m.form != Form::Int8 && !self.wants_blocks(m) && !self.wants_bf16(m)),
+            floats: any(&|m| m.form != Form::Int8 && !self.wants_block_scaled(m) && !self.wants_bf16(m)),
         };
         let (scratch, private, cols) = (&self.shared.scratch, rows <= PRIVATE_ROWS, p.input.cols);
-        let own = &scratch.threads[me.number];
+        let own = &scratch.threads[thread.number];
         let memory = if private { &own.quantised } else { &scratch.quantised };
-        // A normed row that is only quantised needs to be kept no longer than that.
+        // A normed row that is only quantised is not needed afterwards.
         let normed = if private || !wanted.floats { &own.normed } else { &scratch.normed };
         let kernels = &self.shared.kernels;
-        let int8_at = if wanted.blocks { BlockRows::bytes(rows, cols) } else { 0 };
+        let int8_at = if wanted.block_scaled { BlockScaledRows::bytes(rows, cols) } else { 0 };
         let bf16_at = int8_at + if wanted.int8 { Int8Rows::bytes(rows, cols) } else { 0 };
-        // SAFETY: loading sized the memory for the widest projection and the number of rows.
+        // SAFETY: the load sized the memory for the widest projection and the largest step.
         let inputs = unsafe {
             let memory = memory.ptr().cast::<u8>();
             Inputs {
@@ -138,27 +139,28 @@ impl Step<'_> {
                     Some(_) => Rows { ptr: normed.ptr(), stride: cols },
                     None => Rows { ptr: self.at(p.input, 0), stride: p.input.stride },
                 },
-                blocks: BlockRows::new(memory, cols, kernels.block_layout(rows)),
+                block_scaled: BlockScaledRows::new(memory, cols, kernels.block_scaled_layout(rows)),
                 int8: Int8Rows::new(memory.add(int8_at), cols, kernels.int8_layout()),
                 bf16: Bf16Rows::new(memory.wrapping_add(bf16_at), cols),
             }
         };
-        if p.norm.is_none() && !wanted.blocks && !wanted.int8 && !wanted.bf16 {
+        if p.norm.is_none() && !wanted.block_scaled && !wanted.int8 && !wanted.bf16 {
             return Ok(inputs);
         }
-        for row in if private { 0..rows } else { self.my_share(rows, me) } {
+        for row in if private { 0..rows } else { self.my_share(rows, thread) } {
             let mut input = self.at(p.input, row).cast_const();
-            // SAFETY: see the module above; the row is this thread's, in its own memory or its share of the common one.
+            // SAFETY: see the parent module; the row is this thread's, in its own memory or its share of the
+            // common one.
             unsafe {
                 if let Some(norm) = p.norm {
                     let out = normed.ptr().add(if wanted.floats { row * cols } else { 0 });
                     (kernels.rms_norm)(input, &self.shared.vectors[&norm.weight], norm.eps, out);
                     input = out;
                 }
-                if wanted.blocks {
-                    (kernels.quantise)(&inputs.blocks, row, input);
+                if wanted.block_scaled {
+                    (kernels.quantise)(&inputs.block_scaled, row, input);
                     if row + 1 == rows {
-                        inputs.blocks.end(rows);
+                        inputs.block_scaled.end(rows);
                     }
                 }
                 if wanted.int8 {
@@ -170,7 +172,7 @@ impl Step<'_> {
             }
         }
         if !private {
-            me.barrier.wait()?;
+            thread.barrier.wait()?;
         }
         Ok(inputs)
     }

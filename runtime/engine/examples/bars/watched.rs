@@ -5,7 +5,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use trustformers_plan::{
-    Backend, BackendError, Caps, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput, StepOutput,
+    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput,
+    StepOutput,
 };
 
 /// Steps and rows that have begun.
@@ -150,6 +151,10 @@ impl<T: ?Sized> Watched<T> {
 impl Backend for Watched<dyn Backend> {
     fn caps(&self) -> &Caps {
         self.inner.caps()
+    }
+
+    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
+        self.inner.estimate(spec)
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {

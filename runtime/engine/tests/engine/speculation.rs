@@ -12,7 +12,8 @@ use trustformers_model::Model;
 use trustformers_model::seeded::{SeededEncoder, SeededModel};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput, StepOutput,
+    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput,
+    StepOutput,
 };
 
 fn seeded(shape: SeededModel) -> Arc<Model> {
@@ -231,6 +232,10 @@ struct BrokenSteps;
 impl Backend for BrokenDraft {
     fn caps(&self) -> &Caps {
         self.0.caps()
+    }
+
+    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
+        self.0.estimate(spec)
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {

@@ -4,7 +4,8 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput, StepOutput,
+    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput,
+    StepOutput,
 };
 
 /// What a step does.
@@ -68,6 +69,10 @@ pub(crate) fn gated() -> (Box<Gated>, Gate) {
 impl Backend for Gated {
     fn caps(&self) -> &Caps {
         self.oracle.caps()
+    }
+
+    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
+        self.oracle.estimate(spec)
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {

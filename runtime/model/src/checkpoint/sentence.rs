@@ -79,7 +79,7 @@ impl PoolingConfig {
         };
         match mode {
             "mean" => Ok(Pooling::Mean),
-            "cls" => Ok(Pooling::First),
+            "cls" => Ok(Pooling::Cls),
             "max" => Ok(Pooling::Max),
             other => {
                 Err(CheckpointProblem::unsupported("pooling_mode", format!("{other:?}"), "mean, cls, max"))

@@ -99,7 +99,7 @@ impl SeededEncoder {
                 "1_Pooling/config.json",
                 text(json!({
                     "word_embedding_dimension": self.width(),
-                    "pooling_mode_cls_token": pooling == Pooling::First,
+                    "pooling_mode_cls_token": pooling == Pooling::Cls,
                     "pooling_mode_mean_tokens": pooling == Pooling::Mean,
                     "pooling_mode_max_tokens": pooling == Pooling::Max,
                     "pooling_mode_mean_sqrt_len_tokens": false,

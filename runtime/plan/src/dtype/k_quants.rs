@@ -2,8 +2,9 @@
 
 use super::half_at;
 
-/// Scale and minimum of sub-block `j` (0..8) of 32 weights: 6 bits each, packed into twelve bytes. The first four lie in
-/// the low six bits of a byte; of the last four the low four bits lie together, the high two on top of the first's.
+/// Scale and minimum of sub-block `j` (0..8) of 32 weights: 6 bits each, packed into twelve bytes. Those of
+/// the first four sub-blocks are the low six bits of a byte. Those of the last four are split: the low four
+/// bits share a byte, the high two are the top bits of the first four's bytes.
 fn scale_and_min(packed: &[u8], j: usize) -> (f32, f32) {
     let (scale, min) = if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
@@ -37,8 +38,8 @@ fn affine(block: &[u8], quants: &[u8], out: &mut [f32], high: impl Fn(usize, usi
 pub(super) fn dequantise_q6(block: &[u8], out: &mut [f32]) {
     let d = half_at(block, 208);
     for (i, out) in out.iter_mut().enumerate() {
-        // In each half of 128 weights, weight `32 n + l` has its low bits in byte `32 (n % 2) + l`, in the low (n < 2) or
-        // high four bits, and its high bits at `2 n` of byte `l`.
+        // In each half of 128 weights, weight `32 n + l` has its low bits in byte `32 (n % 2) + l`, in the
+        // low (n < 2) or high four bits, and its high bits at `2 n` of byte `l`.
         let (half, n, l) = (i / 128, i % 128 / 32, i % 32);
         let low = block[half * 64 + n % 2 * 32 + l] >> (n / 2 * 4) & 15;
         let high = block[128 + half * 32 + l] >> (2 * n) & 3;

@@ -1,7 +1,22 @@
-//! The ops of encoders, as their definitions say.
+//! The ops of encoders by their definitions.
 
-use super::ops::{Step, dot};
+use super::ops::{Heads, Step, dot};
 use crate::{AttentionShape, Buf, Pooling, WeightId};
+
+/// Parameters of a layer norm.
+pub(super) struct LayerNorm {
+    pub(super) weight: WeightId,
+    pub(super) bias: WeightId,
+    pub(super) eps: f32,
+}
+
+/// Operands of an encoder's attention.
+pub(super) struct EncoderAttention {
+    pub(super) query: Buf,
+    pub(super) keys: Buf,
+    pub(super) values: Buf,
+    pub(super) heads: Heads,
+}
 
 impl Step<'_> {
     pub(super) fn add_row(&mut self, input: Buf, weight: WeightId, out: Buf) {
@@ -12,14 +27,8 @@ impl Step<'_> {
         }
     }
 
-    pub(super) fn layer_norm(
-        &mut self,
-        input: Buf,
-        (weight, bias): (WeightId, WeightId),
-        eps: f32,
-        out: Buf,
-    ) {
-        let (weight, bias) = (self.vector(weight), self.vector(bias));
+    pub(super) fn layer_norm(&mut self, input: Buf, norm: &LayerNorm, out: Buf) {
+        let (weight, bias, eps) = (self.vector(norm.weight), self.vector(norm.bias), norm.eps);
         for r in 0..self.rows(out) {
             let row = self.row(input, r);
             let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / row.len() as f64;
@@ -42,13 +51,8 @@ impl Step<'_> {
         }
     }
 
-    pub(super) fn encoder_attention(
-        &mut self,
-        query: Buf,
-        (keys, values): (Buf, Buf),
-        (shape, scale): (AttentionShape, f32),
-        out: Buf,
-    ) {
+    pub(super) fn encoder_attention(&mut self, operands: &EncoderAttention, out: Buf) {
+        let EncoderAttention { query, keys, values, heads: Heads { shape, scale } } = *operands;
         let AttentionShape { heads, kv_heads, head_dim } = shape;
         for s in 0..self.input.sequences() {
             let rows = self.input.rows_of(s);
@@ -79,7 +83,7 @@ impl Step<'_> {
         for s in 0..self.input.sequences() {
             let rows = self.input.rows_of(s);
             let mut pooled: Vec<f64> = match pooling {
-                Pooling::First => self.row(input, rows.start).iter().map(|v| f64::from(*v)).collect(),
+                Pooling::Cls => self.row(input, rows.start).iter().map(|v| f64::from(*v)).collect(),
                 Pooling::Mean => {
                     let sum = |c: usize| rows.clone().map(|r| f64::from(self.row(input, r)[c])).sum::<f64>();
                     (0..out.cols).map(|c| sum(c) / rows.len() as f64).collect()
@@ -105,8 +109,8 @@ pub(super) fn gelu(x: f32) -> f32 {
     (x * 0.5 * erfc(-x * std::f64::consts::FRAC_1_SQRT_2)) as f32
 }
 
-/// `2/sqrt(pi) · ∫ e^(-t²) dt` from `x` to infinity, to about twelve digits: the power series of the error function near
-/// zero, the continued fraction beyond.
+/// `2/sqrt(pi) · ∫ e^(-t²) dt` from `x` to infinity, to about twelve digits: the power series of the error
+/// function near zero, the continued fraction beyond.
 fn erfc(x: f64) -> f64 {
     if x < 0.0 {
         return 2.0 - erfc(-x);
@@ -130,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_error_function_has_its_known_values() {
+    fn the_error_function_has_tabulated_values() {
         // Tables of the complementary error function; 2.5 is where the two forms meet.
         let known = [
             (0.0, 1.0),

@@ -1,8 +1,8 @@
-//! The scalar oracle: a backend of plain loops that every other backend is compared with.
+//! The scalar oracle: a backend of plain loops that defines the right answers for all others.
 //!
-//! One thread, f32 activations, weights dequantised row by row as they are stored, sums in f64. Each row of a step is
-//! computed by itself in an order that depends only on its own values, so results do not change with the batch. It is
-//! written to be read, and it is fast enough for a small model's tests.
+//! It has one thread, f32 activations, weights that are dequantised row by row, and sums in f64. Each row of
+//! a step is computed by itself, in an order that depends on its own values only, so answers do not depend on
+//! the batch. The code is written to be read and is fast enough for tests with small models.
 
 mod encoder;
 mod ops;
@@ -10,9 +10,9 @@ mod ops;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{
-    Backend, BackendError, Caps, DType, DeviceKind, Executable, FusedOps, Hyper, KV_BLOCK_TOKENS,
-    LoadProgress, LoadSpec, Loaded, MemoryReport, Op, Plan, RopeSpec, StepInput, StepOutput, Weights,
-    rope::RopeTable,
+    Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec, Executable, FusedOps, Hyper,
+    KV_BLOCK_TOKENS, LoadProgress, LoadSpec, Loaded, MemoryReport, Op, Plan, RopeSpec, StepInput, StepOutput,
+    Weights, rope::RopeTable,
 };
 
 /// The backend. It claims no fused op, so plans for it are unfused; it runs fused ones too.
@@ -49,11 +49,15 @@ impl Backend for Oracle {
         &self.caps
     }
 
+    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
+        Ok(memory(&self.caps, spec.plan.hyper(), spec.kv_blocks, spec.plan.arena_bytes()))
+    }
+
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
         let hyper = *spec.plan.hyper();
         let cache = KvCache::new(&hyper, spec.kv_blocks)?;
         let arena = zeros("the arena", spec.plan.arena_bytes() / size_of::<f32>())?;
-        // Nothing is repacked: weights are read where they lie, so the load is done at once.
+        // Weights are read where they are stored, so the load is complete at once.
         let total_bytes = spec.weights.stored_bytes();
         (spec.progress)(LoadProgress { done_bytes: total_bytes, total_bytes });
         Ok(Box::new(OracleModel {
@@ -66,7 +70,7 @@ impl Backend for Oracle {
     }
 }
 
-/// What changes during a step.
+/// The memory that a step changes.
 struct Memory {
     arena: Vec<f32>,
     cache: KvCache,
@@ -82,12 +86,7 @@ struct OracleModel {
 
 impl Loaded for OracleModel {
     fn memory(&self) -> MemoryReport {
-        MemoryReport {
-            weights_bytes: 0,
-            arena_bytes: self.arena_bytes as u64,
-            kv_bytes: self.kv_blocks as u64 * Oracle::new().caps.kv_block_bytes(&self.hyper),
-            other_bytes: 0,
-        }
+        memory(&Oracle::new().caps, &self.hyper, self.kv_blocks, self.arena_bytes)
     }
 
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
@@ -95,7 +94,7 @@ impl Loaded for OracleModel {
         let mut ropes: Vec<(RopeSpec, RopeTable)> = Vec::new();
         for op in plan.ops() {
             if let Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } = op
-                && !ropes.iter().any(|(known, _)| known == spec)
+                && !ropes.iter().any(|(own, _)| own == spec)
             {
                 ropes.push((*spec, RopeTable::new(spec, self.hyper.context)));
             }
@@ -108,6 +107,16 @@ impl Loaded for OracleModel {
             ropes,
             finished: None,
         }))
+    }
+}
+
+/// What a model takes: weights are read where they are stored.
+fn memory(caps: &Caps, hyper: &Hyper, kv_blocks: usize, arena_bytes: usize) -> MemoryReport {
+    MemoryReport {
+        weights_bytes: 0,
+        arena_bytes: arena_bytes as u64,
+        kv_bytes: (kv_blocks as u64).saturating_mul(caps.kv_block_bytes(hyper)),
+        other_bytes: 0,
     }
 }
 
@@ -126,7 +135,7 @@ impl Executable for OracleExecutable {
             return Err(BackendError::Order("submit before the last step was awaited"));
         }
         input.validate(&self.plan, self.kv_blocks)?;
-        // A step that panicked has left at worst wrong numbers in its own sequences' blocks.
+        // A step that panicked can have left wrong numbers in the blocks of its own sequences only.
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let mut step = ops::Step { input, weights: &self.weights, ropes: &self.ropes, memory: &mut memory };
         for op in self.plan.ops() {

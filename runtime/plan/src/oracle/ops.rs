@@ -1,12 +1,28 @@
-//! Each op as its definition says, row by row.
+//! Each op by its definition, row by row.
 
-use super::Memory;
+use super::{
+    Memory,
+    encoder::{EncoderAttention, LayerNorm},
+};
 use crate::{
-    Activation, AttentionShape, Buf, Op, Part, RopeLayout, RopeSpec, RowSpace, StepInput, WeightId, Weights,
-    rope::RopeTable,
+    Activation, AttentionShape, Buf, Op, RopeLayout, RopeSpec, RowSpace, Segment, StepInput, WeightId,
+    Weights, rope::RopeTable,
 };
 
-/// One step under way.
+/// What a projection does to its products.
+struct Epilogue {
+    activation: Activation,
+    residual: Option<Buf>,
+}
+
+/// How an attention computes its scores.
+#[derive(Clone, Copy)]
+pub(super) struct Heads {
+    pub(super) shape: AttentionShape,
+    pub(super) scale: f32,
+}
+
+/// A step that runs.
 pub(super) struct Step<'a> {
     pub(super) input: &'a StepInput,
     pub(super) weights: &'a Weights,
@@ -27,19 +43,19 @@ impl Step<'_> {
                 }
             }
             Op::LayerNorm { input, weight, bias, eps, out } => {
-                self.layer_norm(input, (weight, bias), eps, out);
+                self.layer_norm(input, &LayerNorm { weight, bias, eps }, out);
             }
-            Op::MatMul { input, norm, ref parts, activation, residual, out } => {
+            Op::MatMul { input, norm, ref segments, activation, residual, out } => {
                 let rows = match norm {
                     Some(norm) => self.rms_norm(input, norm.weight, norm.eps),
                     None => self.all_rows(input),
                 };
-                self.matmul(&rows, parts, (activation, residual), out);
+                self.matmul(&rows, segments, &Epilogue { activation, residual }, out);
             }
             Op::Rope { data, spec } => self.rope(data, &spec),
             Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values),
             Op::RopeKvWrite { layer, query, keys, values, spec } => {
-                // Keys stay as they are: what is turned is put back.
+                // The op does not change its keys, so they are restored after the rotation.
                 let before = self.all_rows(keys);
                 self.rope(query, &spec);
                 self.rope(keys, &spec);
@@ -49,10 +65,11 @@ impl Step<'_> {
                 }
             }
             Op::Attention { layer, query, shape, scale, out } => {
-                self.attention(layer, query, (shape, scale), out);
+                self.attention(layer, query, &Heads { shape, scale }, out);
             }
             Op::EncoderAttention { query, keys, values, shape, scale, out } => {
-                self.encoder_attention(query, (keys, values), (shape, scale), out);
+                let operands = EncoderAttention { query, keys, values, heads: Heads { shape, scale } };
+                self.encoder_attention(&operands, out);
             }
             Op::Gelu { input, out } => self.gelu(input, out),
             Op::SiluMul { gate, up, out } => self.zip(gate, up, out, silu_mul),
@@ -65,7 +82,8 @@ impl Step<'_> {
             }
             Op::Logits { input, weight, out } => {
                 let rows = self.all_rows(input);
-                self.matmul(&rows, &[Part { weight, bias: None }], (Activation::None, None), out);
+                let epilogue = Epilogue { activation: Activation::None, residual: None };
+                self.matmul(&rows, &[Segment { weight, bias: None }], &epilogue, out);
             }
             Op::Pool { input, pooling, normalise, out } => self.pool(input, pooling, normalise, out),
         }
@@ -131,17 +149,11 @@ impl Step<'_> {
         (0..self.rows(input)).map(norm).collect()
     }
 
-    fn matmul(
-        &mut self,
-        inputs: &[Vec<f32>],
-        parts: &[Part],
-        (activation, residual): (Activation, Option<Buf>),
-        out: Buf,
-    ) {
+    fn matmul(&mut self, inputs: &[Vec<f32>], segments: &[Segment], epilogue: &Epilogue, out: Buf) {
         let mut outputs = vec![Vec::with_capacity(out.cols); inputs.len()];
-        for part in parts {
-            let weight = self.weights.get(part.weight);
-            let bias = part.bias.map(|bias| self.vector(bias));
+        for segment in segments {
+            let weight = self.weights.get(segment.weight);
+            let bias = segment.bias.map(|bias| self.vector(bias));
             let mut stored = vec![0.0; weight.cols()];
             for feature in 0..weight.rows() {
                 weight.dequantise_row(feature, &mut stored);
@@ -152,7 +164,7 @@ impl Step<'_> {
             }
         }
         for (r, output) in outputs.into_iter().enumerate() {
-            let mut output: Vec<f32> = match activation {
+            let mut output: Vec<f32> = match epilogue.activation {
                 Activation::None => output,
                 Activation::Gelu => output.into_iter().map(super::encoder::gelu).collect(),
                 Activation::SiluMul => {
@@ -160,7 +172,7 @@ impl Step<'_> {
                     gate.iter().zip(up).map(|(gate, up)| silu_mul(*gate, *up)).collect()
                 }
             };
-            if let Some(residual) = residual {
+            if let Some(residual) = epilogue.residual {
                 output.iter_mut().zip(self.row(residual, r)).for_each(|(o, v)| *o += v);
             }
             self.store(out, r, &output);
@@ -168,8 +180,8 @@ impl Step<'_> {
     }
 
     fn rope(&mut self, data: Buf, spec: &RopeSpec) {
-        // Compiling made a table for every spec of the plan; without one there is nothing to turn by.
-        let Some((_, table)) = self.ropes.iter().find(|(known, _)| known == spec) else { return };
+        // `compile` makes a table for every spec of the plan.
+        let Some((_, table)) = self.ropes.iter().find(|(own, _)| own == spec) else { return };
         for r in 0..self.input.rows() {
             let (cos, sin) = table.at(self.input.positions[r] as usize);
             let mut values = self.row(data, r).to_vec();
@@ -201,8 +213,8 @@ impl Step<'_> {
         }
     }
 
-    fn attention(&mut self, layer: usize, query: Buf, (shape, scale): (AttentionShape, f32), out: Buf) {
-        let AttentionShape { heads, kv_heads, head_dim } = shape;
+    fn attention(&mut self, layer: usize, query: Buf, heads: &Heads, out: Buf) {
+        let Heads { shape: AttentionShape { heads, kv_heads, head_dim }, scale } = *heads;
         for s in 0..self.input.sequences() {
             let table = self.input.blocks_of(s);
             for r in self.input.rows_of(s) {
@@ -236,8 +248,8 @@ fn silu_mul(gate: f32, up: f32) -> f32 {
     (f64::from(gate) / (1.0 + f64::from(-gate).exp()) * f64::from(up)) as f32
 }
 
-/// Sum of products in f64, in eight interleaved partial sums that are added pairwise at the end, so that the compiler may
-/// use vector registers without changing the order.
+/// Sum of products in f64, in eight interleaved partial sums that are added pairwise at the end, so that the
+/// compiler may use vector registers without changing the order.
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0f64; 8];
     for (a, b) in a.chunks(8).zip(b.chunks(8)) {

@@ -1,27 +1,34 @@
-//! Fusion: short rewrites of a model that is written down but not yet placed.
+//! Fusion: short rewrites of a draft, before its buffers are placed.
 //!
-//! Matching is written once, here, and not per backend. A pass runs only where the device claims the fused op in its
-//! [`FusedOps`], so the unfused sequence always exists and is what the oracle runs.
+//! The passes are shared by all backends. A pass runs only where the device claims the fused op in its
+//! [`FusedOps`], so the unfused sequence always exists; the oracle runs that one.
 //!
-//! * *epilogue* (vertical): a projection followed by a bias, a gelu or the addition of a residual does it while storing.
-//! * *gate* (horizontal and vertical): two projections of one input whose gated product is all that is wanted become one.
-//! * *concat* (horizontal): projections of one input become one op with several parts. The input is read (and on a CPU
-//!   quantised) once and the threads meet once.
-//! * *norm* (producer and consumer): a norm that one projection alone reads is taken while that reads its input.
-//! * *rope* (several at once): turning queries, turning keys and writing the cache become one op.
+//! * *epilogue* (vertical): a projection adds the bias, applies the gelu or adds the residual while it stores
+//!   its output.
+//! * *swiglu* (horizontal and vertical): two projections of one input and the gated product of their outputs
+//!   become one.
+//! * *concat* (horizontal): projections of one input become one op with several segments. The input is read
+//!   (and on a CPU quantised) once, and threads synchronise once.
+//! * *norm* (producer and consumer): a norm that only one projection reads is computed while that projection
+//!   reads its input.
+//! * *rope* (several at once): the rotation of queries, the rotation of keys and the write to the cache
+//!   become one op.
+//!
+//! The horizontal passes look at the types of the weights that they join: a fusion must never change how a
+//! weight is stored on the device.
 
 mod concat;
 mod epilogue;
-mod gate;
 mod norm;
 mod rope;
+mod swiglu;
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
-use crate::{Activation, FusedOps, Op, Part, Value, Weights, builder::Draft};
+use crate::{Activation, FusedOps, Op, Segment, Value, Weights, builder::Draft};
 
-/// Runs every pass that the device claims. Epilogues come first: a projection that does more is not concatenated, nor does
-/// it lose its norm.
+/// Runs every pass that the device claims. Epilogues come first, because a projection with an epilogue is
+/// neither concatenated nor loses its norm.
 pub(crate) fn run(draft: &mut Draft, fused: &FusedOps, weights: &Weights) {
     if fused.bias_epilogue {
         epilogue::fold_bias(draft);
@@ -33,10 +40,10 @@ pub(crate) fn run(draft: &mut Draft, fused: &FusedOps, weights: &Weights) {
         epilogue::fold_add(draft);
     }
     if fused.silu_mul_epilogue {
-        gate::fold_silu_mul(draft);
+        swiglu::fold_silu_mul(draft, weights);
     }
     if fused.concat_matmul {
-        concat::concat_matmuls(draft, weights);
+        concat::concat_matmuls(draft, weights, fused);
     }
     if fused.norm_matmul {
         norm::fold_norm(draft);
@@ -67,17 +74,18 @@ impl Uses {
     }
 
     /// The op that makes `value`, if exactly one op reads it.
-    fn only_for_one(&self, value: Value) -> Option<usize> {
+    fn made_for_one_reader(&self, value: Value) -> Option<usize> {
         (self.readers.get(&value) == Some(&1)).then(|| self.made_at.get(&value).copied())?
     }
 }
 
-/// The operands of a projection that does nothing but multiply, with or without a bias: input, part, output.
-fn plain_matmul(op: &Op<Value>) -> Option<(Value, Part, Value)> {
+/// The operands (input, segment, output) of a projection without norm, activation and residual; it may have a
+/// bias.
+fn plain_matmul(op: &Op<Value>) -> Option<(Value, Segment, Value)> {
     match op {
-        Op::MatMul { input, norm: None, parts, activation: Activation::None, residual: None, out } => {
-            match parts[..] {
-                [part] => Some((*input, part, *out)),
+        Op::MatMul { input, norm: None, segments, activation: Activation::None, residual: None, out } => {
+            match segments[..] {
+                [segment] => Some((*input, segment, *out)),
                 _ => None,
             }
         }
@@ -85,12 +93,12 @@ fn plain_matmul(op: &Op<Value>) -> Option<(Value, Part, Value)> {
     }
 }
 
-/// Whether an op in `from..to` changes `value` in place.
-fn turned_between(draft: &Draft, value: Value, from: usize, to: usize) -> bool {
-    draft.ops[from..to].iter().any(|op| op.changes() == Some(value))
+/// Whether an op in `range` changes `value` in place.
+fn changed_between(draft: &Draft, value: Value, range: Range<usize>) -> bool {
+    draft.ops[range].iter().any(|op| op.changes() == Some(value))
 }
 
-/// Takes out the ops at `folded` (ascending).
+/// Removes the ops at `folded` (ascending).
 fn remove(draft: &mut Draft, folded: &[usize]) {
     let mut index = 0;
     draft.ops.retain(|_| {
@@ -102,7 +110,7 @@ fn remove(draft: &mut Draft, folded: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Hyper, Limits, PlanBuilder, RopeLayout, RopeSpec, Weight, WeightId};
+    use crate::{DType, Hyper, Limits, PlanBuilder, RopeLayout, RopeSpec, Weight, WeightId};
 
     /// Ids of the weights that [`ops`] makes.
     #[derive(Clone, Copy)]
@@ -114,15 +122,28 @@ mod tests {
         v: WeightId,
     }
 
-    /// What remains of the ops of a small model, one text each; embedding and logits surround `write`.
+    /// The ops of a small model after the passes, as text; embedding and logits surround `write`.
     fn ops(fused: FusedOps, write: impl Fn(&mut PlanBuilder<'_>, Value, Ids) -> Value) -> Vec<String> {
+        ops_of_types([DType::F32; 3], fused, write)
+    }
+
+    /// As [`ops`]; the weights `a`, `b` and `c` have these types.
+    fn ops_of_types(
+        dtypes: [DType; 3],
+        fused: FusedOps,
+        write: impl Fn(&mut PlanBuilder<'_>, Value, Ids) -> Value,
+    ) -> Vec<String> {
         let mut weights = Weights::new();
-        let mut push = |name, rows: usize| {
-            let values = vec![0.5; rows * 8];
-            weights.push(Weight::from_f32(name, (rows, 8), &values).unwrap()).unwrap()
+        let mut push = |name, dtype: DType, rows: usize| {
+            let bytes = vec![0u8; rows * dtype.row_bytes(8).unwrap()];
+            let range = 0..bytes.len();
+            let weight = Weight::new(name, dtype, (rows, 8), std::sync::Arc::new(bytes), range);
+            weights.push(weight.unwrap()).unwrap()
         };
-        let embedding = push("embedding", 8);
-        let ids = Ids { a: push("a", 8), b: push("b", 8), c: push("c", 8), v: push("v", 1) };
+        let embedding = push("embedding", DType::F32, 8);
+        let [a, b, c] = dtypes;
+        let v = push("v", DType::F32, 1);
+        let ids = Ids { a: push("a", a, 8), b: push("b", b, 8), c: push("c", c, 8), v };
         let hyper = Hyper { width: 8, layers: 1, heads: 1, kv_heads: 1, head_dim: 8, vocab: 8, context: 8 };
         let mut b = PlanBuilder::new(&weights, hyper, Limits { rows: 2, sequences: 1, logits_rows: 1 });
         let x = b.embed(embedding);
@@ -130,18 +151,18 @@ mod tests {
         let x = b.gather_rows(x);
         b.logits(x, embedding);
         let dump = b.finish(&fused).unwrap().dump();
-        let mut lines: Vec<String> = dump.lines().skip(4).map(without_places).collect();
+        let mut lines: Vec<String> = dump.lines().skip(4).map(without_offsets).collect();
         lines.truncate(lines.len() - 2);
         lines
     }
 
-    /// A line of a dump without numbers of ops and places of buffers.
-    fn without_places(line: &str) -> String {
+    /// A line of a dump without numbers of ops and offsets of buffers.
+    fn without_offsets(line: &str) -> String {
         let words: Vec<&str> = line.split_whitespace().skip(1).take_while(|word| *word != "->").collect();
         let line = words.join(" ");
-        let mut parts = line.split('@');
-        let first = parts.next().unwrap_or_default().to_owned();
-        parts.fold(first, |text, part| text + "@" + part.split_once(']').map_or(part, |(_, rest)| rest))
+        let mut pieces = line.split('@');
+        let first = pieces.next().unwrap_or_default().to_owned();
+        pieces.fold(first, |text, piece| text + "@" + piece.split_once(']').map_or(piece, |(_, rest)| rest))
     }
 
     fn rope() -> RopeSpec {
@@ -151,23 +172,23 @@ mod tests {
     const NONE: FusedOps = FusedOps::NONE;
 
     #[test]
-    fn an_addition_is_folded_in_either_order() {
+    fn an_addition_is_fused_in_either_order() {
         let add = FusedOps { add_epilogue: true, ..NONE };
-        let after = |b: &mut PlanBuilder<'_>, x, w: Ids| {
+        let residual_first = |b: &mut PlanBuilder<'_>, x, w: Ids| {
             let t = b.matmul(x, w.a);
             b.add(x, t)
         };
-        let before = |b: &mut PlanBuilder<'_>, x, w: Ids| {
+        let product_first = |b: &mut PlanBuilder<'_>, x, w: Ids| {
             let t = b.matmul(x, w.a);
             b.add(t, x)
         };
-        assert_eq!(ops(add, after), ["matmul [a] . @ + @"]);
-        assert_eq!(ops(add, before), ["matmul [a] . @ + @"]);
-        assert_eq!(ops(NONE, after), ["matmul [a] . @", "add @ + @"]);
+        assert_eq!(ops(add, residual_first), ["matmul [a] . @ + @"]);
+        assert_eq!(ops(add, product_first), ["matmul [a] . @ + @"]);
+        assert_eq!(ops(NONE, residual_first), ["matmul [a] . @", "add @ + @"]);
     }
 
     #[test]
-    fn a_product_that_is_read_again_keeps_what_follows_it() {
+    fn a_product_with_two_readers_is_not_fused() {
         let names = ops(FusedOps::ALL, |b, x, w| {
             let t = b.matmul(x, w.a);
             let y = b.add(x, t);
@@ -183,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_residual_that_is_made_or_turned_later_is_not_folded() {
+    fn a_residual_made_or_changed_later_is_not_fused() {
         let add = FusedOps { add_epilogue: true, ..NONE };
         let made = ops(add, |b, x, w| {
             let t = b.matmul(x, w.a);
@@ -191,12 +212,12 @@ mod tests {
             b.add(later, t)
         });
         assert_eq!(made, ["matmul [a] . @", "add @ + @", "add @ + @"]);
-        let turned = ops(add, |b, x, w| {
+        let rotated = ops(add, |b, x, w| {
             let t = b.matmul(x, w.a);
             let x = b.rope(x, rope());
             b.add(x, t)
         });
-        assert_eq!(turned, ["matmul [a] . @", "rope @ neox base 10000 dims 8/8", "add @ + @"]);
+        assert_eq!(rotated, ["matmul [a] . @", "rope @ neox base 10000 dims 8/8", "add @ + @"]);
     }
 
     #[test]
@@ -210,13 +231,14 @@ mod tests {
         assert_eq!(ops(FusedOps::ALL, write), ["matmul gelu([a + v] . @) + @"]);
         let bias = FusedOps { bias_epilogue: true, ..NONE };
         assert_eq!(ops(bias, write), ["matmul [a + v] . @", "gelu @", "add @ + @"]);
-        // Without a claim to the bias, what comes after it stays too: the order of the formula is kept.
+        // Where the bias is not claimed, the ops after it are not fused either: the order of the formula
+        // stays.
         let rest = FusedOps { bias_epilogue: false, ..FusedOps::ALL };
         assert_eq!(ops(rest, write), ["matmul [a] . @", "add_row @ + v", "gelu @", "add @ + @"]);
     }
 
     #[test]
-    fn projections_of_an_input_that_is_turned_between_stay_apart() {
+    fn projections_with_a_change_of_input_between_stay_apart() {
         let concat = FusedOps { concat_matmul: true, ..NONE };
         let together = ops(concat, |b, x, w| {
             let (p, q, r) = (b.matmul(x, w.a), b.matmul(x, w.b), b.matmul(x, w.c));
@@ -237,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gated_product_is_folded_with_biases_whichever_projection_comes_first() {
+    fn swiglu_with_biases_is_fused_in_either_order() {
         let write = |b: &mut PlanBuilder<'_>, x, w: Ids| {
             let up = b.matmul(x, w.a);
             let gate = b.matmul(x, w.b);
@@ -253,8 +275,43 @@ mod tests {
         assert_eq!(other_input, ["matmul [a] . @", "matmul [b] . @", "silu_mul @ * @"]);
     }
 
+    /// Both gates read one input; only the types of the weights differ.
+    fn swiglu(b: &mut PlanBuilder<'_>, x: Value, w: Ids) -> Value {
+        let (gate, up) = (b.matmul(x, w.a), b.matmul(x, w.b));
+        b.silu_mul(gate, up)
+    }
+
     #[test]
-    fn a_norm_is_folded_into_its_only_projection() {
+    fn swiglu_of_two_weight_types_is_not_fused() {
+        let silu_mul = FusedOps { silu_mul_epilogue: true, ..NONE };
+        let fused = ["matmul silu_mul([a | b] . @)"];
+        assert_eq!(ops_of_types([DType::F16; 3], silu_mul, swiglu), fused);
+        let mixed = [DType::F16, DType::BF16, DType::F16];
+        assert_eq!(
+            ops_of_types(mixed, silu_mul, swiglu),
+            ["matmul [a] . @", "matmul [b] . @", "silu_mul @ * @"]
+        );
+        // The projections can still be joined: a segment keeps its own type.
+        let joined = ["matmul [a | b] . @", "silu_mul @ * @"];
+        assert_eq!(ops_of_types(mixed, FusedOps::ALL, swiglu), joined);
+    }
+
+    #[test]
+    fn weights_of_two_types_are_concatenated_only_where_claimed() {
+        let qkv = |b: &mut PlanBuilder<'_>, x, w: Ids| {
+            let (q, k, v) = (b.matmul(x, w.a), b.matmul(x, w.b), b.matmul(x, w.c));
+            let y = b.silu_mul(q, k);
+            b.silu_mul(y, v)
+        };
+        let mixed = [DType::F16, DType::BF16, DType::F16];
+        let one_type = FusedOps { concat_matmul: true, ..NONE };
+        assert_eq!(ops_of_types(mixed, one_type, qkv)[..2], ["matmul [a | c] . @", "matmul [b] . @"]);
+        let any_type = FusedOps { concat_mixed_types: true, ..one_type };
+        assert_eq!(ops_of_types(mixed, any_type, qkv)[0], "matmul [a | b | c] . @");
+    }
+
+    #[test]
+    fn a_norm_is_fused_into_its_only_projection() {
         let norm = FusedOps { norm_matmul: true, concat_matmul: true, ..NONE };
         let write = |b: &mut PlanBuilder<'_>, x, w: Ids| {
             let n = b.rms_norm(x, w.v, 1e-5);
@@ -262,21 +319,21 @@ mod tests {
             b.silu_mul(p, q)
         };
         assert_eq!(ops(norm, write), ["matmul [a | b] . rms_norm(@ * v eps 1e-5)", "silu_mul @ * @"]);
-        // Two projections would each take it.
+        // Without concatenation two projections read the norm, so it stays.
         let apart = FusedOps { concat_matmul: false, ..norm };
-        let kept = ["rms_norm @ * v eps 1e-5", "matmul [a] . @", "matmul [b] . @", "silu_mul @ * @"];
-        assert_eq!(ops(apart, write), kept);
-        let turned = ops(norm, |b, x, w| {
+        let unfused = ["rms_norm @ * v eps 1e-5", "matmul [a] . @", "matmul [b] . @", "silu_mul @ * @"];
+        assert_eq!(ops(apart, write), unfused);
+        let rotated = ops(norm, |b, x, w| {
             let n = b.rms_norm(x, w.v, 1e-5);
             let x = b.rope(x, rope());
             let p = b.matmul(n, w.a);
             b.silu_mul(p, x)
         });
-        assert_eq!(turned[0], "rms_norm @ * v eps 1e-5");
+        assert_eq!(rotated[0], "rms_norm @ * v eps 1e-5");
     }
 
     #[test]
-    fn turning_and_writing_the_cache_become_one() {
+    fn rope_and_kv_write_become_one_op() {
         let write = |b: &mut PlanBuilder<'_>, x, w: Ids| {
             let (q, k) = (b.matmul(x, w.a), b.matmul(x, w.b));
             let (q, k) = (b.rope(q, rope()), b.rope(k, rope()));
@@ -287,7 +344,7 @@ mod tests {
         assert_eq!(all[2], "rope_kv_write layer 0: q @ k @ v @ neox base 10000 dims 8/8");
         assert_eq!(all.len(), 4);
         assert_eq!(ops(NONE, write).len(), 6);
-        // Keys that somebody else reads must exist turned.
+        // Another op reads the rotated keys, so they must exist.
         let read_again = ops(FusedOps::ALL, |b, x, w| {
             let (q, k) = (b.matmul(x, w.a), b.matmul(x, w.b));
             let (q, k) = (b.rope(q, rope()), b.rope(k, rope()));
@@ -296,10 +353,10 @@ mod tests {
             b.add(mixed, k)
         });
         assert!(read_again.iter().any(|line| line.starts_with("kv_write")), "{read_again:?}");
-        let other_turn = RopeSpec { base: 5e5, ..rope() };
+        let other_rope = RopeSpec { base: 5e5, ..rope() };
         let unlike = ops(FusedOps::ALL, |b, x, w| {
             let (q, k) = (b.matmul(x, w.a), b.matmul(x, w.b));
-            let (q, k) = (b.rope(q, other_turn), b.rope(k, rope()));
+            let (q, k) = (b.rope(q, other_rope), b.rope(k, rope()));
             b.kv_write(0, k, x);
             b.attention(0, q, 1.0)
         });

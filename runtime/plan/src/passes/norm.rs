@@ -1,17 +1,17 @@
-//! A norm that only one projection reads is taken by that projection.
+//! A norm that only one projection reads is computed by that projection.
 
-use super::{Uses, remove, turned_between};
+use super::{Uses, changed_between, remove};
 use crate::{Norm, Op, builder::Draft};
 
-/// `n = rms_norm(x); y = w·n` becomes one op where nothing else reads `n` and `x` is still what it was.
+/// `n = rms_norm(x); y = w·n` becomes one op where no other op reads `n` and no op between them changes `x`.
 pub(super) fn fold_norm(draft: &mut Draft) {
     let uses = Uses::of(draft);
     let mut folded = Vec::new();
     for index in 0..draft.ops.len() {
         let Op::MatMul { input: normed, norm: None, .. } = draft.ops[index] else { continue };
-        let Some(at) = uses.only_for_one(normed) else { continue };
+        let Some(at) = uses.made_for_one_reader(normed) else { continue };
         let Op::RmsNorm { input: raw, weight, eps, .. } = draft.ops[at] else { continue };
-        if turned_between(draft, raw, at, index) {
+        if changed_between(draft, raw, at..index) {
             continue;
         }
         if let Op::MatMul { input, norm, .. } = &mut draft.ops[index] {

@@ -1,24 +1,25 @@
-//! Turning queries, turning keys and writing the cache, at once.
+//! The rotation of queries, the rotation of keys and the write to the cache become one op.
 
 use super::{Uses, remove};
 use crate::{Op, Value, builder::Draft};
 
-/// `rope(q); rope(k); kv_write(k, v)` becomes one op where both turn alike and turned keys are read by the cache alone.
-/// The three must follow each other: then there is nothing in between that could see the difference.
+/// `rope(q); rope(k); kv_write(k, v)` becomes one op where both rotations are equal and only the cache reads
+/// the rotated keys. The three ops must be adjacent, so that no op between them can read a value that the
+/// fusion does not make.
 pub(super) fn fold_rope_kv_write(draft: &mut Draft) {
     let uses = Uses::of(draft);
     let mut folded = Vec::new();
     for index in 2..draft.ops.len() {
         let Op::KvWrite { layer, keys, values } = draft.ops[index] else { continue };
         let (Some((a, spec)), Some((b, other))) =
-            (turned(&draft.ops[index - 2]), turned(&draft.ops[index - 1]))
+            (rotation(&draft.ops[index - 2]), rotation(&draft.ops[index - 1]))
         else {
             continue;
         };
         let query = if a == keys { b } else { a };
         // The rope itself reads the keys too.
-        let for_the_cache = uses.readers.get(&keys) == Some(&2) && [a, b].contains(&keys);
-        if query == keys || values == query || spec != other || !for_the_cache {
+        let only_cached = uses.readers.get(&keys) == Some(&2) && [a, b].contains(&keys);
+        if query == keys || values == query || spec != other || !only_cached {
             continue;
         }
         draft.ops[index] = Op::RopeKvWrite { layer, query, keys, values, spec };
@@ -27,7 +28,7 @@ pub(super) fn fold_rope_kv_write(draft: &mut Draft) {
     remove(draft, &folded);
 }
 
-fn turned(op: &Op<Value>) -> Option<(Value, crate::RopeSpec)> {
+fn rotation(op: &Op<Value>) -> Option<(Value, crate::RopeSpec)> {
     match op {
         Op::Rope { data, spec } => Some((*data, *spec)),
         _ => None,

@@ -1,24 +1,21 @@
-//! Every tier's encoder kernels against plain definitions in f64.
+//! Every tier's encoder kernels, compared with plain definitions in f64.
 
 use proptest::prelude::*;
+use trustformers_plan::seeded::SeededRng;
 
 use super::{EncoderAttend, LayerNorm, scratch_len};
 use crate::{Tier, kernels::Kernels, memory::SharedF32};
 
 fn floats(seed: u64, len: usize, factor: f32) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 33) as f32 / 1_073_741_824.0 - 1.0) * factor
-    };
-    (0..len).map(|_| next()).collect()
+    let mut rng = SeededRng::new(seed);
+    (0..len).map(|_| rng.next_signed() * factor).collect()
 }
 
 fn tiers() -> impl Iterator<Item = Tier> {
     Tier::ALL.into_iter().filter(|tier| tier.is_available())
 }
 
-/// One sequence's query, key and value rows side by side, as a concatenated projection leaves them.
+/// One sequence's query, key and value rows side by side, as the output of a concatenated projection.
 struct Case {
     len: usize,
     heads: usize,
@@ -34,11 +31,11 @@ impl Case {
     fn run(&self, tier: Tier) -> Vec<f32> {
         let (heads, dim, stride) = (self.heads, self.dim, self.stride());
         let mut qkv = self.qkv.clone();
-        // A column on either side belongs to somebody else.
+        // The columns on either side are not the kernel's.
         let mut out = vec![7.5f32; self.len * (heads * dim + 2)];
-        // What earlier sequences left in the scratch space must not matter.
+        // Values of earlier sequences in the scratch space must not matter.
         let scratch = SharedF32::new("test", scratch_len(self.len, dim)).unwrap();
-        // SAFETY: all memory is as large as the kernel is told.
+        // SAFETY: all memory has the sizes that the kernel is given.
         unsafe {
             std::slice::from_raw_parts_mut(scratch.ptr(), scratch_len(self.len, dim)).fill(f32::NAN);
             (Kernels::of(tier).encoder_attend)(&EncoderAttend {
@@ -54,7 +51,7 @@ impl Case {
             });
         }
         for row in out.chunks(heads * dim + 2) {
-            assert_eq!((row[0], row[heads * dim + 1]), (7.5, 7.5), "{tier} wrote beside its outputs");
+            assert_eq!((row[0], row[heads * dim + 1]), (7.5, 7.5), "{tier} wrote outside its outputs");
         }
         out.chunks(heads * dim + 2).flat_map(|row| row[1..=heads * dim].to_vec()).collect()
     }

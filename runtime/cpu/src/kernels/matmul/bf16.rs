@@ -3,22 +3,21 @@
 use super::{MatMul, Side, finish};
 use crate::kernels::{quantise::Bf16Rows, simd::LANES, x86::DotBf16};
 
-/// Rows of a tile, with 32 registers.
+/// Rows of a tile with 32 registers.
 const TILE: usize = super::MOST_ROWS;
 
-/// Runs a share.
+/// Computes a share of a projection.
 ///
 /// # Safety
-/// As [`super::blocks::run`].
+/// As [`super::block_scaled::run`].
 #[inline(always)]
 pub(crate) unsafe fn run<S: DotBf16>(job: &MatMul<'_>, x: &Bf16Rows) {
     for unit in job.units.clone() {
         let sides = job.sides(unit);
         let mut row = 0;
         while row < job.rows {
-            let at = (unit, row);
             // SAFETY: the rows of a tile are below the count.
-            row += unsafe { by_rows!((job.rows - row).min(TILE), tile::<S>(job, at, &sides, x)) };
+            row += unsafe { by_rows!((job.rows - row).min(TILE), tile::<S>(job, unit, row, &sides, x)) };
         }
     }
 }
@@ -26,7 +25,8 @@ pub(crate) unsafe fn run<S: DotBf16>(job: &MatMul<'_>, x: &Bf16Rows) {
 #[inline(always)]
 unsafe fn tile<S: DotBf16, const R: usize>(
     job: &MatMul<'_>,
-    (unit, row): (usize, usize),
+    unit: usize,
+    row: usize,
     sides: &[Side; 2],
     x: &Bf16Rows,
 ) -> usize {
@@ -46,7 +46,7 @@ unsafe fn tile<S: DotBf16, const R: usize>(
             S::store(job.sums(r), sums[0][r]);
             S::store(job.sums(r).add(LANES), sums[1][r]);
         });
-        finish::<S>(job, unit, (row, R));
+        finish::<S>(job, unit, row, R);
     }
     R
 }

@@ -1,4 +1,4 @@
-//! What the bytes of a packed block are: one type per form.
+//! The meaning of the bytes of a packed block: one type per form.
 
 use std::marker::PhantomData;
 
@@ -12,7 +12,7 @@ pub(crate) trait Quant {
     const FORM: Form;
     /// The centre's power of two; none where blocks have minima.
     const CENTRE: Option<i32>;
-    /// Whether columns 0..16 and 16..32 of a block have scales of their own.
+    /// Whether columns 0..16 and 16..32 of a block have different scales.
     const HALVES: bool = false;
     /// Columns `4 k .. 4 k + 4` of a block, as unsigned bytes `[row][column]`.
     unsafe fn four<S: Simd>(block: *const u8, k: usize) -> S::I;
@@ -27,17 +27,18 @@ pub(crate) trait Quant {
 
 /// A form whose blocks can become f32.
 pub(crate) trait Unpack {
-    /// Whether [`Self::column`] gives what [`Self::block`] writes. Where all rows fit one tile it saves the writing.
+    /// Whether [`Self::column`] returns what [`Self::block`] writes. It saves the writes where all rows fit
+    /// in one tile.
     const HAS_COLUMNS: bool = false;
     /// Column `c` of a group, where the form has columns.
     unsafe fn column<S: Simd>(_values: *const u8, _c: usize) -> S::F {
         // SAFETY: arithmetic only.
         unsafe { S::splat(0.0) }
     }
-    /// Whether columns are f32, and so take no work.
+    /// Whether columns are f32 already.
     const IS_F32: bool = false;
     /// Writes `columns` (at most 32) of block `b` of a group times 16 lanes to `out`.
-    unsafe fn block<S: Simd>(values: *const u8, scales: *const u16, at: (usize, usize), out: *mut f32);
+    unsafe fn block<S: Simd>(values: *const u8, scales: *const u16, b: usize, columns: usize, out: *mut f32);
 }
 
 /// [`Form::F32`]
@@ -46,7 +47,7 @@ pub(crate) struct Floats;
 pub(crate) struct HalfFloats;
 /// [`Form::Bf16`]
 pub(crate) struct UpperHalves;
-/// A [`Quant`] to be unpacked.
+/// A [`Quant`] as [`Unpack`].
 pub(crate) struct Quants<Q>(PhantomData<Q>);
 /// [`Form::Q8`]
 pub(crate) struct Q8;
@@ -63,9 +64,9 @@ pub(crate) struct Q5K;
 /// [`Form::Q6K`]
 pub(crate) struct Q6K;
 
-/// Writes columns as [`Unpack::column`] gives them.
+/// Writes the columns that [`Unpack::column`] returns.
 #[inline(always)]
-unsafe fn columns<S: Simd, U: Unpack>(values: *const u8, (b, columns): (usize, usize), out: *mut f32) {
+unsafe fn columns<S: Simd, U: Unpack>(values: *const u8, b: usize, columns: usize, out: *mut f32) {
     for c in 0..columns {
         // SAFETY: a column is 16 values on both sides.
         unsafe { S::store(out.add(c * LANES), U::column::<S>(values, b * BLOCK_COLS + c)) };
@@ -81,9 +82,9 @@ impl Unpack for Floats {
         unsafe { S::load(values.cast::<f32>().add(c * LANES)) }
     }
     #[inline(always)]
-    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, at: (usize, usize), out: *mut f32) {
-        // SAFETY: handed on.
-        unsafe { columns::<S, Self>(values, at, out) }
+    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, b: usize, columns: usize, out: *mut f32) {
+        // SAFETY: the caller's contract is the same.
+        unsafe { self::columns::<S, Self>(values, b, columns, out) }
     }
 }
 
@@ -95,9 +96,9 @@ impl Unpack for HalfFloats {
         unsafe { S::load_half(values.cast::<u16>().add(c * LANES)) }
     }
     #[inline(always)]
-    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, at: (usize, usize), out: *mut f32) {
-        // SAFETY: handed on.
-        unsafe { columns::<S, Self>(values, at, out) }
+    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, b: usize, columns: usize, out: *mut f32) {
+        // SAFETY: the caller's contract is the same.
+        unsafe { self::columns::<S, Self>(values, b, columns, out) }
     }
 }
 
@@ -109,22 +110,22 @@ impl Unpack for UpperHalves {
         unsafe { S::load_bf16(values.cast::<u16>().add(c / 2 * 2 * LANES), c % 2 == 1) }
     }
     #[inline(always)]
-    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, at: (usize, usize), out: *mut f32) {
-        // SAFETY: handed on.
-        unsafe { columns::<S, Self>(values, at, out) }
+    unsafe fn block<S: Simd>(values: *const u8, _: *const u16, b: usize, columns: usize, out: *mut f32) {
+        // SAFETY: the caller's contract is the same.
+        unsafe { self::columns::<S, Self>(values, b, columns, out) }
     }
 }
 
 impl<Q: Quant> Unpack for Quants<Q> {
     #[inline(always)]
-    unsafe fn block<S: Simd>(values: *const u8, scales: *const u16, (b, _): (usize, usize), out: *mut f32) {
+    unsafe fn block<S: Simd>(values: *const u8, scales: *const u16, b: usize, _: usize, out: *mut f32) {
         // SAFETY: the block exists, and `out` has 32 columns; rows of quants are whole blocks.
         unsafe {
             let block = values.add(b * Q::FORM.block_bytes());
             for half in 0..2 {
                 let scale = Q::scale::<S>(scales, b, half);
-                // A scale of at most 17 bits times a power of two is exact, so a weight is rounded once, like the stored
-                // one.
+                // A scale of at most 17 bits times a power of two is exact, so a weight is rounded once, as
+                // by `DType::dequantise`.
                 let offset = match Q::CENTRE {
                     Some(centre) => S::mul(scale, S::splat(-((1 << centre) as f32))),
                     None => Q::min::<S>(scales, b),
@@ -171,7 +172,7 @@ unsafe fn six_bits<S: Simd>(block: *const u8, k: usize) -> S::I {
     }
 }
 
-/// f16 scales of block `b`, where that is all there is.
+/// f16 scales of block `b`, for forms with no other scales.
 #[inline(always)]
 unsafe fn plain_scale<S: Simd>(scales: *const u16, b: usize) -> S::F {
     // SAFETY: a block has sixteen scales.
@@ -199,7 +200,7 @@ impl Quant for Q8 {
     }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u16, b: usize, _: usize) -> S::F {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { plain_scale::<S>(scales, b) }
     }
 }
@@ -209,12 +210,12 @@ impl Quant for Q4 {
     const CENTRE: Option<i32> = Some(3);
     #[inline(always)]
     unsafe fn four<S: Simd>(block: *const u8, k: usize) -> S::I {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { four_bits::<S>(block, k) }
     }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u16, b: usize, _: usize) -> S::F {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { plain_scale::<S>(scales, b) }
     }
 }
@@ -224,12 +225,12 @@ impl Quant for Q5 {
     const CENTRE: Option<i32> = Some(4);
     #[inline(always)]
     unsafe fn four<S: Simd>(block: *const u8, k: usize) -> S::I {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { five_bits::<S>(block, k) }
     }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u16, b: usize, _: usize) -> S::F {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { plain_scale::<S>(scales, b) }
     }
 }
@@ -239,7 +240,7 @@ impl Quant for Q4Min {
     const CENTRE: Option<i32> = None;
     #[inline(always)]
     unsafe fn four<S: Simd>(block: *const u8, k: usize) -> S::I {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { four_bits::<S>(block, k) }
     }
     #[inline(always)]
@@ -259,17 +260,17 @@ impl Quant for Q4K {
     const CENTRE: Option<i32> = None;
     #[inline(always)]
     unsafe fn four<S: Simd>(block: *const u8, k: usize) -> S::I {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { four_bits::<S>(block, k) }
     }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u16, b: usize, _: usize) -> S::F {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { affine_scale::<S>(scales, b, 0) }
     }
     #[inline(always)]
     unsafe fn min<S: Simd>(scales: *const u16, b: usize) -> S::F {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { S::sub(S::splat(0.0), affine_scale::<S>(scales, b, 1)) }
     }
 }
@@ -279,17 +280,17 @@ impl Quant for Q5K {
     const CENTRE: Option<i32> = None;
     #[inline(always)]
     unsafe fn four<S: Simd>(block: *const u8, k: usize) -> S::I {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { five_bits::<S>(block, k) }
     }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u16, b: usize, _: usize) -> S::F {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { affine_scale::<S>(scales, b, 0) }
     }
     #[inline(always)]
     unsafe fn min<S: Simd>(scales: *const u16, b: usize) -> S::F {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { S::sub(S::splat(0.0), affine_scale::<S>(scales, b, 1)) }
     }
 }
@@ -300,7 +301,7 @@ impl Quant for Q6K {
     const HALVES: bool = true;
     #[inline(always)]
     unsafe fn four<S: Simd>(block: *const u8, k: usize) -> S::I {
-        // SAFETY: handed on.
+        // SAFETY: the caller's contract is the same.
         unsafe { six_bits::<S>(block, k) }
     }
     #[inline(always)]

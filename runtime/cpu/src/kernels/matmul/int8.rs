@@ -1,7 +1,7 @@
 //! Weights with one scale per feature times activations with one scale per row.
 //!
-//! Nothing but integer products happens between a row's first column and its last, which is what lets a tile come near
-//! the processor's peak.
+//! Between the first and the last column of a row there are only integer products, so a tile runs near the
+//! processor's peak.
 
 use super::{MatMul, Side, finish};
 use crate::kernels::{
@@ -9,48 +9,48 @@ use crate::kernels::{
     simd::{LANES, Simd},
 };
 
-/// Rows that meet all units before the next rows do: four tiles. Of 384 columns they take 18 KiB beside a unit's 12 KiB of
-/// weights, so both stay in the first-level cache, and outputs that lie a row apart touch no more pages than its address
-/// translations hold.
-const ROW_BLOCK: usize = 4 * INT8_TILE;
+/// Rows of a strip, four tiles: all units are computed for them before the next strip. With 384 columns they
+/// take 18 KiB and a unit's weights 12 KiB, so both stay in the first-level cache, and outputs that are a row
+/// apart use no more pages than the address translations of that cache hold.
+const STRIP_ROWS: usize = 4 * INT8_TILE;
 
 const _: () = assert!(INT8_TILE == super::MOST_ROWS);
 
-/// Runs a share.
+/// Computes a share of a projection.
 ///
 /// # Safety
-/// As [`super::blocks::run`].
+/// As [`super::block_scaled::run`].
 #[inline(always)]
 pub(crate) unsafe fn run<S: Simd>(job: &MatMul<'_>, x: &Int8Rows) {
     debug_assert!(x.layout() == Layout::Interleaved);
     let mut first = 0;
     while first < job.rows {
-        let rows = first..job.rows.min(first + ROW_BLOCK);
+        let rows = first..job.rows.min(first + STRIP_ROWS);
         for unit in job.units.clone() {
             // SAFETY: the caller's contract is the same.
             unsafe { unit_rows::<S>(job, unit, rows.clone(), x) };
         }
-        first += ROW_BLOCK;
+        first += STRIP_ROWS;
     }
 }
 
-/// Runs rows of one unit; the first is the first of a stored tile.
+/// Computes rows of one unit; the first row is the first of a stored tile.
 #[inline(always)]
 unsafe fn unit_rows<S: Simd>(job: &MatMul<'_>, unit: usize, rows: std::ops::Range<usize>, x: &Int8Rows) {
     let most = if S::WIDE { INT8_TILE } else { INT8_TILE / 4 };
     let sides = job.sides(unit);
     let mut row = rows.start;
     while row < rows.end {
-        let at = (unit, row);
         // SAFETY: the rows of a tile are below the count and in one stored tile.
-        row += unsafe { by_rows!((rows.end - row).min(most), tile::<S>(job, at, &sides, x)) };
+        row += unsafe { by_rows!((rows.end - row).min(most), tile::<S>(job, unit, row, &sides, x)) };
     }
 }
 
 #[inline(always)]
 unsafe fn tile<S: Simd, const R: usize>(
     job: &MatMul<'_>,
-    (unit, row): (usize, usize),
+    unit: usize,
+    row: usize,
     sides: &[Side; 2],
     x: &Int8Rows,
 ) -> usize {
@@ -80,7 +80,7 @@ unsafe fn tile<S: Simd, const R: usize>(
             S::store(job.sums(r), S::mul(S::to_f(dots[0][r]), S::mul(scales[0], own)));
             S::store(job.sums(r).add(LANES), S::mul(S::to_f(dots[1][r]), S::mul(scales[1], own)));
         });
-        finish::<S>(job, unit, (row, R));
+        finish::<S>(job, unit, row, R);
     }
     R
 }

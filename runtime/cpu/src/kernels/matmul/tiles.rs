@@ -1,9 +1,10 @@
-//! Projections by AMX's tile registers, which multiply sixteen rows by sixteen features at once.
+//! Projections on AMX's tile registers, which multiply sixteen rows by sixteen features with one instruction.
 //!
-//! Integer products are exact, and what follows them is done in the order of [`super::int8`] and [`super::blocks`]: the
-//! bits are those of the tier without tiles, so that a row may be read by either, whichever suits the number of rows. (A
-//! panel of weights made bf16 would need no scaling block by block; but it rounds weights, and its sums differ from those
-//! of a single row.) Rows of bf16 are multiplied here however few they are, for the same reason.
+//! Integer products are exact, and the float operations after them have the order of [`super::int8`] and
+//! [`super::block_scaled`]. So the bits are those of the tier without tiles, and either can compute a row,
+//! depending on the number of rows. (Weights converted to bf16 would need no scaling by block, but the
+//! conversion rounds them, and the sums would differ from those of a single row.) For the same reason this
+//! module multiplies bf16 rows of any number.
 
 use std::arch::x86_64::{_mm512_set1_epi8, _mm512_storeu_si512, _mm512_sub_epi8};
 
@@ -12,7 +13,7 @@ use crate::{
     amx::{BLOCKS, Operands, TILE_ROWS, Tiles, WHOLE},
     kernels::{
         quantise::{
-            Bf16Rows, BlockRows, Int8Rows, STACKED_RECORD_BYTES, STACKED_SCALE, STACKED_SCALED_SUM,
+            Bf16Rows, BlockScaledRows, Int8Rows, STACKED_RECORD_BYTES, STACKED_SCALE, STACKED_SCALED_SUM,
             STACKED_TILE,
         },
         simd::{LANES, Simd},
@@ -23,32 +24,33 @@ use crate::{
 
 type Lanes = Avx512<true>;
 
-const _: () = assert!(TILE_ROWS == STACKED_TILE && TILE_ROWS == LANES && 2 * TILE_ROWS <= exact::ROW_BLOCK);
+const _: () = assert!(TILE_ROWS == STACKED_TILE && TILE_ROWS == LANES && 2 * TILE_ROWS <= exact::STRIP_ROWS);
 
 /// Rows of a product over whole tiles.
 const PRODUCT_ROWS: usize = 2 * TILE_ROWS;
-/// Rows that meet all units before the next rows do. Of 384 bytes they take 24 KiB beside a unit's 12 KiB of weights, and
-/// both fit the first-level cache.
-const ROW_BLOCK: usize = 2 * PRODUCT_ROWS;
+/// Rows of a strip: all units are computed for them before the next strip. Rows of 384 bytes take 24 KiB and
+/// a unit's weights 12 KiB, so both fit in the first-level cache.
+const STRIP_ROWS: usize = 2 * PRODUCT_ROWS;
 
 /// Values of one block's sums.
 const PRODUCT_LEN: usize = TILE_ROWS * LANES;
 /// Bytes of one block's weights as signed bytes.
 const PANEL_BLOCK_BYTES: usize = BLOCK_COLS * LANES;
 
-/// Values of scratch memory that [`blocks`] needs behind the sums: two blocks' products, and the weights of both groups.
+/// Values of scratch memory that [`block_scaled`] needs after the sums: two blocks' products, and the weights
+/// of both groups.
 pub(crate) const fn scratch_len(cols: usize) -> usize {
     2 * PRODUCT_LEN + 2 * cols.div_ceil(BLOCK_COLS) * PANEL_BLOCK_BYTES / size_of::<f32>()
 }
 
-/// Runs a share of [`Int8Rows`], which are stacked.
+/// Computes a share of a projection of stacked [`Int8Rows`].
 ///
 /// # Safety
-/// As [`super::blocks::run`], and AMX is available.
+/// As [`super::block_scaled::run`], and AMX is available.
 #[inline(always)]
 pub(crate) unsafe fn int8(job: &MatMul<'_>, x: &Int8Rows) {
-    // SAFETY: the rows are stacked in whole tiles, filled up with zeros to whole steps, behind which weights may be anything;
-    // sums, scales and rows exist.
+    // SAFETY: the rows are stacked in whole tiles, filled up with zeros to whole steps, which weights of any
+    // value are multiplied by; sums, scales and rows exist.
     unsafe {
         let tiles = Tiles::configure(&WHOLE);
         for (unit, row, count) in products(job) {
@@ -71,12 +73,12 @@ pub(crate) unsafe fn int8(job: &MatMul<'_>, x: &Int8Rows) {
                     Lanes::store(at, Lanes::mul(Lanes::to_f(dots), Lanes::mul(scales[g], own)));
                 }
             }
-            finish::<Lanes>(job, unit, (row, count));
+            finish::<Lanes>(job, unit, row, count);
         }
     }
 }
 
-/// Runs a share of [`Bf16Rows`].
+/// Computes a share of a projection of [`Bf16Rows`].
 ///
 /// # Safety
 /// As [`int8`].
@@ -94,7 +96,7 @@ pub(crate) unsafe fn bf16(job: &MatMul<'_>, x: &Bf16Rows) {
                 steps: job.matrix.blocks(),
                 sums: job.sums(0),
             });
-            finish::<Lanes>(job, unit, (row, count));
+            finish::<Lanes>(job, unit, row, count);
         }
     }
 }
@@ -102,8 +104,8 @@ pub(crate) unsafe fn bf16(job: &MatMul<'_>, x: &Bf16Rows) {
 /// Every unit of a share with every [`PRODUCT_ROWS`] rows: the unit, the first row, and how many there are.
 fn products(job: &MatMul<'_>) -> impl Iterator<Item = (usize, usize, usize)> {
     let (rows, units) = (job.rows, job.units.clone());
-    (0..rows).step_by(ROW_BLOCK).flat_map(move |first| {
-        let end = rows.min(first + ROW_BLOCK);
+    (0..rows).step_by(STRIP_ROWS).flat_map(move |first| {
+        let end = rows.min(first + STRIP_ROWS);
         let starts = (first..end).step_by(PRODUCT_ROWS);
         units
             .clone()
@@ -111,17 +113,17 @@ fn products(job: &MatMul<'_>) -> impl Iterator<Item = (usize, usize, usize)> {
     })
 }
 
-/// Runs a share of [`BlockRows`], which are stacked.
+/// Computes a share of a projection of stacked [`BlockScaledRows`].
 ///
 /// # Safety
-/// As [`int8`]; the scratch memory has [`scratch_len`] values behind the sums.
+/// As [`int8`]; the scratch memory has [`scratch_len`] values after the sums.
 #[inline(always)]
-pub(crate) unsafe fn blocks<Q: Quant>(job: &MatMul<'_>, x: &BlockRows) {
+pub(crate) unsafe fn block_scaled<Q: Quant>(job: &MatMul<'_>, x: &BlockScaledRows) {
     let blocks = job.matrix.blocks();
     // SAFETY: the scratch memory has room; groups have the blocks, tiles of rows the records.
     unsafe {
         let tiles = Tiles::configure(&BLOCKS);
-        let products = job.scratch.add(exact::ROW_BLOCK * 2 * LANES);
+        let products = job.scratch.add(exact::STRIP_ROWS * 2 * LANES);
         let panel = products.add(2 * PRODUCT_LEN).cast::<u8>();
         let panels = [panel, panel.add(blocks * PANEL_BLOCK_BYTES)];
         for unit in job.units.clone() {
@@ -132,25 +134,29 @@ pub(crate) unsafe fn blocks<Q: Quant>(job: &MatMul<'_>, x: &BlockRows) {
             for row in (0..job.rows).step_by(TILE_ROWS) {
                 let record = x.stacked_record(row);
                 for g in 0..2 {
-                    let sums = sums_of::<Q>(&tiles, (sides[g], panels[g]), (record, blocks), products);
+                    let sums = sums_of::<Q>(
+                        &tiles,
+                        &GroupOperands { side: sides[g], panel: panels[g], record, blocks },
+                        products,
+                    );
                     for (r, sum) in sums.into_iter().enumerate() {
                         Lanes::store(job.sums(r).add(g * LANES), sum);
                     }
                 }
-                finish::<Lanes>(job, unit, (row, TILE_ROWS.min(job.rows - row)));
+                finish::<Lanes>(job, unit, row, TILE_ROWS.min(job.rows - row));
             }
         }
     }
 }
 
-/// A group's weights as signed bytes in fours: what is subtracted from quants is subtracted here.
+/// Unpacks a group's weights to signed bytes in fours; it subtracts the centre from the quants.
 #[inline(always)]
 unsafe fn unpack<Q: Quant>(values: *const u8, blocks: usize, panel: *mut u8) {
     let centre = Q::CENTRE.map_or(0, |centre| (1u8 << centre).cast_signed());
     for b in 0..blocks {
         for k in 0..BLOCK_COLS / 4 {
-            // SAFETY: the block exists, and the panel has room for it. Bytes are subtracted modulo 256, so that of 8-bit
-            // quants, which are stored with 128 added, the signed number remains.
+            // SAFETY: the block exists, and the panel has room for it. Bytes are subtracted modulo 256, so
+            // that of 8-bit quants, which are stored with 128 added, the signed number remains.
             unsafe {
                 let four = Q::four::<Lanes>(values.add(b * Q::FORM.block_bytes()), k);
                 let signed = _mm512_sub_epi8(four, _mm512_set1_epi8(centre));
@@ -160,37 +166,48 @@ unsafe fn unpack<Q: Quant>(values: *const u8, blocks: usize, panel: *mut u8) {
     }
 }
 
-/// The sums of sixteen rows with one group. While a part's integers are scaled, the next part's are on their way.
+/// Sixteen rows and one group of features.
+struct GroupOperands {
+    side: Side,
+    /// The group's unpacked weights.
+    panel: *const u8,
+    /// The first record of the rows.
+    record: *const u8,
+    blocks: usize,
+}
+
+/// The sums of sixteen rows with one group. The tile registers compute the next product while this one is
+/// scaled; a product covers a block, or half of one where each half has a scale.
 #[inline(always)]
 unsafe fn sums_of<Q: Quant>(
     tiles: &Tiles,
-    (side, panel): (Side, *const u8),
-    (record, blocks): (*const u8, usize),
+    operands: &GroupOperands,
     products: *mut f32,
 ) -> [<Lanes as Simd>::F; TILE_ROWS] {
-    let parts = if Q::HALVES { 2 } else { 1 };
-    let product = |part: usize| products.wrapping_add(part % 2 * PRODUCT_LEN);
-    // SAFETY: records and panel have the blocks, the products room for two parts.
+    let GroupOperands { side, panel, record, blocks } = *operands;
+    let per_block = if Q::HALVES { 2 } else { 1 };
+    let product = |index: usize| products.wrapping_add(index % 2 * PRODUCT_LEN);
+    // SAFETY: records and panel have the blocks; there is room for two products.
     unsafe {
-        let multiply = |part: usize| {
-            let (b, half) = (part / parts, part % parts);
+        let multiply = |index: usize| {
+            let (b, half) = (index / per_block, index % per_block);
             let x = record.add(b * STACKED_RECORD_BYTES + half * BLOCK_COLS / 2);
             let weights = panel.add(b * PANEL_BLOCK_BYTES + half * PANEL_BLOCK_BYTES / 2);
             if Q::HALVES {
-                tiles.half_block(x, weights, product(part));
+                tiles.half_block(x, weights, product(index));
             } else {
-                tiles.block(x, weights, product(part));
+                tiles.block(x, weights, product(index));
             }
         };
         let mut sums = [Lanes::splat(0.0); TILE_ROWS];
         multiply(0);
-        for part in 0..blocks * parts {
-            if part + 1 < blocks * parts {
-                multiply(part + 1);
+        for index in 0..blocks * per_block {
+            if index + 1 < blocks * per_block {
+                multiply(index + 1);
             }
-            let (b, dots) = (part / parts, product(part));
+            let (b, dots) = (index / per_block, product(index));
             let x = record.add(b * STACKED_RECORD_BYTES);
-            let scale = Q::scale::<Lanes>(side.scales, b, part % parts);
+            let scale = Q::scale::<Lanes>(side.scales, b, index % per_block);
             each_row!(TILE_ROWS, r => {
                 let dots = Lanes::to_f(Lanes::load_i(dots.add(r * LANES).cast()));
                 sums[r] = Lanes::fma(dots, Lanes::mul(scale, own(x, STACKED_SCALE, r)), sums[r]);
@@ -206,7 +223,7 @@ unsafe fn sums_of<Q: Quant>(
     }
 }
 
-/// What a record keeps for row `r`.
+/// A record's number for row `r`.
 #[inline(always)]
 unsafe fn own(record: *const u8, at: usize, r: usize) -> <Lanes as Simd>::F {
     // SAFETY: the record has these numbers of each of its rows.

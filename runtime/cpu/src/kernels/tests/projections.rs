@@ -4,48 +4,48 @@ use half::bf16;
 use proptest::prelude::*;
 use trustformers_plan::{DType, Weight};
 
-use super::{Dice, has_amx, tiers};
+use super::{Samples, has_amx, tiers};
 use crate::{
     Tier,
     kernels::{
         Kernels,
         matmul::{Activation, Input, MatMul, Rows, Target},
-        quantise::{Bf16Rows, BlockRows, Int8Rows},
+        quantise::{Bf16Rows, BlockScaledRows, Int8Rows},
     },
     memory::{SharedF32, Store},
     pack::{Form, Packed},
 };
 
-/// How the kernels are to compute.
+/// The input form, and so the kernels, of a case.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Mode {
     Exact,
-    Blocks,
+    BlockScaled,
     Int8,
     Bf16,
 }
 
 impl Mode {
-    fn is_known_to(self, tier: Tier) -> bool {
+    fn is_available_on(self, tier: Tier) -> bool {
         self != Self::Bf16 || Kernels::of(tier).quantise_bf16.is_some()
     }
 }
 
-/// What follows the sums.
+/// The operations after the sums.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum After {
+enum Epilogue {
     Nothing,
     Bias,
     Gelu,
     Gate,
 }
 
-const AFTER: [After; 4] = [After::Nothing, After::Bias, After::Gelu, After::Gate];
+const EPILOGUES: [Epilogue; 4] = [Epilogue::Nothing, Epilogue::Bias, Epilogue::Gelu, Epilogue::Gate];
 
 /// One projection, with strides wider than the rows.
 #[derive(Clone, Copy)]
 struct Case<'a> {
-    /// The second is what the first gates.
+    /// The second is gated by the first.
     weights: [&'a Weight; 2],
     /// Of both, filled up to whole groups.
     biases: [&'a [f32]; 2],
@@ -53,7 +53,7 @@ struct Case<'a> {
     rows: usize,
     residual: Option<&'a [f32]>,
     mode: Mode,
-    after: After,
+    epilogue: Epilogue,
 }
 
 impl Case<'_> {
@@ -73,39 +73,40 @@ impl Case<'_> {
             Packed::new(weight, form, &mut store)
         });
         let scratch = SharedF32::new("test", kernels.matmul_scratch_len(cols)).unwrap();
-        let bytes = BlockRows::bytes(self.rows, cols)
+        let bytes = BlockScaledRows::bytes(self.rows, cols)
             .max(Int8Rows::bytes(self.rows, cols))
             .max(Bf16Rows::bytes(self.rows, cols));
         let memory = SharedF32::new("test", bytes / 4).unwrap();
-        // What an earlier op left is no number.
-        // SAFETY: the memory is that large, and nobody else has it.
+        // An earlier op left NaNs.
+        // SAFETY: the memory is that large, and no other thread has it.
         unsafe { memory.ptr().cast::<u8>().write_bytes(0xFF, bytes) };
-        let activation = match self.after {
-            After::Nothing | After::Bias => Activation::None,
-            After::Gelu => Activation::Gelu,
-            After::Gate => Activation::Gate(&packed[1], Some(self.biases[1])),
+        let activation = match self.epilogue {
+            Epilogue::Nothing | Epilogue::Bias => Activation::None,
+            Epilogue::Gelu => Activation::Gelu,
+            Epilogue::Gate => Activation::Gate(&packed[1], Some(self.biases[1])),
         };
-        // Outputs have a column of their own on either side, which must stay as it is.
+        // A column on either side of the outputs must not change.
         let stride = features + 2;
         let mut out = vec![7.5f32; self.rows * stride];
-        // SAFETY: all memory is as large as the kernels are told.
+        // SAFETY: all memory has the sizes that the kernels are given.
         unsafe {
-            let blocks = BlockRows::new(memory.ptr().cast(), cols, kernels.block_layout(self.rows));
+            let blocks =
+                BlockScaledRows::new(memory.ptr().cast(), cols, kernels.block_scaled_layout(self.rows));
             let int8 = Int8Rows::new(memory.ptr().cast(), cols, kernels.int8_layout());
             let halves = Bf16Rows::new(memory.ptr().cast(), cols);
             for r in 0..self.rows {
                 let row = self.x[r * cols..].as_ptr();
                 match self.mode {
                     Mode::Exact => {}
-                    Mode::Blocks => (kernels.quantise)(&blocks, r, row),
+                    Mode::BlockScaled => (kernels.quantise)(&blocks, r, row),
                     Mode::Int8 => (kernels.quantise_int8)(&int8, r, row),
                     Mode::Bf16 => (kernels.quantise_bf16.unwrap())(&halves, r, row),
                 }
             }
-            if self.mode == Mode::Blocks {
+            if self.mode == Mode::BlockScaled {
                 blocks.end(self.rows);
             }
-            // In two shares, as two threads would take them.
+            // In two shares, as by two threads.
             let units = MatMul::units_of(&packed[0], &activation);
             for units in [0..units / 2, units / 2..units] {
                 (kernels.matmul)(&MatMul {
@@ -114,14 +115,14 @@ impl Case<'_> {
                     rows: self.rows,
                     input: match self.mode {
                         Mode::Exact => Input::Floats(Rows { ptr: self.x.as_ptr(), stride: cols }),
-                        Mode::Blocks => Input::Blocks(&blocks),
+                        Mode::BlockScaled => Input::BlockScaled(&blocks),
                         Mode::Int8 => Input::Int8(&int8),
                         Mode::Bf16 => Input::Bf16(&halves),
                     },
                     target: Target {
                         ptr: out.as_mut_ptr().add(1),
                         stride,
-                        bias: (self.after != After::Nothing).then_some(self.biases[0]),
+                        bias: (self.epilogue != Epilogue::Nothing).then_some(self.biases[0]),
                         activation,
                         residual: self.residual.map(|r| (r.as_ptr(), features)),
                     },
@@ -130,16 +131,16 @@ impl Case<'_> {
             }
         }
         for row in out.chunks(stride) {
-            assert_eq!((row[0], row[stride - 1]), (7.5, 7.5), "{tier} wrote beside its outputs");
+            assert_eq!((row[0], row[stride - 1]), (7.5, 7.5), "{tier} wrote outside its outputs");
         }
         out.chunks(stride).flat_map(|row| row[1..=features].to_vec()).collect()
     }
 
-    /// The definition, and for each output the sum of absolute products, which bounds rounding.
+    /// Each output by its definition, and the sum of absolute products, which bounds rounding.
     fn expected(&self) -> Vec<(f64, f64)> {
         let x: Vec<f32> = match self.mode {
             Mode::Exact => self.x.to_vec(),
-            Mode::Blocks => self.x.chunks(32).flat_map(rounded).collect(),
+            Mode::BlockScaled => self.x.chunks(32).flat_map(rounded).collect(),
             Mode::Int8 => self.x.chunks(self.cols()).flat_map(rounded).collect(),
             Mode::Bf16 => self.x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect(),
         };
@@ -147,10 +148,10 @@ impl Case<'_> {
         let mut out = Vec::new();
         for (i, ((sum, size), (other, other_size))) in sums[0].iter().zip(&sums[1]).enumerate() {
             let residual = self.residual.map_or(0.0, |v| f64::from(v[i]));
-            let (value, size) = match self.after {
-                After::Nothing | After::Bias => (*sum, *size),
-                After::Gelu => (0.5 * sum * (1.0 + erf(sum / 2f64.sqrt())), *size + 1.0),
-                After::Gate => (sum / (1.0 + (-sum).exp()) * other, size * other_size + size + other_size),
+            let (value, size) = match self.epilogue {
+                Epilogue::Nothing | Epilogue::Bias => (*sum, *size),
+                Epilogue::Gelu => (0.5 * sum * (1.0 + erf(sum / 2f64.sqrt())), *size + 1.0),
+                Epilogue::Gate => (sum / (1.0 + (-sum).exp()) * other, size * other_size + size + other_size),
             };
             out.push((value + residual, size + residual.abs()));
         }
@@ -166,7 +167,8 @@ impl Case<'_> {
             if self.mode == Mode::Int8 {
                 stored = rounded(&stored);
             }
-            let bias = if self.after == After::Nothing { 0.0 } else { f64::from(self.biases[which][f]) };
+            let bias =
+                if self.epilogue == Epilogue::Nothing { 0.0 } else { f64::from(self.biases[which][f]) };
             for r in 0..self.rows {
                 let products = stored.iter().zip(&x[r * cols..]).map(|(w, x)| f64::from(*w) * f64::from(*x));
                 let size = products.clone().map(f64::abs).sum::<f64>() + bias.abs();
@@ -176,23 +178,23 @@ impl Case<'_> {
         out
     }
 
-    /// Compares what a tier gave with the definition.
+    /// Compares a tier's output with the definition.
     fn is_as_expected(&self, tier: Tier, got: &[f32], tolerance: f64) -> Result<(), TestCaseError> {
         for (i, (got, (want, size))) in got.iter().zip(self.expected()).enumerate() {
             let error = (f64::from(*got) - want).abs();
-            let (what, mode, after) = (self.weights[0].dtype(), self.mode, self.after);
+            let (what, mode, epilogue) = (self.weights[0].dtype(), self.mode, self.epilogue);
             prop_assert!(
                 error <= tolerance * size + 1e-6,
-                "{tier} {what} {mode:?} {after:?} output {i}: {got} for {want} of {size}"
+                "{tier} {what} {mode:?} {epilogue:?} output {i}: {got} for {want} of {size}"
             );
         }
         Ok(())
     }
 
-    /// Compares with the definition, and each row alone with itself in company, bit by bit.
+    /// Compares with the definition, and the bits of each row alone with those in the batch.
     fn check(&self, tolerance: f64) -> Result<(), TestCaseError> {
         let (cols, features) = (self.cols(), self.features());
-        for tier in tiers().filter(|tier| self.mode.is_known_to(*tier)) {
+        for tier in tiers().filter(|tier| self.mode.is_available_on(*tier)) {
             let got = self.run(tier);
             self.is_as_expected(tier, &got, tolerance)?;
             for r in 0..self.rows {
@@ -205,7 +207,8 @@ impl Case<'_> {
         Ok(())
     }
 
-    /// Tile registers give the bits of vectors wherever sums are integers, and what is defined elsewhere.
+    /// Tile registers give the bits of vectors where sums are integers, and values near the definition
+    /// elsewhere.
     fn check_tiles(&self) -> Result<(), TestCaseError> {
         let got = self.run(Tier::Amx);
         if self.mode == Mode::Bf16 {
@@ -218,7 +221,7 @@ impl Case<'_> {
     }
 }
 
-/// What a case is made of.
+/// The parameters of a case.
 #[derive(Debug, Clone, Copy)]
 struct Recipe {
     seed: u64,
@@ -227,29 +230,29 @@ struct Recipe {
     rows: usize,
     blocks: usize,
     features: usize,
-    after: After,
+    epilogue: Epilogue,
     add: bool,
 }
 
 impl Recipe {
     fn make(self, check: impl FnOnce(Case<'_>) -> Result<(), TestCaseError>) -> Result<(), TestCaseError> {
         let Self { dtype, rows, features, .. } = self;
-        let mut dice = Dice(self.seed);
+        let mut samples = Samples::new(self.seed);
         let mode = match self.mode {
-            Mode::Blocks | Mode::Bf16 if dtype == DType::BF16 => Mode::Bf16,
-            Mode::Blocks if !Form::of(dtype).has_blocks() => Mode::Exact,
+            Mode::BlockScaled | Mode::Bf16 if dtype == DType::BF16 => Mode::Bf16,
+            Mode::BlockScaled if !Form::of(dtype).has_block_scales() => Mode::Exact,
             Mode::Bf16 => Mode::Exact,
             mode => mode,
         };
-        // Floats need no whole blocks.
+        // Floats need not be whole blocks.
         let cols = match dtype.block_len() {
-            1 => 32 * self.blocks - dice.bits() as usize % 31,
+            1 => 32 * self.blocks - samples.0.next_u8() as usize % 31,
             len => len * (32 * self.blocks).div_ceil(len),
         };
-        let weights = [dice.weight(dtype, features, cols), dice.weight(dtype, features, cols)];
-        let biases = [0, 1].map(|_| dice.floats(features.next_multiple_of(16)));
-        let (mut x, residual) = (dice.floats(rows * cols), dice.floats(rows * features));
-        // A block of nothing but zeros has no scale to divide by.
+        let weights = [samples.weight(dtype, features, cols), samples.weight(dtype, features, cols)];
+        let biases = [0, 1].map(|_| samples.floats(features.next_multiple_of(16)));
+        let (mut x, residual) = (samples.floats(rows * cols), samples.floats(rows * features));
+        // A block of zeros has no scale to divide by.
         x[..cols.min(32)].fill(0.0);
         check(Case {
             weights: [&weights[0], &weights[1]],
@@ -258,18 +261,18 @@ impl Recipe {
             rows,
             residual: self.add.then_some(&residual[..]),
             mode,
-            after: self.after,
+            epilogue: self.epilogue,
         })
     }
 }
 
-/// Cases of at most so many rows.
+/// Cases of at most `rows` rows.
 fn recipes(most_rows: usize) -> impl Strategy<Value = Recipe> {
-    let modes = [Mode::Exact, Mode::Blocks, Mode::Int8, Mode::Bf16];
+    let modes = [Mode::Exact, Mode::BlockScaled, Mode::Int8, Mode::Bf16];
     let sizes = (1..=most_rows, 1usize..20, 1usize..70);
-    let choices = (0..DType::ALL.len(), 0..modes.len(), 0..AFTER.len());
+    let choices = (0..DType::ALL.len(), 0..modes.len(), 0..EPILOGUES.len());
     (any::<u64>(), sizes, choices, any::<bool>()).prop_map(move |(seed, sizes, choices, add)| {
-        let ((rows, blocks, features), (dtype, mode, after)) = (sizes, choices);
+        let ((rows, blocks, features), (dtype, mode, epilogue)) = (sizes, choices);
         Recipe {
             seed,
             dtype: DType::ALL[dtype],
@@ -277,7 +280,7 @@ fn recipes(most_rows: usize) -> impl Strategy<Value = Recipe> {
             rows,
             blocks,
             features,
-            after: AFTER[after],
+            epilogue: EPILOGUES[epilogue],
             add,
         }
     })
@@ -288,7 +291,7 @@ proptest! {
 
     #[test]
     fn projections_follow_the_definition(recipe in recipes(27)) {
-        // The minimum of an affine block is taken out of the sum, so what is rounded may exceed the products.
+        // The minimum of an affine block is not in the integer sum, so rounded terms may exceed the products.
         recipe.make(|case| case.check(if case.mode == Mode::Exact { 2e-6 } else { 4e-6 }))?;
     }
 
@@ -298,20 +301,20 @@ proptest! {
     }
 }
 
-/// Every form by tile registers, with rows around their sixteen, and odd numbers of blocks and groups.
+/// Every form on tile registers, with about sixteen rows, and odd numbers of blocks and groups.
 #[test]
 fn tiles_give_the_bits_of_vectors() {
     if !has_amx() {
         return;
     }
-    let modes = [Mode::Blocks, Mode::Int8, Mode::Bf16];
+    let modes = [Mode::BlockScaled, Mode::Int8, Mode::Bf16];
     let each = modes.into_iter().flat_map(|mode| DType::ALL.map(|dtype| (mode, dtype)));
     let sizes = [(1, 3, 33), (8, 2, 16), (15, 1, 40), (16, 5, 17), (17, 4, 64), (33, 3, 20), (65, 9, 50)];
     for (i, (mode, dtype)) in each.enumerate() {
         for (j, (rows, blocks, features)) in sizes.into_iter().enumerate() {
-            let after = AFTER[(i + j) % AFTER.len()];
+            let epilogue = EPILOGUES[(i + j) % EPILOGUES.len()];
             let seed = (i * sizes.len() + j) as u64;
-            let recipe = Recipe { seed, dtype, mode, rows, blocks, features, after, add: j % 2 == 0 };
+            let recipe = Recipe { seed, dtype, mode, rows, blocks, features, epilogue, add: j % 2 == 0 };
             let checked =
                 recipe.make(|case| if case.mode == Mode::Exact { Ok(()) } else { case.check_tiles() });
             assert!(checked.is_ok(), "{recipe:?}: {}", checked.unwrap_err());
@@ -319,9 +322,10 @@ fn tiles_give_the_bits_of_vectors() {
     }
 }
 
-/// A tile register takes two blocks of eight-bit weights at once, so behind an odd number there must be memory of one.
+/// A tile register loads two blocks of eight-bit weights together, so an odd number of blocks needs padding
+/// of one.
 #[test]
-fn odd_blocks_of_int8_have_one_more_behind_them() {
+fn int8_of_an_odd_number_of_blocks_has_padding() {
     let block = Form::Int8.block_bytes();
     let bytes = |cols| Packed::bytes_of(Form::Int8, 16, cols);
     assert_eq!(bytes(96) - bytes(64), 2 * block);
@@ -329,7 +333,7 @@ fn odd_blocks_of_int8_have_one_more_behind_them() {
     assert_eq!(Packed::bytes_of(Form::Q8, 16, 96) - Packed::bytes_of(Form::Q8, 16, 64), block + 64);
 }
 
-/// What quantising makes of numbers that share a scale, by its definition and in f64 where it matters.
+/// The quantised values of numbers that share a scale, by the definition, in f64 where it matters.
 fn rounded(x: &[f32]) -> Vec<f32> {
     let largest = x.iter().fold(0f32, |a, v| a.max(v.abs()));
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
@@ -338,7 +342,7 @@ fn rounded(x: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-/// The error function by its series; fine for the small numbers of a test, and ±1 where it has no more to say.
+/// The error function by its series, which is exact enough for small numbers; ±1 for others.
 fn erf(x: f64) -> f64 {
     if x.abs() > 5.0 {
         return x.signum();

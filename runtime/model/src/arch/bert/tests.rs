@@ -61,7 +61,7 @@ fn facts_say_what_it_embeds_and_how() {
 
 #[test]
 fn poolings_and_their_absence_are_read() {
-    for pooling in [Pooling::Mean, Pooling::First, Pooling::Max] {
+    for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max] {
         let encoder = SeededEncoder { pooling: Some(pooling), normalised: false, ..TINY };
         let facts = load(encoder, |_| {}).unwrap().facts().clone();
         let embedding = facts.embedding.unwrap();

@@ -1,4 +1,5 @@
-//! What is run: ragged steps of several sequences, with prompts in chunks and blocks in no order.
+//! Loading and running the models: ragged steps of several sequences, with prompts in chunks and blocks in no
+//! order.
 
 use trustformers_plan::{
     Backend, Executable, FusedOps, LoadSpec, LogitsRows, Numerics, SequenceStep, StepInput, StepOutput,
@@ -13,7 +14,7 @@ pub const KV_BLOCKS: usize = 80;
 /// Loads a decoder and makes its plan runnable.
 ///
 /// # Errors
-/// When the backend refuses it.
+/// The backend refuses it.
 pub fn load_decoder(
     backend: &mut dyn Backend,
     decoder: Decoder,
@@ -29,7 +30,7 @@ pub fn load_decoder(
 /// Loads an encoder and makes its plan runnable.
 ///
 /// # Errors
-/// When the backend refuses it.
+/// The backend refuses it.
 pub fn load_encoder(
     backend: &mut dyn Backend,
     encoder: Encoder,
@@ -45,7 +46,7 @@ pub fn load_encoder(
 /// Runs one step; returns the rows of its answer.
 ///
 /// # Errors
-/// When the backend fails.
+/// The backend fails.
 pub fn run(
     executable: &mut dyn Executable,
     sequences: &[SequenceStep<'_>],
@@ -58,13 +59,14 @@ pub fn run(
     Ok((0..output.rows()).map(|row| output.row(row).to_vec()).collect())
 }
 
-/// Three sequences of different lengths over four steps: prompts (one in two chunks), then a token each, in other company.
+/// Runs three sequences of different lengths over four steps: prompts (one in two chunks), then one token
+/// each, batched in different ways.
 ///
 /// # Errors
-/// When the backend fails.
+/// The backend fails.
 pub fn decode(executable: &mut dyn Executable) -> Result<Vec<Vec<f32>>, CaseError> {
     let tokens: Vec<u32> = (0..290).map(|i| (i * 31 + i / 7) % VOCABULARY as u32).collect();
-    // 7 has no factor in common with 80, so that no block comes twice.
+    // 7 and 80 have no common factor, so no block is used twice.
     let blocks: Vec<Vec<u32>> =
         (0..3).map(|s| (0..20).map(|b| (b * 3 + s) * 7 % KV_BLOCKS as u32).collect()).collect();
     let sequence = |s: usize, from: usize, to: usize, logits| SequenceStep {
@@ -89,10 +91,10 @@ pub fn decode(executable: &mut dyn Executable) -> Result<Vec<Vec<f32>>, CaseErro
     Ok(rows)
 }
 
-/// One text of each length in one step.
+/// Runs one text of each length, all in one step.
 ///
 /// # Errors
-/// When the backend fails.
+/// The backend fails.
 pub fn encode(executable: &mut dyn Executable, lengths: &[usize]) -> Result<Vec<Vec<f32>>, CaseError> {
     let texts: Vec<Vec<u32>> = lengths
         .iter()

@@ -1,41 +1,41 @@
-//! Quantised weights times activations that are quantised by blocks.
+//! Quantised weights times activations that are quantised by blocks of columns.
 
 use super::{MatMul, Side, finish, forms::Quant};
 use crate::{
     kernels::{
-        quantise::{BLOCK_RECORD_BYTES, BLOCK_TILE, BlockRows, Layout, RECORD},
+        quantise::{BLOCK_RECORD_BYTES, BLOCK_TILE, BlockScaledRows, Layout, RECORD},
         simd::{LANES, Simd},
     },
     pack::Form,
 };
 
-/// How far ahead a stream of weights is asked for, in bytes.
+/// Distance of the prefetch in a stream of weights, in bytes.
 const PREFETCH_BYTES: usize = 2048;
 
-/// Runs a share.
+/// Computes a share of a projection.
 ///
 /// # Safety
-/// The tier's instructions exist; pointers cover the rows and the matrix's features; no other thread touches the outputs
-/// of these units.
+/// The tier's instructions exist; pointers cover the rows and the matrix's features; no other thread touches
+/// the outputs of these units.
 #[inline(always)]
-pub(crate) unsafe fn run<S: Simd, Q: Quant>(job: &MatMul<'_>, x: &BlockRows) {
+pub(crate) unsafe fn run<S: Simd, Q: Quant>(job: &MatMul<'_>, x: &BlockScaledRows) {
     debug_assert!(x.layout() == Layout::Interleaved);
-    // With 16 registers there is room for three rows' sums, half a stored tile.
+    // 16 registers hold the sums of three rows, half a stored tile.
     let most = if S::WIDE { BLOCK_TILE } else { BLOCK_TILE / 2 };
     for unit in job.units.clone() {
         let sides = job.sides(unit);
         let mut row = 0;
         while row < job.rows {
-            let (at, x) = ((unit, row), x.record(row));
+            let x = x.record(row);
             // SAFETY: the rows of a tile are below the count and in one stored tile.
             row += unsafe {
                 match (job.rows - row).min(most) {
-                    1 => tile::<S, Q, 1>(job, at, &sides, x),
-                    2 => tile::<S, Q, 2>(job, at, &sides, x),
-                    3 => tile::<S, Q, 3>(job, at, &sides, x),
-                    4 => tile::<S, Q, 4>(job, at, &sides, x),
-                    5 => tile::<S, Q, 5>(job, at, &sides, x),
-                    _ => tile::<S, Q, BLOCK_TILE>(job, at, &sides, x),
+                    1 => tile::<S, Q, 1>(job, unit, row, &sides, x),
+                    2 => tile::<S, Q, 2>(job, unit, row, &sides, x),
+                    3 => tile::<S, Q, 3>(job, unit, row, &sides, x),
+                    4 => tile::<S, Q, 4>(job, unit, row, &sides, x),
+                    5 => tile::<S, Q, 5>(job, unit, row, &sides, x),
+                    _ => tile::<S, Q, BLOCK_TILE>(job, unit, row, &sides, x),
                 }
             };
         }
@@ -45,7 +45,8 @@ pub(crate) unsafe fn run<S: Simd, Q: Quant>(job: &MatMul<'_>, x: &BlockRows) {
 #[inline(always)]
 unsafe fn tile<S: Simd, Q: Quant, const R: usize>(
     job: &MatMul<'_>,
-    (unit, row): (usize, usize),
+    unit: usize,
+    row: usize,
     sides: &[Side; 2],
     x: *const u8,
 ) -> usize {
@@ -55,7 +56,7 @@ unsafe fn tile<S: Simd, Q: Quant, const R: usize>(
         for b in 0..job.matrix.blocks() {
             let x = x.add(b * BLOCK_RECORD_BYTES);
             let values = [0, 1].map(|g| sides[g].values.add(b * Q::FORM.block_bytes()));
-            // The first tile finds a unit's weights in memory, those after it in the caches.
+            // The first tile reads a unit's weights from memory, later tiles read them from a cache.
             if row == 0 {
                 for line in 0..Q::FORM.block_bytes() / 64 {
                     S::prefetch(values[0].wrapping_add(line * 64 + PREFETCH_BYTES));
@@ -68,15 +69,15 @@ unsafe fn tile<S: Simd, Q: Quant, const R: usize>(
                 step::<S, Q, R, 1>(values, x, &mut dots);
                 step::<S, Q, R, 2>(values, x, &mut dots);
                 step::<S, Q, R, 3>(values, x, &mut dots);
-                scaled::<S, Q, R>(sides, (b, 0), (x, &dots), &mut sums);
+                add_scaled::<S, Q, R>(sides, &BlockDots { b, half: 0, x, dots }, &mut sums);
                 let mut dots = start::<S, Q, R>(x, RECORD.minus_second);
                 step::<S, Q, R, 4>(values, x, &mut dots);
                 step::<S, Q, R, 5>(values, x, &mut dots);
                 step::<S, Q, R, 6>(values, x, &mut dots);
                 step::<S, Q, R, 7>(values, x, &mut dots);
-                scaled::<S, Q, R>(sides, (b, 1), (x, &dots), &mut sums);
+                add_scaled::<S, Q, R>(sides, &BlockDots { b, half: 1, x, dots }, &mut sums);
             } else {
-                // Steps that share a vector of nibbles follow each other.
+                // Steps that share a vector of nibbles are adjacent.
                 let mut dots = start::<S, Q, R>(x, RECORD.minus);
                 step::<S, Q, R, 0>(values, x, &mut dots);
                 step::<S, Q, R, 4>(values, x, &mut dots);
@@ -86,20 +87,20 @@ unsafe fn tile<S: Simd, Q: Quant, const R: usize>(
                 step::<S, Q, R, 6>(values, x, &mut dots);
                 step::<S, Q, R, 3>(values, x, &mut dots);
                 step::<S, Q, R, 7>(values, x, &mut dots);
-                scaled::<S, Q, R>(sides, (b, 0), (x, &dots), &mut sums);
+                add_scaled::<S, Q, R>(sides, &BlockDots { b, half: 0, x, dots }, &mut sums);
             }
         }
         for r in 0..R {
             S::store(job.sums(r), sums[0][r]);
             S::store(job.sums(r).add(LANES), sums[1][r]);
         }
-        finish::<S>(job, unit, (row, R));
+        finish::<S>(job, unit, row, R);
     }
     R
 }
 
-/// What a block's integer sums begin with: minus the quants' centre times the activations' sum, which the record keeps
-/// negated at `minus`.
+/// The initial value of a block's integer sums: minus the quants' centre times the sum of the activations,
+/// which the record has negated at `minus`.
 #[inline(always)]
 unsafe fn start<S: Simd, Q: Quant, const R: usize>(x: *const u8, minus: usize) -> [[S::I; R]; 2] {
     // SAFETY: the record has the sums of `R` rows.
@@ -147,14 +148,23 @@ unsafe fn step<S: Simd, Q: Quant, const R: usize, const K: usize>(
     }
 }
 
-/// Adds a block's integer sums to the rows' sums.
+/// The integer sums of `R` rows over half a block, or over a whole one.
+struct BlockDots<S: Simd, const R: usize> {
+    b: usize,
+    half: usize,
+    /// The record of the rows' block.
+    x: *const u8,
+    dots: [[S::I; R]; 2],
+}
+
+/// Scales a block's integer sums and adds them to the rows' sums.
 #[inline(always)]
-unsafe fn scaled<S: Simd, Q: Quant, const R: usize>(
+unsafe fn add_scaled<S: Simd, Q: Quant, const R: usize>(
     sides: &[Side; 2],
-    (b, half): (usize, usize),
-    (x, dots): (*const u8, &[[S::I; R]; 2]),
+    block: &BlockDots<S, R>,
     sums: &mut [[S::F; R]; 2],
 ) {
+    let BlockDots { b, half, x, dots } = *block;
     // SAFETY: the block has scales, the record those of `R` rows.
     unsafe {
         for g in 0..2 {

@@ -1,11 +1,12 @@
-//! The same bits alone, in company, in chunks, token by token, as guesses, and behind a prefix that another sequence wrote.
+//! A sequence gives the same bits alone, batched with others, in chunks, token by token, as draft tokens, and
+//! after a prefix that another sequence wrote.
 
 use trustformers_plan::{DType, KV_BLOCK_TOKENS, LogitsRows, Numerics, Pooling, RopeLayout, SequenceStep};
 
 use super::numerics::decoders;
 use crate::compare::same_bits;
+use crate::harness::{encode, load_decoder, load_encoder, run};
 use crate::models::{Decoder, Encoder, VOCABULARY};
-use crate::story::{encode, load_decoder, load_encoder, run};
 use crate::{CaseError, Open};
 
 fn prompt(len: u32) -> Vec<u32> {
@@ -41,13 +42,13 @@ pub(super) fn decoder(open: Open<'_>) -> Result<(), CaseError> {
     Ok(())
 }
 
-/// Decoding rows of a step in which guesses are checked, all sequences together.
-const GUESSED_ROWS: usize = 8;
+/// Most decoding rows of a step that verifies draft tokens, of all sequences together.
+const VERIFIED_ROWS: usize = 8;
 
-/// Tokens that are read together, as guesses are, give the logits that each has after the one before. In `fast` numerics
-/// that is all that is asked for: an answer must not depend on whether anything was guessed.
-pub(super) fn guesses(open: Open<'_>) -> Result<(), CaseError> {
-    let (read, tokens) = (40, prompt(40 + GUESSED_ROWS as u32));
+/// Tokens that are computed in one step, as draft tokens are, give the same logits as one step for each.
+/// `fast` numerics promise no other invariance: an answer must not depend on whether speculation was used.
+pub(super) fn draft_tokens(open: Open<'_>) -> Result<(), CaseError> {
+    let (read, tokens) = (40, prompt(40 + VERIFIED_ROWS as u32));
     let blocks: [Vec<u32>; 3] = [(10..14).collect(), (20..24).collect(), (30..34).collect()];
     let step = |from: usize, to: usize, of: usize, logits| SequenceStep {
         tokens: &tokens[from..to],
@@ -66,23 +67,28 @@ pub(super) fn guesses(open: Open<'_>) -> Result<(), CaseError> {
         for at in read..tokens.len() {
             one_by_one.extend(run(executable, &[step(at, at + 1, 0, LogitsRows::Last)])?);
         }
-        // Alone in a step, and beside another sequence; the first tokens are read again where they were.
-        for count in [2, 4, GUESSED_ROWS] {
+        // Alone in a step, and batched with another sequence. Each pass computes the first tokens again in
+        // the same slots.
+        for count in [2, 4, VERIFIED_ROWS] {
             let together = run(executable, &[step(read, read + count, 1, LogitsRows::All)])?;
             same_bits(&format!("{decoder:?}, {count} at once"), &together, &one_by_one[..count])?;
             let others = step(read, read + 1, 2, LogitsRows::None);
             let together = run(executable, &[others, step(read, read + count, 1, LogitsRows::All)])?;
-            same_bits(&format!("{decoder:?}, {count} in company"), &together, &one_by_one[..count])?;
+            same_bits(
+                &format!("{decoder:?}, {count} batched with another sequence"),
+                &together,
+                &one_by_one[..count],
+            )?;
         }
     }
     Ok(())
 }
 
-/// Two sequences read the blocks that a third wrote, at once and each with its own continuation.
+/// Two sequences read, in one step, the blocks that a third one wrote, and continue each in its own way.
 pub(super) fn prefix(open: Open<'_>) -> Result<(), CaseError> {
     let shared = 3 * KV_BLOCK_TOKENS;
     let tokens = prompt(80);
-    let decoder = Decoder { dtype: DType::F32, layout: RopeLayout::Neox, biased: false };
+    let decoder = Decoder { dtype: DType::F32, mixed_with: None, layout: RopeLayout::Neox, biased: false };
     let mut backend = open()?;
     let fused = backend.caps().fused;
     let executable = &mut *load_decoder(&mut *backend, decoder, &fused, Numerics::Exact)?;
@@ -103,13 +109,13 @@ pub(super) fn prefix(open: Open<'_>) -> Result<(), CaseError> {
         executable,
         &[step(&tokens[shared..60], shared, &[1, 2, 3, 40]), step(&other[shared..], shared, &[1, 2, 3, 41])],
     )?;
-    same_bits("behind a shared prefix", &together, &alone)
+    same_bits("after a shared prefix", &together, &alone)
 }
 
 pub(super) fn encoder(open: Open<'_>) -> Result<(), CaseError> {
     let lengths = [5, 90, 33, 1];
-    let known = open()?.caps().dtypes.clone();
-    for dtype in [DType::F32, DType::F16, DType::BF16].into_iter().filter(|dtype| known.contains(dtype)) {
+    let claimed = open()?.caps().dtypes.clone();
+    for dtype in [DType::F32, DType::F16, DType::BF16].into_iter().filter(|dtype| claimed.contains(dtype)) {
         let encoder = Encoder { dtype, pooling: Pooling::Mean, normalise: true };
         let mut backend = open()?;
         let fused = backend.caps().fused;
