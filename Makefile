@@ -1,4 +1,4 @@
-# What there is to do here. Each target is a script below e2e/ that can be read and run alone.
+# The tasks of this repository. Each target is a script below e2e/ that can be read and run alone.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-down test test-engine cluster-up cluster-down cluster-status kubectl images models report bench-cpu fmt lint audit release
@@ -9,31 +9,31 @@ export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG BENCH_ROUNDS BENCH_ONLY
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  With KUBECONFIG set, demo, demo-down and kubectl work on that cluster; everything else always uses our own."
+	@echo "  With KUBECONFIG set, demo, demo-down and kubectl work on that cluster; everything else uses the cluster of this machine."
 	@echo "  Caches: $${XDG_CACHE_HOME:-$$HOME/.cache}/trustformers"
 
 demo: ## from nothing to tokens on a Kubernetes on this machine (Linux, root)
 	@e2e/tasks/demo.sh
 
-demo-down: ## takes the demo away and leaves nothing
+demo-down: ## removes the demo and everything that it made
 	@e2e/tasks/demo-down.sh
 
-test: ## every rung: style, unit, parity, engine, stories on a two-node cluster; prints what each took
+test: ## every stage: lints, unit tests, parity, engine, scenarios on a two-node cluster; prints the time of each
 	@e2e/tasks/test.sh
 
-test-engine: ## memory, classes, fairness and quality of the engine as bars; 15 minutes on an idle machine
+test-engine: ## memory, classes, fairness and quality of the engine against objectives; 15 minutes on an idle machine
 	@e2e/tasks/test-engine.sh
 
 cluster-up: ## a Kubernetes on this machine [NODES=2] [WITH="metrics-server kwok=20 gpu=2"]
 	@e2e/cluster/up.sh --nodes $(NODES) --with "$(WITH)"
 
-cluster-down: ## ends it and prints what is left: nothing
+cluster-down: ## stops the cluster and prints what is left: nothing
 	@e2e/cluster/down.sh
 
-cluster-status: ## what of it is there
+cluster-status: ## the state of the cluster
 	@e2e/cluster/status.sh
 
-kubectl: ## kubectl on it: make kubectl ARGS="get pods -A"
+kubectl: ## kubectl on the cluster: make kubectl ARGS="get pods -A"
 	@e2e/cluster/kubectl.sh $(ARGS)
 
 images: ## images of our programs, without a container engine; loaded into the running cluster [TAG=v0.1.0]
@@ -42,16 +42,16 @@ images: ## images of our programs, without a container engine; loaded into the r
 models: ## SmolLM2 and its image, loaded into the running cluster [MODELS="smollm2 minilm qwen-0.5b qwen-1.5b"]
 	@e2e/models/fetch.sh $(MODELS)
 
-report: ## time to first token, image sizes, decode speed, what each rung took
+report: ## time to first token, image sizes, decode speed, the times of the last cold and warm `make test`
 	@e2e/tasks/report.sh
 
-bench-cpu: ## ours beside llama.cpp, ONNX Runtime and torch on this processor, as ratios [BENCH_ROUNDS=3] [BENCH_ONLY=minilm]
+bench-cpu: ## our runtime beside llama.cpp, ONNX Runtime and torch on this processor, as ratios [BENCH_ROUNDS=3] [BENCH_ONLY=minilm]
 	@e2e/bench/run.sh
 
 fmt: ## formats the code
 	@cargo fmt --all
 
-lint: ## format, lints, licences, the repository's own rules
+lint: ## format, lints of Rust, shell, Python, chart and manifests, licences, the repository's own rules
 	@e2e/tasks/lint.sh
 
 audit: ## known vulnerabilities in dependencies (fetches the advisory database)

@@ -1,7 +1,8 @@
-"""Embeddings of other engines: MiniLM on fixed ids (forward, mean over the sequence, length 1), texts a second.
+"""Embeddings of other engines: MiniLM on fixed ids (forward, mean over the sequence, length 1), texts a
+second.
 
-Runs inside the peers' environment and prints one JSON object: {engine: {batch: texts per second}}. The figures have no
-tokenizer in them, as ours beside them have none.
+Runs inside the peers' environment and prints one JSON object: {engine: {batch: texts per second}}. The
+figures have no tokenizer in them, as ours beside them have none.
 """
 
 import json
@@ -78,7 +79,11 @@ def main():
         cosine = float(np.dot(embed(ids(1))[0], reference))
         if cosine < 0.98:
             sys.exit(f"{name} gives another embedding than onnxruntime-f32: cosine {cosine:.4f}")
-    print(json.dumps({name: {str(batch): speed(embed, batch) for batch in BATCHES} for name, embed in engines.items()}))
+    print(
+        json.dumps(
+            {name: {str(batch): speed(embed, batch) for batch in BATCHES} for name, embed in engines.items()}
+        )
+    )
 
 
 if __name__ == "__main__":

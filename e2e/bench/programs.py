@@ -23,8 +23,8 @@ class Failed(Exception):
     """A program did not run."""
 
 
-# How ours says that it does not know a model's kind. Everything else that goes wrong is a failure: a row that is missing
-# because of a mistyped flag must not look like one that is to come.
+# How ours says that it does not know a model's kind. Everything else that goes wrong is a failure: a row that
+# is missing because of a mistyped flag must not look like one that is to come.
 UNSUPPORTED = "UnsupportedModel"
 
 
@@ -32,7 +32,7 @@ def run(*command):
     """A program's stdout."""
     command = [str(part) for part in command]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
     except OSError as why:
         raise Failed(f"{command[0]} cannot be started: {why}") from why
     if done.returncode:
@@ -47,7 +47,19 @@ def ours_engine(program, model, **flags):
     """One turn of `bench engine`: {(what, prompt tokens, sequences): tokens a second}."""
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
     answer = json.loads(
-        run(program, "bench", "engine", "--model", model, "--threads", THREADS, "--repeat", 1, "--json", *arguments)
+        run(
+            program,
+            "bench",
+            "engine",
+            "--model",
+            model,
+            "--threads",
+            THREADS,
+            "--repeat",
+            1,
+            "--json",
+            *arguments,
+        )
     )
     return {(one["what"], one["prompt_tokens"], one["sequences"]): one["median"] for one in answer["results"]}
 
@@ -60,11 +72,27 @@ def ours_embed(program, model, batches, tokens):
 
 
 def ours_generate(program, model, prompts, tokens, *flags):
-    """Greedy answers to prompts, one after the other: tokens a second after each one's first, and the answers' ids."""
-    command = [program, "generate", "--model", model, "--threads", THREADS, "--temperature", 0, "--max-tokens", tokens, "--json"]
+    """Greedy answers to prompts, one after the other: tokens a second after each one's first, and the
+    answers' ids.
+    """
+    command = [
+        program,
+        "generate",
+        "--model",
+        model,
+        "--threads",
+        THREADS,
+        "--temperature",
+        0,
+        "--max-tokens",
+        tokens,
+        "--json",
+    ]
     answers = [json.loads(run(*command, *flags, "--prompt", prompt)) for prompt in prompts]
     seconds = sum(answer["timings_ms"]["decode"] for answer in answers) / 1e3
-    return sum(len(answer["tokens"]) - 1 for answer in answers) / seconds, [answer["tokens"] for answer in answers]
+    return sum(len(answer["tokens"]) - 1 for answer in answers) / seconds, [
+        answer["tokens"] for answer in answers
+    ]
 
 
 def python_embed(python, model, onnx):
@@ -75,7 +103,25 @@ def python_embed(python, model, onnx):
 def llama_bench(program, model, prompt=0, tokens=0, depth=0):
     """One turn of llama-bench: tokens a second, the better of its two settings of flash attention."""
     answer = json.loads(
-        run(program, "-m", model, "-t", THREADS, "-p", prompt, "-n", tokens, "-d", depth, "-fa", "0,1", "-r", 1, "-o", "json")
+        run(
+            program,
+            "-m",
+            model,
+            "-t",
+            THREADS,
+            "-p",
+            prompt,
+            "-n",
+            tokens,
+            "-d",
+            depth,
+            "-fa",
+            "0,1",
+            "-r",
+            1,
+            "-o",
+            "json",
+        )
     )
     return max(one["avg_ts"] for one in answer)
 
@@ -98,14 +144,20 @@ def server(command, url, ready, cwd=None):
         try:
             end = time.monotonic() + START_SECONDS
             while True:
-                with contextlib.suppress(OSError, urllib.error.URLError):
-                    with urllib.request.urlopen(url + ready, timeout=2) as answer:
-                        if answer.status == 200:
-                            break
+                with (
+                    contextlib.suppress(OSError, urllib.error.URLError),
+                    urllib.request.urlopen(url + ready, timeout=2) as answer,
+                ):
+                    if answer.status == 200:
+                        break
                 if process.poll() is not None or time.monotonic() > end:
                     log.seek(0)
                     says = log.read().decode(errors="replace")[-2000:]
-                    raise NotBuilt(says) if UNSUPPORTED in says else Failed(f"{command[0]} does not serve: {says}")
+                    raise (
+                        NotBuilt(says)
+                        if UNSUPPORTED in says
+                        else Failed(f"{command[0]} does not serve: {says}")
+                    )
                 time.sleep(0.05)
             yield url
         finally:
@@ -144,7 +196,9 @@ def load(program, url, **flags):
     """`bench load`: its JSON."""
     flags = {"duration_s": 900, **flags}
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
-    answer = json.loads(run(program, "bench", "load", "--url", url, "--fresh-connections", "--json", *arguments))
+    answer = json.loads(
+        run(program, "bench", "load", "--url", url, "--fresh-connections", "--json", *arguments)
+    )
     if answer["errors"]:
         raise Failed(f"requests to {url} failed: {answer['errors']}")
     return answer

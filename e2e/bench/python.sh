@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# python.sh: the Python environment of the peers (torch, transformers, ONNX Runtime) and MiniLM as ONNX, float32 and
-# eight-bit. Prints the interpreter and the folder of the ONNX files. About 6 GB and five minutes the first time.
+# python.sh: the Python environment of the peers (torch, transformers, ONNX Runtime) and MiniLM as ONNX,
+# float32 and eight-bit. Prints the interpreter and the folder of the ONNX files. About 6 GB and five minutes
+# the first time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 

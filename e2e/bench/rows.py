@@ -1,4 +1,6 @@
-"""Rows of the table: a bar is `name ours peer R.RR× need N.NN× ok|MISS`; what is only information carries no `×`."""
+"""Rows of the table: an objective is `name ours peer R.RR× need N.NN× ok|MISS`; a row that is only
+information has no `×`.
+"""
 
 import dataclasses
 import statistics
@@ -36,7 +38,8 @@ class Row:
         ratio = round(self.ratio(), 2)
         verdict = "ok" if ratio >= self.need else "MISS"
         peer = statistics.median(self.peer)
-        return f"{name} {ours:>10.1f} {peer:>10.1f} {ratio:>6.2f}× need {self.need:.2f}× {verdict:<4} {self.unit} {self.note}".rstrip()
+        compared = f"{ours:>10.1f} {peer:>10.1f} {ratio:>6.2f}× need {self.need:.2f}× {verdict:<4}"
+        return f"{name} {compared} {self.unit} {self.note}".rstrip()
 
     def json(self):
         return dataclasses.asdict(self)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# run.sh: ours and other engines on this processor, in turns and in one run, on 2 threads; prints the table of ratios.
-# Gets the models and peers that its groups need first (all: about 8 GB and half an hour on two cores, kept in the
-# cache). A bar that is missed is printed as MISS; only what could not be run is a failure.
+# run.sh: ours and other engines on this processor, in turns and in one run, on 2 threads; prints the table of
+# ratios. Gets the models and peers that its groups need first (all: about 8 GB and half an hour on two cores,
+# kept in the cache). An objective that is missed is printed as MISS; only what could not be run is a failure.
 #   BENCH_ROUNDS=5      turns that each measurement takes, at least 3
 #   BENCH_ONLY=minilm   only the groups of rows whose names begin so
 set -euo pipefail
@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 cd "$REPO_DIR"
 asked=(--rounds "${BENCH_ROUNDS:-3}" --only "${BENCH_ONLY:-}")
 # A wrong word ends here, before anything is got or built; and only what the groups need is got.
-needs=$(python3 "$E2E_DIR/bench/bars.py" --needs "${asked[@]}")
+needs=$(python3 "$E2E_DIR/bench/objectives.py" --needs "${asked[@]}")
 needed() { awk -v kind="$1:" 'index($0, kind) == 1 { print substr($0, length(kind) + 1) }' <<<"$needs"; }
 mapfile -t models < <(needed model)
 mapfile -t peers < <(needed peer)
@@ -27,12 +27,12 @@ for peer in "${peers[@]}"; do
       [ "${#python[@]}" = 2 ] || fail "the Python peers could not be made" "see above"
       asked+=(--python "${python[0]}" --onnx "${python[1]}")
       ;;
-    *) fail "no script gets the peer $peer" "needs: $E2E_DIR/bench/bars.py" ;;
+    *) fail "no script gets the peer $peer" "needs: $E2E_DIR/bench/objectives.py" ;;
   esac
 done
 say "building ours ..."
-cargo build --locked --profile ci -p trustformers-serve --bin trustformers-serve
+cargo build --locked --profile ci --workspace --bins
 cargo build --locked --profile ci -p trustformers-cpu --examples
 mkdir -p "$REPORT_DIR"
-exec python3 "$E2E_DIR/bench/bars.py" --ours "${CARGO_TARGET_DIR:-$REPO_DIR/target}/ci" --models "$MODEL_STORE" \
+exec python3 "$E2E_DIR/bench/objectives.py" --ours "${CARGO_TARGET_DIR:-$REPO_DIR/target}/ci" --models "$MODEL_STORE" \
   --report "$REPORT_DIR/bench-cpu.json" "${asked[@]}"

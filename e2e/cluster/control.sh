@@ -1,5 +1,5 @@
-# Starting the control plane: etcd, API server, controller manager and scheduler, all in the namespace tf-cp. Sourced.
-# shellcheck shell=bash
+# Starting the control plane: etcd, API server, controller manager and scheduler, all in the namespace tf-cp.
+# Sourced.
 
 CONTROL_BINARIES=(etcd kube-apiserver kube-controller-manager kube-scheduler kubectl)
 
@@ -10,10 +10,11 @@ start_apiserver() {
   # Nothing here outlives the machine, so etcd need not wait for the disk.
   start_control etcd "$BIN/etcd" --data-dir "$STATE/etcd" --unsafe-no-fsync --log-level warn \
     --listen-client-urls $local_etcd --advertise-client-urls $local_etcd --listen-peer-urls http://127.0.0.1:2380
-  # Aggregated APIs are reached by pod address (no kube-proxy runs beside the API server): enable-aggregator-routing.
-  start_control kube-apiserver "$BIN/kube-apiserver" --etcd-servers=$local_etcd --advertise-address=$CONTROL_IP --secure-port=6443 \
+  # Aggregated APIs are reached by pod address (no kube-proxy runs beside the API server):
+  # enable-aggregator-routing.
+  start_control kube-apiserver "$BIN/kube-apiserver" --etcd-servers=$local_etcd --advertise-address="$CONTROL_IP" --secure-port=6443 \
     --tls-cert-file="$PKI/apiserver.crt" --tls-private-key-file="$PKI/apiserver.key" --client-ca-file="$PKI/authority.crt" \
-    --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true --service-cluster-ip-range=$SERVICE_CIDR \
+    --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true --service-cluster-ip-range="$SERVICE_CIDR" \
     --kubelet-client-certificate="$PKI/apiserver-to-kubelet.crt" --kubelet-client-key="$PKI/apiserver-to-kubelet.key" \
     --kubelet-certificate-authority="$PKI/authority.crt" --kubelet-preferred-address-types=InternalIP \
     --service-account-issuer=https://kubernetes.default.svc.cluster.local \
@@ -26,7 +27,8 @@ start_apiserver() {
 apiserver_ready() { kc --request-timeout=5s get --raw /readyz; }
 
 start_controllers() {
-  # The short autoscaler and node periods make stories quick: they are the only settings that differ from a plain cluster.
+  # The short autoscaler and node periods make stories quick: they are the only settings that differ from a
+  # plain cluster.
   start_control kube-controller-manager "$BIN/kube-controller-manager" --leader-elect=false --use-service-account-credentials \
     --kubeconfig="$PKI/controller-manager.kubeconfig" --authentication-kubeconfig="$PKI/controller-manager.kubeconfig" \
     --authorization-kubeconfig="$PKI/controller-manager.kubeconfig" --root-ca-file="$PKI/authority.crt" \

@@ -17,8 +17,10 @@ else
   names=()
   for record in "$STATE"/run/*.pid; do [ -e "$record" ] && names+=("$(basename "$record" .pid)"); done
   # Those that would start things again are ended first; the rest follows by cgroup.
-  [ ${#names[@]} = 0 ] || stop 5 $(printf '%s\n' "${names[@]}" | grep -E '^(kubelet|kube-controller-manager|kwok)' || true)
-  [ ${#names[@]} = 0 ] || stop 3 $(printf '%s\n' "${names[@]}" | grep -v '^space' || true)
+  mapfile -t starters < <(printf '%s\n' "${names[@]}" | grep -E '^(kubelet|kube-controller-manager|kwok)')
+  mapfile -t daemons < <(printf '%s\n' "${names[@]}" | grep -v -e '^space' -e '^$')
+  [ ${#starters[@]} = 0 ] || stop 5 "${starters[@]}"
+  [ ${#daemons[@]} = 0 ] || stop 3 "${daemons[@]}"
   remove_leftovers
 fi
 if left=$(count_leftovers); then say "down: $left are left"; else fail "not everything could be removed: $left"; fi

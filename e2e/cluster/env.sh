@@ -1,6 +1,5 @@
 # Names, places and addresses of the test cluster. Sourced by every script here; it has no effects of its own
 # beyond setting variables and defining the few words with which all scripts speak.
-# shellcheck shell=bash disable=SC2034
 
 E2E_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 REPO_DIR=$(cd "$E2E_DIR/.." && pwd)
@@ -17,7 +16,8 @@ REPORT_DIR=$CACHE/report
 OUR_KUBECONFIG=$STATE/kubeconfig
 BIN=$STATE/bin                  # symbolic links to the binaries that this cluster was started with
 
-# The network: one bridge in a namespace of its own; this machine, the control plane and the nodes plug into it.
+# The network: one bridge in a namespace of its own; this machine, the control plane and the nodes plug into
+# it.
 LAN=198.18.0.0/24
 HOST_IP=198.18.0.1
 CONTROL_IP=198.18.0.2
@@ -47,8 +47,8 @@ STARTED_AT=$SECONDS
 say() { printf '[%4d s] %s\n' $((SECONDS - STARTED_AT)) "$*" >&2; }
 fail() { printf 'error: %s\n' "$1" >&2; shift; for line in "$@"; do printf '       %s\n' "$line" >&2; done; exit 1; }
 
-# Only one script at a time may change the cluster. Children must not inherit descriptor 9 (see process.sh): a daemon
-# that held it would keep the lock for ever.
+# Only one script at a time may change the cluster. Children must not inherit descriptor 9 (see process.sh): a
+# daemon that held it would keep the lock for ever.
 take_lock() {
   [ -n "${TRUSTFORMERS_CLUSTER_LOCKED:-}" ] && return 0
   mkdir -p "$CACHE"
@@ -58,12 +58,14 @@ take_lock() {
 }
 
 # `kubectl` against our own cluster, whatever KUBECONFIG says.
-kc() { KUBECONFIG= "$BIN/kubectl" --kubeconfig "$OUR_KUBECONFIG" "$@" 9>&-; }
+kc() { KUBECONFIG='' "$BIN/kubectl" --kubeconfig "$OUR_KUBECONFIG" "$@" 9>&-; }
 
-# A rule for all scripts here: no `| grep -q`. It ends at the first match, the writer then dies of a closed pipe, and with
+# A rule for all scripts here: no `| grep -q`. It ends at the first match, the writer then dies of a closed
+# pipe, and with
 # `pipefail` that is a failure, now and then.
 
-# wait_until SECONDS WHAT COMMAND...: polls ten times a second; on timeout says what was waited for and where logs are.
+# wait_until SECONDS WHAT COMMAND...: polls ten times a second; on timeout says what was waited for and where
+# logs are.
 wait_until() {
   local limit_s=$1 what=$2 end
   shift 2

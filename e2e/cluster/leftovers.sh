@@ -1,5 +1,4 @@
 # Everything of the cluster that is outside its own folder: found, removed, counted. Sourced.
-# shellcheck shell=bash
 
 # Mounts that this machine can see below our folder (octal escapes for blanks are undone by printf).
 our_mounts() { awk -v prefix="$STATE/" 'index($5, prefix) == 1 { print $5 }' /proc/self/mountinfo | sort -r; }
@@ -28,7 +27,7 @@ count_leftovers() {
   mounts=$(our_mounts | wc -l)
   cgroups=$(our_cgroups | wc -l)
   namespaces=$(our_namespaces | wc -l)
-  links=$(ip -o link show dev $HOST_LINK 2>/dev/null | wc -l)
+  links=$(ip -o link show dev "$HOST_LINK" 2>/dev/null | wc -l)
   files=$([ -e "$STATE" ] && echo 1 || echo 0)
   echo "$processes processes, $mounts mounts, $cgroups cgroups, $namespaces namespaces, $links network links, $files state folders"
   [ $((processes + mounts + cgroups + namespaces + links + files)) = 0 ]

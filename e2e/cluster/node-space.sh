@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# node-space.sh FOLDER: runs inside a fresh mount namespace, gives the node its own /run, /var/lib and /var/log, and
-# then sleeps to keep the namespace. The node's daemons enter it.
+# node-space.sh FOLDER: runs inside a fresh mount namespace, gives the node its own /run, /var/lib and
+# /var/log, and then sleeps to keep the namespace. The node's daemons enter it.
 #
-# Why: kubelet and containerd have paths of their own that no setting moves (device plugin sockets, shim sockets, links
-# to container logs). Two nodes on one machine would meet there, and a crash would leave things behind. So nothing that a
-# node mounts is ever visible outside, and the kernel takes all of it away with the last process.
+# Why: kubelet and containerd have paths of their own that no setting moves (device plugin sockets, shim
+# sockets, links to container logs). Two nodes on one machine would meet there, and a crash would leave things
+# behind. So nothing that a node mounts is ever visible outside, and the kernel takes all of it away with the
+# last process.
 set -euo pipefail
 folder=$1
 mkdir -p "$folder/var-lib" "$folder/var-log"

@@ -1,5 +1,5 @@
-# Starting one node: containerd, kubelet and kube-proxy in a network and a mount namespace of its own. Sourced.
-# shellcheck shell=bash
+# Starting one node: containerd, kubelet and kube-proxy in a network and a mount namespace of its own.
+# Sourced.
 
 NODE_BINARIES=(containerd containerd-shim-runc-v2 ctr runc bridge loopback host-local portmap kubelet kube-proxy)
 
@@ -61,8 +61,8 @@ start_kubelet() { # NUMBER
 
 node_ready() { kc get node "$(node_name "$1")" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2>/dev/null | grep -x True >/dev/null; }
 
-# load_tar NUMBER TAR: imports an image archive unless the node has that very image under that name. `pack.py` writes the
-# name and digest beside the archive.
+# load_tar NUMBER TAR: imports an image archive unless the node has that very image under that name. `pack.py`
+# writes the name and digest beside the archive.
 load_tar() {
   local i=$1 tar=$2 name digest
   read -r name digest <"$tar.id"

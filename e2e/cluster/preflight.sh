@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# preflight.sh cluster|build: can this machine do it? On Debian as root, packages that are missing are installed; anything
-# else that is wrong is printed at once, each with the line to type, and nothing has been changed then.
+# preflight.sh cluster|build: can this machine do it? On Debian as root, packages that are missing are
+# installed; anything else that is wrong is printed at once, each with the line to type, and nothing has been
+# changed then.
 #   build    compile and test the workspace, pack images
 #   cluster  the same, and run Kubernetes on this machine
 set -euo pipefail
@@ -33,19 +34,18 @@ missing_packages() {
 
 check_packages() {
   local packages
-  packages=$(missing_packages | tr '\n' ' ')
-  [ -n "$packages" ] || return 0
+  mapfile -t packages < <(missing_packages)
+  [ ${#packages[@]} != 0 ] || return 0
   if [ -f /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
-    say "installing $packages"
-    # shellcheck disable=SC2086
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages; } >&2 ||
-      problem "apt-get could not install: $packages"
-    packages=$(missing_packages | tr '\n' ' ')
-    [ -z "$packages" ] || problem "still missing after installing: $packages"
+    say "installing ${packages[*]}"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >&2 ||
+      problem "apt-get could not install: ${packages[*]}"
+    mapfile -t packages < <(missing_packages)
+    [ ${#packages[@]} = 0 ] || problem "still missing after installing: ${packages[*]}"
   elif [ -f /etc/debian_version ]; then
-    problem "missing packages. Type:  sudo apt-get install -y --no-install-recommends $packages"
+    problem "missing packages. Type:  sudo apt-get install -y --no-install-recommends ${packages[*]}"
   else
-    problem "missing (Debian's package names): $packages. Install them with this system's package manager"
+    problem "missing (Debian's package names): ${packages[*]}. Install them with this system's package manager"
   fi
 }
 
@@ -66,7 +66,8 @@ check_languages() {
     problem "go is ${go_version#go}: $GO_WANTED or newer is needed. See https://go.dev/doc/install"
 }
 
-# rustup brings the toolchain of rust-toolchain.toml by itself; a cargo of the distribution has to be new enough.
+# rustup brings the toolchain of rust-toolchain.toml by itself; a cargo of the distribution has to be new
+# enough.
 check_rust() {
   local wanted found
   command -v rustup >/dev/null && return 0
@@ -97,7 +98,8 @@ check_kernel() {
   [ -e /proc/sys/net/bridge/bridge-nf-call-iptables ] || problem "the kernel has no bridge filter (modprobe br_netfilter)"
 }
 
-# Addresses of the benchmarking range of RFC 2544, which nobody should use; if somebody does, the cluster stays away.
+# Addresses of the benchmarking range of RFC 2544, which nobody should use; if somebody does, the cluster
+# stays away.
 check_network() {
   local used
   used=$({ ip -4 -o addr show; ip -4 route show; } | grep -E '\b198\.18\.0\.[0-9]+' | grep -v "$HOST_LINK" || true)

@@ -1,23 +1,21 @@
 # How daemons of the cluster are started, recognised and ended. Sourced.
 #
-# A process is identified by its number *and* its start time, so that after a crash or a reboot a number that now
-# belongs to another program is never signalled. Every daemon also lives in a cgroup of ours: what lost its record
-# (a crash between fork and write, a container's process, a shim) is found there.
-# shellcheck shell=bash
+# A process is identified by its number *and* its start time, so that after a crash or a reboot a number that
+# now belongs to another program is never signalled. Every daemon also lives in a cgroup of ours: what lost
+# its record (a crash between fork and write, a container's process, a shim) is found there.
 
 # The hierarchy whose cgroup.procs files say which processes are ours: cgroup v2, or v1's pids controller.
 tracking_root() {
   if [ -f /sys/fs/cgroup/cgroup.controllers ]; then echo "/sys/fs/cgroup/$CGROUP"; else echo "/sys/fs/cgroup/pids/$CGROUP"; fi
 }
 
-# Field 22 of /proc/PID/stat, counted after the last ')', because a program's name may hold blanks. A zombie (its parent
-# does not collect it) counts as gone.
+# Field 22 of /proc/PID/stat, counted after the last ')', because a program's name may hold blanks. A zombie
+# (its parent does not collect it) counts as gone.
 start_time_of() {
-  local stat
+  local stat fields
   stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
-  # shellcheck disable=SC2086
-  set -- ${stat##*) }
-  [ "$1" != Z ] && echo "${20}"
+  read -ra fields <<<"${stat##*) }"
+  [ "${fields[0]}" != Z ] && echo "${fields[19]}"
 }
 
 # alive NAME: true if the recorded process of that name still runs.
@@ -27,8 +25,8 @@ alive() {
   [ "$(start_time_of "$pid")" = "$began" ]
 }
 
-# Whether the cluster of the state folder runs: made whole, since this boot, and with every daemon still alive. The folder
-# alone says nothing: it outlives a reboot and a kill.
+# Whether the cluster of the state folder runs: made whole, since this boot, and with every daemon still
+# alive. The folder alone says nothing: it outlives a reboot and a kill.
 cluster_runs() {
   local record name
   [ "$(cat "$STATE/boot" 2>/dev/null)" = "$(cat /proc/sys/kernel/random/boot_id)" ] && [ -f "$STATE/complete" ] || return 1
@@ -38,8 +36,8 @@ cluster_runs() {
   done
 }
 
-# start NAME COMMAND...: runs a daemon in the background with its output in log/NAME.log. `setsid` does not fork here,
-# so $! is the daemon itself; Ctrl-C in the terminal does not reach it.
+# start NAME COMMAND...: runs a daemon in the background with its output in log/NAME.log. `setsid` does not
+# fork here, so $! is the daemon itself; Ctrl-C in the terminal does not reach it.
 start() {
   local name=$1 pid
   shift
@@ -81,14 +79,13 @@ our_processes() {
 }
 
 kill_remaining() {
-  local round pids
-  for round in $(seq 50); do
-    pids=$(our_processes)
-    [ -n "$pids" ] || return 0
-    # Containers can fork while they are being listed, hence the rounds.
-    # shellcheck disable=SC2086
-    kill -KILL $pids 2>/dev/null || true
+  local pids
+  # Containers can fork while they are being listed, hence the rounds.
+  for _ in $(seq 50); do
+    mapfile -t pids < <(our_processes)
+    [ ${#pids[@]} != 0 ] || return 0
+    kill -KILL "${pids[@]}" 2>/dev/null || true
     sleep 0.1
   done
-  fail "processes survive SIGKILL: $(echo $pids)" "they probably wait for a disk or network file system"
+  fail "processes survive SIGKILL: ${pids[*]}" "they probably wait for a disk or network file system"
 }

@@ -13,8 +13,8 @@ dead=
 for record in "$STATE"/run/*.pid; do
   [ -e "$record" ] || continue
   name=$(basename "$record" .pid)
-  if alive "$name"; then state=runs; else state=DEAD dead=1; fi
-  printf '  %-26s %s %s\n' "$name" "$state" "$(cut -d' ' -f1 "$record")"
+  if alive "$name"; then condition=runs; else condition=DEAD dead=1; fi
+  printf '  %-26s %s %s\n' "$name" "$condition" "$(cut -d' ' -f1 "$record")"
 done
 [ -f "$STATE/complete" ] && [ -z "$dead" ] || { echo "broken: make cluster-up makes it anew, make cluster-down removes it"; exit 1; }
 kc get nodes -o wide

@@ -1,5 +1,5 @@
-# kubelet sets a few of the machine's own kernel parameters. They are written down before and put back after. Sourced.
-# shellcheck shell=bash
+# kubelet sets a few of the machine's own kernel parameters. They are written down before and put back after.
+# Sourced.
 
 KUBELET_SYSCTLS=(vm.overcommit_memory vm.panic_on_oom kernel.panic kernel.panic_on_oops kernel.keys.root_maxkeys kernel.keys.root_maxbytes)
 

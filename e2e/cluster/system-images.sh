@@ -1,5 +1,4 @@
 # Images of the cluster's own pods, packed from the binaries that were built here. Sourced.
-# shellcheck shell=bash
 
 # The pause program holds a pod's namespaces. Its source comes with the Kubernetes module.
 pack_pause() {

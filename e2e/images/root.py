@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Makes the root folder that all our images share: glibc and the few files that programs expect, nothing else.
+"""Makes the root folder that all our images share: glibc and the few files that programs expect, nothing
+else.
 
-Used twice, so that both ways give the same content: by build.sh (images packed without an engine) and inside the
-Dockerfile. The libraries are this machine's, so binaries that were linked here run on it. The folders are laid out like
-a merged-/usr Debian, because that is where GPU container toolkits put the driver's libraries; libdl, libpthread and
-librt are empty shells in today's glibc, but drivers still name them.
+Used twice, so that both ways give the same content: by build.sh (images packed without an engine) and inside
+the Dockerfile. The libraries are this machine's, so binaries that were linked here run on it. The folders are
+laid out like a merged-/usr Debian, because that is where GPU container toolkits put the driver's libraries;
+libdl, libpthread and librt are empty shells in today's glibc, but drivers still name them.
 """
+
 import os
 import pathlib
 import re
@@ -15,7 +17,9 @@ import sys
 
 LIBRARIES = ["libc.so.6", "libm.so.6", "libgcc_s.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1"]
 USER_ID = 65532
-PASSWD = f"root:x:0:0:root:/:/sbin/nologin\nnonroot:x:{USER_ID}:{USER_ID}:nonroot:/home/nonroot:/sbin/nologin\n"
+PASSWD = (
+    f"root:x:0:0:root:/:/sbin/nologin\nnonroot:x:{USER_ID}:{USER_ID}:nonroot:/home/nonroot:/sbin/nologin\n"
+)
 GROUP = f"root:x:0:\nnonroot:x:{USER_ID}:\n"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
@@ -45,7 +49,9 @@ def make(root):
     found = installed_libraries()
     missing = [name for name in LIBRARIES if name not in found]
     if missing:
-        sys.exit(f"error: this machine has no {', '.join(missing)} (ldconfig -p): images need glibc 2.34 or newer")
+        sys.exit(
+            f"error: this machine has no {', '.join(missing)} (ldconfig -p): images need glibc 2.34 or newer"
+        )
     loader = next(name for name in found if name.startswith("ld-linux"))
     folder = f"/usr/lib/{machine}-linux-gnu"
     for name in LIBRARIES:

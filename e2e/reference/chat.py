@@ -1,8 +1,8 @@
 """Makes the texts that transformers' chat templates give for a set of conversations.
 
-Two files come out. The first holds our own templates, each built to use what templates of real models use, with the text
-of every conversation or the word that the template refuses or fails. The second holds only texts: those of the templates
-inside GGUF files, which a test takes from the files.
+Two files come out. The first holds our own templates, each built to use what templates of real models use,
+with the text of every conversation or the word that the template refuses or fails. The second holds only
+texts: those of the templates inside GGUF files, which a test takes from the files.
 """
 
 import argparse
@@ -22,20 +22,36 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "get_weather",
-        "description": "The weather <now> & \"today\" in a city — °C",
+        "description": 'The weather <now> & "today" in a city — °C',
         "parameters": {
             "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "default": 1}, "limit": {"type": "number", "default": 0.5}},
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"type": "integer", "default": 1},
+                "limit": {"type": "number", "default": 0.5},
+            },
             "required": ["city"],
         },
     },
 }
 
-CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": 2, "deep": [True, None, 1e-5]}}}
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "arguments": {"city": "Zürich", "days": 2, "deep": [True, None, 1e-5]},
+    },
+}
 
 CONVERSATIONS = {
     "question": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
-    "system": {"messages": [{"role": "system", "content": "  Answer briefly.\n"}, {"role": "user", "content": "Hi <b>there</b> & 'all'"}]},
+    "system": {
+        "messages": [
+            {"role": "system", "content": "  Answer briefly.\n"},
+            {"role": "user", "content": "Hi <b>there</b> & 'all'"},
+        ]
+    },
     "turns": {
         "messages": [
             {"role": "user", "content": "1+1?"},
@@ -43,22 +59,38 @@ CONVERSATIONS = {
             {"role": "user", "content": " And in 日本語? 🦀\n"},
         ]
     },
-    "no_answer": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "add_generation_prompt": False},
+    "no_answer": {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "add_generation_prompt": False,
+    },
     "tools": {"messages": [{"role": "user", "content": "Weather?"}], "tools": [WEATHER]},
     "called": {
         "messages": [
             {"role": "system", "content": "S"},
             {"role": "user", "content": "Weather?"},
             {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
-            {"role": "tool", "content": "{\"t\": 3.5}"},
+            {"role": "tool", "content": '{"t": 3.5}'},
             {"role": "tool", "content": "sunny"},
             {"role": "assistant", "content": "3.5 °C"},
         ],
         "tools": [WEATHER, WEATHER],
     },
-    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]},
-    "unfit": {"messages": [{"role": "assistant", "content": "I begin"}, {"role": "narrator", "content": "no"}]},
-    "thinking": {"messages": [{"role": "user", "content": "think"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes", "reasoning": None}, {"role": "user", "content": "again"}], "enable_thinking": False},
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}
+        ]
+    },
+    "unfit": {
+        "messages": [{"role": "assistant", "content": "I begin"}, {"role": "narrator", "content": "no"}]
+    },
+    "thinking": {
+        "messages": [
+            {"role": "user", "content": "think"},
+            {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes", "reasoning": None},
+            {"role": "user", "content": "again"},
+        ],
+        "enable_thinking": False,
+    },
 }
 
 TEMPLATES = {
@@ -175,7 +207,9 @@ def render(template: str, conversation: dict, special: dict) -> dict:
     """The text, or the word that says how there is none."""
     given = {"add_generation_prompt": True, **special, **conversation}
     try:
-        texts, _ = chat_template_utils.render_jinja_template([given.pop("messages")], chat_template=template, **given)
+        texts, _ = chat_template_utils.render_jinja_template(
+            [given.pop("messages")], chat_template=template, **given
+        )
         return {"text": texts[0]}
     except jinja2.exceptions.TemplateSyntaxError:
         return {"error": "template"}
@@ -190,7 +224,13 @@ def render(template: str, conversation: dict, special: dict) -> dict:
 def own() -> dict:
     """Our templates with all conversations."""
     templates = [
-        {"name": name, "template": template, "texts": {key: render(template, conversation, SPECIAL) for key, conversation in CONVERSATIONS.items()}}
+        {
+            "name": name,
+            "template": template,
+            "texts": {
+                key: render(template, conversation, SPECIAL) for key, conversation in CONVERSATIONS.items()
+            },
+        }
         for name, template in TEMPLATES.items()
     ]
     return {"special": SPECIAL, "conversations": CONVERSATIONS, "templates": templates}
@@ -202,22 +242,30 @@ def of_files(paths: list[pathlib.Path]) -> dict:
     for path in paths:
         fields = gguf.GGUFReader(path).fields
         tokens = fields["tokenizer.ggml.tokens"]
-        token = lambda key: bytes(tokens.parts[tokens.data[fields[f"tokenizer.ggml.{key}_token_id"].contents()]]).decode()
-        special = {"bos_token": token("bos"), "eos_token": token("eos")}
+        ids = {key: fields[f"tokenizer.ggml.{key}_token_id"].contents() for key in ("bos", "eos")}
+        special = {f"{key}_token": bytes(tokens.parts[tokens.data[at]]).decode() for key, at in ids.items()}
         template = fields["tokenizer.chat_template"].contents()
-        models[path.name] = {key: render(template, conversation, special) for key, conversation in CONVERSATIONS.items()}
+        models[path.name] = {
+            key: render(template, conversation, special) for key, conversation in CONVERSATIONS.items()
+        }
     return {"conversations": CONVERSATIONS, "models": models}
 
 
 def main() -> None:
     """Writes both files."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--own", type=pathlib.Path, required=True, help="the JSON file of our templates")
-    options.add_argument("--models", type=pathlib.Path, required=True, help="the JSON file of the models' texts")
+    options.add_argument(
+        "--models", type=pathlib.Path, required=True, help="the JSON file of the models' texts"
+    )
     options.add_argument("gguf", type=pathlib.Path, nargs="+", help="GGUF files with templates")
     given = options.parse_args()
     chat_template_utils.datetime = Frozen
-    made_with = f"transformers {transformers.__version__}, jinja2 {jinja2.__version__}; recipe: e2e/reference/chat.py"
+    made_with = (
+        f"transformers {transformers.__version__}, jinja2 {jinja2.__version__}; recipe: e2e/reference/chat.py"
+    )
     for path, content in ((given.own, own()), (given.models, of_files(given.gguf))):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"made_with": made_with, **content}, ensure_ascii=False, indent=1) + "\n")

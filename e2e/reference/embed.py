@@ -1,8 +1,8 @@
 """Makes reference embeddings of a sentence-transformers checkpoint with transformers in float32 on the CPU.
 
-Pooling and normalising are written out here, so that no line of the model's own pipeline is shared: the mean of the last
-layer's rows of a text, padding left out, divided by its length. Texts run alone and in padded batches; both must agree,
-else nothing is written.
+Pooling and normalising are written out here, so that no line of the model's own pipeline is shared: the mean
+of the last layer's rows of a text, padding left out, divided by its length. Texts run alone and in padded
+batches; both must agree, else nothing is written.
 """
 
 import argparse
@@ -16,7 +16,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything comes from the folder that is n
 
 import torch
 import transformers
-
 from texts import texts
 
 MAX_TOKENS = 256
@@ -50,9 +49,13 @@ class Reference:
 
 def main() -> None:
     """Embeds all texts twice and writes the file."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--model", type=pathlib.Path, required=True, help="the checkpoint's folder")
-    options.add_argument("--given", type=pathlib.Path, help="an older file, whose texts must be among these and agree")
+    options.add_argument(
+        "--given", type=pathlib.Path, help="an older file, whose texts must be among these and agree"
+    )
     options.add_argument("--out", type=pathlib.Path, required=True, help="the JSON file to write")
     given = options.parse_args()
     torch.set_num_threads(1)
@@ -71,15 +74,19 @@ def main() -> None:
             if rows[at] != item["input_ids"] or cosine < 0.999999:
                 sys.exit(f"{item['text'][:40]!r} differs from the older file: cosine {cosine}")
     digest = hashlib.sha256((given.model / "model.safetensors").read_bytes()).hexdigest()
-    made_with = (f"transformers {transformers.__version__}, torch {torch.__version__}, float32, model.safetensors with "
-                 f"sha256 {digest}; mean over the tokens, length one, at most {MAX_TOKENS} tokens; values in units of "
-                 f"{UNIT}; recipe: e2e/reference/embed.py")
+    made_with = (
+        f"transformers {transformers.__version__}, torch {torch.__version__}, float32, model.safetensors "
+        f"with sha256 {digest}; mean over the tokens, length one, at most {MAX_TOKENS} tokens; "
+        f"values in units of {UNIT}; recipe: e2e/reference/embed.py"
+    )
     items = [
         {"text": text, "ids": row, "embedding": [round(value / UNIT) for value in vector.tolist()]}
-        for text, row, vector in zip(texts(), rows, alone)
+        for text, row, vector in zip(texts(), rows, alone, strict=True)
     ]
     lines = ",\n".join(json.dumps(item, ensure_ascii=False, separators=(",", ":")) for item in items)
-    given.out.write_text(f'{{"made_with": {json.dumps(made_with)},\n"unit": {UNIT},\n"items": [\n{lines}\n]}}\n')
+    given.out.write_text(
+        f'{{"made_with": {json.dumps(made_with)},\n"unit": {UNIT},\n"items": [\n{lines}\n]}}\n'
+    )
     cut = sum(len(row) == MAX_TOKENS for row in rows)
     print(f"{len(items)} texts, {cut} at the longest, alone and batched within {worst:.1e}")
 

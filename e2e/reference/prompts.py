@@ -1,7 +1,7 @@
 """Prompts whose greedy answers are kept as reference outputs.
 
-Each one reaches a part of the tokenizer or of the forward pass that the others do not. A prompt is used as it stands:
-special tokens spelled in it are recognised, no begin token is put in front, a final newline stays.
+Each one reaches a part of the tokenizer or of the forward pass that the others do not. A prompt is used as it
+stands: special tokens spelled in it are recognised, no begin token is put in front, a final newline stays.
 """
 
 LONG = """The lighthouse at the end of the northern pier was built by a family of masons who had never seen the sea. They
@@ -49,14 +49,16 @@ SMOLLM2 = [
     "\"Wait... what?!\" -- she'd said; they'll've gone (or haven't they?) & so: [1] {2} <3> #4 @5 *6* ~7~ --",
 ]
 
-QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+QWEN_SYSTEM = (
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+)
 
 # Qwen2.5-Coder: a large vocabulary, biases, another splitting, another turning of heads.
 QWEN2 = [
     # What it is made for: code in a chat, special tokens inside the text.
     QWEN_SYSTEM + user("Write a Python function that says whether a number is prime. Code only."),
     # Code that stops in the middle of a line; tabs.
-    "package main\n\nimport \"fmt\"\n\nfunc main() {\n\tfor i := 0; i < 10; i++ {\n\t\tfmt.Println(",
+    'package main\n\nimport "fmt"\n\nfunc main() {\n\tfor i := 0; i < 10; i++ {\n\t\tfmt.Println(',
     # Fill in the middle: special tokens that only this family has.
     "<|fim_prefix|>def add(a, b):\n    <|fim_suffix|>\n\nprint(add(1, 2))\n<|fim_middle|>",
     # Chinese, several characters in one token.
@@ -68,7 +70,7 @@ QWEN2 = [
     # Numbers: every digit is a token of its own.
     "SELECT id, total FROM orders WHERE total > 1000000 AND year IN (2023, 2024,",
     # A tool call in the model's own format: tokens that are special and have a text.
-    "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\"}}\n</tool_call>\nThis call asks for",
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\nThis call asks for',
     # About three hundred tokens: more than one chunk of a chunked prefill.
     LONG,
 ]

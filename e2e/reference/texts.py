@@ -1,8 +1,8 @@
 """Two hundred texts whose embeddings are kept as reference outputs.
 
-The first five are the ones that the model's first check was made with. The others reach what sentences alone do not:
-the tokenizer's cleaning and splitting, scripts that become unknown words or single characters, texts that are cut, and
-lengths on both sides of the sizes that kernels work in.
+The first five are the ones that the model's first check was made with. The others reach what sentences alone
+do not: the tokenizer's cleaning and splitting, scripts that become unknown words or single characters, texts
+that are cut, and lengths on both sides of the sizes that kernels work in.
 """
 
 GIVEN = [
@@ -108,14 +108,14 @@ SYMBOLS = [
 ]
 
 CODE = [
-    "fn main() { println!(\"Hello, {}!\", name); }",
+    'fn main() { println!("Hello, {}!", name); }',
     "for i in range(10):\n    print(i ** 2)\n",
     "SELECT name, COUNT(*) FROM users WHERE age > 30 GROUP BY name HAVING COUNT(*) > 1;",
     "const add = (a, b) => a + b; // arrow",
     "#include <stdio.h>\nint main(void) { return 0; }",
     "kubectl get pods -n kube-system --watch",
     "<div class=\"row\"><a href='/x?y=1&z=2'>link</a></div>",
-    "{\"id\": 17, \"tags\": [\"a\", \"b\"], \"nested\": {\"ok\": true, \"none\": null}}",
+    '{"id": 17, "tags": ["a", "b"], "nested": {"ok": true, "none": null}}',
     "https://example.com/path/to/page.html?query=value&other=1#fragment",
     "user.name+tag@example.co.uk",
     "2026-11-28T05:22:17.123456Z",
@@ -124,7 +124,7 @@ CODE = [
     "C:\\Users\\me\\file.txt ~/.cache/models",
     "camelCaseIdentifier snake_case_identifier SCREAMING_CASE kebab-case",
     "error[E0308]: mismatched types --> src/main.rs:4:18",
-    "let re = r\"(?i)^[a-z]+\\d{2,}$\";",
+    'let re = r"(?i)^[a-z]+\\d{2,}$";',
     "sha256:53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "SGVsbG8gd29ybGQhIFRoaXMgaXMgYmFzZTY0Lg==",
     "diff --git a/x b/x\n@@ -1,2 +1,3 @@\n-old\n+new",
@@ -135,12 +135,62 @@ CODE = [
     "if (x == NULL || *x <= 0) { goto fail; }",
 ]
 
-WORDS = "time year people way day man thing woman life child world school state family student group country problem".split()
+WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+    "problem",
+]
 
 
 def lengths() -> list[str]:
-    """Texts of nearly every length at which something changes: tiles of 16, the cut at 256, both ways beyond."""
-    counts = [1, 2, 3, 5, 7, 13, 14, 15, 17, 29, 30, 31, 45, 46, 47, 61, 62, 63, 93, 94, 95, 125, 126, 127, 128, 129, 190, 191]
+    """Texts of nearly every length at which something changes: tiles of 16, the cut at 256, both ways
+    beyond.
+    """
+    counts = [
+        1,
+        2,
+        3,
+        5,
+        7,
+        13,
+        14,
+        15,
+        17,
+        29,
+        30,
+        31,
+        45,
+        46,
+        47,
+        61,
+        62,
+        63,
+        93,
+        94,
+        95,
+        125,
+        126,
+        127,
+        128,
+        129,
+        190,
+        191,
+    ]
     counts += [250, 252, 253, 254, 255, 256, 257, 260, 300, 400, 511, 513, 900]
     return [" ".join(WORDS[(count + 7 * i) % len(WORDS)] for i in range(count)) for count in counts]
 
@@ -153,7 +203,10 @@ LONG = [
     "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
     "日本語" * 120,
     "🙂 " * 130,
-    ("The harbour master closed the book and asked how much it would cost to fill the vaults with stone. " * 20).strip(),
+    (
+        "The harbour master closed the book and asked how much it would cost to fill the vaults with stone. "
+        * 20
+    ).strip(),
     "word\n" * 270,
     "1234567890 " * 60,
 ]

@@ -11,13 +11,13 @@ use kube::{
 
 use crate::{command::Invocation, settings::Settings};
 
-/// The only network that a story sends anything to, besides loopback: the test cluster's own.
+/// The test cluster's network: the only one besides loopback that a scenario sends anything to.
 const CLUSTER_NETWORK: &str = "198.18.0.";
 
 /// A connection to the test cluster.
 #[derive(Clone)]
 pub struct Cluster {
-    /// Where things are.
+    /// Paths and versions of this run.
     pub settings: Settings,
     /// Client with the administrator's rights.
     pub client: Client,
@@ -36,7 +36,7 @@ impl Cluster {
         let host = config.cluster_url.host().unwrap_or_default().to_owned();
         ensure!(
             is_test_address(&host),
-            "the stories install and delete things, and {host} is not the test cluster's address ({CLUSTER_NETWORK}0/24)"
+            "the scenarios install and delete things, and {host} is not the test cluster's address ({CLUSTER_NETWORK}0/24)"
         );
         Ok(Self { settings, client: Client::try_from(config)? })
     }
@@ -58,7 +58,7 @@ impl Cluster {
         tool.env("KUBECONFIG", &self.settings.kubeconfig)
     }
 
-    /// What `kubectl describe` tells a person about an object.
+    /// The output of `kubectl describe` for an object.
     ///
     /// # Errors
     /// When there is no such object.
@@ -66,8 +66,8 @@ impl Cluster {
         self.kubectl(&["--namespace", namespace, "describe", kind, name]).stdout().await
     }
 
-    /// Names and internal addresses of the nodes that run containers, sorted by name. Nodes that are only objects
-    /// have no address.
+    /// Names and internal addresses of the nodes that run containers, sorted by name. Nodes that are only
+    /// objects have no address.
     ///
     /// # Errors
     /// When there is no such node, or one has an address outside the test cluster's network.
@@ -113,7 +113,7 @@ mod tests {
     use super::is_test_address;
 
     #[test]
-    fn only_the_test_network_and_loopback_are_ours() {
+    fn only_the_test_network_and_loopback_are_allowed() {
         assert!(is_test_address("198.18.0.11") && is_test_address("127.0.0.1") && is_test_address("::1"));
         assert!(!is_test_address("10.0.0.1") && !is_test_address("198.18.0.1.example.org"));
     }

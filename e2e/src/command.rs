@@ -1,4 +1,4 @@
-//! Runs a program to its end within a time limit, and tells all that it said when it fails.
+//! Runs a program to its end within a time limit. The error of a failed program holds all of its output.
 
 use std::{ffi::OsStr, path::Path, process::Stdio, time::Duration};
 
@@ -14,9 +14,9 @@ pub struct Invocation {
     limit: Duration,
 }
 
-/// What a program said and how it ended.
+/// The output of a program and how it ended.
 #[derive(Debug)]
-pub struct Said {
+pub struct Output {
     /// True where the exit status was zero.
     pub success: bool,
     /// Standard output.
@@ -36,7 +36,7 @@ impl Invocation {
             shown.push_str(&argument.as_ref().to_string_lossy());
             command.arg(argument);
         }
-        // A story that is given up must not leave its programs behind.
+        // A scenario that is cancelled must not leave its programs behind.
         command.kill_on_drop(true);
         Self { command, shown, input: None, limit: Duration::from_secs(60) }
     }
@@ -66,7 +66,7 @@ impl Invocation {
     ///
     /// # Errors
     /// When it could not be started, or did not end within the limit.
-    pub async fn output(mut self) -> Result<Said> {
+    pub async fn output(mut self) -> Result<Output> {
         self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
         self.command.stdin(if self.input.is_some() { Stdio::piped() } else { Stdio::null() });
         let mut child = self.command.spawn().with_context(|| format!("could not start `{}`", self.shown))?;
@@ -76,7 +76,7 @@ impl Invocation {
         let output = tokio::time::timeout(self.limit, child.wait_with_output())
             .await
             .with_context(|| format!("`{}` did not end within {:?}", self.shown, self.limit))??;
-        Ok(Said {
+        Ok(Output {
             success: output.status.success(),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -86,14 +86,14 @@ impl Invocation {
     /// Runs the program and returns its standard output.
     ///
     /// # Errors
-    /// As [`Self::output`], and with everything that the program said when its exit status is not zero.
+    /// As [`Self::output`], and with all of the program's output when its exit status is not zero.
     pub async fn stdout(self) -> Result<String> {
         let shown = self.shown.clone();
-        let said = self.output().await?;
-        if !said.success {
-            bail!("`{shown}` failed:\n{}{}", said.stdout, said.stderr);
+        let output = self.output().await?;
+        if !output.success {
+            bail!("`{shown}` failed:\n{}{}", output.stdout, output.stderr);
         }
-        Ok(said.stdout)
+        Ok(output.stdout)
     }
 }
 
@@ -103,12 +103,12 @@ mod tests {
 
     #[tokio::test]
     async fn input_goes_in_and_output_comes_back() {
-        let said = Invocation::new(Path::new("cat"), ["-"]).input("hello").stdout().await.unwrap();
-        assert_eq!(said, "hello");
+        let output = Invocation::new(Path::new("cat"), ["-"]).input("hello").stdout().await.unwrap();
+        assert_eq!(output, "hello");
     }
 
     #[tokio::test]
-    async fn a_failure_tells_the_command_and_what_it_said() {
+    async fn an_error_holds_the_command_and_its_output() {
         let script = ["-c", "echo out; echo err >&2; exit 3"];
         let error = Invocation::new(Path::new("sh"), script).stdout().await.unwrap_err().to_string();
         assert!(error.contains("exit 3") && error.contains("out") && error.contains("err"), "{error}");

@@ -1,5 +1,5 @@
-//! A pod's gRPC port on loopback, through `kubectl port-forward`: pods have no address that is reachable from outside
-//! the cluster, and what a pod says of itself is asked of the pod itself.
+//! A pod's gRPC port on loopback, through `kubectl port-forward`: pods have no address that is reachable from
+//! outside the cluster.
 
 use std::{process::Stdio, time::Duration};
 
@@ -20,8 +20,8 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Forwards to the gRPC port of `pod`. kubectl says that it forwards before it has reached the pod: the first
-    /// call may fail, and is worth a second try.
+    /// Forwards to the gRPC port of `pod`. kubectl says that it forwards before it has reached the pod: the
+    /// first call may fail, and is worth a second try.
     ///
     /// # Errors
     /// When `kubectl port-forward` does not say within ten seconds that it forwards.
@@ -37,7 +37,7 @@ impl Forward {
         let first =
             first.with_context(|| format!("kubectl does not forward to pod {pod}"))??.unwrap_or_default();
         let port = forwarded_port(&first)
-            .with_context(|| format!("kubectl port-forward to {pod} said '{first}'"))?;
+            .with_context(|| format!("kubectl port-forward to {pod} printed '{first}'"))?;
         let channel = Endpoint::from_shared(format!("http://127.0.0.1:{port}"))?.connect().await?;
         Ok(Self { channel, _kubectl: kubectl })
     }
@@ -52,7 +52,7 @@ mod tests {
     use super::forwarded_port;
 
     #[test]
-    fn the_port_is_read_from_what_kubectl_says() {
+    fn the_port_is_read_from_the_output_of_kubectl() {
         assert_eq!(forwarded_port("Forwarding from 127.0.0.1:41234 -> 9090"), Some(41234));
         assert_eq!(forwarded_port("error: no such pod"), None);
     }

@@ -1,4 +1,4 @@
-//! The callers' side: asks through the gateway by HTTP, SSE and gRPC, at the nodes' own addresses.
+//! The client's side: requests through the gateway by HTTP, SSE and gRPC, at the nodes' own addresses.
 
 use std::{
     sync::{
@@ -11,39 +11,39 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper::{Method, Request, Response, body::Incoming};
+use hyper::{Method, Response, body::Incoming};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
 use serde::Deserialize;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use trustformers_proto::v1::{
     EmbedRequest, FinishReason, GenerateRequest, GenerateStreamResponse,
     inference_service_client::InferenceServiceClient,
 };
 
 use crate::{
-    ask::{Answer, Ask, Failure},
     cluster::is_test_address,
+    request::{Answer, Failure, Request},
     sse::{Event, Parser, Piece},
 };
 
-/// No request of a story takes longer, whatever it meets.
+/// The limit on every request of a scenario.
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 
-/// Where one node lets callers in.
+/// The gateway's ports on one node.
 #[derive(Debug, Clone)]
-struct Door {
+struct Endpoint {
     http: String,
     grpc: Channel,
 }
 
-/// The gateway as a caller outside the cluster sees it. Clones share their connections.
+/// A client of the gateway outside the cluster. Clones share their connections.
 #[derive(Clone)]
 pub struct Gateway {
-    doors: Arc<Vec<Door>>,
-    turn: Arc<AtomicUsize>,
+    endpoints: Arc<Vec<Endpoint>>,
+    next: Arc<AtomicUsize>,
     client: Client<HttpConnector, Full<Bytes>>,
 }
 
@@ -55,35 +55,35 @@ struct GenerateAnswer {
 }
 
 impl Gateway {
-    /// A gateway that listens on these ports at each of these addresses, which requests take in turn.
+    /// A gateway that listens on these ports at each of these addresses, which requests use in turn.
     ///
     /// # Errors
-    /// When an address is outside the test cluster's network: stories send nothing there.
+    /// When an address is outside the test cluster's network: scenarios send nothing there.
     pub fn new(addresses: &[String], http_port: u16, grpc_port: u16) -> Result<Self> {
-        let mut doors = Vec::new();
+        let mut endpoints = Vec::new();
         for address in addresses {
             ensure!(is_test_address(address), "{address} is outside the test cluster's network");
-            let grpc = Endpoint::from_shared(format!("http://{address}:{grpc_port}"))?
+            let grpc = tonic::transport::Endpoint::from_shared(format!("http://{address}:{grpc_port}"))?
                 .connect_timeout(Duration::from_secs(3))
                 .timeout(REQUEST_LIMIT)
                 .connect_lazy();
-            doors.push(Door { http: format!("http://{address}:{http_port}"), grpc });
+            endpoints.push(Endpoint { http: format!("http://{address}:{http_port}"), grpc });
         }
-        ensure!(!doors.is_empty(), "no address to reach the gateway at");
+        ensure!(!endpoints.is_empty(), "no address to reach the gateway at");
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(Duration::from_secs(3)));
         let client = Client::builder(TokioExecutor::new()).build(connector);
-        Ok(Self { doors: Arc::new(doors), turn: Arc::new(AtomicUsize::new(0)), client })
+        Ok(Self { endpoints: Arc::new(endpoints), next: Arc::new(AtomicUsize::new(0)), client })
     }
 
-    /// The address of the first node's HTTP door, for `curl` and for messages.
+    /// The address of the first node's HTTP endpoint, for `curl` and for messages.
     #[must_use]
     pub fn url(&self) -> &str {
-        &self.doors[0].http
+        &self.endpoints[0].http
     }
 
-    fn door(&self) -> &Door {
-        &self.doors[self.turn.fetch_add(1, Ordering::Relaxed) % self.doors.len()]
+    fn endpoint(&self) -> &Endpoint {
+        &self.endpoints[self.next.fetch_add(1, Ordering::Relaxed) % self.endpoints.len()]
     }
 
     /// `GET path`: the status and the body's text.
@@ -91,9 +91,9 @@ impl Gateway {
     /// # Errors
     /// When no answer came.
     pub async fn get(&self, path: &str) -> Result<(u16, String)> {
-        let request = Request::get(format!("{}{path}", self.door().http)).body(Full::default())?;
+        let request = hyper::Request::get(format!("{}{path}", self.endpoint().http)).body(Full::default())?;
         let answer = async {
-            let response = self.client.request(request).await?;
+            let response = self.client.generate_request(request).await?;
             let status = response.status().as_u16();
             let body = response.into_body().collect().await?.to_bytes();
             anyhow::Ok((status, String::from_utf8_lossy(&body).into_owned()))
@@ -103,22 +103,25 @@ impl Gateway {
             .with_context(|| format!("no answer to GET {path}"))?
     }
 
-    async fn post(&self, path: &str, ask: &Ask) -> Result<Response<Incoming>, Failure> {
+    async fn post(&self, path: &str, request: &Request) -> Result<Response<Incoming>, Failure> {
         let body = serde_json::json!({
-            "model": ask.model, "prompt": ask.prompt, "max_tokens": ask.max_tokens, "temperature": 0,
+            "model": request.model, "prompt": request.prompt, "max_tokens": request.max_tokens, "temperature": 0,
         });
         self.post_json(path, &body).await
     }
 
     async fn post_json(&self, path: &str, body: &serde_json::Value) -> Result<Response<Incoming>, Failure> {
-        let request = Request::builder()
+        let request = hyper::Request::builder()
             .method(Method::POST)
-            .uri(format!("{}{path}", self.door().http))
+            .uri(format!("{}{path}", self.endpoint().http))
             .header("content-type", "application/json")
             .body(Full::from(body.to_string()))
             .map_err(|error| Failure::connection(&error))?;
-        let response =
-            self.client.request(request).await.map_err(|error| Failure::connection(&error_chain(&error)))?;
+        let response = self
+            .client
+            .generate_request(request)
+            .await
+            .map_err(|error| Failure::connection(&error_chain(&error)))?;
         if response.status().is_success() {
             return Ok(response);
         }
@@ -159,21 +162,21 @@ impl Gateway {
     /// # Errors
     /// When there is no whole answer.
     pub async fn grpc_embeddings(&self, model: &str, texts: &[&str]) -> Result<Vec<Vec<f32>>, Failure> {
-        let mut client = InferenceServiceClient::new(self.door().grpc.clone());
+        let mut client = InferenceServiceClient::new(self.endpoint().grpc.clone());
         let input = texts.iter().map(ToString::to_string).collect();
         let request = EmbedRequest { input, model: model.to_owned(), ..EmbedRequest::default() };
         let answer = limited(async { client.embed(request).await.map_err(|it| refused(&it)) }).await?;
         Ok(answer.into_inner().data.into_iter().map(|one| one.values).collect())
     }
 
-    /// Asks by `POST /v1/generate`.
+    /// Sends `POST /v1/generate`.
     ///
     /// # Errors
     /// When there is no whole answer.
-    pub async fn http(&self, ask: &Ask) -> Result<Answer, Failure> {
+    pub async fn http(&self, request: &Request) -> Result<Answer, Failure> {
         let started = Instant::now();
         let answer = async {
-            let response = self.post("/v1/generate", ask).await?;
+            let response = self.post("/v1/generate", request).await?;
             let body =
                 response.into_body().collect().await.map_err(|error| Failure::connection(&error))?.to_bytes();
             serde_json::from_slice::<GenerateAnswer>(&body).map_err(|error| Failure::connection(&error))
@@ -187,14 +190,14 @@ impl Gateway {
         })
     }
 
-    /// Asks by `POST /v1/generate/stream`; `on_token` hears of each token as it comes.
+    /// Sends `POST /v1/generate/stream`; `on_token` is called for each token as it arrives.
     ///
     /// # Errors
     /// When there is no whole answer.
-    pub async fn sse(&self, ask: &Ask, on_token: impl FnMut(usize)) -> Result<Answer, Failure> {
+    pub async fn sse(&self, request: &Request, on_token: impl FnMut(usize)) -> Result<Answer, Failure> {
         let mut gathered = Gathered::new(on_token);
         limited(async {
-            let mut body = self.post("/v1/generate/stream", ask).await?.into_body();
+            let mut body = self.post("/v1/generate/stream", request).await?.into_body();
             let mut parser = Parser::default();
             while let Some(frame) = body.frame().await {
                 let frame = frame.map_err(|error| gathered.broken(&error_chain(&error)))?;
@@ -204,7 +207,7 @@ impl Gateway {
                             gathered.take(&text, token, finish_reason);
                         }
                         Event::Done => return gathered.whole(),
-                        Event::Odd(text) => return Err(gathered.broken(&text)),
+                        Event::Malformed(text) => return Err(gathered.broken(&text)),
                     }
                 }
             }
@@ -217,11 +220,12 @@ impl Gateway {
     ///
     /// # Errors
     /// When there is no whole answer.
-    pub async fn grpc(&self, ask: &Ask) -> Result<Answer, Failure> {
+    pub async fn grpc(&self, request: &Request) -> Result<Answer, Failure> {
         let started = Instant::now();
-        let mut client = InferenceServiceClient::new(self.door().grpc.clone());
+        let mut client = InferenceServiceClient::new(self.endpoint().grpc.clone());
         let answer =
-            limited(async { client.generate(request(ask)).await.map_err(|it| refused(&it)) }).await?;
+            limited(async { client.generate(generate_request(request)).await.map_err(|it| refused(&it)) })
+                .await?;
         let answer = answer.into_inner();
         Ok(Answer {
             finish_reason: reason(answer.finish_reason).unwrap_or_default(),
@@ -231,16 +235,23 @@ impl Gateway {
         })
     }
 
-    /// Asks by the gRPC stream `GenerateStream`; `on_token` hears of each token as it comes.
+    /// Calls the gRPC stream `GenerateStream`; `on_token` is called for each token as it arrives.
     ///
     /// # Errors
     /// When there is no whole answer.
-    pub async fn grpc_stream(&self, ask: &Ask, on_token: impl FnMut(usize)) -> Result<Answer, Failure> {
+    pub async fn grpc_stream(
+        &self,
+        request: &Request,
+        on_token: impl FnMut(usize),
+    ) -> Result<Answer, Failure> {
         let mut gathered = Gathered::new(on_token);
         limited(async {
-            let mut client = InferenceServiceClient::new(self.door().grpc.clone());
-            let mut stream =
-                client.generate_stream(request(ask)).await.map_err(|it| refused(&it))?.into_inner();
+            let mut client = InferenceServiceClient::new(self.endpoint().grpc.clone());
+            let mut stream = client
+                .generate_stream(generate_request(request))
+                .await
+                .map_err(|it| refused(&it))?
+                .into_inner();
             loop {
                 match stream.message().await {
                     Ok(Some(GenerateStreamResponse { text, token, finish_reason, .. })) => {
@@ -256,7 +267,7 @@ impl Gateway {
     }
 }
 
-/// What a stream has brought so far.
+/// The part of a stream that has arrived.
 struct Gathered<F> {
     answer: Answer,
     started: Instant,
@@ -303,11 +314,11 @@ async fn limited<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T,
     ended.unwrap_or_else(|_| Err(Failure::connection(&format!("no end within {REQUEST_LIMIT:?}"))))
 }
 
-fn request(ask: &Ask) -> GenerateRequest {
+fn generate_request(request: &Request) -> GenerateRequest {
     GenerateRequest {
-        model: ask.model.clone(),
-        prompt: ask.prompt.clone(),
-        max_tokens: ask.max_tokens,
+        model: request.model.clone(),
+        prompt: request.prompt.clone(),
+        max_tokens: request.max_tokens,
         ..GenerateRequest::default()
     }
 }

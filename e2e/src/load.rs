@@ -1,4 +1,4 @@
-//! Load that is bounded in number and time, with a record of what became of every single request.
+//! Load that is bounded in number and time, with the outcome of every request.
 
 use std::time::Duration;
 
@@ -9,63 +9,67 @@ use tokio::{
 };
 
 use crate::{
-    ask::{Answer, Ask, Failure},
     gateway::Gateway,
+    request::{Answer, Failure, Request},
 };
 
-/// More streams at once than this would measure the two cores and not the system.
+/// The most streams at a time: more would measure the two cores and not the system.
 const MOST_STREAMS: usize = 16;
 
 /// The most requests of a steady load in all: two minutes at five a second.
 const MOST_REQUESTS: usize = 600;
 
-/// How one request went.
+/// The result of one request.
 pub type Outcome = Result<Answer, Failure>;
 
 /// Streams that run at the same time.
 pub struct Streams {
     tasks: JoinSet<(usize, Outcome)>,
-    begun: watch::Receiver<usize>,
+    started: watch::Receiver<usize>,
     number: usize,
 }
 
 impl Streams {
-    /// Opens one SSE stream for each ask.
+    /// Opens one SSE stream for each request.
     ///
     /// # Errors
     /// When there are more than this machine should carry.
-    pub fn open(gateway: &Gateway, asks: Vec<Ask>) -> Result<Self> {
-        ensure!(asks.len() <= MOST_STREAMS, "{} streams at once are more than {MOST_STREAMS}", asks.len());
-        let (sender, begun) = watch::channel(0);
+    pub fn open(gateway: &Gateway, requests: Vec<Request>) -> Result<Self> {
+        ensure!(
+            requests.len() <= MOST_STREAMS,
+            "{} streams at once are more than {MOST_STREAMS}",
+            requests.len()
+        );
+        let (sender, started) = watch::channel(0);
         let mut tasks = JoinSet::new();
-        let number = asks.len();
-        for (index, ask) in asks.into_iter().enumerate() {
+        let number = requests.len();
+        for (index, request) in requests.into_iter().enumerate() {
             let (gateway, sender) = (gateway.clone(), sender.clone());
             tasks.spawn(async move {
                 let on_token = |count| {
                     if count == 1 {
-                        sender.send_modify(|begun| *begun += 1);
+                        sender.send_modify(|started| *started += 1);
                     }
                 };
-                (index, gateway.sse(&ask, on_token).await)
+                (index, gateway.sse(&request, on_token).await)
             });
         }
-        Ok(Self { tasks, begun, number })
+        Ok(Self { tasks, started, number })
     }
 
     /// Waits until every stream has brought its first token.
     ///
     /// # Errors
     /// When one has not within `limit`.
-    pub async fn all_begun(&mut self, limit: Duration) -> Result<()> {
+    pub async fn all_started(&mut self, limit: Duration) -> Result<()> {
         let number = self.number;
-        let begun = self.begun.wait_for(|begun| *begun == number);
-        let begun = tokio::time::timeout(limit, begun).await.map(|it| it.map(|_| ()));
-        begun.with_context(|| format!("not every one of {number} streams began within {limit:?}"))??;
+        let started = self.started.wait_for(|started| *started == number);
+        let started = tokio::time::timeout(limit, started).await.map(|it| it.map(|_| ()));
+        started.with_context(|| format!("not every one of {number} streams began within {limit:?}"))??;
         Ok(())
     }
 
-    /// Waits for the end of every stream; outcomes are in the order of the asks.
+    /// Waits for the end of every stream; outcomes are in the order of the requests.
     ///
     /// # Errors
     /// When a task was ended from outside.
@@ -86,24 +90,24 @@ pub struct Steady {
 }
 
 impl Steady {
-    /// Starts to ask `per_second` times a second, by HTTP and gRPC in turn.
+    /// Starts to send `per_second` requests a second, by HTTP and gRPC in turn.
     ///
     /// # Errors
     /// When the rate is above what the shared machine should carry.
-    pub fn start(gateway: &Gateway, ask: Ask, per_second: u32) -> Result<Self> {
+    pub fn start(gateway: &Gateway, request: Request, per_second: u32) -> Result<Self> {
         ensure!((1..=5).contains(&per_second), "{per_second} requests a second are not between 1 and 5");
         let (stop, stopped) = oneshot::channel();
         let gateway = gateway.clone();
-        let task = tokio::spawn(run(gateway, ask, Duration::from_secs(1) / per_second, stopped));
+        let task = tokio::spawn(run(gateway, request, Duration::from_secs(1) / per_second, stopped));
         Ok(Self { stop, task })
     }
 
-    /// Asks no more, waits for what is under way and returns every outcome.
+    /// Sends no more requests, waits for those in flight and returns every outcome.
     ///
     /// # Errors
     /// When the task was ended from outside.
     pub async fn stop(self) -> Result<Vec<Outcome>> {
-        // The task may have reached its last request: then nobody listens, and that is fine.
+        // The task may have sent its last request already: then the channel is closed, and that is no error.
         let _ = self.stop.send(());
         Ok(self.task.await?)
     }
@@ -111,20 +115,20 @@ impl Steady {
 
 async fn run(
     gateway: Gateway,
-    ask: Ask,
+    request: Request,
     period: Duration,
     mut stopped: oneshot::Receiver<()>,
 ) -> Vec<Outcome> {
     let mut ticks = tokio::time::interval(period);
     let mut requests = JoinSet::new();
-    for turn in 0..MOST_REQUESTS {
+    for index in 0..MOST_REQUESTS {
         tokio::select! {
             _ = &mut stopped => break,
             _ = ticks.tick() => {}
         }
-        let (gateway, ask) = (gateway.clone(), ask.clone());
+        let (gateway, request) = (gateway.clone(), request.clone());
         requests.spawn(async move {
-            if turn % 2 == 0 { gateway.http(&ask).await } else { gateway.grpc(&ask).await }
+            if index % 2 == 0 { gateway.http(&request).await } else { gateway.grpc(&request).await }
         });
     }
     let mut outcomes = Vec::new();

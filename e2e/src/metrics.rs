@@ -1,4 +1,4 @@
-//! Reads the Prometheus text format, as far as the stories look at it: names, labels, values.
+//! Reads the Prometheus text format, as far as the scenarios look at it: names, labels, values.
 
 /// One sample of a scrape.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,5 +1,5 @@
-//! InferenceModels as any client of the API sees them: the stories read what is on the wire and not the operator's
-//! own types, so that a field that is renamed by accident fails here.
+//! InferenceModels as any client of the API receives them: the scenarios read the JSON and not the operator's
+//! types, so that a field that is renamed by accident fails here.
 
 use anyhow::{Context, Result};
 use kube::{
@@ -33,7 +33,7 @@ pub struct Condition {
     pub status: String,
     /// Machine-readable cause.
     pub reason: String,
-    /// The sentence for a person.
+    /// The message for people.
     pub message: String,
 }
 
@@ -45,7 +45,7 @@ impl Models {
         Self { api, namespace: namespace.to_owned() }
     }
 
-    /// The name by which callers ask for `name` whatever other namespaces hold.
+    /// The full name of model `name`: it is unambiguous, whatever models other namespaces have.
     #[must_use]
     pub fn full_name(&self, name: &str) -> String {
         format!("{}/{name}", self.namespace)
@@ -61,17 +61,17 @@ impl Models {
             "apiVersion": resource.api_version, "kind": resource.kind,
             "metadata": {"name": name}, "spec": spec,
         });
-        let manager = PatchParams::apply("stories");
+        let manager = PatchParams::apply("scenarios");
         self.api
             .patch(name, &manager, &Patch::Apply(object))
             .await
             .with_context(|| format!("could not apply {name}"))
     }
 
-    /// Applies the model of a file, as a person would.
+    /// Applies the model of a file, as a user would.
     ///
     /// # Errors
-    /// When kubectl does not take it.
+    /// When kubectl refuses it.
     pub async fn apply_file(&self, cluster: &Cluster, file: &str) -> Result<()> {
         let path = cluster.settings.repository.join(file);
         let path = path.to_str().context("the checkout's path is not UTF-8")?;
@@ -187,7 +187,7 @@ mod tests {
         assert!(is_ready(&model(3, 2, "True")));
         assert!(!is_ready(&model(4, 2, "True")), "the status is about an older spec");
         assert!(!is_ready(&model(3, 1, "True")), "a replica is missing");
-        assert!(!is_ready(&model(3, 2, "False")), "the condition says no");
+        assert!(!is_ready(&model(3, 2, "False")), "the condition is False");
         assert_eq!(status_text(&model(3, 2, "True"), "/stable/revision"), "r");
     }
 }

@@ -1,7 +1,7 @@
-//! Finds the one process behind a container and ends it hard, as a crash or the kernel would.
+//! Finds the first process of a container and kills it, as a crash or the kernel would.
 //!
-//! The nodes share this machine's process table, so the process is looked up by the container's id in its cgroup
-//! path, and by its own process namespace: pid 1 there is the container's program.
+//! The nodes share this machine's process table, so the process is looked up by the container's id in its
+//! cgroup path, and by its own process namespace: pid 1 there is the container's program.
 
 use std::{fs, path::Path};
 
@@ -21,7 +21,10 @@ pub fn container_pid(pod: &Pod, container: &str) -> Result<u32> {
     let id = status.and_then(|it| it.container_id.as_deref()).and_then(|it| it.strip_prefix("containerd://"));
     let id = id.with_context(|| format!("container {container} of pod {name} has not started"))?;
     // A short id could be part of another path: containerd's have 64 hex digits.
-    ensure!(id.len() == 64, "container {container} of pod {name} has the odd id {id}");
+    ensure!(
+        id.len() == 64,
+        "container {container} of pod {name} has the id {id}, which is not 64 hex digits"
+    );
     first_process(Path::new("/proc"), id)
 }
 
@@ -30,7 +33,7 @@ fn first_process(proc: &Path, id: &str) -> Result<u32> {
     for entry in fs::read_dir(proc)? {
         let folder = entry?;
         let Some(pid) = folder.file_name().to_str().and_then(|it| it.parse::<u32>().ok()) else { continue };
-        // Processes end while we look: a file that is gone belongs to none that we want.
+        // A process may end during the search: a file that is gone belongs to none that is wanted.
         let cgroup = fs::read_to_string(folder.path().join("cgroup")).unwrap_or_default();
         let status = fs::read_to_string(folder.path().join("status")).unwrap_or_default();
         let inner = status.lines().find_map(|it| it.strip_prefix("NSpid:"));

@@ -1,11 +1,11 @@
-//! The stored outputs of an independent implementation, against which real answers are held.
+//! The stored outputs of an independent implementation, with which answers are compared.
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::settings::Settings;
 
-/// One prompt and what the reference answers greedily.
+/// One prompt and the greedy answer of the reference.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Case {
     /// The prompt.
@@ -21,12 +21,12 @@ struct Cases {
     cases: Vec<Case>,
 }
 
-/// One text and what the reference makes of it.
+/// One text and its vector in the reference.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Embedded {
     /// The text; may be empty.
     pub text: String,
-    /// Its vector, in some unit of length.
+    /// Its vector, not normalised.
     pub embedding: Vec<f64>,
 }
 
@@ -44,7 +44,7 @@ pub fn embedded(settings: &Settings) -> Result<Vec<Embedded>> {
     let text =
         std::fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
     let all: AllEmbedded =
-        serde_json::from_str(&text).with_context(|| format!("{} is odd", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} has an unexpected shape", path.display()))?;
     Ok(all.items)
 }
 
@@ -55,7 +55,8 @@ pub fn cosine(one: &[f64], other: &[f64]) -> f64 {
     dot(one, other) / (dot(one, one) * dot(other, other)).sqrt()
 }
 
-/// The case of at least `tokens` tokens that is hardest to get wrong by rounding: its smallest margin is the largest.
+/// The case of at least `tokens` tokens that is hardest to get wrong by rounding: its smallest margin is the
+/// largest.
 ///
 /// # Errors
 /// When the file is missing, is not of this shape, or has no such case.
@@ -64,7 +65,7 @@ pub fn clearest(settings: &Settings, tokens: usize) -> Result<Case> {
     let text =
         std::fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
     let Cases { cases } =
-        serde_json::from_str(&text).with_context(|| format!("{} is odd", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} has an unexpected shape", path.display()))?;
     let long = cases.into_iter().filter(|case| case.greedy.len() >= tokens && case.margins.len() >= tokens);
     let smallest = |case: &Case| case.margins[..tokens].iter().copied().fold(f64::INFINITY, f64::min);
     let clearest = long.max_by(|a, b| smallest(a).total_cmp(&smallest(b)));

@@ -1,5 +1,5 @@
-//! A registry inside each node, so that kubelet really pulls: the network that carries an image is the one thing
-//! that the preloaded images of the test cluster leave out.
+//! A registry inside each node, so that kubelet really pulls: the network that carries an image is the one
+//! thing that the preloaded images of the test cluster leave out.
 //!
 //! It listens on loopback *inside* every node's network namespace, because containerd speaks plain HTTP to
 //! `localhost` without any configuration. Each published image has a layer with bytes of its own: a node that
@@ -134,8 +134,8 @@ async fn pack(file: &Path) -> Result<Bytes> {
     Ok(std::fs::read(&archive)?.into())
 }
 
-/// Binds a socket on loopback of another network namespace. A socket stays in the namespace it was made in; the thread
-/// that goes there ends, so that none of the runtime's own threads is ever anywhere else.
+/// Binds a socket on loopback of another network namespace. A socket stays in the namespace it was made in;
+/// the thread that goes there ends, so that none of the runtime's own threads is ever anywhere else.
 async fn listen_inside(namespace: PathBuf, port: u16) -> Result<TcpListener> {
     let shown = namespace.display().to_string();
     let thread = std::thread::spawn(move || -> io::Result<TcpListener> {

@@ -1,4 +1,4 @@
-//! The Helm release under test, and where its gateway lets callers in.
+//! The Helm release under test, and the addresses of its gateway.
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::{
@@ -22,14 +22,14 @@ pub const OPERATOR: &str = "trustformers-operator";
 /// Name of the gateway's Deployment and Service.
 pub const GATEWAY: &str = "trustformers-gateway";
 
-/// Installs or upgrades the release with the images under test, and returns what Helm said.
+/// Installs or upgrades the release with the images under test, and returns Helm's output.
 ///
 /// # Errors
 /// When Helm fails, or what it installed does not become ready.
 pub async fn install(cluster: &Cluster) -> Result<String> {
     let chart = cluster.settings.chart();
     let tag = format!("image.tag={}", cluster.settings.image_tag);
-    let said = cluster
+    let output = cluster
         .helm(&[
             "upgrade",
             "--install",
@@ -51,7 +51,7 @@ pub async fn install(cluster: &Cluster) -> Result<String> {
     for name in [OPERATOR, GATEWAY] {
         ready(cluster, name).await?;
     }
-    Ok(said)
+    Ok(output)
 }
 
 /// Removes the release and waits until its pods have ended.
@@ -68,7 +68,7 @@ pub async fn uninstall(cluster: &Cluster) -> Result<()> {
     ended.watched(pods(cluster), watcher::Config::default(), none).await
 }
 
-/// Installs the release unless this run of the stories has done so already.
+/// Installs the release unless this run of the scenarios has done so already.
 ///
 /// # Errors
 /// As [`install`].

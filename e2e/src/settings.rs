@@ -1,11 +1,11 @@
-//! Where the stories find the cluster, the tools and the images: three environment variables, all required,
-//! so that a run can never reach a cluster that somebody merely happens to have configured.
+//! Where the scenarios find the cluster, the tools and the images: three environment variables, all required,
+//! so that a run never reaches a cluster that happens to be configured on this machine.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-/// What a run of the stories works with.
+/// The settings of a run of the scenarios.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// Credentials of the test cluster's administrator.
@@ -24,7 +24,7 @@ impl Settings {
     /// Reads `TRUSTFORMERS_E2E_KUBECONFIG`, `TRUSTFORMERS_E2E_BIN` and `TRUSTFORMERS_E2E_IMAGE_TAG`.
     ///
     /// # Errors
-    /// Names the variable that is missing, or the file that a variable names in vain.
+    /// Names the variable that is missing, or the file that a variable names and that does not exist.
     pub fn from_env() -> Result<Self> {
         Self::read(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }

@@ -10,7 +10,7 @@ pub enum Event {
     /// The end marker.
     Done,
     /// Something that is no event of this stream.
-    Odd(String),
+    Malformed(String),
 }
 
 /// The JSON of one event.
@@ -42,7 +42,8 @@ impl Parser {
             let line: Vec<u8> = self.buffer.drain(..=end).collect();
             let line = String::from_utf8_lossy(&line);
             let line = line.trim_end();
-            // Empty lines separate events; a line that begins with a colon is a comment that keeps the line open.
+            // Empty lines separate events; a line that begins with a colon is a comment that keeps the line
+            // open.
             if line.is_empty() || line.starts_with(':') {
                 continue;
             }
@@ -53,13 +54,15 @@ impl Parser {
 }
 
 fn event(line: &str) -> Event {
-    let Some(data) = line.strip_prefix("data:").map(str::trim) else { return Event::Odd(line.to_owned()) };
+    let Some(data) = line.strip_prefix("data:").map(str::trim) else {
+        return Event::Malformed(line.to_owned());
+    };
     if data == "[DONE]" {
         return Event::Done;
     }
     match serde_json::from_str::<Piece>(data) {
         Ok(piece) if piece.token.is_some() || piece.finish_reason.is_some() => Event::Piece(piece),
-        _ => Event::Odd(data.to_owned()),
+        _ => Event::Malformed(data.to_owned()),
     }
 }
 
@@ -85,6 +88,6 @@ mod tests {
     #[test]
     fn an_error_inside_the_stream_is_no_piece() {
         let events = Parser::default().take(b"data: {\"error\":{\"message\":\"gone\"}}\n\n");
-        assert!(matches!(&events[..], [Event::Odd(text)] if text.contains("gone")), "{events:?}");
+        assert!(matches!(&events[..], [Event::Malformed(text)] if text.contains("gone")), "{events:?}");
     }
 }

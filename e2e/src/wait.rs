@@ -1,5 +1,5 @@
-//! Waiting for the cluster: by watch, never by looking again and again, and always with a limit. When the limit
-//! passes, the error says what was awaited and what was seen last, which is most of what a failing story needs.
+//! Waiting for the cluster: by watch, not by polling, and always with a limit. When the limit passes, the
+//! error says what was awaited and what the watch observed last.
 
 use std::{collections::BTreeMap, fmt::Debug, future::Future, time::Duration};
 
@@ -31,7 +31,7 @@ impl<'a> Until<'a> {
     /// Watches one object, present or not, until `look` finds something in it.
     ///
     /// # Errors
-    /// When the limit passes: says what was seen last.
+    /// When the limit passes: says what was observed last.
     pub async fn object<K, T>(
         self,
         api: Api<K>,
@@ -48,7 +48,7 @@ impl<'a> Until<'a> {
     /// Watches every object that `config` selects until `look` finds something in the whole set.
     ///
     /// # Errors
-    /// When the limit passes: says what was seen last.
+    /// When the limit passes: says what was observed last.
     pub async fn watched<K, T>(
         self,
         api: Api<K>,
@@ -58,17 +58,17 @@ impl<'a> Until<'a> {
     where
         K: Resource + Clone + Debug + Send + DeserializeOwned + Serialize + 'static,
     {
-        let mut seen = Seen { objects: BTreeMap::new(), listed: false };
+        let mut observed = Observed { objects: BTreeMap::new(), listed: false };
         let mut last_error = None;
         let search = async {
             let mut events = std::pin::pin!(watcher(api, config).default_backoff());
             loop {
                 match events.try_next().await {
-                    Ok(Some(event)) => seen.take(event),
+                    Ok(Some(event)) => observed.take(event),
                     Ok(None) => return None,
                     Err(error) => last_error = Some(error),
                 }
-                if let Some(found) = seen.look(&look) {
+                if let Some(found) = observed.look(&look) {
                     return Some(found);
                 }
             }
@@ -77,21 +77,21 @@ impl<'a> Until<'a> {
             Ok(Some(found)) => Ok(found),
             Ok(None) => bail!("the watch ended while waiting until {}", self.what),
             Err(_) => bail!(
-                "not within {:?}: {}; last seen:\n{}{}",
+                "not within {:?}: {}; last observed:\n{}{}",
                 self.limit,
                 self.what,
-                seen.shown(),
+                observed.shown(),
                 last_error.map_or_else(String::new, |error| format!("last error of the watch: {error}"))
             ),
         }
     }
 
-    /// Asks `probe` again, ten times a second, until it finds something. Only for what has no watch, such as a
-    /// gateway's answer: an error of the probe is kept for the end.
+    /// Calls `probe` ten times a second until it finds something. Only for what has no watch, such as a
+    /// gateway's answer: the last error of the probe becomes part of the error at the limit.
     ///
     /// # Errors
     /// When the limit passes: with the probe's last error.
-    pub async fn asked<T, F>(self, mut probe: impl FnMut() -> F) -> Result<T>
+    pub async fn polled<T, F>(self, mut probe: impl FnMut() -> F) -> Result<T>
     where
         F: Future<Output = Result<Option<T>>>,
     {
@@ -116,13 +116,13 @@ impl<'a> Until<'a> {
     }
 }
 
-struct Seen<K> {
+struct Observed<K> {
     objects: BTreeMap<String, K>,
-    // Before the first full list "nothing is there" is not known.
+    // Before the first full list an empty set does not mean that there are no objects.
     listed: bool,
 }
 
-impl<K: Resource + Serialize> Seen<K> {
+impl<K: Resource + Serialize> Observed<K> {
     fn take(&mut self, event: watcher::Event<K>) {
         match event {
             watcher::Event::Init => {
@@ -162,7 +162,7 @@ fn key<K: Resource>(object: &K) -> String {
     format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any())
 }
 
-/// Every change of the selected objects with the moment at which it was seen here, for measuring.
+/// Every change of the selected objects, as the watch delivers it.
 pub fn changes<K>(api: Api<K>, config: watcher::Config) -> impl futures::Stream<Item = K>
 where
     K: Resource + Clone + Debug + Send + DeserializeOwned + 'static,
@@ -189,22 +189,22 @@ mod tests {
     }
 
     #[test]
-    fn absence_is_known_only_after_the_full_list() {
-        let mut seen = Seen::<ConfigMap> { objects: BTreeMap::new(), listed: false };
+    fn an_empty_set_is_reported_only_after_the_full_list() {
+        let mut observed = Observed::<ConfigMap> { objects: BTreeMap::new(), listed: false };
         let empty = |all: &[&ConfigMap]| all.is_empty().then_some(());
-        seen.take(watcher::Event::Init);
-        assert_eq!(seen.look(empty), None);
-        seen.take(watcher::Event::InitDone);
-        assert_eq!(seen.look(empty), Some(()));
-        seen.take(watcher::Event::Apply(named("a")));
-        assert_eq!(seen.look(empty), None);
-        seen.take(watcher::Event::Delete(named("a")));
-        assert_eq!(seen.look(empty), Some(()));
+        observed.take(watcher::Event::Init);
+        assert_eq!(observed.look(empty), None);
+        observed.take(watcher::Event::InitDone);
+        assert_eq!(observed.look(empty), Some(()));
+        observed.take(watcher::Event::Apply(named("a")));
+        assert_eq!(observed.look(empty), None);
+        observed.take(watcher::Event::Delete(named("a")));
+        assert_eq!(observed.look(empty), Some(()));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_last_error_of_a_probe_is_told() {
-        let error = Until::new("it answers", 1).asked(|| async { bail!("refused") as Result<Option<()>> });
+    async fn the_error_at_the_limit_names_the_last_error_of_the_probe() {
+        let error = Until::new("it answers", 1).polled(|| async { bail!("refused") as Result<Option<()>> });
         let error = error.await.unwrap_err().to_string();
         assert!(error.contains("it answers") && error.contains("refused"), "{error}");
     }

@@ -5,6 +5,7 @@ usage: ask.py ADDRESS MODEL PROMPT [MAX_TOKENS]
 
 The last line on stderr says how many tokens came and how soon the first one did.
 """
+
 import json
 import sys
 import time
@@ -14,8 +15,7 @@ import urllib.request
 
 def events(answer):
     """The data of each server-sent event, parsed; ends at [DONE]."""
-    for line in answer:
-        line = line.decode().strip()
+    for line in (line.decode().strip() for line in answer):
         if line == "data: [DONE]":
             return
         if line.startswith("data: "):
@@ -26,8 +26,15 @@ def main():
     if len(sys.argv) not in (4, 5):
         sys.exit(__doc__)
     address, model, prompt = sys.argv[1:4]
-    body = {"model": model, "prompt": prompt, "max_tokens": int(sys.argv[4]) if len(sys.argv) == 5 else 48, "temperature": 0}
-    request = urllib.request.Request(f"{address}/v1/generate/stream", json.dumps(body).encode(), {"content-type": "application/json"})
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": int(sys.argv[4]) if len(sys.argv) == 5 else 48,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/generate/stream", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
     began, first, count = time.monotonic(), None, 0
     # A proxy that the environment names knows nothing of the test network.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -49,7 +56,8 @@ def main():
     if not count:
         sys.exit("error: the answer held no token")
     print()
-    print(f"{count} tokens in {time.monotonic() - began:.2f} s, the first after {(first - began) * 1000:.0f} ms", file=sys.stderr)
+    took, first_ms = time.monotonic() - began, (first - began) * 1000
+    print(f"{count} tokens in {took:.2f} s, the first after {first_ms:.0f} ms", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# demo-elsewhere.sh: the demo on a cluster of the user's, the one that KUBECONFIG names. That cluster must be able to pull
-# our images, so it has to be said where they were pushed to.
+# demo-elsewhere.sh: the demo on a cluster of the user's, the one that KUBECONFIG names. That cluster must be
+# able to pull our images, so it has to be said where they were pushed to.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 source "$E2E_DIR/tasks/timing.sh"
@@ -22,13 +22,13 @@ echo "context: $context (KUBECONFIG=$KUBECONFIG)"
   "oci://REGISTRY/IMAGE:TAG (an image that holds a .gguf file; needs Kubernetes 1.35 or newer), or pvc://CLAIM/PATH in namespace $DEMO_NAMESPACE"
 kubectl get --raw /readyz >/dev/null || fail "the API server of $context is not ready or does not answer"
 
-part "helm install trustformers ./charts/trustformers" install_chart --set-string "image.tag=$IMAGE_TAG" --set-string "image.registry=$IMAGE_REGISTRY"
-part "kubectl apply of the model" apply_model "$MODEL_URI"
-part "until it is ready" await_model
+step "helm install trustformers ./charts/trustformers" install_chart --set-string "image.tag=$IMAGE_TAG" --set-string "image.registry=$IMAGE_REGISTRY"
+step "kubectl apply of the model" apply_model "$MODEL_URI"
+step "until it is ready" await_model
 start_forward
-kubectl -n $DEMO_NAMESPACE get imodel $DEMO_MODEL
-part "asking through the gateway" python3 "$E2E_DIR/tasks/ask.py" "$FORWARD_ADDRESS" $DEMO_MODEL "The capital of France is"
-print_parts
+kubectl -n "$DEMO_NAMESPACE" get imodel "$DEMO_MODEL"
+step "asking through the gateway" python3 "$E2E_DIR/tasks/ask.py" "$FORWARD_ADDRESS" "$DEMO_MODEL" "The capital of France is"
+print_steps
 curl_line "$FORWARD_ADDRESS"
 echo "
 End it:       make demo-down (with the same KUBECONFIG)"

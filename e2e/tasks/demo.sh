@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# demo.sh: from nothing to tokens. Builds a Kubernetes and our images, starts both on this machine, installs the chart,
-# applies a four-line InferenceModel and asks it something. Can be repeated; demo-down.sh takes it all away.
+# demo.sh: from nothing to tokens. Builds a Kubernetes and our images, starts both on this machine, installs
+# the chart, applies a four-line InferenceModel and asks it something. Can be repeated; demo-down.sh takes it
+# all away.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 if [ -n "${KUBECONFIG:-}" ] && [ "$KUBECONFIG" != "$OUR_KUBECONFIG" ]; then exec "$E2E_DIR/tasks/demo-elsewhere.sh"; fi
@@ -9,9 +10,10 @@ source "$E2E_DIR/tasks/timing.sh"
 source "$E2E_DIR/tasks/install.sh"
 
 binaries() {
-  local name
+  local names name
   # Neither fake nodes nor metrics are needed here.
-  for name in $(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vxE 'kwok|metrics-server'); do "$CLUSTER_SRC/binaries.sh" path "$name" >/dev/null; done
+  mapfile -t names < <(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vxE 'kwok|metrics-server|kubeconform|schemas')
+  for name in "${names[@]}"; do "$CLUSTER_SRC/binaries.sh" path "$name" >/dev/null; done
 }
 
 start_cluster() {
@@ -30,24 +32,24 @@ apply_and_await() {
   READY_MS=$(($(date +%s%N) / 1000000 - began_ms))
 }
 
-ask() { python3 "$E2E_DIR/tasks/ask.py" "$ADDRESS" $DEMO_MODEL "The capital of France is"; }
+ask() { python3 "$E2E_DIR/tasks/ask.py" "$ADDRESS" "$DEMO_MODEL" "The capital of France is"; }
 
-part "this machine" "$CLUSTER_SRC/preflight.sh" cluster
-part "the cluster's binaries (once: about 15 minutes)" binaries
-part "our programs and images" "$E2E_DIR/images/build.sh"
-part "the model" "$E2E_DIR/models/fetch.sh"
-part "a cluster of one node" start_cluster
-part "images into the node" load
-part "helm install trustformers ./charts/trustformers" install
-part "kubectl apply -f examples/smollm2.yaml, until ready" apply_and_await
-port=$(kubectl -n $SYSTEM_NAMESPACE get service trustformers-gateway -o 'jsonpath={.spec.ports[?(@.name=="http")].nodePort}')
+step "this machine" "$CLUSTER_SRC/preflight.sh" cluster
+step "the cluster's binaries (once: about 15 minutes)" binaries
+step "our programs and images" "$E2E_DIR/images/build.sh"
+step "the model" "$E2E_DIR/models/fetch.sh"
+step "a cluster of one node" start_cluster
+step "images into the node" load
+step "helm install trustformers ./charts/trustformers" install
+step "kubectl apply -f examples/smollm2.yaml, until ready" apply_and_await
+port=$(kubectl -n "$SYSTEM_NAMESPACE" get service trustformers-gateway -o 'jsonpath={.spec.ports[?(@.name=="http")].nodePort}')
 ADDRESS=http://$(node_ip 1):$port
-kubectl -n $DEMO_NAMESPACE get imodel $DEMO_MODEL
-part "asking through the gateway" ask
+kubectl -n "$DEMO_NAMESPACE" get imodel "$DEMO_MODEL"
+step "asking through the gateway" ask
 mkdir -p "$REPORT_DIR"
 printf '{"time": "%s", "apply_to_ready_ms": %d, "total_seconds": %d}\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$READY_MS" $SECONDS >"$REPORT_DIR/demo.json"
 echo
-print_parts
+print_steps
 curl_line "$ADDRESS"
 echo "
 Look around:  make kubectl ARGS='get imodel -A'

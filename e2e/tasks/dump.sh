@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# dump.sh FOLDER: everything that the cluster knows, for a look after it is gone: objects, events, logs of pods and daemons.
+# dump.sh FOLDER: everything that the cluster knows, for a look after it is gone: objects, events, logs of
+# pods and daemons.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 # A part that cannot be had must not keep the others away.

@@ -1,5 +1,4 @@
 # Installing the chart and a model for the demo, on whichever cluster KUBECONFIG names. Sourced.
-# shellcheck shell=bash
 
 SYSTEM_NAMESPACE=trustformers-system
 DEMO_NAMESPACE=trustformers-demo

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# report.sh: the figures of this checkout. What `make test` has kept is printed as it was (with its time); what is not
-# there is measured now, the time to first token on a cluster that is brought up for it and taken down again.
+# report.sh: the figures of this checkout. What `make test` measured is printed with its time;
+# what is not there is measured now, the time to first token on a cluster that is brought up for it and taken
+# down again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 unset KUBECONFIG
@@ -17,18 +18,18 @@ measure_first_token() {
   "$CLUSTER_SRC/binaries.sh" link "$BIN" helm
   "$CLUSTER_SRC/load-images.sh" "$IMAGE_STORE"/trustformers-{operator,gateway,runtime}.tar "$IMAGE_STORE/smollm2.tar"
   (cd "$REPO_DIR" && TRUSTFORMERS_E2E_KUBECONFIG=$OUR_KUBECONFIG TRUSTFORMERS_E2E_BIN=$BIN TRUSTFORMERS_E2E_IMAGE_TAG=$(cat "$IMAGE_STORE/tag") \
-    "$CLUSTER_SRC/client.sh" cargo test --locked --profile ci --workspace --test stories -- --exact s2_first_token::the_first_token_comes_soon) >&2 || status=1
+    "$CLUSTER_SRC/client.sh" cargo test --locked --profile ci --workspace --test scenarios -- --exact s2_first_token::the_time_to_the_first_token_is_reported) >&2 || status=1
   "$CLUSTER_SRC/down.sh"
-  [ $status = 0 ] || fail "the story the_first_token_comes_soon failed, so there is no time to first token"
+  [ $status = 0 ] || fail "the scenario the_time_to_the_first_token_is_reported failed, so there is no time to first token"
 }
 
 # The program of the images, so that what is measured is what is shipped.
 measure_decode() {
-  local run program=$IMAGE_STORE/stage/trustformers-serve
+  local program=$IMAGE_STORE/stage/trustformers-serve
   [ -x "$program" ] || "$E2E_DIR/images/build.sh" >/dev/null
   [ -f "$MODEL_STORE/SmolLM2-135M-Instruct.Q4_1.gguf" ] || "$E2E_DIR/models/fetch.sh"
   say "measuring decode speed, $RUNS runs on 2 threads ..."
-  for run in $(seq $RUNS); do
+  for _ in $(seq "$RUNS"); do
     "$program" generate --model "$MODEL_STORE/SmolLM2-135M-Instruct.Q4_1.gguf" --prompt "$PROMPT" --max-tokens 128 --temperature 0 --threads 2 --json 2>/dev/null
   done >"$REPORT_DIR/decode.jsonl.part"
   mv "$REPORT_DIR/decode.jsonl.part" "$REPORT_DIR/decode.jsonl"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# test.sh: all rungs, from format to stories on a real two-node Kubernetes. Prints what each took, and takes the cluster
-# down in any case; after a failure it first keeps what the cluster knew. KUBECONFIG is ignored: only our own cluster is
-# ever used here.
+# test.sh: all stages, from format to scenarios on a real two-node Kubernetes. Prints the time of each, and takes the
+# cluster down in any case; after a failure it first keeps the state of the cluster. KUBECONFIG is ignored: only our own
+# cluster is ever used here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
-source "$E2E_DIR/tasks/rungs.sh"
+source "$E2E_DIR/tasks/stages.sh"
 unset KUBECONFIG
-export TRUSTFORMERS_REQUIRE_MODELS=1
+export TRUSTFORMERS_REQUIRE_MODELS=1 TRUSTFORMERS_TESTED_PROGRAMS=1
 
 finish() {
   local status=$?
@@ -15,7 +15,7 @@ finish() {
     [ $status = 0 ] || "$E2E_DIR/tasks/dump.sh" "$REPORT_DIR/failure" || true
     "$CLUSTER_SRC/down.sh" || status=1
   fi
-  end_rungs
+  end_stages
   count_tests $status
   exit $status
 }
@@ -23,41 +23,46 @@ finish() {
 preflight() { "$CLUSTER_SRC/preflight.sh" cluster && echo "this machine is ready"; }
 
 # With --workspace in every call the same features are chosen for dependencies, so none is compiled twice.
-# The plain manifests are compared with what helm renders, so that it has to be there.
+# The plain manifests are compared with what helm renders, so helm is required.
 unit() {
   local helm
   helm=$("$CLUSTER_SRC/binaries.sh" path helm)
   PATH=$(dirname "$helm"):$PATH TRUSTFORMERS_REQUIRE_HELM=1 cargo test --locked --profile ci --workspace
 }
 
-binaries() { local name; for name in $(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vx kwok); do "$CLUSTER_SRC/binaries.sh" path "$name"; done; }
+# What the cluster of the scenarios starts: no additions.
+binaries() {
+  local names name
+  mapfile -t names < <(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vxE 'kwok|metrics-server')
+  for name in "${names[@]}"; do "$CLUSTER_SRC/binaries.sh" path "$name"; done
+}
 
-# A cluster that somebody still has up may hold anything, so the stories get a fresh one.
+# A cluster that is up already may hold anything, so the scenarios get a fresh one.
 cluster() {
   "$CLUSTER_SRC/down.sh"
-  "$CLUSTER_SRC/up.sh" --nodes 2 --with metrics-server
+  "$CLUSTER_SRC/up.sh" --nodes 2
   "$CLUSTER_SRC/binaries.sh" link "$BIN" helm
   "$CLUSTER_SRC/load-images.sh" "$IMAGE_STORE"/trustformers-{operator,gateway,runtime}.tar "$IMAGE_STORE"/{smollm2,minilm}.tar
 }
 
-stories() {
+scenarios() {
   TRUSTFORMERS_E2E_KUBECONFIG=$OUR_KUBECONFIG TRUSTFORMERS_E2E_BIN=$BIN TRUSTFORMERS_E2E_IMAGE_TAG=$(cat "$IMAGE_STORE/tag") \
-    "$CLUSTER_SRC/client.sh" cargo test --locked --profile ci --workspace --test stories -- --test-threads=1
+    "$CLUSTER_SRC/client.sh" cargo test --locked --profile ci --workspace --test scenarios -- --test-threads=1
 }
 
 cd "$REPO_DIR"
-begin_rungs
+begin_stages
 rm -rf "$REPORT_DIR/failure"
 trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
-rung preflight preflight
-rung models "$E2E_DIR/models/fetch.sh" smollm2 minilm qwen-0.5b
-rung lint "$E2E_DIR/tasks/lint.sh"
-rung unit unit
-rung engine "$E2E_DIR/tasks/test-engine.sh" short
-rung images "$E2E_DIR/images/build.sh"
-rung binaries binaries
-rung cluster cluster
-rung stories stories
-rung down "$CLUSTER_SRC/down.sh"
+stage preflight preflight
+stage models "$E2E_DIR/models/fetch.sh" smollm2 minilm qwen-0.5b
+stage lint "$E2E_DIR/tasks/lint.sh"
+stage unit unit
+stage engine "$E2E_DIR/tasks/test-engine.sh" short
+stage images "$E2E_DIR/images/build.sh"
+stage binaries binaries
+stage cluster cluster
+stage scenarios scenarios
+stage down "$CLUSTER_SRC/down.sh"

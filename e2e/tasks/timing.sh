@@ -1,18 +1,17 @@
-# Parts of the demo: a line before each, and a table of what each took at the end. Sourced.
-# shellcheck shell=bash
+# Steps of the demo: a line before each, and a table of their times at the end. Sourced.
 
-PART_NAMES=() PART_SECONDS=()
+STEP_NAMES=() STEP_SECONDS=()
 
-# part TITLE COMMAND...
-part() {
+# step TITLE COMMAND...
+step() {
   local title=$1 began=$SECONDS
   shift
   say "$title ..."
   "$@"
-  PART_NAMES+=("$title") PART_SECONDS+=($((SECONDS - began)))
+  STEP_NAMES+=("$title") STEP_SECONDS+=($((SECONDS - began)))
 }
 
-print_parts() {
+print_steps() {
   local i
-  for i in "${!PART_NAMES[@]}"; do printf '  %5d s  %s\n' "${PART_SECONDS[$i]}" "${PART_NAMES[$i]}"; done
+  for i in "${!STEP_NAMES[@]}"; do printf '  %5d s  %s\n' "${STEP_SECONDS[$i]}" "${STEP_NAMES[$i]}"; done
 }

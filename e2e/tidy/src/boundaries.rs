@@ -1,5 +1,5 @@
-//! Words that belong on one side of a boundary only: `anyhow` where programs end, clocks and files outside the pure
-//! part of the control plane, files of this repository instead of somebody's machine.
+//! Words that belong on one side of a boundary only: `anyhow` where programs end, clocks and files outside
+//! the pure part of the control plane, files of this repository instead of somebody's machine.
 
 use crate::Finding;
 use crate::rust::{self, Rust};

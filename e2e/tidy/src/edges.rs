@@ -1,7 +1,8 @@
 //! Which crate of this workspace may import which, as ARCHITECTURE.md draws it.
 //!
 //! Edges point strictly downward and an arrow also allows what its target may import. A crate appears in the
-//! workspace when it becomes real; the table names those to come as well, so that adding one is adding a folder.
+//! workspace when it becomes real; the table names those to come as well, so that adding one is adding a
+//! folder.
 
 use crate::Finding;
 use crate::tree::File;
@@ -109,7 +110,8 @@ pub fn imports(metadata: &Metadata) -> Vec<Import> {
     metadata.workspace_packages().into_iter().flat_map(of).collect()
 }
 
-/// Everything that a crate may import: along the arrows, any number of steps. None for a crate that is not drawn.
+/// Everything that a crate may import: along the arrows, any number of steps. None for a crate that is not
+/// drawn.
 fn allowed(name: &str) -> Option<BTreeSet<&'static str>> {
     let arrows = |name: &str| ARROWS.iter().find(|(from, _)| *from == name).map(|(_, to)| *to);
     let mut open = arrows(name)?.to_vec();
@@ -145,7 +147,8 @@ pub fn undrawn(members: &[String], imports: &[Import]) -> Vec<Finding> {
 
 /// Differences between the drawing on the architecture page and the table here, for the crates that exist.
 ///
-/// The drawing names crates by their folders: `engine → model, plan   api → proto`, and leaves after `leaves`.
+/// The drawing names crates by their folders: `engine → model, plan   api → proto`, and leaves after
+/// `leaves`.
 pub fn drawn_otherwise(page: &File, members: &[String]) -> Vec<Finding> {
     let mut drawn: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (_, line) in page.lines() {

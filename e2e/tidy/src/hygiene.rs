@@ -1,5 +1,5 @@
-//! Habits inside functions that need a reason in words: `unsafe`, the size of a queue. And one that is not allowed at
-//! all: a test that sleeps is slow on a fast machine and wrong on a slow one.
+//! Habits that clippy has no lint for: the size of a queue needs its arithmetic in a comment, and a test does
+//! not sleep, because it would be slow on a fast machine and fail on a slow one.
 
 use crate::Finding;
 use crate::rust::{self, Rust};
@@ -8,23 +8,8 @@ use std::collections::BTreeSet;
 /// Calls that make a bounded queue; the argument is its bound.
 const QUEUES: &[&str] = &["mpsc::channel", "sync_channel", "broadcast::channel", "Semaphore::new"];
 
-/// `unsafe` blocks and impls with no `SAFETY:` comment on them or directly above their statement.
-pub fn unexplained_unsafe(rust: &Rust<'_>) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    for (number, line) in rust.numbered() {
-        for end in rust::word_ends(&line.code, "unsafe") {
-            let next = following_code(rust, number, end);
-            let needs_reason = next.starts_with('{') || next.starts_with("impl");
-            if needs_reason && !rust.comment_on(number).contains("SAFETY:") {
-                findings.push(Finding::at(&rust.file.path, number, "`unsafe` without a `SAFETY:` comment"));
-            }
-        }
-    }
-    findings
-}
-
-/// Bounded queues outside tests with no comment that says where the bound comes from: at the call, or at the constant
-/// that is the bound.
+/// Bounded queues outside tests with no comment that says where the bound comes from: at the call, or at the
+/// constant that is the bound.
 ///
 /// `explained` are the constants of [`explained_constants`].
 pub fn unexplained_bounds(rust: &Rust<'_>, explained: &BTreeSet<String>) -> Vec<Finding> {
@@ -55,16 +40,6 @@ pub fn sleeping_tests(rust: &Rust<'_>) -> Vec<Finding> {
     sleeps.map(|(number, _)| Finding::at(&rust.file.path, number, "a test that sleeps")).collect()
 }
 
-/// The code after column `end` of a line; where nothing is left on it, the next line with code.
-fn following_code(rust: &Rust<'_>, number: usize, end: usize) -> String {
-    let rest = rust.lines[number - 1].code[end..].trim();
-    if !rest.is_empty() {
-        return rest.to_owned();
-    }
-    let next = rust.lines[number..].iter().find(|line| line.has_code());
-    next.map(|line| line.code.trim().to_owned()).unwrap_or_default()
-}
-
 fn names_any(arguments: &str, constants: &BTreeSet<String>) -> bool {
     let mut words = arguments.split(|c: char| !c.is_alphanumeric() && c != '_');
     words.any(|word| constants.contains(word))
@@ -89,22 +64,6 @@ mod tests {
     fn count(rule: fn(&Rust<'_>) -> Vec<Finding>, path: &str, text: &str) -> usize {
         let file = File::from_text(path, text);
         rule(&Rust::parse(&file).unwrap()).len()
-    }
-
-    #[test]
-    fn unsafe_needs_safety() {
-        for (text, expected) in [
-            ("fn a() {\n    unsafe { b() }\n}\n", 1),
-            ("fn a() {\n    // fast\n    let c = unsafe { b() };\n}\n", 1),
-            ("fn a() {\n    // SAFETY: b is.\n    let c = unsafe { b() };\n}\n", 0),
-            ("fn a() {\n    // SAFETY: b is.\n    c();\n    unsafe { b() }\n}\n", 1),
-            ("unsafe impl Send for A {}\n", 1),
-            ("// SAFETY: A owns it.\nunsafe impl Send for A {}\n", 0),
-            ("// SAFETY: A owns it.\nunsafe impl Send for A {}\nunsafe impl Sync for A {}\n", 1),
-            ("/// # Safety\n/// None.\nunsafe fn a() {}\nfn b() { c(\"unsafe { }\"); }\n", 0),
-        ] {
-            assert_eq!(count(unexplained_unsafe, "a/src/lib.rs", text), expected, "{text}");
-        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Splits Rust text, line by line, into code and comments. A rule that looks for a word must not find it in a string
-//! or in prose, and a rule that wants a comment must know where one is. Parsing with `syn` loses both.
+//! Splits Rust text, line by line, into code and comments. A rule that looks for a word must not find it in a
+//! string or in prose, and a rule that wants a comment must know where one is. Parsing with `syn` loses both.
 
 /// One line of source, taken apart.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]

@@ -1,14 +1,19 @@
-//! What lints cannot say about this repository: which crate may import which, how long a file may be, that every
-//! module says what it is for, that nothing of one person's machine is committed.
+//! Rules of this repository that no lint can check: which crate may import which, how long a file may be,
+//! which names are banned, that every module says what it is for, that nothing of one person's machine is
+//! committed.
 //!
-//! A rule is a function from the tree (or from one file of it) to findings, so that each is tested here on planted
-//! bad input. `tests/repository.rs` applies them to the repository itself, one test a rule, and says what to do.
+//! A rule is a function from the tree (or from one file of it) to findings, so that each is tested here on
+//! planted bad input. `tests/repository.rs` applies them to the repository itself, one test a rule, and says
+//! what to do.
 
 pub mod boundaries;
+pub mod comments;
 pub mod edges;
 pub mod hygiene;
 pub mod lexer;
 pub mod manifests;
+pub mod names;
+pub mod reach;
 pub mod rust;
 pub mod shape;
 pub mod text;

@@ -1,5 +1,6 @@
-//! What every Cargo.toml must say: the workspace's lints and package fields, and no version of its own. One version
-//! and one feature set for each dependency, so that a crate built alone compiles what the whole workspace compiles.
+//! What every Cargo.toml must say: the workspace's lints and package fields, and no version of its own. One
+//! version and one feature set for each dependency, so that a crate built alone compiles what the whole
+//! workspace compiles.
 //!
 //! Manifests here are plain: a line-wise reading is enough and needs no TOML parser among the dependencies.
 

@@ -14,17 +14,16 @@ pub struct Function {
     pub name: String,
     /// Lines from its signature to its closing brace, counted from 1.
     pub lines: RangeInclusive<usize>,
-    /// Lines of code between the braces; blank lines and comments are free.
-    pub code_lines: usize,
     /// True when an attribute gives it tokio's paused clock.
     pub paused_clock: bool,
 }
 
 /// A parsed Rust file.
-#[derive(Debug)]
 pub struct Rust<'a> {
     /// The file.
     pub file: &'a File,
+    /// Its syntax tree.
+    pub tree: syn::File,
     /// Its lines, taken apart.
     pub lines: Vec<Line>,
     /// Its functions, in order of appearance; nested ones too.
@@ -33,7 +32,6 @@ pub struct Rust<'a> {
     tests: Vec<RangeInclusive<usize>>,
     /// True where the file as a whole is a test.
     whole_is_test: bool,
-    items: usize,
 }
 
 impl<'a> Rust<'a> {
@@ -46,11 +44,11 @@ impl<'a> Rust<'a> {
         let tree = syn::parse_file(text)
             .map_err(|error| format!("{}:{}: {error}", file.path, error.span().start().line))?;
         let lines = lexer::lines(text);
-        let mut finder = Finder { lines: &lines, functions: Vec::new(), tests: Vec::new() };
+        let mut finder = Finder::default();
         finder.visit_file(&tree);
-        let Finder { functions, tests, .. } = finder;
+        let Finder { functions, tests } = finder;
         let whole_is_test = is_test_path(&file.path);
-        Ok(Self { file, functions, tests, whole_is_test, items: tree.items.len(), lines })
+        Ok(Self { file, tree, functions, tests, whole_is_test, lines })
     }
 
     /// True when line `number`, counted from 1, belongs to tests.
@@ -70,7 +68,7 @@ impl<'a> Rust<'a> {
 
     /// Number of top-level items.
     pub fn items(&self) -> usize {
-        self.items
+        self.tree.items.len()
     }
 
     /// The innermost function around a line.
@@ -79,8 +77,8 @@ impl<'a> Rust<'a> {
         around.min_by_key(|function| function.lines.end() - function.lines.start())
     }
 
-    /// The comments that speak of line `number`: on the line itself, and directly above the statement that it is part
-    /// of, attributes in between allowed.
+    /// The comments that speak of line `number`: on the line itself, and directly above the statement that it
+    /// is part of, attributes in between allowed.
     pub fn comment_on(&self, number: usize) -> String {
         let mut found = self.lines[number - 1].comment.clone();
         let mut above = number - 1;
@@ -122,24 +120,22 @@ pub fn word_ends<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize
     })
 }
 
-struct Finder<'a> {
-    lines: &'a [Line],
+#[derive(Default)]
+struct Finder {
     functions: Vec<Function>,
     tests: Vec<RangeInclusive<usize>>,
 }
 
-impl Finder<'_> {
+impl Finder {
     fn function(&mut self, attributes: &[syn::Attribute], signature: &syn::Signature, body: &syn::Block) {
         let first = signature.span().start().line;
-        let (open, close) = (body.span().start().line, body.span().end().line);
-        let inside = (open + 1)..close;
-        let code_lines = inside.filter(|&number| self.lines[number - 1].has_code()).count();
+        let close = body.span().end().line;
         let paused_clock = attributes.iter().any(|attribute| match &attribute.meta {
             syn::Meta::List(list) => list.tokens.to_string().replace(' ', "").contains("start_paused=true"),
             _ => false,
         });
         let name = signature.ident.to_string();
-        self.functions.push(Function { name, lines: first..=close, code_lines, paused_clock });
+        self.functions.push(Function { name, lines: first..=close, paused_clock });
     }
 
     fn mark_tests(&mut self, attributes: &[syn::Attribute], span: proc_macro2::Span) {
@@ -149,7 +145,7 @@ impl Finder<'_> {
     }
 }
 
-impl<'ast> Visit<'ast> for Finder<'_> {
+impl<'ast> Visit<'ast> for Finder {
     fn visit_item(&mut self, item: &'ast syn::Item) {
         self.mark_tests(attributes_of(item), item.span());
         visit::visit_item(self, item);
@@ -220,9 +216,8 @@ mod tests {
     fn functions_and_test_lines_are_found() {
         let file = File::from_text("x/src/lib.rs", SAMPLE);
         let rust = Rust::parse(&file).unwrap();
-        let seen: Vec<_> =
-            rust.functions.iter().map(|f| (f.name.as_str(), f.code_lines, f.paused_clock)).collect();
-        assert_eq!(seen, [("a", 2, false), ("b", 1, true)]);
+        let found: Vec<_> = rust.functions.iter().map(|f| (f.name.as_str(), f.paused_clock)).collect();
+        assert_eq!(found, [("a", false), ("b", true)]);
         assert!(!rust.is_test(9) && rust.is_test(10) && rust.is_test(16));
         assert_eq!(rust.function_at(14).unwrap().name, "b");
     }

@@ -1,22 +1,23 @@
-//! The shape of source files: length of files and functions, names, and a first line that says what a file is for.
+//! The shape of source files: their length, empty names, tuple parameters, and a first line that says what a
+//! file is for. The length of functions and the number of parameters are limits of clippy.
 //!
-//! A line of code is one that holds something besides white space and comments, so that nobody saves comments to fit.
+//! A line of code is one that holds something besides white space and comments, so that comments are free.
 
 use crate::Finding;
 use crate::rust::Rust;
 use crate::tree::File;
+use syn::spanned::Spanned;
+use syn::visit::{self, Visit};
 
 /// Lines of code in a file, its `#[cfg(test)]` items not counted.
 pub const FILE_LINES: usize = 500;
-/// Lines of code between a function's braces; clippy.toml says the same.
-pub const FUNCTION_LINES: usize = 70;
 /// Shortest description of a module, in characters: a word or two says nothing.
 pub const DESCRIPTION_CHARS: usize = 20;
 /// Names that say nothing about what is inside. As file, folder or inline module.
 const EMPTY_NAMES: &[&str] = &["utils", "util", "helpers", "helper", "common", "misc"];
 
-/// A file that is too long. Files that hold only tests of the module beside them (`tests.rs`) may be as long as they
-/// need; an integration test is a program of its own and may not.
+/// A file that is too long. Files that hold only tests of the module beside them (`tests.rs`) may be as long
+/// as they need; an integration test is a program of its own and may not.
 pub fn long_file(rust: &Rust<'_>) -> Option<Finding> {
     if rust.file.path.contains("/src/") && rust.is_test(1) {
         return None;
@@ -27,15 +28,63 @@ pub fn long_file(rust: &Rust<'_>) -> Option<Finding> {
     (lines > FILE_LINES).then(|| Finding::whole(&rust.file.path, what))
 }
 
-/// Functions that are too long.
-pub fn long_functions(rust: &Rust<'_>) -> Vec<Finding> {
-    let long = rust.functions.iter().filter(|function| function.code_lines > FUNCTION_LINES);
-    let finding = long.map(|function| {
-        let what =
-            format!("{} has {} lines of code, {FUNCTION_LINES} allowed", function.name, function.code_lines);
-        Finding::at(&rust.file.path, *function.lines.start(), what)
-    });
-    finding.collect()
+/// Parameters of functions whose type is a tuple of two or more: a struct names its fields, and the limit on
+/// the number of parameters is not evaded. Methods of `impl Trait for Type` follow the trait and are not
+/// looked at.
+pub fn tuple_parameters(rust: &Rust<'_>) -> Vec<Finding> {
+    let mut finder = TupleFinder { path: &rust.file.path, found: Vec::new() };
+    finder.visit_file(&rust.tree);
+    finder.found
+}
+
+struct TupleFinder<'a> {
+    path: &'a str,
+    found: Vec<Finding>,
+}
+
+impl TupleFinder<'_> {
+    fn check(&mut self, signature: &syn::Signature) {
+        for parameter in &signature.inputs {
+            let syn::FnArg::Typed(parameter) = parameter else { continue };
+            if is_tuple(&parameter.ty) {
+                let what = format!("`{}` has a parameter that is a tuple", signature.ident);
+                self.found.push(Finding::at(self.path, parameter.span().start().line, what));
+            }
+        }
+    }
+}
+
+fn is_tuple(kind: &syn::Type) -> bool {
+    match kind {
+        syn::Type::Tuple(tuple) => tuple.elems.len() >= 2,
+        syn::Type::Reference(to) => is_tuple(&to.elem),
+        syn::Type::Paren(inner) => is_tuple(&inner.elem),
+        syn::Type::Group(inner) => is_tuple(&inner.elem),
+        _ => false,
+    }
+}
+
+impl<'ast> Visit<'ast> for TupleFinder<'_> {
+    fn visit_item_fn(&mut self, item: &'ast syn::ItemFn) {
+        self.check(&item.sig);
+        visit::visit_item_fn(self, item);
+    }
+
+    fn visit_item_impl(&mut self, item: &'ast syn::ItemImpl) {
+        if item.trait_.is_none() {
+            for member in &item.items {
+                if let syn::ImplItem::Fn(method) = member {
+                    self.check(&method.sig);
+                }
+            }
+        }
+        visit::visit_item_impl(self, item);
+    }
+
+    fn visit_trait_item_fn(&mut self, item: &'ast syn::TraitItemFn) {
+        self.check(&item.sig);
+        visit::visit_trait_item_fn(self, item);
+    }
 }
 
 /// Files, folders and inline modules with a name that says nothing.
@@ -73,7 +122,8 @@ pub fn undescribed(file: &File) -> Option<Finding> {
     (description.trim().chars().count() < DESCRIPTION_CHARS).then(|| Finding::whole(&file.path, what))
 }
 
-/// A package, given with its sources, that holds no code: only documentation, or module declarations of nothing.
+/// A package, given with its sources, that holds no code: only documentation, or module declarations of
+/// nothing.
 pub fn empty_package(folder: &str, sources: &[&Rust<'_>]) -> Option<Finding> {
     let program = sources.iter().filter(|rust| rust.file.path.contains("/src/"));
     let functions: usize = program.clone().map(|rust| rust.functions.len()).sum();
@@ -96,7 +146,7 @@ mod tests {
     fn long_files_are_found() {
         let fits = with_lines(FILE_LINES, "a/src/lib.rs");
         assert_eq!(long_file(&Rust::parse(&fits).unwrap()), None);
-        for path in ["a/src/lib.rs", "a/tests/story.rs"] {
+        for path in ["a/src/lib.rs", "a/tests/long.rs"] {
             let long = with_lines(FILE_LINES + 1, path);
             assert!(long_file(&Rust::parse(&long).unwrap()).unwrap().what.starts_with("501 lines"), "{path}");
         }
@@ -112,12 +162,17 @@ mod tests {
     }
 
     #[test]
-    fn long_functions_are_found() {
-        for (count, expected) in [(FUNCTION_LINES, 0), (FUNCTION_LINES + 1, 1)] {
-            let text =
-                format!("//! Doc.\nimpl A {{ fn b() {{\n{}}} }}\n", "    // why\n    c();\n".repeat(count));
-            let file = File::from_text("a/src/lib.rs", &text);
-            assert_eq!(long_functions(&Rust::parse(&file).unwrap()).len(), expected, "{count} lines");
+    fn tuple_parameters_are_found() {
+        for (text, expected) in [
+            ("fn a(b: (u8, u8)) {}\n", 1),
+            ("fn a(b: &mut (u8, u8), (c, d): (u8, u8)) {}\n", 2),
+            ("trait A { fn b(&self, c: (u8, u8)); }\n", 1),
+            ("impl A { fn b(&self, c: (u8, u8)) { fn d(e: (u8, u8)) {} } }\n", 2),
+            ("impl B for A { fn b(&self, c: (u8, u8)) {} }\n", 0),
+            ("fn a(b: (), c: (u8,), d: &[(u8, u8)], e: fn((u8, u8))) -> (u8, u8) { f(|(g, h)| g) }\n", 0),
+        ] {
+            let file = File::from_text("a/src/lib.rs", text);
+            assert_eq!(tuple_parameters(&Rust::parse(&file).unwrap()).len(), expected, "{text}");
         }
     }
 

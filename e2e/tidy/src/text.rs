@@ -1,5 +1,6 @@
-//! Rules for every committed file, whatever its language: no binaries, nothing of one person's machine, no address of
-//! a package registry (mirrors and proxies are the user's setting), and shell scripts that stop at the first error.
+//! Rules for every committed file, whatever its language: no binaries, nothing of one person's machine, no
+//! address of a package registry (mirrors and proxies are the user's setting), and shell scripts that stop at
+//! the first error.
 
 use crate::Finding;
 use crate::tree::File;
@@ -7,7 +8,8 @@ use crate::tree::File;
 /// Largest file that may be committed, in bytes.
 pub const FILE_BYTES: usize = 1 << 20;
 
-/// Absolute folders that exist on somebody's machine only. Spelled in two parts so that this file is clean itself.
+/// Absolute folders that exist on somebody's machine only. Spelled in two parts so that this file is clean
+/// itself.
 const MACHINE_FOLDERS: &[&str] =
     &[concat!("/ro", "ot"), concat!("/ho", "me"), concat!("/wo", "rk"), concat!("/Us", "ers")];
 
@@ -69,8 +71,8 @@ pub fn registry_hosts(file: &File) -> Vec<Finding> {
     hits.collect()
 }
 
-/// A shell script without its first three things: bash, what it is for, and an end at the first error. A file to be
-/// sourced says both in its first line instead: `# What it is for. Sourced.`
+/// A shell script without its first three things: bash, what it is for, and an end at the first error. A file
+/// to be sourced says both in its first line instead: `# What it is for. Sourced.`
 pub fn careless_script(file: &File) -> Vec<Finding> {
     let mut lines = file.lines().map(|(_, line)| line.trim());
     let first = lines.next().unwrap_or_default();

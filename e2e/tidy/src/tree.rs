@@ -1,5 +1,5 @@
-//! The files of the repository, as git would commit them: tracked ones, and new ones that are not ignored. So a rule
-//! speaks before the commit, and build outputs and caches are never looked at.
+//! The files of the repository, as git would commit them: tracked ones, and new ones that are not ignored. So
+//! a rule speaks before the commit, and build outputs and caches are never looked at.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -66,8 +66,8 @@ pub fn root() -> PathBuf {
     here.ancestors().nth(2).unwrap_or(here).to_path_buf()
 }
 
-/// Reads all files of the repository at `root`, sorted by path. Symbolic links and files deleted but not yet committed
-/// are left out.
+/// Reads all files of the repository at `root`, sorted by path. Symbolic links and files deleted but not yet
+/// committed are left out.
 ///
 /// # Errors
 /// When git can't list the files or one of them can't be read.

@@ -1,9 +1,13 @@
 //! The rules applied to this repository: one test a rule, each with what to do when it speaks.
 
+use std::collections::BTreeMap;
+
 use cargo_metadata::{Metadata, MetadataCommand};
 use trustformers_tidy::rust::Rust;
 use trustformers_tidy::tree::{self, File};
-use trustformers_tidy::{Finding, boundaries, edges, hygiene, manifests, shape, text};
+use trustformers_tidy::{
+    Finding, boundaries, comments, edges, hygiene, manifests, names, reach, shape, text,
+};
 
 /// Everything that rules look at. Read anew for each test: it takes some tens of milliseconds.
 struct Repository {
@@ -54,11 +58,22 @@ fn in_package(path: &str, folder: &str) -> bool {
     })
 }
 
+/// How many findings lie in which folder, two components deep.
+fn counts_by_folder(findings: &[Finding]) -> String {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for finding in findings {
+        let folder: Vec<&str> = finding.place.split('/').take(2).collect();
+        *counts.entry(folder.join("/")).or_default() += 1;
+    }
+    counts.iter().map(|(folder, count)| format!("  {count:5} {folder}\n")).collect()
+}
+
 #[track_caller]
 fn expect_none(what_to_do: &str, mut findings: Vec<Finding>) {
     findings.sort();
     let list: String = findings.iter().map(|finding| format!("\n  {finding}")).collect();
-    assert!(findings.is_empty(), "{} finding(s). {what_to_do}{list}\n", findings.len());
+    let counts = counts_by_folder(&findings);
+    assert!(findings.is_empty(), "{} finding(s). {what_to_do}{list}\n{counts}", findings.len());
 }
 
 fn expect_none_in_rust(what_to_do: &str, rule: impl Fn(&Rust<'_>) -> Vec<Finding>) {
@@ -165,8 +180,68 @@ fn files_are_short() {
 }
 
 #[test]
-fn functions_are_short() {
-    expect_none_in_rust("Name the steps, and make each a function.", shape::long_functions);
+fn no_parameter_is_a_tuple() {
+    expect_none_in_rust("Make it a struct with named fields.", shape::tuple_parameters);
+}
+
+#[test]
+fn names_are_the_standard_ones() {
+    let repository = Repository::read();
+    let mut findings: Vec<Finding> = repository.rust().iter().flat_map(names::banned_identifiers).collect();
+    findings.extend(repository.files.iter().flat_map(names::banned_file_names));
+    expect_none(
+        "Use the standard word. Where the word is the standard one in that folder, say so in e2e/tidy/src/names.rs.",
+        findings,
+    );
+}
+
+#[test]
+fn one_type_name_for_one_thing() {
+    let repository = Repository::read();
+    let rust = repository.rust();
+    let findings = repository.members().into_iter().flat_map(|(folder, _)| {
+        // Each example is a crate of its own that nothing imports.
+        let examples = format!("{folder}/examples/");
+        let sources = rust
+            .iter()
+            .filter(|rust| in_package(&rust.file.path, &folder) && !rust.file.path.starts_with(&examples));
+        names::shared_type_names(&sources.flat_map(names::types_of).collect::<Vec<_>>())
+    });
+    expect_none("Rename one of them after what it is.", findings.collect());
+}
+
+#[test]
+fn every_source_file_is_compiled() {
+    let repository = Repository::read();
+    let rust = repository.rust();
+    let members = repository.members();
+    let folders: Vec<&str> = members.iter().map(|(folder, _)| folder.as_str()).collect();
+    expect_none(
+        "Delete the file, or name it with `mod` in its parent.",
+        reach::unreached_sources(&folders, &rust.iter().collect::<Vec<_>>()),
+    );
+}
+
+#[test]
+fn every_script_is_used() {
+    expect_none(
+        "Delete the script, or name it where it is started.",
+        reach::unnamed_scripts(&Repository::read().files),
+    );
+}
+
+#[test]
+fn comments_fit_their_columns() {
+    let findings = Repository::read().files.iter().flat_map(comments::wide_comments).collect();
+    expect_none("Break the line.", findings);
+}
+
+#[test]
+fn backticked_paths_exist() {
+    let repository = Repository::read();
+    let paths = comments::Paths::new(&repository.files);
+    let findings = repository.files.iter().flat_map(|file| comments::stale_paths(file, &paths));
+    expect_none("Name the file where it is now.", findings.collect());
 }
 
 #[test]
@@ -179,14 +254,6 @@ fn names_say_something() {
 fn files_say_what_they_are_for() {
     let findings = Repository::read().files.iter().filter_map(shape::undescribed).collect();
     expect_none("Start with what the file is for and why it is as it is.", findings);
-}
-
-#[test]
-fn unsafe_code_says_why_it_is_sound() {
-    expect_none_in_rust(
-        "Write `// SAFETY:` and the reason above the statement.",
-        hygiene::unexplained_unsafe,
-    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What is wrong with a model is told by `kubectl describe`, within seconds of anybody knowing it.
+//! `kubectl describe` shows what is wrong with a model within seconds of the first report of it.
 
 use std::{
     io::Read,
@@ -14,7 +14,7 @@ use trustformers_e2e::{
     forward::Forward,
     model::{SMOLLM2, conditions},
     registry::Registry,
-    story::{Story, tell},
+    scenario::{Scenario, run},
     wait::{Until, changes},
 };
 use trustformers_proto::v1::{
@@ -22,29 +22,30 @@ use trustformers_proto::v1::{
 };
 
 /// From the report of kubelet or pod to the model's condition.
-const TOLD_WITHIN: Duration = Duration::from_secs(5);
+const SHOWN_WITHIN: Duration = Duration::from_secs(5);
 
 #[tokio::test]
-async fn a_wrong_digest_is_told() -> Result<()> {
-    tell("wrong-digest", async |story| {
+async fn a_wrong_digest_is_described() -> Result<()> {
+    run("wrong-digest", async |scenario| {
         // Given: a pin that the file in the image does not have.
         let pin = "0".repeat(64);
 
-        // When: the model is applied. Then: the pod's own report is in `kubectl describe` in time, pin and all.
+        // When: the model is applied. Then: the pod's own report is in `kubectl describe` in time, pin and
+        // all.
         let spec = json!({"source": {"uri": SMOLLM2, "sha256": pin}});
-        story.models().apply("pinned", spec).await?;
-        the_pod_s_report_is_told(story, "pinned", &["DigestMismatch", &pin]).await
+        scenario.models().apply("pinned", spec).await?;
+        is_described(scenario, "pinned", &["DigestMismatch", &pin]).await
     })
     .await
 }
 
 #[tokio::test]
-async fn a_malformed_file_is_told() -> Result<()> {
-    tell("malformed", async |story| {
+async fn a_malformed_file_is_described() -> Result<()> {
+    run("malformed", async |scenario| {
         // Given: an image with the first megabyte of a real model.
-        let nodes: Vec<String> = story.cluster.nodes().await?.into_iter().map(|(name, _)| name).collect();
+        let nodes: Vec<String> = scenario.cluster.nodes().await?.into_iter().map(|(name, _)| name).collect();
         let registry = Registry::open(&nodes).await?;
-        let whole = story.cluster.settings.cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
+        let whole = scenario.cluster.settings.cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
         let folder = tempfile::tempdir()?;
         let cut = folder.path().join("cut.gguf");
         let mut start = Vec::new();
@@ -53,37 +54,38 @@ async fn a_malformed_file_is_told() -> Result<()> {
         std::fs::write(&cut, start)?;
         let uri = registry.publish("cut", &cut).await?;
 
-        // When: it is applied. Then: the pod's own report is in `kubectl describe` in time, with the file's name.
-        story.models().apply("cut", json!({"source": {"uri": uri}})).await?;
-        the_pod_s_report_is_told(story, "cut", &["MalformedModel", "cut.gguf"]).await
+        // When: it is applied. Then: the pod's own report is in `kubectl describe` in time, with the file's
+        // name.
+        scenario.models().apply("cut", json!({"source": {"uri": uri}})).await?;
+        is_described(scenario, "cut", &["MalformedModel", "cut.gguf"]).await
     })
     .await
 }
 
 #[tokio::test]
-async fn a_missing_image_is_told() -> Result<()> {
-    tell("missing-image", async |story| {
-        // Given: the pods of the story are watched, and so is the model.
-        let models = story.models();
-        let kubelet = kubelet_reports(story, "localhost/none:1");
-        let told = async {
-            let told = Until::new("the model tells of the missing image", 60);
+async fn a_missing_image_is_described() -> Result<()> {
+    run("missing-image", async |scenario| {
+        // Given: the pods of the scenario are watched, and so is the model.
+        let models = scenario.models();
+        let kubelet = kubelet_reports(scenario, "localhost/none:1");
+        let shown = async {
+            let limit = Until::new("the model reports the missing image", 60);
             let image = |text: &str| text.contains("localhost/none:1");
             let find = |model: &_| {
                 conditions(model).into_iter().find(|it| it.status != "True" && image(&it.message))
             };
-            let condition = models.until("lost", told, find).await?;
+            let condition = models.until("lost", limit, find).await?;
             anyhow::Ok((SystemTime::now(), condition))
         };
 
         // When: a model is applied whose image does not exist.
         models.apply("lost", json!({"source": {"uri": "oci://localhost/none:1"}})).await?;
-        let (reported, told) = tokio::join!(kubelet, told);
+        let (reported, shown) = tokio::join!(kubelet, shown);
 
         // Then: kubelet's report is in a condition in time, and `kubectl describe` shows it.
-        let ((reported, by_kubelet), (told, condition)) = (reported?, told?);
-        in_time(reported, told, &by_kubelet);
-        let described = story.cluster.describe(&story.namespace, "imodel", "lost").await?;
+        let ((reported, by_kubelet), (shown, condition)) = (reported?, shown?);
+        in_time(reported, shown, &by_kubelet);
+        let described = scenario.cluster.describe(&scenario.namespace, "imodel", "lost").await?;
         assert!(
             described.contains("localhost/none:1") && described.contains(&condition.reason),
             "{described}"
@@ -93,9 +95,9 @@ async fn a_missing_image_is_told() -> Result<()> {
     .await
 }
 
-/// The moment at which kubelet first says of a pod of this story that it cannot have `image`, and its words.
-async fn kubelet_reports(story: &Story, image: &str) -> Result<(SystemTime, String)> {
-    let mut pods = std::pin::pin!(changes(story.pods(), watcher::Config::default()));
+/// When kubelet first reports that a pod of this scenario cannot have `image`, and its message.
+async fn kubelet_reports(scenario: &Scenario, image: &str) -> Result<(SystemTime, String)> {
+    let mut pods = std::pin::pin!(changes(scenario.pods(), watcher::Config::default()));
     let search = async {
         loop {
             let pod = pods.next().await.context("the watch of the pods ended")?;
@@ -106,7 +108,7 @@ async fn kubelet_reports(story: &Story, image: &str) -> Result<(SystemTime, Stri
     };
     tokio::time::timeout(Duration::from_secs(60), search)
         .await
-        .context("kubelet says nothing of the image")?
+        .context("kubelet reports nothing about the image")?
 }
 
 fn waits_for(pod: &Pod, image: &str) -> Option<String> {
@@ -116,45 +118,45 @@ fn waits_for(pod: &Pod, image: &str) -> Option<String> {
     (words.contains("Image") && words.contains(image)).then_some(words)
 }
 
-/// The pod says that its model failed; the InferenceModel says so too, in time, with these words, and
+/// The pod reports that its model failed; a condition of the InferenceModel has these words in time, and
 /// `kubectl describe` shows them.
-async fn the_pod_s_report_is_told(story: &Story, name: &str, words: &[&str]) -> Result<()> {
+async fn is_described(scenario: &Scenario, name: &str, words: &[&str]) -> Result<()> {
     let all = |text: &str| words.iter().all(|word| text.contains(word));
-    let told = Until::new("the model tells what the pod found", 60);
+    let limit = Until::new("the model reports what the pod found", 60);
     let find = |model: &_| {
         let texts =
             conditions(model).into_iter().map(|it| (it.status, format!("{} {}", it.reason, it.message)));
         texts.into_iter().find(|(status, text)| status != "True" && all(text))
     };
-    story.models().until(name, told, find).await?;
-    let told = SystemTime::now();
+    scenario.models().until(name, limit, find).await?;
+    let shown = SystemTime::now();
 
-    // The pod is asked itself when it knew: it stays up, so that it can be asked.
+    // The pod itself says when it found the fault: it stays up.
     let running = Until::new("the model has one pod", 10);
     let only = |pods: &[&Pod]| if let [pod] = pods { pod.metadata.name.clone() } else { None };
-    let pod = running.watched(story.pods(), watcher::Config::default(), only).await?;
-    let answer = Until::new("the pod tells the state of its model", 15);
-    let state = answer.asked(|| async { own_report(story, &pod).await.map(Some) }).await?;
+    let pod = running.watched(scenario.pods(), watcher::Config::default(), only).await?;
+    let answer = Until::new("the pod reports the state of its model", 15);
+    let state = answer.polled(|| async { own_report(scenario, &pod).await.map(Some) }).await?;
     assert_eq!(state.state(), ModelState::Failed, "{state:?}");
     let reported = UNIX_EPOCH + Duration::from_millis(state.since_unix_ms);
-    in_time(reported, told, &state.message);
+    in_time(reported, shown, &state.message);
 
-    let described = story.cluster.describe(&story.namespace, "imodel", name).await?;
+    let described = scenario.cluster.describe(&scenario.namespace, "imodel", name).await?;
     assert!(all(&described), "{described}");
     Ok(())
 }
 
-/// The state of its one model, as the pod tells it to anybody who asks.
-async fn own_report(story: &Story, pod: &str) -> Result<ModelStatus> {
-    let forward = Forward::grpc(&story.cluster, &story.namespace, pod).await?;
+/// The state of its one model, as the pod reports it.
+async fn own_report(scenario: &Scenario, pod: &str) -> Result<ModelStatus> {
+    let forward = Forward::grpc(&scenario.cluster, &scenario.namespace, pod).await?;
     let mut models = ModelServiceClient::new(forward.channel.clone());
     let first = models.watch_models(WatchModelsRequest {}).await?.into_inner().message().await?;
     first.context("the pod ended its report")?.models.into_iter().next().context("the pod knows no model")
 }
 
-fn in_time(reported: SystemTime, told: SystemTime, words: &str) {
-    // Told a moment before it was seen reported: both were watched at the same time.
-    let late = told.duration_since(reported).unwrap_or_default();
-    eprintln!("told {} ms after the report: {words}", late.as_millis());
-    assert!(late < TOLD_WITHIN, "told {late:?} after the report");
+fn in_time(reported: SystemTime, shown: SystemTime, words: &str) {
+    // Both were watched at the same time: the order of the two is not certain.
+    let late = shown.duration_since(reported).unwrap_or_default();
+    eprintln!("shown {} ms after the report: {words}", late.as_millis());
+    assert!(late < SHOWN_WITHIN, "shown {late:?} after the report");
 }

@@ -1,4 +1,4 @@
-//! What a story asks a model, and what it may get back, in terms that fit every protocol.
+//! A scenario's request to a model and its answer, in terms that fit every protocol.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use thiserror::Error;
 
 /// One request for text. Greedy, so that its tokens can be compared.
 #[derive(Debug, Clone)]
-pub struct Ask {
+pub struct Request {
     /// `namespace/name` or a bare name.
     pub model: String,
     /// The prompt.
@@ -15,8 +15,8 @@ pub struct Ask {
     pub max_tokens: u32,
 }
 
-impl Ask {
-    /// Asks `model` for at most `max_tokens` tokens after `prompt`.
+impl Request {
+    /// A request to `model` for at most `max_tokens` tokens after `prompt`.
     #[must_use]
     pub fn new(model: &str, prompt: &str, max_tokens: u32) -> Self {
         Self { model: model.to_owned(), prompt: prompt.to_owned(), max_tokens }
@@ -32,19 +32,20 @@ pub struct Answer {
     pub tokens: Vec<u32>,
     /// `stop` or `length`.
     pub finish_reason: String,
-    /// From the request's start to the first token that was seen, or to the whole answer where it came at once.
+    /// From the request's start to the first token, or to the whole answer where there is no stream.
     pub first_token: Duration,
 }
 
 /// Why there is no whole answer.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Failure {
-    /// The request was answered with an error: an HTTP status, or the HTTP status that stands for a gRPC code.
+    /// The request was answered with an error: an HTTP status, or the HTTP status that stands for a gRPC
+    /// code.
     #[error("refused with {status}: {message}")]
     Refused {
         /// The HTTP status.
         status: u16,
-        /// What the answer says.
+        /// The body of the answer.
         message: String,
     },
     /// The answer began and did not end as answers do, or the connection failed.
@@ -52,7 +53,7 @@ pub enum Failure {
     Broken {
         /// The tokens that came before.
         tokens: Vec<u32>,
-        /// What was seen.
+        /// What happened instead.
         message: String,
     },
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Measures ours and its peers in turns and prints the table of ratios; run.sh prepares everything and calls it.
+"""Measures ours and its peers in turns and prints the table of ratios; run.sh prepares everything and calls
+it.
 
-Absolute figures are of the machine and the hour; what is compared took turns within one run, and each figure is the
-median of its turns.
+Absolute figures are of the machine and the hour; what is compared took turns within one run, and each figure
+is the median of its turns.
 """
 
 import argparse
@@ -42,7 +43,9 @@ class Bench:
         llama = pathlib.Path(flags.llama)
         self.llama_bench = llama / "llama-bench"
         self.llama_server = llama / "llama-server"
-        self.llama_how = (llama / "how.txt").read_text(encoding="utf-8").strip() if flags.llama else "not needed"
+        self.llama_how = (
+            (llama / "how.txt").read_text(encoding="utf-8").strip() if flags.llama else "not needed"
+        )
         self.python = flags.python
         self.onnx = flags.onnx
         self.rounds = flags.rounds
@@ -57,7 +60,11 @@ class Bench:
     def in_turns(self, rows, turn):
         """Calls `turn` for each round; rows whose feature is not there say so and end the group."""
         for round_ in range(self.rounds):
-            progress(f"{rows[0].name} and {len(rows) - 1} more" if len(rows) > 1 else rows[0].name, round_ + 1, self.rounds)
+            progress(
+                f"{rows[0].name} and {len(rows) - 1} more" if len(rows) > 1 else rows[0].name,
+                round_ + 1,
+                self.rounds,
+            )
             try:
                 turn()
             except programs.NotBuilt as why:
@@ -79,7 +86,13 @@ def smollm2_steps(bench):
 
     def turn():
         ours = programs.ours_engine(
-            bench.ours, bench.smollm2, prefill=PROMPT, depth=f"0,{DEPTH}", sequences=CLIENTS, tokens=TOKENS, token_budget=PROMPT
+            bench.ours,
+            bench.smollm2,
+            prefill=PROMPT,
+            depth=f"0,{DEPTH}",
+            sequences=CLIENTS,
+            tokens=TOKENS,
+            token_budget=PROMPT,
         )
         prefill.ours.append(ours["prefill", PROMPT, 1])
         depth0.ours.append(ours["decode", 1, 1])
@@ -87,7 +100,9 @@ def smollm2_steps(bench):
         together.ours.append(ours["decode", 128, CLIENTS])
         prefill.peer.append(programs.llama_bench(bench.llama_bench, bench.smollm2, prompt=PROMPT))
         depth0.peer.append(programs.llama_bench(bench.llama_bench, bench.smollm2, tokens=TOKENS))
-        depth512.peer.append(programs.llama_bench(bench.llama_bench, bench.smollm2, tokens=TOKENS, depth=DEPTH))
+        depth512.peer.append(
+            programs.llama_bench(bench.llama_bench, bench.smollm2, tokens=TOKENS, depth=DEPTH)
+        )
 
     return bench.in_turns([depth0, depth512, prefill, together], turn)
 
@@ -96,11 +111,19 @@ def smollm2_clients(bench):
     speed = Row(f"smollm2-{CLIENTS}-clients", "output tokens/s", need=2.0, note="(128 + 128 tokens)")
     first = Row(f"smollm2-{CLIENTS}-clients-first-token", "ms (p50)", need=2.0, smaller_is_better=True)
     requests = CLIENTS * 3
-    flags = {"clients": CLIENTS, "requests": requests, "warm_up": 2, "prompt_words": 128, "max_tokens": TOKENS}
+    flags = {
+        "clients": CLIENTS,
+        "requests": requests,
+        "warm_up": 2,
+        "prompt_words": 128,
+        "max_tokens": TOKENS,
+    }
 
     def note(answer, speeds, firsts):
         if answer["output_tokens"] != requests * TOKENS:
-            raise programs.Failed(f"{answer['output_tokens']} tokens were given for {requests} x {TOKENS}: {answer}")
+            raise programs.Failed(
+                f"{answer['output_tokens']} tokens were given for {requests} x {TOKENS}: {answer}"
+            )
         speeds.append(answer["output_tokens_per_s"])
         firsts.append(answer["first_token_ms"]["p50"])
 
@@ -121,7 +144,9 @@ def qwen_decode(name):
         tokens = 64
 
         def turn():
-            ours = programs.ours_engine(bench.ours, bench.qwen[name], prefill=0, depth=0, sequences=0, tokens=tokens)
+            ours = programs.ours_engine(
+                bench.ours, bench.qwen[name], prefill=0, depth=0, sequences=0, tokens=tokens
+            )
             row.ours.append(ours["decode", 1, 1])
             row.peer.append(programs.llama_bench(bench.llama_bench, bench.qwen[name], tokens=tokens))
 
@@ -147,7 +172,9 @@ def minilm_embed(bench):
         if peers[batch]:
             best = max(peers[batch], key=lambda engine: statistics.median(peers[batch][engine]))
             row.peer = peers[batch][best]
-            medians = ", ".join(f"{engine} {statistics.median(speeds):.1f}" for engine, speeds in peers[batch].items())
+            medians = ", ".join(
+                f"{engine} {statistics.median(speeds):.1f}" for engine, speeds in peers[batch].items()
+            )
             row.note = f"(peer: the best of {medians})"
     return list(rows.values())
 
@@ -155,7 +182,8 @@ def minilm_embed(bench):
 def minilm_strategies(bench):
     """Middle and tail of the times that callers see, for each strategy under each load; texts of 16 words.
 
-    `urgent` are texts of class high beside the saturating load: classes count in the strategy `priority` alone.
+    `urgent` are texts of class high beside the saturating load: classes count in the strategy `priority`
+    alone.
     """
     loads = {
         "low": {"rate": 5, "arrivals": "constant", "duration_s": 4},
@@ -177,11 +205,15 @@ def minilm_strategies(bench):
 
     def turn():
         for strategy in strategies:
-            with programs.our_server(bench.ours, bench.minilm, {"strategy": strategy, "max_wait_time_ms": 10}) as url:
+            with programs.our_server(
+                bench.ours, bench.minilm, {"strategy": strategy, "max_wait_time_ms": 10}
+            ) as url:
                 for name, flags in loads.items():
                     note((strategy, name), load(url, flags))
                 with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                    crowd = pool.submit(load, url, {**loads["saturating"], "requests": 100_000, "duration_s": 6})
+                    crowd = pool.submit(
+                        load, url, {**loads["saturating"], "requests": 100_000, "duration_s": 6}
+                    )
                     note((strategy, "urgent"), load(url, urgent))
                     if crowd.done():
                         raise programs.Failed("the crowd was gone before the urgent texts were answered")
@@ -190,13 +222,15 @@ def minilm_strategies(bench):
     bench.in_turns(list(rows.values()), turn)
     for key, row in rows.items():
         if others[key]:
-            p99, speed = (statistics.median(values) for values in zip(*others[key]))
+            p99, speed = (statistics.median(values) for values in zip(*others[key], strict=True))
             row.note = f"p99 {p99:.1f} ms, {speed:.0f} texts/s"
     return list(rows.values())
 
 
 def fused_beside_unfused(bench):
-    """Plans with every fused form beside plans with none, on weights of the real shapes; the examples take the turns."""
+    """Plans with every fused form beside plans with none, on weights of the real shapes; the examples take
+    the turns.
+    """
     rows = {
         ("steps", "decode"): Row("smollm2-shape-decode-fused", "tokens/s unfused"),
         ("steps", "prefill 512"): Row("smollm2-shape-prefill-fused", "tokens/s unfused"),
@@ -220,7 +254,9 @@ def median_in(line, what):
 
 
 def speculation(bench):
-    """The larger Qwen, greedy, on prompts of code: with the smaller one as its draft, with guesses out of the text, and plain."""
+    """The larger Qwen, greedy, on prompts of code: with the smaller one as its draft, with guesses out of the
+    text, and plain.
+    """
     draft = Row("qwen-draft-speculation", "tokens/s", need=1.3, note="(peer: ours without the draft)")
     ngram = Row("qwen-ngram-speculation", "tokens/s plain")
     prompts = json.loads(pathlib.Path(__file__).with_name("code-prompts.json").read_text(encoding="utf-8"))
@@ -230,7 +266,7 @@ def speculation(bench):
         plain, texts = programs.ours_generate(bench.ours, large, prompts, TOKENS)
         for row, flags in ((draft, ["--draft", small]), (ngram, ["--ngram"])):
             speed, same = programs.ours_generate(bench.ours, large, prompts, TOKENS, *flags)
-            others = sum(one != other for one, other in zip(texts, same))
+            others = sum(one != other for one, other in zip(texts, same, strict=True))
             if others:
                 row.note += f" ({others} of {len(texts)} answers differ)"
             row.ours.append(speed)
@@ -277,9 +313,15 @@ def busy_seconds():
 def machine():
     text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     first = text.split("\n\n", maxsplit=1)[0]
-    value = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    value = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
+    }
     flags = set(value.get("flags", "").split())
-    known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if flag in flags]
+    known = [
+        flag
+        for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+        if flag in flags
+    ]
     family = f"family {value.get('cpu family')} model {value.get('model')}"
     return f"{value.get('model name')} ({family}), {os.cpu_count()} cores, {' '.join(known)}"
 
@@ -287,7 +329,9 @@ def machine():
 def asked():
     """The flags and the groups that they ask for; ends the program where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--needs", action="store_true", help="only print what the groups need, a line for each")
+    parser.add_argument(
+        "--needs", action="store_true", help="only print what the groups need, a line for each"
+    )
     parser.add_argument("--only", default="")
     parser.add_argument("--rounds", type=int, default=3)
     for name in ("ours", "models", "report"):
@@ -312,23 +356,30 @@ def main():
         if not getattr(flags, name):
             sys.exit(f"error: --{name} is needed to measure anything")
     bench = Bench(flags)
-    (all_before, own_before), began = busy_seconds(), datetime.datetime.now(datetime.timezone.utc)
+    (all_before, own_before), began = busy_seconds(), datetime.datetime.now(datetime.UTC)
     try:
         rows = [row for group in groups for row in group.measure(bench)]
     except programs.Failed as why:
         sys.exit(f"error: {why}")
-    took = datetime.datetime.now(datetime.timezone.utc) - began
+    took = datetime.datetime.now(datetime.UTC) - began
     all_after, own_after = busy_seconds()
-    foreign = max(0.0, (all_after - all_before) - (own_after - own_before)) / (took.total_seconds() * os.cpu_count())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    foreign = max(0.0, (all_after - all_before) - (own_after - own_before)) / (
+        took.total_seconds() * os.cpu_count()
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
+    ).stdout.strip()
     head = [
         f"machine: {machine()}",
         f"llama.cpp: {bench.llama_how}",
-        f"{began:%Y-%m-%d %H:%M} UTC, commit {commit or 'unknown'}, {programs.THREADS} threads, medians of {flags.rounds} turns, "
-        f"{took.total_seconds():.0f} s, others took {100 * foreign:.0f} % of the processor",
+        f"{began:%Y-%m-%d %H:%M} UTC, commit {commit or 'unknown'}, {programs.THREADS} threads, "
+        f"medians of {flags.rounds} turns, {took.total_seconds():.0f} s, "
+        f"others took {100 * foreign:.0f} % of the processor",
     ]
     print("\n".join([*head, "", *(row.line() for row in rows)]))
-    pathlib.Path(flags.report).write_text(json.dumps({"head": head, "rows": [row.json() for row in rows]}, indent=1), encoding="utf-8")
+    pathlib.Path(flags.report).write_text(
+        json.dumps({"head": head, "rows": [row.json() for row in rows]}, indent=1), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-//! One story: a namespace of its own, a gateway to ask, a limit on its time. Whatever happens in it, what it made
-//! is deleted at its end; when it fails, what the cluster knows is written to stderr first.
+//! One scenario: a namespace of its own, a client of the gateway, a limit on its time. Its namespaces are
+//! deleted at its end, also after a failure; after a failure the state of the cluster is first written to
+//! stderr.
 
 use std::{
     panic::{AssertUnwindSafe, resume_unwind},
@@ -18,64 +19,64 @@ use kube::{
 
 use crate::{cluster::Cluster, gateway::Gateway, model::Models, release, wait::Until};
 
-/// No story may take longer than this.
-const STORY_LIMIT: Duration = Duration::from_secs(150);
+/// The limit on the time of one scenario.
+const SCENARIO_LIMIT: Duration = Duration::from_secs(150);
 
-/// What a story has at hand.
-pub struct Story {
-    /// The cluster that it plays on.
+/// What a scenario works with.
+pub struct Scenario {
+    /// The cluster that it runs on.
     pub cluster: Cluster,
     /// Its own namespace.
     pub namespace: String,
     namespaces: Mutex<Vec<String>>,
 }
 
-/// Tells one story on the installed release. `name` becomes part of its namespaces' names.
+/// Runs one scenario on the installed release. `name` becomes part of its namespaces' names.
 ///
 /// # Errors
-/// What the story itself ends with, or why it could not begin.
+/// The scenario's own error, or why it could not start.
 ///
 /// # Panics
-/// With the story's own panic, once everything is tidied up.
-pub async fn tell(name: &str, story: impl AsyncFnOnce(&Story) -> Result<()>) -> Result<()> {
+/// With the scenario's own panic, after its namespaces are deleted.
+pub async fn run(name: &str, scenario: impl AsyncFnOnce(&Scenario) -> Result<()>) -> Result<()> {
     let started = Instant::now();
     let cluster = Cluster::connect().await?;
     release::installed(&cluster).await.context("could not install the release")?;
-    let mut stage = Story { cluster, namespace: String::new(), namespaces: Mutex::default() };
-    stage.namespace = stage.new_namespace(name).await?;
-    let limited = tokio::time::timeout(STORY_LIMIT, story(&stage));
+    let mut running = Scenario { cluster, namespace: String::new(), namespaces: Mutex::default() };
+    running.namespace = running.new_namespace(name).await?;
+    let limited = tokio::time::timeout(SCENARIO_LIMIT, scenario(&running));
     let ended = AssertUnwindSafe(limited).catch_unwind().await;
-    let played = started.elapsed();
+    let ran = started.elapsed();
     let good = matches!(ended, Ok(Ok(Ok(()))));
     if !good {
-        stage.dump().await;
+        running.dump().await;
     }
-    let tidied = stage.tidy().await;
+    let cleaned = running.clean_up().await;
     eprintln!(
-        "story {name}: {:.1} s, and {:.1} s to tidy up",
-        played.as_secs_f64(),
-        (started.elapsed() - played).as_secs_f64()
+        "scenario {name}: {:.1} s, and {:.1} s to clean up",
+        ran.as_secs_f64(),
+        (started.elapsed() - ran).as_secs_f64()
     );
     match ended {
         Err(panic) => resume_unwind(panic),
-        Ok(Err(_)) => anyhow::bail!("story {name} did not end within {STORY_LIMIT:?}"),
-        Ok(Ok(outcome)) => outcome.and(tidied),
+        Ok(Err(_)) => anyhow::bail!("scenario {name} did not end within {SCENARIO_LIMIT:?}"),
+        Ok(Ok(outcome)) => outcome.and(cleaned),
     }
 }
 
-impl Story {
-    /// Makes one more namespace that is deleted at the story's end.
+impl Scenario {
+    /// Makes one more namespace that is deleted at the scenario's end.
     ///
     /// # Errors
     /// When the API server refuses.
     pub async fn new_namespace(&self, name: &str) -> Result<String> {
-        // The time keeps apart a story's runs: a namespace of an earlier one may still be ending.
+        // The time keeps apart a scenario's runs: a namespace of an earlier one may still be ending.
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis();
-        let name = format!("story-{name}-{}", now % 100_000_000);
+        let name = format!("scenario-{name}-{}", now % 100_000_000);
         let mut namespace = Namespace::default();
         namespace.metadata.name = Some(name.clone());
         Api::all(self.cluster.client.clone()).create(&PostParams::default(), &namespace).await?;
-        // A story that panicked elsewhere still has its namespaces tidied up.
+        // The namespaces of a scenario that panicked elsewhere are deleted as well.
         self.namespaces.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(name.clone());
         Ok(name)
     }
@@ -88,13 +89,13 @@ impl Story {
         release::gateway(&self.cluster).await
     }
 
-    /// The models of this story's own namespace.
+    /// The models of this scenario's own namespace.
     #[must_use]
     pub fn models(&self) -> Models {
         Models::new(&self.cluster, &self.namespace)
     }
 
-    /// Pods of this story's own namespace.
+    /// Pods of this scenario's own namespace.
     #[must_use]
     pub fn pods(&self) -> Api<Pod> {
         Api::namespaced(self.cluster.client.clone(), &self.namespace)
@@ -104,22 +105,22 @@ impl Story {
         self.namespaces.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
-    async fn tidy(&self) -> Result<()> {
+    async fn clean_up(&self) -> Result<()> {
         for namespace in self.made() {
-            // Pods of an earlier story would take the processor from the next one: wait for their end, but not
-            // for the namespace's, which takes its controller several seconds more.
+            // Pods of an earlier scenario would take the processor from the next one: wait for their end, but
+            // not for the namespace's, which takes its controller several seconds more.
             let arguments = ["delete", "inferencemodels", "--all", "--namespace", &namespace, "--wait=false"];
             self.cluster.kubectl(&arguments).stdout().await?;
             let namespaces = Api::<Namespace>::all(self.cluster.client.clone());
             namespaces.delete(&namespace, &DeleteParams::default()).await?;
             let pods = Api::<Pod>::namespaced(self.cluster.client.clone(), &namespace);
-            let gone = Until::new("the story's pods are gone", 60);
+            let gone = Until::new("the scenario's pods are gone", 60);
             gone.watched(pods, watcher::Config::default(), |left| left.is_empty().then_some(())).await?;
         }
         Ok(())
     }
 
-    /// Writes to stderr what a person would look at first.
+    /// Writes the state of the cluster to stderr: what to look at first after a failure.
     async fn dump(&self) {
         let mut looks: Vec<Vec<String>> = Vec::new();
         for namespace in self.made() {
@@ -139,7 +140,7 @@ impl Story {
             let arguments: Vec<&str> = look.iter().map(String::as_str).collect();
             eprintln!("\n=== kubectl {}", arguments.join(" "));
             match self.cluster.kubectl(&arguments).output().await {
-                Ok(said) => eprintln!("{}{}", said.stdout, said.stderr),
+                Ok(output) => eprintln!("{}{}", output.stdout, output.stderr),
                 Err(error) => eprintln!("{error:#}"),
             }
         }

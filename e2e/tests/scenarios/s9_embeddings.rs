@@ -1,12 +1,13 @@
-//! A checkpoint of several files in an image, applied like any other model, answers with vectors through the gateway.
+//! A checkpoint of several files in an image, applied like any other model, answers with vectors through the
+//! gateway.
 
 use anyhow::Result;
 use serde_json::json;
 use trustformers_e2e::{
-    ask::Ask,
     model::{MINILM, SMOLLM2, status_text},
     reference::{cosine, embedded},
-    story::tell,
+    request::Request,
+    scenario::run,
 };
 
 /// From apply to ready: the image is on the node, and the files take a second to read.
@@ -14,13 +15,13 @@ const READY_LIMIT_S: u64 = 60;
 
 #[tokio::test]
 async fn vectors_through_the_gateway_are_the_references() -> Result<()> {
-    tell("embeddings", async |story| {
+    run("embeddings", async |scenario| {
         // Given: texts whose vectors an independent implementation has computed.
-        let cases = embedded(&story.cluster.settings)?;
+        let cases = embedded(&scenario.cluster.settings)?;
         let texts: Vec<&str> = cases.iter().map(|case| case.text.as_str()).collect();
 
         // When: the image is applied with every setting of batching, and becomes ready.
-        let models = story.models();
+        let models = scenario.models();
         let batching =
             json!({"strategy": "priority", "maxBatchSize": 8, "maxWaitMs": 5, "maxQueue": 64, "priority": true});
         let spec = json!({
@@ -32,8 +33,9 @@ async fn vectors_through_the_gateway_are_the_references() -> Result<()> {
         let model = models.ready("minilm", READY_LIMIT_S).await?;
         assert_eq!(status_text(&model, "/digest").len(), 64, "no digest of the loaded files");
 
-        // Then: by HTTP and gRPC alike, each text has the vector of the reference, and what was cut is said.
-        let gateway = story.gateway().await?;
+        // Then: by HTTP and gRPC alike, each text has the vector of the reference, and the answer names the
+        // texts that were truncated.
+        let gateway = scenario.gateway().await?;
         let name = models.full_name("minilm");
         let (vectors, answer) = gateway.embeddings(Some(&name), &texts).await?;
         assert_eq!(vectors.len(), cases.len());
@@ -48,11 +50,11 @@ async fn vectors_through_the_gateway_are_the_references() -> Result<()> {
             assert!(cosine(&over_grpc, over_http) > 0.999_999, "HTTP and gRPC differ");
         }
 
-        // And: asked to generate, it says what it is for and where to go.
-        let refusal = gateway.http(&Ask::new(&name, "Once upon a time", 2)).await.unwrap_err().to_string();
+        // And: a request to generate is refused with the model's task and the right path.
+        let refusal = gateway.http(&Request::new(&name, "Once upon a time", 2)).await.unwrap_err().to_string();
         assert!(refusal.contains("/v1/embeddings"), "{refusal}");
 
-        // And: who names no model is answered while one embeds, beside one that generates, and asked which where two do.
+        // And: a request that names no model is answered while one model embeds, and refused while two do.
         models.apply("writes", json!({"source": {"uri": SMOLLM2}})).await?;
         models.ready("writes", READY_LIMIT_S).await?;
         let (unnamed, _) = gateway.embeddings(None, &texts[..1]).await?;

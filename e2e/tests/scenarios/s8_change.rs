@@ -3,24 +3,24 @@
 use anyhow::Result;
 use serde_json::json;
 use trustformers_e2e::{
-    ask::Ask,
     load::Steady,
     model::{SMOLLM2, is_ready, status_text},
-    story::tell,
+    request::Request,
+    scenario::run,
     wait::Until,
 };
 
 #[tokio::test]
 async fn a_changed_setting_rolls_out_without_a_failed_request() -> Result<()> {
-    tell("change", async |story| {
-        // Given: a model that serves, and callers who ask it a few times a second.
-        let (models, gateway) = (story.models(), story.gateway().await?);
+    run("change", async |scenario| {
+        // Given: a model that serves, and clients that send it a few requests a second.
+        let (models, gateway) = (scenario.models(), scenario.gateway().await?);
         models
             .apply("moving", json!({"source": {"uri": SMOLLM2}, "runtime": {"contextTokens": 512}}))
             .await?;
         let before = models.ready("moving", 60).await?;
         let old = status_text(&before, "/stable/revision").to_owned();
-        let steady = Steady::start(&gateway, Ask::new(&models.full_name("moving"), "Hello", 2), 4)?;
+        let steady = Steady::start(&gateway, Request::new(&models.full_name("moving"), "Hello", 2), 4)?;
 
         // When: a setting of the engine is changed.
         models.change("moving", json!({"runtime": {"contextTokens": 256}})).await?;
@@ -36,9 +36,9 @@ async fn a_changed_setting_rolls_out_without_a_failed_request() -> Result<()> {
         // And: its pod is the only one that is left.
         let only_new = Until::new("the pod of the old revision is gone", 60);
         let one = |pods: &[&k8s_openapi::api::core::v1::Pod]| (pods.len() == 1).then_some(());
-        only_new.watched(story.pods(), kube::runtime::watcher::Config::default(), one).await?;
+        only_new.watched(scenario.pods(), kube::runtime::watcher::Config::default(), one).await?;
 
-        // And: not one request failed, before, while or after.
+        // And: no request failed, before, while or after.
         let requests = steady.stop().await?;
         let failed: Vec<_> = requests.iter().filter_map(|it| it.as_ref().err()).collect();
         assert!(failed.is_empty(), "{} of {} requests failed: {failed:?}", failed.len(), requests.len());

@@ -1,4 +1,4 @@
-//! One of two pods dies without a word: its own streams end, and nothing else happens to anybody.
+//! One of two pods is killed: its own streams end, and no other request is affected.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -7,12 +7,12 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::watcher;
 use serde_json::json;
 use trustformers_e2e::{
-    ask::{Ask, Failure},
     load::{Steady, Streams},
     metrics,
     model::SMOLLM2,
     process,
-    story::{Story, tell},
+    request::{Failure, Request},
+    scenario::{Scenario, run},
     wait::Until,
 };
 
@@ -22,10 +22,10 @@ const STREAMS: usize = 8;
 const TOKENS: u32 = 96;
 
 #[tokio::test]
-async fn only_the_streams_of_the_killed_pod_end() -> Result<()> {
-    tell("pod-kill", async |story| {
-        // Given: two pods on two nodes, and what the model answers when nothing happens.
-        let (models, gateway) = (story.models(), story.gateway().await?);
+async fn a_killed_pod_breaks_only_its_own_streams() -> Result<()> {
+    run("pod-kill", async |scenario| {
+        // Given: two pods on two nodes, and the model's answer while both are up.
+        let (models, gateway) = (scenario.models(), scenario.gateway().await?);
         let spec = json!({
             "source": {"uri": SMOLLM2},
             "runtime": {"numerics": "exact", "contextTokens": 512},
@@ -33,20 +33,21 @@ async fn only_the_streams_of_the_killed_pod_end() -> Result<()> {
         });
         models.apply("pair", spec).await?;
         models.ready("pair", 90).await?;
-        let pods = pods(story).await?;
+        let pods = pods(scenario).await?;
         let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
         assert_eq!((pods.len(), nodes.len()), (2, 2), "two pods on {nodes:?}");
-        let ask = Ask::new(&models.full_name("pair"), "2, 4, 8, 16, 32, 64, 128, 256, 512, 1024,", TOKENS);
-        let quiet = gateway.sse(&ask, |_| ()).await?;
+        let request =
+            Request::new(&models.full_name("pair"), "2, 4, 8, 16, 32, 64, 128, 256, 512, 1024,", TOKENS);
+        let quiet = gateway.sse(&request, |_| ()).await?;
         assert_eq!(quiet.tokens.len(), usize::try_from(TOKENS)?, "the prompt ends early: {quiet:?}");
 
         // When: streams run on both, and one pod's process is killed.
         let (victim, pid) = (name(&pods[0])?, process::container_pid(&pods[0], "runtime")?);
-        let mut streams = Streams::open(&gateway, vec![ask.clone(); STREAMS])?;
-        streams.all_begun(Duration::from_secs(20)).await?;
-        let short = Ask { max_tokens: 2, ..ask };
+        let mut streams = Streams::open(&gateway, vec![request.clone(); STREAMS])?;
+        streams.all_started(Duration::from_secs(20)).await?;
+        let short = Request { max_tokens: 2, ..request };
         let steady = Steady::start(&gateway, short, 3)?;
-        let on_victim = in_flight(story, victim).await?;
+        let on_victim = in_flight(scenario, victim).await?;
         process::kill_hard(pid).await?;
 
         // Then: at most the streams of that pod broke, and every other one is whole, token for token.
@@ -59,16 +60,16 @@ async fn only_the_streams_of_the_killed_pod_end() -> Result<()> {
         for whole in outcomes.iter().flatten() {
             assert_eq!(whole.tokens, quiet.tokens);
         }
-        // What a broken stream had brought is right as far as it goes.
+        // The tokens of a broken stream are the first tokens of the whole answer.
         for failure in broken {
             let Failure::Broken { tokens, .. } = failure else {
-                panic!("a stream that had begun was {failure}")
+                panic!("a stream that had started was {failure}")
             };
             assert!(!tokens.is_empty() && quiet.tokens.starts_with(tokens), "{failure}");
         }
 
-        // And: the model becomes whole again, and no request failed meanwhile.
-        restarted(story, victim).await?;
+        // And: the second pod becomes ready again, and no request failed meanwhile.
+        restarted(scenario, victim).await?;
         models.ready("pair", 90).await?;
         let requests = steady.stop().await?;
         let failed: Vec<_> = requests.iter().filter_map(|it| it.as_ref().err()).collect();
@@ -79,18 +80,18 @@ async fn only_the_streams_of_the_killed_pod_end() -> Result<()> {
     .await
 }
 
-async fn pods(story: &Story) -> Result<Vec<Pod>> {
+async fn pods(scenario: &Scenario) -> Result<Vec<Pod>> {
     let label = "serving.trustformers.dev/model=pair";
-    Ok(story.pods().list(&kube::api::ListParams::default().labels(label)).await?.items)
+    Ok(scenario.pods().list(&kube::api::ListParams::default().labels(label)).await?.items)
 }
 
 fn name(pod: &Pod) -> Result<&str> {
     pod.metadata.name.as_deref().context("a pod without a name")
 }
 
-/// The requests that a pod computes or has waiting, by its own account.
-async fn in_flight(story: &Story, pod: &str) -> Result<usize> {
-    let page = story.cluster.pod_get(&story.namespace, pod, "/metrics").await?;
+/// The requests that a pod computes or has queued, by its own metrics.
+async fn in_flight(scenario: &Scenario, pod: &str) -> Result<usize> {
+    let page = scenario.cluster.pod_get(&scenario.namespace, pod, "/metrics").await?;
     let mut sum = 0.0;
     for metric in ["trustformers_requests_running", "trustformers_requests_waiting"] {
         sum += metrics::sum(&page, metric)
@@ -100,11 +101,11 @@ async fn in_flight(story: &Story, pod: &str) -> Result<usize> {
     Ok(sum as usize)
 }
 
-async fn restarted(story: &Story, pod: &str) -> Result<()> {
+async fn restarted(scenario: &Scenario, pod: &str) -> Result<()> {
     let restarted = |pods: &[&Pod]| {
         let statuses = pods.first()?.status.as_ref()?.container_statuses.as_ref()?;
         (statuses.iter().any(|it| it.restart_count > 0)).then_some(())
     };
     let this = watcher::Config::default().fields(&format!("metadata.name={pod}"));
-    Until::new("the killed container is started again", 60).watched(story.pods(), this, restarted).await
+    Until::new("the killed container is started again", 60).watched(scenario.pods(), this, restarted).await
 }

@@ -1,0 +1,12 @@
+//! The behaviour that users rely on, as scenarios on a real Kubernetes with two nodes. Each says what is
+//! given, what happens, and what the result must be. The harness is the crate's library.
+
+mod s1_install;
+mod s2_first_token;
+mod s3_delete;
+mod s4_causes;
+mod s5_pod_kill;
+mod s6_validation;
+mod s7_operator_away;
+mod s8_change;
+mod s9_embeddings;
