@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Measures ours and its peers in turns and prints the table of ratios; run.sh prepares everything and calls
+"""Measures our runtime and its peers alternately and prints the table of ratios; run.sh prepares and calls
 it.
 
-Absolute figures are of the machine and the hour; what is compared took turns within one run, and each figure
-is the median of its turns.
+Absolute figures depend on the machine and the hour. Figures that are compared alternate within one run, and
+each is the median of its rounds.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Bench:
     def __init__(self, flags):
         self.ours = pathlib.Path(flags.ours) / "trustformers-serve"
         self.examples = pathlib.Path(flags.ours) / "examples"
-        # Only groups that need a peer use what is said of it.
+        # Only groups that need a peer use its description.
         llama = pathlib.Path(flags.llama)
         self.llama_bench = llama / "llama-bench"
         self.llama_server = llama / "llama-server"

@@ -1,4 +1,4 @@
-"""The programs that are measured: ours, llama.cpp's, and servers of both under one client."""
+"""The programs that are measured: our runtime, llama.cpp, and the servers of both under one client."""
 
 import contextlib
 import json
@@ -16,15 +16,15 @@ START_SECONDS = 120
 
 
 class NotBuilt(Exception):
-    """What a row needs is not in this version of ours."""
+    """This version of our runtime does not support what a row needs."""
 
 
 class Failed(Exception):
     """A program did not run."""
 
 
-# How ours says that it does not know a model's kind. Everything else that goes wrong is a failure: a row that
-# is missing because of a mistyped flag must not look like one that is to come.
+# The error of our runtime for an unsupported model. Every other error is a failure: a row that is missing
+# because of a mistyped flag must not look like an unsupported one.
 UNSUPPORTED = "UnsupportedModel"
 
 

@@ -12,7 +12,7 @@ class Row:
 
     name: str
     unit: str
-    # How many times better than the peer ours has to be; None: for information.
+    # The ratio to the peer that is required; None: for information.
     need: float | None = None
     # Times: the ratio is then the peer's divided by ours, so that larger is better in every row.
     smaller_is_better: bool = False

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# run.sh: ours and other engines on this processor, in turns and in one run, on 2 threads; prints the table of
-# ratios. Gets the models and peers that its groups need first (all: about 8 GB and half an hour on two cores,
-# kept in the cache). An objective that is missed is printed as MISS; only what could not be run is a failure.
+# run.sh: our runtime and other engines on this processor, alternately and in one run, on 2 threads; prints
+# the table of ratios. Gets the models and peers that its groups need first (all: about 8 GB and half an hour
+# on two cores, kept in the cache). An objective that is missed is printed as MISS; only what could not be run
+# is a failure.
 #   BENCH_ROUNDS=5      turns that each measurement takes, at least 3
 #   BENCH_ONLY=minilm   only the groups of rows whose names begin so
 set -euo pipefail
@@ -9,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
 cd "$REPO_DIR"
 asked=(--rounds "${BENCH_ROUNDS:-3}" --only "${BENCH_ONLY:-}")
-# A wrong word ends here, before anything is got or built; and only what the groups need is got.
+# A wrong argument ends here, before anything is fetched or built. Only what the groups need is fetched.
 needs=$(python3 "$E2E_DIR/bench/objectives.py" --needs "${asked[@]}")
 needed() { awk -v kind="$1:" 'index($0, kind) == 1 { print substr($0, length(kind) + 1) }' <<<"$needs"; }
 mapfile -t models < <(needed model)
@@ -30,7 +31,7 @@ for peer in "${peers[@]}"; do
     *) fail "no script gets the peer $peer" "needs: $E2E_DIR/bench/objectives.py" ;;
   esac
 done
-say "building ours ..."
+say "building our programs ..."
 cargo build --locked --profile ci --workspace --bins
 cargo build --locked --profile ci -p trustformers-cpu --examples
 mkdir -p "$REPORT_DIR"

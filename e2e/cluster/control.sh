@@ -1,5 +1,4 @@
-# Starting the control plane: etcd, API server, controller manager and scheduler, all in the namespace tf-cp.
-# Sourced.
+# Starting the control plane (etcd, API server, controllers, scheduler) in the namespace tf-cp. Sourced.
 
 CONTROL_BINARIES=(etcd kube-apiserver kube-controller-manager kube-scheduler kubectl)
 

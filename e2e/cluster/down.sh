@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# down.sh: ends the cluster and everything it made, also what a crash left, and prints what is left: nothing.
-# Pods get no time to end by themselves. Binaries, images and models stay cached.
+# down.sh: stops the cluster, removes everything that it made, also after a crash, and prints what is left.
+# Pods get no time to terminate. Binaries, images and models stay cached.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 source "$CLUSTER_SRC/process.sh"

@@ -1,5 +1,5 @@
-# Names, places and addresses of the test cluster. Sourced by every script here; it has no effects of its own
-# beyond setting variables and defining the few words with which all scripts speak.
+# Names, places and addresses of the test cluster. Sourced by every script here; it only sets variables and
+# defines functions that all scripts use.
 
 E2E_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 REPO_DIR=$(cd "$E2E_DIR/.." && pwd)
@@ -9,7 +9,7 @@ CLUSTER_SRC=$E2E_DIR/cluster
 CACHE=$(realpath -m "${XDG_CACHE_HOME:-$HOME/.cache}/trustformers")
 BIN_STORE=$CACHE/bin
 STATE=$CACHE/cluster            # everything that `down` deletes
-LOCK_FILE=$CACHE/cluster.lock   # beside STATE, so that deleting STATE can't free the lock under someone
+LOCK_FILE=$CACHE/cluster.lock   # beside STATE, so that deleting STATE does not release the lock
 IMAGE_STORE=$CACHE/images
 MODEL_STORE=$CACHE/models
 REPORT_DIR=$CACHE/report
@@ -21,7 +21,7 @@ BIN=$STATE/bin                  # symbolic links to the binaries that this clust
 LAN=198.18.0.0/24
 HOST_IP=198.18.0.1
 CONTROL_IP=198.18.0.2
-NOWHERE_IP=198.18.0.254         # default route of every namespace: nobody has it, so nothing leaves the machine
+NOWHERE_IP=198.18.0.254         # default route of every namespace: no host has it, so nothing leaves the machine
 SERVICE_CIDR=10.96.0.0/16
 API_SERVICE_IP=10.96.0.1
 DNS_IP=10.96.0.10
@@ -33,7 +33,7 @@ CGROUP=trustformers-e2e         # one cgroup subtree, so that every process of o
 MAX_NODES=9                     # one digit: node N is 198.18.0.1N, its pods are 10.244.N.0/24
 CONTEXT=trustformers-e2e
 
-# What runs here is reached without a proxy, whatever the environment says about the rest of the world.
+# The cluster is reached without a proxy, whatever the environment configures for other addresses.
 export NO_PROXY="${NO_PROXY:+$NO_PROXY,}localhost,127.0.0.1,198.18.0.0/24,10.96.0.0/16,10.244.0.0/16,.svc,.cluster.local"
 export no_proxy=$NO_PROXY
 
@@ -48,7 +48,7 @@ say() { printf '[%4d s] %s\n' $((SECONDS - STARTED_AT)) "$*" >&2; }
 fail() { printf 'error: %s\n' "$1" >&2; shift; for line in "$@"; do printf '       %s\n' "$line" >&2; done; exit 1; }
 
 # Only one script at a time may change the cluster. Children must not inherit descriptor 9 (see process.sh): a
-# daemon that held it would keep the lock for ever.
+# daemon that holds it would never release the lock.
 take_lock() {
   [ -n "${TRUSTFORMERS_CLUSTER_LOCKED:-}" ] && return 0
   mkdir -p "$CACHE"
@@ -64,8 +64,8 @@ kc() { KUBECONFIG='' "$BIN/kubectl" --kubeconfig "$OUR_KUBECONFIG" "$@" 9>&-; }
 # pipe, and with
 # `pipefail` that is a failure, now and then.
 
-# wait_until SECONDS WHAT COMMAND...: polls ten times a second; on timeout says what was waited for and where
-# logs are.
+# wait_until SECONDS WHAT COMMAND...: polls ten times a second; the error at the limit names what was awaited
+# and where the logs are.
 wait_until() {
   local limit_s=$1 what=$2 end
   shift 2

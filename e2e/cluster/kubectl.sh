@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # kubectl.sh ARGUMENT...: kubectl on our own cluster, or on the one that KUBECONFIG names (whose context is
-# said first).
+# printed first).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 if [ -n "${KUBECONFIG:-}" ] && [ "$KUBECONFIG" != "$OUR_KUBECONFIG" ]; then

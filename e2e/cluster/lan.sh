@@ -2,7 +2,7 @@
 #
 # A bridge in a namespace of its own (tf-lan) connects this machine (.1), the control plane (.2) and the nodes
 # (.11 ...). Everything of the cluster runs in such namespaces: its rules, routes and bridges never touch the
-# machine's own, and since the default route of each leads to an address that nobody has, nothing can leave
+# machine's own, and since the default route of each leads to an address that no host has, nothing can leave
 # the machine.
 # `nsenter` is used and not `ip netns exec`, because the latter remounts /sys and so hides the cgroups.
 
@@ -10,7 +10,7 @@ in_ns() { local ns=$1; shift; nsenter --net="/run/netns/$ns" "$@"; }
 
 make_ns() {
   # A name whose mount is gone (a reboot, a crash half way) is a plain file: entering it fails, so it is made
-  # anew.
+  # again.
   if [ -e "/run/netns/$1" ] && ! in_ns "$1" true 2>/dev/null; then rm -f "/run/netns/$1"; fi
   [ -e "/run/netns/$1" ] || ip netns add "$1"
   in_ns "$1" ip link set lo up

@@ -1,11 +1,11 @@
-# Everything of the cluster that is outside its own folder: found, removed, counted. Sourced.
+# Everything of the cluster outside its own folder: finding, removing and counting it. Sourced.
 
 # Mounts that this machine can see below our folder (octal escapes for blanks are undone by printf).
 our_mounts() { awk -v prefix="$STATE/" 'index($5, prefix) == 1 { print $5 }' /proc/self/mountinfo | sort -r; }
 
 thaw() {
   local file
-  # A frozen v1 group would keep a killed process for ever.
+  # A process in a frozen v1 group never ends, even when it is killed.
   find "/sys/fs/cgroup/freezer/$CGROUP" -name freezer.state 2>/dev/null | while read -r file; do echo THAWED >"$file" 2>/dev/null || true; done
 }
 

@@ -1,5 +1,4 @@
-# Starting one node: containerd, kubelet and kube-proxy in a network and a mount namespace of its own.
-# Sourced.
+# Starting a node: containerd, kubelet and kube-proxy in their own network and mount namespace. Sourced.
 
 NODE_BINARIES=(containerd containerd-shim-runc-v2 ctr runc bridge loopback host-local portmap kubelet kube-proxy)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# preflight.sh cluster|build: can this machine do it? On Debian as root, packages that are missing are
+# preflight.sh cluster|build: checks this machine. On Debian as root, packages that are missing are
 # installed; anything else that is wrong is printed at once, each with the line to type, and nothing has been
 # changed then.
 #   build    compile and test the workspace, pack images
@@ -98,8 +98,8 @@ check_kernel() {
   [ -e /proc/sys/net/bridge/bridge-nf-call-iptables ] || problem "the kernel has no bridge filter (modprobe br_netfilter)"
 }
 
-# Addresses of the benchmarking range of RFC 2544, which nobody should use; if somebody does, the cluster
-# stays away.
+# Addresses of the benchmarking range of RFC 2544, which no network should use; where one does, the cluster is
+# not started.
 check_network() {
   local used
   used=$({ ip -4 -o addr show; ip -4 route show; } | grep -E '\b198\.18\.0\.[0-9]+' | grep -v "$HOST_LINK" || true)

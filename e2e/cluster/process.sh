@@ -1,8 +1,8 @@
 # How daemons of the cluster are started, recognised and ended. Sourced.
 #
 # A process is identified by its number *and* its start time, so that after a crash or a reboot a number that
-# now belongs to another program is never signalled. Every daemon also lives in a cgroup of ours: what lost
-# its record (a crash between fork and write, a container's process, a shim) is found there.
+# now belongs to another program is never signalled. Every daemon also lives in a cgroup of the cluster: a
+# process without a record (a crash between fork and write, a container's process, a shim) is found there.
 
 # The hierarchy whose cgroup.procs files say which processes are ours: cgroup v2, or v1's pids controller.
 tracking_root() {
@@ -25,8 +25,8 @@ alive() {
   [ "$(start_time_of "$pid")" = "$began" ]
 }
 
-# Whether the cluster of the state folder runs: made whole, since this boot, and with every daemon still
-# alive. The folder alone says nothing: it outlives a reboot and a kill.
+# True if the cluster of the state folder runs: complete, since this boot, and with every daemon alive. The
+# folder alone proves nothing: it outlives a reboot and a kill.
 cluster_runs() {
   local record name
   [ "$(cat "$STATE/boot" 2>/dev/null)" = "$(cat /proc/sys/kernel/random/boot_id)" ] && [ -f "$STATE/complete" ] || return 1

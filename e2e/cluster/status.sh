@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# status.sh: what of the cluster is there. Exit status 0: up and whole; 1: broken; 3: there is none.
+# status.sh: prints the state of the cluster. Exit status 0: up and whole; 1: broken; 3: there is none.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 for part in process cgroups lan sysctls leftovers; do source "$CLUSTER_SRC/$part.sh"; done
@@ -16,6 +16,6 @@ for record in "$STATE"/run/*.pid; do
   if alive "$name"; then condition=runs; else condition=DEAD dead=1; fi
   printf '  %-26s %s %s\n' "$name" "$condition" "$(cut -d' ' -f1 "$record")"
 done
-[ -f "$STATE/complete" ] && [ -z "$dead" ] || { echo "broken: make cluster-up makes it anew, make cluster-down removes it"; exit 1; }
+[ -f "$STATE/complete" ] && [ -z "$dead" ] || { echo "broken: make cluster-up replaces it, make cluster-down removes it"; exit 1; }
 kc get nodes -o wide
 kc get pods -A -o wide

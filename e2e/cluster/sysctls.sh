@@ -1,5 +1,4 @@
-# kubelet sets a few of the machine's own kernel parameters. They are written down before and put back after.
-# Sourced.
+# Kernel parameters of the machine that kubelet sets: they are saved before and restored after. Sourced.
 
 KUBELET_SYSCTLS=(vm.overcommit_memory vm.panic_on_oom kernel.panic kernel.panic_on_oops kernel.keys.root_maxkeys kernel.keys.root_maxbytes)
 

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # up.sh [--nodes N] [--with "metrics-server kwok=20 gpu=2"]
 #
-# Brings up Kubernetes on this machine, or makes a running cluster what was asked for: missing nodes and
-# additions are added, nothing is taken away. A cluster that is broken (a daemon died, the machine was
-# rebooted, an earlier run was cut off) is removed and made anew, since it holds nothing that a test may rely
-# on.
+# Starts Kubernetes on this machine, or adds missing nodes and additions to a running cluster; it removes
+# nothing from one. A broken cluster (a daemon died, the machine was rebooted, an earlier run was interrupted)
+# is removed and started again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 for part in process cgroups lan certs sysctls leftovers control nodes system-images addons; do source "$CLUSTER_SRC/$part.sh"; done

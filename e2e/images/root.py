@@ -70,7 +70,7 @@ def make(root):
     for name, mode in (("home/nonroot", 0o755), ("usr/bin", 0o755), ("tmp", 0o1777)):
         (root / name).mkdir(parents=True, exist_ok=True)
         (root / name).chmod(mode)
-    # The umask of whoever ran this must not show in the image.
+    # The umask of the user must not show in the image.
     for base, folders, _ in os.walk(root):
         for name in folders:
             path = pathlib.Path(base) / name
@@ -80,7 +80,7 @@ def make(root):
 
 def main():
     if len(sys.argv) != 2:
-        sys.exit("usage: root.py FOLDER (made anew)")
+        sys.exit("usage: root.py FOLDER (replaced)")
     root = pathlib.Path(sys.argv[1])
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)

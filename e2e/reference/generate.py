@@ -103,7 +103,7 @@ class Reference:
 
 
 def compare(kept: dict, made: dict) -> None:
-    """Ends the program unless a kept case says what this machine computes."""
+    """Ends the program unless a stored case agrees with what this machine computes."""
     clear = next(
         (i for i, margin in enumerate(kept["margins"]) if margin < CLEAR_MARGIN), len(kept["greedy"])
     )

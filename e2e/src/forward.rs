@@ -20,8 +20,8 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Forwards to the gRPC port of `pod`. kubectl says that it forwards before it has reached the pod: the
-    /// first call may fail, and is worth a second try.
+    /// Forwards to the gRPC port of `pod`. kubectl reports that it forwards before it has reached the pod:
+    /// the first call may fail and should be retried.
     ///
     /// # Errors
     /// When `kubectl port-forward` does not say within ten seconds that it forwards.

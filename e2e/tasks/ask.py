@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Asks a gateway for text and prints it as it comes, token by token. Standard library only.
+"""Sends a prompt to a gateway and prints the answer as it arrives, token by token. Standard library only.
 
 usage: ask.py ADDRESS MODEL PROMPT [MAX_TOKENS]
 
@@ -36,7 +36,7 @@ def main():
         f"{address}/v1/generate/stream", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     began, first, count = time.monotonic(), None, 0
-    # A proxy that the environment names knows nothing of the test network.
+    # A proxy of the environment cannot reach the test network.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=120) as answer:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# demo-down.sh: takes the demo away: the whole cluster if it is ours, else what the demo made on the one that
-# KUBECONFIG names.
+# demo-down.sh: removes the demo: the whole cluster if it is that of this machine, else what the demo made on
+# the one that KUBECONFIG names.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 if [ -z "${KUBECONFIG:-}" ] || [ "$KUBECONFIG" = "$OUR_KUBECONFIG" ]; then exec "$CLUSTER_SRC/down.sh"; fi
@@ -10,7 +10,7 @@ source "$E2E_DIR/tasks/forward.sh"
 PATH=$PATH:$CACHE/tools
 echo "context: $(kubectl config current-context) (KUBECONFIG=$KUBECONFIG)"
 stop_forward
-# Models first, while the operator is still there to take their children away.
+# Models first, while the operator runs and removes their children.
 if is_demos "$DEMO_NAMESPACE"; then
   kubectl -n "$DEMO_NAMESPACE" delete imodel --all --ignore-not-found --timeout=120s
   kubectl delete namespace "$DEMO_NAMESPACE" --timeout=120s

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # demo-elsewhere.sh: the demo on a cluster of the user's, the one that KUBECONFIG names. That cluster must be
-# able to pull our images, so it has to be said where they were pushed to.
+# able to pull our images, so IMAGE_REGISTRY must name where they were pushed to.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 source "$E2E_DIR/tasks/timing.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # demo.sh: from nothing to tokens. Builds a Kubernetes and our images, starts both on this machine, installs
-# the chart, applies a four-line InferenceModel and asks it something. Can be repeated; demo-down.sh takes it
-# all away.
+# the chart, applies a four-line InferenceModel and sends it a prompt. Can be repeated; demo-down.sh removes
+# everything.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 if [ -n "${KUBECONFIG:-}" ] && [ "$KUBECONFIG" != "$OUR_KUBECONFIG" ]; then exec "$E2E_DIR/tasks/demo-elsewhere.sh"; fi

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# dump.sh FOLDER: everything that the cluster knows, for a look after it is gone: objects, events, logs of
+# dump.sh FOLDER: saves the state of the cluster before it is removed: objects, events, logs of
 # pods and daemons.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
-# A part that cannot be had must not keep the others away.
+# A part that fails must not prevent the others.
 set +e
 folder=$1
 mkdir -p "$folder/pods"
@@ -17,4 +17,4 @@ kc get pods -A --no-headers 2>/dev/null | while read -r namespace pod _; do
   kc -n "$namespace" logs "$pod" --all-containers --prefix --previous >"$folder/pods/$namespace.$pod.previous.log" 2>/dev/null ||
     rm -f "$folder/pods/$namespace.$pod.previous.log"
 done
-echo "what the cluster knew is in $folder"
+echo "the state of the cluster is in $folder"

@@ -1,5 +1,4 @@
-# The port-forward of a demo on another cluster: it outlives the demo, so that the printed curl line works.
-# Sourced.
+# The port-forward of a demo on another cluster. It outlives the demo: the printed curl line works. Sourced.
 
 FORWARD_RECORD=$CACHE/demo-forward
 FORWARD_ADDRESS=http://127.0.0.1:18080

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# lint.sh [PART...]: format, lints, licences and sources of dependencies, shell, Python, the chart and the manifests, and
-# the repository's own rules (tidy). Without a name: every part. Parts: rust licences shell python manifests tidy.
+# lint.sh [PART...]: format, lints, licences and sources of dependencies, shell, Python, the chart and the
+# manifests, and the repository's own rules (tidy). Without a name: every part. Parts: rust licences shell
+# python manifests tidy.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 cd "$REPO_DIR"
@@ -15,8 +16,8 @@ lint_rust() {
 
 lint_licences() { tool cargo-deny check --hide-inclusion-graph licenses bans sources; }
 
-# Scripts are checked one by one and sourced files are not followed: what env.sh sets for others would look unused there
-# (SC2034), and unset in the others (SC2154).
+# Scripts are checked one by one and sourced files are not followed: what env.sh sets for others would look
+# unused there (SC2034), and unset in the others (SC2154).
 lint_shell() {
   local scripts sourced
   mapfile -t scripts < <(git ls-files '*.sh' .ci/run | xargs grep -L '^# .*Sourced')
@@ -30,8 +31,8 @@ lint_python() {
   tool ruff check --quiet "$E2E_DIR"
 }
 
-# The schemas are those of the Kubernetes that the tests run on, and of our own definitions: no field that they do not
-# name passes.
+# The schemas are those of the Kubernetes that the tests run on, and of our own definitions: no field that
+# they do not name passes.
 lint_manifests() {
   local schemas swagger
   schemas=$(mktemp -d)

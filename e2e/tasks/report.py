@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 
-# What `make test` may take on a machine with two cores; CONTRIBUTING.md says the same.
+# The limits of `make test` on a machine with two cores, as in CONTRIBUTING.md.
 BUDGET_MINUTES = {"cold": 45, "warm": 12}
 
 

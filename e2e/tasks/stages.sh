@@ -33,7 +33,8 @@ stage() {
   [ $result = ok ] || { echo "=== $name failed (log: $STAGE_LOGS/$name.log)"; exit 1; }
 }
 
-# The table at the end, and the same as JSON for `make report`, which shows the last cold and the last warm run.
+# The table at the end, and the same as JSON for `make report`, which shows the last cold and the last warm
+# run.
 end_stages() {
   local i total=0
   printf '\n%-12s %8s\n' stage seconds
@@ -55,8 +56,8 @@ end_stages() {
   } >"$REPORT_DIR/stages-$STAGES_START.json"
 }
 
-# count_tests STATUS: the results of cargo's test programs, added up: `N passed, N failed`. A run that failed without a
-# failed test (a lint, a build) counts as one, so that this line alone tells the result.
+# count_tests STATUS: the results of cargo's test programs, added up: `N passed, N failed`. A run that failed
+# without a failed test (a lint, a build) counts as one, so that this line alone shows the result.
 count_tests() {
   cat "$STAGE_LOGS"/*.log 2>/dev/null | awk -v status="$1" '
     /^test result:/ { for (i = 1; i < NF; i++) { if ($(i + 1) == "passed;") passed += $i; if ($(i + 1) == "failed;") failed += $i } }

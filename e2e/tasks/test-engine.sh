@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# test-engine.sh: the engine's objectives on SmolLM2: memory through a mixed run, classes, fairness between tenants,
-# quality of fast numerics. Prints `name value need ok|MISS` and fails where one is missed. Builds what `cargo test
+# test-engine.sh: the engine's objectives on SmolLM2: memory through a mixed run, classes, fairness between
+# tenants, quality of fast numerics. Prints `name value need ok|MISS` and fails where one is missed. Builds
+# what `cargo test
 # --workspace` builds, so nothing is compiled twice.
 #   test-engine.sh          a quarter of an hour; times are judged, so nothing else should run
 #   test-engine.sh short    about a minute; only what is the same on every machine is judged

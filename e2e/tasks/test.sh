@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# test.sh: all stages, from format to scenarios on a real two-node Kubernetes. Prints the time of each, and takes the
-# cluster down in any case; after a failure it first keeps the state of the cluster. KUBECONFIG is ignored: only our own
-# cluster is ever used here.
+# test.sh: all stages, from format to scenarios on a real two-node Kubernetes. Prints the time of each, and
+# takes the cluster down in any case; after a failure it first keeps the state of the cluster. KUBECONFIG is
+# ignored: only our own cluster is ever used here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 source "$E2E_DIR/tasks/stages.sh"

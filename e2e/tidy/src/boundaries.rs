@@ -1,12 +1,12 @@
 //! Words that belong on one side of a boundary only: `anyhow` where programs end, clocks and files outside
-//! the pure part of the control plane, files of this repository instead of somebody's machine.
+//! the pure part of the control plane, files of this repository instead of one machine.
 
 use crate::Finding;
 use crate::rust::{self, Rust};
 
 /// Folder of the pure part of the control plane.
 const PURE: &str = "operator/control/src/";
-/// What reads the world or the time, with `::` where the bare word would be too common.
+/// I/O and clocks, with `::` where the bare word would be too common.
 const IMPURE: &[&str] = &[
     "std::fs",
     "std::net",

@@ -47,7 +47,7 @@ pub const ARROWS: &[Arrow] = &[
     ("trustformers-tidy", &[]),
 ];
 
-/// Edges that only tests may have: who, what, why.
+/// Edges that only tests may have: from, to, reason.
 pub const TEST_ARROWS: &[(&str, &str, &str)] = &[
     ("trustformers-cpu", "trustformers-conformance", "every backend runs the one suite"),
     ("trustformers-cuda", "trustformers-conformance", "every backend runs the one suite"),
@@ -63,7 +63,7 @@ pub const TEST_ARROWS: &[(&str, &str, &str)] = &[
 pub const NAMED: &[(&str, &str)] =
     &[("runtime/pod", "trustformers-runtime"), ("operator/kubectl", "kubectl-trustformers")];
 
-/// Crates of others that a crate of ours must not use, with the reason.
+/// External crates that a crate of this workspace must not use, with the reason.
 pub const KEPT_OUT: &[(&str, &[&str], &str)] = &[
     (
         "trustformers-gateway",
@@ -176,7 +176,7 @@ fn arrows(line: &str) -> impl Iterator<Item = (String, BTreeSet<String>)> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let heads: Vec<usize> = (1..words.len()).filter(|&at| words[at] == "→").collect();
     heads.into_iter().map(move |head| {
-        // A comma says that one more target follows.
+        // After a comma one more target follows.
         let more = words[head + 1..].iter().take_while(|word| word.ends_with(',')).count();
         let targets = words[head + 1..].iter().take(more + 1);
         (package(words[head - 1]), targets.map(|word| package(word.trim_end_matches(','))).collect())
@@ -200,7 +200,7 @@ pub fn kept_out(imports: &[Import]) -> Vec<Finding> {
     imports.iter().filter_map(banned).collect()
 }
 
-/// Packages, given as folder relative to the root and name, that are named otherwise than the rule says.
+/// Packages, given as folder relative to the root and name, whose name breaks the rule.
 pub fn misnamed(packages: &[(String, String)]) -> Vec<Finding> {
     let wrong = |(folder, name): &(String, String)| {
         let exception = NAMED.iter().find(|(at, _)| at == folder).map(|(_, name)| (*name).to_owned());

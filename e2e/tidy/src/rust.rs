@@ -77,7 +77,7 @@ impl<'a> Rust<'a> {
         around.min_by_key(|function| function.lines.end() - function.lines.start())
     }
 
-    /// The comments that speak of line `number`: on the line itself, and directly above the statement that it
+    /// The comments about line `number`: on the line itself, and directly above the statement that it
     /// is part of, attributes in between allowed.
     pub fn comment_on(&self, number: usize) -> String {
         let mut found = self.lines[number - 1].comment.clone();

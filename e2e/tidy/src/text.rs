@@ -8,7 +8,7 @@ use crate::tree::File;
 /// Largest file that may be committed, in bytes.
 pub const FILE_BYTES: usize = 1 << 20;
 
-/// Absolute folders that exist on somebody's machine only. Spelled in two parts so that this file is clean
+/// Absolute folders that exist on one machine only. Spelled in two parts so that this file is clean
 /// itself.
 const MACHINE_FOLDERS: &[&str] =
     &[concat!("/ro", "ot"), concat!("/ho", "me"), concat!("/wo", "rk"), concat!("/Us", "ers")];

@@ -1,5 +1,5 @@
 //! The files of the repository, as git would commit them: tracked ones, and new ones that are not ignored. So
-//! a rule speaks before the commit, and build outputs and caches are never looked at.
+//! a rule finds a fault before the commit, and build outputs and caches are not read.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,7 @@ pub enum TreeError {
     Git {
         /// The folder that was asked about.
         root: PathBuf,
-        /// What git or the system said.
+        /// The error of git or of the system.
         message: String,
     },
     /// A listed file can't be read.
@@ -22,7 +22,7 @@ pub enum TreeError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
 }

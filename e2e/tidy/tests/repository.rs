@@ -1,4 +1,4 @@
-//! The rules applied to this repository: one test a rule, each with what to do when it speaks.
+//! The rules applied to this repository: one test a rule, each with what to do about a finding.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use trustformers_tidy::{
     Finding, boundaries, comments, edges, hygiene, manifests, names, reach, shape, text,
 };
 
-/// Everything that rules look at. Read anew for each test: it takes some tens of milliseconds.
+/// The input of the rules. Each test reads it again, in some tens of milliseconds.
 struct Repository {
     files: Vec<File>,
     metadata: Metadata,
