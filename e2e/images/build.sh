@@ -14,8 +14,8 @@ declare -A PORTS=([operator]="8080/tcp 9091/tcp" [gateway]="8080/tcp 9090/tcp" [
 
 build_programs() {
   local program build=(build --workspace --bins)
-  # `make test` has built the programs for its tests already. Those differ in tokio's test clock alone, which nothing
-  # pauses there; building them once more without it would take minutes.
+  # `make test` has built the programs for its tests already. They differ in tokio's test clock only, which no
+  # program pauses; building them again without it would take minutes.
   [ -z "${TRUSTFORMERS_TESTED_PROGRAMS:-}" ] || build=(test --workspace --no-run)
   (cd "$REPO_DIR" && cargo "${build[@]}" --locked --profile ci) >&2
   mkdir -p "$STAGE"

@@ -2,7 +2,7 @@
 //!
 //! The scenarios themselves are in `e2e/tests/scenarios`. They run only when named, because they need a
 //! cluster:
-//! `cargo test --profile ci -p trustformers-e2e --test scenarios -- --test-threads=1`, with the variables that
+//! `cargo test --profile ci --workspace --test scenarios -- --test-threads=1`, with the variables that
 //! [`settings`] names. Each has a namespace of its own and leaves nothing behind.
 
 pub mod cluster;

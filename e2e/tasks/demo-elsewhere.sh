@@ -27,7 +27,7 @@ step "kubectl apply of the model" apply_model "$MODEL_URI"
 step "until it is ready" await_model
 start_forward
 kubectl -n "$DEMO_NAMESPACE" get imodel "$DEMO_MODEL"
-step "asking through the gateway" python3 "$E2E_DIR/tasks/ask.py" "$FORWARD_ADDRESS" "$DEMO_MODEL" "The capital of France is"
+step "a request through the gateway" python3 "$E2E_DIR/tasks/prompt.py" "$FORWARD_ADDRESS" "$DEMO_MODEL" "The capital of France is"
 print_steps
 curl_line "$FORWARD_ADDRESS"
 echo "

@@ -32,7 +32,7 @@ apply_and_await() {
   READY_MS=$(($(date +%s%N) / 1000000 - began_ms))
 }
 
-ask() { python3 "$E2E_DIR/tasks/ask.py" "$ADDRESS" "$DEMO_MODEL" "The capital of France is"; }
+send_prompt() { python3 "$E2E_DIR/tasks/prompt.py" "$ADDRESS" "$DEMO_MODEL" "The capital of France is"; }
 
 step "this machine" "$CLUSTER_SRC/preflight.sh" cluster
 step "the cluster's binaries (once: about 15 minutes)" binaries
@@ -45,7 +45,7 @@ step "kubectl apply -f examples/smollm2.yaml, until ready" apply_and_await
 port=$(kubectl -n "$SYSTEM_NAMESPACE" get service trustformers-gateway -o 'jsonpath={.spec.ports[?(@.name=="http")].nodePort}')
 ADDRESS=http://$(node_ip 1):$port
 kubectl -n "$DEMO_NAMESPACE" get imodel "$DEMO_MODEL"
-step "asking through the gateway" ask
+step "a request through the gateway" send_prompt
 mkdir -p "$REPORT_DIR"
 printf '{"time": "%s", "apply_to_ready_ms": %d, "total_seconds": %d}\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$READY_MS" $SECONDS >"$REPORT_DIR/demo.json"
 echo

@@ -50,7 +50,7 @@ await_model() {
 curl_line() { # ADDRESS
   cat <<END
 
-Ask it yourself:
+Send a request:
   curl -s --noproxy '*' $1/v1/generate -H 'content-type: application/json' -d '{"model": "$DEMO_MODEL", "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}'
   curl -sN --noproxy '*' $1/v1/generate/stream -H 'content-type: application/json' -d '{"model": "$DEMO_MODEL", "prompt": "Once upon a time", "max_tokens": 64}'
 END

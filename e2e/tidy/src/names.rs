@@ -165,19 +165,17 @@ impl Banned {
         (self.only_in.is_empty() || under(self.only_in)) && !under(self.except_in)
     }
 
-    fn is_in(&self, identifier: &str) -> bool {
-        let has_run = |components: &[String]| {
-            let wanted: Vec<&str> = self.word.split('_').collect();
-            components.windows(wanted.len()).any(|run| run.iter().zip(&wanted).all(|(a, b)| a == b))
+    /// True when the entry means this identifier, given with its components.
+    fn is_in(&self, identifier: &str, components: &[String]) -> bool {
+        let has_run = || {
+            let length = self.word.split('_').count();
+            components.windows(length).any(|run| run.iter().map(String::as_str).eq(self.word.split('_')))
         };
         match self.matching {
             Match::Exact => identifier == self.word,
             Match::Whole => identifier.eq_ignore_ascii_case(self.word),
-            Match::Component => has_run(&components(identifier)),
-            Match::ShortName => {
-                let components = components(identifier);
-                components.len() <= SENTENCE_COMPONENTS && has_run(&components)
-            }
+            Match::Component => has_run(),
+            Match::ShortName => components.len() <= SENTENCE_COMPONENTS && has_run(),
         }
     }
 
@@ -217,7 +215,8 @@ pub fn banned_identifiers(rust: &Rust<'_>) -> Vec<Finding> {
         }
     }
     let found = lines_of.into_iter().filter_map(|(identifier, (line, uses))| {
-        let entry = entries.iter().find(|entry| entry.is_in(identifier))?;
+        let components = components(identifier);
+        let entry = entries.iter().find(|entry| entry.is_in(identifier, &components))?;
         let what = format!("{} ({uses} uses in this file)", entry.message(identifier));
         Some(Finding::at(&rust.file.path, line, what))
     });
@@ -226,22 +225,22 @@ pub fn banned_identifiers(rust: &Rust<'_>) -> Vec<Finding> {
 
 /// Banned words in the names of files and folders, and in the names of shell functions.
 pub fn banned_file_names(file: &File) -> Vec<Finding> {
+    let banned = |name: &str, tables: &[&[Banned]]| {
+        let components = components(name);
+        let mut entries = tables.iter().copied().flatten().filter(|entry| entry.applies_to(&file.path));
+        entries.find(|entry| entry.is_in(name, &components)).map(|entry| entry.message(name))
+    };
     let parts = file.path.split('/').map(|part| part.split('.').next().unwrap_or(part));
-    let hit = parts.filter_map(|part| {
-        BANNED
-            .iter()
-            .find(|entry| entry.applies_to(&file.path) && entry.is_in(part))
-            .map(|entry| entry.message(part))
-    });
-    let mut findings: Vec<Finding> = hit.map(|what| Finding::whole(&file.path, what)).collect();
+    let mut findings: Vec<Finding> = parts
+        .filter_map(|part| banned(part, &[BANNED]))
+        .map(|what| Finding::whole(&file.path, what))
+        .collect();
     if file.path.ends_with(".sh") {
-        for (number, line) in file.lines() {
-            let name = line.split("()").next().filter(|name| line.len() > name.len()).unwrap_or_default();
-            let banned = BANNED.iter().chain(BANNED_IN_SHELL).find(|entry| entry.is_in(name));
-            if let (Some(entry), false) = (banned, name.contains(' ')) {
-                findings.push(Finding::at(&file.path, number, entry.message(name)));
-            }
-        }
+        let functions = file.lines().filter_map(|(number, line)| {
+            let (name, _) = line.split_once("()").filter(|(name, _)| !name.contains([' ', '"', '$']))?;
+            Some(Finding::at(&file.path, number, banned(name, &[BANNED, BANNED_IN_SHELL])?))
+        });
+        findings.extend(functions);
     }
     findings
 }

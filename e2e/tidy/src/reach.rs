@@ -112,8 +112,8 @@ fn joined(folder: &str, relative: &str) -> String {
     parts.join("/")
 }
 
-/// Shell and Python scripts that no other file names: neither `name.sh` anywhere, nor, for what is sourced or
-/// imported, the bare name in a script of the same folder.
+/// Shell and Python scripts that no other file names: neither its file name anywhere, nor, for what is
+/// sourced or imported, the bare name in a script of the same folder.
 pub fn unnamed_scripts(files: &[File]) -> Vec<Finding> {
     let scripts = files.iter().filter(|file| file.path.ends_with(".sh") || file.path.ends_with(".py"));
     let dead =

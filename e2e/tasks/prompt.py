@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sends a prompt to a gateway and prints the answer as it arrives, token by token. Standard library only.
 
-usage: ask.py ADDRESS MODEL PROMPT [MAX_TOKENS]
+usage: prompt.py ADDRESS MODEL PROMPT [MAX_TOKENS]
 
 The last line on stderr says how many tokens came and how soon the first one did.
 """
