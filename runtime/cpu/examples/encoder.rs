@@ -14,8 +14,6 @@ use trustformers_plan::{
     SequenceStep, StepInput, StepOutput, Weight, Weights,
 };
 
-type AnyError = Box<dyn std::error::Error>;
-
 const HYPER: Hyper =
     Hyper { width: 384, layers: 6, heads: 12, kv_heads: 12, head_dim: 32, vocab: 30_522, context: 512 };
 const FEED_FORWARD: usize = 1536;
@@ -24,11 +22,13 @@ const BATCHES: [usize; 2] = [1, 32];
 /// Measurements of each entry.
 const ROUNDS: usize = 7;
 
-fn weights() -> Result<Arc<Weights>, AnyError> {
+fn weights() -> Result<Arc<Weights>, Box<dyn std::error::Error>> {
     let mut weights = Weights::new();
     let mut push = |name: String, rows: usize, cols: usize| {
         let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 1000.0).collect();
-        weights.push(Weight::from_f32(name, (rows, cols), &values)?).map_err(AnyError::from)
+        weights
+            .push(Weight::from_f32(name, (rows, cols), &values)?)
+            .map_err(|error| -> Box<dyn std::error::Error> { error.into() })
     };
     push("words".into(), HYPER.vocab, HYPER.width)?;
     push("positions".into(), HYPER.context, HYPER.width)?;
@@ -51,7 +51,7 @@ fn weights() -> Result<Arc<Weights>, AnyError> {
     Ok(Arc::new(weights))
 }
 
-fn plan(weights: &Weights, fused: &FusedOps) -> Result<Plan, AnyError> {
+fn plan(weights: &Weights, fused: &FusedOps) -> Result<Plan, Box<dyn std::error::Error>> {
     let find = |name: String| weights.find(&name).ok_or(name);
     let (norm, norm_bias) = (find("norm".into())?, find("norm.bias".into())?);
     let limits = Limits { rows: TOKENS * BATCHES[1], sequences: BATCHES[1], logits_rows: 0 };
@@ -92,7 +92,7 @@ fn step(sequences: usize) -> StepInput {
     input
 }
 
-fn seconds(e: &mut dyn Executable, input: &StepInput) -> Result<f64, AnyError> {
+fn seconds(e: &mut dyn Executable, input: &StepInput) -> Result<f64, Box<dyn std::error::Error>> {
     let (mut output, start) = (StepOutput::new(), Instant::now());
     e.submit(input)?;
     e.wait(&mut output)?;
@@ -105,7 +105,7 @@ fn entry(
     weights: &Arc<Weights>,
     numerics: Numerics,
     unfused: bool,
-) -> Result<(String, Box<dyn Executable>), AnyError> {
+) -> Result<(String, Box<dyn Executable>), Box<dyn std::error::Error>> {
     let fused = if unfused { FusedOps::NONE } else { backend.caps().fused };
     let plan = plan(weights, &fused)?;
     let spec =
@@ -116,7 +116,7 @@ fn entry(
     Ok((name, executable))
 }
 
-fn main() -> Result<(), AnyError> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let threads: Option<usize> = args.iter().find_map(|arg| arg.parse().ok());
     let has = |word: &str| args.iter().any(|arg| arg == word);

@@ -37,4 +37,4 @@ pub use op::{
 };
 pub use plan::{Hyper, Limits, Plan, PlanError};
 pub use step::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep, StepError, StepInput, StepOutput};
-pub use weights::{Weight, WeightBytes, WeightError, WeightId, Weights};
+pub use weights::{MatrixShape, Weight, WeightBytes, WeightError, WeightId, Weights};

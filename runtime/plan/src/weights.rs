@@ -62,6 +62,21 @@ impl WeightId {
     }
 }
 
+/// The shape of a matrix; a pair of numbers converts to it in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MatrixShape {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+}
+
+impl From<(usize, usize)> for MatrixShape {
+    fn from((rows, cols): (usize, usize)) -> Self {
+        Self { rows, cols }
+    }
+}
+
 /// A matrix of `rows` output features by `cols` input features, row-major; a vector has one row.
 #[derive(Clone)]
 pub struct Weight {
@@ -74,18 +89,18 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Describes bytes `range` of `source` as a `shape.0 × shape.1` (rows × columns) matrix of `dtype`.
+    /// Describes bytes `range` of `source` as a matrix of `dtype`.
     ///
     /// # Errors
     /// [`WeightError`] when the columns are no whole blocks or the range is not exactly the matrix.
     pub fn new(
         name: impl Into<String>,
         dtype: DType,
-        shape: (usize, usize),
+        shape: impl Into<MatrixShape>,
         source: WeightBytes,
         range: Range<usize>,
     ) -> Result<Self, WeightError> {
-        let (name, (rows, cols)) = (name.into(), shape);
+        let (name, MatrixShape { rows, cols }) = (name.into(), shape.into());
         let Some(row_bytes) = dtype.row_bytes(cols) else {
             return Err(WeightError::RaggedRow { name, dtype, cols });
         };
@@ -104,7 +119,7 @@ impl Weight {
     /// [`WeightError::WrongSize`] when `values` is not `rows × cols` long.
     pub fn from_f32(
         name: impl Into<String>,
-        shape: (usize, usize),
+        shape: impl Into<MatrixShape>,
         values: &[f32],
     ) -> Result<Self, WeightError> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();

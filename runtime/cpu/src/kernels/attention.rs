@@ -169,7 +169,7 @@ unsafe fn one_chunk<S: Simd, const H: usize>(
             *partial = max;
             *partial.add(1) = sum;
         }
-        let chunk = Chunk { first_block, counts, shares: &shares };
+        let chunk = ChunkShares { first_block, counts, shares: &shares };
         let (mut at, dim) = (0, a.shape.head_dim);
         while at < dim {
             at += match (dim - at) / LANES {
@@ -242,7 +242,7 @@ unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS], vectors: usize) -> 
 }
 
 /// A chunk whose shares are computed.
-struct Chunk<'a, const H: usize> {
+struct ChunkShares<'a, const H: usize> {
     /// Its first block in the sequence's block table.
     first_block: usize,
     /// Positions that each query sees, in rising order.
@@ -256,11 +256,11 @@ struct Chunk<'a, const H: usize> {
 #[inline(always)]
 unsafe fn mix<S: Simd, const H: usize, const W: usize>(
     a: &Attend<'_>,
-    chunk: &Chunk<'_, H>,
+    chunk: &ChunkShares<'_, H>,
     at: usize,
     out: *mut f32,
 ) -> usize {
-    let Chunk { first_block, counts, shares } = *chunk;
+    let ChunkShares { first_block, counts, shares } = *chunk;
     let dim = a.shape.head_dim;
     // SAFETY: elements `at..at + 16 * W` exist.
     unsafe {
@@ -305,8 +305,13 @@ unsafe fn mix<S: Simd, const H: usize, const W: usize>(
 
 /// One element, for heads that are no whole number of vectors.
 #[inline(always)]
-unsafe fn mix_one<const H: usize>(a: &Attend<'_>, chunk: &Chunk<'_, H>, at: usize, out: *mut f32) -> usize {
-    let Chunk { first_block, counts, shares } = *chunk;
+unsafe fn mix_one<const H: usize>(
+    a: &Attend<'_>,
+    chunk: &ChunkShares<'_, H>,
+    at: usize,
+    out: *mut f32,
+) -> usize {
+    let ChunkShares { first_block, counts, shares } = *chunk;
     let dim = a.shape.head_dim;
     for h in 0..H {
         let mut sum = 0.0;

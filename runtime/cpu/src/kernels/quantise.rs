@@ -123,7 +123,7 @@ impl BlockScaledRows {
     /// Quantises one row: `scale = max |x| / 127`, nearest integers, halves to even.
     ///
     /// # Safety
-    /// The tier's instructions exist; `input` has the columns; no other thread uses row `row` during the call.
+    /// The tier's instructions exist; `input` has the columns; no other thread uses row `row` now.
     #[inline(always)]
     pub(crate) unsafe fn fill<S: Simd>(&self, row: usize, input: *const f32) {
         for b in 0..self.blocks {
@@ -266,7 +266,7 @@ impl Int8Rows {
     /// Quantises one row: `scale = max |x| / 127`, nearest integers, halves to even.
     ///
     /// # Safety
-    /// The tier's instructions exist; `input` has the columns; no other thread uses row `row` during the call.
+    /// The tier's instructions exist; `input` has the columns; no other thread uses row `row` now.
     #[inline(always)]
     pub(crate) unsafe fn fill<S: Simd>(&self, row: usize, input: *const f32) {
         // SAFETY: no other row uses these bytes.
@@ -351,7 +351,7 @@ impl Bf16Rows {
     /// Rounds one row to nearest, halves to even.
     ///
     /// # Safety
-    /// `input` has the columns; no other thread uses row `row` during the call.
+    /// `input` has the columns; no other thread uses row `row` now.
     #[inline(always)]
     pub(crate) unsafe fn fill(&self, row: usize, input: *const f32) {
         // SAFETY: no other row uses these bytes.

@@ -16,14 +16,14 @@ fn tiers() -> impl Iterator<Item = Tier> {
 }
 
 /// One sequence's query, key and value rows side by side, as the output of a concatenated projection.
-struct Case {
+struct EncoderCase {
     len: usize,
     heads: usize,
     dim: usize,
     qkv: Vec<f32>,
 }
 
-impl Case {
+impl EncoderCase {
     fn stride(&self) -> usize {
         (self.heads + 2) * self.dim
     }
@@ -85,7 +85,7 @@ proptest! {
     fn attention_follows_its_definition(
         seed in any::<u64>(), len in 1usize..80, heads in 1usize..4, dim in 1usize..70,
     ) {
-        let case = Case { len, heads, dim, qkv: floats(seed, len * (heads + 2) * dim, 2.0) };
+        let case = EncoderCase { len, heads, dim, qkv: floats(seed, len * (heads + 2) * dim, 2.0) };
         let expected = case.expected();
         for tier in tiers() {
             for (i, (got, want)) in case.run(tier).iter().zip(&expected).enumerate() {

@@ -44,7 +44,7 @@ const EPILOGUES: [Epilogue; 4] = [Epilogue::Nothing, Epilogue::Bias, Epilogue::G
 
 /// One projection, with strides wider than the rows.
 #[derive(Clone, Copy)]
-struct Case<'a> {
+struct ProjectionCase<'a> {
     /// The second is gated by the first.
     weights: [&'a Weight; 2],
     /// Of both, filled up to whole groups.
@@ -56,7 +56,7 @@ struct Case<'a> {
     epilogue: Epilogue,
 }
 
-impl Case<'_> {
+impl ProjectionCase<'_> {
     fn cols(&self) -> usize {
         self.weights[0].cols()
     }
@@ -200,7 +200,7 @@ impl Case<'_> {
             for r in 0..self.rows {
                 let x = &self.x[r * cols..(r + 1) * cols];
                 let residual = self.residual.map(|v| &v[r * features..(r + 1) * features]);
-                let alone = Case { x, rows: 1, residual, ..*self }.run(tier);
+                let alone = ProjectionCase { x, rows: 1, residual, ..*self }.run(tier);
                 prop_assert_eq!(&alone[..], &got[r * features..(r + 1) * features], "{} row {}", tier, r);
             }
         }
@@ -235,7 +235,10 @@ struct Recipe {
 }
 
 impl Recipe {
-    fn make(self, check: impl FnOnce(Case<'_>) -> Result<(), TestCaseError>) -> Result<(), TestCaseError> {
+    fn make(
+        self,
+        check: impl FnOnce(ProjectionCase<'_>) -> Result<(), TestCaseError>,
+    ) -> Result<(), TestCaseError> {
         let Self { dtype, rows, features, .. } = self;
         let mut samples = Samples::new(self.seed);
         let mode = match self.mode {
@@ -254,7 +257,7 @@ impl Recipe {
         let (mut x, residual) = (samples.floats(rows * cols), samples.floats(rows * features));
         // A block of zeros has no scale to divide by.
         x[..cols.min(32)].fill(0.0);
-        check(Case {
+        check(ProjectionCase {
             weights: [&weights[0], &weights[1]],
             biases: [&biases[0], &biases[1]],
             x: &x,
