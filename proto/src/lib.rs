@@ -1,6 +1,10 @@
-//! Wire types: the gRPC services, generated from `proto/`, and the file that tells a pod what to load.
+//! Wire types: the gRPC services, generated from `proto/`, the configuration file of a pod, and the [`Task`] words
+//! that all of them share.
 
 pub mod pod_config;
+mod task;
+
+pub use task::{Task, UnknownTask};
 
 /// Package `trustformers.v1`: what callers of a model see.
 #[allow(

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Task;
+
 /// Name of the file inside the mounted ConfigMap.
 pub const FILE_NAME: &str = "pod.yaml";
 
@@ -38,9 +40,9 @@ pub struct PodModel {
     /// Expected sha256, 64 lower-case hex digits, of the file (of several: of their sorted digest lines).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// `generate` or `embed`: what the files must be made for; default: what they say.
+    /// The task that the files must serve; default: the task that the files state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub task: Option<String>,
+    pub task: Option<Task>,
 }
 
 /// Settings of the engine; each default is the engine's own.
@@ -134,6 +136,12 @@ mod tests {
     fn an_unknown_key_is_refused_by_name() {
         let error = PodConfig::parse("model: {names: [a], revision: r, path: /m, sha: x}\n").unwrap_err();
         assert!(error.to_string().contains("sha"), "{error}");
+    }
+
+    #[test]
+    fn an_unknown_task_is_refused_with_its_path() {
+        let error = PodConfig::parse("model: {names: [a], revision: r, path: /m, task: rerank}\n").unwrap_err();
+        assert!(error.to_string().contains("model.task: \"rerank\" is not a task"), "{error}");
     }
 
     #[test]

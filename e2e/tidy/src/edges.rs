@@ -26,7 +26,7 @@ pub const ARROWS: &[Arrow] = &[
     ("trustformers-cuda", &["trustformers-plan"]),
     ("trustformers-vulkan", &["trustformers-plan"]),
     ("trustformers-conformance", &["trustformers-plan"]),
-    ("trustformers-model", &["trustformers-plan"]),
+    ("trustformers-model", &["trustformers-plan", "trustformers-proto"]),
     ("trustformers-engine", &["trustformers-model", "trustformers-plan", "trustformers-telemetry"]),
     ("trustformers-api", &["trustformers-proto"]),
     (

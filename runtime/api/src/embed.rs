@@ -415,7 +415,7 @@ mod tests {
 
     #[tokio::test]
     async fn refusals_keep_their_status_and_leaving_cancels() {
-        let error = ApiError::WrongTask { model: "m".into(), task: "generate".into() };
+        let error = ApiError::WrongTask { model: "m".into(), task: trustformers_proto::Task::Generate };
         let (status, body) = post(&Fake::with(Script::refused(error)), r#"{"input": "a"}"#, None).await;
         assert_eq!((status, &body["error"]["type"]), (StatusCode::BAD_REQUEST, &json!("wrong_task")));
         assert!(body["error"]["message"].as_str().unwrap().contains("POST /v1/generate"), "{body}");

@@ -22,6 +22,9 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
+use trustformers_proto::Task;
+
+use crate::surfaces::how_to_ask;
 
 /// Metadata key of a gRPC error that holds its kind.
 pub const GRPC_KIND_KEY: &str = "trustformers-error";
@@ -46,12 +49,12 @@ pub enum ApiError {
         choices: Vec<String>,
     },
     /// The model is made for something else.
-    #[error("model {model:?} {}; {}", does(task), ask_instead(task))]
+    #[error("model {model:?} {}; {}", what_it_does(*task), what_to_ask(*task))]
     WrongTask {
         /// The model that was asked.
         model: String,
-        /// What it is for, as in its status.
-        task: String,
+        /// The task that the model serves.
+        task: Task,
     },
     /// No model answers to this name.
     #[error("no model answers to {asked:?}; {}", known_models(choices))]
@@ -113,20 +116,17 @@ pub enum ApiError {
     },
 }
 
-fn does(task: &str) -> String {
+fn what_it_does(task: Task) -> &'static str {
     match task {
-        "generate" => "generates text and has no vectors to give".to_owned(),
-        "embed" => "turns texts into vectors and generates nothing".to_owned(),
-        other => format!("is for another task ({other})"),
+        Task::Generate => "generates text",
+        Task::Embed => "turns texts into vectors",
     }
 }
 
-fn ask_instead(task: &str) -> &'static str {
-    match task {
-        "generate" => "ask it by POST /v1/generate (gRPC: Generate), or name a model that embeds",
-        "embed" => "ask it by POST /v1/embeddings (gRPC: Embed), or name a model that generates",
-        _ => "GET /v1/models says what each model is for",
-    }
+fn what_to_ask(task: Task) -> String {
+    let others: Vec<&str> =
+        Task::ALL.iter().filter(|other| **other != task).map(|other| other.as_str()).collect();
+    format!("ask it with {}, or name a model whose task is {}", how_to_ask(task), others.join(" or "))
 }
 
 fn known_models(choices: &[String]) -> String {
@@ -248,7 +248,7 @@ mod tests {
         vec![
             (ApiError::field("top_p", "no"), 400, Code::InvalidArgument),
             (ApiError::ModelRequired { choices: vec![text()] }, 400, Code::InvalidArgument),
-            (ApiError::WrongTask { model: text(), task: "embed".into() }, 400, Code::InvalidArgument),
+            (ApiError::WrongTask { model: text(), task: Task::Embed }, 400, Code::InvalidArgument),
             (ApiError::UnknownModel { asked: text(), choices: vec![] }, 404, Code::NotFound),
             (ApiError::UnknownRoute { path: text() }, 404, Code::NotFound),
             (ApiError::MethodNotAllowed { method: text(), path: text() }, 405, Code::Unimplemented),

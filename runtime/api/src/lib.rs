@@ -16,6 +16,7 @@
 //! | [`http`], [`grpc`] | the codecs |
 //! | [`health`] | liveness, readiness and start-up, over both |
 //! | [`server`] | a listener for HTTP/1.1 and HTTP/2 that ends gracefully |
+//! | [`surfaces`] | the routes and methods that ask a model, with the task of each |
 //! | [`nearest`] | "did you mean" for field names |
 
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub mod nearest;
 pub mod options;
 pub mod priority;
 pub mod server;
+pub mod surfaces;
 pub mod tenant;
 
 #[cfg(test)]

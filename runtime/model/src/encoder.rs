@@ -6,12 +6,13 @@ use crate::checkpoint::{
     BertConfig, CONFIG, CheckpointFiles, CheckpointProblem, Sentence, TOKENIZER, WEIGHTS,
 };
 use crate::error::{LoadError, TokenizerProblem};
-use crate::model::{EmbeddingFacts, Model, ModelFacts, Task};
+use crate::model::{EmbeddingFacts, Model, ModelFacts};
 use crate::source::ReadProgress;
 use crate::tokenizer::Tokenizer;
 use serde::Deserialize;
 use std::sync::Arc;
 use trustformers_plan::Weights;
+use trustformers_proto::Task;
 
 /// The key of `config.json` that names the architecture.
 #[derive(Deserialize)]

@@ -24,6 +24,7 @@ pub use arch::TensorProblem;
 pub use checkpoint::{CheckpointFiles, CheckpointProblem};
 pub use detokenizer::Detokenizer;
 pub use error::{LoadError, TokenizerProblem};
-pub use model::{EmbeddingFacts, Model, ModelFacts, PlanRequest, Task};
+pub use model::{EmbeddingFacts, Model, ModelFacts, PlanRequest};
 pub use source::ReadProgress;
 pub use tokenizer::{EncodedText, Tokenizer};
+pub use trustformers_proto::Task;

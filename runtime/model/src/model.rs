@@ -10,15 +10,7 @@ use crate::tokenizer::{EncodedText, Tokenizer};
 use std::path::Path;
 use std::sync::Arc;
 use trustformers_plan::{FusedOps, Limits, Plan, PlanError, Pooling, Weight, WeightBytes, Weights};
-
-/// What a model is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Task {
-    /// It continues texts: its plan uses the key/value cache and ends in logits.
-    Generate,
-    /// It turns texts into vectors: its plan has no cache, sees whole texts and answers one row for each.
-    Embed,
-}
+use trustformers_proto::Task;
 
 /// How an embedding model turns texts into vectors.
 #[derive(Debug, Clone, PartialEq, Eq)]

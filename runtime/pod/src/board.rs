@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use trustformers_api::Verdict;
 use trustformers_api::http::state_word;
 use trustformers_api::inference::Models;
+use trustformers_proto::Task;
 use trustformers_proto::v1::{ModelState, ModelStatus};
 
 use crate::failure::Failure;
@@ -25,8 +26,8 @@ pub struct Board {
 /// What is known of a model once it is loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadedFacts {
-    /// What the model is for.
-    pub task: String,
+    /// The task that the model serves.
+    pub task: Option<Task>,
     /// sha256 of its files.
     pub digest: String,
     /// The device, in its own words.
@@ -45,7 +46,7 @@ impl Board {
             .map(|spec| ModelStatus {
                 name: spec.name().to_owned(),
                 revision: spec.revision.clone(),
-                task: spec.task.clone().unwrap_or_default(),
+                task: Task::to_wire(spec.task),
                 state: ModelState::Pending as i32,
                 since_unix_ms: now_unix_ms(),
                 ..ModelStatus::default()
@@ -106,7 +107,7 @@ impl Board {
             model.device.clone_from(&facts.device);
             model.context_tokens = facts.context_tokens;
             model.embedding_dimensions = facts.embedding_dimensions;
-            model.task.clone_from(&facts.task);
+            model.task = Task::to_wire(facts.task);
         });
     }
 

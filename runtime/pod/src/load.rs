@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use prometheus::{GaugeVec, Opts, Registry};
 use trustformers_engine::{LoadProgress, Speculation};
-use trustformers_model::{CheckpointFiles, Model, ReadProgress, Task};
+use trustformers_model::{CheckpointFiles, Model, ReadProgress};
 use trustformers_plan::Caps;
+use trustformers_proto::Task;
 use trustformers_store::{Digest, Resolved};
 
 use crate::board::LoadedFacts;
 use crate::device::OpenDevice;
 use crate::failure::Failure;
-use crate::runner::{Runner, RunnerMetrics, task_word};
+use crate::runner::{Runner, RunnerMetrics};
 use crate::spec::{Guessing, ModelSpec};
 
 /// Told how far loading has come: bytes done and bytes in all, of the model's files. The digest, the reading and the
@@ -149,7 +150,7 @@ impl Loader {
         let (facts, memory) = (runner.model().facts(), runner.memory());
         tracing::info!(
             model = spec.name(),
-            task = task_word(runner.task()),
+            task = runner.task().as_str(),
             architecture = facts.architecture,
             parameters = facts.parameters,
             digest = digest.as_str(),
@@ -175,7 +176,7 @@ impl Loaded {
     pub fn facts(&self) -> LoadedFacts {
         let embedding = self.runner.model().facts().embedding.as_ref();
         LoadedFacts {
-            task: task_word(self.runner.task()).to_owned(),
+            task: Some(self.runner.task()),
             digest: self.digest.to_string(),
             // One word, as users write it in a specification and read it in tables; the log has the rest.
             device: self.runner.device().split_whitespace().next().unwrap_or_default().to_owned(),
@@ -227,8 +228,8 @@ fn mib(bytes: u64) -> f64 {
 
 /// A task that is asked for must be the one that the files are made for.
 fn check_task(spec: &ModelSpec, model: &Model) -> Result<(), Failure> {
-    let found = task_word(model.task());
-    match &spec.task {
+    let found = model.task();
+    match spec.task {
         Some(asked) if asked != found => Err(Failure::permanent(
             "TaskMismatch",
             format!(
@@ -320,18 +321,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("bert")).unwrap();
         SeededEncoder::default().write(&folder.path().join("bert")).unwrap();
-        let load = |source: &std::path::Path, files: &[&str], task: Option<&str>| {
+        let load = |source: &std::path::Path, files: &[&str], task: Option<Task>| {
             let mut spec = ModelSpec::new("bert", Source::from_path(source));
             spec.files = files.iter().map(ToString::to_string).collect();
-            spec.task = task.map(str::to_owned);
+            spec.task = task;
             loader().load(&spec, &(Arc::new(|_, _| {}) as OnProgress))
         };
         let whole = load(&folder.path().join("bert"), &[], None).unwrap();
-        let picked = load(folder.path(), &["bert/**"], Some("embed")).unwrap();
+        let picked = load(folder.path(), &["bert/**"], Some(Task::Embed)).unwrap();
         for loaded in [&whole, &picked] {
             let facts = loaded.facts();
-            let found = (facts.task.as_str(), facts.context_tokens, facts.embedding_dimensions);
-            assert_eq!(found, ("embed", 64, 64));
+            let found = (facts.task, facts.context_tokens, facts.embedding_dimensions);
+            assert_eq!(found, (Some(Task::Embed), 64, 64));
         }
         assert_ne!(whole.digest, picked.digest, "the names of the files count");
         let partial = load(folder.path(), &["bert/model.safetensors", "bert/config.json"], None).unwrap_err();
@@ -346,7 +347,7 @@ mod tests {
         drafted.speculation = Some(Guessing::Draft(Source::from_path(folder.path().join("bert"))));
         let refused = loader().load(&drafted, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
         assert!(refused.message.starts_with("the draft model: none of the picked"), "{refused}");
-        let other = load(folder.path(), &["bert/**"], Some("generate")).unwrap_err();
+        let other = load(folder.path(), &["bert/**"], Some(Task::Generate)).unwrap_err();
         assert_eq!((other.reason, other.transient), ("TaskMismatch", false));
         assert!(other.message.contains("made for the task embed"), "{other}");
     }

@@ -17,7 +17,7 @@ use trustformers_api::{
     Logprobs, StoppedBy, Usage, Verdict,
 };
 use trustformers_engine::{GenerateError, GenerationEvent, StopCause, SubmitError, TokenLogprobs};
-use trustformers_model::Task;
+use trustformers_proto::Task;
 use trustformers_proto::v1::ModelState;
 
 use crate::activity::{self, Activity};
@@ -26,7 +26,7 @@ use crate::embed;
 use crate::lifecycle::{Serving, Slot};
 use crate::load::Loader;
 use crate::params::generate_params;
-use crate::runner::{Runner, task_word};
+use crate::runner::Runner;
 use crate::spec::{ModelSpec, SpecError};
 
 /// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget of a large
@@ -136,7 +136,7 @@ impl ModelServer {
         let mut meant = Vec::new();
         for slot in &self.slots {
             let status = self.board.status(slot.index);
-            if status.task == task_word(task) {
+            if Task::from_wire(&status.task) == Some(task) {
                 meant.push(slot);
             } else if status.task.is_empty() && status.state() != ModelState::Failed {
                 // A task is known once the model is loaded: until then nobody can tell which one is meant.
@@ -232,7 +232,7 @@ impl ModelServer {
 }
 
 fn wrong_task(slot: &Slot, serving: &Serving) -> ApiError {
-    let task = task_word(serving.runner.task()).to_owned();
+    let task = serving.runner.task();
     ApiError::WrongTask { model: slot.spec.name().to_owned(), task }
 }
 

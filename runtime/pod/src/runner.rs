@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use trustformers_engine::encoder::{Encoder, EncoderMetrics};
 use trustformers_engine::{Engine, EngineMetrics, Heartbeat, LoadProgress, MemoryReport};
-use trustformers_model::{Model, Task};
+use trustformers_model::Model;
 use trustformers_plan::Backend;
+use trustformers_proto::Task;
 
 use crate::failure::Failure;
 use crate::spec::{ModelSpec, TextBatching};
@@ -35,14 +36,6 @@ impl RunnerMetrics {
     pub fn register(registry: &prometheus::Registry) -> Result<Self, prometheus::Error> {
         let engines = EngineMetrics::register(registry)?;
         Ok(Self { encoders: EncoderMetrics::register(registry, &engines)?, engines })
-    }
-}
-
-/// What a task is called in states, configurations and requests.
-pub fn task_word(task: Task) -> &'static str {
-    match task {
-        Task::Generate => "generate",
-        Task::Embed => "embed",
     }
 }
 

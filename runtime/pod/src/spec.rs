@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use trustformers_engine::encoder::{BatchStrategy, EncoderConfig, MAX_WAIT_MS};
 use trustformers_engine::{EngineConfig, Numerics};
+use trustformers_proto::Task;
 use trustformers_proto::pod_config::PodConfig;
 use trustformers_store::Source;
 
@@ -22,8 +23,8 @@ pub struct ModelSpec {
     pub files: Vec<String>,
     /// The digest that the files must have.
     pub sha256: Option<String>,
-    /// What it must be for: `generate` or `embed`. None: what its files say.
-    pub task: Option<String>,
+    /// The task that the files must serve. None: the task that the files state.
+    pub task: Option<Task>,
     /// Where it runs.
     pub device: DeviceChoice,
     /// Threads of a CPU device; none takes what the process may use.
@@ -138,7 +139,7 @@ impl ModelSpec {
         spec.revision.clone_from(&model.revision);
         spec.files.clone_from(&model.files);
         spec.sha256.clone_from(&model.sha256);
-        spec.task = model.task.as_deref().map(task_of).transpose()?;
+        spec.task = model.task;
         spec.threads = threads;
         if let Some(device) = &engine.device {
             spec.device = device.parse().map_err(|error| SpecError::new("engine.device", error))?;
@@ -195,16 +196,6 @@ impl ModelSpec {
     }
 }
 
-fn task_of(text: &str) -> Result<String, SpecError> {
-    match text {
-        "generate" | "embed" => Ok(text.to_owned()),
-        other => {
-            let message = format!("{other:?} is not served by this version; use \"generate\" or \"embed\"");
-            Err(SpecError::new("model.task", message))
-        }
-    }
-}
-
 /// `fast` or `exact`.
 ///
 /// # Errors
@@ -238,7 +229,7 @@ mod tests {
             (spec.device, spec.threads, spec.sha256.as_deref()),
             (DeviceChoice::Cpu, Some(2), Some("ab"))
         );
-        assert_eq!(spec.task.as_deref(), Some("embed"));
+        assert_eq!(spec.task, Some(Task::Embed));
         let encoder = spec.encoder_config();
         assert_eq!((encoder.strategy, encoder.max_wait_ms, encoder.priority), (BatchStrategy::Size, 7, true));
         assert!(spec.engine_config().priority, "classes count for generation, too");
@@ -261,7 +252,6 @@ mod tests {
             ("model: {names: [a], revision: r, path: 'hf://a/b'}", "model.path"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {device: tpu}", "engine.device"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {numerics: best}", "engine.numerics"),
-            ("model: {names: [a], revision: r, path: /m, task: rerank}", "model.task"),
             (
                 "model: {names: [a], revision: r, path: /m}\nengine: {batchStrategy: best}",
                 "engine.batchStrategy",

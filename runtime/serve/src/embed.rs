@@ -34,7 +34,7 @@ pub(crate) enum EmbedFailure {
     Load(#[from] LoadingError),
     /// The model is made for something else.
     #[error("--model: it generates text and has no vectors to give; use trustformers-serve generate")]
-    Task,
+    WrongTask,
     /// A text cannot be encoded, or the engine failed.
     #[error(transparent)]
     Encode(#[from] EncodeError),
@@ -53,7 +53,7 @@ impl EmbedFailure {
             Self::Model(_)
             | Self::File(_)
             | Self::NoText
-            | Self::Task
+            | Self::WrongTask
             | Self::Encode(EncodeError::TooLong { .. } | EncodeError::Invalid { .. }) => 2,
             _ => 1,
         }
@@ -61,7 +61,7 @@ impl EmbedFailure {
 }
 
 /// What is to be done, checked.
-struct Task {
+struct EmbedJob {
     spec: ModelSpec,
     texts: Vec<String>,
     truncate: bool,
@@ -113,14 +113,14 @@ struct Timings {
 /// Runs the subcommand.
 pub(crate) fn run(flags: EmbedFlags) -> Result<ExitCode, EmbedFailure> {
     let began = Instant::now();
-    let task = task(flags)?;
-    once::run(embed(task, began), |failure| match failure {
+    let job = job(flags)?;
+    once::run(embed(job, began), |failure| match failure {
         EmbedFailure::Output(error) => Some(error),
         _ => None,
     })
 }
 
-fn task(flags: EmbedFlags) -> Result<Task, EmbedFailure> {
+fn job(flags: EmbedFlags) -> Result<EmbedJob, EmbedFailure> {
     let EmbedFlags { model, input, input_file, no_truncate, device, json } = flags;
     let mut spec = loading::spec_of(&model, &device)?;
     // One request is under way at a time, and all of it waits at once.
@@ -132,7 +132,7 @@ fn task(flags: EmbedFlags) -> Result<Task, EmbedFailure> {
     if texts.is_empty() {
         return Err(EmbedFailure::NoText);
     }
-    Ok(Task { spec, texts, truncate: !no_truncate, json })
+    Ok(EmbedJob { spec, texts, truncate: !no_truncate, json })
 }
 
 /// The lines of a text, empty ones too. Each ends in `\n`; the last may do without.
@@ -143,10 +143,10 @@ fn lines(text: &str) -> Vec<String> {
     text.strip_suffix('\n').unwrap_or(text).split('\n').map(str::to_owned).collect()
 }
 
-async fn embed(task: Task, began: Instant) -> Result<(), EmbedFailure> {
-    let Task { spec, texts, truncate, json } = task;
+async fn embed(job: EmbedJob, began: Instant) -> Result<(), EmbedFailure> {
+    let EmbedJob { spec, texts, truncate, json } = job;
     let loaded = loading::load(spec).await?;
-    let Runner::Embed(encoder) = &loaded.runner else { return Err(EmbedFailure::Task) };
+    let Runner::Embed(encoder) = &loaded.runner else { return Err(EmbedFailure::WrongTask) };
     let facts = encoder.model().facts().embedding.as_ref();
     let mut all = Vectors {
         load: began.elapsed(),

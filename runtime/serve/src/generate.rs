@@ -43,7 +43,7 @@ pub(crate) enum GenerateFailure {
     Load(#[from] LoadingError),
     /// The model is made for something else.
     #[error("--model: it turns texts into vectors and generates nothing; use trustformers-serve embed")]
-    Task,
+    WrongTask,
     /// The engine refused the request.
     #[error(transparent)]
     Refused(#[from] SubmitError),
@@ -67,7 +67,7 @@ impl GenerateFailure {
             | Self::Flag(_)
             | Self::Refused(SubmitError::Invalid { .. })
             | Self::Broken(GenerateError::Grammar { .. })
-            | Self::Task
+            | Self::WrongTask
             | Self::File(_) => 2,
             _ => 1,
         }
@@ -75,7 +75,7 @@ impl GenerateFailure {
 }
 
 /// What is to be done, checked.
-struct Task {
+struct GenerateJob {
     spec: ModelSpec,
     params: GenerateParams,
     json: bool,
@@ -98,14 +98,14 @@ struct Answer {
 /// Runs the subcommand.
 pub(crate) fn run(flags: GenerateFlags) -> Result<ExitCode, GenerateFailure> {
     let began = Instant::now();
-    let task = task(flags)?;
-    once::run(answer(task, began), |failure| match failure {
+    let job = job(flags)?;
+    once::run(answer(job, began), |failure| match failure {
         GenerateFailure::Output(error) => Some(error),
         _ => None,
     })
 }
 
-fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
+fn job(flags: GenerateFlags) -> Result<GenerateJob, GenerateFailure> {
     let GenerateFlags {
         model,
         prompt,
@@ -146,7 +146,7 @@ fn task(flags: GenerateFlags) -> Result<Task, GenerateFailure> {
     let checked = asked.check(&HTTP_DEFAULTS).map_err(|error| in_flags(&error.to_string(), prompt_flag))?;
     let params = generate_params(checked);
     params.check().map_err(|error| in_flags(&error.to_string(), prompt_flag))?;
-    Ok(Task { spec, params, json })
+    Ok(GenerateJob { spec, params, json })
 }
 
 /// An error about a request's field, which begins with the field's name, in the words of the command line.
@@ -198,11 +198,11 @@ fn options_of(flags: OptionFlags) -> Result<Options, GenerateFailure> {
     })
 }
 
-async fn answer(task: Task, began: Instant) -> Result<(), GenerateFailure> {
-    let Task { spec, params, json } = task;
+async fn answer(job: GenerateJob, began: Instant) -> Result<(), GenerateFailure> {
+    let GenerateJob { spec, params, json } = job;
     let loaded = loading::load(spec).await?;
     let load = began.elapsed();
-    let Runner::Generate(engine) = &loaded.runner else { return Err(GenerateFailure::Task) };
+    let Runner::Generate(engine) = &loaded.runner else { return Err(GenerateFailure::WrongTask) };
     let generation = engine.submit(&params)?;
     let answer = collect(generation, !json).await?;
     if json {

@@ -38,7 +38,7 @@ fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
             path: MODEL_DIR.to_owned(),
             files: model.source.files.clone(),
             sha256: model.source.sha256.clone(),
-            task: model.task.map(|task| Task::as_str(task).to_owned()),
+            task: model.task.and_then(|task| Task::as_str(task).parse().ok()),
         },
         engine: PodEngine {
             device: Some(runtime.device.as_str().to_owned()),

@@ -59,7 +59,7 @@ impl Bodies {
 
 /// A load, checked.
 #[derive(Debug)]
-struct Task {
+struct LoadPlan {
     client: Client,
     url: String,
     bodies: Bodies,
@@ -70,7 +70,7 @@ struct Task {
 /// Runs the subcommand.
 pub(super) async fn run(flags: LoadFlags) -> Result<(), BenchFailure> {
     let json = flags.json;
-    let Task { client, url, bodies, load, warm_up } = task(flags)?;
+    let LoadPlan { client, url, bodies, load, warm_up } = plan(flags)?;
     let (api, batch) = (bodies.api, bodies.batch);
     for index in 0..warm_up {
         // Whether it was answered does not matter: what is counted comes after.
@@ -88,7 +88,7 @@ pub(super) async fn run(flags: LoadFlags) -> Result<(), BenchFailure> {
     print(&if json { summary.to_json().to_string() } else { summary.to_text(api.streams()) })
 }
 
-fn task(flags: LoadFlags) -> Result<Task, BenchFailure> {
+fn plan(flags: LoadFlags) -> Result<LoadPlan, BenchFailure> {
     let load = load_of(&flags)?;
     let url = format!("{}{}", flags.url.trim_end_matches('/'), flags.api.path());
     let uri: Uri = url.parse().map_err(|error| BenchFailure::flag("url", format!("{url}: {error}")))?;
@@ -131,7 +131,7 @@ fn task(flags: LoadFlags) -> Result<Task, BenchFailure> {
         max_tokens: flags.max_tokens,
         extra,
     };
-    Ok(Task {
+    Ok(LoadPlan {
         client: Client::new(uri, flags.api, timeout, flags.fresh_connections),
         url,
         bodies,

@@ -1,9 +1,10 @@
 //! Tiny checkpoints through the loader: what is read, what is refused, and the plan that comes out.
 
 use crate::seeded::SeededEncoder;
-use crate::{CheckpointFiles, Model, PlanRequest, Task};
+use crate::{CheckpointFiles, Model, PlanRequest};
 use std::path::Path;
 use trustformers_plan::{DType, FusedOps, Limits, Pooling};
+use trustformers_proto::Task;
 
 const TINY: SeededEncoder = SeededEncoder {
     seed: 7,

@@ -6,6 +6,7 @@ mod generate;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
+use trustformers_proto::Task;
 use trustformers_runtime::device;
 use trustformers_runtime::failure::Failure;
 use trustformers_runtime::load::{Loader, OnProgress};
@@ -30,7 +31,7 @@ enum Measures {
 
 /// What is measured, how often, and with which settings.
 #[derive(Debug)]
-struct Task {
+struct BenchPlan {
     spec: ModelSpec,
     measures: Measures,
     repeat: usize,
@@ -47,7 +48,7 @@ struct Measured {
 /// Runs the subcommand.
 pub(super) async fn run(flags: EngineFlags) -> Result<(), BenchFailure> {
     let json = flags.json;
-    let Task { spec, measures, repeat } = task(&flags)?;
+    let BenchPlan { spec, measures, repeat } = plan(&flags)?;
     let loader = Loader::new(device::real(), &prometheus::Registry::new())?;
     let quiet: OnProgress = Arc::new(|_, _| {});
     let runner = loader.load(&spec, &quiet).map_err(|failure| other_task(failure, &measures))?.runner;
@@ -112,16 +113,16 @@ fn measured(label: String, fields: Map<String, Value>, speeds: Vec<f64>) -> Meas
     Measured { label, fields, speeds: Spread::new(speeds) }
 }
 
-fn task(flags: &EngineFlags) -> Result<Task, BenchFailure> {
+fn plan(flags: &EngineFlags) -> Result<BenchPlan, BenchFailure> {
     if !(1..=1000).contains(&flags.repeat) {
         return Err(BenchFailure::flag("repeat", format!("{} is not between 1 and 1000", flags.repeat)));
     }
     let mut spec = loading::spec_of(&flags.model, &flags.device)?;
     // Before anything is made: figures of the one task make no sense in the other.
-    spec.task = Some(if flags.texts.is_empty() { "generate" } else { "embed" }.to_owned());
+    spec.task = Some(if flags.texts.is_empty() { Task::Generate } else { Task::Embed });
     let measures =
         if flags.texts.is_empty() { generation(flags, &mut spec)? } else { embedding(flags, &mut spec)? };
-    Ok(Task { spec, measures, repeat: flags.repeat })
+    Ok(BenchPlan { spec, measures, repeat: flags.repeat })
 }
 
 fn generation(flags: &EngineFlags, spec: &mut ModelSpec) -> Result<Measures, BenchFailure> {
