@@ -1,4 +1,4 @@
-# Our programs as images, for those who have a container engine (`make images` packs the same content without one):
+# Images of the programs, for users of a container engine (`make images` packs the same content without one):
 #   docker build -t trustformers-serve:latest .                 one process: docker run -p 8080:8080 trustformers-serve:latest
 #   docker build --target operator -t trustformers-operator .   and gateway, runtime
 # The final images hold the files of e2e/images/root.py (glibc, certificates) and one program; there is no shell in them.

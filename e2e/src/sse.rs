@@ -1,6 +1,7 @@
 //! Server-sent events, as far as the generate stream uses them: `data:` lines, ended by `[DONE]`.
 
 use serde::Deserialize;
+use trustformers_api::sse::SseReader;
 
 /// One event of `/v1/generate/stream`.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,36 +28,30 @@ pub struct Piece {
     pub finish_reason: Option<String>,
 }
 
-/// Cuts a byte stream into events.
-#[derive(Debug, Default)]
-pub struct Parser {
-    buffer: Vec<u8>,
-}
+/// A longer event is no event of this stream.
+const MAX_EVENT_BYTES: usize = 1 << 20;
 
-impl Parser {
-    /// Takes the bytes that came and returns the events that they complete.
-    pub fn take(&mut self, bytes: &[u8]) -> Vec<Event> {
-        self.buffer.extend_from_slice(bytes);
-        let mut events = Vec::new();
-        while let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = self.buffer.drain(..=end).collect();
-            let line = String::from_utf8_lossy(&line);
-            let line = line.trim_end();
-            // Empty lines separate events; a line that begins with a colon is a comment that keeps the line
-            // open.
-            if line.is_empty() || line.starts_with(':') {
-                continue;
-            }
-            events.push(event(line));
-        }
-        events
+/// Reads a byte stream as events of the generate stream.
+#[derive(Debug)]
+pub struct Parser(SseReader);
+
+impl Default for Parser {
+    fn default() -> Self {
+        Self(SseReader::new(MAX_EVENT_BYTES))
     }
 }
 
-fn event(line: &str) -> Event {
-    let Some(data) = line.strip_prefix("data:").map(str::trim) else {
-        return Event::Malformed(line.to_owned());
-    };
+impl Parser {
+    /// Takes bytes and returns the events that they complete.
+    pub fn take(&mut self, bytes: &[u8]) -> Vec<Event> {
+        match self.0.push(bytes) {
+            Ok(events) => events.iter().map(|data| event(data)).collect(),
+            Err(error) => vec![Event::Malformed(error.to_string())],
+        }
+    }
+}
+
+fn event(data: &str) -> Event {
     if data == "[DONE]" {
         return Event::Done;
     }

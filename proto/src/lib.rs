@@ -1,8 +1,9 @@
-//! Wire types: the gRPC services, generated from `proto/`, the configuration file of a pod, and the [`Task`] words
-//! that all of them share.
+//! Wire types: the gRPC services, generated from `proto/`, the configuration file of a pod, and the [`Task`]
+//! words that all of them share.
 
 pub mod pod_config;
 mod task;
+pub mod yaml;
 
 pub use task::{Task, UnknownTask};
 

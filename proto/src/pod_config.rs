@@ -1,18 +1,19 @@
 //! `pod.yaml`: what one pod must load. The operator writes it into a ConfigMap, the pod reads it at start.
 //!
-//! It lives beside the wire types because it is one: both sides must agree on it across versions. Unknown keys
-//! are refused, so that a field that an older pod would ignore is an error instead of a silent difference.
+//! It is a wire type, because operator and pod must agree on it across versions. Unknown keys are refused, so
+//! that a field that an older pod would ignore is an error and not a silent difference.
 
 use serde::{Deserialize, Serialize};
 
 use crate::Task;
+use crate::yaml::{self, YamlError};
 
 /// Name of the file inside the mounted ConfigMap.
 pub const FILE_NAME: &str = "pod.yaml";
 
 /// The pod's whole configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct PodConfig {
     /// The model to load and serve.
     pub model: PodModel,
@@ -26,7 +27,7 @@ pub struct PodConfig {
 
 /// What to load, and the names it answers to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct PodModel {
     /// Names that callers may use: `namespace/name` first, then the bare name.
     pub names: Vec<String>,
@@ -47,7 +48,7 @@ pub struct PodModel {
 
 /// Settings of the engine; each default is the engine's own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct PodEngine {
     /// `auto` or `cpu`; default `auto`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -64,13 +65,13 @@ pub struct PodEngine {
     /// Requests that may wait for a place in the batch; one more is answered 429.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_queue: Option<u32>,
-    /// `time`, `size`, `dynamic` or `priority`: when texts that are to be encoded become a step; default `dynamic`.
+    /// `time`, `size`, `dynamic` or `priority`: when waiting texts become a step; default `dynamic`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batch_strategy: Option<String>,
     /// Longest time that a free device waits for more texts to encode, 1 to 1000 ms; default 10.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_wait_ms: Option<u32>,
-    /// Whether a request's class decides who goes first; default false.
+    /// Whether the priority class of a request decides its order; default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<bool>,
 }
@@ -82,9 +83,12 @@ fn default_drain_timeout_ms() -> u64 {
 /// Why a `pod.yaml` could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum PodConfigError {
-    /// The text is not YAML of this shape.
+    /// The text is not YAML, or a value does not fit.
     #[error("pod.yaml: {0}")]
-    Syntax(#[from] serde_yaml::Error),
+    Yaml(#[from] YamlError),
+    /// A key that this version does not have.
+    #[error("pod.yaml: {0}: there is no such key in this version")]
+    UnknownKey(String),
     /// The list of names is empty.
     #[error("pod.yaml: model.names is empty: give at least one name")]
     NoName,
@@ -96,7 +100,14 @@ impl PodConfig {
     /// # Errors
     /// Names the key that is unknown, missing or of the wrong kind.
     pub fn parse(text: &str) -> Result<Self, PodConfigError> {
-        let config: Self = serde_yaml::from_str(text)?;
+        let mut unknown = None;
+        let config: Result<Self, YamlError> = yaml::read(text, |key| {
+            unknown.get_or_insert(key);
+        });
+        if let Some(key) = unknown {
+            return Err(PodConfigError::UnknownKey(key.path()));
+        }
+        let config = config?;
         if config.model.names.is_empty() {
             return Err(PodConfigError::NoName);
         }
@@ -108,7 +119,7 @@ impl PodConfig {
     /// # Errors
     /// Only if a value cannot be written as YAML, which no value of these types does.
     pub fn to_yaml(&self) -> Result<String, PodConfigError> {
-        Ok(serde_yaml::to_string(self)?)
+        Ok(yaml::write(self)?)
     }
 }
 
@@ -126,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_stand_where_nothing_is_said() {
+    fn missing_keys_take_their_defaults() {
         let config = PodConfig::parse("model: {names: [a], revision: r, path: /m}\n").unwrap();
         assert_eq!(config.engine, PodEngine::default());
         assert_eq!(config.drain_timeout_ms, 60_000);
@@ -135,12 +146,13 @@ mod tests {
     #[test]
     fn an_unknown_key_is_refused_by_name() {
         let error = PodConfig::parse("model: {names: [a], revision: r, path: /m, sha: x}\n").unwrap_err();
-        assert!(error.to_string().contains("sha"), "{error}");
+        assert!(error.to_string().starts_with("pod.yaml: model.sha: there is no such key"), "{error}");
     }
 
     #[test]
     fn an_unknown_task_is_refused_with_its_path() {
-        let error = PodConfig::parse("model: {names: [a], revision: r, path: /m, task: rerank}\n").unwrap_err();
+        let error =
+            PodConfig::parse("model: {names: [a], revision: r, path: /m, task: rerank}\n").unwrap_err();
         assert!(error.to_string().contains("model.task: \"rerank\" is not a task"), "{error}");
     }
 

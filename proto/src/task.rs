@@ -7,8 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// What a model does.
 ///
-/// The word of a task ([`Task::as_str`]) is the same in custom resources, `pod.yaml`, `config.yaml`, route tables and
-/// model states. [`Task::from_str`] reads it, [`fmt::Display`] and serde write it.
+/// The word of a task ([`Task::as_str`]) is the same in custom resources, `pod.yaml`, `config.yaml`, route
+/// tables and model states. [`Task::from_str`] reads it, [`fmt::Display`] and serde write it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Task {
     /// The model continues texts.
@@ -30,8 +30,8 @@ impl Task {
         }
     }
 
-    /// The task in a field of a message, where the empty text means that the task is not known yet. A word that this
-    /// version does not know gives none too: the sender may be newer.
+    /// The task in a field of a message, where the empty text means that the task is not known yet. A word
+    /// that this version does not know gives none too: the sender may be newer.
     #[must_use]
     pub fn from_wire(word: &str) -> Option<Self> {
         word.parse().ok()
@@ -95,7 +95,7 @@ mod tests {
         for &task in Task::ALL {
             assert_eq!(task.as_str().parse(), Ok(task));
             assert_eq!(task.to_string(), task.as_str());
-            assert_eq!(serde_yaml::from_str::<Task>(task.as_str()).unwrap(), task);
+            assert_eq!(crate::yaml::read::<Task>(task.as_str(), |_| ()).unwrap(), task);
             assert_eq!(Task::from_wire(&Task::to_wire(Some(task))), Some(task));
         }
         assert_eq!(Task::from_wire(&Task::to_wire(None)), None);

@@ -43,7 +43,7 @@ pub const ARROWS: &[Arrow] = &[
     ),
     ("trustformers-gateway", &["trustformers-api", "trustformers-telemetry"]),
     ("trustformers-serve", &["trustformers-gateway", "trustformers-runtime", "trustformers-control"]),
-    ("trustformers-e2e", &["trustformers-crds", "trustformers-proto"]),
+    ("trustformers-e2e", &["trustformers-crds", "trustformers-proto", "trustformers-api"]),
     ("trustformers-tidy", &[]),
 ];
 

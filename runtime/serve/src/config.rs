@@ -1,19 +1,20 @@
 //! `config.yaml` of the one-process server.
 //!
-//! A key that is not known is an error with its path and the nearest known one; a key that is promised and not built yet
-//! is refused as such. Neither is ever silently ignored: who set it would believe that it holds.
+//! A key that is not known is an error with its path and the nearest known one; a key that is promised and
+//! not built yet is refused as such. Neither is ever silently ignored, because its user would believe that it
+//! holds.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde_yaml::Value;
+use trustformers_proto::yaml::YamlError;
 use trustformers_runtime::device::DeviceChoice;
 use trustformers_runtime::process::Listen;
-use trustformers_runtime::spec::{Guessing, ModelSpec, TextBatching};
+use trustformers_runtime::spec::{ModelSpec, SpeculationSpec, TextBatching};
 use trustformers_store::Source;
 
-use crate::yaml::{Keys, Section, wrong};
+use crate::config_file::ConfigFile;
 
 /// Name of the file in the working directory.
 pub const FILE_NAME: &str = "config.yaml";
@@ -30,7 +31,7 @@ batching:
   # Generation joins and leaves the batch between any two steps. For models that embed:
   strategy: dynamic      # dynamic | time | size | priority: when the texts that wait become a step
   max_wait_time_ms: 10   # 1-1000: longest time that a free device waits for more texts
-  enable_priority: false # whether a request's priority (high, normal, low) decides who goes first
+  enable_priority: false # whether a request's priority (high, normal, low) decides its order
 models:
   - name: smollm2
     path: /models/SmolLM2-135M-Instruct.Q4_1.gguf    # a .gguf file, or a folder with one or with a checkpoint
@@ -43,26 +44,13 @@ monitoring:
   prometheus: {enabled: true, port: 9090}    # may equal grpc_port; /metrics is always on server.port too
 ";
 
-const ROOT: Keys = Keys {
-    known: &["server", "batching", "models", "monitoring"],
-    later: &[("cache", "remove it; answers are not cached")],
-};
-const SERVER: Keys = Keys { known: &["host", "port", "grpc_port"], later: &[] };
-const BATCHING: Keys =
-    Keys { known: &["max_batch_size", "strategy", "max_wait_time_ms", "enable_priority"], later: &[] };
-const MODEL: Keys = Keys { known: &["name", "path", "device", "max_batch_size", "speculation"], later: &[] };
-const SPECULATION: Keys = Keys { known: &["ngram", "draft"], later: &[] };
-const NGRAM: Keys = Keys { known: &[], later: &[] };
-const DRAFT: Keys = Keys { known: &["path"], later: &[] };
-const MONITORING: Keys = Keys {
-    known: &["prometheus"],
-    later: &[
-        ("jaeger", "remove it; traces are not exported"),
-        ("otlp", "remove it; traces are not exported"),
-        ("zipkin", "remove it; traces are not exported"),
-    ],
-};
-const PROMETHEUS: Keys = Keys { known: &["enabled", "port"], later: &[] };
+/// Keys that are promised and not built yet, each with what to do until then.
+pub(crate) const NOT_YET: &[(&str, &str)] = &[
+    ("cache", "remove it; answers are not cached"),
+    ("monitoring.jaeger", "remove it; traces are not exported"),
+    ("monitoring.otlp", "remove it; traces are not exported"),
+    ("monitoring.zipkin", "remove it; traces are not exported"),
+];
 
 /// What to serve and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,7 +89,8 @@ impl Default for ServerConfig {
 pub struct ModelConfig {
     /// The name that callers use.
     pub name: String,
-    /// A file, or a folder that holds one model file or a checkpoint; a relative path counts from the working directory. Also
+    /// A file, or a folder that holds one model file or a checkpoint; a relative path counts from the working
+    /// directory. Also
     /// `file://` URIs.
     pub path: String,
     /// Where it runs.
@@ -109,7 +98,7 @@ pub struct ModelConfig {
     /// Sequences that are computed together, 1 to 256.
     pub max_batch_size: Option<usize>,
     /// How tokens are guessed.
-    pub speculation: Option<Guessing>,
+    pub speculation: Option<SpeculationSpec>,
 }
 
 /// Why a configuration cannot be used. Each names the file or the path of the key.
@@ -126,9 +115,9 @@ pub enum ConfigError {
         /// What the system said; the message holds it, so it is no source.
         cause: std::io::Error,
     },
-    /// The text is not YAML.
-    #[error("it is not valid YAML: {0}")]
-    Syntax(#[from] serde_yaml::Error),
+    /// The text is not YAML, or a value does not fit.
+    #[error(transparent)]
+    Yaml(#[from] YamlError),
     /// No such key.
     #[error("{path}: there is no such key; {hint}")]
     UnknownKey {
@@ -155,37 +144,17 @@ pub enum ConfigError {
     },
 }
 
+/// A wrong value at a path.
+pub(crate) fn wrong(path: &str, message: impl std::fmt::Display) -> ConfigError {
+    ConfigError::Value { path: path.to_owned(), message: message.to_string() }
+}
+
 impl FromStr for Config {
     type Err = ConfigError;
 
     /// Reads the text of a `config.yaml`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let mut root = Section::read("", serde_yaml::from_str(text)?, ROOT)?;
-        let server = match root.section("server", SERVER)? {
-            Some(section) => server(section)?,
-            None => ServerConfig::default(),
-        };
-        let (max_batch_size, batching) = match root.section("batching", BATCHING)? {
-            Some(section) => batching(section)?,
-            None => (None, TextBatching::default()),
-        };
-        let list: Vec<Value> = root.need("models", "a list of {name, path}")?;
-        let models =
-            (0..).zip(list).map(|(index, value)| model(index, value)).collect::<Result<Vec<_>, _>>()?;
-        if models.is_empty() {
-            return Err(wrong("models", "is empty: give at least one {name, path}"));
-        }
-        let prometheus_port = match root.section("monitoring", MONITORING)? {
-            Some(section) => monitoring(section)?,
-            None => None,
-        };
-        if server.port == server.grpc_port && server.port != 0 {
-            return Err(wrong(
-                "server.grpc_port",
-                "is the same as server.port; gRPC needs a port of its own",
-            ));
-        }
-        Ok(Self { server, max_batch_size, batching, models, prometheus_port })
+        ConfigFile::read(text)?.check()
     }
 }
 
@@ -229,85 +198,6 @@ impl Config {
     }
 }
 
-fn server(mut section: Section) -> Result<ServerConfig, ConfigError> {
-    let default = ServerConfig::default();
-    let host = match section.take::<String>("host")? {
-        None => default.host,
-        Some(text) if text == "localhost" => Ipv4Addr::LOCALHOST.into(),
-        Some(text) => text.parse().map_err(|_| {
-            let message =
-                format!("{text:?} is not an address; use \"0.0.0.0\", \"127.0.0.1\" or this machine's own");
-            wrong(&section.path_of("host"), message)
-        })?,
-    };
-    let port = section.take("port")?.unwrap_or(default.port);
-    let grpc_port = section.take("grpc_port")?.unwrap_or(default.grpc_port);
-    Ok(ServerConfig { host, port, grpc_port })
-}
-
-fn batching(mut section: Section) -> Result<(Option<usize>, TextBatching), ConfigError> {
-    let mut texts = TextBatching::default();
-    if let Some(strategy) = section.take::<String>("strategy")? {
-        texts.strategy = strategy.parse().map_err(|error| wrong(&section.path_of("strategy"), error))?;
-    }
-    if let Some(max_wait_ms) = section.take("max_wait_time_ms")? {
-        let set = texts.set_max_wait_ms(max_wait_ms);
-        set.map_err(|error| wrong(&section.path_of("max_wait_time_ms"), error))?;
-    }
-    texts.priority = section.take("enable_priority")?.unwrap_or(texts.priority);
-    Ok((batch_size(&mut section)?, texts))
-}
-
-fn batch_size(section: &mut Section) -> Result<Option<usize>, ConfigError> {
-    let size: Option<usize> = section.take("max_batch_size")?;
-    match size {
-        Some(size) if !(1..=256).contains(&size) => {
-            Err(wrong(&section.path_of("max_batch_size"), format!("{size} is not within 1 to 256")))
-        }
-        size => Ok(size),
-    }
-}
-
-fn model(index: usize, value: Value) -> Result<ModelConfig, ConfigError> {
-    let mut section = Section::read(&format!("models[{index}]"), value, MODEL)?;
-    let name: String = section.need("name", "the name that callers use")?;
-    if name.is_empty() {
-        return Err(wrong(&section.path_of("name"), "is empty: give the name that callers use"));
-    }
-    let path = section.need("path", "a .gguf file, or a folder with one or with a checkpoint")?;
-    let device = match section.take::<String>("device")? {
-        None => DeviceChoice::Auto,
-        Some(text) => text.parse().map_err(|error| wrong(&section.path_of("device"), error))?,
-    };
-    let max_batch_size = batch_size(&mut section)?;
-    let speculation = match section.section("speculation", SPECULATION)? {
-        Some(own) => Some(speculation(&section.path_of("speculation"), own)?),
-        None => None,
-    };
-    Ok(ModelConfig { name, path, device, max_batch_size, speculation })
-}
-
-fn speculation(path: &str, mut section: Section) -> Result<Guessing, ConfigError> {
-    match (section.section("ngram", NGRAM)?, section.section("draft", DRAFT)?) {
-        (Some(_), None) => Ok(Guessing::Ngram),
-        (None, Some(mut draft)) => {
-            let text: String = draft.need("path", "a .gguf file, or a folder with one")?;
-            let source = Source::from_str(&text).map_err(|error| wrong(&draft.path_of("path"), error))?;
-            Ok(Guessing::Draft(source))
-        }
-        _ => Err(wrong(path, "give one of {ngram: {}} and {draft: {path: ...}}")),
-    }
-}
-
-fn monitoring(mut section: Section) -> Result<Option<u16>, ConfigError> {
-    let Some(mut prometheus) = section.section("prometheus", PROMETHEUS)? else {
-        return Ok(None);
-    };
-    let enabled = prometheus.take("enabled")?.unwrap_or(true);
-    let port: Option<u16> = prometheus.take("port")?;
-    Ok(port.filter(|_| enabled))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -343,13 +233,13 @@ mod tests {
     }
 
     #[test]
-    fn a_model_guesses_in_one_of_two_ways() {
+    fn a_model_speculates_in_one_of_two_ways() {
         let speculation = |text: &str| {
             let config = Config::from_str(&format!("models: [{{name: a, path: /a, speculation: {text}}}]"))?;
             Ok(config.specs(None)?[0].speculation.clone())
         };
-        assert_eq!(speculation("{ngram: {}}").unwrap(), Some(Guessing::Ngram));
-        let draft = Guessing::Draft(Source::from_path("/b.gguf"));
+        assert_eq!(speculation("{ngram: {}}").unwrap(), Some(SpeculationSpec::Ngram));
+        let draft = SpeculationSpec::Draft(Source::from_path("/b.gguf"));
         assert_eq!(speculation("{draft: {path: /b.gguf}}").unwrap(), Some(draft));
         assert_eq!(speculation("null").unwrap(), None);
         for (text, says) in [
@@ -365,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_an_error_with_its_path_and_the_nearest_known_one() {
+    fn an_unknown_key_is_refused_with_its_path_and_a_hint() {
         for (text, path, hint) in [
             ("sever: {}", "sever: ", "\"server\""),
             ("server: {grpcPort: 1}\nmodels: []", "server.grpcPort: ", "\"grpc_port\""),
@@ -383,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_promised_and_not_built_is_refused_as_such() {
+    fn keys_that_are_not_built_yet_are_refused_as_such() {
         let models = "models: [{name: a, path: /a}]";
         for (text, path) in [
             ("cache: {enabled: true}", "cache"),
@@ -406,7 +296,7 @@ mod tests {
             (String::new(), "models: is missing"),
             ("models: []".into(), "models: is empty"),
             ("models: [{path: /a}]".into(), "models[0].name: is missing"),
-            ("models: [a]".into(), "models[0]: expected keys and values, found a text"),
+            ("models: [a]".into(), "models[0]: invalid type: string \"a\", expected keys and values"),
             (format!("server: {{port: 70000}}\n{models}"), "server.port: "),
             (format!("server: {{host: here}}\n{models}"), "server.host: \"here\" is not an address"),
             (format!("server: {{port: 9090}}\n{models}"), "server.grpc_port: is the same"),

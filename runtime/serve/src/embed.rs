@@ -1,7 +1,7 @@
 //! `trustformers-serve embed`: load a model, turn texts into vectors, end.
 //!
-//! stdout carries the vectors alone (a line for each text, or one JSON object), so that it can be piped; progress and
-//! logs go to stderr.
+//! stdout carries the vectors alone (a line for each text, or one JSON object), so that it can be piped;
+//! progress and logs go to stderr.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -15,7 +15,7 @@ use trustformers_runtime::spec::ModelSpec;
 
 use crate::flags::EmbedFlags;
 use crate::loading::{self, FileError, LoadingError, ModelFlagError};
-use crate::once::{self, OnceError, OutputError};
+use crate::one_shot::{self, OneShotError, OutputError};
 
 /// Why there are no vectors.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +40,7 @@ pub(crate) enum EmbedFailure {
     Encode(#[from] EncodeError),
     /// The command could not begin.
     #[error(transparent)]
-    Once(#[from] OnceError),
+    OneShot(#[from] OneShotError),
     /// The vectors could not be written.
     #[error(transparent)]
     Output(#[from] OutputError),
@@ -114,7 +114,7 @@ struct Timings {
 pub(crate) fn run(flags: EmbedFlags) -> Result<ExitCode, EmbedFailure> {
     let began = Instant::now();
     let job = job(flags)?;
-    once::run(embed(job, began), |failure| match failure {
+    one_shot::run(embed(job, began), |failure| match failure {
         EmbedFailure::Output(error) => Some(error),
         _ => None,
     })
@@ -153,7 +153,7 @@ async fn embed(job: EmbedJob, began: Instant) -> Result<(), EmbedFailure> {
         pooling_note: facts.and_then(|facts| facts.pooling_note.clone()),
         ..Vectors::default()
     };
-    let (begun, mut first) = (Instant::now(), 0);
+    let (started, mut first) = (Instant::now(), 0);
     for texts in texts.chunks(MAX_TEXTS) {
         let prompts = texts.iter().cloned().map(Prompt::Text).collect();
         let params = EncodeParams { texts: prompts, truncate, ..EncodeParams::texts([""; 0]) };
@@ -170,7 +170,7 @@ async fn embed(job: EmbedJob, began: Instant) -> Result<(), EmbedFailure> {
         all.truncated.extend(encoded.truncated.iter().map(|index| first + index));
         first += texts.len();
     }
-    all.encode = begun.elapsed();
+    all.encode = started.elapsed();
     all.print(json).map_err(OutputError::from)?;
     encoder.stop().await;
     Ok(())

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use trustformers_telemetry::logs::LogFormat;
 
-/// Serves models over HTTP and gRPC in one process; with `generate` or `embed`, answers once and ends; with `bench`, measures.
+/// Serves models over HTTP and gRPC in one process; with `generate` or `embed`, answers once and ends; with
+/// `bench`, measures.
 ///
 /// Without a subcommand it reads config.yaml of the working directory (or
 /// --config), listens, loads the models in the background and serves until SIGINT
@@ -50,16 +51,16 @@ pub(crate) struct ServeFlags {
 pub(crate) enum Command {
     /// Answers one prompt: text to stdout as it is made, or with --json one object at the end.
     ///
-    /// Special tokens that are spelled in the prompt (such as <|im_start|>) are recognised. A begin token is put before
-    /// it only where the model's file asks for one. Progress and logs go to stderr.
+    /// Special tokens that are spelled in the prompt (such as <|im_start|>) are recognised. A begin token is
+    /// put before it only where the model's file asks for one. Progress and logs go to stderr.
     ///
-    /// Exit status: 0 answered; 1 the model could not be loaded or failed; 2 the command line or the prompt is wrong;
-    /// 130 interrupted.
+    /// Exit status: 0 answered; 1 the model could not be loaded or failed; 2 the command line or the prompt
+    /// is wrong; 130 interrupted.
     Generate(GenerateFlags),
     /// Turns texts into vectors: a line of numbers for each on stdout, or with --json one object.
     ///
-    /// The model is a checkpoint that embeds: a folder with model.safetensors, config.json and tokenizer.json. Texts
-    /// that are too long are cut as its files say. Progress and logs go to stderr.
+    /// The model is a checkpoint that embeds: a folder with model.safetensors, config.json and
+    /// tokenizer.json. Texts that are too long are cut as its files say. Progress and logs go to stderr.
     ///
     /// Exit status: 0 done; 1 the model could not be loaded or failed; 2 the command line or a text is wrong;
     /// 130 interrupted.
@@ -121,7 +122,8 @@ pub(crate) struct OptionFlags {
     /// The answer as a whole matches this regular expression (Rust's regex syntax).
     #[arg(long, value_name = "REGEX", group = "format")]
     pub(crate) regex: Option<String>,
-    /// The answer is of the context-free grammar of this file (Lark, as llguidance reads it; it begins at start).
+    /// The answer is of the context-free grammar of this file (Lark, as llguidance reads it; it begins at
+    /// start).
     #[arg(long, value_name = "FILE", group = "format")]
     pub(crate) grammar: Option<PathBuf>,
 }
@@ -148,8 +150,9 @@ pub(crate) struct EmbedFlags {
     pub(crate) no_truncate: bool,
     #[command(flatten)]
     pub(crate) device: DeviceFlags,
-    /// Prints one JSON object: data (index and embedding of each text), usage, timings_ms; truncated (places of texts
-    /// that were cut) and pooling_note (where the model's files do not say how to pool) only where there are any.
+    /// Prints one JSON object: data (index and embedding of each text), usage, timings_ms; truncated (places
+    /// of texts that were cut) and pooling_note (where the model's files do not say how to pool) only where
+    /// there are any.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -185,18 +188,19 @@ pub(crate) struct GenerateFlags {
     pub(crate) seed: Option<u64>,
     #[command(flatten)]
     pub(crate) options: OptionFlags,
-    /// A smaller model of the same vocabulary guesses tokens, and the model checks several in one step: the same answer,
-    /// sooner. As --model.
+    /// A smaller model of the same vocabulary guesses tokens, and the model checks several in one step: the
+    /// same answer, sooner. As --model.
     #[arg(long, value_name = "PATH|URI", conflicts_with = "ngram")]
     pub(crate) draft: Option<String>,
-    /// Tokens are guessed from what followed the same words before: the same answer, sooner where texts repeat
-    /// themselves.
+    /// Tokens are guessed from what followed the same words before: the same answer, sooner where texts
+    /// repeat themselves.
     #[arg(long)]
     pub(crate) ngram: bool,
     #[command(flatten)]
     pub(crate) device: DeviceFlags,
-    /// Prints one JSON object: prompt_tokens, tokens (ids, the end token included when it was produced), text,
-    /// finish_reason, timings_ms; with --logprobs also logprobs, and stopped_by where a stop text or token ended it.
+    /// Prints one JSON object: prompt_tokens, tokens (ids, the end token included when it was produced),
+    /// text, finish_reason, timings_ms; with --logprobs also logprobs, and stopped_by where a stop text or
+    /// token ended it.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -1,7 +1,7 @@
 //! `trustformers-serve generate`: load a model, answer one prompt, end.
 //!
-//! stdout carries the answer alone (text as it is made, or one JSON object), so that it can be piped; progress and logs
-//! go to stderr.
+//! stdout carries the answer alone (text as it is made, or one JSON object), so that it can be piped;
+//! progress and logs go to stderr.
 
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -16,12 +16,12 @@ use trustformers_engine::{
 };
 use trustformers_runtime::params::generate_params;
 use trustformers_runtime::runner::Runner;
-use trustformers_runtime::spec::{Guessing, ModelSpec};
+use trustformers_runtime::spec::{ModelSpec, SpeculationSpec};
 use trustformers_store::{Source, StoreError};
 
 use crate::flags::{GenerateFlags, OptionFlags};
 use crate::loading::{self, FileError, LoadingError, ModelFlagError};
-use crate::once::{self, OnceError, OutputError};
+use crate::one_shot::{self, OneShotError, OutputError};
 
 /// Why no answer was given.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +52,7 @@ pub(crate) enum GenerateFailure {
     Broken(#[from] GenerateError),
     /// The command could not begin.
     #[error(transparent)]
-    Once(#[from] OnceError),
+    OneShot(#[from] OneShotError),
     /// The answer could not be written.
     #[error(transparent)]
     Output(#[from] OutputError),
@@ -83,7 +83,7 @@ struct GenerateJob {
 
 /// An answer as it grows.
 #[derive(Debug, Default)]
-struct Answer {
+struct GeneratedText {
     prompt_ids: Vec<u32>,
     ids: Vec<u32>,
     text: String,
@@ -99,7 +99,7 @@ struct Answer {
 pub(crate) fn run(flags: GenerateFlags) -> Result<ExitCode, GenerateFailure> {
     let began = Instant::now();
     let job = job(flags)?;
-    once::run(answer(job, began), |failure| match failure {
+    one_shot::run(answer(job, began), |failure| match failure {
         GenerateFailure::Output(error) => Some(error),
         _ => None,
     })
@@ -122,8 +122,10 @@ fn job(flags: GenerateFlags) -> Result<GenerateJob, GenerateFailure> {
     } = flags;
     let mut spec = loading::spec_of(&model, &device)?;
     spec.speculation = match draft {
-        Some(draft) => Some(Guessing::Draft(Source::from_str(&draft).map_err(GenerateFailure::Draft)?)),
-        None => ngram.then_some(Guessing::Ngram),
+        Some(draft) => {
+            Some(SpeculationSpec::Draft(Source::from_str(&draft).map_err(GenerateFailure::Draft)?))
+        }
+        None => ngram.then_some(SpeculationSpec::Ngram),
     };
     // One prompt needs room for one sequence.
     spec.engine.max_batch_size = 1;
@@ -207,15 +209,16 @@ async fn answer(job: GenerateJob, began: Instant) -> Result<(), GenerateFailure>
     let answer = collect(generation, !json).await?;
     if json {
         let object = answer.to_json(load, began.elapsed());
-        once::print(&format!("{object}\n"))?;
+        one_shot::print(&format!("{object}\n"))?;
     }
     engine.stop().await;
     Ok(())
 }
 
-async fn collect(mut generation: Generation, print: bool) -> Result<Answer, GenerateFailure> {
+async fn collect(mut generation: Generation, print: bool) -> Result<GeneratedText, GenerateFailure> {
     let submitted = Instant::now();
-    let mut answer = Answer { prompt_ids: generation.prompt_ids().to_vec(), ..Answer::default() };
+    let mut answer =
+        GeneratedText { prompt_ids: generation.prompt_ids().to_vec(), ..GeneratedText::default() };
     while let Some(event) = generation.next().await {
         match event? {
             GenerationEvent::Token { id, text, logprobs, .. } => {
@@ -226,7 +229,7 @@ async fn collect(mut generation: Generation, print: bool) -> Result<Answer, Gene
                 answer.logprobs.extend(logprobs);
                 answer.text.push_str(&text);
                 if print {
-                    once::print(&text)?;
+                    one_shot::print(&text)?;
                 }
             }
             GenerationEvent::Finished { reason, stop, timings, .. } => {
@@ -238,12 +241,12 @@ async fn collect(mut generation: Generation, print: bool) -> Result<Answer, Gene
         }
     }
     if print && !answer.text.ends_with('\n') {
-        once::print("\n")?;
+        one_shot::print("\n")?;
     }
     Ok(answer)
 }
 
-impl Answer {
+impl GeneratedText {
     fn to_json(&self, load: Duration, total: Duration) -> Value {
         let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
         let mut object = json!({

@@ -1,7 +1,7 @@
 //! All in one process: engines, HTTP and gRPC on a laptop or an edge box, with no cluster.
 //!
-//! The library is the program without its flags: [`Config`] is `config.yaml`, [`TrustformersServer`] serves it, and
-//! [`proto`] is the gRPC client.
+//! The library is the program without its flags: [`Config`] is `config.yaml`, [`TrustformersServer`] serves
+//! it, and [`proto`] is the gRPC client.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -22,8 +22,8 @@
 //! ```
 
 pub mod config;
+mod config_file;
 pub mod server;
-mod yaml;
 
 pub use config::{Config, ConfigError};
 pub use server::{Running, ServerError, TrustformersServer};

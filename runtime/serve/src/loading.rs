@@ -1,4 +1,5 @@
-//! What every command with a model and files does first: read its flags and files, load the model, show how far it is.
+//! What every command with a model and files does first: read its flags and files, load the model, show how
+//! far it is.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -14,7 +15,8 @@ use trustformers_store::{Source, StoreError};
 
 use crate::flags::DeviceFlags;
 
-/// Why flags name no model that can be loaded. The messages hold what they are about already, so it is no source.
+/// Why flags name no model that can be loaded. The messages hold what they are about already, so it is no
+/// source.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ModelFlagError {
     /// `--model` names nothing that can be read.

@@ -6,7 +6,7 @@ mod embed;
 mod flags;
 mod generate;
 mod loading;
-mod once;
+mod one_shot;
 
 use std::process::ExitCode;
 use std::str::FromStr;

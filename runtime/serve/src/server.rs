@@ -81,7 +81,8 @@ impl TrustformersServer {
     /// Adds a model: a `.gguf` file, or a folder that holds one. It is loaded when the server starts.
     ///
     /// # Errors
-    /// A path that is not text. Whether a model lies there is known when it is loaded; its state then says so.
+    /// A path that is not text. Whether a model lies there is known when it is loaded; its state then says
+    /// so.
     pub fn load_model(&mut self, name: impl Into<String>, path: impl AsRef<Path>) -> Result<(), ServerError> {
         let (name, path) = (name.into(), path.as_ref());
         let Some(text) = path.to_str() else {
@@ -101,8 +102,8 @@ impl TrustformersServer {
     /// Listens and begins to load.
     ///
     /// # Errors
-    /// [`ServerError`], before anything was loaded. A model that cannot be loaded is no error here: it is FAILED with
-    /// its cause, and the others serve.
+    /// [`ServerError`], before anything was loaded. A model that cannot be loaded is no error here: it is
+    /// FAILED with its cause, and the others serve.
     pub async fn start(self) -> Result<Running, ServerError> {
         let (settings, registry) = self.settings()?;
         let process = Process::start(settings, registry, device::real()).await?;
@@ -122,7 +123,7 @@ impl TrustformersServer {
         let settings = Settings {
             models: self.config.specs(self.threads)?,
             listen: self.config.listen(),
-            // Nobody routes to a single process but its callers, so there is no routing table to wait for.
+            // No router sends requests to a single process, so there is no routing table to wait for.
             drain: Drain { quiet: Duration::ZERO, timeout: DRAIN_TIMEOUT },
         };
         Ok((settings, metrics::new_registry("trustformers-serve", env!("CARGO_PKG_VERSION"))?))

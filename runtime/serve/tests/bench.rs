@@ -1,4 +1,4 @@
-//! `trustformers-serve bench` as users run it: the built program, on a seeded model and against servers on the loopback.
+//! `trustformers-serve bench` as users run it: the built program, a seeded model, servers on the loopback.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -233,7 +233,7 @@ fn an_engine_is_measured_with_every_answer_at_full_length() {
 }
 
 #[test]
-fn a_model_that_embeds_is_measured_in_texts_and_says_so() {
+fn a_model_that_embeds_is_measured_in_texts() {
     let folder = tempfile::tempdir().unwrap();
     SeededEncoder::default().write(folder.path()).unwrap();
     let model = folder.path().to_str().unwrap();
@@ -254,9 +254,9 @@ fn a_model_that_embeds_is_measured_in_texts_and_says_so() {
 }
 
 #[test]
-fn what_is_wrong_is_named_on_stderr_with_its_own_status() {
+fn errors_have_their_own_exit_status() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap();
-    let nobody = format!("http://{}", free.local_addr().unwrap());
+    let closed_port = format!("http://{}", free.local_addr().unwrap());
     drop(free);
     let load = |more: &[&'static str]| [&["load"], more].concat();
     let cases: Vec<(Vec<&str>, i32, &str)> = vec![
@@ -268,7 +268,7 @@ fn what_is_wrong_is_named_on_stderr_with_its_own_status() {
         (load(&["--extra", "[]"]), 2, "--extra: is no JSON object"),
         (load(&["--batch", "2"]), 2, "--batch"),
         (load(&["--clients", "1", "--rate", "1"]), 2, "--rate"),
-        (vec!["load", "--url", &nobody, "--clients", "1", "--requests", "2"], 1, "connection 2"),
+        (vec!["load", "--url", &closed_port, "--clients", "1", "--requests", "2"], 1, "connection 2"),
         (vec!["engine", "--model", "/no/such.gguf"], 1, "/no/such.gguf"),
         (vec!["engine", "--model", "/m", "--tokens", "1"], 2, "--tokens: 1"),
         (vec!["engine", "--model", "/m", "--numerics", "best"], 2, "exact"),

@@ -33,7 +33,7 @@ fn vectors(output: &Value) -> Vec<Vec<f64>> {
 }
 
 #[test]
-fn a_file_gives_a_vector_for_every_line_and_each_is_that_of_its_text_alone() {
+fn every_line_of_a_file_gets_the_vector_of_its_text_alone() {
     let model = checkpoint(&SeededEncoder::default());
     let file = model.path().join("texts");
     std::fs::write(&file, "hello world\n\nthe cat\nhello world\n").unwrap();
@@ -64,7 +64,7 @@ fn without_json_there_is_a_line_for_each_text() {
 }
 
 #[test]
-fn what_the_files_leave_open_and_what_is_cut_is_said() {
+fn missing_pooling_and_cut_texts_are_reported() {
     let model = checkpoint(&SeededEncoder { pooling: None, normalised: false, ..SeededEncoder::default() });
     let long = "cat ".repeat(500);
     let answer = json(&embed(model.path(), &["--input", "hello", "--input", &long, "--json"]));
@@ -77,7 +77,7 @@ fn what_the_files_leave_open_and_what_is_cut_is_said() {
 }
 
 #[test]
-fn the_wrong_kind_of_model_or_file_is_named_with_the_way_out() {
+fn the_wrong_kind_of_model_or_file_is_named_with_its_fix() {
     let model = checkpoint(&SeededEncoder::default());
     let generates = model.path().join("m.gguf");
     std::fs::write(&generates, SeededModel::default().gguf()).unwrap();

@@ -36,7 +36,7 @@ fn ids(value: &Value) -> Vec<u64> {
 }
 
 #[test]
-fn json_is_one_object_with_ids_text_reason_and_times_and_greedy_repeats() {
+fn json_output_is_one_object_and_greedy_answers_repeat() {
     let folder = tempfile::tempdir().unwrap();
     let model = seeded(folder.path());
     let uri = format!("file://{model}");
@@ -58,7 +58,7 @@ fn json_is_one_object_with_ids_text_reason_and_times_and_greedy_repeats() {
 }
 
 #[test]
-fn a_prompt_file_is_taken_byte_for_byte_and_without_json_the_text_alone_is_on_stdout() {
+fn a_prompt_file_is_read_exactly_and_stdout_has_only_the_text() {
     let folder = tempfile::tempdir().unwrap();
     let model = seeded(folder.path());
     let file = folder.path().join("prompt.txt");
@@ -69,7 +69,7 @@ fn a_prompt_file_is_taken_byte_for_byte_and_without_json_the_text_alone_is_on_st
             ["--model", &model, "--prompt-file", path, "--max-tokens", "1", "--seed", "7", "--json"];
         ids(&json(&generate(&arguments))["prompt_tokens"]).len()
     };
-    assert_eq!(count("Hello\n"), count("Hello") + 1, "the final newline is part of the prompt");
+    assert_eq!(count("Hello\n"), count("Hello") + 1, "the final newline is piece of the prompt");
 
     let arguments = ["--model", &model, "--prompt", "Hello", "--max-tokens", "5", "--temperature", "0"];
     let text = generate(&arguments);
@@ -79,7 +79,7 @@ fn a_prompt_file_is_taken_byte_for_byte_and_without_json_the_text_alone_is_on_st
 }
 
 #[test]
-fn what_is_wrong_is_named_on_stderr_with_its_own_status_and_stdout_stays_empty() {
+fn errors_go_to_stderr_with_their_own_exit_status() {
     let folder = tempfile::tempdir().unwrap();
     let model = seeded(folder.path());
     let bad_prompt = folder.path().join("latin1.txt");
@@ -163,7 +163,7 @@ fn real_model() -> Option<PathBuf> {
 }
 
 #[test]
-fn the_real_model_knows_the_capital_of_france_and_recognises_special_tokens() {
+fn the_real_model_answers_and_recognises_special_tokens() {
     let Some(model) = real_model() else { return };
     let model = model.to_str().unwrap();
     let prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n";

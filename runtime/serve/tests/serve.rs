@@ -1,4 +1,4 @@
-//! `trustformers-serve` as users run it: the built program with a `config.yaml`, asked over HTTP, SSE and gRPC.
+//! `trustformers-serve` as users run it: the built program with a `config.yaml`, over HTTP, SSE and gRPC.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -159,7 +159,7 @@ fn body(answer: &str) -> Value {
 }
 
 #[test]
-fn a_folder_with_a_checkpoint_embeds_beside_a_model_that_generates() {
+fn one_process_serves_a_checkpoint_beside_a_gguf_file() {
     let mut server =
         Server::start("[{name: tiny, path: tiny.gguf}, {name: bert, path: bert, max_batch_size: 2}]");
     server.until_states(&[("tiny", "ready"), ("bert", "ready")]);
@@ -189,7 +189,7 @@ fn a_folder_with_a_checkpoint_embeds_beside_a_model_that_generates() {
 }
 
 #[test]
-fn of_several_models_one_must_be_named_and_one_that_fails_leaves_the_others_alone() {
+fn several_models_need_a_name_and_fail_independently() {
     let mut server =
         Server::start("[{name: a, path: tiny.gguf}, {name: b, path: tiny.gguf}, {name: c, path: none.gguf}]");
     server.until_states(&[("a", "ready"), ("b", "ready"), ("c", "failed")]);
@@ -209,7 +209,7 @@ fn of_several_models_one_must_be_named_and_one_that_fails_leaves_the_others_alon
 }
 
 #[test]
-fn a_configuration_that_is_missing_or_wrong_is_named_with_what_to_do() {
+fn a_missing_or_wrong_configuration_is_named_with_its_fix() {
     let folder = tempfile::tempdir().unwrap();
     let run = || {
         let output = program(folder.path()).stderr(Stdio::piped()).output().unwrap();

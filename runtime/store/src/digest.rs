@@ -1,7 +1,7 @@
 //! The digest of a model: the name of exactly these bytes.
 //!
-//! Of one file it is the file's sha256, so that it equals what `sha256sum` and model hubs print. Of several it is the
-//! sha256 of their sorted lines `<sha256>  <path>`, each ending in a newline: what
+//! Of one file it is the file's sha256, so that it equals what `sha256sum` and model hubs print. Of several
+//! it is the sha256 of their sorted lines `<sha256>  <path>`, each ending in a newline: what
 //! `sha256sum FILES | LC_ALL=C sort | sha256sum` prints in the model's folder.
 
 use std::fmt;

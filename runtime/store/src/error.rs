@@ -135,8 +135,8 @@ impl StoreError {
         }
     }
 
-    /// Whether the same attempt may succeed in a moment without anybody changing anything. A missing right stays
-    /// missing; a network volume's hiccup does not.
+    /// Whether the same attempt may succeed later without a change by the user. A missing permission
+    /// stays missing; a short failure of a network volume passes.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() != io::ErrorKind::PermissionDenied)
     }

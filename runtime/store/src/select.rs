@@ -1,7 +1,8 @@
 //! Picks a model's files from its source.
 //!
-//! Without patterns a folder must hold exactly one `.gguf` file, or none and a checkpoint: guessing between two would
-//! serve the wrong model half of the time. With patterns each one must pick something, since a pattern that picks nothing is a slip.
+//! Without patterns a folder must hold exactly one `.gguf` file, or none and a checkpoint: guessing between
+//! two would serve the wrong model half of the time. With patterns each one must pick something, since a
+//! pattern that picks nothing is a slip.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,8 @@ use crate::source::Source;
 const MAX_FILES: usize = 10_000;
 /// Folders within folders that are looked into.
 const MAX_DEPTH: usize = 8;
-/// Folders within folders that belong to a checkpoint: its own, and one for each module of sentence-transformers.
+/// Folders within folders that belong to a checkpoint: its own, and one for each module of
+/// sentence-transformers.
 const CHECKPOINT_DEPTH: usize = 2;
 /// The weights of a checkpoint, which make its folder one.
 const CHECKPOINT_WEIGHTS: &str = "model.safetensors";
@@ -41,9 +43,9 @@ pub struct Resolved {
 }
 
 impl Source {
-    /// Picks the model's files: the source itself where it is a file; what `patterns` match below it where it is a
-    /// folder (`*` stays within a folder, `**` does not); without patterns its only `.gguf` file, or where there is none
-    /// the `model.safetensors` and all `.json` files of a checkpoint.
+    /// Picks the model's files: the source itself where it is a file; what `patterns` match below it where it
+    /// is a folder (`*` stays within a folder, `**` does not); without patterns its only `.gguf` file, or
+    /// where there is none the `model.safetensors` and all `.json` files of a checkpoint.
     ///
     /// # Errors
     /// A source that does not exist or cannot be read, or a choice that is empty or not clear.
@@ -125,8 +127,8 @@ fn matching(folder: &Path, patterns: &[String]) -> Result<Resolved, StoreError> 
     Ok(Resolved { files: picked })
 }
 
-/// Every file below `root`, sorted by name. Entries that begin with `..` are left out: kubelet keeps the versions of a
-/// mounted volume there, and they would show each file twice.
+/// Every file below `root`, sorted by name. Entries that begin with `..` are left out: kubelet keeps the
+/// versions of a mounted volume there, and they would show each file twice.
 fn walk(root: &Path, depth: usize) -> Result<Vec<ModelFile>, StoreError> {
     let mut files = Vec::new();
     let mut folders = vec![(root.to_owned(), String::new(), depth)];
@@ -208,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn none_or_several_model_files_are_errors_that_list_what_is_there() {
+    fn no_model_file_or_several_are_errors_that_list_the_files() {
         let none = picked(&folder(&["README.md"]), &[]).unwrap_err();
         assert!(none.to_string().contains("README.md"), "{none}");
         let empty = picked(&folder(&[]), &[]).unwrap_err();

@@ -1,5 +1,6 @@
 //! Where a model lies: a path, or a `file://` URI.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -29,8 +30,8 @@ impl Source {
 impl FromStr for Source {
     type Err = StoreError;
 
-    /// Reads a path or a `file://` URI. A text with `://` in it is a URI; a path with those three letters in it can be
-    /// written as one.
+    /// Reads a path or a `file://` URI. A text with `://` in it is a URI; a path with those three letters in
+    /// it can be written as one.
     fn from_str(text: &str) -> Result<Self, StoreError> {
         let Some((scheme, rest)) = text.split_once("://") else {
             if text.is_empty() {
@@ -52,23 +53,16 @@ impl FromStr for Source {
     }
 }
 
+/// The text that a percent-encoded path stands for; none where a `%` is not followed by two hex digits, or
+/// the bytes are not UTF-8.
 fn percent_decoded(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        if first == b'%' {
-            let digits = std::str::from_utf8(tail.get(..2)?).ok()?;
-            if !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-                return None;
-            }
-            bytes.push(u8::from_str_radix(digits, 16).ok()?);
-            rest = &tail[2..];
-        } else {
-            bytes.push(first);
-            rest = tail;
-        }
-    }
-    String::from_utf8(bytes).ok()
+    let decoded = percent_encoding::percent_decode_str(text);
+    // The library leaves an incomplete escape as it is; a path with a bare `%` is more likely a mistake.
+    let complete = text
+        .split('%')
+        .skip(1)
+        .all(|rest| rest.len() >= 2 && rest.bytes().take(2).all(|digit| digit.is_ascii_hexdigit()));
+    decoded.decode_utf8().ok().filter(|_| complete).map(Cow::into_owned)
 }
 
 #[cfg(test)]

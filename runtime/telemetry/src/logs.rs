@@ -1,7 +1,7 @@
 //! Sets up the log of a program: text for people, JSON for collectors, always on stderr.
 //!
-//! stderr, because stdout belongs to what a program was asked to print (`generate --json` prints one JSON object
-//! there and nothing else).
+//! stderr, because stdout belongs to what a program was asked to print (`generate --json` prints one JSON
+//! object there and nothing else).
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,16 +1,15 @@
 //! The `/metrics` page: a Prometheus registry as text.
 //!
-//! The registry is handed from `main` to whatever counts; nothing registers itself globally, so a test can hold
-//! two servers in one process and read each one's figures.
+//! The registry is handed from `main` to whatever counts; nothing registers itself globally, so a test can
+//! hold two servers in one process and read each one's figures.
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{Registry, TEXT_FORMAT, TextEncoder};
-
-use crate::process::ProcessCollector;
 
 /// Why a registry could not be made or written.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +26,7 @@ pub enum MetricsError {
 /// Only if a metric's name were not valid, which the tests rule out.
 pub fn new_registry(program: &str, version: &str) -> Result<Registry, MetricsError> {
     let registry = Registry::new();
-    registry.register(Box::new(ProcessCollector::new()?))?;
+    registry.register(Box::new(ProcessCollector::for_self()))?;
     let opts =
         prometheus::Opts::new("trustformers_build_info", "Which program and version this is; always 1.")
             .const_label("program", program)
@@ -80,6 +79,25 @@ mod tests {
         let text = std::str::from_utf8(&body).unwrap();
         assert!(text.contains("apples_total 3\n"), "{text}");
         assert!(text.contains("program=\"some-program\",version=\"1.2.3\"} 1"), "{text}");
+    }
+
+    #[test]
+    fn the_page_has_the_figures_of_this_process() {
+        let text = encode(&new_registry("a", "1").unwrap()).unwrap();
+        let value = |name: &str| -> f64 {
+            let line = text.lines().find(|line| line.starts_with(&format!("{name} ")));
+            line.unwrap_or_else(|| panic!("{name} is missing in {text}"))
+                .rsplit(' ')
+                .next()
+                .unwrap()
+                .parse()
+                .unwrap()
+        };
+        assert!(value("process_resident_memory_bytes") > 100_000.0);
+        assert!(value("process_start_time_seconds") > 1_000_000_000.0);
+        assert!(value("process_open_fds") >= 3.0);
+        assert!(value("process_threads") >= 1.0);
+        assert!(value("process_cpu_seconds_total") >= 0.0);
     }
 
     #[test]

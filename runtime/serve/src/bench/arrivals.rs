@@ -1,7 +1,7 @@
 //! When the requests of an open loop are due, whatever becomes of those before them.
 //!
-//! Callers do not wait for each other. A load that asks only after an answer came slows down with the server and hides
-//! its worst moments; one with fixed times does not.
+//! Callers do not wait for each other. A load that asks only after an answer came slows down with the server
+//! and hides its worst moments; one with fixed times does not.
 
 use std::time::Duration;
 
@@ -91,7 +91,8 @@ mod tests {
         let count = gaps.len() as f64;
         let mean = gaps.iter().sum::<f64>() / count;
         let deviation = (gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / count).sqrt();
-        // The mean of 20,000 exponential gaps strays by 1 / sqrt(20,000) = 0.7 % of itself; four of those are allowed.
+        // The mean of 20,000 exponential gaps strays by 1 / sqrt(20,000) = 0.7 % of itself; four of those are
+        // allowed.
         assert!((mean * 50.0 - 1.0).abs() < 0.03, "mean gap {mean}");
         // Deviation equals mean, and their ratio strays by about 1 %.
         assert!((deviation / mean - 1.0).abs() < 0.05, "deviation {deviation} of mean {mean}");

@@ -10,14 +10,16 @@ use hyper_util::client::legacy::Client as HyperClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use tokio::time::Instant;
+use trustformers_api::sse::{EventTooLong, SseReader};
 
 use super::protocol::{Api, Piece};
 
-/// A line of an event longer than this is no answer of a model: a token's event has some hundred bytes, the last one with
-/// its counts some thousand.
-const MAX_LINE_BYTES: usize = 1 << 20;
+/// A longer event is no answer of a model: the event of a token has some hundred bytes, the last one with its
+/// counts some thousand.
+const MAX_EVENT_BYTES: usize = 1 << 20;
 
-/// A whole answer longer than this is refused: 256 embeddings of 4096 numbers of at most 24 characters are 25 MB.
+/// A whole answer longer than this is refused: 256 embeddings of 4096 numbers of at most 24 characters are 25
+/// MB.
 const MAX_BODY_BYTES: usize = 32 << 20;
 
 /// How a request failed, as a word for tables.
@@ -59,7 +61,7 @@ impl Failed {
 
 /// A complete answer; times count from the moment at which the request was due.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub(super) struct Answer {
+pub(super) struct TimedAnswer {
     /// Until the first token; none for embeddings.
     pub(super) first_token: Option<Duration>,
     /// From the first token to the last, divided by the tokens after the first; none below two tokens.
@@ -84,7 +86,8 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// A client of the protocol's route at `uri`. Connections are kept for the next request unless each gets a fresh one.
+    /// A client of the protocol's route at `uri`. Connections are kept for the next request unless each gets
+    /// a fresh one.
     pub(super) fn new(uri: Uri, api: Api, timeout: Duration, fresh_connections: bool) -> Self {
         let kept = if fresh_connections { 0 } else { usize::MAX };
         let inner = HyperClient::builder(TokioExecutor::new()).pool_max_idle_per_host(kept).build_http();
@@ -92,7 +95,7 @@ impl Client {
     }
 
     /// Asks for `texts` texts with this body and reads the answer to its end.
-    pub(super) async fn ask(&self, body: Bytes, texts: usize, due: Instant) -> Result<Answer, Failed> {
+    pub(super) async fn ask(&self, body: Bytes, texts: usize, due: Instant) -> Result<TimedAnswer, Failed> {
         let asked = async {
             let response = self.send(body).await?;
             if self.api.streams() {
@@ -120,17 +123,15 @@ impl Client {
         }
     }
 
-    async fn stream(&self, response: Response<Incoming>, due: Instant) -> Result<Answer, Failed> {
+    async fn stream(&self, response: Response<Incoming>, due: Instant) -> Result<TimedAnswer, Failed> {
         let mut body = response.into_body();
-        let mut lines = Lines::default();
+        let mut events = SseReader::new(MAX_EVENT_BYTES);
         let mut reading = Reading::default();
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|_| Failed::Broken)?;
             let Some(bytes) = frame.data_ref() else { continue };
             let now = Instant::now();
-            lines.push(bytes)?;
-            while let Some(line) = lines.take_line() {
-                let Some(data) = line.strip_prefix("data:") else { continue };
+            for data in events.push(bytes).map_err(|EventTooLong(_)| Failed::NotUnderstood)? {
                 reading.note(self.api.piece(data.trim()).ok_or(reading.failure())?, now);
             }
         }
@@ -142,38 +143,12 @@ impl Client {
         response: Response<Incoming>,
         texts: usize,
         due: Instant,
-    ) -> Result<Answer, Failed> {
+    ) -> Result<TimedAnswer, Failed> {
         let body = http_body_util::Limited::new(response.into_body(), MAX_BODY_BYTES);
         let bytes = body.collect().await.map_err(|_| Failed::Broken)?.to_bytes();
         let total = due.elapsed();
         let prompt_tokens = self.api.whole(&bytes, texts).ok_or(Failed::NotUnderstood)?;
-        Ok(Answer { total, prompt_tokens, ..Answer::default() })
-    }
-}
-
-/// Cuts bytes, however they come, into lines.
-#[derive(Debug, Default)]
-struct Lines {
-    buffer: Vec<u8>,
-    /// Bytes before it have been looked at.
-    searched: usize,
-}
-
-impl Lines {
-    fn push(&mut self, bytes: &[u8]) -> Result<(), Failed> {
-        self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() > MAX_LINE_BYTES { Err(Failed::NotUnderstood) } else { Ok(()) }
-    }
-
-    fn take_line(&mut self) -> Option<String> {
-        let found = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n');
-        let Some(end) = found.map(|at| at + self.searched) else {
-            self.searched = self.buffer.len();
-            return None;
-        };
-        self.searched = 0;
-        let line: Vec<u8> = self.buffer.drain(..=end).collect();
-        Some(String::from_utf8_lossy(&line).trim_end().to_owned())
+        Ok(TimedAnswer { total, prompt_tokens, ..TimedAnswer::default() })
     }
 }
 
@@ -208,13 +183,13 @@ impl Reading {
         if self.tokens == 0 { Failed::NotUnderstood } else { Failed::Broken }
     }
 
-    fn answer(self, due: Instant) -> Result<Answer, Failed> {
+    fn answer(self, due: Instant) -> Result<TimedAnswer, Failed> {
         let (Some(first), Some(last), true) = (self.first, self.last, self.ended) else {
             return Err(self.failure());
         };
         let after_first = u32::try_from(self.tokens - 1).unwrap_or(u32::MAX);
         let several = after_first > 0;
-        Ok(Answer {
+        Ok(TimedAnswer {
             first_token: Some(first - due),
             per_token: several.then(|| (last - first) / after_first),
             longest_gap: several.then_some(self.longest_gap),
@@ -230,28 +205,6 @@ mod tests {
     use super::*;
 
     const TOKEN: Piece = Piece { token: true, end: false, prompt_tokens: None, output_tokens: None };
-
-    #[test]
-    fn lines_survive_any_cut() {
-        let text = "data: é\r\n\ndata: b\nrest";
-        for cut in 0..text.len() {
-            let mut lines = Lines::default();
-            let mut found = Vec::new();
-            for part in [&text.as_bytes()[..cut], &text.as_bytes()[cut..]] {
-                lines.push(part).unwrap();
-                while let Some(line) = lines.take_line() {
-                    found.push(line);
-                }
-            }
-            assert_eq!(found, ["data: é", "", "data: b"], "cut at {cut}");
-        }
-    }
-
-    #[test]
-    fn a_line_without_end_is_refused() {
-        let mut lines = Lines::default();
-        assert_eq!(lines.push(&vec![b'a'; MAX_LINE_BYTES + 1]), Err(Failed::NotUnderstood));
-    }
 
     #[tokio::test(start_paused = true)]
     async fn times_are_of_the_first_token_the_mean_gap_and_the_longest() {
@@ -270,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_without_its_end_is_broken_and_one_without_tokens_not_understood() {
+    fn a_stream_that_breaks_off_is_classified_by_its_tokens() {
         let mut reading = Reading::default();
         assert_eq!(reading.failure(), Failed::NotUnderstood);
         reading.note(TOKEN, Instant::now());

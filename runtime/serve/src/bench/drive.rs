@@ -1,4 +1,4 @@
-//! Who asks when: a fixed number of clients in a closed loop, or arrivals at fixed times in an open one.
+//! Sends requests: a fixed number of clients in a closed loop, or arrivals at fixed times in an open loop.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::arrivals::{Arrivals, Spacing};
-use super::client::{Answer, Failed};
+use super::client::{Failed, TimedAnswer};
 
-/// Requests of an open loop that may be under way. A server that has fallen so far behind will not catch up, and each
-/// takes a connection: 1,024 is what a process may open by default.
+/// Requests of an open loop that may be under way. A server that has fallen so far behind will not catch up,
+/// and each takes a connection: 1,024 is what a process may open by default.
 pub(super) const MAX_IN_FLIGHT: usize = 1_000;
 
 /// The shape of a load.
@@ -25,7 +25,7 @@ pub(super) struct Load {
     pub(super) duration: Duration,
 }
 
-/// Who asks.
+/// The kind of load.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Pattern {
     /// So many clients, each of which asks again when it was answered.
@@ -40,14 +40,15 @@ pub(super) struct Outcome {
     /// When it ended, from the start of the load.
     pub(super) ended: Duration,
     /// Its answer.
-    pub(super) answer: Result<Answer, Failed>,
+    pub(super) answer: Result<TimedAnswer, Failed>,
 }
 
-/// Runs the load; `ask` gets the number of each request and the moment at which it is due. Outcomes come in no order.
+/// Runs the load; `ask` gets the number of each request and the moment at which it is due. Outcomes come in
+/// no order.
 pub(super) async fn drive<A, F>(load: Load, ask: A) -> Vec<Outcome>
 where
     A: Fn(usize, Instant) -> F + Send + Sync + 'static,
-    F: Future<Output = Result<Answer, Failed>> + Send + 'static,
+    F: Future<Output = Result<TimedAnswer, Failed>> + Send + 'static,
 {
     match load.pattern {
         Pattern::Closed { clients } => closed(load, clients, Arc::new(ask)).await,
@@ -58,7 +59,7 @@ where
 async fn closed<A, F>(load: Load, clients: usize, ask: Arc<A>) -> Vec<Outcome>
 where
     A: Fn(usize, Instant) -> F + Send + Sync + 'static,
-    F: Future<Output = Result<Answer, Failed>> + Send + 'static,
+    F: Future<Output = Result<TimedAnswer, Failed>> + Send + 'static,
 {
     let start = Instant::now();
     let next = Arc::new(AtomicUsize::new(0));
@@ -84,7 +85,7 @@ where
 async fn open<A, F>(load: Load, arrivals: Arrivals, ask: A) -> Vec<Outcome>
 where
     A: Fn(usize, Instant) -> F,
-    F: Future<Output = Result<Answer, Failed>> + Send + 'static,
+    F: Future<Output = Result<TimedAnswer, Failed>> + Send + 'static,
 {
     let start = Instant::now();
     let mut tasks: JoinSet<Outcome> = JoinSet::new();
@@ -123,8 +124,8 @@ mod tests {
         Load { pattern, requests, duration: Duration::from_secs(duration_s) }
     }
 
-    fn answered(due: Instant) -> Result<Answer, Failed> {
-        Ok(Answer { total: due.elapsed(), ..Answer::default() })
+    fn answered(due: Instant) -> Result<TimedAnswer, Failed> {
+        Ok(TimedAnswer { total: due.elapsed(), ..TimedAnswer::default() })
     }
 
     #[tokio::test(start_paused = true)]
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_finds_too_many_under_way_is_counted_and_not_sent() {
+    async fn requests_beyond_the_limit_are_counted_and_not_sent() {
         let pattern = Pattern::Open { rate: 1000.0, spacing: Spacing::Constant, seed: 0 };
         let outcomes = drive(load(pattern, MAX_IN_FLIGHT + 7, 60), |_, due| async move {
             tokio::time::sleep(100 * SECOND).await;

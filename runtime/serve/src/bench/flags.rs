@@ -18,33 +18,37 @@ pub(crate) struct BenchFlags {
 /// The measurements.
 #[derive(Debug, Subcommand)]
 pub(super) enum BenchWhat {
-    /// What the engine gives in this process, with no network: reading prompts, and producing tokens alone, at depth
-    /// and several sequences at once; or embedding texts.
+    /// What the engine gives in this process, with no network: reading prompts, and producing tokens alone,
+    /// at depth and several sequences at once; or embedding texts.
     ///
-    /// Every figure goes through the whole engine (scheduler, cache, device, choice of the token), as a request
-    /// does. Prompts are made-up token ids, each another, so that nothing is answered from memory; the end token is
-    /// biased away, so that every answer has its length. A model that embeds is measured in texts, with --texts. After one unmeasured turn all measurements take turns
+    /// Every figure goes through the whole engine (scheduler, cache, device, choice of the token), as a
+    /// request does. Prompts are made-up token ids, each another, so that nothing is answered from memory;
+    /// the end token is biased away, so that every answer has its length. A model that embeds is measured in
+    /// texts, with --texts. After one unmeasured turn all measurements take turns
     /// --repeat times; medians are printed with the smallest and the largest.
     ///
     ///   trustformers-serve bench engine --model model.gguf
-    ///   trustformers-serve bench engine --model model.gguf --prefill 512 --depth 0,512 --sequences 1,8 --json
+    ///   trustformers-serve bench engine --model m.gguf --prefill 512 --depth 0,512 --sequences 1,8 --json
     ///   trustformers-serve bench engine --model all-minilm-l6-v2 --texts 1,32 --text-tokens 128
     #[command(verbatim_doc_comment)]
     Engine(EngineFlags),
-    /// How a server answers under load: first token, time per token, tokens and requests a second, errors by class.
+    /// How a server answers under load: first token, time per token, tokens and requests a second, errors by
+    /// class.
     ///
-    /// It speaks to this server and to others, so that both are measured by one client. In a closed loop (--clients)
-    /// each client asks again when it was answered: that finds what a server can do. In an open loop (--rate) requests
-    /// come at times of their own and their times count from the moment at which they were due, waiting included: that
-    /// finds what callers see. Prompts are made-up words, each another; about as many tokens as words. Requests that
-    /// were answered make the figures; the others are counted by class. Only http:// is spoken.
+    /// It speaks to this server and to others, so that both are measured by one client. In a closed loop
+    /// (--clients) each client asks again when it was answered: that finds what a server can do. In an open
+    /// loop (--rate) requests come at times of their own and their times count from the moment at which they
+    /// were due, waiting included: that finds what callers see. Prompts are made-up words, each another;
+    /// about as many tokens as words. Requests that were answered make the figures; the others are counted by
+    /// class. Only http:// is spoken.
     ///
     ///   trustformers-serve bench load --url http://127.0.0.1:8080 --clients 8
-    ///   trustformers-serve bench load --url http://127.0.0.1:8080 --rate 5 --arrivals poisson --duration-s 60
-    ///   trustformers-serve bench load --url http://127.0.0.1:8080 --api embeddings --rate 200 --prompt-words 16
-    ///   trustformers-serve bench load --url http://127.0.0.1:8081 --api llama --clients 8 --extra '{"ignore_eos": true}'
+    ///   trustformers-serve bench load --url http://127.0.0.1:8080 --rate 5 --arrivals poisson
+    ///   trustformers-serve bench load --url http://127.0.0.1:8080 --api embeddings --rate 200
+    ///   trustformers-serve bench load --url http://127.0.0.1:8081 --api llama --extra '{"ignore_eos": true}'
     ///
-    /// Exit status: 0 when at least one request was answered; 1 when none was; 2 when the command line is wrong.
+    /// Exit status: 0 when at least one request was answered; 1 when none was; 2 when the command line is
+    /// wrong.
     #[command(verbatim_doc_comment)]
     Load(LoadFlags),
 }
@@ -89,8 +93,8 @@ pub(super) struct EngineFlags {
     pub(super) token_budget: Option<usize>,
     #[command(flatten)]
     pub(super) device: DeviceFlags,
-    /// Prints one JSON object: model, device, numerics and results (what, prompt_tokens and sequences or texts and
-    /// text_tokens, unit, median, min, max, values).
+    /// Prints one JSON object: model, device, numerics and results (what, prompt_tokens and sequences or
+    /// texts and text_tokens, unit, median, min, max, values).
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -143,16 +147,16 @@ pub(super) struct LoadFlags {
     /// A JSON object whose fields are added to each request, such as {"ignore_eos": true}.
     #[arg(long, value_name = "JSON")]
     pub(super) extra: Option<String>,
-    /// Opens a connection for each request. Some servers (llama-server is one) close a kept connection without a word, at
-    /// times just when the next request is on its way.
+    /// Opens a connection for each request. Some servers (llama-server is one) close a kept connection
+    /// without a word, at times just when the next request is on its way.
     #[arg(long)]
     pub(super) fresh_connections: bool,
     /// A request that takes longer has failed, in seconds.
     #[arg(long, value_name = "S", default_value_t = 120.0)]
     pub(super) timeout_s: f64,
     /// Prints one JSON object: requests, answered, errors (by class), wall_s, requests_per_s, texts_per_s,
-    /// prompt_tokens, output_tokens, output_tokens_per_s, and p50, p90, p99, max of first_token_ms, per_token_ms,
-    /// longest_gap_ms and total_ms.
+    /// prompt_tokens, output_tokens, output_tokens_per_s, and p50, p90, p99, max of first_token_ms,
+    /// per_token_ms, longest_gap_ms and total_ms.
     #[arg(long)]
     pub(super) json: bool,
 }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::client::{Client, Failed};
 use super::drive::{Load, MAX_IN_FLIGHT, Pattern, drive};
 use super::flags::LoadFlags;
-use super::protocol::{Api, Ask};
+use super::protocol::{Api, BenchRequest};
 use super::summary::Summary;
 use super::{BenchFailure, print, prompts};
 
@@ -47,7 +47,7 @@ impl Bodies {
             Texts::Made { words } => prompts::text(number, *words),
             Texts::Given(lines) => lines[number % lines.len()].clone(),
         };
-        let ask = Ask {
+        let ask = BenchRequest {
             texts: numbers.map(text).collect(),
             model: self.model.as_deref(),
             max_tokens: self.max_tokens,

@@ -1,6 +1,6 @@
 //! `trustformers-serve bench`: how fast a model is in this process, and how a server answers under load.
 //!
-//! `engine` measures what the engine gives (the scheduler, the sampler and the device, no network); `load` is an HTTP
+//! `engine` measures the engine (the scheduler, the sampler and the device, no network); `load` is an HTTP
 //! client that speaks to this server and to others in the same way, so that both are measured by one clock.
 
 mod arrivals;
@@ -9,9 +9,9 @@ mod drive;
 mod engine;
 mod flags;
 mod load;
+mod percentiles;
 mod prompts;
 mod protocol;
-mod spread;
 mod summary;
 
 use std::process::ExitCode;
@@ -111,7 +111,7 @@ pub(crate) fn run(flags: BenchFlags) -> Result<ExitCode, BenchFailure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes a result to stdout. Whoever reads it may have seen enough: a closed pipe is no failure.
+/// Writes a result to stdout. A closed pipe is success.
 fn print(text: &str) -> Result<(), BenchFailure> {
     use std::io::Write;
     let mut stdout = std::io::stdout().lock();

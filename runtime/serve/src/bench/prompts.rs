@@ -1,7 +1,8 @@
-//! Made-up prompts: common words in an order that repeats, each prompt different from its first token on, so that no
-//! server answers from what it remembers.
+//! Made-up prompts: common words in an order that repeats, each prompt different from its first token on, so
+//! that no server answers from what it remembers.
 
-/// Words that byte-pair and word-piece vocabularies have as one token, so that a prompt of N words has about N tokens.
+/// Words that byte-pair and word-piece vocabularies have as one token, so that a prompt of N words has about
+/// N tokens.
 const WORDS: [&str; 48] = [
     "the", "old", "house", "near", "river", "was", "built", "by", "people", "who", "came", "from", "north",
     "and", "they", "made", "their", "first", "garden", "with", "stone", "walls", "while", "children",
@@ -13,7 +14,8 @@ const WORDS: [&str; 48] = [
 /// A prompt of about `words` words; another `index` gives another prompt.
 pub(super) fn text(index: usize, words: usize) -> String {
     let mut text = index.to_string();
-    // Digits and words of the number count as one word here; how many tokens they are is the tokenizer's business.
+    // Digits and words of the number count as one word here; how many tokens they are is the tokenizer's
+    // business.
     for word in 1..words.max(1) {
         text.push(' ');
         text.push_str(WORDS[(index * 31 + word * 7 + word * word / 5) % WORDS.len()]);

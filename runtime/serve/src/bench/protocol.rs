@@ -17,7 +17,7 @@ pub(super) enum Api {
 
 /// One request, before it has a form.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Ask<'a> {
+pub(super) struct BenchRequest<'a> {
     /// Texts: one prompt, or the texts to embed.
     pub(super) texts: Vec<String>,
     /// The model's name, where one is given.
@@ -58,7 +58,7 @@ impl Api {
     }
 
     /// The body of a request. Generation is greedy.
-    pub(super) fn body(self, ask: &Ask<'_>) -> Value {
+    pub(super) fn body(self, ask: &BenchRequest<'_>) -> Value {
         let prompt = ask.texts.first().map_or("", String::as_str);
         let mut body = match self {
             Self::Generate => json!({"prompt": prompt, "max_tokens": ask.max_tokens, "temperature": 0}),
@@ -134,7 +134,7 @@ mod tests {
     fn body(api: Api, texts: &[&str], extra: Value) -> Value {
         let Value::Object(extra) = extra else { panic!("an object") };
         let texts = texts.iter().map(ToString::to_string).collect();
-        api.body(&Ask { texts, model: Some("m"), max_tokens: 9, extra: &extra })
+        api.body(&BenchRequest { texts, model: Some("m"), max_tokens: 9, extra: &extra })
     }
 
     #[test]

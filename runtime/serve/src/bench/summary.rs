@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::client::{Answer, Failed};
+use super::client::{Failed, TimedAnswer};
 use super::drive::Outcome;
-use super::spread::{Spread, rounded};
+use super::percentiles::{Percentiles, rounded};
 
 /// The figures of a load. Times are in milliseconds and of answered requests alone.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,24 +21,24 @@ pub(super) struct Summary {
     texts: usize,
     prompt_tokens: u64,
     output_tokens: u64,
-    first_token_ms: Spread,
-    per_token_ms: Spread,
-    longest_gap_ms: Spread,
-    total_ms: Spread,
+    first_token_ms: Percentiles,
+    per_token_ms: Percentiles,
+    longest_gap_ms: Percentiles,
+    total_ms: Percentiles,
 }
 
 impl Summary {
     /// Adds up; `batch` texts went into each request.
     pub(super) fn of(outcomes: &[Outcome], batch: usize) -> Self {
-        let answers: Vec<&Answer> =
+        let answers: Vec<&TimedAnswer> =
             outcomes.iter().filter_map(|outcome| outcome.answer.as_ref().ok()).collect();
         let mut errors = BTreeMap::new();
         for failed in outcomes.iter().filter_map(|outcome| outcome.answer.as_ref().err()) {
             *errors.entry(*failed).or_default() += 1;
         }
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
-        let spread = |time: fn(&Answer) -> Option<Duration>| {
-            Spread::new(answers.iter().filter_map(|answer| time(answer)).map(ms))
+        let percentiles = |time: fn(&TimedAnswer) -> Option<Duration>| {
+            Percentiles::new(answers.iter().filter_map(|answer| time(answer)).map(ms))
         };
         Self {
             requests: outcomes.len(),
@@ -48,10 +48,10 @@ impl Summary {
             texts: answers.len() * batch,
             prompt_tokens: answers.iter().map(|answer| answer.prompt_tokens).sum(),
             output_tokens: answers.iter().map(|answer| answer.output_tokens).sum(),
-            first_token_ms: spread(|answer| answer.first_token),
-            per_token_ms: spread(|answer| answer.per_token),
-            longest_gap_ms: spread(|answer| answer.longest_gap),
-            total_ms: spread(|answer| Some(answer.total)),
+            first_token_ms: percentiles(|answer| answer.first_token),
+            per_token_ms: percentiles(|answer| answer.per_token),
+            longest_gap_ms: percentiles(|answer| answer.longest_gap),
+            total_ms: percentiles(|answer| Some(answer.total)),
         }
     }
 
@@ -105,16 +105,16 @@ impl Summary {
             let _ = write!(text, "\nfailed: {count} {}", failed.as_str());
         }
         let _ = write!(text, "\n{:<18}{:>10}{:>10}{:>10}{:>10}", "milliseconds", "p50", "p90", "p99", "max");
-        for (name, spread) in [
+        for (name, percentiles) in [
             ("first token", &self.first_token_ms),
             ("per token", &self.per_token_ms),
             ("longest gap", &self.longest_gap_ms),
             ("whole answer", &self.total_ms),
         ] {
-            let Some(max) = spread.max() else { continue };
+            let Some(max) = percentiles.max() else { continue };
             let _ = write!(text, "\n{name:<18}");
             for percent in [50.0, 90.0, 99.0] {
-                let _ = write!(text, "{:>10.2}", spread.percentile(percent).unwrap_or(max));
+                let _ = write!(text, "{:>10.2}", percentiles.percentile(percent).unwrap_or(max));
             }
             let _ = write!(text, "{max:>10.2}");
         }
@@ -129,7 +129,7 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     fn answered(total_ms: u64, ended_ms: u64) -> Outcome {
-        let answer = Answer {
+        let answer = TimedAnswer {
             first_token: Some(MS(total_ms / 10)),
             per_token: Some(MS(2)),
             longest_gap: None,
@@ -161,7 +161,7 @@ mod tests {
         assert_eq!((&json["requests_per_s"], &json["prompt_tokens"]), (&json!(1.0), &json!(200)));
         assert_eq!(json["total_ms"], json!({"p50": 100.0, "p90": 300.0, "p99": 300.0, "max": 300.0}));
         assert_eq!(json["first_token_ms"]["p50"], 10.0);
-        assert_eq!(json["longest_gap_ms"], Value::Null, "nobody had two tokens");
+        assert_eq!(json["longest_gap_ms"], Value::Null, "no answer had two tokens");
     }
 
     #[test]

@@ -8,7 +8,8 @@ use trustformers_engine::encoder::{EncodeParams, Encoder};
 
 use crate::bench::{BenchFailure, prompts};
 
-/// Requests of one measurement take at least this long together; a single one of some milliseconds says little.
+/// Requests of one measurement take at least this long together; a single one of some milliseconds says
+/// little.
 const AT_LEAST_S: f64 = 1.0;
 
 /// Texts that are embedded in one request, and the tokens of each.
@@ -32,7 +33,8 @@ impl Texts {
     }
 }
 
-/// Texts per second of one caller that waits for each answer. `fresh` numbers texts, so that none comes twice.
+/// Texts per second of one caller that waits for each answer. `fresh` numbers texts, so that none comes
+/// twice.
 pub(super) async fn measure(encoder: &Encoder, what: Texts, fresh: &mut usize) -> Result<f64, BenchFailure> {
     let vocabulary = encoder.model().facts().vocabulary;
     let (began, mut requests) = (Instant::now(), 0);

@@ -10,7 +10,7 @@ use trustformers_engine::{Engine, GenerateParams, GenerationEvent, Prompt};
 use crate::bench::flags::EngineFlags;
 use crate::bench::{BenchFailure, prompts};
 
-/// One thing that is measured.
+/// One measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum What {
     /// Reading a prompt of so many tokens, until the first token of the answer.
@@ -118,17 +118,18 @@ fn params(engine: &Engine, what: What, tokens: usize, fresh: usize) -> GenerateP
     let model = engine.model();
     let mut params = GenerateParams::greedy(String::new(), what.max_tokens(tokens));
     params.prompt = Prompt::Tokens(prompts::ids(fresh, what.prompt_tokens(), model.facts().vocabulary));
-    // An answer that ends early would end the measurement: the bias costs one pass over a row of logits per token.
+    // An answer that ends early would end the measurement: the bias costs one pass over a row of logits per
+    // token.
     params.logit_bias = model.tokenizer().eos_ids().iter().map(|id| (*id, -100.0)).collect();
     params
 }
 
-/// Tokens per second of all sequences together while all of them decode: from the moment at which the last one has begun
-/// to that at which the first one ends. `None` when there is no such time.
+/// Tokens per second of all sequences together while all of them decode: from the moment at which the last
+/// one has started to that at which the first one ends. `None` when there is no such time.
 fn steady_rate(times: &[Vec<f64>]) -> Option<f64> {
-    let begun = times.iter().map(|times| times.first().copied()).collect::<Option<Vec<_>>>()?;
+    let started = times.iter().map(|times| times.first().copied()).collect::<Option<Vec<_>>>()?;
     let ended = times.iter().map(|times| times.last().copied()).collect::<Option<Vec<_>>>()?;
-    let from = begun.into_iter().reduce(f64::max)?;
+    let from = started.into_iter().reduce(f64::max)?;
     let until = ended.into_iter().reduce(f64::min)?;
     let tokens = times.iter().flatten().filter(|time| (from..=until).contains(*time)).count();
     // Those at `from` itself came out of the step before.

@@ -14,7 +14,7 @@ use trustformers_runtime::runner::Runner;
 use trustformers_runtime::spec::ModelSpec;
 
 use super::flags::EngineFlags;
-use super::spread::{Spread, rounded};
+use super::percentiles::{Percentiles, rounded};
 use super::{BenchFailure, print};
 use crate::loading;
 use encode::Texts;
@@ -42,7 +42,7 @@ struct BenchPlan {
 struct Measured {
     label: String,
     fields: Map<String, Value>,
-    speeds: Spread,
+    speeds: Percentiles,
 }
 
 /// Runs the subcommand.
@@ -110,7 +110,7 @@ fn other_task(failure: Failure, measures: &Measures) -> BenchFailure {
 }
 
 fn measured(label: String, fields: Map<String, Value>, speeds: Vec<f64>) -> Measured {
-    Measured { label, fields, speeds: Spread::new(speeds) }
+    Measured { label, fields, speeds: Percentiles::new(speeds) }
 }
 
 fn plan(flags: &EngineFlags) -> Result<BenchPlan, BenchFailure> {
@@ -146,8 +146,8 @@ fn generation(flags: &EngineFlags, spec: &mut ModelSpec) -> Result<Measures, Ben
         spec.engine.token_budget = budget;
     }
     spec.set_max_batch_size(together);
-    // Room for all of them at full length: a sequence that waits for memory would be measured as a slow one. What
-    // would not be used is not taken.
+    // Room for all of them at full length: a sequence that waits for memory would be measured as a slow one.
+    // What would not be used is not taken.
     spec.engine.kv_memory_bytes = Some(u64::MAX);
     Ok(Measures::Generate(measures, flags.tokens))
 }

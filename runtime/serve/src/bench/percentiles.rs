@@ -1,14 +1,14 @@
-//! What many measured values come to: ends, middle and tail.
+//! Percentiles of measured values.
 
 use serde_json::{Value, json};
 
 /// Values in ascending order.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub(super) struct Spread {
+pub(super) struct Percentiles {
     sorted: Vec<f64>,
 }
 
-impl Spread {
+impl Percentiles {
     /// Takes values in any order. Those that are no numbers say nothing and are left out.
     pub(super) fn new(values: impl IntoIterator<Item = f64>) -> Self {
         let mut sorted: Vec<f64> = values.into_iter().filter(|value| !value.is_nan()).collect();
@@ -21,8 +21,8 @@ impl Spread {
         self.sorted.iter().copied()
     }
 
-    /// The smallest value that at least `percent` of all values do not exceed (the nearest rank): always one that was
-    /// measured, and of few values the largest, so that no tail is made up. `None` of nothing.
+    /// The smallest value that at least `percent` of all values do not exceed (the nearest rank): always one
+    /// that was measured, and of few values the largest, so that no tail is made up. `None` of nothing.
     pub(super) fn percentile(&self, percent: f64) -> Option<f64> {
         let rank = (percent.clamp(0.0, 100.0) / 100.0 * self.sorted.len() as f64).ceil();
         #[expect(
@@ -61,7 +61,7 @@ impl Spread {
     }
 }
 
-/// Three decimals: of milliseconds or tokens per second nobody can use more.
+/// Three decimals: more digits of milliseconds or tokens per second have no use.
 pub(super) fn rounded(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
@@ -72,26 +72,26 @@ mod tests {
 
     #[test]
     fn percentiles_are_nearest_ranks() {
-        let hundred = Spread::new((1..=100).rev().map(f64::from));
+        let hundred = Percentiles::new((1..=100).rev().map(f64::from));
         for (percent, value) in
             [(0.0, 1.0), (1.0, 1.0), (50.0, 50.0), (90.0, 90.0), (99.0, 99.0), (100.0, 100.0)]
         {
             assert_eq!(hundred.percentile(percent), Some(value), "p{percent}");
         }
-        let few = Spread::new([3.0, 1.0, 2.0]);
+        let few = Percentiles::new([3.0, 1.0, 2.0]);
         assert_eq!((few.percentile(50.0), few.percentile(99.0)), (Some(2.0), Some(3.0)));
         assert_eq!(few.percentile(33.4), Some(2.0), "a third of the values is below");
     }
 
     #[test]
     fn the_median_of_an_even_number_lies_between() {
-        assert_eq!(Spread::new([4.0, 1.0, 3.0, 2.0]).median(), Some(2.5));
-        assert_eq!(Spread::new([9.0, 1.0, 5.0]).median(), Some(5.0));
+        assert_eq!(Percentiles::new([4.0, 1.0, 3.0, 2.0]).median(), Some(2.5));
+        assert_eq!(Percentiles::new([9.0, 1.0, 5.0]).median(), Some(5.0));
     }
 
     #[test]
     fn nothing_has_no_percentile() {
-        let nothing = Spread::new([f64::NAN]);
+        let nothing = Percentiles::new([f64::NAN]);
         assert_eq!((nothing.values().count(), nothing.percentile(50.0), nothing.median()), (0, None, None));
         assert_eq!(nothing.percentiles_json(), Value::Null);
     }

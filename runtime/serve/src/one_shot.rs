@@ -1,4 +1,4 @@
-//! How a command runs that does one thing and ends: until it is done, or until a signal says that nobody waits for it.
+//! Runs a command that does one job and ends, or ends early on a signal.
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -23,7 +23,7 @@ pub(crate) fn print(text: &str) -> Result<(), OutputError> {
 
 /// Why such a command cannot begin.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum OnceError {
+pub(crate) enum OneShotError {
     /// The system gives no threads, or none that can wait for events.
     #[error("no threads to work on: {0}")]
     Runtime(io::Error),
@@ -32,19 +32,19 @@ pub(crate) enum OnceError {
     Start(#[from] StartError),
 }
 
-/// Runs `work` on a runtime of its own. SIGTERM and SIGINT end it at once. Whoever reads the output may have seen enough:
-/// a closed pipe, where `output` finds one in the failure, is no failure.
+/// Runs `work` on a runtime of its own. SIGTERM and SIGINT end it at once. A closed stdout pipe is success:
+/// `output` finds that error in a failure.
 pub(crate) fn run<E>(
     work: impl Future<Output = Result<(), E>>,
     output: impl FnOnce(&E) -> Option<&OutputError>,
 ) -> Result<ExitCode, E>
 where
-    E: Error + From<OnceError>,
+    E: Error + From<OneShotError>,
 {
     let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(OnceError::Runtime)?;
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(OneShotError::Runtime)?;
     let outcome = runtime.block_on(async {
-        let mut signals = EndSignals::new().map_err(OnceError::Start)?;
+        let mut signals = EndSignals::new().map_err(OneShotError::Start)?;
         tokio::select! {
             done = work => done.map(|()| ExitCode::SUCCESS),
             _ = signals.received() => Ok(ExitCode::from(INTERRUPTED)),
@@ -69,19 +69,19 @@ mod tests {
         #[error(transparent)]
         Output(#[from] OutputError),
         #[error(transparent)]
-        Once(#[from] OnceError),
+        OneShot(#[from] OneShotError),
     }
 
     fn outcome(kind: Option<io::ErrorKind>) -> Result<ExitCode, Failed> {
         let work = async { kind.map_or(Ok(()), |kind| Err(OutputError(kind.into()).into())) };
         run(work, |failed| match failed {
             Failed::Output(error) => Some(error),
-            Failed::Once(_) => None,
+            Failed::OneShot(_) => None,
         })
     }
 
     #[test]
-    fn a_closed_pipe_is_the_readers_will_and_a_full_disk_is_not() {
+    fn a_closed_pipe_is_success_and_a_full_disk_is_not() {
         assert!(outcome(None).is_ok());
         assert!(outcome(Some(io::ErrorKind::BrokenPipe)).is_ok());
         let full = outcome(Some(io::ErrorKind::StorageFull)).unwrap_err().to_string();
