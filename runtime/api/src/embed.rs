@@ -1,7 +1,6 @@
-//! Embeddings: what is asked of a model and what it answers, `POST /v1/embeddings` in OpenAI's shape, and the gRPC
-//! messages.
+//! Embeddings: the request and the answer, `POST /v1/embeddings` in OpenAI's shape, and the gRPC messages.
 //!
-//! What OpenAI's shape has no place for stands beside it: how vectors were pooled and which texts were cut, since both
+//! The answer has two more fields than OpenAI's: how vectors were pooled and which texts were cut. Both
 //! decide what a vector means.
 
 use axum::extract::{Request, State};
@@ -15,14 +14,14 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 use trustformers_proto::v1;
 
-use crate::Api;
 use crate::error::ApiError;
-use crate::http::{brief, milliseconds, object, read_bytes, take};
+use crate::http::generate::milliseconds;
 use crate::inference::Usage;
+use crate::json_body::{found, object, take};
 use crate::priority::{self, Priority};
-use crate::tenant;
+use crate::{Api, request_body, tenant};
 
-/// The fields of a request. `user` is OpenAI's note of who asks; it changes nothing there either.
+/// The fields of a request. `user` is OpenAI's name of an end user; it changes nothing, as it does there.
 const FIELDS: &[&str] = &["input", "model", "encoding_format", "dimensions", "truncate", "priority", "user"];
 
 /// One text.
@@ -45,9 +44,9 @@ pub struct EmbedRequest {
     pub truncate: bool,
     /// Values that each vector is to have; none: what the model gives.
     pub dimensions: Option<u32>,
-    /// Who goes first.
+    /// The priority class.
     pub priority: Priority,
-    /// On whose behalf; empty: nobody in particular.
+    /// The tenant that the request belongs to; empty: none.
     pub tenant: String,
 }
 
@@ -56,8 +55,8 @@ pub struct EmbedRequest {
 pub enum PoolingMode {
     /// The mean over all tokens.
     Mean,
-    /// The first token.
-    First,
+    /// The first token, `[CLS]`. The word in answers is `first`.
+    Cls,
     /// The largest of each column.
     Max,
 }
@@ -66,7 +65,7 @@ impl PoolingMode {
     fn as_str(self) -> &'static str {
         match self {
             Self::Mean => "mean",
-            Self::First => "first",
+            Self::Cls => "first",
             Self::Max => "max",
         }
     }
@@ -87,33 +86,30 @@ pub struct Embedded {
     pub width: usize,
     /// Tokens of all texts together.
     pub tokens: u32,
-    /// Places of the texts that were cut, ascending.
+    /// Indices of the texts that were cut, ascending.
     pub truncated: Vec<u32>,
     /// How vectors were made of tokens.
     pub pooling: PoolingMode,
-    /// What there is to know about that, where the model's files do not configure it.
+    /// A note about the pooling, where the model's files do not configure it.
     pub pooling_note: Option<String>,
 }
 
-/// An answer of more values is written away from the threads that serve connections: a million values take some tens of
-/// milliseconds, and this many about one.
+/// An answer of more values is written away from the threads that serve connections: a million values take
+/// some tens of milliseconds, and this many about one.
 const VALUES_AT_ONCE: usize = 32 * 1024;
 
 /// `POST /v1/embeddings`.
 pub(crate) async fn embeddings(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
     let started = Instant::now();
     let (parts, body) = request.into_parts();
-    let (asked, encoding) = parse(&read_bytes(body).await?, &parts.headers)?;
+    let bytes = request_body::read(&parts, body).await?;
+    let headers = parts.headers;
+    let (asked, encoding) = api.parse(bytes, move |bytes| parse(bytes, &headers)).await?;
     let embedded = api.inference.embed(asked).await?;
     let many = embedded.values.len() > VALUES_AT_ONCE;
     let failed = |why: String| ApiError::Internal { message: format!("the answer cannot be written: {why}") };
     let write = move || serde_json::to_vec(&AnswerBody::new(&embedded, encoding, milliseconds(started)));
-    let json = if many {
-        let written = tokio::task::spawn_blocking(write).await;
-        written.map_err(|error| failed(error.to_string()))?
-    } else {
-        write()
-    };
+    let json = if many { api.large_bodies.run(write).await? } else { write() };
     let json = json.map_err(|error| failed(error.to_string()))?;
     Ok(([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response())
 }
@@ -159,7 +155,7 @@ fn input(object: &Map<String, Value>) -> Result<Vec<EmbedInput>, ApiError> {
         Some(Value::String(text)) => return Ok(vec![EmbedInput::Text(text.clone())]),
         Some(Value::Array(list)) => list,
         Some(other) => {
-            let found = brief(other);
+            let found = found(other);
             return Err(ApiError::field("input", format!("expected {expected}, found {found}")));
         }
     };
@@ -170,8 +166,8 @@ fn input(object: &Map<String, Value>) -> Result<Vec<EmbedInput>, ApiError> {
         Value::String(text) => Ok(EmbedInput::Text(text.clone())),
         Value::Array(list) => Ok(EmbedInput::Tokens(ids(&format!("input[{index}]"), list)?)),
         other => {
-            let found = format!("expected a text or a list of token ids, found {}", brief(other));
-            Err(ApiError::field(&format!("input[{index}]"), found))
+            let why = format!("expected a text or a list of token ids, found {}", found(other));
+            Err(ApiError::field(&format!("input[{index}]"), why))
         }
     };
     list.iter().enumerate().map(one).collect()
@@ -182,7 +178,7 @@ fn ids(field: &str, list: &[Value]) -> Result<Vec<u32>, ApiError> {
         value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
             ApiError::field(
                 &format!("{field}[{index}]"),
-                format!("expected a token id, found {}", brief(value)),
+                format!("expected a token id, found {}", found(value)),
             )
         })
     };
@@ -233,7 +229,7 @@ impl Embedded {
         let usage = Usage { prompt_tokens: self.tokens, completion_tokens: 0 };
         let pooling = match self.pooling {
             PoolingMode::Mean => v1::Pooling::Mean,
-            PoolingMode::First => v1::Pooling::First,
+            PoolingMode::Cls => v1::Pooling::First,
             PoolingMode::Max => v1::Pooling::Max,
         };
         v1::EmbedResponse {
@@ -250,7 +246,8 @@ impl Embedded {
     }
 }
 
-/// The body of an answer. Written from types, not from JSON values: an f32 then has as many digits as it needs.
+/// The body of an answer. Written from types, not from JSON values: an f32 then has as many digits as it
+/// needs.
 #[derive(Serialize)]
 struct AnswerBody<'a> {
     object: &'static str,
@@ -340,7 +337,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_answer_has_openais_shape_and_says_how_vectors_came_about() {
+    async fn an_answer_has_the_shape_of_openai_and_names_its_pooling() {
         let (status, body) = post(&fake(), r#"{"input": ["a", ""], "user": "me"}"#, None).await;
         assert_eq!(status, StatusCode::OK, "{body}");
         assert_eq!(body["object"], "list");
@@ -353,7 +350,7 @@ mod tests {
         );
         assert_eq!(body["usage"], json!({"prompt_tokens": 6, "total_tokens": 6}));
         assert_eq!((&body["model"], &body["model_digest"]), (&json!("fake"), &json!("d1")));
-        assert_eq!((&body["pooling"], &body["pooling_note"]), (&json!("mean"), &json!("nobody said so")));
+        assert_eq!((&body["pooling"], &body["pooling_note"]), (&json!("mean"), &json!("not configured")));
         assert_eq!(body["truncated"], json!([0]));
     }
 

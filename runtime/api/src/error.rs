@@ -8,13 +8,15 @@
 //! | `unknown_model`, `unknown_route` | 404 | NOT_FOUND | no |
 //! | `method_not_allowed` | 405 | UNIMPLEMENTED | no |
 //! | `too_long` | 413 | OUT_OF_RANGE | no |
+//! | `unsupported_encoding` | 415 | UNIMPLEMENTED | no |
 //! | `overloaded` | 429 + `Retry-After` | RESOURCE_EXHAUSTED | yes |
 //! | `unavailable` | 503 (+ `Retry-After`) | UNAVAILABLE | yes |
 //! | `timeout` | 504 | DEADLINE_EXCEEDED | yes |
 //! | `internal` | 500 | INTERNAL | yes |
 //!
-//! HTTP answers carry `{"error": {"type", "message", ...}}`; gRPC answers carry the message, the kind in the
-//! metadata key `trustformers-error` and, where HTTP has it, `retry-after` in seconds.
+//! What an error repeats of its request is cut ([`crate::echo`]). HTTP answers carry `{"error": {"type",
+//! "message", ...}}`; gRPC answers carry the message, the kind in the metadata key `trustformers-error` and,
+//! where HTTP has it, `retry-after` in seconds.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -24,7 +26,8 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 use trustformers_proto::Task;
 
-use crate::surfaces::how_to_ask;
+use crate::echo::{MAX_LISTED_NAMES, MAX_MESSAGE_CHARS, echo, list, truncate};
+use crate::surfaces::{self, how_to_ask};
 
 /// Metadata key of a gRPC error that holds its kind.
 pub const GRPC_KIND_KEY: &str = "trustformers-error";
@@ -32,7 +35,8 @@ pub const GRPC_KIND_KEY: &str = "trustformers-error";
 pub const GRPC_RETRY_AFTER_KEY: &str = "retry-after";
 
 /// Why a request got no answer, or no complete one.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum ApiError {
     /// The request itself is wrong; sending it again does not help.
     #[error("{message}")]
@@ -43,7 +47,7 @@ pub enum ApiError {
         message: String,
     },
     /// Several models serve and the request names none.
-    #[error("several models could be meant, so the request must name one in \"model\": {}", choices.join(", "))]
+    #[error("several models could be meant, so the request must name one in \"model\": {}", list(choices))]
     ModelRequired {
         /// Names that can be asked for.
         choices: Vec<String>,
@@ -57,7 +61,7 @@ pub enum ApiError {
         task: Task,
     },
     /// No model answers to this name.
-    #[error("no model answers to {asked:?}; {}", known_models(choices))]
+    #[error("no model answers to {:?}; {}", echo(asked), known_models(choices))]
     UnknownModel {
         /// The name that was asked for.
         asked: String,
@@ -66,14 +70,16 @@ pub enum ApiError {
     },
     /// No such route.
     #[error(
-        "there is no route {path}; GET /v1/models lists the models, POST /v1/generate and POST /v1/embeddings ask them"
+        "there is no route {}; GET /v1/models lists the models, {} ask them",
+        echo(path),
+        surfaces::list_http()
     )]
     UnknownRoute {
         /// The path that was asked for.
         path: String,
     },
     /// The route exists, but not for this method.
-    #[error("{path} does not take {method}")]
+    #[error("{} does not take {}", echo(path), echo(method))]
     MethodNotAllowed {
         /// The method that was used.
         method: String,
@@ -85,6 +91,12 @@ pub enum ApiError {
     TooLong {
         /// How long it is and what is allowed.
         message: String,
+    },
+    /// The body is compressed.
+    #[error("content-encoding: {encoding:?} is not supported; send the body as it is, without compression")]
+    UnsupportedEncoding {
+        /// The encoding, cut.
+        encoding: String,
     },
     /// The queue is full. Nothing of the request is kept.
     #[error("{message}")]
@@ -108,7 +120,7 @@ pub enum ApiError {
         /// Which time ran out.
         message: String,
     },
-    /// Something broke that the caller cannot mend.
+    /// A fault of the server.
     #[error("{message}")]
     Internal {
         /// What broke.
@@ -133,31 +145,25 @@ fn known_models(choices: &[String]) -> String {
     if choices.is_empty() {
         "none serves here now".to_owned()
     } else {
-        format!("known are: {}", choices.join(", "))
+        format!("known are: {}", list(choices))
     }
 }
 
 impl ApiError {
     /// A wrong field, with what is wrong and what is allowed.
     pub fn field(field: &str, message: impl std::fmt::Display) -> Self {
-        Self::InvalidRequest { field: Some(field.to_owned()), message: format!("{field}: {message}") }
+        let field = echo(field).into_owned();
+        Self::InvalidRequest { message: format!("{field}: {message}"), field: Some(field) }
     }
 
     /// The kind as it stands in answers and in metric labels.
     pub fn kind(&self) -> &'static str {
-        match self {
-            Self::InvalidRequest { .. } => "invalid_request",
-            Self::ModelRequired { .. } => "model_required",
-            Self::WrongTask { .. } => "wrong_task",
-            Self::UnknownModel { .. } => "unknown_model",
-            Self::UnknownRoute { .. } => "unknown_route",
-            Self::MethodNotAllowed { .. } => "method_not_allowed",
-            Self::TooLong { .. } => "too_long",
-            Self::Overloaded { .. } => "overloaded",
-            Self::Unavailable { .. } => "unavailable",
-            Self::Timeout { .. } => "timeout",
-            Self::Internal { .. } => "internal",
-        }
+        self.into()
+    }
+
+    /// The message of this error, at most [`MAX_MESSAGE_CHARS`] characters long.
+    pub fn message(&self) -> String {
+        truncate(&self.to_string(), MAX_MESSAGE_CHARS).into_owned()
     }
 
     /// The HTTP status.
@@ -169,6 +175,7 @@ impl ApiError {
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLong { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UnsupportedEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
@@ -183,7 +190,7 @@ impl ApiError {
                 Code::InvalidArgument
             }
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => Code::NotFound,
-            Self::MethodNotAllowed { .. } => Code::Unimplemented,
+            Self::MethodNotAllowed { .. } | Self::UnsupportedEncoding { .. } => Code::Unimplemented,
             Self::TooLong { .. } => Code::OutOfRange,
             Self::Overloaded { .. } => Code::ResourceExhausted,
             Self::Unavailable { .. } => Code::Unavailable,
@@ -203,11 +210,11 @@ impl ApiError {
 
     /// The body of an HTTP answer, and of an error inside a stream: `{"error": {"type", "message", ...}}`.
     pub fn to_json(&self) -> Value {
-        let mut error = json!({"type": self.kind(), "message": self.to_string()});
+        let mut error = json!({"type": self.kind(), "message": self.message()});
         match self {
-            Self::InvalidRequest { field: Some(field), .. } => error["field"] = json!(field),
+            Self::InvalidRequest { field: Some(field), .. } => error["field"] = json!(echo(field)),
             Self::ModelRequired { choices } | Self::UnknownModel { choices, .. } => {
-                error["choices"] = json!(choices);
+                error["choices"] = json!(&choices[..choices.len().min(MAX_LISTED_NAMES)]);
             }
             _ => {}
         }
@@ -224,13 +231,16 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after_s() {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if matches!(self, Self::UnsupportedEncoding { .. }) {
+            response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        }
         response
     }
 }
 
 impl From<ApiError> for Status {
     fn from(error: ApiError) -> Self {
-        let mut status = Self::new(error.code(), error.to_string());
+        let mut status = Self::new(error.code(), error.message());
         status.metadata_mut().insert(GRPC_KIND_KEY, MetadataValue::from_static(error.kind()));
         if let Some(seconds) = error.retry_after_s() {
             status.metadata_mut().insert(GRPC_RETRY_AFTER_KEY, MetadataValue::from(seconds));
@@ -253,6 +263,7 @@ mod tests {
             (ApiError::UnknownRoute { path: text() }, 404, Code::NotFound),
             (ApiError::MethodNotAllowed { method: text(), path: text() }, 405, Code::Unimplemented),
             (ApiError::TooLong { message: text() }, 413, Code::OutOfRange),
+            (ApiError::UnsupportedEncoding { encoding: text() }, 415, Code::Unimplemented),
             (ApiError::Overloaded { message: text(), retry_after_s: 2 }, 429, Code::ResourceExhausted),
             (ApiError::Unavailable { message: text(), retry_after_s: None }, 503, Code::Unavailable),
             (ApiError::Timeout { message: text() }, 504, Code::DeadlineExceeded),
@@ -261,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_has_its_status_and_code_and_says_its_kind_in_both() {
+    fn each_kind_has_a_status_a_code_and_its_name_in_both() {
         for (error, status, code) in all() {
             let kind = error.kind();
             let grpc = Status::from(error.clone());
@@ -273,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn overload_says_when_to_come_back_in_both() {
+    fn overload_has_a_retry_time_in_both() {
         let error = ApiError::Overloaded { message: "full".into(), retry_after_s: 3 };
         assert_eq!(Status::from(error.clone()).metadata().get(GRPC_RETRY_AFTER_KEY).unwrap(), "3");
         assert_eq!(error.into_response().headers()[header::RETRY_AFTER], "3");
@@ -284,5 +295,22 @@ mod tests {
         let error = ApiError::UnknownModel { asked: "x".into(), choices: vec!["a".into(), "b".into()] };
         assert_eq!(error.to_string(), "no model answers to \"x\"; known are: a, b");
         assert_eq!(error.to_json()["error"]["choices"], json!(["a", "b"]));
+    }
+
+    #[test]
+    fn no_error_repeats_more_than_a_bounded_piece_of_its_request() {
+        let long = "\u{e9}".repeat(1 << 20);
+        let names: Vec<String> = (0..10_000).map(|index| format!("model-{index}")).collect();
+        let errors = [
+            ApiError::field(&long, "there is no such field"),
+            ApiError::InvalidRequest { field: Some(long.clone()), message: long.clone() },
+            ApiError::UnknownModel { asked: long.clone(), choices: names },
+            ApiError::UnknownRoute { path: long.clone() },
+            ApiError::MethodNotAllowed { method: long.clone(), path: long.clone() },
+        ];
+        for error in errors {
+            assert!(error.to_json().to_string().len() < 5000, "{}", error.kind());
+            assert!(Status::from(error).message().chars().count() <= MAX_MESSAGE_CHARS + 3);
+        }
     }
 }

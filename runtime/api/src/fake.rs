@@ -180,7 +180,7 @@ impl Inference for Fake {
                 tokens: u32::from(texts) * 3,
                 truncated: vec![0],
                 pooling: PoolingMode::Mean,
-                pooling_note: Some("nobody said so".into()),
+                pooling_note: Some("not configured".into()),
             })
         })
     }

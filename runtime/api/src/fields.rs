@@ -1,7 +1,8 @@
 //! Defaults and limits of a request's fields, in one place for both protocols.
 //!
-//! The protocols differ in one thing only: JSON can leave a field out, proto3 cannot, so over gRPC 0 stands for
-//! "not given". The temperature's default differs too, as promised to users: 0.7 over HTTP, greedy over gRPC.
+//! The protocols differ in one thing only: JSON can leave a field out, proto3 cannot, so over gRPC 0 stands
+//! for "not given". The temperature's default differs too, as promised to users: 0.7 over HTTP, greedy over
+//! gRPC.
 
 use trustformers_proto::v1;
 
@@ -48,7 +49,7 @@ pub struct Asked {
     pub seed: Option<u64>,
     /// How urgent it is.
     pub priority: Option<Priority>,
-    /// On whose behalf; empty: nobody in particular.
+    /// The tenant that the request belongs to; empty: none.
     pub tenant: String,
     /// The further fields.
     pub options: Options,
@@ -71,15 +72,15 @@ pub struct Generation {
     pub seed: Option<u64>,
     /// How urgent it is.
     pub priority: Priority,
-    /// On whose behalf; empty: nobody in particular.
+    /// The tenant that the request belongs to; empty: none.
     pub tenant: String,
     /// The further fields.
     pub options: Options,
 }
 
 impl Asked {
-    /// Takes from headers, or metadata, what they say for requests of any kind: the class where the request gives none
-    /// itself, and the tenant.
+    /// Takes from headers, or metadata, what they say for requests of any kind: the class where the request
+    /// gives none itself, and the tenant.
     ///
     /// # Errors
     /// [`ApiError::InvalidRequest`] that names the header.
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_out_takes_the_protocols_defaults() {
+    fn missing_fields_take_the_defaults_of_the_protocol() {
         let http = asked().check(&HTTP_DEFAULTS).unwrap();
         assert_eq!((http.max_tokens, http.temperature, http.top_p), (100, 0.7, 0.9));
         let message = v1::GenerateRequest { prompt: "Hi".into(), ..Default::default() };
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_of_its_limits_is_refused_by_name() {
+    fn values_outside_their_limits_are_refused_by_name() {
         let cases = [
             ("prompt", Asked { prompt: String::new(), ..asked() }),
             ("max_tokens", Asked { max_tokens: Some(0), ..asked() }),

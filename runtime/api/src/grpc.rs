@@ -6,22 +6,25 @@
 use std::pin::Pin;
 
 use axum::Router;
+use axum::http::HeaderValue;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
 use tonic::service::Routes;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tonic_health::pb::health_server::HealthServer;
 use trustformers_proto::v1;
 use trustformers_proto::v1::health_service_server::{HealthService, HealthServiceServer};
 use trustformers_proto::v1::inference_service_server::{InferenceService, InferenceServiceServer};
 use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceServer};
 
+use crate::echo::echo;
 use crate::embed::EmbedRequest;
+use crate::error::GRPC_KIND_KEY;
 use crate::fields::{Asked, GRPC_DEFAULTS, Generation};
 use crate::health::GrpcHealth;
-use crate::http::ended_early;
+use crate::http::generate::ended_early;
 use crate::inference::{Answer, Event, StoppedBy};
 use crate::{Api, ApiError, MAX_BODY_BYTES};
 
@@ -59,7 +62,32 @@ pub fn router(api: Api) -> Result<Router, ReflectionError> {
         .add_service(HealthServiceServer::new(api))
         .add_service(HealthServer::new(health))
         .add_service(reflection.build_v1()?)
-        .into_axum_router())
+        .into_axum_router()
+        .layer(axum::middleware::map_response(with_kind)))
+}
+
+/// Gives the errors that tonic makes itself the kind that all other errors have.
+///
+/// They come before any method of ours runs, so the caller caused them: an INTERNAL without a kind is a
+/// message that is no protobuf or holds text that is not UTF-8, and becomes INVALID_ARGUMENT.
+async fn with_kind(mut response: axum::response::Response) -> axum::response::Response {
+    let Some(status) = Status::from_header_map(response.headers()) else { return response };
+    let headers = response.headers_mut();
+    if status.code() == Code::Ok || headers.contains_key(GRPC_KIND_KEY) {
+        return response;
+    }
+    let kind = match status.code() {
+        Code::Internal | Code::InvalidArgument => "invalid_request",
+        Code::OutOfRange => "too_long",
+        Code::Unimplemented => "unknown_route",
+        Code::Cancelled | Code::DeadlineExceeded => "timeout",
+        _ => return response,
+    };
+    headers.insert(GRPC_KIND_KEY, HeaderValue::from_static(kind));
+    if status.code() == Code::Internal {
+        headers.insert(Status::GRPC_STATUS, HeaderValue::from(Code::InvalidArgument as u16));
+    }
+    response
 }
 
 #[tonic::async_trait]
@@ -104,7 +132,8 @@ impl InferenceService for Api {
         let started = Instant::now();
         let checked = checked(request)?;
         let mut answer = self.inference.generate(checked).await?;
-        // The head goes out only once there is a token: until then this is still an ordinary, retriable failure.
+        // The head goes out only once there is a token: until then this is still an ordinary, retriable
+        // failure.
         let first = answer.events.next().await.ok_or_else(ended_early)??;
         let events = std::mem::replace(&mut answer.events, futures::stream::empty().boxed());
         let all = futures::stream::once(async { Ok(first) }).chain(events);
@@ -192,8 +221,8 @@ impl HealthService for Api {
         let service = request.into_inner().service;
         if !service.is_empty() && !SERVICES.contains(&service.as_str()) {
             let message =
-                format!("service: {service:?} is not served here; known are: {}", SERVICES.join(", "));
-            return Err(ApiError::InvalidRequest { field: Some("service".into()), message }.into());
+                format!("{:?} is not served here; known are: {}", echo(&service), SERVICES.join(", "));
+            return Err(ApiError::field("service", message).into());
         }
         let verdict = self.inference.readiness().borrow().clone();
         let status = if verdict.ok { ServingStatus::Serving } else { ServingStatus::NotServing };
@@ -206,7 +235,6 @@ mod tests {
     use super::*;
     use crate::fake::{Fake, Script};
     use tokio_util::sync::CancellationToken;
-    use tonic::Code;
     use tonic::transport::Channel;
     use v1::inference_service_client::InferenceServiceClient;
     use v1::model_service_client::ModelServiceClient;
@@ -216,7 +244,12 @@ mod tests {
         let listener = crate::server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let task = tokio::spawn(crate::server::serve(listener, router(fake.api()).unwrap(), stop.clone()));
+        let task = tokio::spawn(crate::server::serve(
+            listener,
+            router(fake.api()).unwrap(),
+            crate::server::Limits::default(),
+            stop.clone(),
+        ));
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
         (channel, stop, task)
     }
@@ -226,7 +259,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_whole_answer_has_text_tokens_reason_and_usage_and_zeros_mean_defaults() {
+    async fn a_whole_answer_is_complete_and_zeros_mean_defaults() {
         let fake = Fake::with(Script::tokens(&["Hello", " you"]));
         let (channel, ..) = start(&fake).await;
         let answer = InferenceServiceClient::new(channel).generate(prompt("Say")).await.unwrap().into_inner();
@@ -239,7 +272,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_ends_with_a_message_that_carries_the_reason_and_no_token() {
+    async fn the_last_message_of_a_stream_has_the_reason_and_no_token() {
         let fake = Fake::with(Script::tokens(&["a", "b"]));
         let (channel, ..) = start(&fake).await;
         let stream =
@@ -252,7 +285,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn options_reach_the_server_and_logprobs_and_the_stop_come_back() {
+    async fn options_reach_the_server_and_their_results_come_back() {
         let fake = Fake::with(Script::tokens(&["a", "b"]).with_logprobs().stopped_by(StoppedBy::Token(9)));
         let (channel, ..) = start(&fake).await;
         let mut client = InferenceServiceClient::new(channel);
@@ -278,7 +311,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn class_and_tenant_come_from_metadata_and_the_field_goes_before() {
+    async fn the_priority_field_overrides_the_metadata_key() {
         let fake = Fake::with(Script::tokens(&["a"]));
         let (channel, ..) = start(&fake).await;
         let mut client = InferenceServiceClient::new(channel);
@@ -300,7 +333,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn texts_or_ids_become_vectors_in_order_and_the_class_may_stand_in_either_place() {
+    async fn texts_or_ids_become_vectors_in_the_order_of_the_request() {
         let fake = Fake::with(Script::tokens(&[]));
         let (channel, ..) = start(&fake).await;
         let mut client = InferenceServiceClient::new(channel);
@@ -406,5 +439,53 @@ mod tests {
             assert!(names.contains(service), "{names:?}");
         }
         assert!(!names.iter().any(|name| name.contains("control")), "{names:?}");
+    }
+
+    /// Sends raw bytes as the message of a call and gives the status.
+    async fn call_raw(channel: Channel, message: Vec<u8>) -> Status {
+        let mut frame = vec![0];
+        frame.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
+        frame.extend_from_slice(&message);
+        let request = axum::http::Request::post("/trustformers.v1.InferenceService/Generate")
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(tonic::body::Body::new(http_body_util::Full::from(frame)))
+            .unwrap();
+        let response = tower::ServiceExt::oneshot(channel, request).await.unwrap();
+        Status::from_header_map(response.headers()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn messages_that_cannot_be_read_are_the_callers_fault() {
+        let fake = Fake::with(Script::tokens(&["a"]));
+        let (channel, ..) = start(&fake).await;
+        for message in [vec![0x0a, 2, 0xff, 0xfe], vec![0x0a, 0xff, 0xff, 0xff, 0xff, 0xff]] {
+            let status = call_raw(channel.clone(), message).await;
+            assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+            assert_eq!(status.metadata().get(GRPC_KIND_KEY).unwrap(), "invalid_request");
+        }
+    }
+
+    #[tokio::test]
+    async fn messages_over_the_limit_have_a_code_and_a_kind() {
+        let fake = Fake::with(Script::tokens(&["a"]));
+        let (channel, ..) = start(&fake).await;
+        let mut client = InferenceServiceClient::new(channel);
+        let status = client.generate(prompt(&"a".repeat(5 << 20))).await.unwrap_err();
+        assert_eq!(status.code(), Code::OutOfRange, "{status}");
+        assert_eq!(status.metadata().get(GRPC_KIND_KEY).unwrap(), "too_long");
+    }
+
+    #[tokio::test]
+    async fn a_long_name_comes_back_cut_in_the_message() {
+        let error = ApiError::UnknownModel { asked: "n".repeat(100_000), choices: vec!["a".into()] };
+        let fake = Fake::with(Script::refused(error));
+        let (channel, ..) = start(&fake).await;
+        let status = InferenceServiceClient::new(channel).generate(prompt("a")).await.unwrap_err();
+        assert!(
+            status.code() == Code::NotFound && status.message().len() < 500,
+            "{}",
+            status.message().len()
+        );
     }
 }

@@ -1,9 +1,9 @@
 //! Liveness, readiness and start-up, over HTTP routes and over gRPC's own health protocol.
 //!
-//! They answer three different questions and are therefore kept apart. *Live*: would a restart help? Only a stuck
-//! engine says no; loading, draining and a broken model do not. *Ready*: may traffic come? Not before the warm-up,
-//! not while draining. *Started*: is loading over, one way or the other? None of them passes through a queue of
-//! requests, so a full queue never looks like a dead process.
+//! They answer three different questions and are therefore kept apart. *Live*: would a restart help? Only a
+//! stuck engine says no; loading, draining and a broken model do not. *Ready*: may traffic come? Not before
+//! the warm-up, not while draining. *Started*: is loading over, one way or the other? None of them passes
+//! through a queue of requests, so a full queue never looks like a dead process.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -24,6 +24,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 use tonic_health::pb;
 use tonic_health::pb::health_check_response::ServingStatus;
+
+use crate::echo::echo;
 
 /// Yes or no, and why in one sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,8 +80,8 @@ fn answer(verdict: &Verdict) -> Response {
     (status, Json(json!({"status": word, "message": verdict.message}))).into_response()
 }
 
-/// `grpc.health.v1.Health` over a server's readiness. Known services are the empty name (the whole server) and the
-/// names it was made with.
+/// `grpc.health.v1.Health` over a server's readiness. Known services are the empty name (the whole server)
+/// and the names it was made with.
 pub struct GrpcHealth<H: ?Sized> {
     health: Arc<H>,
     services: &'static [&'static str],
@@ -126,7 +128,7 @@ impl<H: Health + ?Sized> pb::health_server::Health for GrpcHealth<H> {
     ) -> Result<tonic::Response<pb::HealthCheckResponse>, Status> {
         let service = &request.get_ref().service;
         if !self.knows(service) {
-            return Err(Status::not_found(format!("service {service:?} is not served here")));
+            return Err(Status::not_found(format!("service {:?} is not served here", echo(service))));
         }
         let status = serving(&self.health.readiness().borrow());
         Ok(tonic::Response::new(wire(status)))
@@ -215,7 +217,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_unknown_service_is_not_found_by_check_and_unknown_by_watch() {
+    async fn an_unknown_service_is_reported_by_check_and_by_watch() {
         let service = GrpcHealth::new(fixed(), &["a.B"], CancellationToken::new());
         let request = || Request::new(pb::HealthCheckRequest { service: "a.C".into() });
         assert_eq!(service.check(request()).await.unwrap_err().code(), tonic::Code::NotFound);

@@ -18,8 +18,8 @@ pub type Models = Arc<[v1::ModelStatus]>;
 
 /// A server of models. Implemented over engines in one process; the codecs know nothing else.
 pub trait Inference: Health {
-    /// Takes a request. The future ends when the request is admitted or refused, not when tokens exist. Dropping
-    /// the future or the answer's stream cancels the work.
+    /// Takes a request. The future ends when the request is admitted or refused, not when tokens exist.
+    /// Dropping the future or the answer's stream cancels the work.
     ///
     /// # Errors
     /// Any [`ApiError`]; a request that was refused left nothing behind.
@@ -54,7 +54,8 @@ pub enum Event {
     Token {
         /// Its id.
         id: u32,
-        /// Text that became final with it; may be empty while a character is incomplete or a stop text may begin.
+        /// Text that became final with it; may be empty while a character is incomplete or a stop text may
+        /// begin.
         text: String,
         /// What the model thinks of it, where the request asked.
         logprobs: Option<Logprobs>,

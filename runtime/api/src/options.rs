@@ -1,13 +1,18 @@
-//! The fields of a generate request that shape how tokens are chosen and where an answer ends, for both protocols.
+//! The fields of a generate request that shape how tokens are chosen and where an answer ends, for both
+//! protocols.
 //!
-//! Here they are only read: the engine that honours them knows their ranges and refuses what is outside, by the same
-//! names.
+//! Here they are only read: the engine that honours them knows their ranges and refuses what is outside, by
+//! the same names.
 
+use std::collections::BTreeMap;
+
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use trustformers_proto::v1;
 
+use crate::echo::echo;
 use crate::error::ApiError;
-use crate::http::{brief, float, take};
+use crate::json_body::{float, found, take};
 use crate::nearest;
 
 /// Their names in JSON.
@@ -66,8 +71,8 @@ pub enum Format {
 }
 
 impl Options {
-    /// Reads them from a JSON object that may hold other fields too.
-    pub(crate) fn from_json(object: &Map<String, Value>) -> Result<Self, ApiError> {
+    /// Reads them from a JSON object that may hold other fields too, and from the text of that object.
+    pub(crate) fn from_json(object: &Map<String, Value>, body: &[u8]) -> Result<Self, ApiError> {
         let number = |field| take(object, field, "a number", float);
         let count = |field| take(object, field, "a whole number from 0 to 4294967295", whole);
         Ok(Self {
@@ -87,7 +92,7 @@ impl Options {
             .unwrap_or_default(),
             format: match object.get("response_format") {
                 None | Some(Value::Null) => None,
-                Some(value) => format(value)?,
+                Some(value) => format(value, body)?,
             },
         })
     }
@@ -141,10 +146,10 @@ const FORMAT: &str = "response_format";
 const TYPES: &[&str] = &["text", "json_object", "json_schema", "regex", "grammar"];
 
 /// A format; none for plain text.
-fn format(value: &Value) -> Result<Option<Format>, ApiError> {
+fn format(value: &Value, body: &[u8]) -> Result<Option<Format>, ApiError> {
     let Some(object) = value.as_object() else {
         let expected = "expected an object such as {\"type\": \"json_object\"}";
-        return Err(ApiError::field(FORMAT, format!("{expected}, found {}", brief(value))));
+        return Err(ApiError::field(FORMAT, format!("{expected}, found {}", found(value))));
     };
     let kind = object.get("type").and_then(Value::as_str).ok_or_else(|| {
         ApiError::field("response_format.type", format!("is missing: give one of {}", TYPES.join(", ")))
@@ -152,12 +157,12 @@ fn format(value: &Value) -> Result<Option<Format>, ApiError> {
     let format = match kind {
         "text" => allow(object, &[]).map(|()| None),
         "json_object" => allow(object, &[]).map(|()| Some(Format::JsonObject)),
-        "json_schema" => schema(object).map(|schema| Some(Format::JsonSchema(schema))),
+        "json_schema" => schema(object, body).map(|schema| Some(Format::JsonSchema(schema))),
         "regex" => text(object, "regex").map(|text| Some(Format::Regex(text))),
         "grammar" => text(object, "grammar").map(|text| Some(Format::Grammar(text))),
         other => {
             let hint = nearest::hint(other, TYPES);
-            Err(ApiError::field("response_format.type", format!("there is no {other:?}; {hint}")))
+            Err(ApiError::field("response_format.type", format!("there is no {:?}; {hint}", echo(other))))
         }
     }?;
     Ok(format)
@@ -184,8 +189,9 @@ fn text(object: &Map<String, Value>, key: &str) -> Result<String, ApiError> {
         .ok_or_else(|| ApiError::field(&format!("{FORMAT}.{key}"), "is missing or not a string"))
 }
 
-/// The schema, beside the type or, as OpenAI has it, inside `json_schema` with a name.
-fn schema(object: &Map<String, Value>) -> Result<String, ApiError> {
+/// The schema, beside the type or, as OpenAI has it, inside `json_schema` with a name. It is passed on as the
+/// caller wrote it: a number that is parsed and written again loses digits.
+fn schema(object: &Map<String, Value>, body: &[u8]) -> Result<String, ApiError> {
     allow(object, &["schema", "json_schema"])?;
     let inner = object.get("json_schema").and_then(Value::as_object);
     let schema = match (object.get("schema"), inner.and_then(|inner| inner.get("schema"))) {
@@ -201,11 +207,23 @@ fn schema(object: &Map<String, Value>) -> Result<String, ApiError> {
         }
     };
     if schema.is_object() || schema.is_boolean() {
-        Ok(schema.to_string())
+        Ok(raw_schema(body).unwrap_or_else(|| schema.to_string()))
     } else {
-        let why = format!("expected a JSON schema, which is an object, found {}", brief(schema));
+        let why = format!("expected a JSON schema, which is an object, found {}", found(schema));
         Err(ApiError::field("response_format.schema", why))
     }
+}
+
+/// The text of the schema in the text of a body.
+fn raw_schema(body: &[u8]) -> Option<String> {
+    type Fields<'a> = BTreeMap<String, &'a RawValue>;
+    let body: Fields<'_> = serde_json::from_slice(body).ok()?;
+    let format: Fields<'_> = serde_json::from_str(body.get(FORMAT)?.get()).ok()?;
+    if let Some(schema) = format.get("schema") {
+        return Some(schema.get().to_owned());
+    }
+    let inner: Fields<'_> = serde_json::from_str(format.get("json_schema")?.get()).ok()?;
+    Some(inner.get("schema")?.get().to_owned())
 }
 
 #[cfg(test)]
@@ -214,15 +232,15 @@ mod tests {
     use serde_json::json;
 
     fn read(value: &Value) -> Result<Options, ApiError> {
-        Options::from_json(value.as_object().unwrap())
+        Options::from_json(value.as_object().unwrap(), value.to_string().as_bytes())
     }
 
     #[test]
-    fn what_is_left_out_is_none_and_null_is_left_out() {
+    fn missing_and_null_options_are_none() {
         assert_eq!(read(&json!({})).unwrap(), Options::default());
         let nulls: Map<String, Value> =
             OPTION_FIELDS.iter().map(|field| ((*field).to_owned(), Value::Null)).collect();
-        assert_eq!(Options::from_json(&nulls).unwrap(), Options::default());
+        assert_eq!(Options::from_json(&nulls, b"").unwrap(), Options::default());
     }
 
     #[test]
@@ -275,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_named_with_what_was_found() {
+    fn unreadable_values_are_named_with_what_was_found() {
         let cases = [
             (json!({"top_k": -1}), "top_k", "found -1"),
             (json!({"top_k": 1.5}), "top_k", "whole number"),

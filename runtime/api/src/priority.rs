@@ -1,11 +1,12 @@
-//! How urgent a request is: a field of the request, or a header that says it for requests of any kind.
+//! The priority class of a request: a field of the request, or a header for requests of any kind.
 
 use axum::http::HeaderMap;
 use serde_json::{Map, Value};
 use trustformers_proto::v1;
 
+use crate::echo::echo;
 use crate::error::ApiError;
-use crate::http::take;
+use crate::json_body::take;
 
 /// HTTP header, and gRPC metadata key, that gives the class where the request itself does not.
 pub const PRIORITY_HEADER: &str = "x-trustformers-priority";
@@ -13,12 +14,12 @@ pub const PRIORITY_HEADER: &str = "x-trustformers-priority";
 /// A class of requests. Models that are served by classes answer the first class first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Priority {
-    /// Somebody waits for it.
+    /// For interactive use.
     High,
     /// The ordinary class.
     #[default]
     Normal,
-    /// Whenever there is time.
+    /// For batch work.
     Low,
 }
 
@@ -41,8 +42,8 @@ pub fn of_headers(headers: &HeaderMap) -> Result<Option<Priority>, ApiError> {
     let Some(value) = headers.get(PRIORITY_HEADER) else { return Ok(None) };
     let found = value.to_str().ok().and_then(word);
     found.map(Some).ok_or_else(|| {
-        let found = String::from_utf8_lossy(value.as_bytes()).into_owned();
-        ApiError::field(PRIORITY_HEADER, format!("expected {EXPECTED}, found {found:?}"))
+        let found = String::from_utf8_lossy(value.as_bytes());
+        ApiError::field(PRIORITY_HEADER, format!("expected {EXPECTED}, found {:?}", echo(&found)))
     })
 }
 
@@ -67,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_three_words_are_known_in_headers_and_another_is_refused() {
+    fn headers_take_the_three_priorities_and_refuse_others() {
         let headers = |value: &'static str| {
             HeaderMap::from_iter([(
                 axum::http::HeaderName::from_static(PRIORITY_HEADER),

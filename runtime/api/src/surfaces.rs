@@ -35,6 +35,12 @@ pub fn task_of_path(path: &str) -> Option<Task> {
     found.map(|surface| surface.task)
 }
 
+/// The routes over HTTP in a row, as a clause of an error.
+pub(crate) fn list_http() -> String {
+    let routes: Vec<String> = SURFACES.iter().map(|surface| format!("POST {}", surface.http_path)).collect();
+    routes.join(", ")
+}
+
 /// How to ask a model of this task, as a clause of an error.
 pub(crate) fn how_to_ask(task: Task) -> String {
     match SURFACES.iter().find(|surface| surface.task == task) {

@@ -1,13 +1,14 @@
-//! On whose behalf a request comes: a header that gateways set, so that no tenant crowds out the others.
+//! The tenant of a request: a header that gateways set, so that no tenant crowds out the others.
 
 use axum::http::HeaderMap;
 
 use crate::error::ApiError;
 
-/// HTTP header, and gRPC metadata key, that names the tenant. The name is the Gateway API inference extension's.
+/// HTTP header, and gRPC metadata key, that names the tenant. The name is the Gateway API inference
+/// extension's.
 pub const TENANT_HEADER: &str = "x-gateway-inference-fairness-id";
 
-/// Longest name of a tenant: it is held as often as the tenant has requests.
+/// The longest name of a tenant. Each request of the tenant holds a copy of it.
 const MAX_TENANT_BYTES: usize = 256;
 
 /// The tenant that headers or metadata name.

@@ -233,7 +233,13 @@ impl Engine {
             }
         };
         if ids.is_empty() {
-            return Err(invalid("it is empty; at least one token is needed".to_owned()));
+            let empty = match prompt {
+                Prompt::Text(text) if !text.is_empty() => {
+                    "the model's vocabulary has no token for any character of it; give other text"
+                }
+                _ => "it is empty; at least one token is needed",
+            };
+            return Err(invalid(empty.to_owned()));
         }
         let limit = self.inner.sizes.context_tokens - 1;
         if ids.len() > limit {

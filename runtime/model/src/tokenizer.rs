@@ -159,6 +159,18 @@ impl Tokenizer {
         self.bytes.ends.len()
     }
 
+    /// The most bytes of a text that one token can stand for: a text longer than `n` times this has more than
+    /// `n` tokens, not counting bytes that have no token at all.
+    pub fn longest_token_bytes(&self) -> usize {
+        let starts = std::iter::once(0).chain(self.bytes.ends.iter().copied());
+        let plain = starts.zip(&self.bytes.ends).map(|(start, end)| end - start).max().unwrap_or(0);
+        let added = self.library.get_added_tokens_decoder();
+        let special = added.values().map(|token| token.content.len()).max().unwrap_or(0);
+        // Composing characters shortens a text at most threefold: nine bytes of Hangul jamo become three.
+        let shrinks = if self.library.get_normalizer().is_some() { 3 } else { 1 };
+        plain.max(special).saturating_mul(shrinks)
+    }
+
     /// Whether the vocabulary is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -368,6 +380,17 @@ mod tests {
         assert_eq!(tokenizer.decode(&ids), "t");
         assert_eq!(tokenizer.eos_ids(), [2]);
         assert_eq!(tokenizer.token_bytes(u32::MAX), b"");
+    }
+
+    #[test]
+    fn no_token_stands_for_more_than_the_longest() {
+        let model = seeded();
+        let tokenizer = model.tokenizer();
+        let longest = tokenizer.longest_token_bytes();
+        assert!(longest >= "<|im_start|>".len());
+        for text in ["hello the world", "<|im_start|><|im_end|>", "e\u{301}e\u{301}", "7777"] {
+            assert!(tokenizer.encode(text).unwrap().len() * longest >= text.len(), "{text}");
+        }
     }
 
     fn splits(rule: &str, text: &str) -> Vec<String> {

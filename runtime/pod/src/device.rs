@@ -62,8 +62,8 @@ impl fmt::Display for DeviceChoice {
 /// Makes the backend for a model. A parameter of loading, so that tests can bring their own.
 pub type OpenDevice = Box<dyn Fn(&ModelSpec) -> Result<Box<dyn Backend>, DeviceError> + Send + Sync>;
 
-/// The real devices. Models on the CPU share its threads, one step at a time: two sets of threads on the same cores
-/// would wait for each other at every barrier.
+/// The real devices. Models on the CPU share its threads, one step at a time: two sets of threads on the same
+/// cores would wait for each other at every barrier.
 pub fn real() -> OpenDevice {
     let cpu: Mutex<Option<SharedBackend>> = Mutex::new(None);
     Box::new(move |spec| match spec.device {

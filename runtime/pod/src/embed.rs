@@ -1,4 +1,4 @@
-//! Between a request for vectors in the API's words and the encoder engine's.
+//! Translates requests for vectors between the API and the encoder engine.
 
 use trustformers_api::{ApiError, EmbedInput, EmbedRequest, Embedded, PoolingMode};
 use trustformers_engine::Prompt;
@@ -18,8 +18,8 @@ pub(crate) fn facts(model: &Model) -> Result<&EmbeddingFacts, ApiError> {
     facts.ok_or_else(|| ApiError::Internal { message: "the model has no vectors to give".to_owned() })
 }
 
-/// A length of vectors that the model does not give is refused: cutting a vector keeps its meaning only where the
-/// model was trained for that.
+/// A length of vectors that the model does not give is refused: cutting a vector keeps its meaning only where
+/// the model was trained for that.
 pub(crate) fn check_dimensions(request: &EmbedRequest, facts: &EmbeddingFacts) -> Result<(), ApiError> {
     let width = facts.width;
     match request.dimensions {
@@ -33,7 +33,7 @@ pub(crate) fn check_dimensions(request: &EmbedRequest, facts: &EmbeddingFacts) -
     }
 }
 
-/// What the engine is asked for.
+/// The parameters of the encoder engine.
 pub fn encode_params(request: EmbedRequest) -> EncodeParams {
     let EmbedRequest { input, model: _, truncate, dimensions: _, priority, tenant } = request;
     let text = |input| match input {
@@ -43,14 +43,14 @@ pub fn encode_params(request: EmbedRequest) -> EncodeParams {
     EncodeParams { texts: input.into_iter().map(text).collect(), truncate, priority: class(priority), tenant }
 }
 
-/// Who answers.
-pub(crate) struct Answering {
+/// The model that answers.
+pub(crate) struct ModelIdentity {
     pub(crate) name: String,
     pub(crate) digest: String,
 }
 
-/// The answer in the API's words.
-pub(crate) fn embedded(by: Answering, facts: &EmbeddingFacts, encoded: Encoded) -> Embedded {
+/// The answer as a type of the API.
+pub(crate) fn embedded(by: ModelIdentity, facts: &EmbeddingFacts, encoded: Encoded) -> Embedded {
     let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     Embedded {
         id: format!("emb-{}", uuid::Uuid::new_v4().simple()),
@@ -62,14 +62,14 @@ pub(crate) fn embedded(by: Answering, facts: &EmbeddingFacts, encoded: Encoded) 
         truncated: encoded.truncated.into_iter().map(count).collect(),
         pooling: match facts.pooling {
             Pooling::Mean => PoolingMode::Mean,
-            Pooling::Cls => PoolingMode::First,
+            Pooling::Cls => PoolingMode::Cls,
             Pooling::Max => PoolingMode::Max,
         },
         pooling_note: facts.pooling_note.clone(),
     }
 }
 
-/// What the caller is told.
+/// The error that the caller gets.
 pub(crate) fn failed(error: &EncodeError) -> ApiError {
     let message = error.to_string();
     match error {
@@ -90,7 +90,7 @@ mod tests {
     use trustformers_api::Priority;
 
     #[test]
-    fn class_and_tenant_arrive_and_overload_says_when_to_come_back() {
+    fn priority_and_tenant_arrive_and_overload_has_a_retry_time() {
         let request = EmbedRequest {
             input: vec![EmbedInput::Text("a".into()), EmbedInput::Tokens(vec![1])],
             model: None,

@@ -13,11 +13,12 @@ use crate::spec::SpecError;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
-    /// CamelCase, as it stands in states and conditions: `SourceNotFound`, `DigestMismatch`, `MalformedModel`, ...
+    /// CamelCase, as it stands in states and conditions: `SourceNotFound`, `DigestMismatch`,
+    /// `MalformedModel`, ...
     pub reason: &'static str,
     /// What is wrong and what to do.
     pub message: String,
-    /// Whether the same attempt may succeed later without anybody changing anything.
+    /// Whether the same attempt may succeed later without a change by the user.
     pub transient: bool,
 }
 
@@ -99,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_with_a_file_decides_the_reason() {
+    fn the_fault_of_a_file_decides_the_reason() {
         let folder = tempfile::tempdir().unwrap();
         let load = |bytes: Vec<u8>| {
             let file = folder.path().join("m.gguf");

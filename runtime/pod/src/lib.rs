@@ -1,8 +1,9 @@
 //! The pod: engines behind gRPC and HTTP, with states that can be watched, health, metrics and drain.
 //!
-//! The process serves its status from the first moment and loads in the background, so that somebody who watches
-//! sees the bytes go by, and sees the reason when loading fails. It never exits because a model is bad: a restart would
-//! fail the same way and hide the cause. The library half is what `trustformers-serve` runs several models with.
+//! The process serves its status from the first moment and loads in the background, so that a client can
+//! watch the progress, and the reason when loading fails. It never exits because a model is bad: a restart
+//! would fail the same way and hide the cause. The library half is what `trustformers-serve` runs several
+//! models with.
 //!
 //! | module | what it holds |
 //! |---|---|
@@ -11,18 +12,17 @@
 //! | [`load`] | files → digest → model → engine, blocking, with progress |
 //! | [`runner`] | the engine of a model's task |
 //! | [`failure`] | why that failed, and whether to try again |
-//! | [`board`] | the states of all models, published |
+//! | [`status`] | the states of all models, published |
 //! | [`lifecycle`] | one model from Pending to Ready or Failed |
 //! | [`models`] | the `Inference` over all of them |
-//! | [`params`], [`embed`] | from the API's words to the engines' |
-//! | [`activity`] | who is being answered, and when the last one came |
+//! | [`params`], [`embed`] | translation between the API and the engines |
+//! | [`inflight`] | requests in flight and the time of the last arrival |
 //! | [`process`] | listeners, signals, drain: the whole life of the process |
 
-pub mod activity;
-pub mod board;
 pub mod device;
 pub mod embed;
 pub mod failure;
+pub mod inflight;
 pub mod lifecycle;
 pub mod load;
 pub mod models;
@@ -30,3 +30,4 @@ pub mod params;
 pub mod process;
 pub mod runner;
 pub mod spec;
+pub mod status;

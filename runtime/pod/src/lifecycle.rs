@@ -1,7 +1,7 @@
-//! One model's way from Pending to Ready or Failed, in the background.
+//! Takes one model from Pending to Ready or Failed, in the background.
 //!
-//! Its own task and its own state: nothing that serves requests waits for it. What may pass by itself (a volume that
-//! stutters) is tried again with growing pauses; what will not (a wrong digest, a malformed file) is shown as Failed and
+//! Each model has its own task, and no request waits for it. A transient failure (a slow volume) is retried
+//! with growing pauses. A permanent failure (a wrong digest, a malformed file) becomes the state Failed and
 //! stays, because a restart would only hide it.
 
 use std::sync::Arc;
@@ -12,11 +12,11 @@ use arc_swap::ArcSwapOption;
 use tokio::time::Instant;
 use trustformers_proto::v1::ModelState;
 
-use crate::board::Board;
 use crate::failure::Failure;
 use crate::load::{Loader, OnProgress};
 use crate::runner::Runner;
 use crate::spec::ModelSpec;
+use crate::status::ModelStatuses;
 
 /// First pause before another attempt; it doubles up to [`RETRY_MOST`].
 const RETRY_FIRST: Duration = Duration::from_millis(500);
@@ -25,10 +25,10 @@ const RETRY_MOST: Duration = Duration::from_secs(30);
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
 /// One model and what serves it.
-pub struct Slot {
+pub struct ManagedModel {
     /// What is to be loaded.
     pub spec: ModelSpec,
-    /// Its place on the board.
+    /// Its place in its status.
     pub index: usize,
     serving: ArcSwapOption<Serving>,
     born: Instant,
@@ -45,8 +45,8 @@ pub struct Serving {
     pub digest: String,
 }
 
-impl Slot {
-    /// A model that nobody has begun to load.
+impl ManagedModel {
+    /// A model whose loading has not started.
     pub fn new(spec: ModelSpec, index: usize) -> Self {
         Self {
             spec,
@@ -57,7 +57,7 @@ impl Slot {
         }
     }
 
-    /// The engine, once the model is on its device; whether requests may come is the board's word.
+    /// The engine, once the model is on its device; whether requests may come is decided by its status.
     pub fn serving(&self) -> Option<Arc<Serving>> {
         self.serving.load_full()
     }
@@ -73,55 +73,71 @@ impl Slot {
         self.progress_ms.store(now, Ordering::Relaxed);
     }
 
-    /// Loads, warms up and publishes each step on the board. Ends when the model is Ready or Failed.
-    pub async fn run(self: Arc<Self>, board: Arc<Board>, loader: Arc<Loader>) {
+    /// Loads, warms up and publishes each step in its status. Ends when the model is Ready or Failed.
+    pub async fn run(self: Arc<Self>, statuses: Arc<ModelStatuses>, loader: Arc<Loader>) {
         let mut wait = RETRY_FIRST;
         loop {
             self.sign_of_life();
-            match self.attempt(&board, &loader).await {
-                Ok(()) => return board.enter(self.index, ModelState::Ready),
+            match self.attempt(&statuses, &loader).await {
+                Ok(()) => return statuses.enter(self.index, ModelState::Ready),
                 Err(failure) if failure.transient => {
                     tracing::warn!(model = self.spec.name(), reason = failure.reason, "{failure}");
-                    board.will_retry(self.index, &failure);
+                    statuses.will_retry(self.index, &failure);
                     tokio::time::sleep(wait).await;
                     wait = (wait * 2).min(RETRY_MOST);
                 }
-                Err(failure) => return board.failed(self.index, &failure),
+                Err(failure) => return statuses.failed(self.index, &failure),
             }
         }
     }
 
-    async fn attempt(self: &Arc<Self>, board: &Arc<Board>, loader: &Arc<Loader>) -> Result<(), Failure> {
-        let turn = loader.turn().await;
+    async fn attempt(
+        self: &Arc<Self>,
+        statuses: &Arc<ModelStatuses>,
+        loader: &Arc<Loader>,
+    ) -> Result<(), Failure> {
+        let permit = loader.permit().await;
         self.sign_of_life();
-        board.enter(self.index, ModelState::Loading);
-        let progress = self.publisher(Arc::clone(board));
-        let (slot, with) = (Arc::clone(self), Arc::clone(loader));
-        let loaded = tokio::task::spawn_blocking(move || with.load(&slot.spec, &progress))
-            .await
-            .map_err(|error| Failure::permanent("InternalError", format!("loading broke off: {error}")))??;
-        drop(turn);
-        board.loaded(self.index, &loaded.facts());
+        statuses.enter(self.index, ModelState::Loading);
+        let progress = self.publisher(Arc::clone(statuses));
+        let (managed, with) = (Arc::clone(self), Arc::clone(loader));
+        let loading = tokio::task::spawn_blocking(move || {
+            // Held by the work, so that a load that nothing waits for any more still keeps the next one out.
+            let _permit = permit;
+            with.load(&managed.spec, &progress)
+        });
+        let broken = |error| Failure::permanent("InternalError", format!("loading broke off: {error}"));
+        let loaded = loading.await.map_err(broken)??;
+        statuses.loaded(self.index, &loaded.facts());
         self.serving.store(Some(Arc::new(Serving {
             runner: loaded.runner.clone(),
             digest: loaded.digest.to_string(),
         })));
-        board.enter(self.index, ModelState::Warming);
-        let took = loaded.runner.warm_up().await?;
-        loader.note_warm_up(&self.spec, took);
-        Ok(())
+        statuses.enter(self.index, ModelState::Warming);
+        match loaded.runner.warm_up().await {
+            Ok(took) => {
+                loader.note_warm_up(&self.spec, took);
+                Ok(())
+            }
+            Err(failure) => {
+                // A model that cannot answer must not keep the memory of its weights.
+                self.serving.store(None);
+                loaded.runner.stop().await;
+                Err(failure)
+            }
+        }
     }
 
-    /// Passes progress on to the board, a few times a second and at the end.
-    fn publisher(self: &Arc<Self>, board: Arc<Board>) -> OnProgress {
-        let slot = Arc::clone(self);
+    /// Passes progress on to the statuses, a few times a second and at the end.
+    fn publisher(self: &Arc<Self>, statuses: Arc<ModelStatuses>) -> OnProgress {
+        let managed = Arc::clone(self);
         let last = std::sync::Mutex::new(None::<Instant>);
         Arc::new(move |done, total| {
-            slot.sign_of_life();
+            managed.sign_of_life();
             let mut last = last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             if done == total || last.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
                 *last = Some(Instant::now());
-                board.progress(slot.index, done, total);
+                statuses.progress(managed.index, done, total);
             }
         })
     }
@@ -130,15 +146,20 @@ impl Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::OpenDevice;
     use trustformers_plan::oracle::Oracle;
+    use trustformers_plan::{
+        Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan,
+        StepInput, StepOutput,
+    };
     use trustformers_store::Source;
 
-    fn slot(path: &std::path::Path) -> (Arc<Slot>, Arc<Board>, Arc<Loader>) {
+    fn model_at(path: &std::path::Path) -> (Arc<ManagedModel>, Arc<ModelStatuses>, Arc<Loader>) {
         let spec = ModelSpec::new("m", Source::from_path(path));
-        let board = Arc::new(Board::new(std::slice::from_ref(&spec)));
+        let statuses = Arc::new(ModelStatuses::new(std::slice::from_ref(&spec)));
         let loader =
             Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &prometheus::Registry::new()).unwrap();
-        (Arc::new(Slot::new(spec, 0)), board, Arc::new(loader))
+        (Arc::new(ManagedModel::new(spec, 0)), statuses, Arc::new(loader))
     }
 
     #[tokio::test]
@@ -146,12 +167,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("m.gguf");
         std::fs::write(&file, trustformers_model::seeded::SeededModel::default().gguf()).unwrap();
-        let (slot, board, loader) = slot(&file);
-        slot.clone().run(board.clone(), loader).await;
-        let status = board.status(0);
+        let (managed, statuses, loader) = model_at(&file);
+        managed.clone().run(statuses.clone(), loader).await;
+        let status = statuses.status(0);
         assert_eq!(status.state(), ModelState::Ready, "{status:?}");
         assert_eq!((status.loaded_bytes, status.digest.len()), (status.total_bytes, 64));
-        assert!(slot.serving().is_some());
+        assert!(managed.serving().is_some());
     }
 
     #[tokio::test]
@@ -160,9 +181,9 @@ mod tests {
         let bad = folder.path().join("bad.gguf");
         std::fs::write(&bad, b"GGUF\x03\0\0\0 and then nothing").unwrap();
         for (path, reason) in [(bad, "MalformedModel"), (folder.path().join("none.gguf"), "SourceNotFound")] {
-            let (slot, board, loader) = slot(&path);
-            slot.run(board.clone(), loader).await;
-            let status = board.status(0);
+            let (managed, statuses, loader) = model_at(&path);
+            managed.run(statuses.clone(), loader).await;
+            let status = statuses.status(0);
             let file = path.file_name().unwrap().to_str().unwrap();
             assert!(status.message.contains(file), "{status:?}");
             assert_eq!((status.state(), status.reason.as_str()), (ModelState::Failed, reason), "{status:?}");
@@ -170,19 +191,81 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_may_pass_is_tried_again_until_it_passes() {
+    async fn a_transient_failure_is_retried_until_it_succeeds() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("m.gguf");
-        // Reading the start of one's own memory is an I/O error, not a missing file: the kind that a volume gives.
+        // Reading the start of one's own memory is an I/O error, not a missing file: the kind that a volume
+        // gives.
         std::os::unix::fs::symlink("/proc/self/mem", &file).unwrap();
-        let (slot, board, loader) = slot(&file);
-        let mut watch = board.watch();
-        let task = tokio::spawn(slot.run(board.clone(), loader));
+        let (managed, statuses, loader) = model_at(&file);
+        let mut watch = statuses.watch();
+        let task = tokio::spawn(managed.run(statuses.clone(), loader));
         watch.wait_for(|models| models[0].message.contains("it is tried again")).await.unwrap();
-        assert_eq!(board.status(0).reason, "SourceUnreadable");
+        assert_eq!(statuses.status(0).reason, "SourceUnreadable");
         std::fs::remove_file(&file).unwrap();
         std::fs::write(&file, trustformers_model::seeded::SeededModel::default().gguf()).unwrap();
         task.await.unwrap();
-        assert_eq!(board.status(0).state(), ModelState::Ready);
+        assert_eq!(statuses.status(0).state(), ModelState::Ready);
+    }
+
+    /// A backend whose steps fail. `alive` is held for as long as a model is loaded.
+    struct Broken<T: ?Sized> {
+        alive: Arc<()>,
+        inner: Box<T>,
+    }
+
+    impl Backend for Broken<dyn Backend> {
+        fn caps(&self) -> &Caps {
+            self.inner.caps()
+        }
+        fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
+            self.inner.estimate(spec)
+        }
+        fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
+            Ok(Box::new(Broken { alive: self.alive.clone(), inner: self.inner.load(spec)? }))
+        }
+    }
+
+    impl Loaded for Broken<dyn Loaded> {
+        fn memory(&self) -> MemoryReport {
+            self.inner.memory()
+        }
+        fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
+            Ok(Box::new(Broken { alive: self.alive.clone(), inner: self.inner.compile(plan)? }))
+        }
+    }
+
+    impl Executable for Broken<dyn Executable> {
+        fn submit(&mut self, _: &StepInput) -> Result<(), BackendError> {
+            Err(BackendError::Device("it is broken".into()))
+        }
+        fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
+            self.inner.wait(output)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failed_warm_up_frees_the_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("m.gguf");
+        std::fs::write(&file, trustformers_model::seeded::SeededModel::default().gguf()).unwrap();
+        let (managed, statuses, _) = model_at(&file);
+        let alive = Arc::new(());
+        let loaded = Arc::downgrade(&alive);
+        let open: OpenDevice = Box::new(move |_| {
+            // Held by loaded models alone, once the backend itself is dropped.
+            let inner: Box<dyn Backend> = Box::new(Oracle::new());
+            Ok(Box::new(Broken { alive: alive.clone(), inner }) as Box<dyn Backend>)
+        });
+        let loader = Arc::new(Loader::new(open, &prometheus::Registry::new()).unwrap());
+        managed.clone().run(statuses.clone(), loader).await;
+        let status = statuses.status(0);
+        assert_eq!(
+            (status.state(), status.reason.as_str()),
+            (ModelState::Failed, "WarmUpFailed"),
+            "{status:?}"
+        );
+        assert!(managed.serving().is_none());
+        assert_eq!(loaded.strong_count(), 0, "the weights are still held");
     }
 }

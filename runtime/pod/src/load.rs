@@ -1,26 +1,29 @@
-//! From files to an engine: resolve, digest, pin, read, put on the device. Blocking; run it on a thread of its own.
+//! From files to an engine: resolve, digest, pin, read, put on the device. Blocking; run it on a thread of
+//! its own.
 //!
-//! The file is read twice, once for its digest and once by the model's reader. The second time it comes from the page
-//! cache, and in exchange nothing is ever parsed that was not what was pinned.
+//! The file is read twice, once for its digest and once by the model's reader. The second time it comes from
+//! the page cache, and in exchange nothing is ever parsed that was not what was pinned.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use prometheus::{GaugeVec, Opts, Registry};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use trustformers_engine::{LoadProgress, Speculation};
 use trustformers_model::{CheckpointFiles, Model, ReadProgress};
 use trustformers_plan::Caps;
 use trustformers_proto::Task;
 use trustformers_store::{Digest, Resolved};
 
-use crate::board::LoadedFacts;
 use crate::device::OpenDevice;
 use crate::failure::Failure;
 use crate::runner::{Runner, RunnerMetrics};
-use crate::spec::{Guessing, ModelSpec};
+use crate::spec::{ModelSpec, SpeculationSpec};
+use crate::status::LoadedFacts;
 
-/// Told how far loading has come: bytes done and bytes in all, of the model's files. The digest, the reading and the
-/// way to the device count a third of the bytes each, so the figure rises once from nothing to all.
+/// Receives the progress of loading: bytes done and bytes in all, of the model's files. The digest, the
+/// reading and the way to the device count a third of the bytes each, so the figure rises once from nothing
+/// to all.
 pub type OnProgress = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
 /// The passes over a model's bytes.
@@ -32,7 +35,7 @@ pub struct Loader {
     runners: RunnerMetrics,
     seconds: GaugeVec,
     /// One load at a time: two at once would only share the same disk and cores.
-    turn: tokio::sync::Mutex<()>,
+    one_load: Arc<Mutex<()>>,
 }
 
 /// A model on its device, not warmed up yet.
@@ -70,7 +73,7 @@ impl Loader {
         let seconds = GaugeVec::new(options, &["model", "phase"])?;
         registry.register(Box::new(seconds.clone()))?;
         let runners = RunnerMetrics::register(registry)?;
-        Ok(Self { open_device, runners, seconds, turn: tokio::sync::Mutex::default() })
+        Ok(Self { open_device, runners, seconds, one_load: Arc::default() })
     }
 
     /// Loads a model.
@@ -132,9 +135,9 @@ impl Loader {
         Ok(Loaded { runner, digest, timings })
     }
 
-    /// Waits for a turn to load; it ends when the guard is dropped.
-    pub async fn turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.turn.lock().await
+    /// Waits until no other load runs. The next one waits until the permit is dropped.
+    pub async fn permit(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.one_load).lock_owned().await
     }
 
     /// How long the warm-up took, beside the phases of the load.
@@ -172,7 +175,7 @@ impl Loader {
 }
 
 impl Loaded {
-    /// What the board shows of it.
+    /// What the model's status shows of it.
     pub fn facts(&self) -> LoadedFacts {
         let embedding = self.runner.model().facts().embedding.as_ref();
         LoadedFacts {
@@ -187,8 +190,8 @@ impl Loaded {
 }
 
 /// Reads the draft model, where there is one. It has no digest of its own: answers do not depend on it.
-fn speculation(guessing: &Guessing) -> Result<Speculation, Failure> {
-    let Guessing::Draft(source) = guessing else { return Ok(Speculation::Ngram) };
+fn speculation(guessing: &SpeculationSpec) -> Result<Speculation, Failure> {
+    let SpeculationSpec::Draft(source) = guessing else { return Ok(Speculation::Ngram) };
     let read = || Ok(Model::load(model_file(&source.resolve(&[])?)?, &mut |_| {})?);
     let draft = read().map_err(|failure: Failure| Failure {
         message: format!("the draft model: {}", failure.message),
@@ -197,8 +200,9 @@ fn speculation(guessing: &Guessing) -> Result<Speculation, Failure> {
     Ok(Speculation::Draft(Arc::new(draft)))
 }
 
-/// Refuses weights that alone are more than the device has. What else is needed (cache, activations) is the engine's to
-/// weigh; this much is certain before anything is allocated, and on a CPU the system would end the process instead.
+/// Refuses weights that alone are more than the device has. What else is needed (cache, activations) is the
+/// engine's to weigh; this much is certain before anything is allocated, and on a CPU the system would end
+/// the process instead.
 fn check_memory(spec: &ModelSpec, weights_bytes: u64, device: &Caps) -> Result<(), Failure> {
     if weights_bytes <= device.memory_bytes {
         return Ok(());
@@ -242,7 +246,8 @@ fn check_task(spec: &ModelSpec, model: &Model) -> Result<(), Failure> {
     }
 }
 
-/// The checkpoint among the files picked, if they are one: `model.safetensors` and what lies beside and below it.
+/// The checkpoint among the files picked, if they are one: `model.safetensors` and what lies beside and below
+/// it.
 fn checkpoint(root: &std::path::Path, files: &Resolved) -> Option<CheckpointFiles> {
     let mut folders = files.files().iter().filter_map(|file| file.name.strip_suffix("model.safetensors"));
     let folder = folders.find(|folder| folder.is_empty() || folder.ends_with('/'))?;
@@ -339,12 +344,12 @@ mod tests {
         assert_eq!(partial.reason, "MalformedModel");
         assert!(partial.message.contains("bert/tokenizer.json: it is missing"), "{partial}");
         let mut guessing = ModelSpec::new("bert", Source::from_path(folder.path().join("bert")));
-        guessing.speculation = Some(Guessing::Ngram);
+        guessing.speculation = Some(SpeculationSpec::Ngram);
         let refused = loader().load(&guessing, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
         assert_eq!(refused.reason, "InvalidConfiguration", "{refused}");
         let mut drafted = ModelSpec::new("m", Source::from_path(folder.path().join("m.gguf")));
         std::fs::write(folder.path().join("m.gguf"), SeededModel::default().gguf()).unwrap();
-        drafted.speculation = Some(Guessing::Draft(Source::from_path(folder.path().join("bert"))));
+        drafted.speculation = Some(SpeculationSpec::Draft(Source::from_path(folder.path().join("bert"))));
         let refused = loader().load(&drafted, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
         assert!(refused.message.starts_with("the draft model: none of the picked"), "{refused}");
         let other = load(folder.path(), &["bert/**"], Some(Task::Generate)).unwrap_err();
@@ -365,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_that_are_more_than_the_devices_memory_are_refused_with_both_figures() {
+    fn weights_beyond_the_memory_of_the_device_are_refused() {
         use trustformers_plan::Backend;
         let mut caps = Oracle::new().caps().clone();
         let spec = ModelSpec::new("m", Source::from_path("/m"));

@@ -14,18 +14,20 @@ use trustformers_runtime::spec::ModelSpec;
 use trustformers_telemetry::logs::{self, LogFormat, LogOptions};
 use trustformers_telemetry::metrics;
 
-/// After SIGTERM, new requests are served until none has come for this long: endpoint lists of routers and kube-proxy
-/// lag by a second or so.
+/// After SIGTERM, new requests are served until none has come for this long: endpoint lists of routers and
+/// kube-proxy lag by a second or so.
 const QUIET: Duration = Duration::from_secs(2);
 
 /// Loads one model and serves it over HTTP and gRPC.
 ///
-/// The file given by --config says what to load; in a cluster the operator writes it. The status is served from the
-/// first moment, while the model loads: GET /v1/models, GET /health/ready, gRPC ModelService/WatchModels. A model that
-/// cannot be loaded does not end the process: it stays up and says why.
+/// The file given by --config says what to load; in a cluster the operator writes it. The status is served
+/// from the first moment, while the model loads: GET /v1/models, GET /health/ready, gRPC
+/// ModelService/WatchModels. A model that cannot be loaded does not end the process: it stays up and says
+/// why.
 ///
-/// HTTP: POST /v1/generate, POST /v1/generate/stream or POST /v1/embeddings, as the model is made for; GET /v1/models,
-/// /health, /health/live, /health/ready, /health/startup, /metrics. gRPC: trustformers.v1, grpc.health.v1, reflection.
+/// HTTP: POST /v1/generate, POST /v1/generate/stream or POST /v1/embeddings, as the model is made for; GET
+/// /v1/models, /health, /health/live, /health/ready, /health/startup, /metrics. gRPC: trustformers.v1,
+/// grpc.health.v1, reflection.
 ///
 /// SIGTERM drains: readiness falls at once, requests are answered to their end (at most drainTimeoutMs of the
 /// configuration), then the process ends. A second signal ends at once.
@@ -33,8 +35,8 @@ const QUIET: Duration = Duration::from_secs(2);
 #[command(version, max_term_width = 110)]
 struct Flags {
     /// What to load: a YAML file with model.names, model.revision, model.path and, where wanted, model.files,
-    /// model.sha256, model.task, engine.{device, numerics, contextTokens, maxBatchSize, maxQueue, batchStrategy,
-    /// maxWaitMs, priority} and drainTimeoutMs.
+    /// model.sha256, model.task, engine.{device, numerics, contextTokens, maxBatchSize, maxQueue,
+    /// batchStrategy, maxWaitMs, priority} and drainTimeoutMs.
     #[arg(long, value_name = "FILE", default_value = "/etc/trustformers/pod.yaml")]
     config: PathBuf,
     /// Address of HTTP; [::] listens on every address, IPv4 too.

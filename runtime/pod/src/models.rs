@@ -1,7 +1,7 @@
 //! The `Inference` over engines in this process: finds the model that is asked for and passes the request on.
 //!
-//! A request that is refused is refused here, at once and with what to do. Liveness asks the engines' heartbeats and
-//! the progress of loading, never an engine's queue.
+//! A request that is refused is refused here, at once and with what to do. Liveness asks the engines'
+//! heartbeats and the progress of loading, never an engine's queue.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,28 +9,28 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use trustformers_api::inference::Models;
 use trustformers_api::{
-    Answer, ApiError, EmbedInput, EmbedRequest, Embedded, Event, FinishReason, Generation, Health, Inference,
-    Logprobs, StoppedBy, Usage, Verdict,
+    Answer, ApiError, BlockingWork, EmbedInput, EmbedRequest, Embedded, Event, FinishReason, Generation,
+    Health, Inference, Logprobs, StoppedBy, Usage, Verdict,
 };
-use trustformers_engine::{GenerateError, GenerationEvent, StopCause, SubmitError, TokenLogprobs};
+use trustformers_engine::{Engine, GenerateError, GenerationEvent, StopCause, SubmitError, TokenLogprobs};
 use trustformers_proto::Task;
 use trustformers_proto::v1::ModelState;
 
-use crate::activity::{self, Activity};
-use crate::board::{Board, describe};
 use crate::embed;
-use crate::lifecycle::{Serving, Slot};
+use crate::inflight::{InflightGuard, InflightRequests};
+use crate::lifecycle::{ManagedModel, Serving};
 use crate::load::Loader;
 use crate::params::generate_params;
 use crate::runner::Runner;
 use crate::spec::{ModelSpec, SpecError};
+use crate::status::{ModelStatuses, describe};
 
-/// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget of a large
-/// model on a slow CPU, takes a few seconds.
+/// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget
+/// of a large model on a slow CPU, takes a few seconds.
 const ENGINE_STALL: Duration = Duration::from_secs(60);
 /// So many steps failed one after the other: the device is broken in a way that a restart may cure.
 const FAILED_STEPS: u64 = 3;
@@ -38,21 +38,24 @@ const FAILED_STEPS: u64 = 3;
 const LOAD_STALL: Duration = Duration::from_secs(600);
 /// Seconds after which a refused caller may try again: a small model frees a place within one.
 pub(crate) const RETRY_AFTER_S: u32 = 1;
-/// Prompts above this many bytes are tokenised, and formats compiled, away from the threads that serve connections. Below it takes less than
-/// the few milliseconds that a connection may be kept waiting.
+/// Longer prompts are tokenised, and formats compiled, away from the threads that serve connections. A
+/// shorter prompt takes less than the few milliseconds that a connection may wait.
 const LONG_PROMPT_BYTES: usize = 16 * 1024;
 
-/// Long requests that are tokenised at once: at 4 MiB of text and fifty bytes for each of it, 400 MiB.
+/// Long requests that are tokenised at a time. Tokenising takes at most some 340 bytes for each byte of a
+/// text; a prompt that fits a context of 8,192 tokens has at most some 400 KiB, which makes 140 MiB for each
+/// request.
 const LONG_REQUESTS: usize = 2;
 
 /// All models of this process.
 pub struct ModelServer {
-    slots: Vec<Arc<Slot>>,
+    models: Vec<Arc<ManagedModel>>,
     by_name: HashMap<String, usize>,
-    board: Arc<Board>,
-    activity: Arc<Activity>,
+    statuses: Arc<ModelStatuses>,
+    inflight: Arc<InflightRequests>,
     loading: Mutex<Vec<JoinHandle<()>>>,
-    long_requests: Semaphore,
+    /// Tokenises long requests and compiles formats.
+    long_requests: BlockingWork,
 }
 
 impl ModelServer {
@@ -64,7 +67,7 @@ impl ModelServer {
         if specs.is_empty() {
             return Err(SpecError::new("models", "is empty: give at least one model"));
         }
-        let board = Arc::new(Board::new(&specs));
+        let statuses = Arc::new(ModelStatuses::new(&specs));
         let mut by_name = HashMap::new();
         for (index, spec) in specs.iter().enumerate() {
             for name in &spec.names {
@@ -76,34 +79,34 @@ impl ModelServer {
                 }
             }
         }
-        let slots = (0..).zip(specs).map(|(index, spec)| Arc::new(Slot::new(spec, index))).collect();
+        let models = (0..).zip(specs).map(|(index, spec)| Arc::new(ManagedModel::new(spec, index))).collect();
         Ok(Self {
-            slots,
+            models,
             by_name,
-            board,
-            activity: Activity::new(),
+            statuses,
+            inflight: InflightRequests::new(),
             loading: Mutex::default(),
-            long_requests: Semaphore::new(LONG_REQUESTS),
+            long_requests: BlockingWork::new(LONG_REQUESTS),
         })
     }
 
-    /// Begins to load every model. The loader takes them one at a time, but one that has to be tried again does not
-    /// hold up the others.
+    /// Begins to load every model. The loader takes them one at a time, but one that has to be tried again
+    /// does not hold up the others.
     pub fn start_loading(&self, loader: &Arc<Loader>) {
         let mut loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        for slot in &self.slots {
-            loading.push(tokio::spawn(slot.clone().run(self.board.clone(), loader.clone())));
+        for managed in &self.models {
+            loading.push(tokio::spawn(managed.clone().run(self.statuses.clone(), loader.clone())));
         }
     }
 
     /// The published states.
-    pub fn board(&self) -> &Arc<Board> {
-        &self.board
+    pub fn statuses(&self) -> &Arc<ModelStatuses> {
+        &self.statuses
     }
 
-    /// Who is being answered.
-    pub fn activity(&self) -> &Arc<Activity> {
-        &self.activity
+    /// The requests that are being answered.
+    pub fn inflight(&self) -> &Arc<InflightRequests> {
+        &self.inflight
     }
 
     /// Stops loading and ends every engine; what they were answering ends with an error.
@@ -112,34 +115,34 @@ impl ModelServer {
         for task in tasks {
             task.abort();
         }
-        for serving in self.slots.iter().filter_map(|slot| slot.serving()) {
+        for serving in self.models.iter().filter_map(|managed| managed.serving()) {
             serving.runner.stop().await;
         }
     }
 
     fn choices(&self) -> Vec<String> {
-        self.slots.iter().map(|slot| slot.spec.name().to_owned()).collect()
+        self.models.iter().map(|managed| managed.spec.name().to_owned()).collect()
     }
 
     /// The model that is asked for. Without a name: the only one there is, or the only one of this task.
-    fn find(&self, asked: Option<&str>, task: Task) -> Result<&Arc<Slot>, ApiError> {
+    fn find(&self, asked: Option<&str>, task: Task) -> Result<&Arc<ManagedModel>, ApiError> {
         if let Some(name) = asked {
             let index = self.by_name.get(name);
             return index
-                .map(|index| &self.slots[*index])
+                .map(|index| &self.models[*index])
                 .ok_or_else(|| ApiError::UnknownModel { asked: name.to_owned(), choices: self.choices() });
         }
         // Whatever the only one does, its own error is the best answer.
-        if let [only] = &self.slots[..] {
+        if let [only] = &self.models[..] {
             return Ok(only);
         }
         let mut meant = Vec::new();
-        for slot in &self.slots {
-            let status = self.board.status(slot.index);
+        for managed in &self.models {
+            let status = self.statuses.status(managed.index);
             if Task::from_wire(&status.task) == Some(task) {
-                meant.push(slot);
+                meant.push(managed);
             } else if status.task.is_empty() && status.state() != ModelState::Failed {
-                // A task is known once the model is loaded: until then nobody can tell which one is meant.
+                // The task of a model is known once it is loaded; until then the request may mean this model.
                 let message = format!("{}; name the model, or ask again", describe(&status));
                 return Err(ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) });
             }
@@ -148,28 +151,18 @@ impl ModelServer {
             [one] => Ok(one),
             [] => Err(ApiError::ModelRequired { choices: self.choices() }),
             _ => {
-                let choices = meant.iter().map(|slot| slot.spec.name().to_owned()).collect();
+                let choices = meant.iter().map(|managed| managed.spec.name().to_owned()).collect();
                 Err(ApiError::ModelRequired { choices })
             }
         }
     }
 
-    /// Tokenises a long request away from the threads that serve connections, a few at a time: each may take fifty times
-    /// the memory of its text.
-    async fn at_length<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, ApiError> {
-        let _turn = self.long_requests.acquire().await;
-        let worked = tokio::task::spawn_blocking(work).await;
-        worked.map_err(|error| ApiError::Internal { message: format!("tokenising broke off: {error}") })
-    }
-
-    /// What answers for this slot now. Draining still answers: callers that have not heard of it yet are served.
-    fn serving(&self, slot: &Slot) -> Result<Arc<Serving>, ApiError> {
-        let status = self.board.status(slot.index);
+    /// The engine of a model that serves now. A draining model still serves: routers learn of it later than
+    /// this.
+    fn serving(&self, managed: &ManagedModel) -> Result<Arc<Serving>, ApiError> {
+        let status = self.statuses.status(managed.index);
         let serves = matches!(status.state(), ModelState::Ready | ModelState::Draining);
-        match slot.serving() {
+        match managed.serving() {
             Some(serving) if serves => Ok(serving),
             _ => {
                 let may_pass = status.state() != ModelState::Failed;
@@ -180,38 +173,39 @@ impl ModelServer {
     }
 
     async fn admit(&self, request: Generation) -> Result<Answer, ApiError> {
-        let slot = self.find(request.model.as_deref(), Task::Generate)?;
-        let serving = self.serving(slot)?;
+        let managed = self.find(request.model.as_deref(), Task::Generate)?;
+        let serving = self.serving(managed)?;
         let Runner::Generate(engine) = &serving.runner else {
-            return Err(wrong_task(slot, &serving));
+            return Err(wrong_task(managed, &serving));
         };
-        let busy = self.activity.begin();
+        let busy = self.inflight.register();
+        check_length(engine, &request.prompt)?;
         let long = request.prompt.len() > LONG_PROMPT_BYTES || request.options.format.is_some();
         let params = generate_params(request);
         let submitted = if long {
             let engine = engine.clone();
-            self.at_length(move || engine.submit(&params)).await?
+            self.long_requests.run(move || engine.submit(&params)).await?
         } else {
             engine.submit(&params)
         };
         let generation = submitted.map_err(|error| refused(&error))?;
         Ok(Answer {
             id: format!("gen-{}", uuid::Uuid::new_v4().simple()),
-            model: slot.spec.name().to_owned(),
+            model: managed.spec.name().to_owned(),
             model_digest: serving.digest.clone(),
             events: generation.map(move |event| translate(event, &busy)).boxed(),
         })
     }
 
     async fn encode(&self, request: EmbedRequest) -> Result<Embedded, ApiError> {
-        let slot = self.find(request.model.as_deref(), Task::Embed)?;
-        let serving = self.serving(slot)?;
+        let managed = self.find(request.model.as_deref(), Task::Embed)?;
+        let serving = self.serving(managed)?;
         let Runner::Embed(encoder) = &serving.runner else {
-            return Err(wrong_task(slot, &serving));
+            return Err(wrong_task(managed, &serving));
         };
         let facts = embed::facts(encoder.model())?;
         embed::check_dimensions(&request, facts)?;
-        let _busy = self.activity.begin();
+        let _busy = self.inflight.register();
         let bytes = |input: &EmbedInput| match input {
             EmbedInput::Text(text) => text.len(),
             EmbedInput::Tokens(_) => 0,
@@ -220,26 +214,47 @@ impl ModelServer {
         let params = embed::encode_params(request);
         let submitted = if long {
             let encoder = encoder.clone();
-            self.at_length(move || encoder.submit(&params)).await?
+            self.long_requests.run(move || encoder.submit(&params)).await?
         } else {
             encoder.submit(&params)
         };
         let failed = |error| embed::failed(&error);
         let encoded = submitted.map_err(failed)?.await.map_err(failed)?;
-        let by = embed::Answering { name: slot.spec.name().to_owned(), digest: serving.digest.clone() };
+        let by =
+            embed::ModelIdentity { name: managed.spec.name().to_owned(), digest: serving.digest.clone() };
         Ok(embed::embedded(by, facts, encoded))
     }
 }
 
-fn wrong_task(slot: &Slot, serving: &Serving) -> ApiError {
+fn wrong_task(managed: &ManagedModel, serving: &Serving) -> ApiError {
     let task = serving.runner.task();
-    ApiError::WrongTask { model: slot.spec.name().to_owned(), task }
+    ApiError::WrongTask { model: managed.spec.name().to_owned(), task }
+}
+
+/// Refuses a prompt that has too many tokens however it is tokenised. Tokenising takes some hundred bytes of
+/// memory for each byte of the prompt, so a prompt of which the answer is known is not tokenised.
+fn check_length(engine: &Engine, prompt: &str) -> Result<(), ApiError> {
+    // One token is left for the answer.
+    let most = engine.info().context_tokens.saturating_sub(1);
+    // A token stands for at least one byte; the exact figure is only needed for prompts that may be too long.
+    if prompt.len() <= most {
+        return Ok(());
+    }
+    let longest = engine.model().tokenizer().longest_token_bytes();
+    if prompt.len() <= most.saturating_mul(longest) {
+        return Ok(());
+    }
+    let bytes = prompt.len();
+    let message = format!(
+        "prompt: it is {bytes} bytes long, and the {most} tokens that fit stand for at most {longest} bytes each; shorten it"
+    );
+    Err(ApiError::TooLong { message })
 }
 
 /// `_busy` is only carried: it ends when the stream is dropped.
 fn translate(
     event: Result<GenerationEvent, GenerateError>,
-    _busy: &activity::Request,
+    _busy: &InflightGuard,
 ) -> Result<Event, ApiError> {
     let count = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
     match event {
@@ -296,10 +311,10 @@ fn refused(error: &SubmitError) -> ApiError {
 
 impl Health for ModelServer {
     fn liveness(&self) -> Verdict {
-        for slot in &self.slots {
-            let status = self.board.status(slot.index);
-            let name = slot.spec.name();
-            match (slot.serving(), status.state()) {
+        for managed in &self.models {
+            let status = self.statuses.status(managed.index);
+            let name = managed.spec.name();
+            match (managed.serving(), status.state()) {
                 (_, ModelState::Draining | ModelState::Failed) => {}
                 (Some(serving), _) => {
                     let beat = serving.runner.heartbeat();
@@ -321,8 +336,8 @@ impl Health for ModelServer {
                         ));
                     }
                 }
-                (None, ModelState::Loading) if slot.progress_age() > LOAD_STALL => {
-                    let age = slot.progress_age().as_secs();
+                (None, ModelState::Loading) if managed.progress_age() > LOAD_STALL => {
+                    let age = managed.progress_age().as_secs();
                     return Verdict::no(format!("loading {name} made no progress for {age} s"));
                 }
                 _ => {}
@@ -332,11 +347,11 @@ impl Health for ModelServer {
     }
 
     fn startup(&self) -> Verdict {
-        self.board.startup()
+        self.statuses.startup()
     }
 
     fn readiness(&self) -> watch::Receiver<Verdict> {
-        self.board.watch_readiness()
+        self.statuses.watch_readiness()
     }
 }
 
@@ -350,7 +365,7 @@ impl Inference for ModelServer {
     }
 
     fn watch_models(&self) -> watch::Receiver<Models> {
-        self.board.watch()
+        self.statuses.watch()
     }
 }
 
@@ -413,7 +428,7 @@ mod tests {
         }
         assert!(!all[0].0.is_empty() && all[0].1.is_some());
         assert!(all.iter().all(|one| *one == all[0]), "greedy answers are the same: {all:?}");
-        assert_eq!(server.activity().in_flight(), 0);
+        assert_eq!(server.inflight().count(), 0);
     }
 
     #[tokio::test]
@@ -446,7 +461,7 @@ mod tests {
             );
             assert!(error.to_string().contains(text), "{error}");
         }
-        assert_eq!(server.activity().in_flight(), 0);
+        assert_eq!(server.inflight().count(), 0);
     }
 
     fn texts(input: &[&str], model: Option<&str>) -> EmbedRequest {
@@ -460,7 +475,8 @@ mod tests {
         }
     }
 
-    /// A server of one model that generates, `gen`, and one that embeds, `emb`, whose files say nothing of pooling.
+    /// A server of one model that generates, `gen`, and one that embeds, `emb`, whose files say nothing of
+    /// pooling.
     async fn ready_for_both() -> (ModelServer, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("m.gguf"), SeededModel::default().gguf()).unwrap();
@@ -477,25 +493,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_task_finds_its_model_and_the_wrong_one_says_where_to_go() {
+    async fn each_task_finds_its_model_and_the_other_is_refused() {
         let (server, _folder) = ready_for_both().await;
         let embedded = server.embed(texts(&["hello", "", "hello"], None)).await.unwrap();
         assert_eq!((embedded.model.as_str(), embedded.width, embedded.values.len()), ("emb", 64, 3 * 64));
         assert_eq!(embedded.values[..64], embedded.values[128..]);
         assert_eq!(embedded.pooling, PoolingMode::Mean);
-        assert!(embedded.pooling_note.is_some(), "nobody configured it, which is said");
+        assert!(embedded.pooling_note.is_some(), "the note says that pooling is not configured");
         assert_eq!(server.generate(request(None)).await.unwrap().model, "gen");
-        let status = server.board().status(1);
+        let status = server.statuses().status(1);
         assert_eq!((status.task.as_str(), status.embedding_dimensions), ("embed", 64));
         let error = server.embed(texts(&["a"], Some("gen"))).await.unwrap_err().to_string();
         assert!(error.contains("\"gen\" generates text") && error.contains("/v1/generate"), "{error}");
         let error = server.generate(request(Some("emb"))).await.err().unwrap().to_string();
         assert!(error.contains("\"emb\" turns texts") && error.contains("/v1/embeddings"), "{error}");
-        assert_eq!(server.activity().in_flight(), 0);
+        assert_eq!(server.inflight().count(), 0);
     }
 
     #[tokio::test]
-    async fn texts_too_long_are_cut_and_said_or_refused_and_so_are_other_dimensions() {
+    async fn texts_that_are_too_long_are_cut_or_refused_as_requested() {
         let (server, _folder) = ready_for_both().await;
         let long = "cat ".repeat(6000);
         let cut = server.embed(texts(&["a", &long], None)).await.unwrap();
@@ -513,7 +529,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_unknown_name_lists_the_choices_and_several_models_need_one() {
+    async fn an_unknown_or_missing_name_lists_the_choices() {
         let (server, _folder) = ready(|_| {}).await;
         let error = server.generate(request(Some("x"))).await.err().unwrap();
         assert!(matches!(error, ApiError::UnknownModel { choices, .. } if choices == ["ns/m"]));
@@ -522,10 +538,10 @@ mod tests {
         let unnamed = async || two.generate(request(None)).await.err().unwrap();
         // What they do is not known yet.
         assert!(matches!(unnamed().await, ApiError::Unavailable { retry_after_s: Some(_), .. }));
-        two.board.enter(0, ModelState::Failed);
-        two.board.enter(1, ModelState::Failed);
+        two.statuses.enter(0, ModelState::Failed);
+        two.statuses.enter(1, ModelState::Failed);
         assert!(matches!(unnamed().await, ApiError::ModelRequired { choices } if choices == ["a", "b"]));
-        two.board.enter(1, ModelState::Pending);
+        two.statuses.enter(1, ModelState::Pending);
         let error = two.generate(request(Some("b"))).await.err().unwrap();
         assert!(
             matches!(&error, ApiError::Unavailable { message, .. } if message.contains("b is pending")),
@@ -544,27 +560,38 @@ mod tests {
             let error = server.generate(long).await.err().unwrap();
             assert!(matches!(&error, ApiError::TooLong { message } if message.contains("15")), "{error}");
         }
-        assert_eq!(server.activity().in_flight(), 0);
+        assert_eq!(server.inflight().count(), 0);
     }
 
     #[tokio::test]
-    async fn while_draining_requests_are_still_answered_and_after_stop_they_are_not() {
+    async fn requests_are_answered_while_draining_and_not_after_stop() {
         let (server, _folder) = ready(|_| {}).await;
-        server.board().draining();
+        server.statuses().draining();
         assert!(!server.readiness().borrow().ok && server.liveness().ok);
         tokens(server.generate(request(None)).await.unwrap()).await;
         server.stop().await;
         let error = server.generate(request(None)).await.err().unwrap();
         assert!(matches!(error, ApiError::Unavailable { retry_after_s: Some(_), .. }), "{error}");
-        assert!(server.liveness().ok, "an engine that was told to end is not a reason to restart");
+        assert!(server.liveness().ok, "a stopped engine is no reason to restart");
     }
 
     #[tokio::test]
     async fn an_engine_that_ended_by_itself_is_not_alive() {
         let (server, _folder) = ready(|_| {}).await;
         assert!(server.liveness().ok);
-        server.slots[0].serving().unwrap().runner.stop().await;
+        server.models[0].serving().unwrap().runner.stop().await;
         let verdict = server.liveness();
         assert!(!verdict.ok && verdict.message.contains("ns/m"), "{verdict:?}");
+    }
+
+    #[tokio::test]
+    async fn a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised() {
+        let (server, _folder) = ready(|spec| spec.engine.context_tokens = Some(16)).await;
+        let most = 15 * server.models[0].serving().unwrap().runner.model().tokenizer().longest_token_bytes();
+        for (bytes, why) in [(most, "tokens"), (most + 1, "bytes long")] {
+            let prompt = "7".repeat(bytes);
+            let error = server.generate(Generation { prompt, ..request(None) }).await.err().unwrap();
+            assert!(matches!(&error, ApiError::TooLong { message } if message.contains(why)), "{error}");
+        }
     }
 }

@@ -1,9 +1,9 @@
-//! From a request in the API's words to one in the engine's.
+//! Translates generate requests from the API to the engine.
 
 use trustformers_api::{Format, Generation, Options, Priority};
 use trustformers_engine::{GenerateParams, Grammar};
 
-/// What the engine is asked for. What the request leaves out changes nothing.
+/// The parameters of the engine. Fields that the request leaves out take the engine's defaults.
 pub fn generate_params(request: Generation) -> GenerateParams {
     let Generation { prompt, model: _, max_tokens, temperature, top_p, seed, priority, tenant, options } =
         request;
@@ -47,7 +47,7 @@ pub fn generate_params(request: Generation) -> GenerateParams {
     }
 }
 
-/// A class in the engine's words.
+/// The engine's type of a priority class.
 pub(crate) fn class(priority: Priority) -> trustformers_engine::Priority {
     match priority {
         Priority::High => trustformers_engine::Priority::High,

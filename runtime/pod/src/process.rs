@@ -1,8 +1,9 @@
 //! The life of the process: listen, load, serve, drain.
 //!
-//! The order is the point. Listeners open before loading begins, so that status can be seen from the first moment.
-//! On a signal readiness falls at once, but requests are still served until a short quiet shows that routers have
-//! heard of it; only then connections are told to close, and the process ends when the last answer has been given.
+//! The order is the point. Listeners open before loading begins, so that status can be seen from the first
+//! moment. On a signal readiness falls at once, but requests are still served until a short quiet shows that
+//! routers have heard of it; only then are connections closed, and the process ends when the last answer has
+//! been given.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,7 +16,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use trustformers_api::{Api, grpc, http, server};
+use trustformers_api::server::{self, Limits};
+use trustformers_api::{Api, grpc, http};
 use trustformers_telemetry::metrics;
 
 use crate::device;
@@ -23,10 +25,10 @@ use crate::load::Loader;
 use crate::models::ModelServer;
 use crate::spec::{ModelSpec, SpecError};
 
-/// Longest time that requests are waited for to become quiet, as a share of the whole drain: the rest belongs to those
-/// in flight.
+/// Longest time that requests are waited for to become quiet, as a share of the whole drain: the rest belongs
+/// to those in flight.
 const QUIET_SHARE: u32 = 4;
-/// After the drain's time is over, the time in which cut-off requests may still be told so.
+/// After the drain's timeout, the time in which requests that are cut off may still get an error.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Where to listen.
@@ -45,7 +47,7 @@ pub struct Listen {
 pub struct Drain {
     /// After the signal, new requests are served until none has come for this long.
     pub quiet: Duration,
-    /// From the signal until whoever is still being answered is cut off.
+    /// From the signal until the answers that are still being given are cut off.
     pub timeout: Duration,
 }
 
@@ -109,7 +111,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Opens the listeners, then begins to load. Returns at once; the models' states tell the rest.
+    /// Opens the listeners, then begins to load. Returns at once; the states of the models show the progress.
     ///
     /// # Errors
     /// [`StartError`], before anything was loaded.
@@ -139,8 +141,9 @@ impl Process {
             grpc_routes = grpc_routes.merge(figures.clone());
         }
         let mut servers = JoinSet::new();
+        let limits = Limits::default();
         let mut spawn = |listener: TcpListener, router: Router| {
-            servers.spawn(server::serve(listener, router, stop.clone()));
+            servers.spawn(server::serve(listener, router, limits.clone(), stop.clone()));
         };
         spawn(http_listener, http::router(api).merge(figures.clone()));
         spawn(grpc_listener, grpc_routes);
@@ -171,21 +174,21 @@ impl Process {
     pub async fn drain(mut self) -> bool {
         let begin = Instant::now();
         let deadline = begin + self.drain.timeout;
-        let board = self.models.board();
-        // Nobody routes to a server that is not ready, so there is nobody to wait for.
-        let quiet = if board.watch_readiness().borrow().ok { self.drain.quiet } else { Duration::ZERO };
-        board.draining();
-        let quiet = self.models.activity().until_quiet(quiet);
+        let statuses = self.models.statuses();
+        // No router sends requests to a server that is not ready, so there is no quiet to wait for.
+        let quiet = if statuses.watch_readiness().borrow().ok { self.drain.quiet } else { Duration::ZERO };
+        statuses.draining();
+        let quiet = self.models.inflight().until_quiet(quiet);
         if tokio::time::timeout(self.drain.timeout / QUIET_SHARE, quiet).await.is_err() {
             tracing::warn!("requests keep coming although readiness is down; closing their connections");
         }
         self.closing.cancel();
         self.stop.cancel();
-        let in_flight = self.models.activity().in_flight();
+        let in_flight = self.models.inflight().count();
         tracing::info!(in_flight, "no new connections; waiting for those in flight");
         let all_answered = tokio::time::timeout_at(deadline, self.servers_end()).await.is_ok();
         if !all_answered {
-            let in_flight = self.models.activity().in_flight();
+            let in_flight = self.models.inflight().count();
             tracing::warn!(in_flight, "the drain's time is over; cutting off what is still in flight");
         }
         // A device that hangs inside a step cannot be stopped; the process ends without it.

@@ -31,18 +31,18 @@ pub struct ModelSpec {
     pub threads: Option<usize>,
     /// Settings of its engine; `model_label` is the first name.
     pub engine: EngineConfig,
-    /// How tokens are guessed, of a model that generates.
-    pub speculation: Option<Guessing>,
+    /// Speculative decoding, of a model that generates.
+    pub speculation: Option<SpeculationSpec>,
     /// How the engine of a model that embeds gathers texts; the other figures are those of `engine`.
     pub batching: TextBatching,
 }
 
-/// How tokens are guessed so that one step checks several.
+/// How draft tokens are proposed, so that one step checks several.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Guessing {
-    /// As they followed the same words before.
+pub enum SpeculationSpec {
+    /// The tokens that followed the same tokens before.
     Ngram,
-    /// By a smaller model of the same vocabulary, which lies here.
+    /// A smaller model of the same vocabulary at this source.
     Draft(Source),
 }
 
@@ -53,7 +53,7 @@ pub struct TextBatching {
     pub strategy: BatchStrategy,
     /// Longest time that a free device waits for more texts, 1 to 1000 ms.
     pub max_wait_ms: u32,
-    /// Whether a request's class decides who goes first.
+    /// Whether the priority class of a request decides its order.
     pub priority: bool,
 }
 
@@ -127,8 +127,8 @@ impl ModelSpec {
     /// What a `pod.yaml` asks for.
     ///
     /// # Errors
-    /// The setting that cannot be honoured. Figures that depend on the model (a context longer than its own) are
-    /// checked when it is loaded.
+    /// The setting that cannot be honoured. Figures that depend on the model (a context longer than its own)
+    /// are checked when it is loaded.
     pub fn from_pod(config: &PodConfig, threads: Option<usize>) -> Result<Self, SpecError> {
         let PodConfig { model, engine, drain_timeout_ms: _ } = config;
         let name =
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_honoured_is_named_with_its_path() {
+    fn settings_that_cannot_be_honoured_have_their_path() {
         for (text, field) in [
             ("model: {names: [a], revision: r, path: 'hf://a/b'}", "model.path"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {device: tpu}", "engine.device"),

@@ -1,7 +1,7 @@
 //! The whole process over real connections: status while loading and after failing, and the drain.
 //!
-//! The device is the scalar oracle behind a gate, so that a test decides when a step may be made and nothing depends on
-//! how fast the machine is.
+//! The device is the scalar oracle behind a gate, so that a test decides when a step may be made and nothing
+//! depends on how fast the machine is.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -114,30 +114,30 @@ struct Server {
     _folder: TempDir,
 }
 
-/// What a test wants otherwise than usual.
-struct Wish {
+/// The settings of a test that differ from the defaults.
+struct Setup {
     bytes: Vec<u8>,
     sha256: Option<String>,
     drain: Drain,
 }
 
-impl Default for Wish {
+impl Default for Setup {
     fn default() -> Self {
         let drain = Drain { quiet: Duration::ZERO, timeout: Duration::from_secs(60) };
         Self { bytes: SeededModel::default().gguf(), sha256: None, drain }
     }
 }
 
-async fn start(wish: Wish) -> Server {
+async fn start(setup: Setup) -> Server {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("m.gguf"), wish.bytes).unwrap();
+    std::fs::write(folder.path().join("m.gguf"), setup.bytes).unwrap();
     let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
-    spec.sha256 = wish.sha256;
+    spec.sha256 = setup.sha256;
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let settings = Settings {
         models: vec![spec],
         listen: Listen { http: any, grpc: any, metrics: None },
-        drain: wish.drain,
+        drain: setup.drain,
     };
     let gate = Gate::open();
     let behind = gate.clone();
@@ -152,7 +152,7 @@ async fn start(wish: Wish) -> Server {
 
 impl Server {
     async fn until(&self, state: ModelState) -> ModelStatus {
-        let mut watch = self.process.models().board().watch();
+        let mut watch = self.process.models().statuses().watch();
         let models = watch.wait_for(|models| models[0].state() == state).await.unwrap();
         models[0].clone()
     }
@@ -186,8 +186,8 @@ fn prompt(max_tokens: u32) -> GenerateRequest {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn readiness_comes_after_the_warm_up_and_the_page_of_metrics_names_the_model() {
-    let server = start(Wish::default()).await;
+async fn readiness_follows_the_warm_up_and_metrics_name_the_model() {
+    let server = start(Setup::default()).await;
     server.until(ModelState::Ready).await;
     assert!(get(server.http, "/health/ready").await.starts_with("HTTP/1.1 200"));
     assert!(get(server.http, "/health/startup").await.starts_with("HTTP/1.1 200"));
@@ -206,8 +206,8 @@ async fn readiness_comes_after_the_warm_up_and_the_page_of_metrics_names_the_mod
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_device_that_fails_every_step_is_reported_as_dead_until_one_succeeds() {
-    let server = start(Wish::default()).await;
+async fn liveness_fails_while_every_step_fails() {
+    let server = start(Setup::default()).await;
     server.until(ModelState::Ready).await;
     let ask =
         || async { http(server.http, &post("/v1/generate", r#"{"prompt":"Hello","max_tokens":1}"#)).await };
@@ -227,8 +227,8 @@ async fn a_device_that_fails_every_step_is_reported_as_dead_until_one_succeeds()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_it_warms_up_it_is_alive_and_not_ready_and_refuses_with_its_state() {
-    let server = start(Wish::default()).await;
+async fn a_server_that_warms_up_is_alive_and_not_ready() {
+    let server = start(Setup::default()).await;
     server.gate.allow(0);
     server.until(ModelState::Warming).await;
     assert!(get(server.http, "/health/live").await.starts_with("HTTP/1.1 200"));
@@ -241,14 +241,14 @@ async fn while_it_warms_up_it_is_alive_and_not_ready_and_refuses_with_its_state(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_model_that_cannot_be_loaded_is_shown_with_its_cause_everywhere_and_the_process_stays() {
+async fn a_model_that_fails_to_load_shows_its_cause_everywhere() {
     let wrong = Some("0".repeat(64));
     let cases = [
-        (Wish { sha256: wrong, ..Wish::default() }, "DigestMismatch"),
-        (Wish { bytes: b"no model".to_vec(), ..Wish::default() }, "MalformedModel"),
+        (Setup { sha256: wrong, ..Setup::default() }, "DigestMismatch"),
+        (Setup { bytes: b"no model".to_vec(), ..Setup::default() }, "MalformedModel"),
     ];
-    for (wish, reason) in cases {
-        let server = start(wish).await;
+    for (setup, reason) in cases {
+        let server = start(setup).await;
         let mut client = ModelServiceClient::new(server.channel().await);
         let mut watch = client.watch_models(WatchModelsRequest {}).await.unwrap().into_inner();
         let status = loop {
@@ -273,16 +273,16 @@ async fn a_model_that_cannot_be_loaded_is_shown_with_its_cause_everywhere_and_th
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_drain_lets_streams_end_and_serves_newcomers_until_it_is_quiet() {
+async fn a_drain_finishes_streams_and_serves_until_it_is_quiet() {
     let drain = Drain { quiet: Duration::from_millis(500), timeout: Duration::from_secs(60) };
-    let server = start(Wish { drain, ..Wish::default() }).await;
+    let server = start(Setup { drain, ..Setup::default() }).await;
     server.until(ModelState::Ready).await;
     let mut client = InferenceServiceClient::new(server.channel().await);
     server.gate.allow(3);
     let mut stream = client.generate_stream(prompt(40)).await.unwrap().into_inner();
     let (gate, address, models) = (server.gate.clone(), server.http, server.process.models().clone());
     let draining = tokio::spawn(server.process.drain());
-    models.board().watch_readiness().wait_for(|verdict| !verdict.ok).await.unwrap();
+    models.statuses().watch_readiness().wait_for(|verdict| !verdict.ok).await.unwrap();
     assert!(get(address, "/health/ready").await.starts_with("HTTP/1.1 503"));
     assert!(get(address, "/health/live").await.starts_with("HTTP/1.1 200"));
     let newcomer = tokio::spawn(async move {
@@ -298,13 +298,13 @@ async fn a_drain_lets_streams_end_and_serves_newcomers_until_it_is_quiet() {
     assert!(tokens > 3 && reason != 0, "{tokens} tokens, finish reason {reason}");
     assert!(newcomer.await.unwrap().unwrap().starts_with("HTTP/1.1 200"));
     assert!(draining.await.unwrap(), "everything was answered");
-    assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+    assert!(TcpStream::connect(address).await.is_err(), "the listener is closed");
 }
 
 /// A server whose drain has no time at all, and a stream of it that is stuck after its first token.
 async fn stuck() -> (Server, tonic::Streaming<GenerateStreamResponse>) {
     let drain = Drain { quiet: Duration::ZERO, timeout: Duration::ZERO };
-    let server = start(Wish { drain, ..Wish::default() }).await;
+    let server = start(Setup { drain, ..Setup::default() }).await;
     server.until(ModelState::Ready).await;
     server.gate.allow(1);
     let mut client = InferenceServiceClient::new(server.channel().await);
@@ -315,7 +315,7 @@ async fn stuck() -> (Server, tonic::Streaming<GenerateStreamResponse>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn when_the_drains_time_is_over_what_is_in_flight_is_told_so() {
+async fn requests_in_flight_fail_when_the_drain_times_out() {
     let (server, mut stream) = stuck().await;
     let (gate, models) = (server.gate.clone(), server.process.models().clone());
     let draining = tokio::spawn(server.process.drain());
@@ -330,7 +330,7 @@ async fn when_the_drains_time_is_over_what_is_in_flight_is_told_so() {
         tenant: String::new(),
         options: trustformers_api::Options::default(),
     };
-    // The engine refuses once it was told to stop; only then the step that hangs may end.
+    // The engine refuses once it was stopped; only then the step that hangs may end.
     while !matches!(models.generate(request.clone()).await, Err(ApiError::Unavailable { .. })) {
         tokio::task::yield_now().await;
     }

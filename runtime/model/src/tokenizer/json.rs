@@ -5,6 +5,8 @@ use crate::error::TokenizerProblem;
 use std::collections::HashSet;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::wordpiece::WordPiece;
+use tokenizers::normalizers::NormalizerWrapper;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::{PostProcessor, Tokenizer as Library, TruncationDirection};
 
 const KIND: &str = "model.type";
@@ -67,14 +69,27 @@ impl Tokenizer {
         Ok(EncodedText { ids, cut })
     }
 
-    /// The first words of `text`, `bytes` long or shorter, and all of it where it has no blank before that. WordPiece
-    /// splits at blanks before it does anything else, so that words in front of one have the tokens that they have in
-    /// the whole text; other tokenizers may look further.
+    /// The first words of `text`, `bytes` long or shorter, and all of it where no word ends before that.
+    /// WordPiece splits a text into words before it does anything else, so that the words in front of a split
+    /// have the tokens that they have in the whole text; other tokenizers may look further.
     fn beginning<'t>(&self, text: &'t str, bytes: usize) -> &'t str {
         let word_piece = matches!(self.library.get_model(), ModelWrapper::WordPiece(_));
         let start = text.get(..text.floor_char_boundary(bytes)).filter(|start| start.len() < text.len());
-        let blank = start.filter(|_| word_piece).and_then(|start| start.rfind([' ', '\n', '\t']));
-        blank.map_or(text, |end| &text[..end])
+        let splits = self.word_splits();
+        let end = start.filter(|_| word_piece).and_then(|start| start.rfind(|c| splits.at(c)));
+        end.map_or(text, |end| &text[..end])
+    }
+
+    fn word_splits(&self) -> WordSplits {
+        let marks =
+            matches!(self.library.get_pre_tokenizer(), Some(PreTokenizerWrapper::BertPreTokenizer(_)));
+        let ideographs = matches!(
+            self.library.get_normalizer(),
+            Some(NormalizerWrapper::BertNormalizer(normaliser)) if normaliser.handle_chinese_chars
+        );
+        let added = self.library.get_added_tokens_decoder();
+        let inside_special = added.values().flat_map(|token| token.content.chars()).collect();
+        WordSplits { marks, ideographs, inside_special }
     }
 
     /// How many tokens are put around every text.
@@ -82,6 +97,28 @@ impl Tokenizer {
     pub fn special_tokens(&self) -> usize {
         let template = self.library.get_post_processor().filter(|_| self.templated);
         template.map_or(0, |template| template.added_tokens(false)) + usize::from(self.begin.is_some())
+    }
+}
+
+/// The characters in front of which a text can be split without changing the tokens before them.
+struct WordSplits {
+    /// Punctuation marks are words of their own.
+    marks: bool,
+    /// Ideographs are words of their own.
+    ideographs: bool,
+    /// The characters of special tokens, which are found before any word is.
+    inside_special: HashSet<char>,
+}
+
+impl WordSplits {
+    fn at(&self, c: char) -> bool {
+        let splits = match c {
+            ' ' | '\n' | '\t' => true,
+            '\u{2010}'..='\u{2027}' | '\u{3001}'..='\u{3003}' | '\u{3008}'..='\u{3011}' => self.marks,
+            '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}' => self.ideographs,
+            c => self.marks && c.is_ascii_punctuation(),
+        };
+        splits && !self.inside_special.contains(&c)
     }
 }
 
@@ -183,6 +220,7 @@ mod tests {
     #[test]
     fn a_long_text_is_cut_as_if_it_had_been_tokenised_whole() {
         let tokenizer = seeded();
+        assert!(tokenizer.beginning(&"'".repeat(1 << 20), 4096).len() <= 4096, "every mark is a word");
         // Blanks in plenty, words longer than a piece, and no blank at all.
         let texts = [
             "the cat sat ".repeat(5000),
@@ -190,6 +228,9 @@ mod tests {
             format!("the{}cat", " ".repeat(100_000)),
             "the".repeat(20_000),
             "the, cat; 猫".repeat(3000),
+            "'".repeat(20_000),
+            "猫".repeat(20_000),
+            "[CLS]".repeat(5000),
         ];
         for text in &texts {
             for most in [3, 8, 64] {

@@ -1,4 +1,4 @@
-//! Who is being answered, and when the last one came: what a drain waits for.
+//! Counts requests in flight and notes the last arrival: a drain waits for both.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,36 +8,36 @@ use tokio::time::Instant;
 
 /// Counts requests from their arrival until their last byte was made or their caller left.
 #[derive(Debug)]
-pub struct Activity {
+pub struct InflightRequests {
     in_flight: watch::Sender<usize>,
     last_arrival: Mutex<Instant>,
 }
 
 /// One request; it ends when this is dropped.
 #[derive(Debug)]
-pub struct Request(Arc<Activity>);
+pub struct InflightGuard(Arc<InflightRequests>);
 
-impl Drop for Request {
+impl Drop for InflightGuard {
     fn drop(&mut self) {
         self.0.in_flight.send_modify(|count| *count -= 1);
     }
 }
 
-impl Activity {
+impl InflightRequests {
     /// Nothing has come yet.
     pub fn new() -> Arc<Self> {
         Arc::new(Self { in_flight: watch::Sender::new(0), last_arrival: Mutex::new(Instant::now()) })
     }
 
     /// A request has come.
-    pub fn begin(self: &Arc<Self>) -> Request {
+    pub fn register(self: &Arc<Self>) -> InflightGuard {
         *self.last_arrival.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         self.in_flight.send_modify(|count| *count += 1);
-        Request(Arc::clone(self))
+        InflightGuard(Arc::clone(self))
     }
 
     /// Requests being answered.
-    pub fn in_flight(&self) -> usize {
+    pub fn count(&self) -> usize {
         *self.in_flight.borrow()
     }
 
@@ -67,36 +67,36 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn quiet_is_counted_from_the_last_arrival() {
-        let activity = Activity::new();
+        let inflight = InflightRequests::new();
         let begin = Instant::now();
         let waiting = {
-            let activity = activity.clone();
-            tokio::spawn(async move { activity.until_quiet(Duration::from_secs(2)).await })
+            let inflight = inflight.clone();
+            tokio::spawn(async move { inflight.until_quiet(Duration::from_secs(2)).await })
         };
         tokio::time::sleep(Duration::from_millis(1500)).await;
-        drop(activity.begin());
+        drop(inflight.register());
         waiting.await.unwrap();
         assert_eq!(begin.elapsed().as_millis(), 3500);
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_arrival_long_ago_does_not_shorten_the_quiet() {
-        let activity = Activity::new();
+        let inflight = InflightRequests::new();
         tokio::time::sleep(Duration::from_secs(60)).await;
         let begin = Instant::now();
-        activity.until_quiet(Duration::from_secs(2)).await;
+        inflight.until_quiet(Duration::from_secs(2)).await;
         assert_eq!(begin.elapsed().as_secs(), 2);
     }
 
     #[tokio::test]
     async fn idle_is_when_the_last_request_is_dropped() {
-        let activity = Activity::new();
-        let (one, two) = (activity.begin(), activity.begin());
+        let inflight = InflightRequests::new();
+        let (one, two) = (inflight.register(), inflight.register());
         drop(one);
-        assert_eq!(activity.in_flight(), 1);
+        assert_eq!(inflight.count(), 1);
         let waiting = {
-            let activity = activity.clone();
-            tokio::spawn(async move { activity.until_idle().await })
+            let inflight = inflight.clone();
+            tokio::spawn(async move { inflight.until_idle().await })
         };
         drop(two);
         waiting.await.unwrap();

@@ -1,30 +1,24 @@
-//! The HTTP routes: `/v1/generate`, `/v1/generate/stream`, `/v1/models` and `/health*`; `/v1/embeddings` is joined in.
-//!
-//! Bodies are read as JSON objects field by field instead of by a derived type, so that each error names the field,
-//! what was found and what was expected, and an unknown field is refused with the nearest known one: a setting
-//! that is silently ignored costs its user more than an error does.
+//! `POST /v1/generate` and `POST /v1/generate/stream`.
 
 use std::convert::Infallible;
-use std::time::Duration;
 
-use axum::body::{Body, Bytes, to_bytes};
+use axum::Json;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, Uri};
+use axum::http::{HeaderName, HeaderValue};
 use axum::response::sse::{Event as SseEvent, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::time::Instant;
 use trustformers_proto::v1;
 
 use crate::error::ApiError;
 use crate::fields::{Asked, Generation, HTTP_DEFAULTS};
 use crate::inference::{Answer, Event, Logprobs};
+use crate::json_body::{float, object, take};
 use crate::options::{OPTION_FIELDS, Options};
-use crate::{Api, MAX_BODY_BYTES, embed, health, nearest, priority};
+use crate::{Api, priority, request_body};
 
 /// Every field of a generate request.
 fn generate_fields() -> Vec<&'static str> {
@@ -32,34 +26,13 @@ fn generate_fields() -> Vec<&'static str> {
     own.into_iter().chain(OPTION_FIELDS.iter().copied()).collect()
 }
 
-/// A body that has not come in this time never will.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// The routes over `api`, with JSON errors for unknown routes and wrong methods. `/metrics` is not among them: it is
-/// merged by the program that owns the registry.
-pub fn router(api: Api) -> Router {
-    let health = health::router(api.inference.clone());
-    Router::new()
-        .route("/v1/generate", post(generate))
-        .route("/v1/generate/stream", post(generate_stream))
-        .route("/v1/embeddings", post(embed::embeddings))
-        .route("/v1/models", get(models))
-        .with_state(api)
-        .merge(health)
-        .method_not_allowed_fallback(async |method: Method, uri: Uri| ApiError::MethodNotAllowed {
-            method: method.to_string(),
-            path: uri.path().to_owned(),
-        })
-        .fallback(async |uri: Uri| ApiError::UnknownRoute { path: uri.path().to_owned() })
-}
-
-async fn generate(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
-    let (checked, stream) = read(request).await?;
+pub(crate) async fn generate(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
+    let (checked, stream) = read(&api, request).await?;
     if stream { answer_in_stream(&api, checked).await } else { answer_whole(&api, checked).await }
 }
 
-async fn generate_stream(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
-    let (checked, _) = read(request).await?;
+pub(crate) async fn generate_stream(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
+    let (checked, _) = read(&api, request).await?;
     answer_in_stream(&api, checked).await
 }
 
@@ -114,8 +87,8 @@ async fn answer_in_stream(api: &Api, request: Generation) -> Result<Response, Ap
     Ok(response)
 }
 
-/// Server-sent events of one answer. After an error nothing follows, `[DONE]` included, so that a client which waits
-/// for it knows that the text is not complete.
+/// Server-sent events of one answer. After an error nothing follows, `[DONE]` included, so that a client
+/// which waits for it knows that the text is not complete.
 fn frames(
     events: BoxStream<'static, Result<Event, ApiError>>,
     head: Answer,
@@ -152,47 +125,6 @@ fn frames(
     })
 }
 
-async fn models(State(api): State<Api>) -> Json<Value> {
-    let models = api.inference.watch_models().borrow().clone();
-    let list: Vec<Value> = models.iter().map(model_json).collect();
-    Json(json!({"object": "list", "data": list}))
-}
-
-/// OpenAI's model object with what we know beyond it. `created` is the time since when the model is in its state.
-fn model_json(model: &v1::ModelStatus) -> Value {
-    json!({
-        "id": model.name,
-        "object": "model",
-        "created": model.since_unix_ms / 1000,
-        "owned_by": "trustformers",
-        "task": model.task,
-        "state": state_word(model.state()),
-        "reason": model.reason,
-        "message": model.message,
-        "revision": model.revision,
-        "digest": model.digest,
-        "device": model.device,
-        "context_tokens": model.context_tokens,
-        "embedding_dimensions": Some(model.embedding_dimensions).filter(|count| *count > 0),
-        "loaded_bytes": model.loaded_bytes,
-        "total_bytes": model.total_bytes,
-    })
-}
-
-/// A state as it stands in JSON and in logs.
-pub fn state_word(state: v1::ModelState) -> &'static str {
-    match state {
-        v1::ModelState::Unspecified => "unknown",
-        v1::ModelState::Pending => "pending",
-        v1::ModelState::Loading => "loading",
-        v1::ModelState::Warming => "warming",
-        v1::ModelState::Ready => "ready",
-        v1::ModelState::Draining => "draining",
-        v1::ModelState::Unloaded => "unloaded",
-        v1::ModelState::Failed => "failed",
-    }
-}
-
 fn usage_json(usage: v1::Usage) -> Value {
     json!({
         "prompt_tokens": usage.prompt_tokens,
@@ -209,40 +141,12 @@ pub(crate) fn ended_early() -> ApiError {
     ApiError::Internal { message: "the engine ended the answer without a reason; its log says more".into() }
 }
 
-/// The generation that is asked for, and whether its answer is to be a stream.
-async fn read(request: Request) -> Result<(Generation, bool), ApiError> {
+/// The requested generation, and whether its answer is a stream.
+async fn read(api: &Api, request: Request) -> Result<(Generation, bool), ApiError> {
     let (head, body) = request.into_parts();
-    let (asked, stream) = parse(&read_bytes(body).await?)?;
+    let bytes = request_body::read(&head, body).await?;
+    let (asked, stream) = api.parse(bytes, parse).await?;
     Ok((asked.with_headers(&head.headers)?.check(&HTTP_DEFAULTS)?, stream))
-}
-
-/// A whole body, within bounds of length and time.
-pub(crate) async fn read_bytes(body: Body) -> Result<Bytes, ApiError> {
-    let gathered = tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY_BYTES)).await;
-    match gathered {
-        Ok(Ok(bytes)) => Ok(bytes),
-        Ok(Err(error)) if is_length_limit(&error) => {
-            let message = format!("the body is longer than the {MAX_BODY_BYTES} bytes that are read at most");
-            Err(ApiError::TooLong { message })
-        }
-        Ok(Err(error)) => Err(broken_body(format!("the body could not be read: {error}"))),
-        Err(_) => Err(broken_body(format!("the body did not come within {} s", BODY_TIMEOUT.as_secs()))),
-    }
-}
-
-fn is_length_limit(error: &axum::Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if error.to_string() == "length limit exceeded" {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
-}
-
-fn broken_body(message: String) -> ApiError {
-    ApiError::InvalidRequest { field: None, message }
 }
 
 fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
@@ -260,74 +164,25 @@ fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
         seed: take(&object, "seed", "a whole number from 0 to 18446744073709551615", Value::as_u64)?,
         priority: priority::of_json(&object)?,
         tenant: String::new(),
-        options: Options::from_json(&object)?,
+        options: Options::from_json(&object, bytes)?,
     };
     let stream = take(&object, "stream", "true or false", Value::as_bool)?.unwrap_or(false);
     Ok((asked, stream))
-}
-
-/// The object in a body, which has none but the `known` fields.
-pub(crate) fn object(bytes: &[u8], known: &[&str], example: &str) -> Result<Map<String, Value>, ApiError> {
-    let value: Value = serde_json::from_slice(bytes).map_err(|error| {
-        broken_body(format!("the body is not JSON ({error}); send an object such as {example}"))
-    })?;
-    let Value::Object(object) = value else {
-        return Err(broken_body(format!("the body must be a JSON object such as {example}")));
-    };
-    if let Some(unknown) = object.keys().find(|key| !known.contains(&key.as_str())) {
-        let hint = nearest::hint(unknown, known);
-        return Err(ApiError::InvalidRequest {
-            field: Some(unknown.clone()),
-            message: format!("{unknown}: there is no such field; {hint}"),
-        });
-    }
-    Ok(object)
-}
-
-#[allow(clippy::cast_possible_truncation, reason = "a setting needs no more digits than an f32 has")]
-pub(crate) fn float(value: &Value) -> Option<f32> {
-    value.as_f64().map(|number| number as f32)
-}
-
-/// A field of the object; `null` is the same as leaving it out.
-pub(crate) fn take<T>(
-    object: &Map<String, Value>,
-    field: &str,
-    expected: &str,
-    convert: impl Fn(&Value) -> Option<T>,
-) -> Result<Option<T>, ApiError> {
-    match object.get(field) {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => match convert(value) {
-            Some(converted) => Ok(Some(converted)),
-            None => Err(ApiError::field(field, format!("expected {expected}, found {}", brief(value)))),
-        },
-    }
-}
-
-/// A value short enough for an error message.
-pub(crate) fn brief(value: &Value) -> String {
-    const LONGEST: usize = 40;
-    let text = value.to_string();
-    if text.chars().count() <= LONGEST {
-        text
-    } else {
-        text.chars().take(LONGEST).chain("...".chars()).collect()
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fake::{Fake, Script};
-    use crate::{StoppedBy, tenant};
+    use crate::{MAX_BODY_BYTES, StoppedBy, tenant};
+    use axum::body::Body;
     use axum::http::{Request as HttpRequest, StatusCode};
     use http_body_util::BodyExt;
     use tower::ServiceExt;
 
     async fn post(fake: &Fake, path: &str, body: impl Into<Body>) -> (StatusCode, String) {
         let request = HttpRequest::post(path).body(body.into()).unwrap();
-        let response = router(fake.api()).oneshot(request).await.unwrap();
+        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
         let status = response.status();
         let bytes = response.into_body().collect().await.unwrap().to_bytes();
         (status, String::from_utf8(bytes.to_vec()).unwrap())
@@ -377,7 +232,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn options_reach_the_server_and_logprobs_and_the_stop_come_back() {
+    async fn options_reach_the_server_and_their_results_come_back() {
         let script = || Script::tokens(&["a", "b"]).with_logprobs().stopped_by(StoppedBy::Text("END".into()));
         let body = r#"{"prompt":"a","top_k":5,"stop":"END","logprobs":1,
             "response_format":{"type":"json_object"}}"#;
@@ -403,7 +258,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn class_and_tenant_come_from_headers_and_the_field_goes_before() {
+    async fn the_priority_field_overrides_the_header() {
         let fake = Fake::with(Script::tokens(&["a"]));
         let ask = async |body: &'static str, class: &str| {
             let request = HttpRequest::post("/v1/generate")
@@ -411,7 +266,7 @@ mod tests {
                 .header(tenant::TENANT_HEADER, "team-1")
                 .body(Body::from(body))
                 .unwrap();
-            router(fake.api()).oneshot(request).await.unwrap().status()
+            crate::http::router(fake.api()).oneshot(request).await.unwrap().status()
         };
         assert_eq!(ask(r#"{"prompt":"a"}"#, "low").await, StatusCode::OK);
         let asked = fake.last_request();
@@ -425,19 +280,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn overload_is_429_even_for_a_stream_and_says_when_to_come_back() {
+    async fn overload_is_429_with_retry_after_even_for_a_stream() {
         let refused = || ApiError::Overloaded { message: "full".into(), retry_after_s: 2 };
         for script in [Script::refused(refused()), Script::fails_before_a_token(refused())] {
             let request =
                 HttpRequest::post("/v1/generate/stream").body(Body::from(r#"{"prompt":"a"}"#)).unwrap();
-            let response = router(Fake::with(script).api()).oneshot(request).await.unwrap();
+            let response = crate::http::router(Fake::with(script).api()).oneshot(request).await.unwrap();
             assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
             assert_eq!(response.headers()["retry-after"], "2");
         }
     }
 
     #[tokio::test]
-    async fn a_failure_after_the_first_token_is_in_the_stream_and_no_done_follows() {
+    async fn a_failure_after_the_first_token_ends_the_stream() {
         let error = ApiError::Internal { message: "device lost".into() };
         let fake = Fake::with(Script::tokens(&["a"]).then_fails(error.clone()));
         let (status, body) = post(&fake, "/v1/generate/stream", r#"{"prompt":"a"}"#).await;
@@ -498,39 +353,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn unknown_routes_and_methods_answer_in_json() {
-        let fake = Fake::with(Script::tokens(&["a"]));
-        let (status, body) = post(&fake, "/v1/generat", "{}").await;
-        assert_eq!((status, body.contains("/v1/generate")), (StatusCode::NOT_FOUND, true));
-        let request = HttpRequest::get("/v1/generate").body(Body::empty()).unwrap();
-        let response = router(fake.api()).oneshot(request).await.unwrap();
-        assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
-    }
-
-    #[tokio::test]
-    async fn models_are_listed_with_state_digest_and_device() {
-        let fake = Fake::with(Script::tokens(&[]));
-        let request = HttpRequest::get("/v1/models").body(Body::empty()).unwrap();
-        let response = router(fake.api()).oneshot(request).await.unwrap();
-        let body: Value =
-            serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap();
-        assert_eq!(body["object"], "list");
-        let model = &body["data"][0];
-        assert_eq!((&model["id"], &model["state"]), (&json!("fake"), &json!("ready")));
-        assert_eq!((&model["digest"], &model["device"]), (&json!("d1"), &json!("cpu")));
-    }
-
-    #[tokio::test]
-    async fn dropping_the_answer_cancels_the_work_for_a_stream_and_for_a_whole_answer() {
+    async fn dropping_an_answer_cancels_its_work() {
         let fake = Fake::with(Script::tokens(&["a"]).then_hangs());
         let request = HttpRequest::post("/v1/generate/stream").body(Body::from(r#"{"prompt":"a"}"#)).unwrap();
-        let response = router(fake.api()).oneshot(request).await.unwrap();
+        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
         assert_eq!(fake.running(), 1);
         drop(response);
         assert_eq!(fake.running(), 0);
 
         let request = HttpRequest::post("/v1/generate").body(Body::from(r#"{"prompt":"a"}"#)).unwrap();
-        let pending = tokio::spawn(router(fake.api()).oneshot(request));
+        let pending = tokio::spawn(crate::http::router(fake.api()).oneshot(request));
         fake.until_running(1).await;
         pending.abort();
         fake.until_running(0).await;
@@ -543,7 +375,12 @@ mod tests {
         let listener = crate::server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = tokio_util::sync::CancellationToken::new();
-        let server = tokio::spawn(crate::server::serve(listener, router(fake.api()), stop.clone()));
+        let server = tokio::spawn(crate::server::serve(
+            listener,
+            crate::http::router(fake.api()),
+            crate::server::Limits::default(),
+            stop.clone(),
+        ));
         for path in ["/v1/generate", "/v1/generate/stream"] {
             let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
             let body = r#"{"prompt":"a"}"#;
@@ -556,5 +393,42 @@ mod tests {
         }
         stop.cancel();
         server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn long_names_come_back_cut_and_cost_nothing() {
+        let long = "k".repeat(3 << 20);
+        for (body, status) in [
+            (json!({long.as_str(): 1, "prompt": "a"}), StatusCode::BAD_REQUEST),
+            (json!({"prompt": "a", "response_format": {"type": long}}), StatusCode::BAD_REQUEST),
+            (
+                json!({"prompt": "a", "response_format": {"type": "text", long.as_str(): 1}}),
+                StatusCode::BAD_REQUEST,
+            ),
+            (json!({"prompt": "a", "priority": long}), StatusCode::BAD_REQUEST),
+            (json!({"prompt": "a", "max_tokens": long}), StatusCode::BAD_REQUEST),
+        ] {
+            let began = std::time::Instant::now();
+            let (found, answer) =
+                post(&Fake::with(Script::tokens(&["a"])), "/v1/generate", body.to_string()).await;
+            assert_eq!(found, status);
+            assert!(answer.len() < 2000, "{} bytes", answer.len());
+            // An edit distance over 3 MiB takes seconds.
+            assert!(began.elapsed().as_millis() < 1000, "{:?}", began.elapsed());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_schema_reaches_the_server_with_every_digit() {
+        for format in [
+            r#"{"type":"json_schema","schema":{"const": 123456789012345678901234567890}}"#,
+            r#"{"type":"json_schema","json_schema":{"name":"x","schema":{"const": 123456789012345678901234567890}}}"#,
+        ] {
+            let fake = Fake::with(Script::tokens(&["a"]));
+            let body = format!(r#"{{"prompt":"a","response_format":{format}}}"#);
+            assert_eq!(post(&fake, "/v1/generate", body).await.0, StatusCode::OK);
+            let schema = r#"{"const": 123456789012345678901234567890}"#.to_owned();
+            assert_eq!(fake.last_request().options.format, Some(crate::Format::JsonSchema(schema)));
+        }
     }
 }

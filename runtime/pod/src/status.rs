@@ -1,7 +1,8 @@
-//! The states of all models, published to whoever watches.
+//! The states of all models, published to any number of watchers.
 //!
-//! One writer side, any number of readers, the latest value always: a watcher that is slow skips states instead of
-//! holding anybody up. Readiness is a function of the states, so the two can never contradict each other.
+//! One writer side, any number of readers, the latest value always: a watcher that is slow skips states and
+//! does not delay the writer. Readiness is a function of the states, so the two can never contradict each
+//! other.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,7 +19,7 @@ use crate::spec::ModelSpec;
 
 /// Publishes the states.
 #[derive(Debug)]
-pub struct Board {
+pub struct ModelStatuses {
     models: watch::Sender<Models>,
     ready: watch::Sender<Verdict>,
 }
@@ -38,7 +39,7 @@ pub struct LoadedFacts {
     pub embedding_dimensions: u32,
 }
 
-impl Board {
+impl ModelStatuses {
     /// All models Pending.
     pub fn new(specs: &[ModelSpec]) -> Self {
         let models: Vec<ModelStatus> = specs
@@ -80,8 +81,8 @@ impl Board {
         }
     }
 
-    /// A model enters a state; the cause of an earlier state is forgotten. Entering the state that it is in already,
-    /// as another attempt to load does, forgets nothing, so that the cause does not flicker.
+    /// A model enters a state; the cause of an earlier state is forgotten. Entering the state that it is in
+    /// already, as another attempt to load does, forgets nothing, so that the cause does not flicker.
     pub fn enter(&self, index: usize, state: ModelState) {
         let news = self.status(index).state() != state;
         self.change(index, state, |model| {
@@ -111,8 +112,8 @@ impl Board {
         });
     }
 
-    /// Loading failed but is tried again; the state stays and the cause shows. The words are the same for every attempt:
-    /// each change would be one more Event.
+    /// Loading failed but is tried again; the state stays and the cause shows. The words are the same for
+    /// every attempt: each change would be one more Event.
     pub fn will_retry(&self, index: usize, failure: &Failure) {
         let message = format!("{failure}; it is tried again");
         self.publish(index, |model| {
@@ -159,7 +160,7 @@ impl Board {
     fn publish(&self, index: usize, change: impl FnOnce(&mut ModelStatus)) {
         self.models.send_modify(|models| {
             change(&mut Arc::make_mut(models)[index]);
-            // Within the change, so that nobody can see a state whose readiness is not yet published.
+            // Within the change, so that no watcher sees a state whose readiness is not published yet.
             let verdict = readiness(models);
             self.ready.send_if_modified(|present| {
                 let differs = *present != verdict;
@@ -189,7 +190,8 @@ fn is_starting(state: ModelState) -> bool {
     matches!(state, ModelState::Pending | ModelState::Loading | ModelState::Warming)
 }
 
-/// One clause about a model's state, with its cause. Without byte counts: readiness must not change with each of them.
+/// One clause about a model's state, with its cause. Without byte counts: readiness must not change with each
+/// of them.
 pub fn describe(model: &ModelStatus) -> String {
     let state = format!("model {} is {}", model.name, state_word(model.state()));
     if model.message.is_empty() { state } else { format!("{state} ({}): {}", model.reason, model.message) }
@@ -205,59 +207,59 @@ mod tests {
     use super::*;
     use trustformers_store::Source;
 
-    fn board(names: &[&str]) -> Board {
+    fn statuses(names: &[&str]) -> ModelStatuses {
         let specs: Vec<ModelSpec> =
             names.iter().map(|name| ModelSpec::new(*name, Source::from_path("/m"))).collect();
-        Board::new(&specs)
+        ModelStatuses::new(&specs)
     }
 
-    fn ready(board: &Board) -> bool {
-        board.watch_readiness().borrow().ok
+    fn ready(statuses: &ModelStatuses) -> bool {
+        statuses.watch_readiness().borrow().ok
     }
 
     #[test]
     fn readiness_and_startup_follow_the_states() {
-        let board = board(&["a"]);
+        let statuses = statuses(&["a"]);
         for state in [ModelState::Pending, ModelState::Loading, ModelState::Warming] {
-            board.enter(0, state);
-            assert_eq!((ready(&board), board.startup().ok), (false, false), "{state:?}");
+            statuses.enter(0, state);
+            assert_eq!((ready(&statuses), statuses.startup().ok), (false, false), "{state:?}");
         }
-        board.enter(0, ModelState::Ready);
-        assert_eq!((ready(&board), board.startup().ok), (true, true));
-        board.draining();
-        assert_eq!((ready(&board), board.startup().ok), (false, true));
+        statuses.enter(0, ModelState::Ready);
+        assert_eq!((ready(&statuses), statuses.startup().ok), (true, true));
+        statuses.draining();
+        assert_eq!((ready(&statuses), statuses.startup().ok), (false, true));
     }
 
     #[test]
     fn a_failed_model_keeps_its_cause_and_the_other_serves() {
-        let board = board(&["a", "b"]);
-        board.failed(0, &Failure::permanent("DigestMismatch", "wrong bytes"));
-        assert!(!ready(&board), "b is still starting");
-        board.enter(1, ModelState::Ready);
-        let verdict = board.watch_readiness().borrow().clone();
+        let statuses = statuses(&["a", "b"]);
+        statuses.failed(0, &Failure::permanent("DigestMismatch", "wrong bytes"));
+        assert!(!ready(&statuses), "b is still starting");
+        statuses.enter(1, ModelState::Ready);
+        let verdict = statuses.watch_readiness().borrow().clone();
         assert!(verdict.ok && verdict.message.contains("wrong bytes"), "{verdict:?}");
-        board.draining();
+        statuses.draining();
         assert_eq!(
-            (board.status(0).state(), board.status(0).reason.as_str()),
+            (statuses.status(0).state(), statuses.status(0).reason.as_str()),
             (ModelState::Failed, "DigestMismatch")
         );
     }
 
     #[test]
-    fn alone_a_failed_model_makes_the_server_not_ready_with_the_cause() {
-        let board = board(&["a"]);
-        board.failed(0, &Failure::permanent("MalformedModel", "not a model"));
-        let verdict = board.watch_readiness().borrow().clone();
+    fn a_server_whose_only_model_failed_is_not_ready() {
+        let statuses = statuses(&["a"]);
+        statuses.failed(0, &Failure::permanent("MalformedModel", "not a model"));
+        let verdict = statuses.watch_readiness().borrow().clone();
         assert!(!verdict.ok && verdict.message.contains("(MalformedModel): not a model"), "{verdict:?}");
     }
 
     #[tokio::test]
-    async fn progress_reaches_watchers_of_models_and_leaves_readiness_alone() {
-        let board = board(&["a"]);
-        let (mut models, mut readiness) = (board.watch(), board.watch_readiness());
+    async fn progress_changes_model_states_and_not_readiness() {
+        let statuses = statuses(&["a"]);
+        let (mut models, mut readiness) = (statuses.watch(), statuses.watch_readiness());
         models.mark_unchanged();
         readiness.mark_unchanged();
-        board.progress(0, 3, 9);
+        statuses.progress(0, 3, 9);
         assert!(models.has_changed().unwrap() && !readiness.has_changed().unwrap());
         let status = models.borrow_and_update()[0].clone();
         assert_eq!((status.loaded_bytes, status.total_bytes), (3, 9));
@@ -265,16 +267,16 @@ mod tests {
 
     #[test]
     fn a_retry_shows_its_cause_until_the_next_state() {
-        let board = board(&["a"]);
-        board.enter(0, ModelState::Loading);
+        let statuses = statuses(&["a"]);
+        statuses.enter(0, ModelState::Loading);
         let failure = Failure { reason: "SourceUnreadable", message: "slow disk".into(), transient: true };
-        board.will_retry(0, &failure);
-        let status = board.status(0);
+        statuses.will_retry(0, &failure);
+        let status = statuses.status(0);
         assert_eq!((status.state(), status.reason.as_str()), (ModelState::Loading, "SourceUnreadable"));
         assert_eq!(status.message, "slow disk; it is tried again");
-        board.enter(0, ModelState::Loading);
-        assert_eq!(board.status(0).message, status.message, "another attempt is no news");
-        board.enter(0, ModelState::Warming);
-        assert_eq!(board.status(0).message, "");
+        statuses.enter(0, ModelState::Loading);
+        assert_eq!(statuses.status(0).message, status.message, "another attempt is no news");
+        statuses.enter(0, ModelState::Warming);
+        assert_eq!(statuses.status(0).message, "");
     }
 }
