@@ -93,7 +93,7 @@ impl Gateway {
     pub async fn get(&self, path: &str) -> Result<(u16, String)> {
         let request = hyper::Request::get(format!("{}{path}", self.endpoint().http)).body(Full::default())?;
         let answer = async {
-            let response = self.client.generate_request(request).await?;
+            let response = self.client.request(request).await?;
             let status = response.status().as_u16();
             let body = response.into_body().collect().await?.to_bytes();
             anyhow::Ok((status, String::from_utf8_lossy(&body).into_owned()))
@@ -117,11 +117,8 @@ impl Gateway {
             .header("content-type", "application/json")
             .body(Full::from(body.to_string()))
             .map_err(|error| Failure::connection(&error))?;
-        let response = self
-            .client
-            .generate_request(request)
-            .await
-            .map_err(|error| Failure::connection(&error_chain(&error)))?;
+        let response =
+            self.client.request(request).await.map_err(|error| Failure::connection(&error_chain(&error)))?;
         if response.status().is_success() {
             return Ok(response);
         }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # lint.sh [PART...]: format, lints, licences and sources of dependencies, shell, Python, the chart and the
-# manifests, and the repository's own rules (tidy). Without a name: every part. Parts: rust licences shell
-# python manifests tidy.
+# manifests, and the repository's own rules (tidy). Without a name: every part. Parts: rust features
+# licences shell python manifests tidy.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 cd "$REPO_DIR"
@@ -12,6 +12,14 @@ binary() { "$CLUSTER_SRC/binaries.sh" path "$1"; }
 lint_rust() {
   cargo fmt --all --check
   cargo clippy --locked --profile ci --workspace --all-targets -- -D warnings
+}
+
+# Programs have no test clock, and no crate is taken with all its features.
+lint_features() {
+  local tree
+  tree=$(cargo tree --locked --workspace --edges features,normal,build --prefix none)
+  ! grep -E '^tokio feature "test-util"' <<<"$tree" || fail "programs would have tokio's test-util" "it belongs into dev-dependencies"
+  ! grep -E '= \{.*features = \[.*"full"' Cargo.toml | grep -v '^syn ' || fail "name the features that are used" "see Cargo.toml"
 }
 
 lint_licences() { tool cargo-deny check --hide-inclusion-graph licenses bans sources; }
@@ -48,8 +56,8 @@ lint_manifests() {
 
 lint_tidy() { cargo test --locked --profile ci --workspace --test repository; }
 
-[ $# -gt 0 ] || set -- shell python manifests rust licences tidy
+[ $# -gt 0 ] || set -- shell python features licences manifests rust tidy
 for part in "$@"; do
-  declare -F "lint_$part" >/dev/null || fail "there is no part $part" "parts: rust licences shell python manifests tidy"
+  declare -F "lint_$part" >/dev/null || fail "there is no part $part" "parts: rust features licences shell python manifests tidy"
   "lint_$part"
 done
