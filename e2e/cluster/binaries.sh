@@ -103,8 +103,13 @@ main() {
   esac
 }
 
-# Two runs at once would build the same file twice; the second one waits and then finds it.
+# Two runs at once would build the same file twice; the second one waits and then finds it. A module's source
+# is downloaded by Go, which has a lock of its own.
 mkdir -p "$BIN_STORE"
+if [ "${1:-}" = source ]; then
+  main "$@"
+  exit
+fi
 exec 8>"$BIN_STORE/.lock"
 flock 8
 main "$@" 8>&- 
