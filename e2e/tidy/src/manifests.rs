@@ -80,7 +80,7 @@ pub fn own_versions(manifest: &File) -> Vec<Finding> {
             || (entry.value.starts_with('{') && entry.value.replace(' ', "").contains("workspace=true"));
         is_dependency_section(entry.section) && !entry.key.is_empty() && !inherited
     };
-    // `[dependencies.name]` hides its keys from the reading above: the spelling `name.workspace = true` suffices.
+    // `[dependencies.name]` hides its keys from this reading; the one spelling is `name.workspace = true`.
     let table = |entry: &Entry<'_>| {
         let last = entry.section.rsplit('.').next().unwrap_or_default();
         entry.key.is_empty() && is_dependency_section(entry.section) && !last.ends_with("dependencies")
