@@ -94,10 +94,10 @@ pub fn stale_paths(file: &File, paths: &Paths<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (number, prose) in prose_lines(file) {
         for quoted in prose.split('`').skip(1).step_by(2) {
-            if let Some(path) = repository_path(quoted, paths) {
-                if !paths.has(path) {
-                    findings.push(Finding::at(&file.path, number, format!("`{path}` does not exist")));
-                }
+            if let Some(path) = repository_path(quoted, paths)
+                && !paths.has(path)
+            {
+                findings.push(Finding::at(&file.path, number, format!("`{path}` does not exist")));
             }
         }
     }

@@ -30,14 +30,14 @@ pub fn unreached_sources(folders: &[&str], sources: &[&Rust<'_>]) -> Vec<Finding
 /// True for a file that cargo compiles as the root of a crate.
 fn is_crate_root(path: &str, folder: &str) -> bool {
     let Some(rest) = path.strip_prefix(folder).and_then(|rest| rest.strip_prefix('/')) else { return false };
-    let in_crate_folder = |at: &&str| {
-        let name = rest.strip_prefix(*at).and_then(|name| name.strip_prefix('/'));
+    let in_crate_folder = |at: &str| {
+        let name = rest.strip_prefix(at).and_then(|name| name.strip_prefix('/'));
         name.is_some_and(|name| {
             !name.contains('/') || (name.matches('/').count() == 1 && name.ends_with("/main.rs"))
         })
     };
     matches!(rest, "src/lib.rs" | "src/main.rs" | "build.rs")
-        || CRATE_FOLDERS.iter().any(|at| in_crate_folder(&at))
+        || CRATE_FOLDERS.iter().any(|at| in_crate_folder(at))
 }
 
 /// The files that the `mod` and `include!` lines of a file may mean.
