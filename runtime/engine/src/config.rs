@@ -4,6 +4,7 @@
 //! honoured: a server that silently serves a shorter context than it was told is harder to operate than one that
 //! says what it needs.
 
+use crate::grammar::DEFAULT_GRAMMAR_MEMORY_BYTES;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
@@ -55,6 +56,8 @@ pub struct EngineConfig {
     /// Memory for the KV cache in bytes. `None`: one sequence of full context plus 256 tokens for each further
     /// member of a batch.
     pub kv_memory_bytes: Option<u64>,
+    /// Memory for compiled grammars and for those of running requests, in bytes. A request beyond it is refused.
+    pub grammar_memory_bytes: u64,
     /// How closely the device must follow f32 arithmetic.
     pub numerics: Numerics,
     /// How tokens are guessed. `None`: not at all.
@@ -72,6 +75,7 @@ impl Default for EngineConfig {
             step_target_ms: Some(DEFAULT_STEP_TARGET_MS),
             priority: true,
             kv_memory_bytes: None,
+            grammar_memory_bytes: DEFAULT_GRAMMAR_MEMORY_BYTES,
             numerics: Numerics::Fast,
             speculation: None,
         }

@@ -153,7 +153,7 @@ impl Engine {
             memory,
         };
         let inner = Inner {
-            grammars: Grammars::new(Arc::clone(&model)),
+            grammars: Grammars::new(Arc::clone(&model), config.grammar_memory_bytes),
             model,
             info,
             sizes,
@@ -176,7 +176,9 @@ impl Engine {
     pub fn submit(&self, params: &GenerateParams) -> Result<Generation, SubmitError> {
         let result = self.try_submit(params);
         match &result {
-            Err(SubmitError::Overloaded { .. }) => self.inner.metrics.overloaded.inc(),
+            Err(SubmitError::Overloaded { .. } | SubmitError::Busy { .. }) => {
+                self.inner.metrics.overloaded.inc()
+            }
             Err(SubmitError::Invalid { .. } | SubmitError::PromptTooLong { .. }) => {
                 self.inner.metrics.invalid.inc();
             }

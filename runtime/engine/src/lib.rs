@@ -52,6 +52,7 @@ mod thread;
 
 pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, Speculation, StartError};
 pub use generation::Generation;
+pub use grammar::{DEFAULT_GRAMMAR_MEMORY_BYTES, max_grammar_bytes};
 pub use handle::{Engine, EngineInfo};
 pub use metrics::EngineMetrics;
 pub use priority::Priority;

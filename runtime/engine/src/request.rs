@@ -245,6 +245,14 @@ pub enum SubmitError {
         /// The time in which those will probably have been served, in whole seconds from 1 to 60.
         retry_after: Duration,
     },
+    /// Something that requests share is in full use. Retry after a moment or elsewhere.
+    #[error("{what} is in full use; retry in {} s", retry_after.as_secs())]
+    Busy {
+        /// What is in use.
+        what: &'static str,
+        /// The time after which it probably is not, in whole seconds from 1 to 60.
+        retry_after: Duration,
+    },
     /// The prompt leaves no room for even one token.
     #[error("the prompt has {tokens} tokens; this model is served with room for at most {limit}")]
     PromptTooLong {

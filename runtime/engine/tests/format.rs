@@ -1,5 +1,5 @@
-//! Structured output through the whole engine: what comes out always is what was asked for, greedy and sampled, alone
-//! and in a batch with others, from a model that knows nothing and from a real one.
+//! Structured output through the whole engine: every answer has its format, greedy and sampled, alone and in
+//! a batch, from a model with random weights and from a real one.
 
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
 
@@ -18,7 +18,7 @@ use trustformers_plan::oracle::Oracle;
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
-/// A schema, and whether a value is what it describes.
+/// A schema, and whether a value satisfies it.
 struct Case {
     schema: &'static str,
     holds: fn(&Value) -> bool,
@@ -117,10 +117,10 @@ async fn answer(engine: &Engine, params: &GenerateParams) -> Answer {
             GenerationEvent::Finished { reason, stop, .. } => return Answer { ids, text: all, reason, stop },
         }
     }
-    panic!("a stream ended without an end");
+    panic!("a stream ended without its last event");
 }
 
-/// Each case greedy and sampled with several settings.
+/// Requests for each case, greedy and sampled with several settings.
 fn requests(prompt: &str, max_tokens: usize) -> Vec<(&'static Case, GenerateParams)> {
     let mut all = Vec::new();
     for case in CASES {
@@ -147,23 +147,23 @@ async fn all_hold(engine: &Engine, prompt: &str, max_tokens: usize) {
         assert!((case.holds)(&value), "{}: {}", case.schema, answer.text);
     }
     let different: std::collections::HashSet<&str> = answers.iter().map(|a| a.text.as_str()).collect();
-    assert!(different.len() > answers.len() / 3, "hardly anything was left to choose: {different:?}");
+    assert!(different.len() > answers.len() / 3, "the answers hardly differ: {different:?}");
 }
 
 #[tokio::test]
-async fn whatever_the_model_every_answer_is_what_its_schema_describes() {
+async fn random_weights_answer_within_every_schema() {
     all_hold(&seeded(), "hello", 240).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_real_model_answers_in_every_schema() {
+async fn a_real_model_answers_within_every_schema() {
     let Some(engine) = real() else { return };
     let prompt = "<|im_start|>user\nDescribe Anna in JSON.<|im_end|>\n<|im_start|>assistant\n";
     all_hold(&engine, prompt, 240).await;
 }
 
 #[tokio::test]
-async fn regular_expressions_and_grammars_hold_and_a_batch_changes_nothing() {
+async fn formats_hold_and_a_batch_changes_no_answer() {
     let engine = seeded();
     let lark = "start: greeting \" \" name \"!\"\ngreeting: \"hello\" | \"bye\"\nname: /[a-z]{2,5}/\n";
     let format = |grammar, seed| GenerateParams {
@@ -204,7 +204,7 @@ async fn regular_expressions_and_grammars_hold_and_a_batch_changes_nothing() {
 }
 
 #[tokio::test]
-async fn the_end_comes_with_the_grammar_and_without_a_token_of_its_own() {
+async fn an_answer_ends_with_its_grammar_without_an_end_token() {
     let engine = seeded();
     let params =
         GenerateParams { grammar: Some(Grammar::Regex("hello".into())), ..GenerateParams::greedy("x", 20) };
@@ -213,14 +213,14 @@ async fn the_end_comes_with_the_grammar_and_without_a_token_of_its_own() {
     assert_eq!(
         got.ids,
         engine.model().tokenizer().encode("hello").unwrap(),
-        "as the model itself would write it"
+        "the tokens of the model's own tokenizer"
     );
     let short = answer(&engine, &GenerateParams { max_tokens: 1, ..params }).await;
     assert!("hello".starts_with(&short.text));
 }
 
 #[tokio::test]
-async fn stop_texts_end_an_answer_inside_a_grammar_too() {
+async fn stop_texts_end_an_answer_inside_a_grammar() {
     let engine = seeded();
     let params = GenerateParams {
         grammar: Some(Grammar::Regex("ab+END.*".into())),
@@ -234,14 +234,19 @@ async fn stop_texts_end_an_answer_inside_a_grammar_too() {
 }
 
 #[test]
-fn what_cannot_be_compiled_is_refused_and_leaves_nothing() {
+fn a_refused_format_leaves_no_request_in_flight() {
     let engine = seeded();
-    let params = GenerateParams {
-        grammar: Some(Grammar::Lark("start: nowhere".into())),
-        ..GenerateParams::greedy("x", 5)
-    };
-    let error = engine.submit(&params).unwrap_err().to_string();
-    assert!(error.starts_with("response_format: the grammar cannot be compiled: "), "{error}");
-    assert!(error.contains("nowhere"), "{error}");
-    assert_eq!(engine.in_flight(), 0);
+    for (grammar, words) in [
+        (Grammar::Lark("start: nowhere".into()), "the grammar cannot be compiled: "),
+        (
+            Grammar::JsonSchema(r#"{"const": -9223372036854775808}"#.into()),
+            "\"const\" at \"/\": -9223372036854775808",
+        ),
+        (Grammar::Regex("a\\".into()), "the regular expression cannot be compiled: "),
+    ] {
+        let params = GenerateParams { grammar: Some(grammar), ..GenerateParams::greedy("x", 5) };
+        let error = engine.submit(&params).unwrap_err().to_string();
+        assert!(error.starts_with("response_format: ") && error.contains(words), "{error}");
+        assert_eq!(engine.in_flight(), 0);
+    }
 }

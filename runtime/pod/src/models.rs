@@ -300,7 +300,9 @@ pub(crate) fn overloaded(message: String, retry_after: Duration) -> ApiError {
 fn refused(error: &SubmitError) -> ApiError {
     let message = error.to_string();
     match error {
-        SubmitError::Overloaded { retry_after, .. } => overloaded(message, *retry_after),
+        SubmitError::Overloaded { retry_after, .. } | SubmitError::Busy { retry_after, .. } => {
+            overloaded(message, *retry_after)
+        }
         SubmitError::PromptTooLong { .. } => ApiError::TooLong { message },
         SubmitError::Invalid { field, .. } => {
             ApiError::InvalidRequest { field: Some((*field).to_owned()), message }

@@ -1,46 +1,60 @@
-//! Structured output: what the grammar of a request allows next.
+//! Structured output: which tokens the grammar of a request allows next.
 //!
-//! llguidance does the work: it walks a trie of the vocabulary's bytes along the grammar's parser and gives one bit per
-//! token. The trie is built once per model, at the first request that needs it, on that caller's thread. Compiled
-//! grammars are kept, a bounded number of them, and every request works on a copy of its own: what one request makes
-//! its grammar remember never slows or breaks another's.
+//! Every caller's text is checked and rewritten first ([`schema`], [`pattern`], [`lark`]), so that the
+//! compiler sees only what it honours exactly. llguidance then walks a trie of the vocabulary's bytes along
+//! the grammar's parser and gives one bit per token. The trie is built once per model, by the first request
+//! that needs it. Compiled grammars are cached, a bounded number of them, and every request works on a copy
+//! of its own: what one request makes its grammar remember never slows or breaks another's.
 //!
-//! Where a grammar leaves one way to write what comes next, the mask leaves the one token that the model's own
-//! tokenizer would take.
+//! Where a grammar leaves one way to write what comes next, the mask leaves the one token that the model's
+//! own tokenizer would take.
 
+mod compile;
+mod constraint;
+mod decimal;
+mod digits;
+mod json;
+mod lark;
+mod memory;
+mod pattern;
+mod schema;
 mod vocabulary;
 
-use crate::request::{GenerateError, Grammar, SubmitError};
-use llguidance::api::{ParserLimits, TopLevelGrammar};
-use llguidance::earley::SlicedBiasComputer;
-use llguidance::toktrie::{InferenceCapabilities, SimpleVob, TokEnv};
-use llguidance::{Matcher, ParserFactory};
+pub(crate) use constraint::{Constraint, Mask};
+pub use memory::max_grammar_bytes;
+
+use crate::request::{Grammar, SubmitError};
+use compile::{Compiled, Compiler};
+use memory::{Budget, Charge};
 use std::fmt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use trustformers_model::Model;
-use vocabulary::Vocabulary;
 
-/// Compiled grammars that are kept. One takes from some KiB to a few MiB, so together at most some 100 MiB where every
-/// caller has a large one of their own.
-const KEPT_GRAMMARS: usize = 32;
+/// Memory for compiled grammars and for those of running requests where none is configured. An ordinary
+/// schema takes about 1 MiB in a running request, so it holds a full batch of 256 of them and the cache.
+pub const DEFAULT_GRAMMAR_MEMORY_BYTES: u64 = 512 * 1024 * 1024;
 
-/// States that the lexer of one running request may have, at 1 to 2 KiB each.
-const MAX_LEXER_STATES: usize = 50_000;
+/// Compiled grammars that are cached. They are dropped earlier where running requests need the memory.
+const MAX_CACHED: usize = 32;
 
-/// Stack of the thread that compiles: a grammar nests as deep as its text allows, and running out of stack would end
-/// the process. Only what is used becomes memory.
-const COMPILE_STACK_BYTES: usize = 256 * 1024 * 1024;
-
-/// White space between the parts of JSON: one space at most. Given more room small models fill it, line after line,
-/// until their tokens are used up.
+/// White space between the parts of JSON: one space at most. Given more room small models fill it, line after
+/// line, until their tokens are used up.
 const JSON_SPACE: &str = " ";
 
-/// Compiles grammars for one model.
+/// Grammars of one model.
 pub(crate) struct Grammars {
     model: Arc<Model>,
-    factory: OnceLock<Result<ParserFactory, String>>,
+    compiler: Compiler,
+    budget: Arc<Budget>,
     /// Most recently used last.
-    compiled: Mutex<Vec<(Grammar, Arc<Matcher>)>>,
+    cached: Mutex<Vec<Cached>>,
+}
+
+struct Cached {
+    grammar: Grammar,
+    compiled: Arc<Compiled>,
+    _charge: Charge,
 }
 
 impl fmt::Debug for Grammars {
@@ -50,105 +64,66 @@ impl fmt::Debug for Grammars {
 }
 
 impl Grammars {
-    pub(crate) fn new(model: Arc<Model>) -> Self {
-        Self { model, factory: OnceLock::new(), compiled: Mutex::default() }
+    pub(crate) fn new(model: Arc<Model>, memory_bytes: u64) -> Self {
+        let compiler = Compiler::new(Arc::clone(&model));
+        Self { model, compiler, budget: Budget::new(memory_bytes), cached: Mutex::default() }
     }
 
-    /// The beginning of what `grammar` describes. Takes milliseconds where it has to be compiled, and some hundred
-    /// the first time.
+    /// The beginning of what `grammar` describes. Takes milliseconds where it has to be compiled, and some
+    /// hundred the first time.
     pub(crate) fn start(&self, grammar: &Grammar) -> Result<Constraint, SubmitError> {
-        let known = self.known(grammar);
-        let matcher = match known {
-            Some(matcher) => matcher,
+        let compiled = match self.cached(grammar) {
+            Some(compiled) => compiled,
             None => {
-                let matcher = Arc::new(self.compile(grammar)?);
-                self.keep(grammar, &matcher);
-                matcher
+                let compiled = Arc::new(self.compiler.compile(grammar)?);
+                self.cache(grammar, &compiled);
+                compiled
             }
         };
-        Ok(Constraint { matcher: matcher.deep_clone(), mask: None })
+        let charge = self.charge(constraint::bytes(&compiled.parser))?;
+        Ok(Constraint::new(Arc::clone(&self.model), &compiled, charge))
     }
 
-    fn known(&self, grammar: &Grammar) -> Option<Arc<Matcher>> {
-        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = compiled.iter().position(|(known, _)| known == grammar)?;
-        let entry = compiled.remove(at);
-        let matcher = Arc::clone(&entry.1);
-        compiled.push(entry);
-        Some(matcher)
+    fn cached(&self, grammar: &Grammar) -> Option<Arc<Compiled>> {
+        let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = cached.iter().position(|entry| entry.grammar == *grammar)?;
+        let entry = cached.remove(at);
+        let compiled = Arc::clone(&entry.compiled);
+        cached.push(entry);
+        Some(compiled)
     }
 
-    fn keep(&self, grammar: &Grammar, matcher: &Arc<Matcher>) {
-        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if compiled.len() >= KEPT_GRAMMARS {
-            compiled.remove(0);
+    /// Caches a compiled grammar where there is memory for it.
+    fn cache(&self, grammar: &Grammar, compiled: &Arc<Compiled>) {
+        let Ok(charge) = self.charge(constraint::bytes(&compiled.parser)) else { return };
+        let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
+        if cached.len() >= MAX_CACHED {
+            cached.remove(0);
         }
-        compiled.push((grammar.clone(), Arc::clone(matcher)));
+        cached.push(Cached { grammar: grammar.clone(), compiled: Arc::clone(compiled), _charge: charge });
     }
 
-    fn compile(&self, grammar: &Grammar) -> Result<Matcher, SubmitError> {
-        let invalid = |why: String| SubmitError::Invalid { field: "response_format", why };
-        let described = described(grammar).map_err(invalid)?;
-        let factory = self.factory.get_or_init(|| factory(&self.model));
-        let factory = factory.as_ref().map_err(|why| invalid(why.clone()))?;
-        let compiled = std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new()
-                .name("grammar".to_owned())
-                .stack_size(COMPILE_STACK_BYTES)
-                .spawn_scoped(scope, || {
-                    factory.create_parser(described).map_err(|e| plain(&format!("{e:#}")))
-                });
-            match thread.map(std::thread::ScopedJoinHandle::join) {
-                Ok(Ok(compiled)) => compiled,
-                Ok(Err(_)) => Err("compiling it panicked; see the log".to_owned()),
-                Err(error) => Err(format!("no thread to compile it: {error}")),
+    /// Counts bytes, which may drop cached grammars.
+    fn charge(&self, bytes: u64) -> Result<Charge, SubmitError> {
+        loop {
+            if let Some(charge) = self.budget.charge(bytes) {
+                return Ok(charge);
             }
-        });
-        let parser =
-            compiled.map_err(|why| invalid(format!("the {} cannot be compiled: {why}", grammar.kind())))?;
-        Ok(Matcher::new(Ok(parser)))
-    }
-}
-
-/// The grammar in llguidance's words.
-fn described(grammar: &Grammar) -> Result<TopLevelGrammar, String> {
-    let schema = |text: &str| -> Result<TopLevelGrammar, String> {
-        let mut schema: serde_json::Value =
-            serde_json::from_str(text).map_err(|error| format!("the JSON schema is not JSON: {error}"))?;
-        if let Some(object) = schema.as_object_mut() {
-            // llguidance's own key for how JSON is laid out; who gives it decides.
-            object
-                .entry("x-guidance")
-                .or_insert_with(|| serde_json::json!({ "whitespace_pattern": JSON_SPACE }));
+            let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
+            if !cached.is_empty() {
+                cached.remove(0);
+            } else if bytes > self.budget.limit() {
+                let why = format!(
+                    "the format takes {bytes} bytes, and {} are there for structured output; simplify it",
+                    self.budget.limit()
+                );
+                return Err(SubmitError::Invalid { field: "response_format", why });
+            } else {
+                let what = "the memory for structured output of this model";
+                return Err(SubmitError::Busy { what, retry_after: Duration::from_secs(1) });
+            }
         }
-        Ok(TopLevelGrammar::from_json_schema(schema))
-    };
-    match grammar {
-        Grammar::JsonObject => schema(r#"{"type": "object"}"#),
-        Grammar::JsonSchema(text) => schema(text),
-        Grammar::Regex(text) => Ok(TopLevelGrammar::from_regex(text)),
-        Grammar::Lark(text) => Ok(TopLevelGrammar::from_lark(text.clone())),
     }
-}
-
-fn factory(model: &Arc<Model>) -> Result<ParserFactory, String> {
-    let began = std::time::Instant::now();
-    let vocabulary: TokEnv = Arc::new(Vocabulary::new(model)?);
-    let mut factory = ParserFactory::new(
-        &vocabulary,
-        InferenceCapabilities::default(),
-        &SlicedBiasComputer::general_slices(),
-    )
-    .map_err(|error| plain(&format!("{error:#}")))?;
-    factory.quiet();
-    *factory.limits_mut() =
-        ParserLimits { max_lexer_states: MAX_LEXER_STATES, verbose_errors: false, ..ParserLimits::default() };
-    tracing::debug!(
-        tokens = model.tokenizer().len(),
-        ms = began.elapsed().as_millis(),
-        "the vocabulary is ready for structured output"
-    );
-    Ok(factory)
 }
 
 /// A message of llguidance without the marks and traces that it adds for its own developers.
@@ -158,76 +133,12 @@ fn plain(message: &str) -> String {
     message[..end.unwrap_or(message.len())].trim().to_owned()
 }
 
-/// Which tokens may come next: one bit per id.
-#[derive(Debug)]
-pub(crate) struct Mask(SimpleVob);
-
-impl Mask {
-    /// Makes everything impossible that is not allowed; rows may be longer than the vocabulary.
-    pub(crate) fn apply(&self, row: &mut [f32]) {
-        let words = self.0.as_slice();
-        let covered = row.len().min(words.len() * 32);
-        for (bits, logits) in words.iter().zip(row[..covered].chunks_mut(32)) {
-            if *bits == 0 {
-                logits.fill(f32::NEG_INFINITY);
-            } else if *bits != u32::MAX {
-                for (logit, bit) in logits.iter_mut().zip(0..) {
-                    *logit = if bits >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
-                }
-            }
-        }
-        row[covered..].fill(f32::NEG_INFINITY);
+/// A text, or the beginning of one that is longer than `chars`.
+fn shortened(text: &str, chars: usize) -> String {
+    match text.char_indices().nth(chars) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}...", &text[..end]),
     }
-}
-
-/// One sequence's place in its grammar.
-pub(crate) struct Constraint {
-    matcher: Matcher,
-    /// Of the next token, where it is known already.
-    mask: Option<Result<Mask, GenerateError>>,
-}
-
-impl fmt::Debug for Constraint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Constraint").field("stopped", &self.matcher.is_stopped()).finish_non_exhaustive()
-    }
-}
-
-impl Constraint {
-    /// Works out the next mask.
-    pub(crate) fn prepare(&mut self) {
-        if self.mask.is_none() {
-            self.mask =
-                Some(self.matcher.compute_mask().map(Mask).map_err(|error| broken(&error.to_string())));
-        }
-    }
-
-    /// What may come next; at least one token.
-    pub(crate) fn mask(&mut self) -> Result<&Mask, GenerateError> {
-        self.prepare();
-        match &self.mask {
-            Some(Ok(mask)) => Ok(mask),
-            Some(Err(error)) => Err(error.clone()),
-            None => Err(broken("")),
-        }
-    }
-
-    /// Goes on with a token that the mask allowed. True where nothing can follow.
-    pub(crate) fn accept(&mut self, id: u32) -> Result<bool, GenerateError> {
-        self.mask = None;
-        self.matcher.consume_token(id).map_err(|error| broken(&error.to_string()))?;
-        Ok(self.matcher.is_stopped())
-    }
-}
-
-fn broken(message: &str) -> GenerateError {
-    let message = match plain(message) {
-        empty if empty.is_empty() || empty == "NoExtensionBias" => {
-            "no token of the model can continue it".to_owned()
-        }
-        message => message,
-    };
-    GenerateError::Grammar { message }
 }
 
 #[cfg(test)]

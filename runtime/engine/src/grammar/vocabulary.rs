@@ -15,8 +15,8 @@ impl Vocabulary {
         let tokenizer = model.tokenizer();
         let vocab_size =
             u32::try_from(tokenizer.len()).map_err(|_| "the vocabulary is too large".to_owned())?;
-        // Control tokens have no bytes, so no grammar reaches them. A token that begins with llguidance's mark of
-        // special tokens, which no UTF-8 text holds, is left out the same way.
+        // Control tokens have no bytes, so no grammar reaches them. A token that begins with llguidance's
+        // mark of special tokens, which no UTF-8 text holds, is left out the same way.
         let words: Vec<Vec<u8>> = (0..vocab_size)
             .map(|id| tokenizer.token_bytes(id))
             .map(|bytes| if bytes.first() == Some(&TokTrie::SPECIAL_TOKEN_MARKER) { &[] } else { bytes })
@@ -29,8 +29,8 @@ impl Vocabulary {
         Ok(Self { trie, model: Arc::clone(model) })
     }
 
-    /// The ids of a text as the model would read it in the middle of an answer; `None` where they do not give exactly
-    /// this text, because it spells a special token or needs a byte that the vocabulary lacks.
+    /// The ids of a text as the model would read it in the middle of an answer; `None` where they do not give
+    /// exactly this text, because it spells a special token or needs a byte that the vocabulary lacks.
     fn encode(&self, text: &str) -> Option<Vec<TokenId>> {
         let tokenizer = self.model.tokenizer();
         let mut ids = tokenizer.encode(text).ok()?;

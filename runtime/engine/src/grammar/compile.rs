@@ -1,0 +1,247 @@
+//! Compiles grammars for one model, on threads of its own and within bounds.
+//!
+//! A caller's text is compiled on a thread with a large stack, where a panic ends that compilation alone. A
+//! compilation holds its permit until it ends, even if the request that wanted it has gone.
+
+use super::digits::DigitTokens;
+use super::json::Json;
+use super::memory::MAX_COMPILATIONS;
+use super::vocabulary::Vocabulary;
+use super::{JSON_SPACE, lark, pattern, plain, schema, shortened};
+use crate::request::{Grammar, SubmitError};
+use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::earley::SlicedBiasComputer;
+use llguidance::toktrie::{InferenceCapabilities, TokEnv};
+use llguidance::{ParserFactory, TokenParser};
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+use trustformers_model::Model;
+
+/// States that the lexer of one running request may have, at 1 to 2 KiB each: at most 100 MiB, all of them counted
+/// in the budget. Ordinary schemas need hundreds, patterns with long counts some thousands.
+pub(super) const MAX_LEXER_STATES: usize = 50_000;
+
+/// Stack of the thread that compiles: a grammar nests as deep as its text allows, and running out of stack
+/// would end the process. Only what is used becomes memory.
+const COMPILE_STACK_BYTES: usize = 256 * 1024 * 1024;
+
+/// How long a request waits for a permit to compile, and for its compilation.
+const MAX_COMPILE_TIME: Duration = Duration::from_secs(10);
+
+/// Most bytes of the compiler's words in a refusal, which quote the caller's text.
+const MAX_QUOTED_CHARS: usize = 200;
+
+/// Compiles grammars for one model.
+pub(super) struct Compiler {
+    shared: Arc<Shared>,
+    permits: Arc<Permits>,
+}
+
+struct Shared {
+    model: Arc<Model>,
+    /// Built by the first compilation.
+    factory: OnceLock<Result<Factory, String>>,
+}
+
+struct Factory {
+    parsers: ParserFactory,
+    digits: Arc<DigitTokens>,
+}
+
+/// A compiled grammar at its beginning.
+pub(super) struct Compiled {
+    pub(super) parser: TokenParser,
+    /// For answers in JSON.
+    pub(super) digits: Option<Arc<DigitTokens>>,
+}
+
+impl fmt::Debug for Compiled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Compiled").finish_non_exhaustive()
+    }
+}
+
+impl Compiler {
+    pub(super) fn new(model: Arc<Model>) -> Self {
+        Self { shared: Arc::new(Shared { model, factory: OnceLock::new() }), permits: Arc::default() }
+    }
+
+    /// Takes milliseconds, and some hundred the first time.
+    pub(super) fn compile(&self, grammar: &Grammar) -> Result<Compiled, SubmitError> {
+        let invalid = |why: String| SubmitError::Invalid { field: "response_format", why };
+        let Some(permit) = Permits::acquire(&self.permits, MAX_COMPILE_TIME) else {
+            let what = "the compiler for structured output of this model";
+            return Err(SubmitError::Busy { what, retry_after: MAX_COMPILE_TIME });
+        };
+        let (sender, receiver) = sync_channel(1);
+        let (shared, text) = (Arc::clone(&self.shared), grammar.clone());
+        let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK_BYTES);
+        let spawned = thread.spawn(move || {
+            let _permit = permit;
+            let compiled = catch_unwind(AssertUnwindSafe(|| shared.compile(&text)));
+            // Where the request has gone the result is dropped here.
+            let _sent = sender.send(compiled.unwrap_or_else(|_| Err(failed(text.kind()))));
+        });
+        if let Err(error) = spawned {
+            return Err(invalid(format!("no thread to compile the {}: {error}", grammar.kind())));
+        }
+        match receiver.recv_timeout(MAX_COMPILE_TIME) {
+            Ok(compiled) => compiled.map_err(invalid),
+            Err(RecvTimeoutError::Timeout) => Err(invalid(format!(
+                "the {} takes longer than {} s to compile; make it smaller",
+                grammar.kind(),
+                MAX_COMPILE_TIME.as_secs()
+            ))),
+            Err(RecvTimeoutError::Disconnected) => Err(invalid(failed(grammar.kind()))),
+        }
+    }
+}
+
+fn failed(kind: &str) -> String {
+    format!("the {kind} cannot be compiled: the compiler failed on it; simplify it")
+}
+
+impl Shared {
+    fn compile(&self, grammar: &Grammar) -> Result<Compiled, String> {
+        let kind = grammar.kind();
+        let (top, paths) = described(grammar)?;
+        let factory = self.factory.get_or_init(|| factory(&self.model)).as_ref().map_err(Clone::clone)?;
+        let explain = |message: &str| explained(kind, message, &paths);
+        let mut parser =
+            factory.parsers.create_parser(top).map_err(|error| explain(&format!("{error:#}")))?;
+        // The first mask shows whether an answer can begin at all, and is cached for every request.
+        let first = llguidance::panic_utils::catch_unwind(AssertUnwindSafe(|| {
+            parser.start_without_prompt();
+            parser.compute_mask()
+        }));
+        first.map_err(|error| explain(&format!("no answer satisfies it: {error}")))?;
+        let json = matches!(grammar, Grammar::JsonObject | Grammar::JsonSchema(_));
+        Ok(Compiled { parser, digits: json.then(|| Arc::clone(&factory.digits)) })
+    }
+}
+
+/// The grammar in the compiler's words, and the caller's paths of the schemas that it refers to.
+fn described(grammar: &Grammar) -> Result<(TopLevelGrammar, Vec<String>), String> {
+    let json = |text: &str| {
+        let json = Json::parse(text)
+            .map_err(|why| format!("the JSON schema is not JSON: {}", shortened(&why, MAX_QUOTED_CHARS)))?;
+        let rewritten = schema::rewrite(&json, JSON_SPACE)
+            .map_err(|refusal| format!("the JSON schema cannot be honoured: {refusal}"))?;
+        Ok((TopLevelGrammar::from_json_schema(rewritten.schema), rewritten.paths))
+    };
+    let refused = |why: String| {
+        format!("the {} cannot be compiled: {}", grammar.kind(), shortened(&why, MAX_QUOTED_CHARS))
+    };
+    match grammar {
+        Grammar::JsonObject => json(r#"{"type": "object"}"#),
+        Grammar::JsonSchema(text) => json(text),
+        Grammar::Regex(text) => {
+            let text = pattern::whole(text).map_err(refused)?;
+            Ok((TopLevelGrammar::from_regex(&text), Vec::new()))
+        }
+        Grammar::Lark(text) => {
+            let text = lark::rewrite(text).map_err(refused)?;
+            Ok((TopLevelGrammar::from_lark(text), Vec::new()))
+        }
+    }
+}
+
+fn factory(model: &Arc<Model>) -> Result<Factory, String> {
+    let began = std::time::Instant::now();
+    let vocabulary: TokEnv = Arc::new(Vocabulary::new(model)?);
+    let mut parsers = ParserFactory::new(
+        &vocabulary,
+        InferenceCapabilities::default(),
+        &SlicedBiasComputer::general_slices(),
+    )
+    .map_err(|error| plain(&format!("{error:#}")))?;
+    parsers.quiet();
+    *parsers.limits_mut() =
+        ParserLimits { max_lexer_states: MAX_LEXER_STATES, verbose_errors: false, ..ParserLimits::default() };
+    tracing::debug!(
+        tokens = model.tokenizer().len(),
+        ms = began.elapsed().as_millis(),
+        "the vocabulary is ready for structured output"
+    );
+    Ok(Factory { parsers, digits: Arc::new(DigitTokens::new(model)) })
+}
+
+/// A refusal of the compiler in the words of a caller.
+fn explained(kind: &str, message: &str, paths: &[String]) -> String {
+    if message.contains("panic: ") {
+        tracing::error!(kind, message, "the grammar compiler panicked on a request");
+        return failed(kind);
+    }
+    let mut message = plain(message);
+    if message.contains("coerce_one_of") {
+        "\"oneOf\": two of its schemas may hold for one value, which is not supported; use \"anyOf\", or give each a \
+         type, constant or range of its own"
+            .clone_into(&mut message);
+    }
+    for (index, path) in paths.iter().enumerate().rev() {
+        message = message.replace(&format!("#/$defs/r{index}"), path);
+    }
+    format!("the {kind} cannot be compiled: {}", shortened(&message, MAX_QUOTED_CHARS))
+}
+
+/// How many compilations run.
+#[derive(Debug, Default)]
+struct Permits {
+    running: Mutex<usize>,
+    freed: Condvar,
+}
+
+/// One running compilation.
+struct Permit(Arc<Permits>);
+
+impl Permits {
+    /// Waits at most `timeout` for fewer than [`MAX_COMPILATIONS`].
+    fn acquire(permits: &Arc<Self>, timeout: Duration) -> Option<Permit> {
+        let running = permits.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut running, _) = permits
+            .freed
+            .wait_timeout_while(running, timeout, |running| *running >= MAX_COMPILATIONS)
+            .unwrap_or_else(PoisonError::into_inner);
+        if *running >= MAX_COMPILATIONS {
+            return None;
+        }
+        *running += 1;
+        Some(Permit(Arc::clone(permits)))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        *self.0.running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.freed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permits_are_bounded_and_come_back() {
+        let permits = Arc::<Permits>::default();
+        let acquire = || Permits::acquire(&permits, Duration::ZERO);
+        let held: Vec<_> = (0..MAX_COMPILATIONS).map(|_| acquire().unwrap()).collect();
+        assert!(acquire().is_none());
+        drop(held);
+        assert!(acquire().is_some());
+    }
+
+    #[test]
+    fn words_of_the_compiler_become_those_of_a_caller() {
+        let paths = ["#/definitions/a".to_owned()];
+        let explain = |message: &str| explained("JSON schema", message, &paths);
+        assert!(explain("bad #/$defs/r0\n<non-verbose/>").ends_with(": bad #/definitions/a"));
+        assert!(explain("Enable 'coerce_one_of' option").contains("use \"anyOf\""));
+        let panicked = explain("panic: index out of bounds\n<backtrace>\n0: x\n</backtrace>");
+        assert!(!panicked.contains("panic") && panicked.ends_with("simplify it"), "{panicked}");
+        assert!(explain(&"x".repeat(100_000)).chars().count() < 300);
+    }
+}
