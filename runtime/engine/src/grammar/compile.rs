@@ -36,11 +36,11 @@ const MAX_QUOTED_CHARS: usize = 200;
 
 /// Compiles grammars for one model.
 pub(super) struct Compiler {
-    shared: Arc<Shared>,
-    permits: Arc<Permits>,
+    state: Arc<CompilerState>,
+    permits: Arc<CompilePermits>,
 }
 
-struct Shared {
+struct CompilerState {
     model: Arc<Model>,
     /// Built by the first compilation.
     factory: OnceLock<Result<Factory, String>>,
@@ -66,22 +66,22 @@ impl fmt::Debug for Compiled {
 
 impl Compiler {
     pub(super) fn new(model: Arc<Model>) -> Self {
-        Self { shared: Arc::new(Shared { model, factory: OnceLock::new() }), permits: Arc::default() }
+        Self { state: Arc::new(CompilerState { model, factory: OnceLock::new() }), permits: Arc::default() }
     }
 
     /// Takes milliseconds, and some hundred the first time.
     pub(super) fn compile(&self, grammar: &Grammar) -> Result<Compiled, SubmitError> {
         let invalid = |why: String| SubmitError::Invalid { field: "response_format", why };
-        let Some(permit) = Permits::acquire(&self.permits, MAX_COMPILE_TIME) else {
+        let Some(permit) = CompilePermits::acquire(&self.permits, MAX_COMPILE_TIME) else {
             let what = "the compiler for structured output of this model";
             return Err(SubmitError::Busy { what, retry_after: MAX_COMPILE_TIME });
         };
         let (sender, receiver) = sync_channel(1);
-        let (shared, text) = (Arc::clone(&self.shared), grammar.clone());
+        let (state, text) = (Arc::clone(&self.state), grammar.clone());
         let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK_BYTES);
         let spawned = thread.spawn(move || {
             let _permit = permit;
-            let compiled = catch_unwind(AssertUnwindSafe(|| shared.compile(&text)));
+            let compiled = catch_unwind(AssertUnwindSafe(|| state.compile(&text)));
             // Where the request has gone the result is dropped here.
             let _sent = sender.send(compiled.unwrap_or_else(|_| Err(failed(text.kind()))));
         });
@@ -104,7 +104,7 @@ fn failed(kind: &str) -> String {
     format!("the {kind} cannot be compiled: the compiler failed on it; simplify it")
 }
 
-impl Shared {
+impl CompilerState {
     fn compile(&self, grammar: &Grammar) -> Result<Compiled, String> {
         let kind = grammar.kind();
         let (top, paths) = described(grammar)?;
@@ -189,17 +189,17 @@ fn explained(kind: &str, message: &str, paths: &[String]) -> String {
 
 /// How many compilations run.
 #[derive(Debug, Default)]
-struct Permits {
+struct CompilePermits {
     running: Mutex<usize>,
     freed: Condvar,
 }
 
 /// One running compilation.
-struct Permit(Arc<Permits>);
+struct CompilePermit(Arc<CompilePermits>);
 
-impl Permits {
+impl CompilePermits {
     /// Waits at most `timeout` for fewer than [`MAX_COMPILATIONS`].
-    fn acquire(permits: &Arc<Self>, timeout: Duration) -> Option<Permit> {
+    fn acquire(permits: &Arc<Self>, timeout: Duration) -> Option<CompilePermit> {
         let running = permits.running.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut running, _) = permits
             .freed
@@ -209,11 +209,11 @@ impl Permits {
             return None;
         }
         *running += 1;
-        Some(Permit(Arc::clone(permits)))
+        Some(CompilePermit(Arc::clone(permits)))
     }
 }
 
-impl Drop for Permit {
+impl Drop for CompilePermit {
     fn drop(&mut self) {
         *self.0.running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
         self.0.freed.notify_one();
@@ -226,11 +226,11 @@ mod tests {
 
     #[test]
     fn permits_are_bounded_and_come_back() {
-        let permits = Arc::<Permits>::default();
-        let acquire = || Permits::acquire(&permits, Duration::ZERO);
-        let held: Vec<_> = (0..MAX_COMPILATIONS).map(|_| acquire().unwrap()).collect();
+        let permits = Arc::<CompilePermits>::default();
+        let acquire = || CompilePermits::acquire(&permits, Duration::ZERO);
+        let permits_in_use: Vec<_> = (0..MAX_COMPILATIONS).map(|_| acquire().unwrap()).collect();
         assert!(acquire().is_none());
-        drop(held);
+        drop(permits_in_use);
         assert!(acquire().is_some());
     }
 

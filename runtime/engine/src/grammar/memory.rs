@@ -39,6 +39,11 @@ impl Budget {
         self.limit
     }
 
+    #[cfg(test)]
+    pub(super) fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
     /// Counts `bytes`, or nothing where they exceed the limit.
     pub(super) fn charge(self: &Arc<Self>, bytes: u64) -> Option<Charge> {
         let mut charge = Charge { budget: Arc::clone(self), bytes: 0 };
@@ -89,7 +94,7 @@ mod tests {
         drop(second);
         assert!(first.resize(100));
         drop(first);
-        assert_eq!(budget.used.load(Ordering::Relaxed), 0);
+        assert_eq!(budget.used(), 0);
     }
 
     #[test]

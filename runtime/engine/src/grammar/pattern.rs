@@ -140,7 +140,7 @@ fn code(hex: &str) -> Result<char, String> {
     code.ok_or_else(|| "an escape names no character".to_owned())
 }
 
-/// `\uXXXX`, a pair of surrogates or `\u{...}`, from behind the `u`.
+/// `\uXXXX`, a pair of surrogates or `\u{...}`, after the `u`.
 fn unicode(chars: &mut Peekable<Chars<'_>>) -> Result<char, String> {
     if chars.next_if_eq(&'{').is_some() {
         let digits: String = chars.by_ref().take_while(|c| *c != '}').collect();
@@ -161,7 +161,7 @@ fn unicode(chars: &mut Peekable<Chars<'_>>) -> Result<char, String> {
         .ok_or_else(|| "an escape names no character".to_owned())
 }
 
-/// A class, from behind its `[`. Rust gives `[`, `&&`, `--` and `~~` a meaning inside of a class that
+/// A class, after its `[`. Rust gives `[`, `&&`, `--` and `~~` a meaning inside of a class that
 /// ECMA-262 lacks.
 fn class(chars: &mut Peekable<Chars<'_>>, out: &mut String) -> Result<(), String> {
     let negated = chars.next_if_eq(&'^').is_some();
@@ -212,7 +212,7 @@ fn class_escape(chars: &mut Peekable<Chars<'_>>) -> Result<Atom, String> {
     escape(chars)
 }
 
-/// A group, from behind its `(`.
+/// A group, after its `(`.
 fn group(chars: &mut Peekable<Chars<'_>>, out: &mut String) -> Result<(), String> {
     if chars.next_if_eq(&'?').is_none() {
         out.push_str("(?:");
@@ -243,7 +243,7 @@ fn group(chars: &mut Peekable<Chars<'_>>, out: &mut String) -> Result<(), String
     Ok(())
 }
 
-/// A count, from behind its `{`.
+/// A count, after its `{`.
 fn repetition(chars: &mut Peekable<Chars<'_>>, out: &mut String) -> Result<(), String> {
     let count: String = chars.by_ref().take_while(|c| *c != '}').collect();
     let (low, high) = count.split_once(',').unwrap_or((&count, "0"));

@@ -128,7 +128,7 @@ fn what_cannot_be_compiled_says_why_in_one_sentence() {
 #[test]
 fn numbers_that_overflow_the_compiler_end_no_process() {
     let grammars = grammars();
-    let places = [
+    let templates = [
         r#"{"const": N}"#,
         r#"{"enum": [0, [{"a": N}]]}"#,
         r#"{"type": "integer", "minimum": N, "maximum": N}"#,
@@ -158,9 +158,9 @@ fn numbers_that_overflow_the_compiler_end_no_process() {
         "-9.223372036854775808e18",
         "1e18446744073709551616",
     ];
-    for place in places {
+    for template in templates {
         for number in numbers {
-            let schema = place.replace('N', number);
+            let schema = template.replace('N', number);
             for grammar in [json(&schema), Grammar::Lark(format!("start: %json {schema}"))] {
                 if let Err(error) = grammars.start(&grammar) {
                     let error = error.to_string();
@@ -353,4 +353,25 @@ fn messages_lose_their_marks() {
     assert_eq!(plain("panic: x\n<backtrace>\n0: y\n</backtrace>"), "panic: x");
     assert_eq!(plain("fine"), "fine");
     assert_eq!(shortened("éàü", 2), "éà...");
+}
+
+#[test]
+fn a_running_request_of_an_ordinary_schema_takes_2_mib() {
+    let grammars = grammars();
+    let schema = json(
+        r#"{"type": "object", "required": ["name", "price", "tags"], "additionalProperties": false, "properties": {
+            "name": {"type": "string"}, "price": {"type": "number"},
+            "tags": {"type": "array", "items": {"enum": ["red", "green"]}}}}"#,
+    );
+    let mut constraint = grammars.start(&schema).unwrap();
+    let vocabulary = grammars.model.tokenizer().len();
+    for step in 0..200 {
+        let ids = allowed(&mut constraint, vocabulary);
+        if constraint.accept(ids[(step * 7919) % ids.len()]).unwrap() {
+            break;
+        }
+    }
+    let used = grammars.budget.used();
+    println!("{used} bytes");
+    assert!(used < 2 * 2 * 1024 * 1024, "{used} bytes with the cached grammar");
 }

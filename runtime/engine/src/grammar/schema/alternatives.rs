@@ -77,7 +77,7 @@ fn replace(schema: &mut Value, prover: &Prover<'_>) {
         let out = std::mem::take(members);
         for (keyword, value) in out {
             let keyword = if keyword == "oneOf" { "anyOf".to_owned() } else { keyword };
-            super::combine(members, &keyword, value);
+            super::values::combine(members, &keyword, value);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The formats of strings: which are exact by the compiler, which are written out here, which are refused.
 
-use super::{Refusal, expected};
+use super::Refusal;
+use super::values::expected;
 use crate::grammar::json::{Json, Members};
 use crate::grammar::shortened;
 use serde_json::Value;
