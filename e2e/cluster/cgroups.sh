@@ -15,7 +15,7 @@ make_cgroup() {
     # A v2 controller exists in a group only if every ancestor hands it down. "system" and "clients" are
     # leaves, as the rule "no processes in inner groups" wants it.
     for folder in /sys/fs/cgroup "/sys/fs/cgroup/$CGROUP" "/sys/fs/cgroup/$CGROUP/$node"; do
-      read -ra controllers <"$folder/cgroup.controllers"
+      read -ra controllers <"$folder/cgroup.controllers" || true
       for root in "${controllers[@]}"; do
         echo "+$root" >"$folder/cgroup.subtree_control" 2>/dev/null || true
       done

@@ -91,11 +91,11 @@ fn name(pod: &Pod) -> Result<&str> {
 
 /// The requests that a pod computes or has queued, by its own metrics.
 async fn in_flight(scenario: &Scenario, pod: &str) -> Result<usize> {
-    let page = scenario.cluster.pod_get(&scenario.namespace, pod, "/metrics").await?;
+    let scrape = scenario.cluster.pod_get(&scenario.namespace, pod, "/metrics").await?;
     let mut sum = 0.0;
     for metric in ["trustformers_requests_running", "trustformers_requests_waiting"] {
-        sum += metrics::sum(&page, metric)
-            .with_context(|| format!("pod {pod} has no metric {metric}:\n{page}"))?;
+        sum += metrics::sum(&scrape, metric)
+            .with_context(|| format!("pod {pod} has no metric {metric}:\n{scrape}"))?;
     }
     // Counts are small whole numbers.
     Ok(sum as usize)

@@ -79,7 +79,10 @@ impl<'a> Paths<'a> {
     fn has(&self, path: &str) -> bool {
         let path = path.trim_end_matches('/');
         self.all.contains(path)
-            || self.all.iter().any(|known| known.strip_suffix(path).is_some_and(|rest| rest.ends_with('/')))
+            || self
+                .all
+                .iter()
+                .any(|existing| existing.strip_suffix(path).is_some_and(|rest| rest.ends_with('/')))
     }
 
     /// True when `name` is a folder at the root.
@@ -130,7 +133,9 @@ fn repository_path<'a>(quoted: &'a str, paths: &Paths<'_>) -> Option<&'a str> {
         if line.starts_with(|c: char| c.is_ascii_digit()) { path } else { quoted }
     });
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
-    let placeholder = |part: &str| part.len() > 1 && part.chars().all(|c| c.is_ascii_uppercase() || c == '_');
+    let placeholder = |component: &str| {
+        component.len() > 1 && component.chars().all(|c| c.is_ascii_uppercase() || c == '_')
+    };
     if path.is_empty()
         || !path.chars().all(plain)
         || path.starts_with('/')

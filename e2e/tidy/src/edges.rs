@@ -64,7 +64,7 @@ pub const NAMED: &[(&str, &str)] =
     &[("runtime/pod", "trustformers-runtime"), ("operator/kubectl", "kubectl-trustformers")];
 
 /// External crates that a crate of this workspace must not use, with the reason.
-pub const KEPT_OUT: &[(&str, &[&str], &str)] = &[
+pub const FORBIDDEN: &[(&str, &[&str], &str)] = &[
     (
         "trustformers-gateway",
         &["kube", "k8s-openapi"],
@@ -115,13 +115,13 @@ pub fn imports(metadata: &Metadata) -> Vec<Import> {
 fn allowed(name: &str) -> Option<BTreeSet<&'static str>> {
     let arrows = |name: &str| ARROWS.iter().find(|(from, _)| *from == name).map(|(_, to)| *to);
     let mut open = arrows(name)?.to_vec();
-    let mut seen = BTreeSet::new();
+    let mut reached = BTreeSet::new();
     while let Some(next) = open.pop() {
-        if seen.insert(next) {
+        if reached.insert(next) {
             open.extend(arrows(next).unwrap_or_default());
         }
     }
-    Some(seen)
+    Some(reached)
 }
 
 /// Imports between members that are not drawn.
@@ -149,9 +149,9 @@ pub fn undrawn(members: &[String], imports: &[Import]) -> Vec<Finding> {
 ///
 /// The drawing names crates by their folders: `engine → model, plan   api → proto`, and leaves after
 /// `leaves`.
-pub fn drawn_otherwise(page: &File, members: &[String]) -> Vec<Finding> {
+pub fn drawn_otherwise(document: &File, members: &[String]) -> Vec<Finding> {
     let mut drawn: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    for (_, line) in page.lines() {
+    for (_, line) in document.lines() {
         if let Some(leaves) = line.strip_prefix("leaves ") {
             drawn.extend(leaves.split_whitespace().map(|leaf| (package(leaf), BTreeSet::new())));
         } else if line.contains('→') && !line.starts_with([' ', '-', '|', '`']) {
@@ -165,7 +165,7 @@ pub fn drawn_otherwise(page: &File, members: &[String]) -> Vec<Finding> {
         let wanted: BTreeSet<_> = targets.iter().filter(|to| exists(to)).map(|to| (*to).to_owned()).collect();
         if drawn.get(*name) != Some(&wanted) {
             let what = format!("{name} is drawn with {:?}, checked with {wanted:?}", drawn.get(*name));
-            findings.push(Finding::whole(&page.path, what));
+            findings.push(Finding::whole(&document.path, what));
         }
     }
     findings
@@ -190,10 +190,10 @@ fn package(folder: &str) -> String {
 }
 
 /// Outside crates where they are kept out on purpose; tests may use them.
-pub fn kept_out(imports: &[Import]) -> Vec<Finding> {
+pub fn forbidden_imports(imports: &[Import]) -> Vec<Finding> {
     let banned = |import: &Import| {
         let rule =
-            KEPT_OUT.iter().find(|(from, to, _)| *from == import.from && to.contains(&import.to.as_str()));
+            FORBIDDEN.iter().find(|(from, to, _)| *from == import.from && to.contains(&import.to.as_str()));
         let (_, _, reason) = rule.filter(|_| !import.tests_only)?;
         Some(Finding::whole(&import.from, format!("imports {}: {reason}", import.to)))
     };
@@ -268,25 +268,28 @@ mod tests {
     #[test]
     fn a_drawing_that_differs_is_found() {
         let some: Vec<String> = ["plan", "proto", "cpu", "model"].iter().map(|name| package(name)).collect();
-        let page = |text: &str| File::from_text("ARCHITECTURE.md", text);
-        let good = "leaves   plan   proto\ncpu    → plan      model → plan\n";
-        assert_eq!(drawn_otherwise(&page(good), &some), []);
+        let document = |text: &str| File::from_text("ARCHITECTURE.md", text);
+        let good = "leaves   plan   proto\ncpu    → plan      model → plan, proto\n";
+        assert_eq!(drawn_otherwise(&document(good), &some), []);
         for bad in [
             good.replace("proto", ""),
             good.replace("model →", "engine →"),
             good.replace("cpu    → plan", "cpu   → plan, proto"),
         ] {
-            assert_eq!(drawn_otherwise(&page(&bad), &some).len(), 1, "{bad}");
+            assert_eq!(drawn_otherwise(&document(&bad), &some).len(), 1, "{bad}");
         }
-        assert_eq!(drawn_otherwise(&page(""), &some).len(), some.len());
+        assert_eq!(drawn_otherwise(&document(""), &some).len(), some.len());
     }
 
     #[test]
-    fn crates_kept_out_are_found_except_in_tests() {
+    fn forbidden_imports_are_found_except_in_tests() {
         let bad = import("trustformers-gateway", "kube", false);
-        assert_eq!(kept_out(std::slice::from_ref(&bad)).len(), 1);
+        assert_eq!(forbidden_imports(std::slice::from_ref(&bad)).len(), 1);
         assert_eq!(
-            kept_out(&[Import { tests_only: true, ..bad }, import("trustformers-operator", "kube", false)]),
+            forbidden_imports(&[
+                Import { tests_only: true, ..bad },
+                import("trustformers-operator", "kube", false)
+            ]),
             []
         );
     }

@@ -17,8 +17,8 @@ pub fn unexplained_bounds(rust: &Rust<'_>, explained: &BTreeSet<String>) -> Vec<
     for (number, line) in rust.numbered().filter(|(number, _)| !rust.is_test(*number)) {
         let call = QUEUES.iter().find_map(|queue| {
             let end = rust::word_ends(&line.code, queue).next()?;
-            let after = line.code[end..].split_once('(')?;
-            (after.0.is_empty() || after.0.starts_with("::<")).then_some(after.1)
+            let rest = line.code[end..].split_once('(')?;
+            (rest.0.is_empty() || rest.0.starts_with("::<")).then_some(rest.1)
         });
         let Some(arguments) = call else { continue };
         if rust.comment_on(number).is_empty() && !names_any(arguments, explained) {

@@ -25,7 +25,7 @@ use std::fmt;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Finding {
     /// File relative to the repository's root, or the name of a package.
-    pub place: String,
+    pub location: String,
     /// Line, counted from 1; none where the whole file or package is meant.
     pub line: Option<usize>,
     /// What is wrong there.
@@ -34,21 +34,21 @@ pub struct Finding {
 
 impl Finding {
     /// A finding about a whole file or package.
-    pub fn whole(place: impl Into<String>, what: impl Into<String>) -> Self {
-        Self { place: place.into(), line: None, what: what.into() }
+    pub fn whole(location: impl Into<String>, what: impl Into<String>) -> Self {
+        Self { location: location.into(), line: None, what: what.into() }
     }
 
     /// A finding about one line, counted from 1.
-    pub fn at(place: impl Into<String>, line: usize, what: impl Into<String>) -> Self {
-        Self { place: place.into(), line: Some(line), what: what.into() }
+    pub fn at(location: impl Into<String>, line: usize, what: impl Into<String>) -> Self {
+        Self { location: location.into(), line: Some(line), what: what.into() }
     }
 }
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.line {
-            Some(line) => write!(f, "{}:{line}: {}", self.place, self.what),
-            None => write!(f, "{}: {}", self.place, self.what),
+            Some(line) => write!(f, "{}:{line}: {}", self.location, self.what),
+            None => write!(f, "{}: {}", self.location, self.what),
         }
     }
 }

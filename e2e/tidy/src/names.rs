@@ -230,9 +230,9 @@ pub fn banned_file_names(file: &File) -> Vec<Finding> {
         let mut entries = tables.iter().copied().flatten().filter(|entry| entry.applies_to(&file.path));
         entries.find(|entry| entry.is_in(name, &components)).map(|entry| entry.message(name))
     };
-    let parts = file.path.split('/').map(|part| part.split('.').next().unwrap_or(part));
-    let mut findings: Vec<Finding> = parts
-        .filter_map(|part| banned(part, &[BANNED]))
+    let stems = file.path.split('/').map(|name| name.split('.').next().unwrap_or(name));
+    let mut findings: Vec<Finding> = stems
+        .filter_map(|stem| banned(stem, &[BANNED]))
         .map(|what| Finding::whole(&file.path, what))
         .collect();
     if file.path.ends_with(".sh") {
@@ -263,15 +263,15 @@ pub fn types_of(rust: &Rust<'_>) -> Vec<TypeName> {
 
 /// Type names that one package defines more than once: a finding at each place after the first.
 pub fn shared_type_names(types: &[TypeName]) -> Vec<Finding> {
-    let mut places: BTreeMap<&str, BTreeSet<(&str, usize)>> = BTreeMap::new();
+    let mut locations: BTreeMap<&str, BTreeSet<(&str, usize)>> = BTreeMap::new();
     for defined in types {
-        places.entry(&defined.name).or_default().insert((&defined.path, defined.line));
+        locations.entry(&defined.name).or_default().insert((&defined.path, defined.line));
     }
     let mut findings = Vec::new();
-    for (name, places) in places {
-        let mut places = places.into_iter();
-        let Some((first, first_line)) = places.next() else { continue };
-        findings.extend(places.map(|(path, line)| {
+    for (name, locations) in locations {
+        let mut locations = locations.into_iter();
+        let Some((first, first_line)) = locations.next() else { continue };
+        findings.extend(locations.map(|(path, line)| {
             Finding::at(path, line, format!("`{name}` is also the name of a type at {first}:{first_line}"))
         }));
     }

@@ -99,17 +99,17 @@ fn path_attribute(attribute: &syn::Attribute) -> Option<String> {
 
 /// `folder/relative` with its `..` resolved.
 fn joined(folder: &str, relative: &str) -> String {
-    let mut parts: Vec<&str> = folder.split('/').collect();
-    for part in relative.split('/') {
-        match part {
+    let mut components: Vec<&str> = folder.split('/').collect();
+    for component in relative.split('/') {
+        match component {
             ".." => {
-                parts.pop();
+                components.pop();
             }
             "." => {}
-            _ => parts.push(part),
+            _ => components.push(component),
         }
     }
-    parts.join("/")
+    components.join("/")
 }
 
 /// Shell and Python scripts that no other file names: neither its file name anywhere, nor, for what is
@@ -162,8 +162,8 @@ mod tests {
         ];
         let sources: Vec<Rust<'_>> = files.iter().map(|file| Rust::parse(file).unwrap()).collect();
         let found = unreached_sources(&["a"], &sources.iter().collect::<Vec<_>>());
-        let places: Vec<&str> = found.iter().map(|finding| finding.place.as_str()).collect();
-        assert_eq!(places, ["a/src/dead.rs", "a/tests/support/dead.rs"]);
+        let locations: Vec<&str> = found.iter().map(|finding| finding.location.as_str()).collect();
+        assert_eq!(locations, ["a/src/dead.rs", "a/tests/support/dead.rs"]);
     }
 
     #[test]

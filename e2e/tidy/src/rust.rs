@@ -112,10 +112,10 @@ pub fn has_word(code: &str, word: &str) -> bool {
 
 /// Where in `code` each lone occurrence of the word ends.
 pub fn word_ends<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
-    let part = |c: char| c.is_alphanumeric() || c == '_';
+    let in_name = |c: char| c.is_alphanumeric() || c == '_';
     code.match_indices(word).filter_map(move |(start, _)| {
         let end = start + word.len();
-        let alone = !code[..start].ends_with(part) && !code[end..].starts_with(part);
+        let alone = !code[..start].ends_with(in_name) && !code[end..].starts_with(in_name);
         alone.then_some(end)
     })
 }

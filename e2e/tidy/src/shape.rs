@@ -89,10 +89,10 @@ impl<'ast> Visit<'ast> for TupleFinder<'_> {
 
 /// Files, folders and inline modules with a name that says nothing.
 pub fn empty_names(file: &File) -> Vec<Finding> {
-    let parts = file.path.split('/').map(|part| part.split('.').next().unwrap_or(part));
-    let mut findings: Vec<_> = parts
-        .filter(|part| EMPTY_NAMES.contains(part))
-        .map(|part| Finding::whole(&file.path, format!("`{part}` says nothing")))
+    let stems = file.path.split('/').map(|name| name.split('.').next().unwrap_or(name));
+    let mut findings: Vec<_> = stems
+        .filter(|stem| EMPTY_NAMES.contains(stem))
+        .map(|stem| Finding::whole(&file.path, format!("`{stem}` says nothing")))
         .collect();
     if file.is_rust() {
         for (number, line) in file.lines() {

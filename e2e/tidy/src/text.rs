@@ -53,9 +53,9 @@ pub fn machine_paths(file: &File) -> Vec<Finding> {
 fn names_folder(line: &str, folder: &str) -> bool {
     line.match_indices(folder).any(|(start, _)| {
         let before = line[..start].chars().next_back();
-        let after = line[start + folder.len()..].chars().next();
+        let next = line[start + folder.len()..].chars().next();
         let part_of_path = |c: char| c.is_alphanumeric() || "_-.})]*>".contains(c);
-        !before.is_some_and(part_of_path) && !after.is_some_and(|c| c.is_alphanumeric() || "_-.".contains(c))
+        !before.is_some_and(part_of_path) && !next.is_some_and(|c| c.is_alphanumeric() || "_-.".contains(c))
     })
 }
 

@@ -62,7 +62,7 @@ fn in_package(path: &str, folder: &str) -> bool {
 fn counts_by_folder(findings: &[Finding]) -> String {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for finding in findings {
-        let folder: Vec<&str> = finding.place.split('/').take(2).collect();
+        let folder: Vec<&str> = finding.location.split('/').take(2).collect();
         *counts.entry(folder.join("/")).or_default() += 1;
     }
     counts.iter().map(|(folder, count)| format!("  {count:5} {folder}\n")).collect()
@@ -97,10 +97,10 @@ fn crates_import_only_downward() {
 fn the_architecture_page_draws_what_is_checked() {
     let repository = Repository::read();
     let members: Vec<String> = repository.members().into_iter().map(|(_, name)| name).collect();
-    let page = repository.file("ARCHITECTURE.md");
+    let document = repository.file("ARCHITECTURE.md");
     expect_none(
         "Draw in ARCHITECTURE.md what e2e/tidy/src/edges.rs checks, and the other way round.",
-        edges::drawn_otherwise(page, &members),
+        edges::drawn_otherwise(document, &members),
     );
 }
 
@@ -109,7 +109,7 @@ fn crates_of_others_stay_where_they_belong() {
     let repository = Repository::read();
     expect_none(
         "Pass the value in instead; the table is in e2e/tidy/src/edges.rs.",
-        edges::kept_out(&edges::imports(&repository.metadata)),
+        edges::forbidden_imports(&edges::imports(&repository.metadata)),
     );
 }
 
