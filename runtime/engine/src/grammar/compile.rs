@@ -181,6 +181,7 @@ fn explained(kind: &str, message: &str, paths: &[String]) -> String {
          type, constant or range of its own"
             .clone_into(&mut message);
     }
+    message = message.replace("NoExtensionBias", "no token of the model can begin it");
     for (index, path) in paths.iter().enumerate().rev() {
         message = message.replace(&format!("#/$defs/r{index}"), path);
     }

@@ -7,7 +7,7 @@ use crate::grammar::shortened;
 use serde_json::Value;
 
 /// Formats of the compiler that take nothing which their standard forbids.
-const EXACT: &[&str] = &["duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"];
+const EXACT: &[&str] = &["duration", "email", "ipv4", "ipv6", "uri", "uuid"];
 
 /// Days that exist, also in leap years, of the years 0001 to 9999.
 const DATE: &str = concat!(
@@ -23,6 +23,11 @@ const TIME: &str = concat!(
     "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,9})?",
     "(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])",
 );
+
+/// One label of a host name, of 1 to 63 characters. Hyphens in the third and fourth position mark an encoded name,
+/// whose rules no expression has.
+const LABEL: &str = "[a-zA-Z0-9](?:[a-zA-Z0-9]|[a-zA-Z0-9-][a-zA-Z0-9](?:[a-zA-Z0-9-]{0,59}[a-zA-Z0-9])?|\
+                     [a-zA-Z0-9-]-[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,58}[a-zA-Z0-9])?)?";
 
 /// Longest host name and longest address of mail, in characters (RFC 1123, RFC 5321).
 const HOSTNAME_MAX_CHARS: u64 = 253;
@@ -43,12 +48,16 @@ pub(super) fn rewrite(schema: &Members, value: &Json) -> Result<Vec<(&'static st
         "date" => pattern(DATE.to_owned()),
         "time" => pattern(TIME.to_owned()),
         "date-time" => pattern(format!("{DATE}[tT]{TIME}")),
-        "hostname" => vec![("format", value_of(name)), ("allOf", limit(HOSTNAME_MAX_CHARS))],
+        "hostname" => {
+            let mut keywords = pattern(format!("{LABEL}(?:\\.{LABEL})*"));
+            keywords.push(("allOf", limit(HOSTNAME_MAX_CHARS)));
+            keywords
+        }
         "email" => vec![("format", value_of(name)), ("allOf", limit(EMAIL_MAX_CHARS))],
         name if EXACT.contains(&name) => vec![("format", value_of(name))],
         name => {
             let why = format!(
-                "there is no format {:?} here; give one of date, time, date-time, {}, or a pattern",
+                "there is no format {:?} here; give one of date, time, date-time, hostname, {}, or a pattern",
                 shortened(name, 40),
                 EXACT.join(", ")
             );

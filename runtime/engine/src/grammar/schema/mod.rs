@@ -167,7 +167,14 @@ impl<'a> Rewriter<'a> {
         match schema {
             Json::Bool(value) => Ok(Value::Bool(*value)),
             Json::Object(members) => {
-                let location = Location { base: base_of(schema, &location.base), ..location.clone() };
+                let base = base_of(schema, &location.base);
+                if base != location.base && members.contains("$ref") && !location.path.is_empty() {
+                    // Draft 7 ignores it there, later drafts resolve the reference by it.
+                    let why =
+                        "beside $ref it means different things in different drafts; leave it out".to_owned();
+                    return Err(Refusal::new("$id", why).at(&location.path));
+                }
+                let location = Location { base, ..location.clone() };
                 self.members(&location, members)
                     .map(Value::Object)
                     .map_err(|refusal| refusal.at(&location.path))
@@ -271,6 +278,8 @@ impl<'a> Rewriter<'a> {
         let refused = |why: String| Refusal::new(keyword, format!("{:?}: {why}", shortened(text, 60)));
         let pattern = pattern::search(text).map_err(refused)?;
         self.pattern_bytes += pattern.len();
+        let escapes = ["\\0", "\\c", "\\u00", "\\v", "\\x"];
+        self.control_characters |= has_control(text) || escapes.iter().any(|escape| text.contains(escape));
         if self.pattern_bytes > MAX_PATTERN_BYTES {
             return Err(refused("the patterns of the schema are too large together".to_owned()));
         }
