@@ -55,7 +55,7 @@ lint: ## format, lints of Rust, shell, Python, chart and manifests, licences, th
 	@e2e/tasks/lint.sh
 
 audit: ## known vulnerabilities in dependencies (fetches the advisory database)
-	@e2e/tasks/cargo-deny.sh check advisories
+	@e2e/tasks/tool.sh cargo-deny check advisories
 
 release: ## optimised programs in target/release
 	@cargo build --locked --release --workspace --bins

@@ -26,7 +26,7 @@ start_apiserver() {
 apiserver_ready() { kc --request-timeout=5s get --raw /readyz; }
 
 start_controllers() {
-  # The short autoscaler and node periods make stories quick: they are the only settings that differ from a
+  # The short autoscaler and node periods make scenarios quick: they are the only settings that differ from a
   # plain cluster.
   start_control kube-controller-manager "$BIN/kube-controller-manager" --leader-elect=false --use-service-account-credentials \
     --kubeconfig="$PKI/controller-manager.kubeconfig" --authentication-kubeconfig="$PKI/controller-manager.kubeconfig" \
