@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use futures::future::BoxFuture;
 use prometheus::Registry;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -115,7 +116,17 @@ impl Process {
     ///
     /// # Errors
     /// [`StartError`], before anything was loaded.
-    pub async fn start(
+    ///
+    /// The future is boxed, as that of [`run`]: it is compiled here, and not again in each program and test.
+    pub fn start(
+        settings: Settings,
+        registry: Registry,
+        open: device::OpenDevice,
+    ) -> BoxFuture<'static, Result<Self, StartError>> {
+        Box::pin(Self::listen_and_load(settings, registry, open))
+    }
+
+    async fn listen_and_load(
         settings: Settings,
         registry: Registry,
         open: device::OpenDevice,
@@ -239,7 +250,19 @@ impl EndSignals {
 ///
 /// # Errors
 /// [`StartError`] when serving could not begin.
-pub async fn run(settings: Settings, registry: Registry, open: device::OpenDevice) -> Result<(), StartError> {
+pub fn run(
+    settings: Settings,
+    registry: Registry,
+    open: device::OpenDevice,
+) -> BoxFuture<'static, Result<(), StartError>> {
+    Box::pin(run_until_signal(settings, registry, open))
+}
+
+async fn run_until_signal(
+    settings: Settings,
+    registry: Registry,
+    open: device::OpenDevice,
+) -> Result<(), StartError> {
     let mut signals = EndSignals::new()?;
     let process = Process::start(settings, registry, open).await?;
     let name = signals.received().await;
