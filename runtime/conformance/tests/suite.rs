@@ -114,19 +114,49 @@ fn the_oracle_passes() {
     check(&|| Ok(Box::new(Oracle::new()))).unwrap();
 }
 
+// One test for each fault: each runs the whole suite, and tests run side by side.
+
 #[test]
-fn each_fault_is_found_by_its_case() {
+fn an_inexact_answer_is_found() {
     assert!(faults(Flaw::Inexact).starts_with(&["decoder/exact", "encoder/exact"]));
+}
+
+#[test]
+fn an_answer_that_depends_on_the_batch_is_found() {
     // In the decoder's case the changed row belongs to another sequence and is not compared.
     assert!(faults(Flaw::BatchDependent).contains(&"encoder/batch_invariance"));
+}
+
+#[test]
+fn an_answer_that_depends_on_the_rows_is_found() {
     assert_eq!(faults(Flaw::Tiled), ["decoder/draft_tokens"]);
+}
+
+#[test]
+fn an_answer_that_is_no_number_is_found() {
     let not_a_number = faults(Flaw::NotANumber);
     for case in ["decoder/exact", "decoder/fast", "encoder/fast", "cache/poison"] {
         assert!(not_a_number.contains(&case), "{case} in {not_a_number:?}");
     }
+}
+
+#[test]
+fn a_wait_without_a_submit_is_found() {
     assert_eq!(faults(Flaw::Eager), ["order/steps"]);
+}
+
+#[test]
+fn a_report_of_no_memory_is_found() {
     assert_eq!(faults(Flaw::Forgetful), ["order/memory"]);
+}
+
+#[test]
+fn an_estimate_that_is_too_small_is_found() {
     assert_eq!(faults(Flaw::Underestimating), ["order/memory"]);
+}
+
+#[test]
+fn a_backend_without_types_is_found() {
     assert_eq!(faults(Flaw::Typeless), ["types"]);
 }
 
