@@ -31,11 +31,11 @@ impl Caller {
 #[derive(Debug)]
 pub struct FairBudget {
     total: usize,
-    state: Mutex<Usage>,
+    state: Mutex<BudgetState>,
 }
 
 #[derive(Debug, Default)]
-struct Usage {
+struct BudgetState {
     used: usize,
     /// At most one entry for each unit in use.
     by_caller: HashMap<Caller, usize>,

@@ -1,4 +1,4 @@
-//! Every way a request can fail, and the one place that says how it looks over HTTP and over gRPC.
+//! Every way a request can fail, with its form over HTTP and over gRPC.
 //!
 //! | kind | HTTP | gRPC | may another server do better? |
 //! |---|---|---|---|

@@ -48,7 +48,7 @@ impl Verdict {
     }
 }
 
-/// What a server says about itself. Each answer is at once and takes no part in serving requests.
+/// The health of a server. Each answer comes at once and does not pass through a queue of requests.
 pub trait Health: Send + Sync + 'static {
     /// Whether the process can still make progress; when not, a restart is the cure.
     fn liveness(&self) -> Verdict;
@@ -99,7 +99,7 @@ impl<H: Health + ?Sized> GrpcHealth<H> {
     }
 }
 
-/// A stream of health states, in a type of its own since the generated trait asks for one.
+/// A stream of health states. The generated trait needs a named type.
 pub struct HealthStream(BoxStream<'static, Result<pb::HealthCheckResponse, Status>>);
 
 impl Stream for HealthStream {

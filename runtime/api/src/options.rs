@@ -30,7 +30,7 @@ pub(crate) const OPTION_FIELDS: &[&str] = &[
     "response_format",
 ];
 
-/// What a request says about sampling and about its end; what it leaves out changes nothing.
+/// The options of a request about sampling and about its end. Each field that is left out has no effect.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Options {
     /// Samples from this many best tokens only; 0: from all.

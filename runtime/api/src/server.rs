@@ -266,7 +266,7 @@ impl Requests {
         if !unsent.try_grow(length.unwrap_or(0).saturating_sub(SEND_BUFFER_BYTES)) {
             return Ok(refused(&too_many_answers(), grpc));
         }
-        Ok(response.map(|inner| Body::new(AnswerBody { inner, waiting: Bytes::new(), _unsent: unsent })))
+        Ok(response.map(|inner| Body::new(MeteredAnswer { inner, waiting: Bytes::new(), _unsent: unsent })))
     }
 }
 
@@ -286,14 +286,14 @@ fn too_many_answers() -> ApiError {
 }
 
 /// An answer that counts against the budget of unsent bytes until its last byte is handed to the connection.
-struct AnswerBody {
+struct MeteredAnswer {
     inner: Body,
     /// The rest of a frame that is handed over in pieces.
     waiting: Bytes,
     _unsent: Share,
 }
 
-impl HttpBody for AnswerBody {
+impl HttpBody for MeteredAnswer {
     type Data = Bytes;
     type Error = axum::Error;
 

@@ -292,7 +292,7 @@ fn translate(
     }
 }
 
-/// A refusal that says when to come again.
+/// A refusal with the time of the next attempt.
 pub(crate) fn overloaded(message: String, retry_after: Duration) -> ApiError {
     ApiError::Overloaded { message, retry_after_s: u32::try_from(retry_after.as_secs()).unwrap_or(u32::MAX) }
 }

@@ -93,7 +93,7 @@ impl ModelStatuses {
         });
     }
 
-    /// Loading has come so far. Counted as one state, whatever the figures.
+    /// The progress of loading. It does not change the state.
     pub fn progress(&self, index: usize, loaded_bytes: u64, total_bytes: u64) {
         self.publish(index, |model| {
             model.loaded_bytes = loaded_bytes;

@@ -18,15 +18,15 @@ use crate::config::{Config, ConfigError, ModelConfig, NOT_YET, ServerConfig, wro
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "keys and values")]
 pub(crate) struct ConfigFile {
-    server: Option<Server>,
-    batching: Option<Batching>,
-    models: Option<Vec<Model>>,
-    monitoring: Option<Monitoring>,
+    server: Option<ServerSection>,
+    batching: Option<BatchingSection>,
+    models: Option<Vec<ModelSection>>,
+    monitoring: Option<MonitoringSection>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct Server {
+struct ServerSection {
     host: Option<String>,
     port: Option<u16>,
     grpc_port: Option<u16>,
@@ -34,7 +34,7 @@ struct Server {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct Batching {
+struct BatchingSection {
     max_batch_size: Option<usize>,
     strategy: Option<String>,
     max_wait_time_ms: Option<u32>,
@@ -43,40 +43,40 @@ struct Batching {
 
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct Model {
+struct ModelSection {
     name: Option<String>,
     path: Option<String>,
     device: Option<String>,
     max_batch_size: Option<usize>,
-    speculation: Option<Speculation>,
+    speculation: Option<SpeculationSection>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct Speculation {
-    ngram: Option<Ngram>,
-    draft: Option<Draft>,
+struct SpeculationSection {
+    ngram: Option<NgramSection>,
+    draft: Option<DraftSection>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct Ngram {}
+struct NgramSection {}
 
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct Draft {
+struct DraftSection {
     path: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct Monitoring {
-    prometheus: Option<Prometheus>,
+struct MonitoringSection {
+    prometheus: Option<PrometheusSection>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct Prometheus {
+struct PrometheusSection {
     enabled: Option<bool>,
     port: Option<u16>,
 }
@@ -86,13 +86,13 @@ fn known_keys(section: &str) -> &'static [&'static str] {
     let kind = section.split_once(']').map_or(section, |(_, rest)| rest.trim_start_matches('.'));
     match (section.starts_with("models["), kind) {
         (false, "") => keys_of::<ConfigFile>(),
-        (false, "server") => keys_of::<Server>(),
-        (false, "batching") => keys_of::<Batching>(),
-        (false, "monitoring") => keys_of::<Monitoring>(),
-        (false, "monitoring.prometheus") => keys_of::<Prometheus>(),
-        (true, "") => keys_of::<Model>(),
-        (true, "speculation") => keys_of::<Speculation>(),
-        (true, "speculation.draft") => keys_of::<Draft>(),
+        (false, "server") => keys_of::<ServerSection>(),
+        (false, "batching") => keys_of::<BatchingSection>(),
+        (false, "monitoring") => keys_of::<MonitoringSection>(),
+        (false, "monitoring.prometheus") => keys_of::<PrometheusSection>(),
+        (true, "") => keys_of::<ModelSection>(),
+        (true, "speculation") => keys_of::<SpeculationSection>(),
+        (true, "speculation.draft") => keys_of::<DraftSection>(),
         _ => &[],
     }
 }
@@ -148,7 +148,7 @@ impl ConfigFile {
     }
 }
 
-fn server(section: Server) -> Result<ServerConfig, ConfigError> {
+fn server(section: ServerSection) -> Result<ServerConfig, ConfigError> {
     let default = ServerConfig::default();
     let host = match section.host {
         None => default.host,
@@ -163,7 +163,7 @@ fn server(section: Server) -> Result<ServerConfig, ConfigError> {
     Ok(ServerConfig { host, port, grpc_port: section.grpc_port.unwrap_or(default.grpc_port) })
 }
 
-fn text_batching(section: Batching) -> Result<TextBatching, ConfigError> {
+fn text_batching(section: BatchingSection) -> Result<TextBatching, ConfigError> {
     let mut texts = TextBatching::default();
     if let Some(strategy) = section.strategy {
         texts.strategy = strategy.parse().map_err(|error| wrong("batching.strategy", error))?;
@@ -184,7 +184,7 @@ fn batch_size(section: &str, size: Option<usize>) -> Result<Option<usize>, Confi
     }
 }
 
-fn model(index: usize, section: Model) -> Result<ModelConfig, ConfigError> {
+fn model(index: usize, section: ModelSection) -> Result<ModelConfig, ConfigError> {
     let place = format!("models[{index}]");
     let at = |key: &str| format!("{place}.{key}");
     let missing = |key: &str, what: &str| wrong(&at(key), format!("is missing: give {what}"));
@@ -203,10 +203,10 @@ fn model(index: usize, section: Model) -> Result<ModelConfig, ConfigError> {
     Ok(ModelConfig { name, path, device, max_batch_size, speculation })
 }
 
-fn speculation(path: &str, section: Speculation) -> Result<SpeculationSpec, ConfigError> {
+fn speculation(path: &str, section: SpeculationSection) -> Result<SpeculationSpec, ConfigError> {
     match (section.ngram, section.draft) {
-        (Some(Ngram {}), None) => Ok(SpeculationSpec::Ngram),
-        (None, Some(Draft { path: draft })) => {
+        (Some(NgramSection {}), None) => Ok(SpeculationSpec::Ngram),
+        (None, Some(DraftSection { path: draft })) => {
             let at = format!("{path}.draft.path");
             let text =
                 draft.ok_or_else(|| wrong(&at, "is missing: give a .gguf file, or a folder with one"))?;

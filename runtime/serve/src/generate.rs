@@ -32,7 +32,7 @@ pub(crate) enum GenerateFailure {
     /// `--draft` names nothing that can be read.
     #[error("--draft: {0}")]
     Draft(StoreError),
-    /// What a flag says is wrong; the text begins with the flag.
+    /// The value of a flag is wrong. The text begins with the flag.
     #[error("{0}")]
     Flag(String),
     /// A file that a flag names cannot be used.

@@ -65,18 +65,18 @@ mod tests {
     use super::*;
 
     #[derive(Debug, thiserror::Error)]
-    enum Failed {
+    enum TestFailure {
         #[error(transparent)]
         Output(#[from] OutputError),
         #[error(transparent)]
         OneShot(#[from] OneShotError),
     }
 
-    fn outcome(kind: Option<io::ErrorKind>) -> Result<ExitCode, Failed> {
+    fn outcome(kind: Option<io::ErrorKind>) -> Result<ExitCode, TestFailure> {
         let work = async { kind.map_or(Ok(()), |kind| Err(OutputError(kind.into()).into())) };
         run(work, |failed| match failed {
-            Failed::Output(error) => Some(error),
-            Failed::OneShot(_) => None,
+            TestFailure::Output(error) => Some(error),
+            TestFailure::OneShot(_) => None,
         })
     }
 

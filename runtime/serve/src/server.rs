@@ -66,7 +66,7 @@ pub struct Running {
 }
 
 impl TrustformersServer {
-    /// A server of what the configuration says.
+    /// A server of the configured models.
     pub fn new(config: Config) -> Self {
         Self { config, threads: None }
     }

@@ -64,7 +64,7 @@ pub enum StoreError {
         /// What the folder holds, cut after the first few.
         holds: Vec<String>,
     },
-    /// The folder has several model files and nothing says which.
+    /// The folder has several model files and no pattern picks one.
     #[error("{} holds several .gguf files; pick one with \"files\" or by its path: {}", folder.display(), list(found))]
     SeveralModelFiles {
         /// The folder.

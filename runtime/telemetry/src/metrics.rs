@@ -1,6 +1,6 @@
 //! The `/metrics` page: a Prometheus registry as text.
 //!
-//! The registry is handed from `main` to whatever counts; nothing registers itself globally, so a test can
+//! `main` passes the registry to every part that counts; nothing registers itself globally, so a test can
 //! hold two servers in one process and read each one's figures.
 
 use axum::Router;

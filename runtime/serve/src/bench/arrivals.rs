@@ -1,4 +1,4 @@
-//! When the requests of an open loop are due, whatever becomes of those before them.
+//! The times at which an open loop sends its requests, independent of the answers to earlier ones.
 //!
 //! Callers do not wait for each other. A load that asks only after an answer came slows down with the server
 //! and hides its worst moments; one with fixed times does not.

@@ -25,13 +25,13 @@ const MAX_BODY_BYTES: usize = 32 << 20;
 /// How a request failed, as a word for tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Failed {
-    /// It was due while too many others were under way, and was not sent.
+    /// Its time came while too many others were in flight, and it was not sent.
     NotSent,
     /// No connection, or it broke before there was a head.
     Connection,
     /// It took longer than `--timeout-s`.
     Timeout,
-    /// Status 429: the server is full and says so.
+    /// Status 429: the server is full.
     Overloaded,
     /// Another status of 400 to 499.
     Refused,

@@ -18,7 +18,7 @@ use super::{BenchFailure, print, prompts};
 /// Requests of one run: a record of each is kept, and a million take about 150 MB.
 const MAX_REQUESTS: usize = 1_000_000;
 
-/// Requests for each client of a closed loop, where nothing else is said.
+/// The default number of requests for each client of a closed loop.
 const REQUESTS_PER_CLIENT: usize = 5;
 
 /// Where the texts come from.

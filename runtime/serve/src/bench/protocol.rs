@@ -1,4 +1,4 @@
-//! What is asked and how an answer is read, for each protocol that servers of models speak.
+//! Requests and answers of each protocol that servers of models speak.
 
 use serde_json::{Map, Value, json};
 
@@ -28,7 +28,7 @@ pub(super) struct BenchRequest<'a> {
     pub(super) extra: &'a Map<String, Value>,
 }
 
-/// What one event of a stream says.
+/// The content of one event of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Piece {
     /// It carries a token.

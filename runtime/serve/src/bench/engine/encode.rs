@@ -14,12 +14,12 @@ const AT_LEAST_S: f64 = 1.0;
 
 /// Texts that are embedded in one request, and the tokens of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Texts {
+pub(super) struct EncodeMeasurement {
     pub(super) texts: usize,
     pub(super) tokens: usize,
 }
 
-impl Texts {
+impl EncodeMeasurement {
     /// For people.
     pub(super) fn label(self) -> String {
         format!("embed {} x {}", self.texts, self.tokens)
@@ -35,7 +35,11 @@ impl Texts {
 
 /// Texts per second of one caller that waits for each answer. `fresh` numbers texts, so that none comes
 /// twice.
-pub(super) async fn measure(encoder: &Encoder, what: Texts, fresh: &mut usize) -> Result<f64, BenchFailure> {
+pub(super) async fn measure(
+    encoder: &Encoder,
+    what: EncodeMeasurement,
+    fresh: &mut usize,
+) -> Result<f64, BenchFailure> {
     let vocabulary = encoder.model().facts().vocabulary;
     let (began, mut requests) = (Instant::now(), 0);
     while began.elapsed().as_secs_f64() < AT_LEAST_S {

@@ -12,15 +12,15 @@ use crate::bench::{BenchFailure, prompts};
 
 /// One measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum What {
+pub(super) enum GenerateMeasurement {
     /// Reading a prompt of so many tokens, until the first token of the answer.
     Prefill { prompt_tokens: usize },
     /// Producing tokens, `sequences` at once, each with `prompt_tokens` before.
     Decode { sequences: usize, prompt_tokens: usize },
 }
 
-impl What {
-    /// What the flags ask for.
+impl GenerateMeasurement {
+    /// The measurements that the flags ask for.
     pub(super) fn of(flags: &EngineFlags) -> Vec<Self> {
         let prefill = flags.prefill.iter().filter(|tokens| **tokens > 0);
         let depth = flags.depth.iter().map(|depth| Self::Decode { sequences: 1, prompt_tokens: *depth });
@@ -88,7 +88,7 @@ impl What {
 /// One measurement, in tokens per second. `fresh` numbers prompts, so that none comes twice.
 pub(super) async fn measure(
     engine: &Engine,
-    what: What,
+    what: GenerateMeasurement,
     tokens: usize,
     fresh: &mut usize,
 ) -> Result<f64, BenchFailure> {
@@ -107,14 +107,14 @@ pub(super) async fn measure(
         }
     }
     Ok(match what {
-        What::Prefill { prompt_tokens } => {
+        GenerateMeasurement::Prefill { prompt_tokens } => {
             prompt_tokens as f64 / times[0].first().copied().unwrap_or(f64::NAN)
         }
-        What::Decode { .. } => steady_rate(&times).unwrap_or(f64::NAN),
+        GenerateMeasurement::Decode { .. } => steady_rate(&times).unwrap_or(f64::NAN),
     })
 }
 
-fn params(engine: &Engine, what: What, tokens: usize, fresh: usize) -> GenerateParams {
+fn params(engine: &Engine, what: GenerateMeasurement, tokens: usize, fresh: usize) -> GenerateParams {
     let model = engine.model();
     let mut params = GenerateParams::greedy(String::new(), what.max_tokens(tokens));
     params.prompt = Prompt::Tokens(prompts::ids(fresh, what.prompt_tokens(), model.facts().vocabulary));

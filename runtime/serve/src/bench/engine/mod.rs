@@ -17,16 +17,16 @@ use super::flags::EngineFlags;
 use super::percentiles::{Percentiles, rounded};
 use super::{BenchFailure, print};
 use crate::loading;
-use encode::Texts;
-use generate::What;
+use encode::EncodeMeasurement;
+use generate::GenerateMeasurement;
 
 /// What is measured.
 #[derive(Debug)]
 enum Measures {
     /// Of a model that generates, with the tokens of each measurement of decoding.
-    Generate(Vec<What>, usize),
+    Generate(Vec<GenerateMeasurement>, usize),
     /// Of a model that embeds.
-    Embed(Vec<Texts>),
+    Embed(Vec<EncodeMeasurement>),
 }
 
 /// What is measured, how often, and with which settings.
@@ -37,7 +37,7 @@ struct BenchPlan {
     repeat: usize,
 }
 
-/// What one measurement came to.
+/// The result of one measurement.
 #[derive(Debug)]
 struct Measured {
     label: String,
@@ -97,7 +97,7 @@ pub(super) async fn run(flags: EngineFlags) -> Result<(), BenchFailure> {
     print(&text)
 }
 
-/// What to do when the model is made for the other task.
+/// The error when the model is made for the other task.
 fn other_task(failure: Failure, measures: &Measures) -> BenchFailure {
     match measures {
         _ if failure.reason != "TaskMismatch" => failure.into(),
@@ -126,7 +126,7 @@ fn plan(flags: &EngineFlags) -> Result<BenchPlan, BenchFailure> {
 }
 
 fn generation(flags: &EngineFlags, spec: &mut ModelSpec) -> Result<Measures, BenchFailure> {
-    let measures = What::of(flags);
+    let measures = GenerateMeasurement::of(flags);
     if measures.is_empty() {
         return Err(BenchFailure::flag(
             "prefill",
@@ -147,7 +147,7 @@ fn generation(flags: &EngineFlags, spec: &mut ModelSpec) -> Result<Measures, Ben
     }
     spec.set_max_batch_size(together);
     // Room for all of them at full length: a sequence that waits for memory would be measured as a slow one.
-    // What would not be used is not taken.
+    // Flags that would have no effect are refused.
     spec.engine.kv_memory_bytes = Some(u64::MAX);
     Ok(Measures::Generate(measures, flags.tokens))
 }
@@ -161,7 +161,8 @@ fn embedding(flags: &EngineFlags, spec: &mut ModelSpec) -> Result<Measures, Benc
         return Err(BenchFailure::flag("text-tokens", "is at least 1"));
     }
     spec.set_max_batch_size(most);
-    let texts = flags.texts.iter().map(|texts| Texts { texts: *texts, tokens: flags.text_tokens });
+    let texts =
+        flags.texts.iter().map(|texts| EncodeMeasurement { texts: *texts, tokens: flags.text_tokens });
     Ok(Measures::Embed(texts.collect()))
 }
 
