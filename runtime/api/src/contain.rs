@@ -20,6 +20,7 @@ impl BlockingWork {
     /// At most `jobs` jobs at a time.
     #[must_use]
     pub fn new(jobs: usize) -> Self {
+        // One permit for each job that may run.
         Self { permits: Arc::new(Semaphore::new(jobs)) }
     }
 

@@ -1,4 +1,4 @@
-//! `GET /v1/models`.
+//! `GET /v1/models`: the models and their states.
 
 use axum::Json;
 use axum::extract::State;

@@ -76,6 +76,7 @@ impl Compiler {
             let what = "the compiler for structured output of this model";
             return Err(SubmitError::Busy { what, retry_after: MAX_COMPILE_TIME });
         };
+        // One job sends one result.
         let (sender, receiver) = sync_channel(1);
         let (state, text) = (Arc::clone(&self.state), grammar.clone());
         let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK_BYTES);
