@@ -19,13 +19,13 @@ use trustformers_plan::oracle::Oracle;
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// A schema, and whether a value satisfies it.
-struct Case {
+struct SchemaCase {
     schema: &'static str,
     holds: fn(&Value) -> bool,
 }
 
-const CASES: &[Case] = &[
-    Case {
+const CASES: &[SchemaCase] = &[
+    SchemaCase {
         schema: r#"{"type": "object", "additionalProperties": false, "required": ["name", "age", "tags"],
             "properties": {
                 "name": {"type": "string", "minLength": 1, "maxLength": 12},
@@ -42,7 +42,7 @@ const CASES: &[Case] = &[
                 && tags.iter().all(|tag| ["red", "green", "blue"].contains(&tag.as_str().unwrap()))
         },
     },
-    Case {
+    SchemaCase {
         schema: r##"{"$defs": {"point": {"type": "array", "prefixItems": [{"type": "boolean"}, {"type": "null"}],
             "minItems": 2, "items": false}}, "type": "array", "minItems": 1, "maxItems": 2,
             "items": {"$ref": "#/$defs/point"}}"##,
@@ -53,7 +53,7 @@ const CASES: &[Case] = &[
                 && points.iter().all(|point| point.as_array().unwrap().len() == 2 && is_point(point))
         },
     },
-    Case {
+    SchemaCase {
         schema: r#"{"anyOf": [{"const": {"kind": "none"}}, {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
             {"type": "integer", "multipleOf": 5, "minimum": 5, "maximum": 95}]}"#,
         holds: |value| match value {
@@ -98,14 +98,14 @@ fn real() -> Option<Engine> {
 }
 
 #[derive(Debug, PartialEq)]
-struct Answer {
+struct Collected {
     ids: Vec<u32>,
     text: String,
     reason: FinishReason,
     stop: Option<StopCause>,
 }
 
-async fn answer(engine: &Engine, params: &GenerateParams) -> Answer {
+async fn answer(engine: &Engine, params: &GenerateParams) -> Collected {
     let mut generation = engine.submit(params).unwrap();
     let (mut ids, mut all) = (Vec::new(), String::new());
     while let Some(event) = generation.next().await {
@@ -114,14 +114,16 @@ async fn answer(engine: &Engine, params: &GenerateParams) -> Answer {
                 ids.push(id);
                 all.push_str(&text);
             }
-            GenerationEvent::Finished { reason, stop, .. } => return Answer { ids, text: all, reason, stop },
+            GenerationEvent::Finished { reason, stop, .. } => {
+                return Collected { ids, text: all, reason, stop };
+            }
         }
     }
     panic!("a stream ended without its last event");
 }
 
 /// Requests for each case, greedy and sampled with several settings.
-fn requests(prompt: &str, max_tokens: usize) -> Vec<(&'static Case, GenerateParams)> {
+fn requests(prompt: &str, max_tokens: usize) -> Vec<(&'static SchemaCase, GenerateParams)> {
     let mut all = Vec::new();
     for case in CASES {
         let base = GenerateParams {
@@ -138,7 +140,7 @@ fn requests(prompt: &str, max_tokens: usize) -> Vec<(&'static Case, GeneratePara
     all
 }
 
-async fn all_hold(engine: &Engine, prompt: &str, max_tokens: usize) {
+async fn all_satisfy(engine: &Engine, prompt: &str, max_tokens: usize) {
     let requests = requests(prompt, max_tokens);
     let answers = futures::future::join_all(requests.iter().map(|(_, params)| answer(engine, params))).await;
     for ((case, params), answer) in requests.iter().zip(&answers) {
@@ -152,14 +154,14 @@ async fn all_hold(engine: &Engine, prompt: &str, max_tokens: usize) {
 
 #[tokio::test]
 async fn random_weights_answer_within_every_schema() {
-    all_hold(&seeded(), "hello", 240).await;
+    all_satisfy(&seeded(), "hello", 240).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_model_answers_within_every_schema() {
     let Some(engine) = real() else { return };
     let prompt = "<|im_start|>user\nDescribe Anna in JSON.<|im_end|>\n<|im_start|>assistant\n";
-    all_hold(&engine, prompt, 240).await;
+    all_satisfy(&engine, prompt, 240).await;
 }
 
 #[tokio::test]

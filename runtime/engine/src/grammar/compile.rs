@@ -20,8 +20,8 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use trustformers_model::Model;
 
-/// States that the lexer of one running request may have, at 1 to 2 KiB each: at most 100 MiB, all of them counted
-/// in the budget. Ordinary schemas need hundreds, patterns with long counts some thousands.
+/// States that the lexer of one running request may have, at 1 to 2 KiB each: at most 100 MiB, all of them
+/// counted in the budget. Ordinary schemas need hundreds, patterns with long counts some thousands.
 pub(super) const MAX_LEXER_STATES: usize = 50_000;
 
 /// Stack of the thread that compiles: a grammar nests as deep as its text allows, and running out of stack

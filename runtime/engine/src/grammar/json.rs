@@ -127,7 +127,8 @@ impl<'a> Reader<'a> {
         Ok(Members(members))
     }
 
-    /// Goes to the next byte that is no white space; a closing one stands for the end, so that every loop ends.
+    /// Goes to the next byte that is no white space; a closing one stands for the end, so that every loop
+    /// ends.
     fn next_byte(&mut self) -> u8 {
         let bytes = self.text.as_bytes();
         while bytes.get(self.at).is_some_and(u8::is_ascii_whitespace) {

@@ -25,12 +25,12 @@ pub const fn max_grammar_bytes(grammar_memory_bytes: u64, vocabulary_tokens: u64
 
 /// Bytes that are in use, and how many may be.
 #[derive(Debug)]
-pub(super) struct Budget {
+pub(super) struct MemoryBudget {
     limit: u64,
     used: AtomicU64,
 }
 
-impl Budget {
+impl MemoryBudget {
     pub(super) fn new(limit: u64) -> Arc<Self> {
         Arc::new(Self { limit, used: AtomicU64::new(0) })
     }
@@ -54,7 +54,7 @@ impl Budget {
 /// Bytes that are counted until this is dropped.
 #[derive(Debug)]
 pub(super) struct Charge {
-    budget: Arc<Budget>,
+    budget: Arc<MemoryBudget>,
     bytes: u64,
 }
 
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn bytes_are_counted_while_their_charge_lives() {
-        let budget = Budget::new(100);
+        let budget = MemoryBudget::new(100);
         let mut first = budget.charge(60).unwrap();
         assert!(budget.charge(41).is_none());
         let second = budget.charge(40).unwrap();

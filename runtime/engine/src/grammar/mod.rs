@@ -25,14 +25,14 @@ pub use memory::max_grammar_bytes;
 
 use crate::request::{Grammar, SubmitError};
 use compile::{Compiled, Compiler};
-use memory::{Budget, Charge};
+use memory::{Charge, MemoryBudget};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use trustformers_model::Model;
 
-/// Memory for compiled grammars and for those of running requests where none is configured. An ordinary schema
-/// takes less than 2 MiB in a running request, so 512 MiB hold a batch of 200 of them and the cache.
+/// Memory for compiled grammars and for those of running requests where none is configured. An ordinary
+/// schema takes less than 2 MiB in a running request, so 512 MiB hold a batch of 200 of them and the cache.
 pub const DEFAULT_GRAMMAR_MEMORY_BYTES: u64 = 512 * 1024 * 1024;
 
 /// Compiled grammars that are cached. They are dropped earlier where running requests need the memory.
@@ -46,7 +46,7 @@ const JSON_SPACE: &str = " ";
 pub(crate) struct Grammars {
     model: Arc<Model>,
     compiler: Compiler,
-    budget: Arc<Budget>,
+    budget: Arc<MemoryBudget>,
     /// Most recently used last.
     cached: Mutex<Vec<Cached>>,
 }
@@ -66,7 +66,7 @@ impl fmt::Debug for Grammars {
 impl Grammars {
     pub(crate) fn new(model: Arc<Model>, memory_bytes: u64) -> Self {
         let compiler = Compiler::new(Arc::clone(&model));
-        Self { model, compiler, budget: Budget::new(memory_bytes), cached: Mutex::default() }
+        Self { model, compiler, budget: MemoryBudget::new(memory_bytes), cached: Mutex::default() }
     }
 
     /// The beginning of what `grammar` describes. Takes milliseconds where it has to be compiled, and some

@@ -209,9 +209,9 @@ fn deep_and_large_formats_are_refused_or_compiled_but_end_nothing() {
 }
 
 /// A schema, answers that it describes, and answers that it does not.
-type Case = (&'static str, &'static [&'static str], &'static [&'static str]);
+type SchemaAnswers = (&'static str, &'static [&'static str], &'static [&'static str]);
 
-const SCHEMAS: &[Case] = &[
+const SCHEMAS: &[SchemaAnswers] = &[
     (
         r#"{"const": 9223372036854775807}"#,
         &["9223372036854775807"],
@@ -341,7 +341,7 @@ fn grammars_beyond_the_memory_are_refused_and_drop_the_cache_first() {
     let all = grammars();
     let grammar = |n: usize| Grammar::Regex(format!("[a-z]{{{n}}}"));
     let one = constraint::bytes(&all.compiler.compile(&grammar(5)).unwrap().parser);
-    let grammars = Grammars { budget: Budget::new(one * 5 / 2), ..all };
+    let grammars = Grammars { budget: MemoryBudget::new(one * 5 / 2), ..all };
     let running = grammars.start(&grammar(5)).unwrap();
     assert_eq!(grammars.cached.lock().unwrap().len(), 1);
     let other = grammars.start(&grammar(6)).unwrap();
@@ -349,7 +349,7 @@ fn grammars_beyond_the_memory_are_refused_and_drop_the_cache_first() {
     assert!(matches!(grammars.start(&grammar(7)), Err(SubmitError::Busy { .. })));
     drop((running, other));
     grammars.start(&grammar(7)).unwrap();
-    let small = Grammars { budget: Budget::new(one / 2), ..grammars };
+    let small = Grammars { budget: MemoryBudget::new(one / 2), ..grammars };
     assert!(matches!(small.start(&grammar(5)), Err(SubmitError::Invalid { .. })));
 }
 

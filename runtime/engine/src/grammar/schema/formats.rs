@@ -24,8 +24,8 @@ const TIME: &str = concat!(
     "(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])",
 );
 
-/// One label of a host name, of 1 to 63 characters. Hyphens in the third and fourth position mark an encoded name,
-/// whose rules no expression has.
+/// One label of a host name, of 1 to 63 characters. Hyphens in the third and fourth position mark an encoded
+/// name, whose rules no expression has.
 const LABEL: &str = "[a-zA-Z0-9](?:[a-zA-Z0-9]|[a-zA-Z0-9-][a-zA-Z0-9](?:[a-zA-Z0-9-]{0,59}[a-zA-Z0-9])?|\
                      [a-zA-Z0-9-]-[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,58}[a-zA-Z0-9])?)?";
 

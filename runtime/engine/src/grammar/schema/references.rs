@@ -66,8 +66,8 @@ impl<'a> References<'a> {
 
     /// The schema that `reference` leads to from a schema whose base is `base`.
     ///
-    /// A pointer that leads nowhere from the schema with the nearest identifier is read from the document's root: old
-    /// generators write identifiers that no reference means.
+    /// A pointer that leads nowhere from the schema with the nearest identifier is read from the document's
+    /// root: old generators write identifiers that no reference means.
     pub(super) fn resolve(&self, reference: &str, base: &str) -> Option<Target<'a>> {
         let nearest = self.resolve_from(reference, base);
         if nearest.is_some() || !reference.starts_with("#/") {
