@@ -6,7 +6,7 @@ use super::{JSON_SPACE, schema};
 
 /// Most definitions of one grammar. The compiler recurses from one to the next; 256 MiB of stack leave 32 KiB
 /// for each.
-const MAX_DEFINITIONS: usize = 8192;
+const MAX_DEFINITIONS: usize = 2048;
 
 /// Rewrites the `%json` in a grammar.
 pub(super) fn rewrite(text: &str) -> Result<String, String> {

@@ -32,8 +32,9 @@ use std::time::Duration;
 use trustformers_model::Model;
 
 /// Memory for compiled grammars and for those of running requests where none is configured. An ordinary
-/// schema takes less than 2 MiB in a running request, so 512 MiB hold a batch of 200 of them and the cache.
-pub const DEFAULT_GRAMMAR_MEMORY_BYTES: u64 = 512 * 1024 * 1024;
+/// schema takes 0.1 MiB in a running request, a large one some MiB, so this holds a full batch of 256 and the
+/// cache.
+pub const DEFAULT_GRAMMAR_MEMORY_BYTES: u64 = 256 * 1024 * 1024;
 
 /// Compiled grammars that are cached. They are dropped earlier where running requests need the memory.
 const MAX_CACHED: usize = 32;

@@ -16,6 +16,9 @@ const MAX_NESTING: u32 = 80;
 /// Most classes of one expression that are large tables (`\w`, `\p{...}`): 6 KiB each, so 3 MiB.
 const MAX_TABLE_CLASSES: usize = 500;
 
+/// The shortest text that matches has at most this many bytes: the compiler walks through what is certain.
+const MAX_SHORTEST_BYTES: usize = 1_000_000;
+
 /// White space as ECMA-262 has it, inside a class.
 const ECMA_SPACE: &str =
     r"\t\n\x0B\f\r \x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}\x{FEFF}";
@@ -43,6 +46,9 @@ fn checked(text: &str) -> Result<String, String> {
         })?;
     if hir.properties().look_set().iter().any(|look| !matches!(look, Look::Start | Look::End)) {
         return Err("word boundaries and multi-line anchors are not supported".to_owned());
+    }
+    if hir.properties().minimum_len().is_some_and(|bytes| bytes > MAX_SHORTEST_BYTES) {
+        return Err(format!("it matches nothing shorter than {MAX_SHORTEST_BYTES} bytes"));
     }
     Ok(printed(&hir))
 }

@@ -20,8 +20,8 @@ use references::{References, Target, base_of};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use values::{
-    at_most_one_item, check_names, combine, count, dependent_required, expected, grouped, has_control,
-    is_zero, names_integer, only_strings, required, types,
+    at_most_one_item, check_names, check_size, combine, count, dependent_required, expected, grouped,
+    has_control, is_zero, names_integer, only_strings, required, types,
 };
 
 /// Most schemas (objects and booleans) in one document, each counted at every place from which it is referred
@@ -242,6 +242,7 @@ impl<'a> Rewriter<'a> {
         numbers::bounds(schema, &mut out, &mut self.numbers)?;
         dependent_required(schema, &mut out)?;
         check_names(&out)?;
+        check_size(&out)?;
         Ok(grouped(out))
     }
 

@@ -230,6 +230,11 @@ fn large_schemas_are_refused_before_they_are_combined() {
     assert!(rewritten(&many).unwrap_err().contains("combined"));
     let flat = vec!["true"; 21_000].join(",");
     assert!(rewritten(&format!(r#"{{"anyOf": [{flat}]}}"#)).unwrap_err().contains("schemas"));
+    let patterns = (0..9).map(|n| format!(r#"{{"pattern": "{n}"}}"#)).collect::<Vec<_>>().join(",");
+    assert!(rewritten(&format!(r#"{{"allOf": [{patterns}]}}"#)).unwrap_err().contains("patterns hold"));
     let wide = (0..2000).map(|n| format!(r#""p{n}": {{"type": "integer"}}"#)).collect::<Vec<_>>().join(",");
-    rewritten(&format!(r#"{{"type": "object", "properties": {{{wide}}}}}"#)).unwrap();
+    let optional = rewritten(&format!(r#"{{"type": "object", "properties": {{{wide}}}}}"#)).unwrap_err();
+    assert!(optional.contains("2000 are not required"), "{optional}");
+    let names = (0..2000).map(|n| format!(r#""p{n}""#)).collect::<Vec<_>>().join(",");
+    rewritten(&format!(r#"{{"type": "object", "required": [{names}], "properties": {{{wide}}}}}"#)).unwrap();
 }

@@ -4,11 +4,44 @@ use super::Refusal;
 use crate::grammar::json::{Json, Members};
 use crate::grammar::shortened;
 use serde_json::{Map, Value};
+use std::collections::HashSet;
 
 /// The largest length or count that is handed on. Longer answers do not exist: a context has fewer tokens.
 const MAX_COUNT: u64 = 1_000_000_000;
 
 const TYPES: &[&str] = &["null", "boolean", "object", "array", "number", "string", "integer"];
+
+/// Most properties of one object. The compiler's time is their square: these take 2 s.
+const MAX_PROPERTIES: usize = 4_000;
+
+/// Most properties of one object that are not required. Each takes 4 of the 2,000 items of a row of the
+/// compiler.
+const MAX_OPTIONAL_PROPERTIES: usize = 480;
+
+/// Refuses an object with more properties than the compiler handles.
+pub(super) fn check_size(out: &Map<String, Value>) -> Result<(), Refusal> {
+    let Some(Value::Object(properties)) = out.get("properties") else { return Ok(()) };
+    let required: HashSet<&str> = out
+        .get("required")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    let optional = properties.keys().filter(|name| !required.contains(name.as_str())).count();
+    let why = match (properties.len(), optional) {
+        (count, _) if count > MAX_PROPERTIES => {
+            format!("there are {count}; at most {MAX_PROPERTIES} are compiled")
+        }
+        (_, count) if count > MAX_OPTIONAL_PROPERTIES => {
+            format!(
+                "{count} are not required; at most {MAX_OPTIONAL_PROPERTIES} are compiled, so require some"
+            )
+        }
+        _ => return Ok(()),
+    };
+    Err(Refusal::new("properties", why))
+}
 
 /// Adds a keyword that may have a value already: then both hold.
 pub(super) fn combine(out: &mut Map<String, Value>, keyword: &str, value: Value) {

@@ -7,6 +7,10 @@ use serde_json::{Map, Value};
 /// times as much memory.
 const MAX_COMBINED_BYTES: u64 = 8 * 1024 * 1024;
 
+/// Most patterns and formats that one string has to match. The compiler's states are all their combinations:
+/// 60 patterns took minutes and gigabytes.
+const MAX_PATTERNS: u64 = 8;
+
 /// How deep references are followed; deeper ones count as this much further text.
 const MAX_FOLLOWED: usize = 32;
 
@@ -15,9 +19,13 @@ const MAX_FOLLOWED: usize = 32;
 struct Weight {
     options: u64,
     bytes: u64,
+    /// Patterns that one string has to match.
+    patterns: u64,
 }
 
 impl Weight {
+    const NONE: Self = Self { options: 1, bytes: 0, patterns: 0 };
+
     /// Both hold: each alternative of one with each of the other.
     fn combined(self, other: Self) -> Self {
         Self {
@@ -26,6 +34,7 @@ impl Weight {
                 .options
                 .saturating_mul(self.bytes)
                 .saturating_add(self.options.saturating_mul(other.bytes)),
+            patterns: self.patterns.saturating_add(other.patterns),
         }
     }
 }
@@ -33,7 +42,7 @@ impl Weight {
 /// Refuses a schema whose alternatives multiply beyond the limit.
 pub(super) fn check(schema: &Value, definitions: &Map<String, Value>) -> Result<(), Refusal> {
     let mut total = 0u64;
-    let mut work = Work { definitions, steps: 0 };
+    let mut work = Work { definitions, steps: 0, most_patterns: 0 };
     for value in std::iter::once(schema).chain(definitions.values()) {
         total = total.saturating_add(work.weigh(value, Scope { followed: 0, combining: false }).bytes);
     }
@@ -42,6 +51,10 @@ pub(super) fn check(schema: &Value, definitions: &Map<String, Value>) -> Result<
                    keywords) multiply beyond what is compiled; combine fewer"
             .to_owned();
         return Err(Refusal::new("allOf", why));
+    }
+    if work.most_patterns > MAX_PATTERNS {
+        let why = format!("more than {MAX_PATTERNS} patterns hold for one string; combine them in one");
+        return Err(Refusal::new("pattern", why));
     }
     Ok(())
 }
@@ -57,6 +70,7 @@ struct Scope {
 struct Work<'a> {
     definitions: &'a Map<String, Value>,
     steps: usize,
+    most_patterns: u64,
 }
 
 impl Work<'_> {
@@ -64,49 +78,55 @@ impl Work<'_> {
         self.steps += 1;
         // 20,000 schemas have fewer parts; only references that meet again and again have more.
         if self.steps > 1_000_000 {
-            return Weight { options: 1, bytes: MAX_COMBINED_BYTES };
+            return Weight { bytes: MAX_COMBINED_BYTES, ..Weight::NONE };
         }
         let Value::Object(members) = value else {
-            return Weight { options: 1, bytes: leaf_bytes(value) };
+            return Weight { bytes: leaf_bytes(value), ..Weight::NONE };
         };
-        let mut own = Weight { options: 1, bytes: 16 };
+        let mut own = Weight { bytes: 16, ..Weight::NONE };
         let several = members.get("allOf").and_then(Value::as_array).is_some_and(|list| list.len() > 1);
         let scope = Scope { combining: scope.combining || several || members.len() > 1, ..scope };
         let apart = Scope { combining: false, ..scope };
         for (keyword, value) in members {
             let weight = match (keyword.as_str(), value) {
                 ("allOf", Value::Array(list)) => {
-                    list.iter().fold(Weight { options: 1, bytes: 0 }, |all, value| {
-                        all.combined(self.weigh(value, scope))
-                    })
+                    list.iter().fold(Weight::NONE, |all, value| all.combined(self.weigh(value, scope)))
                 }
                 ("anyOf" | "oneOf", Value::Array(list)) => self.sum(list, scope),
                 ("enum", Value::Array(list)) => {
-                    Weight { options: list.len() as u64, bytes: list.iter().map(leaf_bytes).sum() }
+                    let bytes = list.iter().map(leaf_bytes).sum();
+                    Weight { options: list.len() as u64, bytes, patterns: 0 }
                 }
                 ("$ref", Value::String(name)) if scope.combining => self.follow(name, scope),
                 ("properties" | "patternProperties", Value::Object(map)) => {
                     let bytes =
                         map.iter().map(|(name, value)| name.len() as u64 + self.weigh(value, apart).bytes);
-                    Weight { options: 1, bytes: bytes.fold(0, u64::saturating_add) }
+                    Weight { bytes: bytes.fold(0, u64::saturating_add), ..Weight::NONE }
                 }
-                ("prefixItems", Value::Array(list)) => Weight { options: 1, ..self.sum(list, apart) },
+                ("prefixItems", Value::Array(list)) => {
+                    Weight { bytes: self.sum(list, apart).bytes, ..Weight::NONE }
+                }
                 ("items" | "additionalProperties", value) => {
-                    Weight { options: 1, ..self.weigh(value, apart) }
+                    Weight { bytes: self.weigh(value, apart).bytes, ..Weight::NONE }
                 }
-                (_, value) => Weight { options: 1, bytes: leaf_bytes(value) },
+                ("pattern" | "format", value) => {
+                    Weight { bytes: leaf_bytes(value), patterns: 1, ..Weight::NONE }
+                }
+                (_, value) => Weight { bytes: leaf_bytes(value), ..Weight::NONE },
             };
             own = own.combined(weight);
         }
+        self.most_patterns = self.most_patterns.max(own.patterns);
         own
     }
 
     fn sum(&mut self, list: &[Value], scope: Scope) -> Weight {
-        list.iter().fold(Weight { options: 0, bytes: 0 }, |sum, value| {
+        list.iter().fold(Weight { options: 0, ..Weight::NONE }, |sum, value| {
             let one = self.weigh(value, scope);
             Weight {
                 options: sum.options.saturating_add(one.options),
                 bytes: sum.bytes.saturating_add(one.bytes),
+                patterns: sum.patterns.max(one.patterns),
             }
         })
     }
@@ -117,7 +137,7 @@ impl Work<'_> {
             Some(target) if scope.followed < MAX_FOLLOWED => {
                 self.weigh(target, Scope { followed: scope.followed + 1, ..scope })
             }
-            _ => Weight { options: 1, bytes: 16 },
+            _ => Weight { bytes: 16, ..Weight::NONE },
         }
     }
 }
