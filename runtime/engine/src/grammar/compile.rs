@@ -182,6 +182,9 @@ fn explained(kind: &str, message: &str, paths: &[String]) -> String {
          type, constant or range of its own"
             .clone_into(&mut message);
     }
+    if message.contains("initial_lexer_fuel") {
+        "its expressions are too large together; simplify them".clone_into(&mut message);
+    }
     message = message.replace("NoExtensionBias", "no token of the model can begin it");
     for (index, path) in paths.iter().enumerate().rev() {
         message = message.replace(&format!("#/$defs/r{index}"), path);

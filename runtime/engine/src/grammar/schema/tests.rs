@@ -232,6 +232,10 @@ fn large_schemas_are_refused_before_they_are_combined() {
     assert!(rewritten(&format!(r#"{{"anyOf": [{flat}]}}"#)).unwrap_err().contains("schemas"));
     let patterns = (0..9).map(|n| format!(r#"{{"pattern": "{n}"}}"#)).collect::<Vec<_>>().join(",");
     assert!(rewritten(&format!(r#"{{"allOf": [{patterns}]}}"#)).unwrap_err().contains("patterns hold"));
+    let names = (0..65).map(|n| format!(r#""^a{n}": {{}}"#)).collect::<Vec<_>>().join(",");
+    assert!(
+        rewritten(&format!(r#"{{"patternProperties": {{{names}}}}}"#)).unwrap_err().contains("at most 64")
+    );
     let wide = (0..2000).map(|n| format!(r#""p{n}": {{"type": "integer"}}"#)).collect::<Vec<_>>().join(",");
     let optional = rewritten(&format!(r#"{{"type": "object", "properties": {{{wide}}}}}"#)).unwrap_err();
     assert!(optional.contains("2000 are not required"), "{optional}");
