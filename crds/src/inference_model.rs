@@ -2,13 +2,15 @@
 #![allow(unreachable_pub, reason = "the derive repeats the struct inside a function")]
 
 use kube::{CustomResource, CustomResourceExt, KubeSchema};
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+use trustformers_proto::Task;
+use trustformers_proto::yaml::{self, YamlError};
 
 use crate::{InferenceModelStatus, PodSettings, Runtime, Source};
 
-/// Longest name of an InferenceModel. The names of what is made for it add at most 18 characters, and a Service's
-/// name ends at 63.
+/// Longest name of an InferenceModel. Names of its children add at most 18 characters, and the name of a
+/// Service has at most 63: 45 + 18 = 63.
 pub const MAX_NAME_CHARS: usize = 45;
 
 /// One model and how it is served.
@@ -30,19 +32,19 @@ pub const MAX_NAME_CHARS: usize = 45;
         label_selector_path = ".status.selector"
     ),
     validation = Rule::new("self.metadata.name.matches('^[a-z]([-a-z0-9]{0,43}[a-z0-9])?$')").message(
-        "metadata.name: at most 45 characters, lower-case letters, digits and '-', starting with a letter: it becomes the name of a Service"
+        "metadata.name: at most 45 characters, lower-case letters, digits and '-', starting with a letter, because a Service gets this name"
     ),
     printcolumn(
         name = "Ready",
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"Ready\")].status",
-        description = "Whether the wanted revision serves with all its replicas"
+        description = "Whether the desired revision serves with all its replicas"
     ),
     printcolumn(
         name = "Device",
         type_ = "string",
         json_path = ".status.device",
-        description = "Where the model really runs"
+        description = "The device that the model runs on"
     ),
     printcolumn(
         name = "Revision",
@@ -70,8 +72,10 @@ pub const MAX_NAME_CHARS: usize = 45;
 )]
 #[serde(rename_all = "camelCase")]
 pub struct InferenceModelSpec {
-    /// What the model is for. Left out: what its files say. Given, files of another task are refused.
+    /// The model's task: `generate` continues texts, `embed` turns texts into vectors. Default: the task that
+    /// its files state. Files for another task are refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "task_schema")]
     pub task: Option<Task>,
 
     /// Where the model's files come from.
@@ -85,37 +89,23 @@ pub struct InferenceModelSpec {
     #[serde(default)]
     pub scaling: Scaling,
 
-    /// How gateways treat its requests.
+    /// How gateways handle its requests.
     #[serde(default)]
     pub traffic: Traffic,
 
-    /// How many of its pods an eviction may take at once.
+    /// How many of its pods may be evicted at the same time.
     #[serde(default)]
     pub disruption: Disruption,
 
-    /// Where its pods may run and what they carry.
+    /// Where its pods run, and their labels and annotations.
     #[serde(default)]
     pub pod: PodSettings,
 }
 
-/// What the model is for. Left out: what its files say. Given, files of another task are refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Task {
-    /// It continues texts.
-    Generate,
-    /// It turns texts into vectors.
-    Embed,
-}
-
-impl Task {
-    /// The name as users write it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Generate => "generate",
-            Self::Embed => "embed",
-        }
-    }
+/// The tasks of this version, each with its word.
+fn task_schema(_: &mut SchemaGenerator) -> Schema {
+    let words: Vec<&str> = Task::ALL.iter().map(|task| task.as_str()).collect();
+    json_schema!({"type": "string", "nullable": true, "enum": words})
 }
 
 /// How many pods serve the model.
@@ -138,22 +128,22 @@ impl Default for Scaling {
     }
 }
 
-/// How gateways treat the model's requests.
+/// How gateways handle the model's requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Traffic {
-    /// From a request's arrival to the first byte of its answer, such as `60s`, `1m30s` or `500ms`. An answer that is not
-    /// streamed begins when it is complete.
+    /// From a request's arrival to the first byte of its response, such as `60s`, `1m30s` or `500ms`. A
+    /// response that is not streamed starts when it is complete.
     #[serde(default = "default_timeout")]
     #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h))+$"))]
     pub timeout: String,
 
-    /// More attempts, each on another pod, while no byte of the answer has come.
+    /// Further attempts, each on another pod, while no byte of the response has arrived.
     #[serde(default = "default_retries")]
     #[schemars(range(min = 0, max = 10), extend("format" = "int64"))]
     pub retries: u32,
 
-    /// How long the requests of a pod that ends may take to end.
+    /// How long the requests of a pod that shuts down may take to finish.
     #[serde(default = "default_drain_timeout")]
     #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h))+$"))]
     pub drain_timeout: String,
@@ -181,11 +171,12 @@ impl Default for Traffic {
     }
 }
 
-/// How many of the model's pods an eviction may take at once.
+/// How many of the model's pods may be evicted at the same time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Disruption {
-    /// Serving pods that a node drain may take at once. Pods that do not serve may always be evicted.
+    /// Serving pods that node drains may evict at the same time. Pods that do not serve may always be
+    /// evicted.
     #[serde(default = "default_max_unavailable")]
     #[schemars(range(min = 0, max = 1000))]
     pub max_unavailable: i32,
@@ -205,8 +196,8 @@ impl Default for Disruption {
 ///
 /// # Errors
 /// Only if the schema cannot be written as YAML, which the tests rule out.
-pub fn crd_yaml() -> Result<String, serde_yaml::Error> {
-    serde_yaml::to_string(&InferenceModel::crd())
+pub fn crd_yaml() -> Result<String, YamlError> {
+    yaml::write(&InferenceModel::crd())
 }
 
 #[cfg(test)]
@@ -243,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn the_schema_has_the_defaults_that_the_types_have() {
+    fn the_schema_has_the_defaults_of_the_types() {
         let spec = &schema()["properties"]["spec"]["properties"];
         assert_eq!(spec["scaling"]["default"], serde_json::to_value(Scaling::default()).unwrap());
         assert_eq!(spec["runtime"]["default"], serde_json::to_value(Runtime::default()).unwrap());
@@ -253,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_in_the_spec_is_bounded_and_documented() {
+    fn all_fields_of_the_spec_are_bounded_and_documented() {
         let mut faults = Vec::new();
         walk(&schema()["properties"]["spec"], "spec", &mut |path, node| {
             let bounded = match node["type"].as_str() {
@@ -274,11 +265,30 @@ mod tests {
     }
 
     #[test]
-    fn the_rule_on_the_uri_lists_what_is_supported() {
+    fn the_rule_on_the_uri_lists_the_supported_schemes() {
         let rules = schema()["properties"]["spec"]["properties"]["source"]["properties"]["uri"]
             ["x-kubernetes-validations"]
             .to_string();
         assert!(rules.contains("oci://IMAGE") && rules.contains("pvc://CLAIM[/PATH]"), "{rules}");
+    }
+
+    #[test]
+    fn reserved_keys_are_refused_by_the_schema() {
+        let pod = &schema()["properties"]["spec"]["properties"]["pod"]["properties"];
+        for field in ["labels", "annotations"] {
+            let rules = pod[field]["x-kubernetes-validations"].to_string();
+            assert!(
+                rules.contains("app.kubernetes.io/") && rules.contains("serving.trustformers.dev/"),
+                "{rules}"
+            );
+            assert!(rules.contains(&format!("spec.pod.{field}: ")), "{rules}");
+        }
+    }
+
+    #[test]
+    fn the_task_has_the_words_of_the_protocol() {
+        let task = &schema()["properties"]["spec"]["properties"]["task"];
+        assert_eq!(task["enum"], serde_json::json!(["generate", "embed"]));
     }
 
     #[test]

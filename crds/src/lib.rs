@@ -1,9 +1,10 @@
 //! Custom resources of `serving.trustformers.dev`, and the CustomResourceDefinitions made from them.
 //!
-//! The Rust types are the only source: the YAML that users install is generated from them and a test keeps the
-//! committed copies fresh. A field is here only once the operator honours it; every list, map and string is
-//! bounded, since CEL's cost budget is computed from the bounds; every default is in the schema, so that what the
-//! operator works with is what `kubectl get -o yaml` shows.
+//! The Rust types are the only source: the YAML that users install is generated from them, and a test
+//! compares the committed copies. A field is here only if the operator honours it. Every list, map and string
+//! is bounded, because the API server computes the cost of CEL rules from the bounds. Every default is in the
+//! schema, so that
+//! `kubectl get -o yaml` shows the values that the operator uses.
 
 mod inference_model;
 mod quantity;
@@ -13,7 +14,7 @@ mod source;
 mod status;
 
 pub use inference_model::{
-    Disruption, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Scaling, Task, Traffic, crd_yaml,
+    Disruption, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Scaling, Traffic, crd_yaml,
 };
 pub use quantity::Quantity;
 pub use runtime::{
@@ -23,7 +24,7 @@ pub use scheduling::{PodSettings, Toleration, TolerationEffect, TolerationOperat
 pub use source::Source;
 pub use status::{Condition, InferenceModelStatus, Loading, Phase, StableRevision};
 
-/// API group of every resource here.
+/// API group of the resources.
 pub const GROUP: &str = "serving.trustformers.dev";
 /// Version that is served and stored.
 pub const VERSION: &str = "v1alpha1";

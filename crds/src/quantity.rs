@@ -5,7 +5,8 @@ use std::borrow::Cow;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// An amount of a resource. Users write a number or a string; it is kept as the string that Kubernetes takes.
+/// An amount of a resource. Users write a number or a string; it is stored as the string that Kubernetes
+/// accepts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct Quantity(pub String);
@@ -48,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_and_strings_are_read_alike() {
+    fn numbers_and_strings_are_accepted() {
         assert_eq!(serde_yaml::from_str::<Quantity>("2").unwrap(), Quantity("2".to_owned()));
         assert_eq!(serde_yaml::from_str::<Quantity>("500m").unwrap(), Quantity("500m".to_owned()));
         assert_eq!(serde_json::to_string(&Quantity("1Gi".to_owned())).unwrap(), "\"1Gi\"");

@@ -11,15 +11,16 @@ use crate::Quantity;
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Runtime {
-    /// The device that computes. `auto` takes the best one the pod finds; what was taken is in `status.device`.
+    /// The device that computes. `auto` uses the best device that the pod finds; `status.device` shows which.
     #[serde(default)]
     pub device: Device,
 
-    /// `fast` may quantise activations; `exact` computes in f32 with results that do not depend on the batch.
+    /// `fast` may quantise activations. `exact` computes in f32, with results that do not depend on the
+    /// batch.
     #[serde(default)]
     pub numerics: Numerics,
 
-    /// Longest prompt plus answer, in tokens. Left out: the model's own limit, at most 8192.
+    /// Longest prompt plus response, in tokens. Default: the model's own limit, at most 8192.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 1_048_576), extend("format" = "int64"))]
     pub context_tokens: Option<u32>,
@@ -28,12 +29,12 @@ pub struct Runtime {
     #[serde(default)]
     pub batching: Batching,
 
-    /// Image of the pod's container. Left out: the operator's own choice for this version.
+    /// Image of the pod's container. Default: the runtime image of the operator's version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
 
-    /// Environment of the pod's container.
+    /// Environment variables of the pod's container.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 64),
@@ -74,7 +75,7 @@ pub enum Numerics {
     /// Activations may be quantised.
     #[default]
     Fast,
-    /// f32 activations; the same answer alone and in a batch.
+    /// f32 activations; the same results alone and in a batch.
     Exact,
 }
 
@@ -92,10 +93,11 @@ impl Numerics {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Batching {
-    /// When texts that wait to be encoded become a step of the engine. `dynamic` follows the rate of requests and the
-    /// time of steps, so that sparse requests never wait; `time` is a fixed window; `size` a full batch or the window's
-    /// end; `priority` is dynamic with classes. Generation is batched continuously: there only `dynamic` and `priority`
-    /// can be meant.
+    /// When queued texts become a batch of an encoder. `dynamic` adapts the wait to the rate of requests and
+    /// the time of a step, so that sparse requests never wait. `time` waits for a fixed time, `size` for a
+    /// full batch or that time.
+    /// `priority` is `dynamic` with priority classes. Generation is batched continuously: it allows only
+    /// `dynamic` and `priority`.
     #[serde(default)]
     pub strategy: BatchStrategy,
 
@@ -104,35 +106,34 @@ pub struct Batching {
     #[schemars(range(min = 1, max = 256), extend("format" = "int64"))]
     pub max_batch_size: u32,
 
-    /// Longest time that a pod with nothing else to do waits for more texts to encode, in milliseconds. Generation
-    /// never waits.
+    /// Longest time that an idle pod waits for more texts to encode, in milliseconds. Generation never waits.
     #[serde(default = "default_max_wait_ms")]
     #[schemars(range(min = 1, max = 1000), extend("format" = "int64"))]
     pub max_wait_ms: u32,
 
-    /// Requests, or texts to encode, of one pod that may wait for a place in the batch; one more is answered 429.
+    /// Requests, or texts to encode, that may be queued in one pod. Further ones get status 429.
     #[serde(default = "default_max_queue")]
     #[schemars(range(min = 1, max = 65_536), extend("format" = "int64"))]
     pub max_queue: u32,
 
-    /// Whether the class of a request (`high`, `normal` or `low`, in the header `x-trustformers-priority` or the field
-    /// `priority`) decides which of the texts that wait goes first, whatever the strategy.
+    /// Whether the priority class of a request (`high`, `normal` or `low`, in the header
+    /// `x-trustformers-priority` or the field `priority`) orders the queue, with any strategy.
     #[serde(default)]
     pub priority: bool,
 }
 
-/// When texts that wait to be encoded become a step of the engine.
+/// When queued texts become a batch of an encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum BatchStrategy {
-    /// A window that follows the rate of requests and the time of steps.
+    /// A wait that adapts to the rate of requests and the time of a step.
     #[default]
     Dynamic,
-    /// A fixed window from the first text on.
+    /// A fixed time from the first text.
     Time,
-    /// A full batch, or the end of the window.
+    /// A full batch, or the end of that time.
     Size,
-    /// As dynamic, with classes that overtake each other.
+    /// Like `dynamic`, with priority classes.
     Priority,
 }
 
@@ -148,7 +149,7 @@ impl BatchStrategy {
     }
 }
 
-/// Longest wait for more texts that a model has which says nothing of it, in milliseconds.
+/// Default of `maxWaitMs`.
 pub const DEFAULT_MAX_WAIT_MS: u32 = 10;
 
 fn default_max_wait_ms() -> u32 {
@@ -192,11 +193,11 @@ pub struct EnvVar {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Resources {
-    /// What the container may use at most.
+    /// The most that the container may use.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 16))]
     pub limits: BTreeMap<String, Quantity>,
-    /// What the scheduler sets aside.
+    /// What the scheduler reserves.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 16))]
     pub requests: BTreeMap<String, Quantity>,

@@ -1,15 +1,15 @@
-//! Where pods may run and what they carry: settings that are passed through to the pod.
+//! Where pods may run, and their labels and annotations: settings that the operator passes to the pods.
 
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Settings of the pods that the operator passes through. The operator's own labels and annotations win.
+/// Settings that the operator passes to the pods.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PodSettings {
-    /// Labels that a node must carry.
+    /// Labels that a node must have.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32), with = "BTreeMap<String, LabelValue>")]
     pub node_selector: BTreeMap<String, String>,
@@ -19,7 +19,7 @@ pub struct PodSettings {
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]
     pub tolerations: Vec<Toleration>,
 
-    /// How the pods of this model spread over the cluster.
+    /// How the pods of this model are spread over the cluster.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 8),
@@ -37,19 +37,32 @@ pub struct PodSettings {
     #[schemars(length(min = 1, max = 253))]
     pub runtime_class_name: Option<String>,
 
-    /// ServiceAccount of the pods, for its image pull secrets. Left out: one that the operator makes for this model.
+    /// ServiceAccount of the pods, for its image pull secrets. Default: one that the operator creates for
+    /// this model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub service_account_name: Option<String>,
 
-    /// More labels for the pods.
+    /// Further labels of the pods.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32), with = "BTreeMap<String, LabelValue>")]
+    #[schemars(extend(
+        "maxProperties" = 32,
+        "x-kubernetes-validations" = [{
+            "rule": "self.all(key, !key.startsWith('app.kubernetes.io/') && !key.startsWith('serving.trustformers.dev/'))",
+            "message": "spec.pod.labels: keys that start with app.kubernetes.io/ or serving.trustformers.dev/ are reserved, because Services select pods by them; choose another key"
+        }]
+    ), with = "BTreeMap<String, LabelValue>")]
     pub labels: BTreeMap<String, String>,
 
-    /// More annotations for the pods.
+    /// Further annotations of the pods.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32), with = "BTreeMap<String, AnnotationValue>")]
+    #[schemars(extend(
+        "maxProperties" = 32,
+        "x-kubernetes-validations" = [{
+            "rule": "self.all(key, !key.startsWith('app.kubernetes.io/') && !key.startsWith('serving.trustformers.dev/') && key != 'kubectl.kubernetes.io/default-container')",
+            "message": "spec.pod.annotations: keys that start with app.kubernetes.io/ or serving.trustformers.dev/, and kubectl.kubernetes.io/default-container, are reserved, because Services select pods by them; choose another key"
+        }]
+    ), with = "BTreeMap<String, AnnotationValue>")]
     pub annotations: BTreeMap<String, String>,
 }
 
@@ -71,7 +84,7 @@ struct AnnotationValue(#[schemars(length(max = 4096))] String);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Toleration {
-    /// The taint's key. Left out, with operator `Exists`: every taint.
+    /// The taint's key. Without a key, operator `Exists` tolerates every taint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 316))]
     pub key: Option<String>,
@@ -82,10 +95,10 @@ pub struct Toleration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 63))]
     pub value: Option<String>,
-    /// The taint's effect. Left out: every effect.
+    /// The taint's effect. Default: every effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub effect: Option<TolerationEffect>,
-    /// For effect `NoExecute`: seconds that the pod stays after the taint came.
+    /// With effect `NoExecute`: seconds that the pod stays after the taint was added.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub toleration_seconds: Option<i64>,
 }
@@ -103,26 +116,26 @@ pub enum TolerationOperator {
 /// What a taint does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum TolerationEffect {
-    /// New pods stay away.
+    /// New pods are not scheduled.
     NoSchedule,
-    /// New pods stay away if they can.
+    /// New pods are scheduled elsewhere if possible.
     PreferNoSchedule,
     /// Running pods are evicted too.
     NoExecute,
 }
 
-/// One rule of how pods spread.
+/// One rule for spreading pods.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TopologySpread {
-    /// Node label whose values are the places to spread over, such as `kubernetes.io/hostname`.
+    /// Node label whose values are the domains, such as `kubernetes.io/hostname`.
     #[schemars(length(min = 1, max = 316))]
     pub topology_key: String,
-    /// Pods that one place may have more than another.
+    /// Largest difference between the numbers of pods in two domains.
     #[serde(default = "default_max_skew")]
     #[schemars(range(min = 1, max = 1000))]
     pub max_skew: i32,
-    /// True: a pod that would break the rule waits. False: the rule is a wish.
+    /// Whether a pod that violates the rule stays unscheduled. Otherwise the rule is a preference.
     #[serde(default)]
     pub required: bool,
 }

@@ -3,12 +3,12 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Where the model's files come from, and which of them to take.
+/// Where the model's files come from, and which of them are used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Source {
-    /// `oci://IMAGE` mounts an OCI image or artifact (kubelet pulls and caches it); `pvc://CLAIM[/PATH]` mounts a
-    /// PersistentVolumeClaim of this namespace, read-only.
+    /// `oci://IMAGE` mounts an OCI image or artifact (kubelet pulls and caches it); `pvc://CLAIM[/PATH]`
+    /// mounts a PersistentVolumeClaim of this namespace, read-only.
     #[schemars(
         length(min = 7, max = 512),
         extend("x-kubernetes-validations" = [
@@ -32,7 +32,7 @@ pub struct Source {
     )]
     pub uri: String,
 
-    /// Globs below the source's root that pick the model's files, such as `*Q4_1.gguf`. Empty: what the source holds.
+    /// Globs below the source's root that select the model's files, such as `*Q4_1.gguf`. Empty: all files.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 16),
@@ -42,7 +42,7 @@ pub struct Source {
     pub files: Vec<String>,
 
     /// Expected sha256 of the file, 64 lower-case hex digits (of several files: sha256 of their sorted lines
-    /// `<sha256>  <path>`). A pod that finds another one refuses to serve.
+    /// `<sha256>  <path>`). A pod refuses to load files with another digest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64), regex(pattern = r"^[0-9a-f]{64}$"))]
     pub sha256: Option<String>,

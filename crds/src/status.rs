@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-/// What the operator last saw and did.
+/// The state of the model as the operator observed it last.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InferenceModelStatus {
@@ -12,7 +12,7 @@ pub struct InferenceModelStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// One word for people; machines read the conditions.
+    /// Summary in one word. Programs should read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
 
@@ -24,19 +24,19 @@ pub struct InferenceModelStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<String>,
 
-    /// Pods that exist.
+    /// Number of pods.
     #[serde(default)]
     pub replicas: i32,
 
-    /// Pods that serve.
+    /// Number of serving pods.
     #[serde(default)]
     pub ready_replicas: i32,
 
-    /// Where the model really runs.
+    /// The device that the model runs on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
 
-    /// What the model does, as its files say: `generate` or `embed`. It stays while nothing is loaded.
+    /// The model's task according to its files: `generate` or `embed`. It stays while no pod runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<String>,
 
@@ -48,11 +48,12 @@ pub struct InferenceModelStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stable: Option<StableRevision>,
 
-    /// How far loading has come, while a pod loads.
+    /// Progress of the load, while a pod loads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<Loading>,
 
-    /// `Serving`, `Ready`, `Progressing`, `Degraded`, and `BareName` where another model holds this one's bare name.
+    /// `Serving`, `Ready`, `Progressing`, `Degraded`, and `BareName` if another model owns this one's bare
+    /// name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 16),
@@ -64,19 +65,19 @@ pub struct InferenceModelStatus {
 /// The state of an InferenceModel in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Phase {
-    /// No pod has begun to load.
+    /// No pod has started to load.
     Pending,
-    /// Pods load or warm up, none serves yet.
+    /// Pods load or warm up; none serves yet.
     Loading,
-    /// The wanted revision serves with all its replicas.
+    /// The desired revision serves with all its replicas.
     Ready,
-    /// Some pods serve while others load or are replaced, as planned.
+    /// Some pods serve while others load or are replaced.
     Updating,
-    /// Some pods serve, and something is wrong with others.
+    /// Some pods serve, and others have a problem.
     Degraded,
-    /// Nothing serves, and the conditions say why.
+    /// No pod serves; the conditions show the cause.
     Failed,
-    /// No replica is wanted.
+    /// `spec.scaling.replicas` is 0.
     Stopped,
 }
 
@@ -91,34 +92,34 @@ pub struct StableRevision {
     pub digest: Option<String>,
 }
 
-/// How far the slowest loading pod has come.
+/// Progress of the slowest loading pod.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Loading {
     /// Bytes read so far.
     pub bytes: i64,
-    /// Bytes there are, as far as known.
+    /// Bytes in total, if known.
     pub total_bytes: i64,
-    /// Seconds left at the present speed.
+    /// Estimated seconds that remain, as of the last progress.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta_seconds: Option<i64>,
 }
 
-/// One aspect of the state, as Kubernetes conditions are.
+/// One condition, as in other Kubernetes resources.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// Which aspect.
+    /// Type of the condition.
     #[serde(rename = "type")]
     #[schemars(length(max = 64))]
     pub type_: String,
     /// `True`, `False` or `Unknown`.
     #[schemars(length(max = 8))]
     pub status: String,
-    /// Why, in one CamelCase word.
+    /// Cause in one CamelCase word.
     #[schemars(length(max = 128))]
     pub reason: String,
-    /// Why, in a sentence.
+    /// Cause in a sentence.
     #[schemars(length(max = 4096))]
     pub message: String,
     /// When `status` last changed.

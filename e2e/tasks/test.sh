@@ -60,6 +60,7 @@ stage preflight preflight
 stage models "$E2E_DIR/models/fetch.sh" smollm2 minilm qwen-0.5b
 stage lint "$E2E_DIR/tasks/lint.sh"
 stage unit unit
+stage fuzz "$E2E_DIR/tasks/fuzz.sh" 20
 stage engine "$E2E_DIR/tasks/test-engine.sh" short
 stage images "$E2E_DIR/images/build.sh"
 stage binaries binaries

@@ -5,52 +5,54 @@ use std::net::SocketAddr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use trustformers_telemetry::logs::{LogFormat, LogOptions};
 
-/// Control plane of trustformers-serve: makes InferenceModels true and tells gateways where their pods are.
+/// Control plane of trustformers-serve: runs the pods of InferenceModels and publishes routes to the
+/// gateways.
 #[derive(Debug, Parser)]
 #[command(name = "trustformers-operator", version, about)]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What the program can do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run the control plane against the cluster of the pod's ServiceAccount, or else of $KUBECONFIG.
+    /// Run the control plane in the cluster of the pod's ServiceAccount, or of $KUBECONFIG outside a pod.
     Run(Box<RunArgs>),
-    /// Print the CustomResourceDefinition that this version works with, as YAML.
+    /// Print the CustomResourceDefinition of this version as YAML.
     Crd,
 }
 
 /// Flags of `run`.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
-    /// Namespace of the operator itself: its Lease and its pods are there. Models are served in every namespace.
+    /// Namespace of the operator itself, with its Lease and its pods. Models may be in any namespace.
     #[arg(long, env = "POD_NAMESPACE", default_value = "trustformers-system")]
     pub namespace: String,
 
-    /// Name of the operator's own pod, which is labelled while it leads. Left out: nothing is labelled.
+    /// Name of the operator's own pod, which gets a label while it leads. Default: no pod is labelled.
     #[arg(long, env = "POD_NAME")]
     pub pod_name: Option<String>,
 
-    /// Where to serve /metrics, /health/live and /health/ready.
+    /// Address for /metrics, /health/live and /health/ready.
     #[arg(long, env = "TRUSTFORMERS_HTTP_ADDRESS", default_value = "0.0.0.0:8080")]
     pub http_address: SocketAddr,
 
-    /// Where to serve the route feed (gRPC) to gateways.
+    /// Address for the route feed (gRPC) of the gateways.
     #[arg(long, env = "TRUSTFORMERS_FEED_ADDRESS", default_value = "0.0.0.0:9091")]
     pub feed_address: SocketAddr,
 
-    /// How gateways prove who they are.
+    /// How gateways authenticate.
     #[arg(long, env = "TRUSTFORMERS_FEED_AUTH", value_enum, default_value_t = FeedAuth::Token)]
     pub feed_auth: FeedAuth,
 
-    /// ServiceAccount of the gateways, in the operator's namespace; with --feed-auth=token no other may watch routes.
+    /// ServiceAccount of the gateways, in the operator's namespace. With --feed-auth=token, only it may watch
+    /// routes.
     #[arg(long, env = "TRUSTFORMERS_GATEWAY_SERVICE_ACCOUNT", default_value = "trustformers-gateway")]
     pub gateway_service_account: String,
 
-    /// Where callers reach the gateway; shown in each model's status.
+    /// URL of the gateway for callers; shown in the status of each model.
     #[arg(
         long,
         env = "TRUSTFORMERS_GATEWAY_URL",
@@ -58,7 +60,7 @@ pub struct RunArgs {
     )]
     pub gateway_url: String,
 
-    /// Image of the pods of models that name none.
+    /// Image of the pods of models without spec.runtime.image.
     #[arg(
         long,
         env = "TRUSTFORMERS_RUNTIME_IMAGE",
@@ -66,15 +68,15 @@ pub struct RunArgs {
     )]
     pub runtime_image: String,
 
-    /// When kubelet pulls the pods' images and the models' images.
+    /// When kubelet pulls images of pods and of models.
     #[arg(long, env = "TRUSTFORMERS_IMAGE_PULL_POLICY", value_enum, default_value_t = PullPolicy::IfNotPresent)]
     pub image_pull_policy: PullPolicy,
 
-    /// Reconciles that may run at once.
+    /// Reconciles that may run at the same time.
     #[arg(long, env = "TRUSTFORMERS_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub concurrency: u16,
 
-    /// What is logged.
+    /// Log settings.
     #[command(flatten)]
     pub log: LogArgs,
 }
@@ -82,29 +84,29 @@ pub struct RunArgs {
 /// Flags of the log.
 #[derive(Debug, Clone, Args)]
 pub struct LogArgs {
-    /// Log lines as `text` or `json`.
+    /// Format of log lines: `text` or `json`.
     #[arg(long, env = "TRUSTFORMERS_LOG_FORMAT", default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 
-    /// A level (error, warn, info, debug, trace) or directives such as info,trustformers_operator=debug.
+    /// Log level (error, warn, info, debug, trace) or directives such as info,trustformers_operator=debug.
     #[arg(long, env = "TRUSTFORMERS_LOG", default_value = "info")]
     pub log: String,
 }
 
 impl LogArgs {
-    /// The options as the log takes them.
+    /// The options for the log.
     #[must_use]
     pub fn options(&self) -> LogOptions {
         LogOptions { format: self.log_format, filter: self.log.clone() }
     }
 }
 
-/// How gateways prove who they are.
+/// How gateways authenticate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FeedAuth {
     /// By a ServiceAccount token for the audience `trustformers-feed`, checked with a TokenReview.
     Token,
-    /// Not at all: for tests and single machines.
+    /// Gateways do not authenticate: for tests and single machines.
     None,
 }
 
@@ -112,16 +114,16 @@ pub enum FeedAuth {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "PascalCase")]
 pub enum PullPolicy {
-    /// When the node has none.
+    /// If the node does not have the image.
     IfNotPresent,
     /// Before each start.
     Always,
-    /// Never: the node must have it.
+    /// Never: the node must have the image.
     Never,
 }
 
 impl PullPolicy {
-    /// The word as pods take it.
+    /// The word in a pod spec.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {

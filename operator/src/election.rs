@@ -1,4 +1,4 @@
-//! Carries out leader election on a Lease; the rules are in `trustformers_control::lease`.
+//! Leader election on a Lease: the requests. The rules are in `trustformers_control::lease`.
 
 use std::time::Duration;
 
@@ -7,16 +7,17 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::PostParams;
 use kube::{Api, Client};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use trustformers_control::lease::{Election, LEASE, RENEW_EVERY, Record, Step, first_term};
 
 /// Name of the Lease.
 pub const LEASE_NAME: &str = "trustformers-operator";
 
-/// Longest wait for one request, so that a hanging one cannot outlast the lease.
+/// Limit on one request. Two of them fit between the renewal deadline and the end of the lease: 6 s + 2 × 2 s
+/// = 10 s.
 const REQUEST_LIMIT: Duration = Duration::from_secs(2);
 
-/// A pause after a renewal that failed: several attempts fit before the deadline.
+/// A pause after a failed renewal: several attempts fit before the deadline.
 const RETRY: Duration = Duration::from_millis(500);
 
 /// Why the Lease could not be read or written.
@@ -36,12 +37,13 @@ pub struct Candidate {
     identity: String,
     election: Election,
     began: Instant,
-    /// The Lease as last read or written, to be replaced only where nobody changed it since.
+    /// The Lease as it was last read or written. A write replaces this version only.
     stored: Option<Lease>,
 }
 
 impl Candidate {
-    /// A candidate in `namespace`. `identity` is of this process alone: a restarted one is another candidate.
+    /// A candidate in `namespace`. Each process needs its own `identity`: a restarted process is another
+    /// candidate.
     #[must_use]
     pub fn new(client: Client, namespace: &str, identity: String) -> Self {
         Self {
@@ -53,18 +55,19 @@ impl Candidate {
         }
     }
 
-    /// Waits until this candidate leads; returns its term. `reached` is called whenever the API server answered.
+    /// Waits until this candidate leads; returns its term. `reached` is called whenever the API server
+    /// responds.
     pub async fn lead(&mut self, mut reached: impl FnMut()) -> u64 {
         loop {
             if let Err(error) = self.read().await {
-                tracing::warn!(%error, "the leader cannot be told; it is tried again");
+                tracing::warn!(%error, "the Lease could not be read; it is tried again");
                 sleep(RENEW_EVERY).await;
                 continue;
             }
             reached();
             match self.election.step(self.now()) {
-                Step::Make => self.take(first_term(Timestamp::now().as_second())).await,
-                Step::Take { transitions } => self.take(transitions).await,
+                Step::Create => self.acquire(first_term(Timestamp::now().as_second())).await,
+                Step::Acquire { transitions } => self.acquire(transitions).await,
                 Step::Wait(pause) => sleep(pause).await,
                 Step::Renew | Step::StepDown => {}
             }
@@ -74,49 +77,61 @@ impl Candidate {
         }
     }
 
-    async fn take(&mut self, term: u64) {
+    async fn acquire(&mut self, term: u64) {
         match self.write(&self.identity.clone(), term).await {
             Ok(()) => {}
             // Another candidate was faster.
-            Err(LeaseError::Request(kube::Error::Api(said))) if said.code == 409 => {}
+            Err(LeaseError::Request(kube::Error::Api(status))) if status.code == 409 => {}
             Err(error) => {
-                tracing::warn!(%error, "the lead could not be taken; it is tried again");
+                tracing::warn!(%error, "the lease could not be acquired; it is tried again");
                 sleep(RENEW_EVERY).await;
             }
         }
     }
 
-    /// Renews the lease until the lead is lost; returns why.
+    /// Renews the lease until the lead is lost; returns why. It returns at [`Election::deadline`] at the
+    /// latest, whatever request is in flight then.
     pub async fn keep(&mut self) -> String {
-        let mut trouble = "somebody else holds the lease".to_owned();
+        let mut reason = "another candidate holds the lease".to_owned();
         loop {
-            match self.election.step(self.now()) {
-                Step::Renew => {
-                    let term = self.election.term().unwrap_or_default();
-                    if let Err(error) = self.write(&self.identity.clone(), term).await {
-                        tracing::warn!(%error, "the lease could not be renewed; it is tried again");
-                        trouble = error.to_string();
-                        // The next look shows whether it is still ours.
-                        sleep(RETRY).await;
-                        if let Err(error) = self.read().await {
-                            tracing::warn!(%error, "the lease could not be read");
-                        }
-                    }
-                }
-                Step::Wait(pause) => sleep(pause).await,
-                Step::StepDown | Step::Take { .. } | Step::Make => {
-                    self.election.stepped_down();
-                    return trouble;
-                }
+            let Some(deadline) = self.election.deadline() else { return reason };
+            let step = timeout_at(self.began + deadline, self.renew(&mut reason)).await;
+            if !matches!(step, Ok(true)) {
+                self.election.stepped_down();
+                return reason;
             }
         }
     }
 
-    /// Gives the lease back, so that another candidate takes it at once.
+    /// One step of a leader: waits or renews. False when it no longer leads.
+    async fn renew(&mut self, reason: &mut String) -> bool {
+        match self.election.step(self.now()) {
+            Step::Renew => {
+                let term = self.election.term().unwrap_or_default();
+                if let Err(error) = self.write(&self.identity.clone(), term).await {
+                    tracing::warn!(%error, "the lease could not be renewed; it is tried again");
+                    *reason = error.to_string();
+                    // The read shows whether this candidate still holds it.
+                    sleep(RETRY).await;
+                    if let Err(error) = self.read().await {
+                        tracing::warn!(%error, "the lease could not be read");
+                    }
+                }
+                true
+            }
+            Step::Wait(pause) => {
+                sleep(pause).await;
+                true
+            }
+            Step::StepDown | Step::Acquire { .. } | Step::Create => false,
+        }
+    }
+
+    /// Releases the lease, so that another candidate acquires it at once.
     pub async fn release(&mut self) {
         let Some(term) = self.election.term() else { return };
         if let Err(error) = self.write("", term).await {
-            tracing::warn!(%error, "the lease could not be given back; it runs out by itself");
+            tracing::warn!(%error, "the lease could not be released; it expires by itself");
         }
         self.election.stepped_down();
     }
@@ -130,7 +145,7 @@ impl Candidate {
             .await
             .map_err(|_| LeaseError::TimedOut)??;
         let now = self.now();
-        self.election.saw(stored.as_ref().map(record), now);
+        self.election.record_read(stored.as_ref().map(record), now);
         self.stored = stored;
         Ok(())
     }
@@ -146,7 +161,7 @@ impl Candidate {
             }
         };
         let stored = timeout(REQUEST_LIMIT, request).await.map_err(|_| LeaseError::TimedOut)??;
-        self.election.wrote(record(&stored), sent);
+        self.election.record_write(record(&stored), sent);
         self.stored = Some(stored);
         Ok(())
     }
@@ -193,44 +208,53 @@ mod tests {
     use std::convert::Infallible;
     use std::sync::{Arc, Mutex};
 
-    use http::{Method, Request, Response, StatusCode};
-    use http_body_util::BodyExt;
+    use http::{Method, Request, StatusCode};
     use kube::client::Body;
     use serde_json::{Value, json};
     use tower::service_fn;
+    use trustformers_control::lease::RENEW_DEADLINE;
 
     use super::*;
+    use crate::testing::{MockRequest, read, respond};
 
-    /// An API server that holds one Lease, with versions, and can be out of reach.
+    /// An API server that stores one Lease, with versions.
     #[derive(Clone, Default)]
-    struct Server(Arc<Mutex<Shelf>>);
+    struct LeaseServer(Arc<Mutex<StoredLease>>);
 
     #[derive(Default)]
-    struct Shelf {
+    struct StoredLease {
         lease: Option<Value>,
         version: u64,
-        away: bool,
+        fault: Option<Fault>,
     }
 
-    impl Server {
+    /// What is wrong with the API server.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Fault {
+        Fails,
+        Hangs,
+    }
+
+    impl LeaseServer {
         fn client(&self) -> Client {
             let server = self.clone();
             let service = service_fn(move |request: Request<Body>| {
                 let server = server.clone();
                 async move {
-                    let method = request.method().clone();
-                    let bytes = request.into_body().collect().await.unwrap().to_bytes();
-                    let (code, body) = server.answer(&method, &bytes);
-                    let body = Body::from(serde_json::to_vec(&body).unwrap());
-                    let response = Response::builder().status(StatusCode::from_u16(code).unwrap()).body(body);
-                    Ok::<_, Infallible>(response.unwrap())
+                    let fault = server.0.lock().unwrap().fault;
+                    if fault == Some(Fault::Hangs) {
+                        std::future::pending::<()>().await;
+                    }
+                    let (code, body) = server.answer(read(request).await);
+                    Ok::<_, Infallible>(respond(StatusCode::from_u16(code).unwrap(), &body))
                 }
             });
             Client::new(service, "default")
         }
 
-        fn answer(&self, method: &Method, bytes: &[u8]) -> (u16, Value) {
-            let mut shelf = self.0.lock().unwrap();
+        fn answer(&self, request: MockRequest) -> (u16, Value) {
+            let MockRequest { method, body: mut lease, .. } = request;
+            let mut stored = self.0.lock().unwrap();
             let failure = |code: u16| {
                 let reason = if code == 404 { "NotFound" } else { "Conflict" };
                 (
@@ -238,32 +262,31 @@ mod tests {
                     json!({"kind": "Status", "status": "Failure", "code": code, "message": "no", "reason": reason}),
                 )
             };
-            if shelf.away {
+            if stored.fault.is_some() {
                 return failure(500);
             }
-            if *method == Method::GET {
-                return shelf.lease.clone().map_or_else(|| failure(404), |lease| (200, lease));
+            if method == Method::GET {
+                return stored.lease.clone().map_or_else(|| failure(404), |lease| (200, lease));
             }
-            if *method == Method::PUT && shelf.lease.is_none() {
+            if method == Method::PUT && stored.lease.is_none() {
                 return failure(404);
             }
-            let mut lease: Value = serde_json::from_slice(bytes).unwrap();
-            let known = shelf.lease.as_ref().map(|lease| lease["metadata"]["resourceVersion"].clone());
-            if known.is_some_and(|known| known != lease["metadata"]["resourceVersion"]) {
+            let version = stored.lease.as_ref().map(|lease| lease["metadata"]["resourceVersion"].clone());
+            if version.is_some_and(|version| version != lease["metadata"]["resourceVersion"]) {
                 return failure(409);
             }
-            shelf.version += 1;
-            lease["metadata"]["resourceVersion"] = json!(shelf.version.to_string());
-            shelf.lease = Some(lease.clone());
+            stored.version += 1;
+            lease["metadata"]["resourceVersion"] = json!(stored.version.to_string());
+            stored.lease = Some(lease.clone());
             (200, lease)
         }
 
-        fn lose_the_lease(&self) {
+        fn delete_lease(&self) {
             self.0.lock().unwrap().lease = None;
         }
 
-        fn away(&self, away: bool) {
-            self.0.lock().unwrap().away = away;
+        fn set_fault(&self, fault: Option<Fault>) {
+            self.0.lock().unwrap().fault = fault;
         }
 
         fn holder(&self) -> String {
@@ -274,28 +297,32 @@ mod tests {
         }
     }
 
-    fn candidate(server: &Server, name: &str) -> Candidate {
+    fn candidate(server: &LeaseServer, name: &str) -> Candidate {
         Candidate::new(server.client(), "sys", name.to_owned())
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_lost_leader_is_followed_by_another_in_a_later_term() {
-        let server = Server::default();
+        let server = LeaseServer::default();
         let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
         let first = one.lead(|| {}).await;
-        // The first one says nothing more, as when its node is lost.
-        let began = Instant::now();
+        // The first one does nothing more, as when its node is lost.
+        let started = Instant::now();
         assert_eq!(two.lead(|| {}).await, first + 1);
-        assert!(began.elapsed() >= LEASE && began.elapsed() < LEASE + RENEW_EVERY, "{:?}", began.elapsed());
-        // When it comes back, it finds that it lost the lead.
-        let why = one.keep().await;
-        assert!(!why.is_empty());
+        assert!(
+            started.elapsed() >= LEASE && started.elapsed() < LEASE + RENEW_EVERY,
+            "{:?}",
+            started.elapsed()
+        );
+        // When it continues, it finds that it lost the lead.
+        let reason = one.keep().await;
+        assert!(!reason.is_empty());
         assert_eq!(server.holder(), "two");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_leader_keeps_its_lease_while_it_lives() {
-        let server = Server::default();
+        let server = LeaseServer::default();
         let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
         one.lead(|| {}).await;
         tokio::select! {
@@ -307,47 +334,59 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_released_lease_is_taken_at_the_next_look() {
-        let server = Server::default();
+    async fn a_released_lease_is_acquired_at_the_next_read() {
+        let server = LeaseServer::default();
         let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
         let first = one.lead(|| {}).await;
         one.release().await;
         assert_eq!(server.holder(), "");
-        let began = Instant::now();
+        let started = Instant::now();
         assert_eq!(two.lead(|| {}).await, first + 1);
-        assert!(began.elapsed() < RENEW_EVERY);
+        assert!(started.elapsed() < RENEW_EVERY);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_deleted_lease_ends_the_lead_and_the_next_term_is_later_all_the_same() {
-        let server = Server::default();
+    async fn a_deleted_lease_ends_the_lead_and_the_next_term_is_later() {
+        let server = LeaseServer::default();
         let mut one = candidate(&server, "one");
         let first = one.lead(|| {}).await;
-        server.lose_the_lease();
+        server.delete_lease();
         one.keep().await;
         let second = one.lead(|| {}).await;
-        // The wall clock stands still in this test; in a cluster, losing and making the lease takes seconds.
+        // The wall clock stands still in this test; in a cluster, this takes seconds.
         assert!(second >= first && second > 1_700_000_000, "{first} {second}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_leader_out_of_reach_of_the_api_server_steps_down_in_time() {
-        let server = Server::default();
+    async fn a_lead_ends_at_its_deadline_while_requests_hang() {
+        let server = LeaseServer::default();
+        let mut one = candidate(&server, "one");
+        let started = Instant::now();
+        one.lead(|| {}).await;
+        server.set_fault(Some(Fault::Hangs));
+        one.keep().await;
+        assert!(started.elapsed() <= RENEW_DEADLINE, "{:?}", started.elapsed());
+        assert!(one.election.term().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_cannot_reach_the_api_server_steps_down() {
+        let server = LeaseServer::default();
         let mut one = candidate(&server, "one");
         let first = one.lead(|| {}).await;
-        let began = Instant::now();
-        server.away(true);
+        let started = Instant::now();
+        server.set_fault(Some(Fault::Fails));
         let why = one.keep().await;
-        assert!(began.elapsed() <= trustformers_control::lease::RENEW_DEADLINE + Duration::from_secs(1));
+        assert!(started.elapsed() <= RENEW_DEADLINE);
         assert!(why.contains("no"), "{why}");
-        // A short trouble is survived.
-        server.away(false);
+        // A short outage does not end the lead.
+        server.set_fault(None);
         assert_eq!(one.lead(|| {}).await, first + 1);
-        server.away(true);
+        server.set_fault(Some(Fault::Fails));
         let healed = server.clone();
         tokio::spawn(async move {
             sleep(Duration::from_secs(3)).await;
-            healed.away(false);
+            healed.set_fault(None);
         });
         tokio::select! {
             why = one.keep() => panic!("the lead was lost: {why}"),

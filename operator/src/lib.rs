@@ -1,10 +1,12 @@
-//! The operator: makes InferenceModels true, and tells gateways where to find their pods.
+//! The operator: runs the pods of InferenceModels and publishes routes to them to the gateways.
 //!
-//! Watch events fill caches; a reconcile reads the caches, lets `trustformers-control` decide, and sends only what
-//! differs. One process leads, by a Lease; only the leader watches, writes and serves the route feed. In steady state
-//! the API server hears nothing from it but the renewals of its Lease.
+//! Watch events fill caches. A reconcile reads the caches, lets `trustformers-control` decide, and writes
+//! only what differs. One process leads, by a Lease. Only the leader watches, writes and serves the route
+//! feed. In steady state its only requests to the API server are renewals of the Lease.
 
 pub mod args;
+pub mod children;
+pub mod context;
 pub mod crd;
 pub mod election;
 pub mod feed;
@@ -12,9 +14,13 @@ pub mod leader;
 pub mod metrics;
 pub mod observer;
 pub mod permissions;
+pub mod queue;
 pub mod reconcile;
 pub mod recorder;
+pub mod requests;
 pub mod run;
 pub mod server;
-pub mod watch;
-pub mod world;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod unreadable;
+pub mod watchers;

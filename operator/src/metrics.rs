@@ -1,13 +1,13 @@
-//! What the operator counts.
+//! The operator's metrics.
 
 use std::time::Duration;
 
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
-use trustformers_control::gate::Census;
+use trustformers_control::gate::GatewayCounts;
 
-/// The operator's own metrics. Clones share the figures.
+/// The operator's own metrics. Clones share the values.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     reconciles: IntCounterVec,
@@ -28,7 +28,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Makes the metrics and registers them.
+    /// Creates the metrics and registers them.
     ///
     /// # Errors
     /// Only when two metrics share a name, which a test rules out.
@@ -42,7 +42,7 @@ impl Metrics {
                 &["result", "error"],
             )?,
             reconcile_seconds: HistogramVec::new(
-                HistogramOpts::new("trustformers_operator_reconcile_seconds", "Time that a reconcile took.")
+                HistogramOpts::new("trustformers_operator_reconcile_seconds", "Duration of reconciles.")
                     .buckets(vec![0.0005, 0.002, 0.01, 0.05, 0.2, 1.0, 5.0]),
                 &["result"],
             )?,
@@ -98,7 +98,7 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Counts a reconcile; `error` is its label where it failed.
+    /// Counts a reconcile; `error` is its label if it failed.
     pub fn reconciled(&self, error: Option<&str>, took: Duration) {
         let result = if error.is_some() { "error" } else { "ok" };
         self.reconciles.with_label_values(&[result, error.unwrap_or("")]).inc();
@@ -106,18 +106,18 @@ impl Metrics {
     }
 
     /// Counts a write of an object.
-    pub fn wrote(&self, kind: &str) {
+    pub fn count_write(&self, kind: &str) {
         self.requests.with_label_values(&[kind]).inc();
     }
 
     /// Counts a published Event.
-    pub fn told(&self, warning: bool) {
+    pub fn count_event(&self, warning: bool) {
         self.events.with_label_values(&[if warning { "Warning" } else { "Normal" }]).inc();
     }
 
     /// Shows how many gateways there are.
-    pub fn gateways(&self, census: Census) {
-        for (state, number) in [("live", census.live), ("late", census.late), ("left_out", census.left_out)] {
+    pub fn gateways(&self, counts: GatewayCounts) {
+        for (state, number) in [("live", counts.live), ("late", counts.late), ("left_out", counts.left_out)] {
             self.gateways.with_label_values(&[state]).set(i64::try_from(number).unwrap_or(i64::MAX));
         }
     }
@@ -129,13 +129,13 @@ mod tests {
     use trustformers_telemetry::metrics::encode;
 
     #[test]
-    fn figures_appear_under_their_names() {
+    fn values_appear_under_their_names() {
         let registry = Registry::new();
         let metrics = Metrics::new(&registry).unwrap();
         metrics.reconciled(None, Duration::from_millis(3));
         metrics.reconciled(Some("Validate/Source"), Duration::from_millis(1));
-        metrics.wrote("Deployment");
-        metrics.gateways(Census { live: 2, late: 1, left_out: 0 });
+        metrics.count_write("Deployment");
+        metrics.gateways(GatewayCounts { live: 2, late: 1, left_out: 0 });
         let text = encode(&registry).unwrap();
         for line in [
             "trustformers_operator_reconciles_total{error=\"\",result=\"ok\"} 1",

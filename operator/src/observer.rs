@@ -1,11 +1,12 @@
-//! Listens to every running pod of every model: one `WatchModels` stream each, so that a state that a pod reports is in
-//! the model's status within a second, with no request to the API server in between.
+//! Observes every running pod of every model by one `WatchModels` stream each, so that a state that a pod
+//! reports is in the model's status within a second, without a request to the API server in between.
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use backon::{BackoffBuilder, ExponentialBuilder};
 use k8s_openapi::api::core::v1::Pod;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep};
@@ -15,21 +16,21 @@ use trustformers_control::pods::PodView;
 use trustformers_proto::v1::WatchModelsRequest;
 use trustformers_proto::v1::model_service_client::ModelServiceClient;
 
-use crate::world::World;
+use crate::context::Context;
+use crate::reconcile::status::PROGRESS_INTERVAL;
 
-/// Progress alone wakes a reconcile at most this often.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// A connection to a pod that takes longer is tried again.
+/// Limit on one attempt to connect to a pod.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// One start of one pod: a new address is a new stream.
+/// One start of one pod: a restart or a new address is a new stream.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Target {
     namespace: String,
     model: String,
     uid: String,
+    restarts: u32,
     address: IpAddr,
 }
 
@@ -41,6 +42,7 @@ impl Target {
             namespace: view.namespace,
             model: view.model,
             uid: view.uid,
+            restarts: view.restarts,
         })
     }
 
@@ -53,34 +55,36 @@ impl Target {
     }
 }
 
-/// Keeps one stream open for each running pod, for ever.
-pub async fn run(world: Arc<World>) {
+/// Keeps one stream open for each running pod, without end.
+pub async fn run(context: Arc<Context>) {
     let mut streams: HashMap<Target, AbortHandle> = HashMap::new();
     // Dropping the set ends every stream with this task.
     let mut tasks = JoinSet::new();
     loop {
-        world.pods_changed.notified().await;
-        let wanted: HashSet<Target> =
-            world.caches.pods.state().iter().filter_map(|pod| Target::of(pod)).collect();
+        context.pods_changed.notified().await;
+        let running: HashSet<Target> =
+            context.pods.state().iter().filter_map(|pod| Target::of(pod)).collect();
         streams.retain(|target, stream| {
-            let keep = wanted.contains(target);
-            if !keep {
+            let runs = running.contains(target);
+            if !runs {
                 stream.abort();
             }
-            keep
+            runs
         });
-        for target in wanted {
+        // A report that a stream recorded while it was aborted is dropped in the next pass.
+        context.retain_pods(&running.iter().map(|target| target.uid.as_str()).collect());
+        for target in running {
             streams
                 .entry(target)
-                .or_insert_with_key(|target| tasks.spawn(listen(Arc::clone(&world), target.clone())));
+                .or_insert_with_key(|target| tasks.spawn(observe(Arc::clone(&context), target.clone())));
         }
         while tasks.try_join_next().is_some() {}
-        world.metrics.observed_pods.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
+        context.metrics.observed_pods.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
     }
 }
 
-/// Listens to one pod, and connects again whenever the stream ends.
-async fn listen(world: Arc<World>, target: Target) {
+/// Observes one pod, and connects again when the stream ends.
+async fn observe(context: Arc<Context>, target: Target) {
     let Some(uri) = target.uri() else { return };
     let channel = Endpoint::from(uri)
         .connect_timeout(CONNECT_TIMEOUT)
@@ -88,41 +92,45 @@ async fn listen(world: Arc<World>, target: Target) {
         .keep_alive_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true)
         .connect_lazy();
-    let mut pause = FIRST_PAUSE;
+    let backoff = ExponentialBuilder::default()
+        .with_min_delay(FIRST_PAUSE)
+        .with_max_delay(LONGEST_PAUSE)
+        .without_max_times();
+    let mut pauses = backoff.build();
     loop {
-        match follow(&world, &target, channel.clone()).await {
-            Ok(()) => pause = FIRST_PAUSE,
-            Err(status) => {
-                tracing::debug!(pod = target.uid, %status, "no stream from the pod");
-                pause = (pause * 2).min(LONGEST_PAUSE);
-            }
+        match follow(&context, &target, channel.clone()).await {
+            Ok(()) => pauses = backoff.build(),
+            Err(status) => tracing::debug!(pod = target.uid, %status, "no stream from the pod"),
         }
-        sleep(pause).await;
+        sleep(pauses.next().unwrap_or(LONGEST_PAUSE)).await;
     }
 }
 
-/// Follows one stream to its end. An error is one that came before any message.
-async fn follow(world: &World, target: &Target, channel: Channel) -> Result<(), tonic::Status> {
+/// Follows one stream to its end. An error is returned only if no message arrived before.
+async fn follow(context: &Context, target: &Target, channel: Channel) -> Result<(), tonic::Status> {
     let mut client = ModelServiceClient::new(channel);
     let mut stream = client.watch_models(WatchModelsRequest {}).await?.into_inner();
-    let mut told = None::<Instant>;
-    let mut heard_any = false;
+    let mut requested = None::<Instant>;
+    let mut received_any = false;
     loop {
         let message = match stream.message().await {
             Ok(Some(message)) => message,
             Ok(None) => return Ok(()),
-            Err(_) if heard_any => return Ok(()),
+            Err(_) if received_any => return Ok(()),
             Err(status) => return Err(status),
         };
-        heard_any = true;
-        // A pod holds one model.
+        received_any = true;
+        // A pod has one model.
         let Some(report) = message.models.into_iter().next() else { continue };
-        let news = world.heard(&target.uid, report);
-        if news || told.is_none_or(|told| told.elapsed() >= PROGRESS_EVERY) {
-            told = Some(Instant::now());
-            world.reconcile_soon(&target.namespace, &target.model).await;
-            // The table names the digest.
-            world.routes_changed.notify_one();
+        let changed = context.record_report(&target.uid, target.restarts, report);
+        // Progress alone is written at most this often.
+        if changed || requested.is_none_or(|at| at.elapsed() >= PROGRESS_INTERVAL) {
+            requested = Some(Instant::now());
+            context.request_reconcile(&target.namespace, &target.model).await;
+        }
+        if changed {
+            // The table contains the digest.
+            context.routes_changed.notify_one();
         }
     }
 }
@@ -139,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn only_running_pods_with_an_address_are_listened_to() {
+    fn only_running_pods_with_an_address_are_observed() {
         let running = "containerStatuses: [{name: runtime, ready: false, restartCount: 0, image: i, imageID: '', state: {running: {}}}]";
         let target = Target::of(&pod(&format!("{{podIP: 'fd00::1', {running}}}"))).unwrap();
         assert_eq!(target.uri().unwrap().to_string(), "http://[fd00::1]:9090/");

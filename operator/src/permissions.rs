@@ -1,47 +1,186 @@
-//! What the operator may do, and why: the one list that the chart's roles are checked against.
+//! What the operator may do: the permissions that the chart's roles grant.
 //!
-//! Nothing here touches Secrets. A right that is not in this list is not asked for, and a test fails when the chart
-//! grants more or less.
+//! Those for children follow from `kinds::CHILDREN`. A test fails when the chart grants more or less, and the
+//! mock API server of the tests refuses every request that is not permitted here. Nothing here touches
+//! Secrets.
 
-/// A right: the verbs on some resources of one API group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Right {
+use trustformers_control::kinds::CHILDREN;
+
+/// The permitted verbs for some resource.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Permission {
     /// API group; empty is the core group.
     pub group: &'static str,
     /// Resource, or resource and subresource.
     pub resource: &'static str,
     /// Verbs, sorted.
-    pub verbs: &'static [&'static str],
+    pub verbs: Vec<&'static str>,
 }
 
-const fn right(group: &'static str, resource: &'static str, verbs: &'static [&'static str]) -> Right {
-    Right { group, resource, verbs }
+fn permission(group: &'static str, resource: &'static str, verbs: &[&'static str]) -> Permission {
+    Permission { group, resource, verbs: verbs.to_vec() }
 }
 
-/// Rights in every namespace. `create` beside `patch`: server-side apply makes what is not there.
-pub const EVERYWHERE: &[Right] = &[
-    // watch::watch_models; reconcile::status
-    right("serving.trustformers.dev", "inferencemodels", &["list", "watch"]),
-    right("serving.trustformers.dev", "inferencemodels/status", &["patch"]),
-    // watch::watch_children; reconcile::apply
-    right("", "serviceaccounts", &["create", "list", "patch", "watch"]),
-    right("", "services", &["create", "list", "patch", "watch"]),
-    right("", "configmaps", &["create", "delete", "list", "patch", "watch"]),
-    right("apps", "deployments", &["create", "list", "patch", "watch"]),
-    right("policy", "poddisruptionbudgets", &["create", "list", "patch", "watch"]),
-    // watch::watch_pods; feed::gates
-    right("", "pods", &["list", "watch"]),
-    right("", "pods/status", &["patch"]),
-    // recorder
-    right("events.k8s.io", "events", &["create", "get", "patch"]),
-    // feed::identity
-    right("authentication.k8s.io", "tokenreviews", &["create"]),
-];
+/// Permissions in every namespace.
+#[must_use]
+pub fn everywhere() -> Vec<Permission> {
+    let children = CHILDREN.iter().map(|kind| {
+        // `create` besides `patch`: server-side apply creates what does not exist. `get`: who owns an object
+        // that has the name of a child.
+        let verbs: &[&str] = match kind.prune {
+            true => &["create", "delete", "get", "list", "patch", "watch"],
+            false => &["create", "get", "list", "patch", "watch"],
+        };
+        permission(kind.group, kind.plural, verbs)
+    });
+    let others = [
+        // watchers, reconcile::status
+        permission("serving.trustformers.dev", "inferencemodels", &["list", "watch"]),
+        permission("serving.trustformers.dev", "inferencemodels/status", &["patch"]),
+        // watchers, feed::gates
+        permission("", "pods", &["list", "watch"]),
+        permission("", "pods/status", &["patch"]),
+        // recorder; watchers: a volume that cannot be mounted is reported by Events only
+        permission("", "events", &["create", "get", "list", "patch", "watch"]),
+        // feed::identity
+        permission("authentication.k8s.io", "tokenreviews", &["create"]),
+    ];
+    children.chain(others).collect()
+}
 
-/// Rights in the operator's own namespace.
-pub const AT_HOME: &[Right] = &[
-    // election
-    right("coordination.k8s.io", "leases", &["create", "get", "update"]),
-    // leader::label; it lists by the right above
-    right("", "pods", &["patch"]),
-];
+/// Permissions in the operator's own namespace.
+#[must_use]
+pub fn at_home() -> Vec<Permission> {
+    vec![
+        // election
+        permission("coordination.k8s.io", "leases", &["create", "get", "update"]),
+        // leader: the label of the leader's pod
+        permission("", "pods", &["patch"]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+    use std::sync::{Arc, Mutex};
+
+    use http::{Method, StatusCode};
+    use kube::Client;
+    use serde_json::{Value, json};
+    use tokio::task::JoinSet;
+    use tonic::metadata::MetadataMap;
+    use trustformers_control::events::EventNote;
+    use trustformers_crds::InferenceModel;
+
+    use crate::context::tests::{metrics, settings};
+    use crate::context::{Context, NewContext};
+    use crate::election::Candidate;
+    use crate::feed::gates;
+    use crate::feed::identity::FeedAuthenticator;
+    use crate::reconcile::reconcile;
+    use crate::testing::{MockRequest, mock_client, needed};
+    use crate::{leader, recorder, watchers};
+
+    /// An API server that stores nothing, and the permissions that its requests needed.
+    fn recording_client() -> (Client, Arc<Mutex<BTreeSet<String>>>) {
+        let used = Arc::new(Mutex::new(BTreeSet::new()));
+        let record = Arc::clone(&used);
+        let client = mock_client(move |request| {
+            let mut used = record.lock().unwrap();
+            let repeated = used.contains("/events create");
+            let needed = needed(&request);
+            // Each first apply conflicts, so that the operator looks for the owner of the object.
+            let conflicts = needed.iter().any(|one| {
+                let get = one.replace(" create", " get");
+                get != *one && request.method == Method::PATCH && !used.contains(&get)
+            });
+            used.extend(needed);
+            if conflicts { failure(409, "Conflict") } else { answer(&request, repeated) }
+        });
+        (client, used)
+    }
+
+    fn failure(code: u16, reason: &str) -> (StatusCode, Value) {
+        let body =
+            json!({"kind": "Status", "status": "Failure", "code": code, "reason": reason, "message": ""});
+        (StatusCode::from_u16(code).unwrap(), body)
+    }
+
+    fn answer(request: &MockRequest, repeated: bool) -> (StatusCode, Value) {
+        let path = request.uri.path();
+        let is_watch = request.uri.query().is_some_and(|query| query.contains("watch=true"));
+        let is_event = path.contains("/events/") || path.ends_with("/events");
+        match request.method {
+            Method::GET if is_watch => (StatusCode::OK, Value::Null),
+            Method::GET if !path.contains("/namespaces/") => {
+                (StatusCode::OK, json!({"kind": "List", "metadata": {"resourceVersion": "1"}, "items": []}))
+            }
+            Method::GET if is_event => (StatusCode::OK, json!({"metadata": {}, "involvedObject": {}})),
+            Method::GET => failure(404, "NotFound"),
+            Method::POST if is_event && repeated => failure(409, "AlreadyExists"),
+            Method::DELETE => (StatusCode::OK, json!({"kind": "Status", "status": "Success"})),
+            _ => {
+                let mut stored = request.body.clone();
+                stored["metadata"]["uid"] = json!("u");
+                stored["metadata"]["resourceVersion"] = json!("9");
+                stored["metadata"]["name"] = stored["metadata"]["name"].as_str().unwrap_or("chat").into();
+                if stored["kind"] == "Deployment" {
+                    stored["status"] = json!({"replicas": 1, "updatedReplicas": 1});
+                }
+                (StatusCode::OK, stored)
+            }
+        }
+    }
+
+    fn model(generation: i64, pod: &str) -> Arc<InferenceModel> {
+        let text = format!(
+            "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
+             metadata: {{name: chat, namespace: team, uid: u1, generation: {generation}}}\n\
+             spec: {{source: {{uri: 'oci://localhost/m:{generation}'}}, pod: {pod}}}\n"
+        );
+        Arc::new(serde_yaml::from_str(&text).unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_permission_is_used() {
+        let (client, used) = recording_client();
+        let NewContext { context, writers, queue: _queue } =
+            Context::create(client.clone(), settings(), metrics());
+        // Lists and watches of all kinds.
+        let mut tasks = JoinSet::new();
+        watchers::spawn(&context, writers, &mut tasks);
+        context.complete().await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        tasks.shutdown().await;
+        // Children are created, and deleted when they are no longer needed.
+        reconcile(model(1, "{}"), Arc::clone(&context)).await.unwrap();
+        reconcile(model(2, "{serviceAccountName: puller}"), Arc::clone(&context)).await.unwrap();
+        // An Event, two times.
+        let note = EventNote { warning: true, reason: "Test".to_owned(), note: "text".to_owned() };
+        let about = recorder::about(&("team".to_owned(), "chat".to_owned()), "u1");
+        recorder::publish(&context, &about, &[note.clone(), note]).await;
+        gates::tests::write_one(&context).await;
+        let authenticator = FeedAuthenticator::for_account(client.clone(), "sys", "gateway");
+        let mut headers = MetadataMap::new();
+        headers.insert("authorization", "Bearer token".parse().unwrap());
+        assert!(authenticator.verify(&headers).await.is_err(), "the review has no result");
+        let mut candidate = Candidate::new(client, "trustformers-system", "one".to_owned());
+        candidate.lead(|| {}).await;
+        candidate.release().await;
+        leader::unlabel(&context).await;
+
+        let declared = everywhere().into_iter().chain(at_home());
+        let declared: BTreeSet<String> = declared
+            .flat_map(|one| {
+                one.verbs
+                    .iter()
+                    .map(move |verb| format!("{}/{} {verb}", one.group, one.resource))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        let used = used.lock().unwrap().clone();
+        let unused: Vec<_> = declared.difference(&used).collect();
+        assert!(unused.is_empty(), "these permissions are declared and not used: {unused:?}");
+    }
+}

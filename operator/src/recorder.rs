@@ -1,73 +1,72 @@
 //! Publishes Events about models.
 //!
-//! The name of an Event is a hash of what it says, so that saying it again, even by another leader, marks the one Event
-//! as repeated, with its latest time, instead of making a second. The recorder of kube keeps the first note of a reason and cannot be used for causes whose
-//! note is what matters.
+//! The name of an Event is a hash of model, type and reason. If the same happens again, even under another
+//! leader or with other words, that Event gets a higher count, the latest time and the latest message, and no
+//! second Event is made. The core/v1 API is used because events.k8s.io/v1 does not allow a new message. The
+//! recorder of kube keeps the first message of a reason.
 
-use k8s_openapi::api::core::v1::ObjectReference;
-use k8s_openapi::api::events::v1::Event;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Resource};
 use serde_json::json;
-use trustformers_control::events::Happening;
+use trustformers_control::events::EventNote;
+use trustformers_control::routes::ModelKey;
 use trustformers_control::{hash, names};
 use trustformers_crds::InferenceModel;
 
-use crate::world::World;
+use crate::context::Context;
 
-/// Publishes what happened to `model`. An Event that cannot be published is logged and never holds up the rest.
-pub async fn publish(world: &World, model: &InferenceModel, happenings: &[Happening]) {
-    for happening in happenings {
-        tracing::info!(
-            model = model.metadata.name,
-            namespace = model.metadata.namespace,
-            reason = happening.reason,
-            note = happening.note,
-            "event"
-        );
-        match publish_one(world, model, happening).await {
-            Ok(()) => world.metrics.told(happening.warning),
+/// The reference to a model in its Events.
+#[must_use]
+pub fn about((namespace, name): &ModelKey, uid: &str) -> ObjectReference {
+    ObjectReference {
+        api_version: Some(InferenceModel::api_version(&()).into_owned()),
+        kind: Some(InferenceModel::kind(&()).into_owned()),
+        namespace: Some(namespace.clone()),
+        name: Some(name.clone()),
+        uid: Some(uid.to_owned()),
+        ..ObjectReference::default()
+    }
+}
+
+/// Publishes Events about a model. An Event that cannot be published is logged and does not stop the others.
+pub async fn publish(context: &Context, about: &ObjectReference, notes: &[EventNote]) {
+    for note in notes {
+        let (model, namespace) = (&about.name, &about.namespace);
+        tracing::info!(model, namespace, reason = note.reason, note = note.note, "event");
+        let events =
+            Api::<Event>::namespaced(context.client.clone(), about.namespace.as_deref().unwrap_or("default"));
+        let instance = context.settings.pod_name.as_deref();
+        match create_or_count(&events, event(about, note, Timestamp::now(), instance)).await {
+            Ok(()) => context.metrics.count_event(note.warning),
             Err(error) => {
-                tracing::warn!(%error, reason = happening.reason, "an Event could not be published");
+                tracing::warn!(%error, reason = note.reason, "an Event could not be published");
             }
         }
     }
 }
 
-async fn publish_one(
-    world: &World,
-    model: &InferenceModel,
-    happening: &Happening,
-) -> Result<(), kube::Error> {
-    let about = model.object_ref(&());
-    let events =
-        Api::<Event>::namespaced(world.client.clone(), about.namespace.as_deref().unwrap_or("default"));
-    let event = event(about, happening, MicroTime(Timestamp::now()), world.settings.pod_name.as_deref());
-    say(&events, event).await
-}
-
-/// Makes the Event, or counts it once more where it is there.
-async fn say(events: &Api<Event>, event: Event) -> Result<(), kube::Error> {
+/// Creates the Event, or increments its count if it exists.
+async fn create_or_count(events: &Api<Event>, event: Event) -> Result<(), kube::Error> {
     match events.create(&PostParams::default(), &event).await {
         Err(kube::Error::Api(status)) if status.is_already_exists() => {
             let name = event.metadata.name.unwrap_or_default();
-            // Only the leader publishes, so nobody counts at the same time.
-            let known = events.get(&name).await?;
-            // One that has no series was said once.
-            let count = known.series.map_or(1, |series| series.count).saturating_add(1);
-            let again = json!({"series": {"count": count, "lastObservedTime": event.event_time}});
+            // Only the leader publishes, so there is no other writer.
+            let count = events.get(&name).await?.count.unwrap_or(1).saturating_add(1);
+            let again =
+                json!({"count": count, "lastTimestamp": event.last_timestamp, "message": event.message});
             events.patch(&name, &PatchParams::default(), &Patch::Merge(again)).await.map(drop)
         }
         other => other.map(drop),
     }
 }
 
-fn event(about: ObjectReference, what: &Happening, now: MicroTime, instance: Option<&str>) -> Event {
-    let kind = if what.warning { "Warning" } else { "Normal" };
+fn event(about: &ObjectReference, note: &EventNote, now: Timestamp, instance: Option<&str>) -> Event {
+    let kind = if note.warning { "Warning" } else { "Normal" };
     let uid = about.uid.as_deref().unwrap_or_default();
-    let digest = hash::short(&format!("{uid}\n{kind}\n{}\n{}", what.reason, what.note));
+    let digest = hash::short(&format!("{uid}\n{kind}\n{}", note.reason));
     Event {
         metadata: ObjectMeta {
             name: Some(format!("{}.{digest}", about.name.as_deref().unwrap_or_default())),
@@ -75,13 +74,16 @@ fn event(about: ObjectReference, what: &Happening, now: MicroTime, instance: Opt
             ..ObjectMeta::default()
         },
         action: Some("Reconcile".to_owned()),
-        reason: Some(what.reason.clone()),
-        note: Some(what.note.clone()),
+        count: Some(1),
+        first_timestamp: Some(Time(now)),
+        last_timestamp: Some(Time(now)),
+        reason: Some(note.reason.clone()),
+        message: Some(note.note.clone()),
         type_: Some(kind.to_owned()),
-        event_time: Some(now),
-        reporting_controller: Some(names::MANAGER.to_owned()),
+        source: Some(EventSource { component: Some(names::MANAGER.to_owned()), host: None }),
+        reporting_component: Some(names::MANAGER.to_owned()),
         reporting_instance: Some(instance.unwrap_or(names::MANAGER).to_owned()),
-        regarding: Some(about),
+        involved_object: about.clone(),
         ..Event::default()
     }
 }
@@ -89,73 +91,65 @@ fn event(about: ObjectReference, what: &Happening, now: MicroTime, instance: Opt
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::convert::Infallible;
     use std::sync::{Arc, Mutex};
 
-    use http::{Method, Request, Response, StatusCode};
-    use http_body_util::BodyExt;
-    use kube::Client;
-    use kube::client::Body;
+    use http::{Method, StatusCode};
     use serde_json::Value;
-    use tower::service_fn;
 
-    fn what(note: &str) -> Happening {
-        Happening { warning: true, reason: "DigestMismatch".to_owned(), note: note.to_owned() }
+    use crate::testing::{MockRequest, mock_client};
+
+    fn note(reason: &str, text: &str) -> EventNote {
+        EventNote { warning: true, reason: reason.to_owned(), note: text.to_owned() }
     }
 
-    fn about() -> ObjectReference {
-        ObjectReference { name: Some("chat".to_owned()), uid: Some("u".to_owned()), ..Default::default() }
+    fn chat() -> ObjectReference {
+        about(&("default".to_owned(), "chat".to_owned()), "u")
     }
 
-    /// What an API server that holds at most one Event answers, and what it then holds.
-    fn answer(shelf: &mut Option<Value>, method: &Method, body: &[u8]) -> (StatusCode, Value) {
-        let body = || serde_json::from_slice::<Value>(body).unwrap();
-        match (method, &mut *shelf) {
+    /// An API server that stores at most one Event.
+    fn answer(stored: &mut Option<Value>, request: &MockRequest) -> (StatusCode, Value) {
+        match (&request.method, &mut *stored) {
             (&Method::POST, Some(_)) => {
                 let status = json!({"kind": "Status", "status": "Failure", "code": 409, "reason": "AlreadyExists", "message": ""});
                 return (StatusCode::CONFLICT, status);
             }
-            (&Method::POST, None) => *shelf = Some(body()),
-            (&Method::PATCH, Some(event)) => event["series"] = body()["series"].clone(),
+            (&Method::POST, None) => *stored = Some(request.body.clone()),
+            (&Method::PATCH, Some(event)) => {
+                for (key, value) in request.body.as_object().unwrap() {
+                    event[key] = value.clone();
+                }
+            }
             (&Method::GET, Some(_)) => {}
-            (method, _) => panic!("{method} of what is not there"),
+            (method, _) => panic!("{method} of an object that does not exist"),
         }
-        (StatusCode::OK, shelf.clone().unwrap())
+        (StatusCode::OK, stored.clone().unwrap())
     }
 
     #[tokio::test]
-    async fn an_event_counts_how_often_it_was_said() {
-        let shelf = Arc::new(Mutex::new(None));
-        let held = Arc::clone(&shelf);
-        let service = service_fn(move |request: Request<Body>| {
-            let held = Arc::clone(&held);
-            async move {
-                let method = request.method().clone();
-                let bytes = request.into_body().collect().await.unwrap().to_bytes();
-                let (status, body) = answer(&mut held.lock().unwrap(), &method, &bytes);
-                let body = Body::from(serde_json::to_vec(&body).unwrap());
-                Ok::<_, Infallible>(Response::builder().status(status).body(body).unwrap())
-            }
-        });
-        let events = Api::<Event>::namespaced(Client::new(service, "default"), "default");
-        for (second, wanted) in [(10, Value::Null), (20, json!(2)), (30, json!(3)), (40, json!(4))] {
-            let now = MicroTime(Timestamp::from_second(second).unwrap());
-            say(&events, event(about(), &what("a"), now, None)).await.unwrap();
-            let held = shelf.lock().unwrap().clone().unwrap();
-            assert_eq!(held["series"]["count"], wanted);
-            let latest = held["series"]["lastObservedTime"].as_str();
-            assert!(latest.is_none_or(|latest| latest.contains(&format!("00:00:{second}"))), "{latest:?}");
+    async fn one_reason_is_one_event_with_a_count() {
+        let stored = Arc::new(Mutex::new(None));
+        let held = Arc::clone(&stored);
+        let client = mock_client(move |request| answer(&mut held.lock().unwrap(), &request));
+        let events = Api::<Event>::namespaced(client, "default");
+        for (second, count) in [(10, 1), (20, 2), (30, 3)] {
+            let text = format!("0/{second} nodes are available");
+            let now = Timestamp::from_second(second).unwrap();
+            let event = event(&chat(), &note("Unschedulable", &text), now, None);
+            create_or_count(&events, event).await.unwrap();
+            let event = stored.lock().unwrap().clone().unwrap();
+            assert_eq!(event["count"], count);
+            assert_eq!(event["message"], text);
+            assert!(event["lastTimestamp"].as_str().unwrap().contains(&format!("00:00:{second}")), "{event}");
         }
     }
 
     #[test]
-    fn the_same_words_have_the_same_name_and_other_words_another() {
-        let name = |note: &str| {
-            let now = MicroTime(Timestamp::UNIX_EPOCH);
-            event(about(), &what(note), now, None).metadata.name.unwrap()
+    fn the_name_of_an_event_depends_on_its_reason_only() {
+        let name = |reason: &str, text: &str| {
+            event(&chat(), &note(reason, text), Timestamp::UNIX_EPOCH, None).metadata.name.unwrap()
         };
-        assert_eq!(name("a"), name("a"));
-        assert_ne!(name("a"), name("b"));
-        assert!(name("a").starts_with("chat."));
+        assert_eq!(name("Unschedulable", "0/57 nodes"), name("Unschedulable", "0/58 nodes"));
+        assert_ne!(name("Unschedulable", "0/57 nodes"), name("OOMKilled", "0/57 nodes"));
+        assert!(name("Unschedulable", "").starts_with("chat."));
     }
 }

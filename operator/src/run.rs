@@ -1,10 +1,11 @@
-//! `trustformers-operator run`: opens the ports, stands for election, leads when elected, and ends in order.
+//! `trustformers-operator run`: opens the ports, takes part in the leader election, leads when elected, and
+//! shuts down.
 
 use std::io;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
-use kube::Client;
+use kube::{Client, Config};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -16,20 +17,21 @@ use trustformers_proto::control::v1::route_service_server::RouteServiceServer;
 use trustformers_telemetry::metrics::{MetricsError, new_registry};
 
 use crate::args::{FeedAuth, RunArgs};
+use crate::context::{Context, Settings};
 use crate::election::Candidate;
-use crate::feed::identity::Doorkeeper;
-use crate::feed::service::{Feed, Lead};
+use crate::feed::identity::FeedAuthenticator;
+use crate::feed::service::{Feed, Leadership};
 use crate::leader;
 use crate::metrics::Metrics;
+use crate::requests;
 use crate::server::{Readiness, router};
-use crate::world::{Settings, World};
 
 /// Why the operator could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// No cluster to talk to.
+    /// No cluster is configured.
     #[error("no cluster: {0}; run it in a pod, or name a kubeconfig with KUBECONFIG")]
-    Cluster(Box<kube::Error>),
+    Cluster(String),
     /// A port could not be opened.
     #[error("{flag} {address}: {cause}")]
     Listen {
@@ -37,14 +39,14 @@ pub enum RunError {
         flag: &'static str,
         /// The address.
         address: String,
-        /// What the system said.
+        /// The error of the operating system.
         cause: io::Error,
     },
     /// The metrics could not be registered.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
-    /// The operating system takes no signal handlers.
-    #[error("signals: {0}")]
+    /// The signal handlers could not be installed.
+    #[error("signal handlers could not be installed: {0}")]
     Signals(io::Error),
 }
 
@@ -54,30 +56,31 @@ impl From<prometheus::Error> for RunError {
     }
 }
 
-/// Longest wait for open requests of our own servers at the end.
-const END_LIMIT: Duration = Duration::from_secs(5);
+/// Longest wait for open requests of the operator's own servers at the end.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs the operator until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// When it could not start. Later trouble is logged and tried again.
+/// When it could not start. Later failures are logged, and the operation is tried again.
 pub async fn run(args: RunArgs) -> Result<(), RunError> {
-    let client = Client::try_default().await.map_err(|error| RunError::Cluster(Box::new(error)))?;
+    let config = Config::infer().await.map_err(|error| RunError::Cluster(error.to_string()))?;
+    let client = requests::client(config).map_err(|error| RunError::Cluster(error.to_string()))?;
     let registry = new_registry("trustformers-operator", env!("CARGO_PKG_VERSION"))?;
     let metrics = Metrics::new(&registry)?;
     let readiness = Readiness::default();
-    let (leads, lead) = watch::channel(None);
+    let (leaderships, leadership) = watch::channel(None);
     let ending = CancellationToken::new();
 
     let http = listen("--http-address", args.http_address).await?;
     let http_ended = ending.clone();
-    let pages = router(registry, readiness.clone());
+    let routes = router(registry, readiness.clone());
     let http = tokio::spawn(async move {
-        axum::serve(http, pages).with_graceful_shutdown(http_ended.cancelled_owned()).await
+        axum::serve(http, routes).with_graceful_shutdown(http_ended.cancelled_owned()).await
     });
 
     let feed = listen("--feed-address", args.feed_address).await?;
-    let service = RouteServiceServer::new(Feed::new(lead, doorkeeper(&args, &client)));
+    let service = RouteServiceServer::new(Feed::new(leadership, authenticator(&args, &client)));
     let feed_ended = ending.clone();
     let feed = tokio::spawn(
         tonic::transport::Server::builder()
@@ -91,34 +94,37 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
     let stop = CancellationToken::new();
-    let asked = stop.clone();
+    let on_signal = stop.clone();
     tokio::spawn(async move {
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        asked.cancel();
+        on_signal.cancel();
     });
 
-    stand(&args, client, metrics, (&readiness, leads, stop)).await;
+    let election = Participation { args: &args, client, metrics, readiness: &readiness, leaderships, stop };
+    election.run().await;
     readiness.set(false);
     ending.cancel();
-    for server in [timeout(END_LIMIT, http).await.is_err(), timeout(END_LIMIT, feed).await.is_err()] {
-        if server {
-            tracing::warn!("a server of the operator did not end in time");
+    for timed_out in
+        [timeout(SHUTDOWN_LIMIT, http).await.is_err(), timeout(SHUTDOWN_LIMIT, feed).await.is_err()]
+    {
+        if timed_out {
+            tracing::warn!("a server of the operator did not shut down in time");
         }
     }
-    tracing::info!("ended");
+    tracing::info!("shut down");
     Ok(())
 }
 
 async fn listen(flag: &'static str, address: std::net::SocketAddr) -> Result<TcpListener, RunError> {
-    let refused = |cause| RunError::Listen { flag, address: address.to_string(), cause };
-    TcpListener::bind(address).await.map_err(refused)
+    let error = |cause| RunError::Listen { flag, address: address.to_string(), cause };
+    TcpListener::bind(address).await.map_err(error)
 }
 
-fn doorkeeper(args: &RunArgs, client: &Client) -> Doorkeeper {
+fn authenticator(args: &RunArgs, client: &Client) -> FeedAuthenticator {
     match args.feed_auth {
-        FeedAuth::None => Doorkeeper::Open,
+        FeedAuth::None => FeedAuthenticator::Open,
         FeedAuth::Token => {
-            Doorkeeper::for_account(client.clone(), &args.namespace, &args.gateway_service_account)
+            FeedAuthenticator::for_account(client.clone(), &args.namespace, &args.gateway_service_account)
         }
     }
 }
@@ -136,38 +142,43 @@ fn settings(args: &RunArgs) -> Settings {
     }
 }
 
-/// Stands for election again and again until it is asked to stop.
-async fn stand(
-    args: &RunArgs,
+/// Participation in the leader election, until the process is stopped.
+struct Participation<'a> {
+    args: &'a RunArgs,
     client: Client,
     metrics: Metrics,
-    (readiness, leads, stop): (&Readiness, watch::Sender<Option<Lead>>, CancellationToken),
-) {
-    let place = args.pod_name.as_deref().unwrap_or("process");
-    // Of this process alone: a restarted container is a new candidate, and its lead a new term.
-    let identity = format!("{place}_{}_{}", std::process::id(), Timestamp::now().as_nanosecond());
-    let mut candidate = Candidate::new(client.clone(), &args.namespace, identity);
-    loop {
-        let term = tokio::select! {
-            term = candidate.lead(|| readiness.set(true)) => term,
-            () = stop.cancelled() => return,
-        };
-        tracing::info!(term, "elected");
-        let new = World::create(client.clone(), settings(args), metrics.clone());
-        let world = std::sync::Arc::clone(&new.world);
-        tokio::select! {
-            why = candidate.keep() => tracing::warn!(term, why, "no longer leading"),
-            () = leader::lead(term, new, leads.clone()) => {
-                candidate.release().await;
+    readiness: &'a Readiness,
+    leaderships: watch::Sender<Option<Leadership>>,
+    stop: CancellationToken,
+}
+
+impl Participation<'_> {
+    async fn run(self) {
+        let pod = self.args.pod_name.as_deref().unwrap_or("process");
+        // Each process has its own identity: a restarted container is another candidate, and its lead another
+        // term.
+        let identity = format!("{pod}_{}_{}", std::process::id(), Timestamp::now().as_nanosecond());
+        let mut candidate = Candidate::new(self.client.clone(), &self.args.namespace, identity);
+        loop {
+            let term = tokio::select! {
+                term = candidate.lead(|| self.readiness.set(true)) => term,
+                () = self.stop.cancelled() => return,
+            };
+            tracing::info!(term, "elected");
+            let new = Context::create(self.client.clone(), settings(self.args), self.metrics.clone());
+            let context = std::sync::Arc::clone(&new.context);
+            tokio::select! {
+                reason = candidate.keep() => tracing::warn!(term, reason, "no longer leading"),
+                () = leader::lead(term, new, self.leaderships.clone()) => candidate.release().await,
+                () = self.stop.cancelled() => {
+                    tracing::info!(term, "shutting down");
+                    // The next leader may start before the label is removed: it removes the label by itself.
+                    candidate.release().await;
+                    leader::unlabel(&context).await;
+                    return;
+                }
             }
-            () = stop.cancelled() => {
-                tracing::info!(term, "asked to end");
-                // The next leader may begin while the label is on its way off: it takes it from here by itself.
-                candidate.release().await;
-                leader::unlabel(&world).await;
-                return;
-            }
+            leader::unlabel(&context).await;
         }
-        leader::unlabel(&world).await;
     }
 }

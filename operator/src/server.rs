@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use axum::routing::get;
 use prometheus::Registry;
 
-/// Whether the process can do its part: it has reached the API server and was not asked to end.
+/// Whether the process is ready: it has reached the API server and is not shutting down.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness(Arc<AtomicBool>);
 
@@ -33,12 +33,15 @@ pub fn router(registry: Registry, readiness: Readiness) -> Router {
     trustformers_telemetry::metrics::router(registry).merge(health)
 }
 
-/// A candidate that does not lead is ready as well: it stands by.
+/// A candidate that does not lead is ready too: it can take over.
 async fn ready(State(readiness): State<Readiness>) -> (StatusCode, &'static str) {
     if readiness.get() {
         (StatusCode::OK, "ok\n")
     } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "the API server was not reached yet, or the operator is ending\n")
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the API server has not been reached yet, or the operator is shutting down\n",
+        )
     }
 }
 
@@ -50,7 +53,7 @@ mod tests {
     use tower::ServiceExt;
 
     #[tokio::test]
-    async fn ready_follows_the_switch_and_live_does_not() {
+    async fn readiness_changes_and_liveness_does_not() {
         let readiness = Readiness::default();
         let status = async |path: &str, readiness: &Readiness| {
             let request = Request::get(path).body(Body::empty()).unwrap();

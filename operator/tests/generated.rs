@@ -1,7 +1,8 @@
-//! What is generated from the operator's source is committed, and fresh.
+//! Files that are generated from the operator's source are committed, and up to date.
 //!
-//! The plain manifests below `k8s/` are the chart rendered with its defaults. Where `helm` is not found their test says
-//! so and passes, unless `TRUSTFORMERS_REQUIRE_HELM=1`. `TRUSTFORMERS_WRITE_GENERATED=1` writes instead of comparing.
+//! The plain manifests below `k8s/` are the chart rendered with its defaults. Without `helm` their tests
+//! print that they are skipped, and pass unless `TRUSTFORMERS_REQUIRE_HELM=1`.
+//! `TRUSTFORMERS_WRITE_GENERATED=1` writes the files instead of comparing them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failure here is a failed test")]
 
 use std::collections::BTreeMap;
@@ -10,24 +11,24 @@ use std::process::Command;
 
 use serde_yaml::Value;
 use trustformers_operator::crd;
-use trustformers_operator::permissions::{AT_HOME, EVERYWHERE, Right};
+use trustformers_operator::permissions::{Permission, at_home, everywhere};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// Compares a committed file with what it should hold, or writes it.
-fn fresh(path: &str, wanted: &str) {
+/// Compares a committed file with its generated content, or writes it.
+fn assert_up_to_date(path: &str, generated: &str) {
     let file = root().join(path);
     if std::env::var_os("TRUSTFORMERS_WRITE_GENERATED").is_some() {
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();
-        std::fs::write(&file, wanted).unwrap();
+        std::fs::write(&file, generated).unwrap();
         return;
     }
     let found = std::fs::read_to_string(&file).unwrap_or_default();
     assert!(
-        found == wanted,
-        "{path} is not fresh: run TRUSTFORMERS_WRITE_GENERATED=1 cargo test --profile ci -p trustformers-operator --test generated"
+        found == generated,
+        "{path} is not up to date: run TRUSTFORMERS_WRITE_GENERATED=1 cargo test --profile ci -p trustformers-operator --test generated"
     );
 }
 
@@ -44,7 +45,7 @@ fn helm() -> Option<PathBuf> {
     on_path.into_iter().flatten().chain(cached).find(|file| file.is_file())
 }
 
-/// The chart rendered with these flags; `None`, told on stderr, without `helm`.
+/// The chart rendered with these flags; `None` without `helm`, with a note on stderr.
 fn rendered(flags: &[&str]) -> Option<String> {
     let Some(helm) = helm() else {
         assert!(
@@ -78,28 +79,28 @@ fn objects(text: &str) -> BTreeMap<String, Value> {
 }
 
 #[test]
-fn the_definition_in_the_chart_is_fresh() {
-    fresh("charts/trustformers/files/inferencemodels.yaml", &crd::text().unwrap());
+fn the_definition_in_the_chart_is_up_to_date() {
+    assert_up_to_date("charts/trustformers/files/inferencemodels.yaml", &crd::text().unwrap());
 }
 
 #[test]
-fn the_plain_manifests_are_fresh() {
+fn the_plain_manifests_are_up_to_date() {
     let Some(all) = rendered(&[]) else { return };
     let namespace = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: trustformers-system\n  labels:\n    \
                      pod-security.kubernetes.io/enforce: restricted\n";
-    let heading = "# Rendered from charts/trustformers with its default values; a test keeps it fresh.\n";
+    let heading = "# Rendered from charts/trustformers with its default values; a test compares it.\n";
     let is_definition = |document: &&str| document.contains("\nkind: CustomResourceDefinition\n");
     let (definition, rest): (Vec<&str>, Vec<&str>) =
         all.split("---\n").filter(|document| !document.trim().is_empty()).partition(is_definition);
     let (definition, rest) = (definition.join("---\n"), rest.join("---\n"));
-    fresh("k8s/00-namespace.yaml", namespace);
-    fresh("k8s/10-inferencemodels.yaml", &format!("{heading}{definition}"));
-    fresh("k8s/20-trustformers.yaml", &format!("{heading}{rest}"));
+    assert_up_to_date("k8s/00-namespace.yaml", namespace);
+    assert_up_to_date("k8s/10-inferencemodels.yaml", &format!("{heading}{definition}"));
+    assert_up_to_date("k8s/20-trustformers.yaml", &format!("{heading}{rest}"));
     assert!(!definition.is_empty() && rest.matches("\nkind: Deployment\n").count() == 2);
 }
 
 #[test]
-fn the_promised_defaults_reach_the_definition() {
+fn defaults_of_the_chart_reach_the_definition() {
     let flags =
         ["--set", "image.tag=v0.1.0", "--set", "replicas=3", "--set", r"resources.limits.nvidia\.com/gpu=1"];
     let Some(text) = rendered(&flags) else { return };
@@ -138,14 +139,14 @@ fn every_pod_of_the_chart_is_restricted() {
 }
 
 #[test]
-fn the_charts_roles_are_what_the_operator_calls() {
+fn the_charts_roles_grant_the_declared_permissions() {
     let Some(text) = rendered(&[]) else { return };
     let objects = objects(&text);
     let granted = |role: &str| -> BTreeMap<(String, String), Vec<String>> {
         let texts = |value: &Value| -> Vec<String> {
             value.as_sequence().into_iter().flatten().map(|one| one.as_str().unwrap().to_owned()).collect()
         };
-        let mut rights = BTreeMap::new();
+        let mut permissions = BTreeMap::new();
         for rule in objects[role]["rules"].as_sequence().unwrap() {
             for (group, resource) in texts(&rule["apiGroups"])
                 .iter()
@@ -153,21 +154,25 @@ fn the_charts_roles_are_what_the_operator_calls() {
             {
                 let mut verbs = texts(&rule["verbs"]);
                 verbs.sort();
-                let twice = rights.insert((group, resource), verbs);
+                let twice = permissions.insert((group, resource), verbs);
                 assert!(twice.is_none(), "{role} names a resource twice");
             }
         }
-        rights
+        permissions
     };
-    let called = |rights: &[Right]| -> BTreeMap<(String, String), Vec<String>> {
+    let declared = |permissions: Vec<Permission>| -> BTreeMap<(String, String), Vec<String>> {
         let texts = |verbs: &[&str]| verbs.iter().map(|&verb| verb.to_owned()).collect();
-        rights.iter().map(|one| ((one.group.to_owned(), one.resource.to_owned()), texts(one.verbs))).collect()
+        permissions
+            .iter()
+            .map(|one| ((one.group.to_owned(), one.resource.to_owned()), texts(&one.verbs)))
+            .collect()
     };
-    assert_eq!(granted("ClusterRole/trustformers-operator"), called(EVERYWHERE));
-    assert_eq!(granted("Role/trustformers-operator"), called(AT_HOME));
-    assert!(EVERYWHERE.iter().chain(AT_HOME).all(|one| !one.resource.starts_with("secret")));
+    assert_eq!(granted("ClusterRole/trustformers-operator"), declared(everywhere()));
+    assert_eq!(granted("Role/trustformers-operator"), declared(at_home()));
+    let all = everywhere().into_iter().chain(at_home());
+    assert!(all.into_iter().all(|one| !one.resource.starts_with("secret")));
     assert!(
         !objects.keys().any(|name| name.contains("RoleBinding/trustformers-gateway")),
-        "the gateway has no rights"
+        "the gateway has no permissions"
     );
 }

@@ -3,7 +3,7 @@
 {{ .root.Values.image.registry }}/trustformers-{{ .program }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 
-{{/* Labels that a component's pods are selected by; never to be changed. */}}
+{{/* Labels that select a component's pods. They must never change: selectors are immutable. */}}
 {{- define "trustformers.selector" -}}
 app.kubernetes.io/name: trustformers
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -17,7 +17,7 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: trustformers
 {{- end }}
 
-{{/* What every pod of ours may do: nothing beyond running one binary. */}}
+{{/* Security context of every pod of the release: it runs one program and nothing else. */}}
 {{- define "trustformers.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 65532
@@ -32,7 +32,7 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Where callers reach the gateway. */}}
+{{/* URL of the gateway for callers. */}}
 {{- define "trustformers.gatewayUrl" -}}
 {{ .Values.gateway.url | default (printf "http://trustformers-gateway.%s.svc:%v" .Release.Namespace .Values.gateway.service.httpPort) }}
 {{- end }}

@@ -1,6 +1,7 @@
 //! The behaviour that users rely on, as scenarios on a real Kubernetes with two nodes. Each says what is
 //! given, what happens, and what the result must be. The harness is the crate's library.
 
+mod s10_repair;
 mod s1_install;
 mod s2_first_token;
 mod s3_delete;

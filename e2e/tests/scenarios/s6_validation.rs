@@ -42,6 +42,18 @@ async fn mistakes_are_refused_by_name() -> Result<()> {
                 "{output:?}"
             );
         }
+
+        // Labels and annotations by which Services select pods of the release.
+        for (field, key) in [
+            ("labels", "app.kubernetes.io/component"),
+            ("labels", "serving.trustformers.dev/leader"),
+            ("annotations", "serving.trustformers.dev/pool"),
+        ] {
+            let spec = format!("{{source: {{uri: \"{SMOLLM2}\"}}, pod: {{{field}: {{{key}: gateway}}}}}}");
+            let output = apply(scenario, "m", &spec).await?;
+            let expected = format!("spec.pod.{field}: keys that start with app.kubernetes.io/");
+            assert!(!output.success && output.stderr.contains(&expected), "{output:?}");
+        }
         Ok(())
     })
     .await

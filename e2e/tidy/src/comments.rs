@@ -133,8 +133,10 @@ fn repository_path<'a>(quoted: &'a str, paths: &Paths<'_>) -> Option<&'a str> {
         if line.starts_with(|c: char| c.is_ascii_digit()) { path } else { quoted }
     });
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+    // `README.md` is a name and `NAME.rs` a placeholder: the file of a name exists somewhere.
     let placeholder = |component: &str| {
-        component.len() > 1 && component.chars().all(|c| c.is_ascii_uppercase() || c == '_')
+        let stem = component.split('.').next().unwrap_or(component);
+        stem.len() > 1 && stem.chars().all(|c| c.is_ascii_uppercase() || c == '_') && !paths.has(component)
     };
     if path.is_empty()
         || !path.chars().all(plain)
@@ -201,6 +203,7 @@ mod tests {
                 0,
             ),
             ("a.md", "```\n`runtime/gone.rs`\n```\n", 0),
+            ("a.md", "a file `src/arch/NAME.rs`, and `CONTRIBUTING.md`", 0),
             ("a.rs", "//! As `runtime/gone.rs` says.\n", 1),
             ("a.rs", "const A: &str = \"`runtime/gone.rs`\";\n", 0),
         ] {

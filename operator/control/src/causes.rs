@@ -1,10 +1,11 @@
-//! Why a pod does not serve, in the words of kubelet, the scheduler or the pod itself.
+//! Why a pod does not serve, as reported by kubelet, the scheduler or the pod itself.
 //!
-//! The reason is a CamelCase word that others have coined already (`ErrImagePull`, `Unschedulable`,
-//! `DigestMismatch`); the message names the object and the next step. Figures that change by themselves, such as
-//! kubelet's growing pause between restarts, are left out: each change would be one more Event.
+//! The reason is a CamelCase word that Kubernetes or the runtime already uses (`ErrImagePull`,
+//! `Unschedulable`,
+//! `DigestMismatch`). The message names the object and the next step. Numbers that change by themselves, such
+//! as kubelet's back-off between restarts, are omitted: each change would write the status again.
 
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Event, Pod};
 use trustformers_proto::v1::{ModelState, ModelStatus};
 
 use crate::names;
@@ -14,7 +15,7 @@ use crate::names;
 pub struct Cause {
     /// One CamelCase word.
     pub reason: String,
-    /// A sentence for a person.
+    /// A sentence for people.
     pub message: String,
 }
 
@@ -24,7 +25,7 @@ impl Cause {
     }
 }
 
-/// What kubelet and the scheduler say is wrong with a pod, if anything is.
+/// What is wrong with a pod according to its status, if anything.
 #[must_use]
 pub fn of_pod(pod: &Pod) -> Option<Cause> {
     let status = pod.status.as_ref()?;
@@ -38,7 +39,29 @@ pub fn of_pod(pod: &Pod) -> Option<Cause> {
         .or_else(|| of_conditions(pod))
 }
 
-/// What the pod itself says is wrong with its model, if anything is: it failed for good, or tries again for a reason.
+/// Reasons of Events that report a cause which is in no status: volumes that cannot be mounted or attached,
+/// and sandboxes that cannot be created.
+pub const EVENT_REASONS: &[&str] = &["FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"];
+
+/// Kubelet repeats an Event when the problem persists. The first one may be a short delay, such as a
+/// ConfigMap that has not reached the node yet.
+const PERSISTENT_COUNT: i32 = 2;
+
+/// What is wrong with a pod whose containers have not started, according to an Event about it.
+#[must_use]
+pub fn of_event(event: &Event) -> Option<Cause> {
+    let reason = event.reason.as_deref().filter(|reason| EVENT_REASONS.contains(reason))?;
+    let repeated = event.series.as_ref().and_then(|series| series.count).or(event.count).unwrap_or(1);
+    let pod = event.involved_object.name.as_deref().unwrap_or_default();
+    let message = event.message.as_deref().unwrap_or("kubelet gives no details").trim();
+    let advice = match reason {
+        "FailedCreatePodSandBox" => "check the node's network and the pod's runtimeClassName",
+        _ => "check the volume that spec.source.uri names",
+    };
+    (repeated >= PERSISTENT_COUNT).then(|| Cause::new(reason, format!("pod {pod}: {message}; {advice}")))
+}
+
+/// What is wrong with the model according to the pod, if anything: it failed, or it retries for a reason.
 #[must_use]
 pub fn of_report(report: &ModelStatus) -> Option<Cause> {
     let failed = report.state == ModelState::Failed as i32;
@@ -63,14 +86,14 @@ fn of_container(pod: &str, status: &ContainerStatus) -> Option<Cause> {
                     |end| ended(pod, &status.name, end),
                 )),
                 reason => {
-                    let said = waiting.message.as_deref().unwrap_or("kubelet gives no details");
-                    let (reason, said) = behind_the_pause(reason, said);
-                    Some(Cause::new(reason, format!("container {} of pod {pod}: {said}", status.name)))
+                    let message = waiting.message.as_deref().unwrap_or("kubelet gives no details");
+                    let (reason, message) = last_pull_error(reason, message);
+                    Some(Cause::new(reason, format!("container {} of pod {pod}: {message}", status.name)))
                 }
             }
         }
         ContainerState { terminated: Some(end), .. } => Some(ended(pod, &status.name, end)),
-        // It runs again, but why it ended matters until it serves.
+        // It runs again, but the reason why it ended matters until it serves.
         _ if !status.ready => last
             .filter(|end| end.reason.as_deref() == Some("OOMKilled"))
             .map(|end| ended(pod, &status.name, end)),
@@ -78,11 +101,11 @@ fn of_container(pod: &str, status: &ContainerStatus) -> Option<Cause> {
     }
 }
 
-/// While kubelet pauses between two attempts to pull, its message repeats what the last attempt gave, after its reason.
-/// That is told, so that the cause does not change with every attempt.
-fn behind_the_pause<'a>(reason: &'a str, said: &'a str) -> (&'a str, &'a str) {
-    let attempt = (reason == "ImagePullBackOff").then(|| said.split_once(": ErrImagePull: ")).flatten();
-    attempt.map_or((reason, said), |(_, said)| ("ErrImagePull", said))
+/// Between two attempts to pull an image, kubelet's message repeats the error of the last attempt. The cause
+/// is that error, so that it does not change with every attempt.
+fn last_pull_error<'a>(reason: &'a str, message: &'a str) -> (&'a str, &'a str) {
+    let attempt = (reason == "ImagePullBackOff").then(|| message.split_once(": ErrImagePull: ")).flatten();
+    attempt.map_or((reason, message), |(_, error)| ("ErrImagePull", error))
 }
 
 fn ended(pod: &str, container: &str, end: &ContainerStateTerminated) -> Cause {
@@ -90,14 +113,14 @@ fn ended(pod: &str, container: &str, end: &ContainerStateTerminated) -> Cause {
         let advice = "raise spec.runtime.resources.limits.memory, or lower contextTokens or maxBatchSize";
         return Cause::new(
             "OOMKilled",
-            format!("container {container} of pod {pod} was killed for its memory: {advice}"),
+            format!("container {container} of pod {pod} exceeded its memory limit: {advice}"),
         );
     }
     let why = end.message.as_deref().filter(|text| !text.is_empty()).map(|text| format!(": {}", text.trim()));
     Cause::new(
         "CrashLoopBackOff",
         format!(
-            "container {container} of pod {pod} ended with exit code {}{}; its last words: kubectl logs {pod} -c {container} --previous",
+            "container {container} of pod {pod} ended with exit code {}{}; its last log: kubectl logs {pod} -c {container} --previous",
             end.exit_code,
             why.unwrap_or_default()
         ),
@@ -110,8 +133,8 @@ fn of_phase(pod: &Pod) -> Option<Cause> {
         return None;
     }
     let reason = status.reason.as_deref().unwrap_or("PodFailed");
-    let said = status.message.as_deref().unwrap_or("kubelet gives no details");
-    Some(Cause::new(reason, format!("pod {}: {said}", pod.metadata.name.as_deref().unwrap_or_default())))
+    let message = status.message.as_deref().unwrap_or("kubelet gives no details");
+    Some(Cause::new(reason, format!("pod {}: {message}", pod.metadata.name.as_deref().unwrap_or_default())))
 }
 
 fn of_conditions(pod: &Pod) -> Option<Cause> {
@@ -154,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn kubelets_reason_and_words_are_kept() {
+    fn kubelets_reason_and_message_are_used() {
         for reason in ["ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "CreateContainerConfigError"]
         {
             let cause = waiting(reason, "no such image localhost/none:1").unwrap();
@@ -165,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pause_between_two_pulls_is_the_same_cause_as_the_pull() {
+    fn a_pull_back_off_has_the_cause_of_the_last_pull() {
         let pull = waiting("ErrImagePull", "failed to pull x:1");
         assert_eq!(
             waiting("ImagePullBackOff", "Back-off pulling image x:1: ErrImagePull: failed to pull x:1"),
@@ -174,18 +197,18 @@ mod tests {
     }
 
     #[test]
-    fn a_crash_loop_tells_how_it_ended_and_not_how_long_the_pause_is() {
-        let loops = |pause: &str| {
+    fn a_crash_loop_has_the_exit_code_and_not_the_back_off() {
+        let crash_loop = |pause: &str| {
             cause(&format!(
                 "{{containerStatuses: [{{name: runtime, ready: false, restartCount: 3, image: i, imageID: '', state: {{waiting: {{reason: CrashLoopBackOff, message: back-off {pause}}}}}, lastState: {{terminated: {{exitCode: 2, reason: Error}}}}}}]}}"
             ))
         };
-        assert_eq!(loops("10s"), loops("20s"));
-        assert!(loops("10s").unwrap().message.contains("exit code 2"));
+        assert_eq!(crash_loop("10s"), crash_loop("20s"));
+        assert!(crash_loop("10s").unwrap().message.contains("exit code 2"));
     }
 
     #[test]
-    fn a_kill_for_memory_is_told_until_the_pod_serves() {
+    fn an_out_of_memory_kill_is_the_cause_until_the_pod_serves() {
         let killed = |ready: bool| {
             cause(&format!(
                 "{{containerStatuses: [{{name: runtime, ready: {ready}, restartCount: 1, image: i, imageID: '', state: {{running: {{}}}}, lastState: {{terminated: {{exitCode: 137, reason: OOMKilled}}}}}}]}}"
@@ -196,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn the_scheduler_is_heard() {
+    fn an_unschedulable_pod_has_the_schedulers_reason() {
         let cause = cause(
             "{conditions: [{type: PodScheduled, status: 'False', reason: Unschedulable, message: '0/2 nodes are available'}]}",
         );
@@ -204,14 +227,29 @@ mod tests {
     }
 
     #[test]
-    fn an_evicted_pod_says_so() {
+    fn an_evicted_pod_has_its_reason() {
         let cause = cause("{phase: Failed, reason: Evicted, message: 'low on memory'}").unwrap();
         assert_eq!(cause.reason, "Evicted");
         assert!(cause.message.contains("low on memory"));
     }
 
     #[test]
-    fn a_pods_own_report_counts_when_it_failed_or_tries_again() {
+    fn an_event_is_a_cause_once_it_repeats() {
+        let event = |reason: &str, count: i32| -> Event {
+            serde_yaml::from_str(&format!(
+                "metadata: {{}}\ninvolvedObject: {{kind: Pod, name: p, uid: u}}\nreason: {reason}\ncount: {count}\nmessage: hostPath type check failed\n"
+            ))
+            .unwrap()
+        };
+        assert_eq!(of_event(&event("FailedMount", 1)), None, "kubelet retries a short delay by itself");
+        let cause = of_event(&event("FailedMount", 2)).unwrap();
+        assert_eq!(cause.reason, "FailedMount");
+        assert!(cause.message.contains("pod p: hostPath type check failed"), "{}", cause.message);
+        assert_eq!(of_event(&event("Unhealthy", 9)), None);
+    }
+
+    #[test]
+    fn a_pods_report_is_a_cause_if_it_failed_or_retries() {
         let mut report = ModelStatus { reason: "DigestMismatch".to_owned(), ..ModelStatus::default() };
         assert_eq!(of_report(&report), None);
         report.state = ModelState::Loading as i32;

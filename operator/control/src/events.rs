@@ -1,98 +1,109 @@
-//! Which Events a change of status is worth.
+//! Which Events a change of status publishes.
 //!
-//! Events are derived from the difference of two stored statuses, so that a restarted operator repeats none of them and
-//! a cause that stays is told once.
+//! Events follow from the difference of two statuses, so that a restarted operator repeats none of them. A
+//! cause that only changes its wording, such as a count of nodes or the name of a pod, publishes none.
 
 use trustformers_crds::{Condition, InferenceModelStatus};
 
 /// An Event to publish about a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Happening {
+pub struct EventNote {
     /// Whether something is wrong.
     pub warning: bool,
     /// One CamelCase word.
     pub reason: String,
-    /// A sentence for a person.
+    /// A sentence for people.
     pub note: String,
 }
 
 /// Longest note that the API server takes is 1024 bytes.
 const NOTE_BYTES: usize = 1000;
 
-/// What happened between two statuses.
+/// The Events of a change from one status to another.
 #[must_use]
-pub fn between(before: &InferenceModelStatus, after: &InferenceModelStatus) -> Vec<Happening> {
-    let mut happenings = Vec::new();
-    if let Some(wrong) = news(before, after, "Degraded", "True") {
-        happenings.push(happening(true, &wrong.reason, &wrong.message));
+pub fn between(before: &InferenceModelStatus, after: &InferenceModelStatus) -> Vec<EventNote> {
+    let mut notes = Vec::new();
+    if let Some(degraded) = changed(before, after, "Degraded", "True") {
+        notes.push(note(true, &degraded.reason, &degraded.message));
     }
-    if let Some(taken) = news(before, after, "BareName", "False") {
-        happenings.push(happening(true, "BareNameTaken", &taken.message));
+    if let Some(refused) = changed(before, after, "BareName", "False") {
+        notes.push(note(true, "BareNameTaken", &refused.message));
     }
-    if let Some(step) = news(before, after, "Progressing", "True")
+    if let Some(step) = changed(before, after, "Progressing", "True")
         && matches!(step.reason.as_str(), "Loading" | "RollingOut")
         && find(before, "Progressing").is_none_or(|old| old.reason != step.reason)
     {
-        happenings.push(happening(false, &step.reason, &step.message));
+        notes.push(note(false, &step.reason, &step.message));
     }
-    if let Some(ready) = news(before, after, "Ready", "True") {
-        happenings.push(happening(false, "Ready", &ready.message));
+    if let Some(ready) = changed(before, after, "Ready", "True") {
+        notes.push(note(false, "Ready", &ready.message));
     }
-    happenings
+    notes
 }
 
-/// The condition, if it has this status now and said something else before.
-fn news<'a>(
+/// The condition, if it has this status now and had another status or reason before. Another message counts
+/// only after an edit of the spec.
+fn changed<'a>(
     before: &InferenceModelStatus,
     after: &'a InferenceModelStatus,
     kind: &str,
     status: &str,
 ) -> Option<&'a Condition> {
     let now = find(after, kind).filter(|one| one.status == status)?;
-    let known = find(before, kind).is_some_and(|old| {
-        (&old.status, &old.reason, &old.message) == (&now.status, &now.reason, &now.message)
+    let unchanged = find(before, kind).is_some_and(|old| {
+        let same_spec = old.observed_generation == now.observed_generation;
+        (&old.status, &old.reason) == (&now.status, &now.reason) && (same_spec || old.message == now.message)
     });
-    (!known).then_some(now)
+    (!unchanged).then_some(now)
 }
 
 fn find<'a>(status: &'a InferenceModelStatus, kind: &str) -> Option<&'a Condition> {
     status.conditions.iter().find(|one| one.type_ == kind)
 }
 
-fn happening(warning: bool, reason: &str, note: &str) -> Happening {
+fn note(warning: bool, reason: &str, note: &str) -> EventNote {
     let mut end = note.len().min(NOTE_BYTES);
     while !note.is_char_boundary(end) {
         end -= 1;
     }
-    Happening { warning, reason: reason.to_owned(), note: note[..end].to_owned() }
+    EventNote { warning, reason: reason.to_owned(), note: note[..end].to_owned() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::causes::Cause;
-    use crate::status::refused;
+    use crate::status::{Refusal, refused};
     use k8s_openapi::jiff::Timestamp;
 
-    fn failed(reason: &str, message: &str) -> InferenceModelStatus {
+    fn failed(generation: i64, reason: &str, message: &str) -> InferenceModelStatus {
         let cause = Cause { reason: reason.to_owned(), message: message.to_owned() };
-        refused(1, &cause, &InferenceModelStatus::default(), Timestamp::UNIX_EPOCH)
+        let refusal = Refusal { generation, cause: &cause, pods: &[], now: Timestamp::UNIX_EPOCH };
+        refused(refusal, &InferenceModelStatus::default())
     }
 
     #[test]
-    fn a_cause_is_told_once() {
+    fn a_lasting_cause_publishes_one_event() {
         let none = InferenceModelStatus::default();
-        let wrong = failed("DigestMismatch", "aa is not bb");
-        let told = between(&none, &wrong);
-        assert_eq!(told.len(), 1);
-        assert!(told[0].warning && told[0].reason == "DigestMismatch");
-        assert_eq!(between(&wrong, &wrong), []);
-        assert_eq!(between(&wrong, &failed("DigestMismatch", "aa is not cc")).len(), 1);
+        let before = failed(1, "Unschedulable", "0/57 nodes are available");
+        let notes = between(&none, &before);
+        assert_eq!(notes.len(), 1);
+        assert!(notes[0].warning && notes[0].reason == "Unschedulable");
+        assert_eq!(between(&before, &before), []);
+        assert_eq!(between(&before, &failed(1, "Unschedulable", "0/58 nodes are available")), []);
     }
 
     #[test]
-    fn a_long_note_is_cut_between_characters() {
-        let told = between(&InferenceModelStatus::default(), &failed("X", &"é".repeat(900)));
-        assert_eq!(told[0].note.len(), 1000);
+    fn another_reason_or_an_edited_spec_publishes_an_event() {
+        let before = failed(1, "InvalidSpec", "spec.source.uri: no");
+        assert_eq!(between(&before, &failed(1, "NameTaken", "spec.source.uri: no")).len(), 1);
+        assert_eq!(between(&before, &failed(2, "InvalidSpec", "spec.traffic.timeout: no")).len(), 1);
+        assert_eq!(between(&before, &failed(2, "InvalidSpec", "spec.source.uri: no")), []);
+    }
+
+    #[test]
+    fn a_long_note_ends_between_characters() {
+        let notes = between(&InferenceModelStatus::default(), &failed(1, "X", &"é".repeat(900)));
+        assert_eq!(notes[0].note.len(), 1000);
     }
 }

@@ -1,15 +1,16 @@
-//! When a pod counts as routable: what gateways have acknowledged, as a state machine fed with instants.
+//! When a pod counts as routable, from what gateways have acknowledged: a state machine whose inputs carry
+//! the time.
 //!
-//! A pod's readiness gate turns true once every live gateway has said that it routes by a table with this start of
-//! this pod. Otherwise a rolling update could end the last pod that a gateway knows. A gateway is live while its last
-//! report is younger than [`FRESH`]; between that and [`LEFT_OUT`] it is waited for; after that it is left out, so that
-//! one lost gateway cannot hold up every rollout. A stream that breaks changes nothing by itself: the gateway may be
-//! on its way back, or serving from its last table.
+//! A pod's readiness gate becomes true when every live gateway has acknowledged a table with this start of
+//! this pod. Otherwise a rolling update could end the last pod that a gateway has in its table. A gateway is
+//! live while its last report is younger than [`FRESH`]. Until it is older than [`LEFT_OUT`], gates wait for
+//! it. After that the gateway is left out, so that one lost gateway cannot block every rollout. A broken
+//! stream changes nothing by itself: the gateway may be reconnecting, or serving from its last table.
 //!
-//! A new leader waits for [`SETTLE`] from the moment that it can be found before it opens a gate, since gateways need a
-//! moment to find it, and no gateway at all means that the warm-up alone decides.
+//! A new leader opens no gate before [`SETTLE`] has passed since gateways can find it, because they need time
+//! to connect. Without any gateway, the warm-up alone decides.
 //!
-//! Instants are lengths of time since the leader began to lead.
+//! Times are durations since the leader started to lead.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -20,22 +21,24 @@ use crate::pods::PodView;
 
 /// A gateway whose last report is younger than this is live.
 pub const FRESH: Duration = Duration::from_secs(3);
-/// A gateway silent for this long is left out.
+/// A gateway that does not report for this long is left out.
 pub const LEFT_OUT: Duration = Duration::from_secs(5);
-/// Nothing is opened this soon after the leader can be found: a gateway gives up on a silent leader after 2 s, waits up to
-/// 1 s before it tries again, and another such round must fit.
+/// No gate opens within this time after gateways can find the leader: a gateway disconnects from a silent
+/// leader after 2 s and waits up to 1 s before it connects again, and two such rounds must fit: 2 × (2 s + 1
+/// s).
 pub const SETTLE: Duration = Duration::from_secs(6);
-/// A gateway silent for this long is forgotten.
-const FORGOTTEN: Duration = Duration::from_secs(300);
+/// The state of a gateway that does not report for this long is dropped.
+const DROPPED: Duration = Duration::from_secs(300);
 
-/// What gateways have said, and what the published tables held.
+/// Reports of gateways, and the pods in the published tables.
 #[derive(Debug)]
 pub struct Gates {
     term: u64,
-    /// When the feed's Service began to lead here.
+    /// Since when the feed's Service selects this leader.
     found_since: Option<Duration>,
     counter: u64,
-    /// Each listed start of a pod (UID, restarts), with the first table that has held it ever since.
+    /// Each start of a pod (UID, restarts) in the table, with the first table since which it has been in
+    /// every one.
     listed: BTreeMap<(String, u32), u64>,
     gateways: BTreeMap<String, Gateway>,
 }
@@ -47,25 +50,25 @@ struct Gateway {
     draining: bool,
 }
 
-/// What one gateway has said.
+/// One report of a gateway.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// The gateway's identity.
     pub instance: String,
-    /// The table that it routes by.
+    /// The table that it routes with.
     pub acknowledged: Option<TableVersion>,
-    /// It was asked to end.
+    /// It is shutting down.
     pub draining: bool,
 }
 
-/// How many gateways there are, by what they are worth.
+/// How many gateways are in each state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Census {
-    /// Reported lately.
+pub struct GatewayCounts {
+    /// Reported within [`FRESH`].
     pub live: usize,
-    /// Waited for.
+    /// Reported within [`LEFT_OUT`]: gates wait for them.
     pub late: usize,
-    /// Silent for too long, no longer waited for.
+    /// Silent for longer: gates do not wait for them.
     pub left_out: usize,
 }
 
@@ -82,23 +85,23 @@ pub enum GateChange {
 }
 
 impl Gates {
-    /// A leader's state at the moment it begins to lead.
+    /// The state of a leader that starts to lead.
     #[must_use]
     pub fn new(term: u64) -> Self {
         Self { term, found_since: None, counter: 0, listed: BTreeMap::new(), gateways: BTreeMap::new() }
     }
 
-    /// Notes that gateways find this leader from now on.
+    /// Records that gateways can find this leader from now on.
     pub fn can_be_found(&mut self, now: Duration) {
         self.found_since.get_or_insert(now);
     }
 
-    /// When gateways have had their time to find this leader.
+    /// When gateways have had enough time to find this leader.
     fn settled(&self) -> Option<Duration> {
         self.found_since.map(|since| since + SETTLE)
     }
 
-    /// Notes that a table with these routes is published, and gives it its version.
+    /// Records that a table with these routes is published, and returns its version.
     pub fn publish(&mut self, routes: &[Route]) -> TableVersion {
         self.counter += 1;
         let endpoints =
@@ -112,21 +115,21 @@ impl Gates {
         TableVersion { term: self.term, counter: self.counter }
     }
 
-    /// Notes a gateway's report. True where it changes what may be open.
+    /// Records a gateway's report. True if it may change a gate.
     pub fn report(&mut self, report: Report, now: Duration) -> bool {
         let of_this_term = report.acknowledged.filter(|version| version.term == self.term);
         let acknowledged = of_this_term.map_or(0, |version| version.counter);
-        let known = self
+        let previous = self
             .gateways
             .insert(report.instance, Gateway { reported: now, acknowledged, draining: report.draining });
-        known.is_none_or(|before| {
+        previous.is_none_or(|before| {
             before.acknowledged != acknowledged
                 || before.draining != report.draining
                 || now.saturating_sub(before.reported) >= FRESH
         })
     }
 
-    /// Whether every gateway that counts routes by a table with this start of the pod.
+    /// Whether every gateway that counts has acknowledged a table with this start of the pod.
     #[must_use]
     pub fn acknowledged(&self, uid: &str, restarts: u32, now: Duration) -> bool {
         let Some(since) = self.listed.get(&(uid.to_owned(), restarts)) else { return false };
@@ -138,9 +141,9 @@ impl Gates {
                 .all(|gateway| gateway.acknowledged >= *since && now.saturating_sub(gateway.reported) < FRESH)
     }
 
-    /// What to do with the gate of `pod`, if anything.
+    /// The change that the gate of `pod` needs, if any.
     #[must_use]
-    pub fn wanted(&self, pod: &PodView, now: Duration) -> Option<GateChange> {
+    pub fn change(&self, pod: &PodView, now: Duration) -> Option<GateChange> {
         if pod.deleting || pod.ended {
             return None;
         }
@@ -154,29 +157,29 @@ impl Gates {
         }
     }
 
-    /// When the passing of time alone may change a verdict next.
+    /// When time alone may change a gate next.
     #[must_use]
     pub fn next_change(&self, now: Duration) -> Option<Duration> {
-        let silences = self.gateways.values().filter(|gateway| !gateway.draining);
-        silences
+        let waited_for = self.gateways.values().filter(|gateway| !gateway.draining);
+        waited_for
             .map(|gateway| gateway.reported + LEFT_OUT)
             .chain(self.settled())
             .filter(|instant| *instant > now)
             .min()
     }
 
-    /// Counts the gateways, and forgets those that have been silent for minutes.
-    pub fn census(&mut self, now: Duration) -> Census {
-        self.gateways.retain(|_, gateway| now.saturating_sub(gateway.reported) < FORGOTTEN);
-        let mut census = Census::default();
+    /// Counts the gateways, and drops those that have been silent for minutes.
+    pub fn counts(&mut self, now: Duration) -> GatewayCounts {
+        self.gateways.retain(|_, gateway| now.saturating_sub(gateway.reported) < DROPPED);
+        let mut counts = GatewayCounts::default();
         for gateway in self.gateways.values().filter(|gateway| !gateway.draining) {
             match now.saturating_sub(gateway.reported) {
-                silence if silence < FRESH => census.live += 1,
-                silence if silence < LEFT_OUT => census.late += 1,
-                _ => census.left_out += 1,
+                silence if silence < FRESH => counts.live += 1,
+                silence if silence < LEFT_OUT => counts.late += 1,
+                _ => counts.left_out += 1,
             }
         }
-        census
+        counts
     }
 }
 
@@ -201,8 +204,8 @@ mod tests {
             created: None,
             first_byte_timeout: S,
             retries: 0,
-            known_digest: None,
-            known_task: None,
+            stored_digest: None,
+            stored_task: None,
         };
         routes(&[model], pods, &BTreeMap::new())
     }
@@ -220,15 +223,15 @@ mod tests {
         report(&mut gates, "g1", 1, 9 * S);
         report(&mut gates, "g2", 1, 9 * S);
         gates.publish(&table(std::slice::from_ref(&pod)));
-        assert_eq!(gates.wanted(&pod, 9 * S), None);
+        assert_eq!(gates.change(&pod, 9 * S), None);
         assert!(report(&mut gates, "g1", 2, 10 * S));
-        assert_eq!(gates.wanted(&pod, 10 * S), None);
+        assert_eq!(gates.change(&pod, 10 * S), None);
         report(&mut gates, "g2", 2, 10 * S);
-        assert_eq!(gates.wanted(&pod, 10 * S), Some(GateChange::Open { restarts: 0 }));
+        assert_eq!(gates.change(&pod, 10 * S), Some(GateChange::Open { restarts: 0 }));
     }
 
     #[test]
-    fn a_later_table_that_still_holds_the_pod_needs_no_new_acknowledgement() {
+    fn later_tables_with_the_pod_need_no_new_acknowledgement() {
         let mut gates = found(1);
         let (pod, other) = (view("chat", "a"), view("chat", "b"));
         gates.publish(&table(std::slice::from_ref(&pod)));
@@ -239,21 +242,21 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_gateway_is_waited_for_then_left_out() {
+    fn gates_wait_for_a_silent_gateway_and_then_leave_it_out() {
         let mut gates = found(1);
         let pod = view("chat", "a");
         report(&mut gates, "lost", 0, 10 * S);
         gates.publish(&table(std::slice::from_ref(&pod)));
         assert_eq!(gates.next_change(12 * S), Some(15 * S));
         assert!(!gates.acknowledged(&pod.uid, 0, 14 * S));
-        assert_eq!(gates.census(14 * S), Census { late: 1, ..Census::default() });
+        assert_eq!(gates.counts(14 * S), GatewayCounts { late: 1, ..GatewayCounts::default() });
         assert!(gates.acknowledged(&pod.uid, 0, 15 * S));
-        assert_eq!(gates.census(15 * S), Census { left_out: 1, ..Census::default() });
-        assert_eq!(gates.census(400 * S), Census::default());
+        assert_eq!(gates.counts(15 * S), GatewayCounts { left_out: 1, ..GatewayCounts::default() });
+        assert_eq!(gates.counts(400 * S), GatewayCounts::default());
     }
 
     #[test]
-    fn a_late_gateway_holds_the_gate_even_if_it_had_acknowledged() {
+    fn a_late_gateway_blocks_gates_that_it_acknowledged() {
         let mut gates = found(1);
         let pod = view("chat", "a");
         gates.publish(&table(std::slice::from_ref(&pod)));
@@ -265,17 +268,17 @@ mod tests {
     }
 
     #[test]
-    fn with_no_gateway_the_warm_up_decides_once_the_leader_has_settled() {
+    fn without_gateways_the_warm_up_decides_after_settling() {
         let mut gates = found(1);
         let pod = view("chat", "a");
         gates.publish(&table(std::slice::from_ref(&pod)));
-        assert_eq!(gates.wanted(&pod, 2 * S), None);
+        assert_eq!(gates.change(&pod, 2 * S), None);
         assert_eq!(gates.next_change(2 * S), Some(SETTLE));
-        assert_eq!(gates.wanted(&pod, SETTLE), Some(GateChange::Open { restarts: 0 }));
+        assert_eq!(gates.change(&pod, SETTLE), Some(GateChange::Open { restarts: 0 }));
     }
 
     #[test]
-    fn a_gateway_that_ends_is_not_waited_for() {
+    fn gates_do_not_wait_for_a_draining_gateway() {
         let mut gates = found(1);
         let pod = view("chat", "a");
         gates.publish(&table(std::slice::from_ref(&pod)));
@@ -284,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn an_acknowledgement_of_another_leaders_table_counts_for_nothing() {
+    fn acknowledgements_of_another_term_do_not_count() {
         let mut gates = found(2);
         let pod = view("chat", "a");
         gates.publish(&table(std::slice::from_ref(&pod)));
@@ -294,28 +297,28 @@ mod tests {
     }
 
     #[test]
-    fn a_restart_closes_the_gate_until_the_new_start_is_acknowledged() {
+    fn a_restart_closes_the_gate_until_it_is_acknowledged() {
         let mut gates = found(1);
         let open = Some(StoredGate { open: true, restarts: Some(0) });
         let pod = PodView { gate: open, ..view("chat", "a") };
         gates.publish(&table(std::slice::from_ref(&pod)));
         report(&mut gates, "g", 1, 10 * S);
-        assert_eq!(gates.wanted(&pod, 10 * S), None);
+        assert_eq!(gates.change(&pod, 10 * S), None);
         let restarted = PodView { restarts: 1, containers_ready: false, ..pod.clone() };
-        assert_eq!(gates.wanted(&restarted, 10 * S), Some(GateChange::Close));
+        assert_eq!(gates.change(&restarted, 10 * S), Some(GateChange::Close));
         let back = PodView { restarts: 1, gate: Some(StoredGate { open: false, restarts: None }), ..pod };
-        assert_eq!(gates.wanted(&back, 10 * S), None, "no table holds the new start yet");
+        assert_eq!(gates.change(&back, 10 * S), None, "no table has the new start yet");
         gates.publish(&table(std::slice::from_ref(&back)));
-        assert_eq!(gates.wanted(&back, 10 * S), None, "and no gateway has it");
+        assert_eq!(gates.change(&back, 10 * S), None, "and no gateway has it");
         report(&mut gates, "g", 2, 10 * S);
-        assert_eq!(gates.wanted(&back, 10 * S), Some(GateChange::Open { restarts: 1 }));
+        assert_eq!(gates.change(&back, 10 * S), Some(GateChange::Open { restarts: 1 }));
     }
 
     #[test]
     fn a_new_leader_leaves_open_gates_open() {
         let gates = found(5);
         let pod = PodView { gate: Some(StoredGate { open: true, restarts: Some(0) }), ..view("chat", "a") };
-        assert_eq!(gates.wanted(&pod, Duration::ZERO), None);
-        assert_eq!(gates.wanted(&PodView { deleting: true, restarts: 4, ..pod }, Duration::ZERO), None);
+        assert_eq!(gates.change(&pod, Duration::ZERO), None);
+        assert_eq!(gates.change(&PodView { deleting: true, restarts: 4, ..pod }, Duration::ZERO), None);
     }
 }

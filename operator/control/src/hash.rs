@@ -1,18 +1,20 @@
 //! Hashes that decide whether something changed: the revision (what is loaded) and the pool (what loads it).
 //!
-//! They are computed over text written out here field by field, never over a serialised struct: a new field with
-//! its default, or a new version of a serialiser, must not change the hash of a model that nobody touched, since
-//! that would restart its pods on an upgrade of the operator. Golden tests hold the values. A field that comes later
-//! adds a line only where it differs from its default.
+//! They are computed over text that is written here field by field, never over a serialised struct. A new
+//! field with its default, or a new version of a serialiser, must not change the hash of an unchanged model:
+//! that would restart its pods when the operator is upgraded. Golden tests contain the values. A field that
+//! is added later adds a line only if it differs from its default.
 
 use std::fmt::Write as _;
 
 use sha2::{Digest, Sha256};
-use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, Task};
+use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS};
+use trustformers_proto::Task;
 
 use crate::validate::ValidatedModel;
 
-/// Hex digits of a hash in names and labels: 40 bits, for telling apart the few revisions of one model.
+/// Hex digits of a hash in names and labels: 40 bits are enough to distinguish the few revisions of one
+/// model.
 const SHORT_DIGITS: usize = 10;
 
 /// Lower-case hex digits of the sha256 of `text`.
@@ -31,7 +33,8 @@ pub fn short(text: &str) -> String {
     sha256_hex(text)[..SHORT_DIGITS].to_owned()
 }
 
-/// Hash of what is loaded: source and engine settings. Replicas, routing and the pod's template are not in it.
+/// Hash of what is loaded: source and engine settings. Replicas, routing and the pod template are not part of
+/// it.
 #[must_use]
 pub fn revision(model: &ValidatedModel) -> String {
     let mut lines = Lines::default();
@@ -45,7 +48,7 @@ pub fn revision(model: &ValidatedModel) -> String {
     lines.add_if("runtime.contextTokens", model.runtime.context_tokens.map(|n| n.to_string()).as_deref());
     lines.add("runtime.batching.maxBatchSize", &model.runtime.batching.max_batch_size.to_string());
     lines.add("runtime.batching.maxQueue", &model.runtime.batching.max_queue.to_string());
-    // These came later: each counts only where it is not what it was before there was a choice.
+    // These fields were added later: each adds a line only if it differs from its default.
     lines.add_if("task", model.task.map(Task::as_str));
     let batching = &model.runtime.batching;
     let strategy = Some(batching.strategy).filter(|strategy| *strategy != BatchStrategy::default());
@@ -109,7 +112,7 @@ fn effect(effect: trustformers_crds::TolerationEffect) -> &'static str {
     }
 }
 
-/// Lines `key=length:value`; the length keeps a value with a line break from looking like another key.
+/// Lines `key=length:value`. With the length, a value that contains a line break cannot imitate another key.
 #[derive(Default)]
 struct Lines(String);
 
@@ -135,7 +138,7 @@ mod tests {
 
     #[test]
     fn the_hashes_of_a_stored_model_never_change() {
-        // A new value here means that upgrading the operator restarts the pods of every model. Don't.
+        // A new value here means that an upgrade of the operator restarts the pods of every model.
         let plain = valid("chat", "{source: {uri: 'oci://localhost/smollm2-135m-instruct:q4_1'}}");
         let full = valid("chat", FULL);
         let all = [revision(&plain), pool(&plain), revision(&full), pool(&full)];
@@ -143,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_revision_is_what_is_loaded_and_nothing_else() {
+    fn the_revision_hash_depends_on_what_is_loaded_only() {
         let base = revision(&valid("chat", "{source: {uri: 'oci://x'}}"));
         for same in [
             "{source: {uri: 'oci://x'}, scaling: {replicas: 5}}",
@@ -171,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_is_the_pod_and_not_the_model() {
+    fn the_pool_hash_depends_on_pod_settings_only() {
         let base = pool(&valid("chat", "{source: {uri: 'oci://x'}}"));
         assert_eq!(pool(&valid("chat", "{source: {uri: 'oci://y'}, scaling: {replicas: 3}}")), base);
         assert_ne!(pool(&valid("chat", "{source: {uri: 'oci://x'}, runtime: {image: other}}")), base);

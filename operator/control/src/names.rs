@@ -1,16 +1,16 @@
-//! Names, labels and ports that the parts of the control plane agree on.
+//! Names, labels and ports that the parts of the control plane share.
 //!
-//! Everything made for a model is found again by its labels and its owner reference, never by guessing names.
+//! Children are watched by label. They belong to a model by the UID in their owner reference.
 
 use std::collections::BTreeMap;
 
-/// Field manager of everything that the operator applies, and value of the managed-by label.
+/// Field manager of all writes of the operator, and value of the managed-by label.
 pub const MANAGER: &str = "trustformers-operator";
-/// Label that marks everything the operator made.
+/// Label of all objects that the operator makes.
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
-/// Label with the name of the model that an object was made for.
+/// Label with the name of the model that an object belongs to.
 pub const MODEL_LABEL: &str = "serving.trustformers.dev/model";
-/// Label with the revision that a pod, or a pod's configuration, stands for.
+/// Label with the revision that a pod, or a pod's configuration, is for.
 pub const REVISION_LABEL: &str = "serving.trustformers.dev/revision";
 /// Label of the operator's pod that leads; the feed's Service selects it.
 pub const LEADER_LABEL: &str = "serving.trustformers.dev/leader";
@@ -18,25 +18,32 @@ pub const LEADER_LABEL: &str = "serving.trustformers.dev/leader";
 pub const APPLIED_ANNOTATION: &str = "serving.trustformers.dev/applied";
 /// Annotation of a pod template with the hash of the settings that make the pod.
 pub const POOL_ANNOTATION: &str = "serving.trustformers.dev/pool";
-/// Readiness gate of every model pod: true once every gateway has the pod in its table.
+/// Readiness gate of every model pod: true when every gateway has the pod in its table.
 pub const ROUTABLE_GATE: &str = "serving.trustformers.dev/routable";
 /// Name of the container in a model's pod.
 pub const CONTAINER: &str = "runtime";
-/// Port of the pod for HTTP.
+/// The pod's port for HTTP.
 pub const HTTP_PORT: u16 = 8080;
-/// Port of the pod for gRPC.
+/// The pod's port for gRPC.
 pub const GRPC_PORT: u16 = 9090;
 
-/// Selects everything that the operator made.
+/// Selects all objects that the operator makes.
 pub const MANAGED_SELECTOR: &str = "app.kubernetes.io/managed-by=trustformers-operator";
 
-/// Labels of what is made for `model`, whatever its revision.
+/// Prefix of the labels and annotations that belong to the operator.
+pub const OWN_PREFIX: &str = "serving.trustformers.dev/";
+/// Prefix of the labels by which Services and budgets of the release select its own pods.
+pub const APP_PREFIX: &str = "app.kubernetes.io/";
+/// Annotation of a pod template with the container that `kubectl logs` shows.
+pub const DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
+
+/// Labels of the objects of `model` that do not depend on its revision.
 #[must_use]
 pub fn model_labels(model: &str) -> BTreeMap<String, String> {
     BTreeMap::from([(MANAGED_BY.to_owned(), MANAGER.to_owned()), (MODEL_LABEL.to_owned(), model.to_owned())])
 }
 
-/// Labels of what is made for one revision of `model`.
+/// Labels of the objects of one revision of `model`.
 #[must_use]
 pub fn revision_labels(model: &str, revision: &str) -> BTreeMap<String, String> {
     let mut labels = model_labels(model);
@@ -50,8 +57,8 @@ pub fn pod_selector(model: &str) -> String {
     format!("{MODEL_LABEL}={model}")
 }
 
-/// Name of the ConfigMap that tells the pods of one revision what to load. The hash covers the whole file, so that
-/// a ConfigMap's content never changes under a pod that has mounted it.
+/// Name of the ConfigMap with the configuration of the pods of one revision. The hash covers the whole file,
+/// so that the content of a mounted ConfigMap never changes.
 #[must_use]
 pub fn config_map(model: &str, content_hash: &str) -> String {
     format!("{model}-pod-{content_hash}")

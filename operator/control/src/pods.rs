@@ -1,4 +1,4 @@
-//! What the control plane needs to know of a pod, read from the stored object.
+//! What the control plane needs of a pod, read from the stored object.
 
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 
@@ -14,27 +14,27 @@ pub struct PodView {
     pub name: String,
     /// Its UID.
     pub uid: String,
-    /// The model that it was made for.
+    /// Its model.
     pub model: String,
     /// The revision that it loads.
     pub revision: String,
-    /// Its address, once it has one.
+    /// Its address, if it has one.
     pub address: Option<String>,
     /// How often kubelet restarted its container.
     pub restarts: u32,
-    /// Its container runs, ready or not.
+    /// Whether its container runs, ready or not.
     pub running: bool,
-    /// Its containers passed their readiness probes, which the runtime's does only after its warm-up.
+    /// Whether its containers are ready. The runtime passes its readiness probe only after its warm-up.
     pub containers_ready: bool,
-    /// Kubernetes counts it as ready: containers and readiness gate.
+    /// Whether Kubernetes counts it as ready: containers and readiness gate.
     pub ready: bool,
-    /// It was asked to end.
+    /// Whether it is being deleted.
     pub deleting: bool,
-    /// It ended and will not run again.
+    /// Whether it ended and does not run again.
     pub ended: bool,
     /// Its readiness gate, as stored.
     pub gate: Option<StoredGate>,
-    /// Why it does not serve, as far as kubelet and the scheduler say.
+    /// Why it does not serve, from kubelet and the scheduler.
     pub cause: Option<Cause>,
 }
 
@@ -43,12 +43,12 @@ pub struct PodView {
 pub struct StoredGate {
     /// Whether it is true.
     pub open: bool,
-    /// The restart of the container that it was opened for.
+    /// The container's restart count when it was opened.
     pub restarts: Option<u32>,
 }
 
 impl PodView {
-    /// Reads a pod; `None` where it was not made for a model.
+    /// Reads a pod; `None` if it does not belong to a model.
     #[must_use]
     pub fn of(pod: &Pod) -> Option<Self> {
         let label = |key: &str| pod.metadata.labels.as_ref()?.get(key).cloned();
@@ -75,7 +75,7 @@ impl PodView {
         })
     }
 
-    /// Whether gateways may send it requests. Not whether it is `Ready`: that waits for the gateways.
+    /// Whether gateways may send requests to it. `Ready` is not required: it depends on the gateways.
     #[must_use]
     pub fn routable(&self) -> bool {
         self.containers_ready && !self.deleting && !self.ended && self.address.is_some()
@@ -88,8 +88,8 @@ impl PodView {
     }
 }
 
-/// Message of a gate that is open; `acknowledged_restarts` reads the number back, so that a new leader knows what
-/// the last one waited for.
+/// Message of an open gate. `acknowledged_restarts` reads the number back, so that a new leader knows which
+/// start of the container the gate was opened for.
 #[must_use]
 pub fn open_message(restarts: u32) -> String {
     format!("every gateway has this pod in its table; restarts of the container: {restarts}")
@@ -111,7 +111,7 @@ fn is_true(pod: &Pod, kind: &str) -> bool {
 pub(crate) mod tests {
     use super::*;
 
-    /// A pod that serves: its containers are ready, its gate is not set.
+    /// A serving pod: its containers are ready, its gate is not set.
     pub(crate) fn view(model: &str, name: &str) -> PodView {
         PodView {
             namespace: "team".to_owned(),
@@ -139,7 +139,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn routable_needs_ready_containers_and_not_the_pods_own_readiness() {
+    fn routable_needs_ready_containers_but_not_pod_readiness() {
         let pod = read(
             "{podIP: 10.0.0.1, conditions: [{type: ContainersReady, status: 'True'}, {type: Ready, status: 'False'}]}",
         );
@@ -162,7 +162,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_pod_of_somebody_else_is_none_of_ours() {
+    fn a_pod_without_our_labels_is_ignored() {
         let pod: Pod = serde_yaml::from_str("metadata: {name: p, namespace: n, uid: u}").unwrap();
         assert_eq!(PodView::of(&pod), None);
     }

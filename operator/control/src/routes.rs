@@ -1,18 +1,19 @@
-//! The routing table, made from models and pods.
+//! The route table, made from models and pods.
 //!
-//! A model is in the table as soon as it exists, with no endpoint at first: a gateway can then tell "not ready yet"
-//! from "unknown". An invalid edit never takes a route away. The table is a pure function of what is stored, so a new
-//! leader's first table equals the last one of its predecessor.
+//! A model is in the table as soon as it exists, with no endpoint at first: a gateway can then distinguish
+//! "not ready yet" from "unknown". An invalid edit never removes a route. The table is a pure function of
+//! what is stored, so a new leader's first table equals its predecessor's last one.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use trustformers_crds::InferenceModel;
 use trustformers_proto::control::v1::{Backend, Endpoint, Policy, Route};
 
 use crate::pods::PodView;
-use crate::{names, span};
+use crate::{duration, names};
 
 /// Namespace and name of a model.
 pub type ModelKey = (String, String);
@@ -22,42 +23,55 @@ pub type ModelKey = (String, String);
 pub struct RouteModel {
     /// Namespace and name.
     pub key: ModelKey,
-    /// When it was created: the older of two models keeps a bare name.
+    /// Creation time: the older of two models keeps a bare name.
     pub created: Option<Timestamp>,
-    /// From a request's arrival to the first byte of its answer.
+    /// From a request's arrival to the first byte of its response.
     pub first_byte_timeout: Duration,
-    /// More attempts while no byte of the answer has come.
+    /// Further attempts while no byte of the response has arrived.
     pub retries: u32,
-    /// The digest that its status names, and the revision it belongs to.
-    pub known_digest: Option<(String, String)>,
-    /// The task that its spec or else its status names.
-    pub known_task: Option<String>,
+    /// The digest in its status, with the revision that the digest belongs to.
+    pub stored_digest: Option<(String, String)>,
+    /// The task of its spec, or else of its status.
+    pub stored_task: Option<String>,
 }
 
-/// What a pod reported that its route tells.
+/// What a pod reported that its route shows.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Loaded {
     /// The digest of what it loaded.
     pub digest: String,
-    /// What that does, such as `generate`; empty where the pod did not say so.
+    /// The model's task, such as `generate`; empty if the pod did not report it.
     pub task: String,
 }
 
-/// Used where a stored timeout cannot be read; the schema refuses such a value today.
+/// Timeout of a model whose stored timeout cannot be read, or that cannot be read at all.
 const FALLBACK_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl RouteModel {
-    /// Reads a stored model; `None` where it lacks a name or namespace.
+    /// The route of a stored model whose spec cannot be read: its pods go on serving.
+    #[must_use]
+    pub fn of_unreadable(metadata: &ObjectMeta) -> Option<Self> {
+        Some(Self {
+            key: (metadata.namespace.clone()?, metadata.name.clone()?),
+            created: metadata.creation_timestamp.as_ref().map(|time| time.0),
+            first_byte_timeout: FALLBACK_TIMEOUT,
+            retries: 0,
+            stored_digest: None,
+            stored_task: None,
+        })
+    }
+
+    /// Reads a stored model; `None` if it has no name or namespace.
     #[must_use]
     pub fn of(model: &InferenceModel) -> Option<Self> {
         let stable = model.status.as_ref().and_then(|status| status.stable.as_ref());
         Some(Self {
             key: (model.metadata.namespace.clone()?, model.metadata.name.clone()?),
             created: model.metadata.creation_timestamp.as_ref().map(|time| time.0),
-            first_byte_timeout: span::parse(&model.spec.traffic.timeout).unwrap_or(FALLBACK_TIMEOUT),
+            first_byte_timeout: duration::parse(&model.spec.traffic.timeout).unwrap_or(FALLBACK_TIMEOUT),
             retries: model.spec.traffic.retries,
-            known_digest: stable.and_then(|stable| Some((stable.revision.clone(), stable.digest.clone()?))),
-            known_task: model
+            stored_digest: stable.and_then(|stable| Some((stable.revision.clone(), stable.digest.clone()?))),
+            stored_task: model
                 .spec
                 .task
                 .map(|task| task.as_str().to_owned())
@@ -66,21 +80,21 @@ impl RouteModel {
     }
 }
 
-/// Who holds each bare name: the older model, and of two equally old ones the first by namespace.
+/// The model that owns each bare name: the oldest, and of equally old ones the first by namespace.
 #[must_use]
 pub fn bare_names<'a>(models: impl IntoIterator<Item = &'a RouteModel>) -> BTreeMap<String, ModelKey> {
-    let mut holders: BTreeMap<String, &RouteModel> = BTreeMap::new();
+    let mut owners: BTreeMap<String, &RouteModel> = BTreeMap::new();
     for model in models {
-        holders
+        owners
             .entry(model.key.1.clone())
-            .and_modify(|holder| {
-                if age(model) < age(holder) {
-                    *holder = model;
+            .and_modify(|owner| {
+                if age(model) < age(owner) {
+                    *owner = model;
                 }
             })
             .or_insert(model);
     }
-    holders.into_iter().map(|(name, model)| (name, model.key.clone())).collect()
+    owners.into_iter().map(|(name, model)| (name, model.key.clone())).collect()
 }
 
 fn age(model: &RouteModel) -> (Timestamp, &ModelKey) {
@@ -90,7 +104,7 @@ fn age(model: &RouteModel) -> (Timestamp, &ModelKey) {
 /// All routes, sorted, so that equal inputs give equal tables. `loaded` is what pods reported, by UID.
 #[must_use]
 pub fn routes(models: &[RouteModel], pods: &[PodView], loaded: &BTreeMap<String, Loaded>) -> Vec<Route> {
-    let holders = bare_names(models);
+    let owners = bare_names(models);
     let mut by_model: BTreeMap<(&str, &str), Vec<&PodView>> = BTreeMap::new();
     for pod in pods.iter().filter(|pod| pod.routable()) {
         by_model.entry((&pod.namespace, &pod.model)).or_default().push(pod);
@@ -101,12 +115,12 @@ pub fn routes(models: &[RouteModel], pods: &[PodView], loaded: &BTreeMap<String,
             let (namespace, name) = &model.key;
             let full = format!("{namespace}/{name}");
             let mut aliases = vec![full.clone()];
-            if holders.get(name) == Some(&model.key) {
+            if owners.get(name) == Some(&model.key) {
                 aliases.push(name.clone());
             }
             let pods = by_model.remove(&(namespace.as_str(), name.as_str())).unwrap_or_default();
             let mut reported = pods.iter().filter_map(|pod| Some(&loaded.get(&pod.uid)?.task));
-            let task = reported.find(|task| !task.is_empty()).or(model.known_task.as_ref());
+            let task = reported.find(|task| !task.is_empty()).or(model.stored_task.as_ref());
             Route {
                 name: full,
                 aliases,
@@ -123,7 +137,7 @@ pub fn routes(models: &[RouteModel], pods: &[PodView], loaded: &BTreeMap<String,
     routes
 }
 
-/// One backend for each revision; each pod gets the same share, whatever revision it is of.
+/// One backend for each revision. Every pod gets the same share.
 fn backends(model: &RouteModel, pods: Vec<&PodView>, loaded: &BTreeMap<String, Loaded>) -> Vec<Backend> {
     let mut by_revision: BTreeMap<&str, Vec<&PodView>> = BTreeMap::new();
     for pod in pods {
@@ -132,10 +146,10 @@ fn backends(model: &RouteModel, pods: Vec<&PodView>, loaded: &BTreeMap<String, L
     let backend = |(revision, mut pods): (&str, Vec<&PodView>)| {
         pods.sort_by(|one, other| one.name.cmp(&other.name));
         let reported = pods.iter().find_map(|pod| loaded.get(&pod.uid)).map(|loaded| &loaded.digest);
-        let known = model.known_digest.as_ref().filter(|(of, _)| of == revision).map(|(_, digest)| digest);
+        let stored = model.stored_digest.as_ref().filter(|(of, _)| of == revision).map(|(_, digest)| digest);
         Backend {
             revision: revision.to_owned(),
-            digest: reported.or(known).cloned().unwrap_or_default(),
+            digest: reported.or(stored).cloned().unwrap_or_default(),
             weight: u32::try_from(pods.len()).unwrap_or(u32::MAX),
             endpoints: pods.into_iter().map(endpoint).collect(),
         }
@@ -165,8 +179,8 @@ mod tests {
             created: Timestamp::from_second(created).ok(),
             first_byte_timeout: Duration::from_secs(60),
             retries: 2,
-            known_digest: None,
-            known_task: None,
+            stored_digest: None,
+            stored_task: None,
         }
     }
 
@@ -186,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn only_routable_pods_are_endpoints_and_each_pod_weighs_the_same() {
+    fn only_routable_pods_are_endpoints_of_equal_weight() {
         let mut old = view("chat", "old");
         old.revision = "r0".to_owned();
         let loading = PodView { containers_ready: false, ..view("chat", "loading") };
@@ -195,7 +209,7 @@ mod tests {
         let loaded = Loaded { digest: "d1".to_owned(), ..Loaded::default() };
         let loaded = BTreeMap::from([("uid-a".to_owned(), loaded)]);
         let routes = routes(&[model("team", "chat", 1)], &pods, &loaded);
-        let seen: Vec<_> = routes[0]
+        let backends: Vec<_> = routes[0]
             .backends
             .iter()
             .map(|one| {
@@ -203,19 +217,21 @@ mod tests {
                 (one.revision.as_str(), one.digest.as_str(), one.weight, names)
             })
             .collect();
-        assert_eq!(seen, [("r0", "", 1, vec!["old"]), ("r1", "d1", 2, vec!["a", "b"])]);
+        assert_eq!(backends, [("r0", "", 1, vec!["old"]), ("r1", "d1", 2, vec!["a", "b"])]);
     }
 
     #[test]
-    fn a_new_leader_takes_the_digest_from_the_status() {
-        let known =
-            RouteModel { known_digest: Some(("r1".to_owned(), "d9".to_owned())), ..model("team", "chat", 1) };
-        let routes = routes(&[known], &[view("chat", "a")], &BTreeMap::new());
+    fn a_route_without_reports_has_the_stored_digest() {
+        let model = RouteModel {
+            stored_digest: Some(("r1".to_owned(), "d9".to_owned())),
+            ..model("team", "chat", 1)
+        };
+        let routes = routes(&[model], &[view("chat", "a")], &BTreeMap::new());
         assert_eq!(routes[0].backends[0].digest, "d9");
     }
 
     #[test]
-    fn a_route_tells_its_task_from_its_pods_or_else_from_what_is_stored() {
+    fn a_routes_task_comes_from_pods_or_the_stored_model() {
         let read = |text: &str| RouteModel::of(&serde_yaml::from_str(text).unwrap()).unwrap();
         let head = "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
                     metadata: {name: chat, namespace: team}\n";
@@ -231,7 +247,7 @@ mod tests {
         assert_eq!(task(stored("", ""), &loaded), "embed");
         assert_eq!(task(stored("", "task: generate"), &none), "generate");
         assert_eq!(task(stored("task: embed, ", "task: generate"), &none), "embed");
-        // Of a model without pods it is known as well.
+        // Also for a model without pods.
         assert_eq!(routes(&[stored("", "task: embed")], &[], &none)[0].task, "embed");
     }
 }

@@ -1,8 +1,9 @@
-//! Step five of a reconcile: the status, from what was applied and what pods, kubelet and the scheduler say.
+//! Step five of a reconcile: the status, from what was applied and what pods, kubelet and the scheduler
+//! report.
 //!
-//! "Does it serve now?" (`Serving`) is apart from "is the update done?" (`Ready`, `Progressing`) and from "is something
-//! wrong?" (`Degraded`), since people confuse them at a cost. The status is a function of what was observed: it says the
-//! same after a restart of the operator, and an unchanged one is not written again.
+//! `Serving` (does it serve now?) is separate from `Ready` and `Progressing` (is the update complete?) and
+//! from `Degraded` (is something wrong?). The status is a function of its inputs: it is the same after a
+//! restart of the operator, and an unchanged status is not written again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,17 +22,37 @@ use crate::validate::ValidatedModel;
 /// Longest message of a condition, as the schema bounds it.
 const MESSAGE_CHARS: usize = 4000;
 
-/// What the operator sees of one model.
+/// A pod's report about its model.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PodReport {
+    /// The report.
+    pub model: ModelStatus,
+    /// Restarts of the container that sent it: a report does not outlive its container.
+    pub restarts: u32,
+    /// When the loaded bytes changed last, by the operator's clock. The estimate of the time that remains
+    /// uses this time and not the present, so that a stalled load has a constant status.
+    pub progressed_at: Timestamp,
+}
+
+impl PodReport {
+    /// Whether the container that sent the report still runs.
+    #[must_use]
+    pub fn is_current(&self, pod: &PodView) -> bool {
+        pod.running && !pod.ended && pod.restarts == self.restarts
+    }
+}
+
+/// What the status of one model is computed from.
 #[derive(Debug, Clone, Copy)]
-pub struct Observed<'a> {
-    /// The Deployment as last applied or seen.
+pub struct StatusInputs<'a> {
+    /// The Deployment as it is stored.
     pub deployment: Option<&'a Deployment>,
     /// The pods of this model.
     pub pods: &'a [PodView],
-    /// What pods said about their model, by UID.
-    pub reports: &'a BTreeMap<String, ModelStatus>,
-    /// The model that holds this one's bare name, if it is another.
-    pub name_holder: Option<&'a ModelKey>,
+    /// Reports of these pods, by UID.
+    pub reports: &'a BTreeMap<String, PodReport>,
+    /// The model that owns this one's bare name, if it is another.
+    pub name_owner: Option<&'a ModelKey>,
     /// Where callers reach the gateway.
     pub url: &'a str,
     /// The present time.
@@ -40,17 +61,17 @@ pub struct Observed<'a> {
 
 /// What the conditions are derived from.
 struct Facts<'a> {
-    wanted: usize,
+    desired: usize,
     serving: usize,
     complete: bool,
     cause: Option<Cause>,
-    step: Step,
+    step: LoadStep,
     revision: &'a str,
 }
 
-/// How far the slowest pod of the wanted revision has come.
+/// The state of the slowest pod of the desired revision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Step {
+enum LoadStep {
     Starting,
     Loading,
     Warming,
@@ -58,7 +79,7 @@ enum Step {
     RollingOut,
 }
 
-impl Step {
+impl LoadStep {
     fn reason(self) -> &'static str {
         match self {
             Self::Starting => "Starting",
@@ -71,115 +92,124 @@ impl Step {
 
     fn message(self) -> &'static str {
         match self {
-            Self::Starting => "pods are scheduled, or their images pulled",
-            Self::Loading => "pods load the model",
-            Self::Warming => "pods run their first inference",
-            Self::WaitingForGateways => "pods are warm; gateways take them into their tables",
+            Self::Starting => "pods are being scheduled, or their images pulled",
+            Self::Loading => "pods are loading the model",
+            Self::Warming => "pods are running their first inference",
+            Self::WaitingForGateways => "pods are warm; gateways have not acknowledged them yet",
             Self::RollingOut => "pods are being replaced",
         }
     }
 }
 
-/// The status of a model whose spec can be honoured.
+/// The status of a model whose objects were applied.
 #[must_use]
 pub fn status(
     model: &ValidatedModel,
     revision: &str,
-    observed: Observed<'_>,
+    inputs: StatusInputs<'_>,
     previous: &InferenceModelStatus,
 ) -> InferenceModelStatus {
-    let facts = facts(model, revision, observed);
-    let serving_digest = digest(observed, revision);
-    let stable = if facts.complete && facts.wanted > 0 {
+    let facts = facts(model, revision, inputs);
+    let serving_digest = digest(inputs, revision);
+    let stable = if facts.complete && facts.desired > 0 {
         Some(StableRevision { revision: revision.to_owned(), digest: serving_digest.clone() })
     } else {
         previous.stable.clone()
     };
     let loaded = serving_digest.or_else(|| stable.as_ref().and_then(|stable| stable.digest.clone()));
     let mut conditions =
-        Conditions { previous, now: observed.now, generation: model.generation, made: Vec::new() };
-    describe(&facts, observed.name_holder, model, &mut conditions);
+        Conditions { previous, now: inputs.now, generation: model.generation, list: Vec::new() };
+    describe(&facts, inputs.name_owner, model, &mut conditions);
     InferenceModelStatus {
         observed_generation: Some(model.generation),
         phase: Some(phase(&facts)),
-        url: Some(observed.url.to_owned()),
+        url: Some(inputs.url.to_owned()),
         selector: Some(names::pod_selector(&model.name)),
-        replicas: count(observed.pods.iter().filter(|pod| pod.counts())),
+        replicas: count(inputs.pods.iter().filter(|pod| pod.counts())),
         ready_replicas: i32::try_from(facts.serving).unwrap_or(i32::MAX),
-        device: device(observed).or_else(|| previous.device.clone().filter(|_| facts.serving > 0)),
-        task: task(observed, revision)
+        device: device(inputs).or_else(|| previous.device.clone().filter(|_| facts.serving > 0)),
+        task: task(inputs, revision)
             .or_else(|| model.task.map(|task| task.as_str().to_owned()))
             .or_else(|| previous.task.clone()),
         digest: loaded,
         stable,
-        loading: loading(observed, revision),
-        conditions: conditions.made,
+        loading: loading(inputs, revision),
+        conditions: conditions.list,
     }
 }
 
-/// The status of a model that could not be reconciled: `cause` says why, and what was known before stays.
+/// What the status of a model that could not be reconciled is computed from.
+#[derive(Debug, Clone, Copy)]
+pub struct Refusal<'a> {
+    /// `metadata.generation` of the model.
+    pub generation: i64,
+    /// Why it could not be reconciled.
+    pub cause: &'a Cause,
+    /// The pods of this model. They go on serving.
+    pub pods: &'a [PodView],
+    /// The present time.
+    pub now: Timestamp,
+}
+
+/// The status of a model that could not be reconciled: what its pods do now, and the cause. All else stays.
 #[must_use]
-pub fn refused(
-    generation: i64,
-    cause: &Cause,
-    previous: &InferenceModelStatus,
-    now: Timestamp,
-) -> InferenceModelStatus {
-    let mut conditions = Conditions { previous, now, generation, made: Vec::new() };
-    let serves = previous.ready_replicas > 0;
-    let kept = previous.conditions.iter().find(|one| one.type_ == "Serving");
-    match kept {
-        Some(kept) => conditions.made.push(kept.clone()),
-        None => conditions.set("Serving", false, &cause.reason, &cause.message),
-    }
+pub fn refused(refusal: Refusal<'_>, previous: &InferenceModelStatus) -> InferenceModelStatus {
+    let Refusal { generation, cause, pods, now } = refusal;
+    let mut conditions = Conditions { previous, now, generation, list: Vec::new() };
+    let serving = pods.iter().filter(|pod| pod.counts() && pod.ready).count();
+    conditions.set_serving(serving, &cause.reason, &cause.message);
     conditions.set("Ready", false, &cause.reason, &cause.message);
     conditions.set("Progressing", false, &cause.reason, &cause.message);
     conditions.set("Degraded", true, &cause.reason, &cause.message);
+    conditions.list.extend(previous.conditions.iter().find(|one| one.type_ == "BareName").cloned());
     InferenceModelStatus {
         observed_generation: Some(generation),
-        phase: Some(if serves { Phase::Degraded } else { Phase::Failed }),
-        conditions: conditions.made,
+        phase: Some(if serving > 0 { Phase::Degraded } else { Phase::Failed }),
+        replicas: count(pods.iter().filter(|pod| pod.counts())),
+        ready_replicas: i32::try_from(serving).unwrap_or(i32::MAX),
+        loading: None,
+        conditions: conditions.list,
         ..previous.clone()
     }
 }
 
-fn facts<'a>(model: &ValidatedModel, revision: &'a str, observed: Observed<'_>) -> Facts<'a> {
-    let wanted = usize::try_from(model.replicas).unwrap_or(0);
-    let live = || observed.pods.iter().filter(|pod| pod.counts());
+fn facts<'a>(model: &ValidatedModel, revision: &'a str, inputs: StatusInputs<'_>) -> Facts<'a> {
+    let desired = usize::try_from(model.replicas).unwrap_or(0);
+    let live = || inputs.pods.iter().filter(|pod| pod.counts());
     let serving = live().filter(|pod| pod.ready).count();
     let current = live().filter(|pod| pod.ready && pod.revision == revision).count();
-    let rolled_out = observed.deployment.is_some_and(|deployment| is_rolled_out(deployment, model.replicas));
+    let rolled_out = inputs.deployment.is_some_and(|deployment| is_rolled_out(deployment, model.replicas));
     Facts {
-        wanted,
+        desired,
         serving,
-        complete: rolled_out && current >= wanted && live().count() == wanted,
-        cause: cause(observed, revision),
-        step: step(observed, revision),
+        complete: rolled_out && current >= desired && live().count() == desired,
+        cause: cause(inputs, revision),
+        step: step(inputs, revision),
         revision,
     }
 }
 
-/// Whether the Deployment's controller has seen the present template and every pod is of it.
+/// Whether the Deployment's controller has observed the present template and all pods have it.
 #[must_use]
-pub fn is_rolled_out(deployment: &Deployment, wanted: i32) -> bool {
+pub fn is_rolled_out(deployment: &Deployment, replicas: i32) -> bool {
     let Some(status) = &deployment.status else { return false };
     status.observed_generation >= deployment.metadata.generation
-        && status.updated_replicas.unwrap_or(0) == wanted
-        && status.replicas.unwrap_or(0) == wanted
+        && status.updated_replicas.unwrap_or(0) == replicas
+        && status.replicas.unwrap_or(0) == replicas
 }
 
-/// The first cause, pods of the wanted revision before others, then by name.
-fn cause(observed: Observed<'_>, revision: &str) -> Option<Cause> {
-    let mut pods: Vec<_> = observed.pods.iter().filter(|pod| pod.counts() && !pod.ready).collect();
+/// The first cause: pods of the desired revision before others, then by name.
+fn cause(inputs: StatusInputs<'_>, revision: &str) -> Option<Cause> {
+    let mut pods: Vec<_> = inputs.pods.iter().filter(|pod| pod.counts() && !pod.ready).collect();
     pods.sort_by_key(|pod| (pod.revision != revision, pod.name.as_str()));
     let of_pod = |pod: &&PodView| {
-        let reported = observed.reports.get(&pod.uid).and_then(causes::of_report);
+        let reported = inputs.reports.get(&pod.uid).and_then(|report| causes::of_report(&report.model));
         reported.or_else(|| pod.cause.clone())
     };
-    pods.iter().find_map(of_pod).or_else(|| replica_failure(observed.deployment?))
+    pods.iter().find_map(of_pod).or_else(|| replica_failure(inputs.deployment?))
 }
 
-/// Pods that could not even be made: a quota, an admission rule.
+/// Pods that could not be created, for example because of a quota or an admission rule.
 fn replica_failure(deployment: &Deployment) -> Option<Cause> {
     let conditions = deployment.status.as_ref()?.conditions.as_ref()?;
     let failure = conditions.iter().find(|one| one.type_ == "ReplicaFailure" && one.status == "True")?;
@@ -189,105 +219,109 @@ fn replica_failure(deployment: &Deployment) -> Option<Cause> {
     })
 }
 
-fn step(observed: Observed<'_>, revision: &str) -> Step {
-    let waiting = observed.pods.iter().filter(|pod| pod.counts() && !pod.ready && pod.revision == revision);
-    let of_pod = |pod: &PodView| match observed.reports.get(&pod.uid).map(ModelStatus::state) {
-        _ if pod.containers_ready => Step::WaitingForGateways,
-        Some(ModelState::Ready | ModelState::Warming) => Step::Warming,
-        Some(ModelState::Loading) => Step::Loading,
-        _ => Step::Starting,
+fn step(inputs: StatusInputs<'_>, revision: &str) -> LoadStep {
+    let waiting = inputs.pods.iter().filter(|pod| pod.counts() && !pod.ready && pod.revision == revision);
+    let of_pod = |pod: &PodView| match inputs.reports.get(&pod.uid).map(|report| report.model.state()) {
+        _ if pod.containers_ready => LoadStep::WaitingForGateways,
+        Some(ModelState::Ready | ModelState::Warming) => LoadStep::Warming,
+        Some(ModelState::Loading) => LoadStep::Loading,
+        _ => LoadStep::Starting,
     };
-    let any = observed.pods.iter().any(PodView::counts);
-    waiting.map(of_pod).min().unwrap_or(if any { Step::RollingOut } else { Step::Starting })
+    let any = inputs.pods.iter().any(PodView::counts);
+    waiting.map(of_pod).min().unwrap_or(if any { LoadStep::RollingOut } else { LoadStep::Starting })
 }
 
 fn phase(facts: &Facts<'_>) -> Phase {
     match facts {
-        Facts { wanted: 0, .. } => Phase::Stopped,
+        Facts { desired: 0, .. } => Phase::Stopped,
         Facts { complete: true, .. } => Phase::Ready,
         Facts { serving: 0, cause: Some(_), .. } => Phase::Failed,
         Facts { cause: Some(_), .. } => Phase::Degraded,
-        Facts { serving: 0, step: Step::Loading | Step::Warming | Step::WaitingForGateways, .. } => {
-            Phase::Loading
-        }
+        Facts {
+            serving: 0,
+            step: LoadStep::Loading | LoadStep::Warming | LoadStep::WaitingForGateways,
+            ..
+        } => Phase::Loading,
         Facts { serving: 0, .. } => Phase::Pending,
         Facts { .. } => Phase::Updating,
     }
 }
 
-fn describe(facts: &Facts<'_>, holder: Option<&ModelKey>, model: &ValidatedModel, made: &mut Conditions<'_>) {
+fn describe(
+    facts: &Facts<'_>,
+    name_owner: Option<&ModelKey>,
+    model: &ValidatedModel,
+    conditions: &mut Conditions<'_>,
+) {
     let stopped = ("Stopped", "spec.scaling.replicas is 0");
-    let (reason, message) = match (&facts.cause, facts.wanted) {
+    let (reason, message) = match (&facts.cause, facts.desired) {
         (_, 0) => stopped,
         (Some(cause), _) => (cause.reason.as_str(), cause.message.as_str()),
         (None, _) => (facts.step.reason(), facts.step.message()),
     };
-    if facts.serving > 0 {
-        made.set("Serving", true, "PodsServe", &format!("{} pod(s) serve", facts.serving));
-    } else {
-        made.set("Serving", false, reason, message);
-    }
-    let ready = facts.complete && facts.wanted > 0;
+    conditions.set_serving(facts.serving, reason, message);
+    let ready = facts.complete && facts.desired > 0;
     if ready {
-        let message = format!("revision {} serves with {} pod(s)", facts.revision, facts.wanted);
-        made.set("Ready", true, "AllPodsServe", &message);
-        made.set("Progressing", false, "Complete", &message);
+        let message = format!("revision {} serves with {} pod(s)", facts.revision, facts.desired);
+        conditions.set("Ready", true, "AllPodsServe", &message);
+        conditions.set("Progressing", false, "Complete", &message);
     } else {
-        made.set("Ready", false, reason, message);
-        made.set("Progressing", facts.cause.is_none() && facts.wanted > 0, reason, message);
+        conditions.set("Ready", false, reason, message);
+        conditions.set("Progressing", facts.cause.is_none() && facts.desired > 0, reason, message);
     }
     match &facts.cause {
-        Some(cause) if !ready && facts.wanted > 0 => {
-            made.set("Degraded", true, &cause.reason, &cause.message);
+        Some(cause) if !ready && facts.desired > 0 => {
+            conditions.set("Degraded", true, &cause.reason, &cause.message);
         }
-        _ => made.set("Degraded", false, "AsExpected", "nothing is wrong"),
+        _ => conditions.set("Degraded", false, "AsExpected", "no problem found"),
     }
-    if let Some((namespace, name)) = holder {
+    if let Some((namespace, name)) = name_owner {
         let message = format!(
-            "the older model {namespace}/{name} answers to {name}; callers reach this one as {}/{}",
+            "the older model {namespace}/{name} owns the name {name}; callers use {}/{} for this one",
             model.namespace, model.name
         );
-        made.set("BareName", false, "Taken", &message);
+        conditions.set("BareName", false, "Taken", &message);
     }
 }
 
-/// The digest that serving pods of the revision reported.
-fn digest(observed: Observed<'_>, revision: &str) -> Option<String> {
-    let pods = observed.pods.iter().filter(|pod| pod.revision == revision && pod.counts());
-    pods.filter_map(|pod| observed.reports.get(&pod.uid))
+/// The digest that pods of the revision with a loaded model reported.
+fn digest(inputs: StatusInputs<'_>, revision: &str) -> Option<String> {
+    let pods = inputs.pods.iter().filter(|pod| pod.revision == revision && pod.counts());
+    pods.filter_map(|pod| inputs.reports.get(&pod.uid))
         .filter(|report| {
-            matches!(report.state(), ModelState::Ready | ModelState::Warming | ModelState::Draining)
+            matches!(report.model.state(), ModelState::Ready | ModelState::Warming | ModelState::Draining)
         })
-        .map(|report| report.digest.clone())
+        .map(|report| report.model.digest.clone())
         .find(|digest| !digest.is_empty())
 }
 
 /// The task that pods of the revision reported.
-fn task(observed: Observed<'_>, revision: &str) -> Option<String> {
-    let pods = observed.pods.iter().filter(|pod| pod.revision == revision && pod.counts());
-    let reports = pods.filter_map(|pod| observed.reports.get(&pod.uid));
-    reports.map(|report| &report.task).find(|task| !task.is_empty()).cloned()
+fn task(inputs: StatusInputs<'_>, revision: &str) -> Option<String> {
+    let pods = inputs.pods.iter().filter(|pod| pod.revision == revision && pod.counts());
+    let reports = pods.filter_map(|pod| inputs.reports.get(&pod.uid));
+    reports.map(|report| &report.model.task).find(|task| !task.is_empty()).cloned()
 }
 
 /// The devices that pods run on; more than one only in a mixed cluster.
-fn device(observed: Observed<'_>) -> Option<String> {
+fn device(inputs: StatusInputs<'_>) -> Option<String> {
     let reports =
-        observed.pods.iter().filter(|pod| pod.counts()).filter_map(|pod| observed.reports.get(&pod.uid));
-    let devices: BTreeSet<_> = reports.map(|one| one.device.as_str()).filter(|one| !one.is_empty()).collect();
+        inputs.pods.iter().filter(|pod| pod.counts()).filter_map(|pod| inputs.reports.get(&pod.uid));
+    let devices: BTreeSet<_> =
+        reports.map(|one| one.model.device.as_str()).filter(|one| !one.is_empty()).collect();
     (!devices.is_empty()).then(|| devices.into_iter().collect::<Vec<_>>().join(","))
 }
 
 /// Progress of the pod that has the smallest share loaded.
-fn loading(observed: Observed<'_>, revision: &str) -> Option<Loading> {
-    let pods = observed.pods.iter().filter(|pod| pod.counts() && pod.revision == revision);
+fn loading(inputs: StatusInputs<'_>, revision: &str) -> Option<Loading> {
+    let pods = inputs.pods.iter().filter(|pod| pod.counts() && pod.revision == revision);
     let slowest = pods
-        .filter_map(|pod| observed.reports.get(&pod.uid))
-        .filter(|report| report.state() == ModelState::Loading)
-        .min_by(|one, other| share(one).total_cmp(&share(other)))?;
+        .filter_map(|pod| inputs.reports.get(&pod.uid))
+        .filter(|report| report.model.state() == ModelState::Loading)
+        .min_by(|one, other| share(&one.model).total_cmp(&share(&other.model)))?;
     Some(Loading {
-        bytes: i64::try_from(slowest.loaded_bytes).unwrap_or(i64::MAX),
-        total_bytes: i64::try_from(slowest.total_bytes).unwrap_or(i64::MAX),
-        eta_seconds: eta_seconds(slowest, observed.now),
+        bytes: i64::try_from(slowest.model.loaded_bytes).unwrap_or(i64::MAX),
+        total_bytes: i64::try_from(slowest.model.total_bytes).unwrap_or(i64::MAX),
+        eta_seconds: eta_seconds(slowest),
     })
 }
 
@@ -295,12 +329,13 @@ fn share(report: &ModelStatus) -> f64 {
     report.loaded_bytes as f64 / report.total_bytes.max(1) as f64
 }
 
-fn eta_seconds(report: &ModelStatus, now: Timestamp) -> Option<i64> {
+/// Time that remains at the average speed up to the last progress.
+fn eta_seconds(PodReport { model: report, progressed_at, .. }: &PodReport) -> Option<i64> {
     let since_ms = i64::try_from(report.since_unix_ms).ok()?;
-    let elapsed_ms = now.as_millisecond().checked_sub(since_ms).filter(|elapsed| *elapsed > 0)?;
-    let left = report.total_bytes.checked_sub(report.loaded_bytes)?;
+    let elapsed_ms = progressed_at.as_millisecond().checked_sub(since_ms).filter(|elapsed| *elapsed > 0)?;
+    let remaining = report.total_bytes.checked_sub(report.loaded_bytes)?;
     let loaded = report.loaded_bytes.max(1);
-    let eta_ms = elapsed_ms as f64 * left as f64 / loaded as f64;
+    let eta_ms = elapsed_ms as f64 * remaining as f64 / loaded as f64;
     (report.loaded_bytes > 0).then_some((eta_ms / 1000.0).ceil() as i64)
 }
 
@@ -308,19 +343,27 @@ fn count<'a>(pods: impl Iterator<Item = &'a PodView>) -> i32 {
     i32::try_from(pods.count()).unwrap_or(i32::MAX)
 }
 
-/// Conditions in the making: the time of the last transition stays while the status stays.
+/// Builds conditions. The transition time of a condition stays the same until its status changes.
 struct Conditions<'a> {
     previous: &'a InferenceModelStatus,
     now: Timestamp,
     generation: i64,
-    made: Vec<Condition>,
+    list: Vec<Condition>,
 }
 
 impl Conditions<'_> {
+    fn set_serving(&mut self, serving: usize, reason: &str, message: &str) {
+        if serving > 0 {
+            self.set("Serving", true, "PodsServe", &format!("{serving} pod(s) serve"));
+        } else {
+            self.set("Serving", false, reason, message);
+        }
+    }
+
     fn set(&mut self, kind: &str, status: bool, reason: &str, message: &str) {
         let status = if status { "True" } else { "False" };
         let before = self.previous.conditions.iter().find(|one| one.type_ == kind && one.status == status);
-        self.made.push(Condition {
+        self.list.push(Condition {
             type_: kind.to_owned(),
             status: status.to_owned(),
             reason: reason.to_owned(),

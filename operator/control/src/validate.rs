@@ -1,18 +1,20 @@
-//! Step two of a reconcile: parse the spec, once, into what the builders need.
+//! Step two of a reconcile: parse the spec into what the builders need.
 //!
-//! The schema has refused most mistakes at the API server; this is for what a schema cannot say, and for objects
-//! that were stored before a rule existed. Nothing after this step reads the raw spec.
+//! The API server has refused most mistakes by the schema. This step finds what a schema cannot express, and
+//! objects that were stored before a rule existed. Nothing after this step reads the raw spec.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
 use trustformers_crds::{
-    BatchStrategy, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, PodSettings, Runtime, Source, Task,
+    BatchStrategy, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, PodSettings, Runtime, Source,
 };
+use trustformers_proto::Task;
 
-use crate::span::{self, SpanError};
+use crate::duration::{self, DurationError};
+use crate::names;
 
 /// Where the model's files are mounted from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,9 +42,9 @@ pub struct ValidatedModel {
     pub namespace: String,
     /// `metadata.generation`.
     pub generation: i64,
-    /// Makes a child belong to the model.
+    /// Owner reference of its children.
     pub owner: OwnerReference,
-    /// What it must be for; none where its files decide.
+    /// Its task; none if its files decide.
     pub task: Option<Task>,
     /// Where the files are.
     pub mount: Mount,
@@ -50,70 +52,63 @@ pub struct ValidatedModel {
     pub source: Source,
     /// Engine settings and container.
     pub runtime: Runtime,
-    /// Pods that should serve.
+    /// Number of pods.
     pub replicas: i32,
-    /// From a request's arrival to the first byte of its answer.
+    /// From a request's arrival to the first byte of its response.
     pub first_byte_timeout: Duration,
-    /// More attempts while no byte of the answer has come.
+    /// Further attempts while no byte of the response has arrived.
     pub retries: u32,
-    /// How long the requests of a pod that ends may take.
+    /// How long requests may take to finish when a pod ends.
     pub drain_timeout: Duration,
-    /// Pods that an eviction may take at once.
+    /// Serving pods that evictions may remove at the same time.
     pub max_unavailable: i32,
     /// Settings passed through to the pods.
     pub pod: PodSettings,
 }
 
-/// Why a spec cannot be honoured. Each names the field and what to write instead.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// Why a spec cannot be honoured. Each names the field and what to write instead. Metrics use the variant's
+/// name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, strum::IntoStaticStr)]
 pub enum ValidateError {
-    /// The object came without a name, namespace or UID, as no stored object does.
+    /// The object has no name, namespace or UID. Every stored object has them.
     #[error("metadata.{0} is missing")]
     Incomplete(&'static str),
     /// The name is too long for the objects made from it.
     #[error(
-        "metadata.name has {0} characters; at most {MAX_NAME_CHARS} leave room for the names made from it"
+        "metadata.name has {0} characters; use at most {MAX_NAME_CHARS}, because longer names are made from it"
     )]
     NameTooLong(usize),
     /// The URI's scheme, or what follows it, is not supported.
     #[error("spec.source.uri: {0:?} is not supported; use oci://IMAGE or pvc://CLAIM[/PATH]")]
     Source(String),
-    /// A length of time cannot be read.
+    /// A duration cannot be read.
     #[error("spec.traffic.{field}: {cause}")]
-    Span {
+    Duration {
         /// Field below `spec.traffic`.
         field: &'static str,
         /// What is wrong with it.
-        cause: SpanError,
+        cause: DurationError,
     },
-    /// A label would replace one that the operator needs.
-    #[error("spec.pod.labels: {0} belongs to the operator; choose another key")]
-    ReservedLabel(String),
-    /// The environment names one variable twice.
-    #[error("spec.runtime.env: {0} is there twice")]
-    EnvTwice(String),
-    /// A strategy that generation cannot follow.
+    /// The key of a label or annotation is reserved.
     #[error(
-        "spec.runtime.batching.strategy: {0} is for models that embed; with task generate, which is batched \
-         continuously, write dynamic or priority"
+        "spec.pod.{field}: the key {key} is reserved: keys that start with app.kubernetes.io/ or \
+         serving.trustformers.dev/ select the pods of the release and of models; choose another key"
+    )]
+    ReservedKey {
+        /// Field below `spec.pod`.
+        field: &'static str,
+        /// The key.
+        key: String,
+    },
+    /// The environment names one variable twice.
+    #[error("spec.runtime.env: the variable {0} occurs twice; remove one of them")]
+    EnvTwice(String),
+    /// A strategy that generation cannot use.
+    #[error(
+        "spec.runtime.batching.strategy: {0} is for models that embed; generation is batched continuously, so use \
+         dynamic or priority with task generate"
     )]
     Strategy(&'static str),
-}
-
-impl ValidateError {
-    /// The variant's name, as metrics label it.
-    #[must_use]
-    pub fn label(&self) -> &'static str {
-        match self {
-            Self::Incomplete(_) => "Incomplete",
-            Self::NameTooLong(_) => "NameTooLong",
-            Self::Source(_) => "Source",
-            Self::Span { .. } => "Span",
-            Self::ReservedLabel(_) => "ReservedLabel",
-            Self::EnvTwice(_) => "EnvTwice",
-            Self::Strategy(_) => "Strategy",
-        }
-    }
 }
 
 /// Parses a model's spec.
@@ -129,15 +124,15 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
         return Err(ValidateError::NameTooLong(name.chars().count()));
     }
     let spec = &model.spec;
-    if let Some(reserved) = spec.pod.labels.keys().find(|key| is_reserved(key)) {
-        return Err(ValidateError::ReservedLabel(reserved.clone()));
-    }
-    let mut seen = BTreeMap::new();
-    if let Some(twice) = spec.runtime.env.iter().find(|one| seen.insert(one.name.as_str(), ()).is_some()) {
+    check_keys("labels", &spec.pod.labels)?;
+    check_keys("annotations", &spec.pod.annotations)?;
+    let mut variables = BTreeSet::new();
+    if let Some(twice) = spec.runtime.env.iter().find(|one| !variables.insert(one.name.as_str())) {
         return Err(ValidateError::EnvTwice(twice.name.clone()));
     }
     check_strategy(spec)?;
-    let time = |field, text: &str| span::parse(text).map_err(|cause| ValidateError::Span { field, cause });
+    let time =
+        |field, text: &str| duration::parse(text).map_err(|cause| ValidateError::Duration { field, cause });
     Ok(ValidatedModel {
         name,
         namespace,
@@ -156,7 +151,7 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
     })
 }
 
-/// Without a task the pod knows, once it has read the files; it says so in its log.
+/// Without a task in the spec, the pod finds the task in the files and logs what it ignores.
 fn check_strategy(spec: &InferenceModelSpec) -> Result<(), ValidateError> {
     let strategy = spec.runtime.batching.strategy;
     match (spec.task, strategy) {
@@ -167,8 +162,17 @@ fn check_strategy(spec: &InferenceModelSpec) -> Result<(), ValidateError> {
     }
 }
 
-fn is_reserved(key: &str) -> bool {
-    key.starts_with("serving.trustformers.dev/") || key == crate::names::MANAGED_BY
+/// A label with a reserved key could make the pod an endpoint of the gateway's or the feed's Service.
+fn check_keys(field: &'static str, map: &BTreeMap<String, String>) -> Result<(), ValidateError> {
+    let reserved = |key: &&String| {
+        key.starts_with(names::OWN_PREFIX)
+            || key.starts_with(names::APP_PREFIX)
+            || (field == "annotations" && *key == names::DEFAULT_CONTAINER)
+    };
+    match map.keys().find(reserved) {
+        Some(key) => Err(ValidateError::ReservedKey { field, key: key.clone() }),
+        None => Ok(()),
+    }
 }
 
 fn mount(uri: &str) -> Result<Mount, ValidateError> {
@@ -190,7 +194,7 @@ fn mount(uri: &str) -> Result<Mount, ValidateError> {
 pub(crate) mod tests {
     use super::*;
 
-    /// A stored model as the API server would hand it out, from the YAML of its spec.
+    /// A stored model with this spec, as the API server returns it.
     pub(crate) fn model(name: &str, spec: &str) -> InferenceModel {
         let text = format!(
             "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
@@ -219,7 +223,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_cannot_be_honoured_is_named_with_the_way_out() {
+    fn errors_name_the_field_and_the_next_step() {
         for uri in ["hf://a/b", "oci://", "pvc://", "pvc://c/../d", "pvc://c//d"] {
             let error = error(&format!("{{source: {{uri: '{uri}'}}}}"));
             assert!(matches!(error, ValidateError::Source(_)), "{uri}");
@@ -227,10 +231,8 @@ pub(crate) mod tests {
         }
         let late = error("{source: {uri: 'oci://x'}, traffic: {timeout: 900h}}");
         assert!(late.to_string().contains("spec.traffic.timeout"), "{late}");
-        let label = error("{source: {uri: 'oci://x'}, pod: {labels: {serving.trustformers.dev/model: y}}}");
-        assert!(label.to_string().contains("serving.trustformers.dev/model"), "{label}");
         let twice = error("{source: {uri: 'oci://x'}, runtime: {env: [{name: A}, {name: A}]}}");
-        assert_eq!(twice.label(), "EnvTwice");
+        assert_eq!(<&str>::from(&twice), "EnvTwice");
         let window =
             error("{task: generate, source: {uri: 'oci://x'}, runtime: {batching: {strategy: time}}}");
         assert!(window.to_string().contains("time is for models that embed"), "{window}");
@@ -240,6 +242,26 @@ pub(crate) mod tests {
                 &format!("{{{good}source: {{uri: 'oci://x'}}, runtime: {{batching: {{strategy: time}}}}}}"),
             );
         }
+    }
+
+    #[test]
+    fn reserved_keys_of_labels_and_annotations_are_refused() {
+        for (field, key) in [
+            ("labels", "serving.trustformers.dev/model"),
+            ("labels", "app.kubernetes.io/component"),
+            ("labels", "app.kubernetes.io/managed-by"),
+            ("annotations", "serving.trustformers.dev/pool"),
+            ("annotations", "app.kubernetes.io/name"),
+            ("annotations", "kubectl.kubernetes.io/default-container"),
+        ] {
+            let error = error(&format!("{{source: {{uri: 'oci://x'}}, pod: {{{field}: {{{key}: y}}}}}}"));
+            assert_eq!(error, ValidateError::ReservedKey { field, key: key.to_owned() });
+            assert!(error.to_string().contains(&format!("spec.pod.{field}: the key {key}")), "{error}");
+        }
+        valid(
+            "chat",
+            "{source: {uri: 'oci://x'}, pod: {labels: {app: y, example.com/app.kubernetes.io: z}}}",
+        );
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{StreamExt, stream};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
@@ -15,75 +16,104 @@ use trustformers_control::gate::GateChange;
 use trustformers_control::names;
 use trustformers_control::pods::{PodView, open_message};
 
-use super::Hub;
-use crate::world::World;
+use super::FeedState;
+use crate::context::Context;
 
-/// Gates written at once.
-const CONCURRENCY: usize = 8;
+/// Gates that are written at the same time. Requests that hang use up to this many; the client ends them
+/// after 10 s.
+const CONCURRENCY: usize = 32;
 /// A gate that was just written is not written again while the cache may still show the old one.
 const CACHE_LAG: Duration = Duration::from_secs(2);
-/// Longest sleep, so that the census of gateways on the metrics page stays fresh.
+/// Longest sleep, so that the gateway counts of the metrics page are up to date.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// A pause after writes that failed.
+/// A pause after a write that failed.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// What was written last for a pod, and when.
-type Written = HashMap<String, (GateChange, Instant)>;
+/// The last write of one pod's gate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum GateWrite {
+    InFlight,
+    Done { change: GateChange, at: Instant },
+    Failed { at: Instant },
+}
 
-/// Writes gates for ever.
-pub async fn run(world: Arc<World>, hub: Arc<Hub>) {
-    let mut written = Written::new();
+impl GateWrite {
+    /// Whether a new write of `change` must wait.
+    fn blocks(self, change: GateChange) -> bool {
+        match self {
+            Self::InFlight => true,
+            Self::Done { change: last, at } => last == change && at.elapsed() < CACHE_LAG,
+            Self::Failed { at } => at.elapsed() < RETRY,
+        }
+    }
+
+    fn is_over(self) -> bool {
+        match self {
+            Self::InFlight => false,
+            Self::Done { at, .. } => at.elapsed() >= CACHE_LAG,
+            Self::Failed { at } => at.elapsed() >= RETRY,
+        }
+    }
+}
+
+/// Writes gates without end. A request that hangs delays only the gate that it is for.
+pub async fn run(context: Arc<Context>, feed: Arc<FeedState>) {
+    let mut writes: HashMap<String, GateWrite> = HashMap::new();
+    let mut in_flight = FuturesUnordered::new();
     loop {
-        world.metrics.gateways(hub.census());
-        let failed = pass(&world, &hub, &mut written).await;
-        let pause = if failed {
-            RETRY
-        } else {
-            hub.next_change().map_or(LONGEST_SLEEP, |next| next.min(LONGEST_SLEEP))
-        };
+        context.metrics.gateways(feed.counts());
+        writes.retain(|_, write| !write.is_over());
+        for (pod, change) in changes(&context, &feed, &writes) {
+            if in_flight.len() >= CONCURRENCY {
+                break;
+            }
+            writes.insert(pod.uid.clone(), GateWrite::InFlight);
+            let context = &context;
+            in_flight.push(async move {
+                let written = write(context, &pod, change).await;
+                (pod.uid, change, written)
+            });
+        }
+        let failed = writes.values().any(|write| matches!(write, GateWrite::Failed { .. }));
+        let longest = if failed { RETRY } else { LONGEST_SLEEP };
+        let pause = feed.next_change().map_or(longest, |next| next.min(longest));
         tokio::select! {
-            () = world.gates_changed.notified() => {}
+            Some((uid, change, written)) = in_flight.next() => {
+                let at = Instant::now();
+                let write = if written { GateWrite::Done { change, at } } else { GateWrite::Failed { at } };
+                writes.insert(uid, write);
+            }
+            () = context.gates_changed.notified() => {}
             () = sleep(pause) => {}
         }
     }
 }
 
-/// Writes every gate that should be another; true where one could not be written.
-async fn pass(world: &World, hub: &Hub, written: &mut Written) -> bool {
-    written.retain(|_, (_, at)| at.elapsed() < CACHE_LAG);
-    let pods = world.caches.pods.state();
-    let changes: Vec<(PodView, GateChange)> = pods
-        .iter()
+/// The gates to write now.
+fn changes(
+    context: &Context,
+    feed: &FeedState,
+    writes: &HashMap<String, GateWrite>,
+) -> Vec<(PodView, GateChange)> {
+    let pods = context.pods.state();
+    pods.iter()
         .filter_map(|pod| PodView::of(pod))
-        .filter_map(|pod| hub.wanted(&pod).map(|change| (pod, change)))
-        .filter(|(pod, change)| written.get(&pod.uid).is_none_or(|(last, _)| last != change))
-        .collect();
-    let outcomes: Vec<(String, GateChange, bool)> = stream::iter(changes)
-        .map(async |(pod, change)| {
-            let done = write(world, &pod, change).await;
-            (pod.uid, change, done)
-        })
-        .buffer_unordered(CONCURRENCY)
+        .filter_map(|pod| feed.change(&pod).map(|change| (pod, change)))
+        .filter(|(pod, change)| writes.get(&pod.uid).is_none_or(|write| !write.blocks(*change)))
         .collect()
-        .await;
-    let failed = outcomes.iter().any(|(_, _, done)| !done);
-    for (uid, change, _) in outcomes.into_iter().filter(|(_, _, done)| *done) {
-        written.insert(uid, (change, Instant::now()));
-    }
-    failed
 }
 
-async fn write(world: &World, pod: &PodView, change: GateChange) -> bool {
-    let api = Api::<Pod>::namespaced(world.client.clone(), &pod.namespace);
+async fn write(context: &Context, pod: &PodView, change: GateChange) -> bool {
+    let api = Api::<Pod>::namespaced(context.client.clone(), &pod.namespace);
     let body = Patch::Strategic(body(pod, change, Timestamp::now()));
     match api.patch_status(&pod.name, &PatchParams::default(), &body).await {
         Ok(_) => {
             tracing::debug!(pod = pod.name, ?change, "readiness gate written");
-            world.metrics.wrote("PodStatus");
+            context.metrics.count_write("PodStatus");
             true
         }
         // It is gone, or another pod has its name.
-        Err(kube::Error::Api(said)) if matches!(said.code, 404 | 409) => true,
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => true,
         Err(error) => {
             tracing::warn!(pod = pod.name, %error, "the readiness gate could not be written; it is tried again");
             false
@@ -91,7 +121,8 @@ async fn write(world: &World, pod: &PodView, change: GateChange) -> bool {
     }
 }
 
-/// Conditions are merged by type; the UID makes the API server refuse a patch for an earlier pod of the name.
+/// Conditions are merged by type. With the UID, the API server refuses a patch for an earlier pod of the
+/// name.
 fn body(pod: &PodView, change: GateChange, now: Timestamp) -> Value {
     let (status, reason, message) = match change {
         GateChange::Open { restarts } => ("True", "Acknowledged", open_message(restarts)),
@@ -107,4 +138,18 @@ fn body(pod: &PodView, change: GateChange, now: Timestamp) -> Value {
             "lastTransitionTime": now,
         }]},
     })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Writes the gate of a pod.
+    pub(crate) async fn write_one(context: &Context) {
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "team", "uid": "p1",
+            "labels": {"serving.trustformers.dev/model": "chat", "serving.trustformers.dev/revision": "r"}}}))
+            .unwrap();
+        assert!(write(context, &PodView::of(&pod).unwrap(), GateChange::Close).await);
+    }
 }

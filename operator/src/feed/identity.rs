@@ -1,7 +1,7 @@
-//! Who may watch routes: gateways, by the token of their ServiceAccount.
+//! Authentication of the route feed: gateways present the token of their ServiceAccount.
 //!
-//! The token is made for the audience `trustformers-feed` alone, so that it is of no use against the API server, and a
-//! token for the API server is of no use here.
+//! The token's only audience is `trustformers-feed`. So it is not valid for the API server, and a token for
+//! the API server is not valid here.
 
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::api::PostParams;
@@ -12,33 +12,33 @@ use tonic::metadata::MetadataMap;
 /// Audience of the tokens that gateways present.
 pub const AUDIENCE: &str = "trustformers-feed";
 
-/// Checks who watches routes.
+/// Authenticates callers of the route feed.
 #[derive(Clone)]
-pub enum Doorkeeper {
-    /// Lets everybody in.
+pub enum FeedAuthenticator {
+    /// Accepts every caller.
     Open,
-    /// Lets in this user alone, by TokenReview.
+    /// Accepts this user only, by TokenReview.
     Token {
-        /// Talks to the API server.
+        /// Client of the API server.
         client: Client,
         /// `system:serviceaccount:NAMESPACE:NAME`.
         user: String,
     },
 }
 
-impl Doorkeeper {
-    /// Lets in the ServiceAccount `name` of `namespace`.
+impl FeedAuthenticator {
+    /// Accepts the ServiceAccount `name` of `namespace`.
     #[must_use]
     pub fn for_account(client: Client, namespace: &str, name: &str) -> Self {
         Self::Token { client, user: format!("system:serviceaccount:{namespace}:{name}") }
     }
 
-    /// Checks the headers of a call.
+    /// Verifies the headers of a call.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED` without a good token, `PERMISSION_DENIED` for another account, `UNAVAILABLE` where the API
-    /// server cannot be asked.
-    pub async fn check(&self, headers: &MetadataMap) -> Result<(), Status> {
+    /// `UNAUTHENTICATED` without a valid token, `PERMISSION_DENIED` for another account, `UNAVAILABLE` if the
+    /// API server does not respond.
+    pub async fn verify(&self, headers: &MetadataMap) -> Result<(), Status> {
         let Self::Token { client, user } = self else { return Ok(()) };
         let token = bearer(headers)?;
         let review = TokenReview {
@@ -49,7 +49,7 @@ impl Doorkeeper {
             .create(&PostParams::default(), &review)
             .await
             .map_err(|error| Status::unavailable(format!("the token could not be reviewed: {error}")))?;
-        judge(answer.status.unwrap_or_default(), user)
+        verify_review(answer.status.unwrap_or_default(), user)
     }
 }
 
@@ -62,11 +62,11 @@ fn bearer(headers: &MetadataMap) -> Result<&str, Status> {
     })
 }
 
-fn judge(review: TokenReviewStatus, user: &str) -> Result<(), Status> {
-    let for_us = review.audiences.iter().flatten().any(|audience| audience == AUDIENCE);
-    if review.authenticated != Some(true) || !for_us {
-        let why = review.error.unwrap_or_else(|| format!("it is not for the audience {AUDIENCE}"));
-        return Err(Status::unauthenticated(format!("the token is not accepted: {why}")));
+fn verify_review(review: TokenReviewStatus, user: &str) -> Result<(), Status> {
+    let for_feed = review.audiences.iter().flatten().any(|audience| audience == AUDIENCE);
+    if review.authenticated != Some(true) || !for_feed {
+        let reason = review.error.unwrap_or_else(|| format!("its audience is not {AUDIENCE}"));
+        return Err(Status::unauthenticated(format!("the token is not accepted: {reason}")));
     }
     let found = review.user.and_then(|user| user.username).unwrap_or_default();
     if found != user {
@@ -91,17 +91,17 @@ mod tests {
     }
 
     #[test]
-    fn only_the_gateways_account_with_the_right_audience_is_let_in() {
-        let us = "system:serviceaccount:sys:gateway";
-        let code = |review| judge(review, us).err().map(|status| status.code());
-        assert_eq!(code(review(true, AUDIENCE, us)), None);
-        assert_eq!(code(review(false, AUDIENCE, us)), Some(Code::Unauthenticated));
-        assert_eq!(code(review(true, "other", us)), Some(Code::Unauthenticated));
+    fn only_the_gateways_account_and_audience_are_accepted() {
+        let gateway = "system:serviceaccount:sys:gateway";
+        let code = |review| verify_review(review, gateway).err().map(|status| status.code());
+        assert_eq!(code(review(true, AUDIENCE, gateway)), None);
+        assert_eq!(code(review(false, AUDIENCE, gateway)), Some(Code::Unauthenticated));
+        assert_eq!(code(review(true, "other", gateway)), Some(Code::Unauthenticated));
         assert_eq!(code(review(true, AUDIENCE, "somebody")), Some(Code::PermissionDenied));
     }
 
     #[test]
-    fn a_call_without_a_token_is_told_how_to_get_one() {
+    fn the_error_without_a_token_names_the_flag() {
         let mut headers = MetadataMap::new();
         assert!(bearer(&headers).unwrap_err().message().contains("--feed-token-file"));
         headers.insert("authorization", "Bearer abc".parse().unwrap());

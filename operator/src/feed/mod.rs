@@ -1,7 +1,9 @@
-//! The route feed: publishes tables to gateways, hears what they acknowledge, and opens pods' readiness gates by it.
+//! The route feed: sends tables to gateways, receives their acknowledgements, and writes the readiness gates
+//! of pods.
 //!
-//! Three tasks of the leader share one [`Hub`]: `publish` makes tables, `service` carries them to gateways and reports
-//! back, `gates` writes readiness gates. What counts as acknowledged is decided in `trustformers_control::gate`.
+//! Three tasks of the leader share one [`FeedState`]: `publish` creates tables, `service` sends them to
+//! gateways and receives reports, `gates` writes readiness gates. `trustformers_control::gate` decides what
+//! counts as acknowledged.
 
 pub mod gates;
 pub mod identity;
@@ -16,27 +18,27 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
-use trustformers_control::gate::{Census, GateChange, Gates, Report};
+use trustformers_control::gate::{GateChange, Gates, GatewayCounts, Report};
 use trustformers_control::pods::PodView;
 use trustformers_proto::control::v1::{Route, RouteTable};
 
 /// What the tasks of the feed share for one term of a leader.
 #[derive(Debug)]
-pub struct Hub {
+pub struct FeedState {
     began: Instant,
     gates: Mutex<Gates>,
     tables: watch::Sender<Option<Arc<RouteTable>>>,
 }
 
-impl Hub {
-    /// The feed of a leader that begins to lead now.
+impl FeedState {
+    /// The feed of a leader that starts to lead now.
     #[must_use]
     pub fn new(term: u64) -> Self {
         Self { began: Instant::now(), gates: Mutex::new(Gates::new(term)), tables: watch::Sender::new(None) }
     }
 
-    /// Notes that the feed's Service leads to this leader from now on.
-    pub fn can_be_found(&self) {
+    /// Records that the feed's Service selects this leader from now on.
+    pub fn set_reachable(&self) {
         self.lock().can_be_found(self.now());
     }
 
@@ -46,30 +48,30 @@ impl Hub {
         self.tables.send_replace(Some(Arc::new(RouteTable { version: Some(version), routes })));
     }
 
-    /// The table in force, and every later one. `None` before the first.
+    /// The present table, and every later one. `None` before the first.
     #[must_use]
     pub fn tables(&self) -> watch::Receiver<Option<Arc<RouteTable>>> {
         self.tables.subscribe()
     }
 
-    /// Notes a gateway's report. True where readiness gates may change by it.
+    /// Records a gateway's report. True if readiness gates may change.
     pub fn report(&self, report: Report) -> bool {
         self.lock().report(report, self.now())
     }
 
-    /// What to do with the readiness gate of `pod`, if anything.
+    /// The change that the readiness gate of `pod` needs, if any.
     #[must_use]
-    pub fn wanted(&self, pod: &PodView) -> Option<GateChange> {
-        self.lock().wanted(pod, self.now())
+    pub fn change(&self, pod: &PodView) -> Option<GateChange> {
+        self.lock().change(pod, self.now())
     }
 
     /// How many gateways there are.
     #[must_use]
-    pub fn census(&self) -> Census {
-        self.lock().census(self.now())
+    pub fn counts(&self) -> GatewayCounts {
+        self.lock().counts(self.now())
     }
 
-    /// When the passing of time alone may open a gate next.
+    /// When time alone may change a gate next.
     #[must_use]
     pub fn next_change(&self) -> Option<Duration> {
         let now = self.now();

@@ -1,5 +1,5 @@
-//! `RouteService` on the wire. Only the leader has tables to give; others answer `UNAVAILABLE`, and the gateway tries
-//! again until the Service leads it to the leader.
+//! `RouteService` as a gRPC service. Only the leader has tables; other processes respond with `UNAVAILABLE`,
+//! and the gateway connects again until the feed's Service selects the leader.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,32 +13,32 @@ use trustformers_control::gate::Report;
 use trustformers_proto::control::v1::route_service_server::RouteService;
 use trustformers_proto::control::v1::{GatewayReport, RouteTable};
 
-use super::Hub;
-use super::identity::Doorkeeper;
-use crate::world::World;
+use super::FeedState;
+use super::identity::FeedAuthenticator;
+use crate::context::Context;
 
-/// What the service needs of the leader that it speaks for.
+/// What the service needs of the leader.
 #[derive(Clone)]
-pub struct Lead {
+pub struct Leadership {
     /// Tables and acknowledgements.
-    pub hub: Arc<Hub>,
-    /// Wakes whoever depends on acknowledgements.
-    pub world: Arc<World>,
+    pub feed: Arc<FeedState>,
+    /// Wakes the task that writes readiness gates.
+    pub context: Arc<Context>,
     /// Cancelled when the lead ends.
     pub ended: CancellationToken,
 }
 
-/// The service. It lives as long as the process; leads come and go.
+/// The service. It lives as long as the process, through several leads.
 pub struct Feed {
-    lead: watch::Receiver<Option<Lead>>,
-    doorkeeper: Doorkeeper,
+    leadership: watch::Receiver<Option<Leadership>>,
+    authenticator: FeedAuthenticator,
 }
 
 impl Feed {
-    /// A service that speaks for whatever lead `lead` holds.
+    /// A service for the present leadership of this process.
     #[must_use]
-    pub fn new(lead: watch::Receiver<Option<Lead>>, doorkeeper: Doorkeeper) -> Self {
-        Self { lead, doorkeeper }
+    pub fn new(leadership: watch::Receiver<Option<Leadership>>, authenticator: FeedAuthenticator) -> Self {
+        Self { leadership, authenticator }
     }
 }
 
@@ -54,33 +54,33 @@ impl RouteService for Feed {
         &self,
         request: Request<Streaming<GatewayReport>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        // A copy is taken out of the channel, since a borrow must not live across an await.
-        let lead = self.lead.borrow().clone().ok_or_else(not_leading)?;
-        self.doorkeeper.check(request.metadata()).await?;
-        tokio::spawn(hear(lead.clone(), request.into_inner()));
-        let tables = WatchStream::new(lead.hub.tables())
+        // The clone ends the borrow of the channel before the next await.
+        let leadership = self.leadership.borrow().clone().ok_or_else(not_leading)?;
+        self.authenticator.verify(request.metadata()).await?;
+        tokio::spawn(receive_reports(leadership.clone(), request.into_inner()));
+        let tables = WatchStream::new(leadership.feed.tables())
             .filter_map(async |table| table.map(|table| Ok(RouteTable::clone(&table))))
-            .take_until(lead.ended.clone().cancelled_owned())
+            .take_until(leadership.ended.clone().cancelled_owned())
             .chain(futures::stream::once(async { Err(not_leading()) }));
         Ok(Response::new(Box::pin(tables)))
     }
 }
 
-/// Notes reports until the gateway or the lead ends the stream.
-async fn hear(lead: Lead, mut reports: Streaming<GatewayReport>) {
+/// Records reports until the gateway or the lead ends the stream.
+async fn receive_reports(leadership: Leadership, mut reports: Streaming<GatewayReport>) {
     loop {
         let message = tokio::select! {
-            () = lead.ended.cancelled() => return,
+            () = leadership.ended.cancelled() => return,
             message = reports.message() => message,
         };
         let Ok(Some(message)) = message else { return };
         let GatewayReport { instance, acknowledged, draining } = message;
         if instance.is_empty() {
-            tracing::warn!("a gateway reports without an instance; its reports are ignored");
+            tracing::warn!("a gateway reports without an instance; its stream is ignored");
             return;
         }
-        if lead.hub.report(Report { instance, acknowledged, draining }) {
-            lead.world.gates_changed.notify_one();
+        if leadership.feed.report(Report { instance, acknowledged, draining }) {
+            leadership.context.gates_changed.notify_one();
         }
     }
 }

@@ -1,10 +1,9 @@
-//! The feed over a real connection, and readiness gates over a mock API server under a paused clock.
+//! The feed over a real connection, and readiness gates with a mock API server under a paused clock.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
 
-use http::{Request as HttpRequest, Response as HttpResponse};
-use http_body_util::BodyExt;
+use http::{Request as HttpRequest, StatusCode};
 use kube::Client;
 use kube::client::Body;
 use kube::runtime::watcher::Event;
@@ -20,49 +19,53 @@ use trustformers_proto::control::v1::route_service_client::RouteServiceClient;
 use trustformers_proto::control::v1::route_service_server::RouteServiceServer;
 use trustformers_proto::control::v1::{GatewayReport, TableVersion};
 
-use super::identity::Doorkeeper;
-use super::service::{Feed, Lead};
+use super::identity::FeedAuthenticator;
+use super::service::{Feed, Leadership};
 use super::*;
-use crate::world::tests::{metrics, settings};
-use crate::world::{NewWorld, World, Writers};
+use crate::context::tests::{metrics, settings};
+use crate::context::{Context, NewContext, Writers};
+use crate::testing::{read, respond};
 
-/// A client of an API server that answers every request with `answer`, and what it was asked.
+/// A client of an API server that answers every request with `answer`, and the requests. Those about the pod
+/// `hangs` get no response.
 fn api(answer: fn(&Value) -> Value) -> (Client, mpsc::Receiver<(String, Value)>) {
     // A test makes a handful of requests.
-    let (asked, requests) = mpsc::channel(64);
+    let (requested, requests) = mpsc::channel(64);
     let service = service_fn(move |request: HttpRequest<Body>| {
-        let asked = asked.clone();
+        let requested = requested.clone();
         async move {
-            let uri = format!("{} {}", request.method(), request.uri());
-            let bytes = request.into_body().collect().await.unwrap().to_bytes();
-            let body: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
-            let reply = serde_json::to_vec(&answer(&body)).unwrap();
-            asked.send((uri, body)).await.unwrap();
-            Ok::<_, Infallible>(HttpResponse::new(Body::from(reply)))
+            let request = read(request).await;
+            let uri = format!("{} {}", request.method, request.uri);
+            let response = answer(&request.body);
+            requested.send((uri.clone(), request.body)).await.unwrap();
+            if uri.contains("/pods/hangs/") {
+                std::future::pending::<()>().await;
+            }
+            Ok::<_, Infallible>(respond(StatusCode::OK, &response))
         }
     });
     (Client::new(service, "default"), requests)
 }
 
-fn world(client: Client) -> (Arc<World>, Writers) {
-    let NewWorld { world, writers, queue: _ } = World::create(client, settings(), metrics());
-    (world, writers)
+fn context(client: Client) -> (Arc<Context>, Writers) {
+    let NewContext { context, writers, queue: _ } = Context::create(client, settings(), metrics());
+    (context, writers)
 }
 
-/// A running feed, and the switch for its lead.
+/// A running feed, and its leadership.
 struct Running {
     address: SocketAddr,
-    lead: watch::Sender<Option<Lead>>,
+    leadership: watch::Sender<Option<Leadership>>,
 }
 
-async fn serve(doorkeeper: Doorkeeper) -> Running {
-    let (sender, lead) = watch::channel(None);
+async fn serve(authenticator: FeedAuthenticator) -> Running {
+    let (sender, leadership) = watch::channel(None);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let service = RouteServiceServer::new(Feed::new(lead, doorkeeper));
+    let service = RouteServiceServer::new(Feed::new(leadership, authenticator));
     let incoming = TcpListenerStream::new(listener);
     tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-    Running { address, lead: sender }
+    Running { address, leadership: sender }
 }
 
 async fn watch_routes(
@@ -83,47 +86,49 @@ fn report(acknowledged: Option<TableVersion>) -> GatewayReport {
 }
 
 #[tokio::test]
-async fn only_a_leader_serves_tables_and_its_end_ends_the_streams() {
-    let running = serve(Doorkeeper::Open).await;
+async fn only_a_leader_serves_tables_until_its_lead_ends() {
+    let running = serve(FeedAuthenticator::Open).await;
     let refused = watch_routes(running.address, None).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
 
     let (client, _requests) = api(|_| json!({}));
-    let (world, _writers) = world(client);
-    let (hub, ended) = (Arc::new(Hub::new(4)), CancellationToken::new());
-    let lead = Lead { hub: Arc::clone(&hub), world: Arc::clone(&world), ended: ended.clone() };
-    running.lead.send_replace(Some(lead));
-    hub.publish(Vec::new());
+    let (context, _writers) = context(client);
+    let (feed, ended) = (Arc::new(FeedState::new(4)), CancellationToken::new());
+    let leadership =
+        Leadership { feed: Arc::clone(&feed), context: Arc::clone(&context), ended: ended.clone() };
+    running.leadership.send_replace(Some(leadership));
+    feed.publish(Vec::new());
     let (reports, mut tables) = watch_routes(running.address, None).await.unwrap();
     let first = tables.message().await.unwrap().unwrap();
     assert_eq!(first.version, Some(TableVersion { term: 4, counter: 1 }));
 
     reports.send(report(first.version)).await.unwrap();
-    world.gates_changed.notified().await;
-    assert_eq!(hub.census(), Census { live: 1, ..Census::default() });
+    context.gates_changed.notified().await;
+    assert_eq!(feed.counts(), GatewayCounts { live: 1, ..GatewayCounts::default() });
 
-    hub.publish(Vec::new());
+    feed.publish(Vec::new());
     assert_eq!(tables.message().await.unwrap().unwrap().version, Some(TableVersion { term: 4, counter: 2 }));
 
-    running.lead.send_replace(None);
+    running.leadership.send_replace(None);
     ended.cancel();
     assert_eq!(tables.message().await.unwrap_err().code(), Code::Unavailable);
 }
 
 #[tokio::test]
-async fn a_gateway_is_let_in_by_its_token_alone() {
-    let (client, mut requests) = api(|asked| {
-        let good = asked["spec"]["token"] == "good";
+async fn a_gateway_is_accepted_by_its_token_only() {
+    let (client, mut requests) = api(|request| {
+        let good = request["spec"]["token"] == "good";
         json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "metadata": {}, "spec": {"token": ""},
             "status": {"authenticated": good, "audiences": ["trustformers-feed"],
                 "user": {"username": "system:serviceaccount:sys:gateway"}}})
     });
-    let running = serve(Doorkeeper::for_account(client.clone(), "sys", "gateway")).await;
-    let (world, _writers) = world(client);
-    let hub = Arc::new(Hub::new(1));
-    hub.can_be_found();
-    hub.publish(Vec::new());
-    running.lead.send_replace(Some(Lead { hub, world, ended: CancellationToken::new() }));
+    let running = serve(FeedAuthenticator::for_account(client.clone(), "sys", "gateway")).await;
+    let (context, _writers) = context(client);
+    let feed = Arc::new(FeedState::new(1));
+    feed.set_reachable();
+    feed.publish(Vec::new());
+    let ended = CancellationToken::new();
+    running.leadership.send_replace(Some(Leadership { feed, context, ended }));
 
     let none = watch_routes(running.address, None).await.unwrap_err();
     assert_eq!(none.code(), Code::Unauthenticated);
@@ -137,11 +142,15 @@ async fn a_gateway_is_let_in_by_its_token_alone() {
 }
 
 fn pod(restarts: u32, ready: bool, gate: Value) -> k8s_openapi::api::core::v1::Pod {
+    named_pod("p", restarts, ready, gate)
+}
+
+fn named_pod(name: &str, restarts: u32, ready: bool, gate: Value) -> k8s_openapi::api::core::v1::Pod {
     let ready = if ready { "True" } else { "False" };
     let mut conditions = vec![json!({"type": "ContainersReady", "status": ready})];
     conditions.extend((!gate.is_null()).then_some(gate));
     serde_json::from_value(json!({
-        "metadata": {"name": "p", "namespace": "team", "uid": "p1",
+        "metadata": {"name": name, "namespace": "team", "uid": format!("{name}1"),
             "labels": {"serving.trustformers.dev/model": "chat", "serving.trustformers.dev/revision": "r"}},
         "status": {"podIP": "10.0.0.1", "conditions": conditions, "containerStatuses": [{"name": "runtime",
             "image": "i", "imageID": "", "ready": true, "restartCount": restarts, "state": {"running": {}}}]},
@@ -155,48 +164,70 @@ const MODEL: &str = "apiVersion: serving.trustformers.dev/v1alpha1\nkind: Infere
 #[tokio::test(start_paused = true)]
 async fn a_gate_opens_by_acknowledgement_and_closes_by_a_restart() {
     let (client, mut requests) = api(|_| json!({"metadata": {"name": "p"}}));
-    let (world, mut writers) = world(client);
-    let hub = Arc::new(Hub::new(1));
-    hub.can_be_found();
+    let (context, mut writers) = context(client);
+    let feed = Arc::new(FeedState::new(1));
+    feed.set_reachable();
     writers.models.apply_watcher_event(&Event::Apply(serde_yaml::from_str(MODEL).unwrap()));
     writers.pods.apply_watcher_event(&Event::Apply(pod(0, true, Value::Null)));
-    tokio::spawn(publish::run(Arc::clone(&world), Arc::clone(&hub)));
-    tokio::spawn(gates::run(Arc::clone(&world), Arc::clone(&hub)));
+    tokio::spawn(publish::run(Arc::clone(&context), Arc::clone(&feed)));
+    tokio::spawn(gates::run(Arc::clone(&context), Arc::clone(&feed)));
 
-    let mut tables = hub.tables();
+    let mut tables = feed.tables();
     let table = tables.wait_for(Option::is_some).await.unwrap().clone().unwrap();
     assert_eq!(table.routes[0].backends[0].endpoints[0].pod_uid, "p1");
-    let began = Instant::now();
+    let started = Instant::now();
     let report = Report { instance: "g".to_owned(), acknowledged: None, draining: false };
-    hub.report(report.clone());
-    // The gateway says nothing more: it is waited for until it is left out.
+    feed.report(report.clone());
+    // The gateway reports nothing more: the gate waits until the gateway is left out.
     let (uri, body) = requests.recv().await.unwrap();
     assert!(uri.starts_with("PATCH ") && uri.contains("/namespaces/team/pods/p/status"), "{uri}");
     let condition = &body["status"]["conditions"][0];
     assert_eq!((&condition["status"], &condition["reason"]), (&json!("True"), &json!("Acknowledged")));
     assert_eq!(body["metadata"]["uid"], "p1");
-    let (waited, due) = (began.elapsed(), LEFT_OUT.max(SETTLE));
-    assert!((due..due + Duration::from_millis(500)).contains(&waited), "{waited:?}");
+    let (waited, expected) = (started.elapsed(), LEFT_OUT.max(SETTLE));
+    assert!((expected..expected + Duration::from_millis(500)).contains(&waited), "{waited:?}");
 
-    // The container starts again: the gate closes, and opens once the gateway has acknowledged the new start.
+    // The container restarts: the gate closes, and opens when the gateway has acknowledged the new start.
     writers.pods.apply_watcher_event(&Event::Apply(pod(1, false, condition.clone())));
-    world.routes_changed.notify_one();
-    world.gates_changed.notify_one();
+    context.routes_changed.notify_one();
+    context.gates_changed.notify_one();
     let (_, body) = requests.recv().await.unwrap();
     let closed = body["status"]["conditions"][0].clone();
     assert_eq!(closed["status"], "False");
-    hub.report(report.clone());
+    feed.report(report.clone());
     writers.pods.apply_watcher_event(&Event::Apply(pod(1, true, closed)));
-    world.routes_changed.notify_one();
+    context.routes_changed.notify_one();
     let restarted = |table: &Option<Arc<RouteTable>>| {
         let backends = table.as_ref().map(|table| table.routes[0].backends.clone()).unwrap_or_default();
         backends.first().is_some_and(|backend| backend.endpoints[0].restart_count == 1)
     };
     let version = tables.wait_for(restarted).await.unwrap().as_ref().unwrap().version;
-    assert!(hub.report(Report { acknowledged: version, ..report }));
+    assert!(feed.report(Report { acknowledged: version, ..report }));
     let acknowledged = Instant::now();
-    world.gates_changed.notify_one();
+    context.gates_changed.notify_one();
     let (_, body) = requests.recv().await.unwrap();
     assert_eq!(body["status"]["conditions"][0]["status"], "True");
-    assert!(acknowledged.elapsed() < Duration::from_millis(10), "an acknowledgement is not waited for");
+    assert!(acknowledged.elapsed() < Duration::from_millis(10), "an acknowledgement opens the gate at once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_hangs_delays_no_other_gate() {
+    let (client, mut requests) = api(|_| json!({"metadata": {"name": "p"}}));
+    let (context, mut writers) = context(client);
+    let feed = Arc::new(FeedState::new(1));
+    feed.set_reachable();
+    writers.models.apply_watcher_event(&Event::Apply(serde_yaml::from_str(MODEL).unwrap()));
+    writers.pods.apply_watcher_event(&Event::Apply(named_pod("hangs", 0, true, Value::Null)));
+    tokio::spawn(publish::run(Arc::clone(&context), Arc::clone(&feed)));
+    tokio::spawn(gates::run(Arc::clone(&context), Arc::clone(&feed)));
+    let (uri, _) = requests.recv().await.unwrap();
+    assert!(uri.contains("/pods/hangs/status"), "{uri}");
+
+    writers.pods.apply_watcher_event(&Event::Apply(pod(0, true, Value::Null)));
+    context.routes_changed.notify_one();
+    context.gates_changed.notify_one();
+    let started = Instant::now();
+    let (uri, _) = requests.recv().await.unwrap();
+    assert!(uri.contains("/pods/p/status"), "{uri}");
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
 }

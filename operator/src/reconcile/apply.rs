@@ -1,279 +1,319 @@
-//! Step four of a reconcile: send what differs, in an order that never shows a half-made model.
+//! Step four of a reconcile: write what differs, in the order of `kinds::CHILDREN`.
 //!
-//! Server-side apply with one field manager. The first apply of an object is not forced, so that an object of the same
-//! name that somebody else made is a conflict, told to the user, and never taken over. An account has no field that
-//! could be in conflict, so its first apply is tried on first, and refused where others have written to it. Later
-//! applies are forced: drift is corrected. What the API server holds already is not sent again.
+//! The operator uses server-side apply with one field manager. A child belongs to the model by the UID in its
+//! owner reference. Applies of a child are forced: they correct drift. The first apply of an object is not
+//! forced, so that an object of the same name with another owner is a conflict, which the status reports, and
+//! is never taken over.
 
-use std::fmt::Debug;
+use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, ServiceAccount};
-use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
-use kube::core::NamespaceResourceScope;
-use kube::{Api, Resource, ResourceExt};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use kube::Api;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use serde_json::Value;
-use trustformers_control::build::Desired;
+use trustformers_control::build::{Desired, DesiredObject};
+use trustformers_control::drift::{FieldPath, covers, removal};
+use trustformers_control::kinds::{ChildKind, DEPLOYMENT};
 use trustformers_control::{names, status};
 
-use super::fetch::Seen;
-use crate::world::World;
+use super::fetch::Observed;
+use crate::children::Child;
+use crate::context::Context;
+use crate::watchers::resource;
 
-/// Why an object could not be applied.
-#[derive(Debug, thiserror::Error)]
+/// ConfigMaps of earlier revisions that stay while a rollout is not complete, besides those that pods have
+/// mounted: a pod that an old ReplicaSet replaces needs its ConfigMap again.
+const SPARE_CONFIG_MAPS: usize = 2;
+
+/// Why an object could not be applied. Metrics use the variant's name.
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 pub enum ApplyError {
-    /// Somebody else's object has the name.
+    /// An object of another owner has the name.
     #[error(
-        "{kind} {name} exists and is not made by this operator; delete it, or give the model another name ({said})"
+        "{object} exists and does not belong to this model ({detail}); delete it, or give the model another name"
     )]
     NotOurs {
-        /// Kind of the object.
-        kind: String,
-        /// Its name.
-        name: String,
-        /// What the API server said.
-        said: String,
+        /// Kind and name of the object.
+        object: String,
+        /// Its owner, or the conflict.
+        detail: String,
     },
-    /// The API server does not take the object: a quota, an admission rule, a bad value.
-    #[error("the API server refuses {kind} {name}: {said}")]
+    /// The object belongs to a deleted model of the same name and is about to be deleted too.
+    #[error("{object} of a deleted model of the same name is not deleted yet")]
+    NotDeletedYet {
+        /// Kind and name of the object.
+        object: String,
+    },
+    /// The API server refuses the object: a quota, an admission rule, an invalid value.
+    #[error("the API server refuses {object}: {detail}")]
     Refused {
-        /// Kind of the object.
-        kind: String,
-        /// Its name.
-        name: String,
-        /// What the API server said.
-        said: String,
+        /// Kind and name of the object.
+        object: String,
+        /// The message of the API server.
+        detail: String,
     },
     /// The request failed.
-    #[error("{kind} {name} could not be applied: {cause}")]
+    #[error("{object} could not be written: {cause}")]
     Request {
-        /// Kind of the object.
-        kind: String,
-        /// Its name.
-        name: String,
+        /// Kind and name of the object.
+        object: String,
         /// What failed.
         cause: Box<kube::Error>,
     },
-    /// The object could not be written as JSON.
-    #[error("an object of this model: {0}")]
-    Json(#[from] serde_json::Error),
+    /// The API server returned something that is not such an object.
+    #[error("{object}: the API server returned an object without UID or resource version")]
+    Incomplete {
+        /// Kind and name of the object.
+        object: String,
+    },
 }
 
 impl ApplyError {
-    /// The variant's name, as metrics label it.
-    #[must_use]
-    pub fn label(&self) -> &'static str {
-        match self {
-            Self::NotOurs { .. } => "NotOurs",
-            Self::Refused { .. } => "Refused",
-            Self::Request { .. } => "Request",
-            Self::Json(_) => "Json",
-        }
-    }
-
-    fn of(kind: String, name: &str, first: bool, error: kube::Error) -> Self {
-        let name = name.to_owned();
+    fn of(object: String, error: kube::Error) -> Self {
         match error {
-            kube::Error::Api(said) if said.code == 409 && first => {
-                Self::NotOurs { kind, name, said: said.message.clone() }
+            kube::Error::Api(status) if matches!(status.code, 400 | 403 | 422) => {
+                Self::Refused { object, detail: status.message.clone() }
             }
-            kube::Error::Api(said) if matches!(said.code, 400 | 403 | 422) => {
-                Self::Refused { kind, name, said: said.message.clone() }
-            }
-            cause => Self::Request { kind, name, cause: Box::new(cause) },
+            cause => Self::Request { object, cause: Box::new(cause) },
         }
     }
 }
 
-/// What the API server holds after the step.
+/// What is stored after the step.
 #[derive(Debug)]
 pub struct Applied {
     /// Hash of what the pods load.
     pub revision: String,
-    /// The Deployment, as new as it is known.
-    pub deployment: Deployment,
+    /// The Deployment.
+    pub deployment: Option<Deployment>,
 }
 
-/// Makes the desired objects so, and deletes configurations that nobody needs any more.
+/// Applies the desired objects, and deletes children that are no longer needed.
 ///
 /// # Errors
-/// The first object that the API server did not take.
-pub async fn apply(world: &World, desired: Desired, seen: &Seen) -> Result<Applied, ApplyError> {
-    let Desired { revision, service_account, config_map, service, deployment, budget } = desired;
-    let wanted_map = config_map.name_any();
-    let seen_map = seen.config_maps.iter().find(|map| map.name_any() == wanted_map);
-    // What pods need comes before the pods, and the budget before there is anything to evict.
-    if seen.service_account.is_none() {
-        is_nobody_elses(world, &service_account).await?;
+/// The first object that the API server did not accept.
+pub async fn apply(context: &Context, desired: &Desired, observed: &Observed) -> Result<Applied, ApplyError> {
+    let mut deployment = None;
+    for object in &desired.objects {
+        let writer = ChildWriter::new(context, observed, object);
+        let child = writer.apply().await?;
+        writer.remove_foreign(&child).await?;
+        if object.kind == &DEPLOYMENT {
+            deployment = serde_json::from_value(child.object.clone()).ok();
+        }
     }
-    one(world, seen.service_account.as_deref(), &service_account).await?;
-    one(world, seen_map.map(|map| &**map), &config_map).await?;
-    one(world, seen.service.as_deref(), &service).await?;
-    one(world, seen.budget.as_deref(), &budget).await?;
-    let applied = one(world, seen.deployment.as_deref(), &deployment).await?;
-    let deployment = applied.or_else(|| seen.deployment.as_deref().cloned()).unwrap_or(deployment);
-    prune(world, seen, &wanted_map, &deployment).await?;
-    Ok(Applied { revision, deployment })
+    prune(context, desired, observed, deployment.as_ref()).await?;
+    Ok(Applied { revision: desired.revision.clone(), deployment })
 }
 
-/// Refuses an account that somebody else wrote to, by an apply that stores nothing.
-async fn is_nobody_elses(world: &World, account: &ServiceAccount) -> Result<(), ApplyError> {
-    let kind = ServiceAccount::kind(&()).into_owned();
-    let name = account.name_any();
-    let params = PatchParams { dry_run: true, ..PatchParams::apply(names::MANAGER) };
-    let api =
-        Api::<ServiceAccount>::namespaced(world.client.clone(), &account.namespace().unwrap_or_default());
-    let tried = api
-        .patch(&name, &params, &Patch::Apply(account))
-        .await
-        .map_err(|error| ApplyError::of(kind.clone(), &name, true, error))?;
-    let managers = tried.managed_fields().iter().filter_map(|entry| entry.manager.as_deref());
-    match managers.into_iter().find(|manager| *manager != names::MANAGER) {
-        Some(other) => Err(ApplyError::NotOurs { kind, name, said: format!("{other} wrote to it") }),
-        None => Ok(()),
+/// One desired object, and where it is written.
+struct ChildWriter<'a> {
+    context: &'a Context,
+    observed: &'a Observed,
+    desired: &'a DesiredObject,
+    api: Api<DynamicObject>,
+}
+
+/// What an object of the desired name is to the model.
+enum Ownership {
+    /// The model owns it; with its UID.
+    Own(String),
+    /// It does not exist.
+    Absent,
+    /// It exists and has no owner: an apply that is not forced succeeds only if the operator made it.
+    Unowned,
+}
+
+impl<'a> ChildWriter<'a> {
+    fn new(context: &'a Context, observed: &'a Observed, desired: &'a DesiredObject) -> Self {
+        let api = api(context, desired.kind, &observed.key.0);
+        Self { context, observed, desired, api }
+    }
+
+    fn describe(&self) -> String {
+        format!("{} {}", self.desired.kind.kind, self.desired.name)
+    }
+
+    /// Applies the object unless it is stored as desired; returns the stored object.
+    async fn apply(&self) -> Result<Arc<Child>, ApplyError> {
+        let DesiredObject { kind, name, object } = self.desired;
+        let cached = self.context.children.get(kind, &self.observed.key.0, name);
+        let ownership = match &cached {
+            Some(child) => self.ownership(child)?,
+            // The operator may have lost sight of it: somebody changed its labels.
+            None if !kind.conflicts => self.look_up().await?,
+            None => Ownership::Absent,
+        };
+        match (ownership, cached) {
+            (Ownership::Own(_), Some(child)) if covers(&child.object, object) => Ok(child),
+            (Ownership::Own(uid), _) => self.patch(Some(&uid)).await,
+            (Ownership::Absent | Ownership::Unowned, _) => match self.patch(None).await {
+                Err(ApplyError::Request { cause, .. }) if is_conflict(&cause) => self.resolve(&cause).await,
+                outcome => outcome,
+            },
+        }
+    }
+
+    /// After a conflict: the object is forced if the model owns it.
+    async fn resolve(&self, conflict: &kube::Error) -> Result<Arc<Child>, ApplyError> {
+        match self.look_up().await? {
+            Ownership::Own(uid) => self.patch(Some(&uid)).await,
+            Ownership::Unowned => {
+                Err(ApplyError::NotOurs { object: self.describe(), detail: message(conflict) })
+            }
+            // It was deleted since.
+            Ownership::Absent => self.patch(None).await,
+        }
+    }
+
+    /// Reads the object from the API server and finds out who owns it.
+    async fn look_up(&self) -> Result<Ownership, ApplyError> {
+        let found = self.api.get_opt(&self.desired.name).await;
+        let Some(found) = found.map_err(|error| ApplyError::of(self.describe(), error))? else {
+            return Ok(Ownership::Absent);
+        };
+        let managers = found.metadata.managed_fields.clone().unwrap_or_default();
+        let other = managers.into_iter().filter_map(|entry| entry.manager).find(|one| one != names::MANAGER);
+        let child = self.child(found)?;
+        match (self.ownership(&child)?, other) {
+            (Ownership::Unowned, Some(other)) => Err(ApplyError::NotOurs {
+                object: self.describe(),
+                detail: format!("{other} wrote to it, and it has no owner"),
+            }),
+            (ownership, _) => Ok(ownership),
+        }
+    }
+
+    fn ownership(&self, child: &Child) -> Result<Ownership, ApplyError> {
+        match &child.owner {
+            Some(owner) if owner.uid == self.observed.uid => Ok(Ownership::Own(child.uid.clone())),
+            Some(owner) if owner.name == self.observed.key.1 => {
+                Err(ApplyError::NotDeletedYet { object: self.describe() })
+            }
+            Some(owner) => Err(ApplyError::NotOurs {
+                object: self.describe(),
+                detail: format!("InferenceModel {} owns it", owner.name),
+            }),
+            None => Ok(Ownership::Unowned),
+        }
+    }
+
+    /// Applies the object, by force if it is the model's own with this UID.
+    async fn patch(&self, own: Option<&str>) -> Result<Arc<Child>, ApplyError> {
+        let mut body = self.desired.object.clone();
+        let mut params = PatchParams::apply(names::MANAGER);
+        if let Some(uid) = own {
+            // With the UID, the API server refuses to write to another object of the same name.
+            body["metadata"]["uid"] = Value::String(uid.to_owned());
+            params = params.force();
+        }
+        let stored = self.api.patch(&self.desired.name, &params, &Patch::Apply(&body)).await;
+        self.store(stored.map_err(|error| ApplyError::of(self.describe(), error))?)
+    }
+
+    /// Removes what other field managers set in the part of the object that belongs to the operator alone.
+    async fn remove_foreign(&self, child: &Child) -> Result<(), ApplyError> {
+        if child.foreign.is_empty() || self.context.children.is_tolerated(child) {
+            return Ok(());
+        }
+        let params = PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() };
+        let patch = serde_json::from_value(removal(&child.version, &child.foreign));
+        let patch = patch.map_err(|error| ApplyError::Request {
+            object: self.describe(),
+            cause: Box::new(kube::Error::SerdeError(error)),
+        })?;
+        match self.api.patch(&self.desired.name, &params, &Patch::Json::<()>(patch)).await {
+            Ok(stored) => {
+                let stored = self.store(stored)?;
+                if !stored.foreign.is_empty() {
+                    tracing::warn!(
+                        object = self.describe(),
+                        fields = ?stored.foreign.iter().map(FieldPath::pointer).collect::<Vec<_>>(),
+                        "fields that another manager sets came back when they were removed; they stay"
+                    );
+                    self.context.children.tolerate(&stored);
+                }
+                Ok(())
+            }
+            // It changed meanwhile. The watch delivers the change, and the next reconcile looks again.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409 | 422) => Ok(()),
+            Err(error) => Err(ApplyError::of(self.describe(), error)),
+        }
+    }
+
+    fn child(&self, object: DynamicObject) -> Result<Child, ApplyError> {
+        let incomplete = || ApplyError::Incomplete { object: self.describe() };
+        Child::of(self.desired.kind, object).ok_or_else(incomplete)
+    }
+
+    /// Puts a response into the cache, so that the next reconcile reads it.
+    fn store(&self, object: DynamicObject) -> Result<Arc<Child>, ApplyError> {
+        self.context.metrics.count_write(self.desired.kind.kind);
+        Ok(self.context.children.insert(self.child(object)?))
     }
 }
 
-/// Applies one object unless it is there as it should be; returns what the API server then holds.
-async fn one<K>(world: &World, seen: Option<&K>, desired: &K) -> Result<Option<K>, ApplyError>
-where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-        + Clone
-        + Serialize
-        + DeserializeOwned
-        + Debug,
-{
-    let kind = K::kind(&()).into_owned();
-    let name = desired.name_any();
-    let wanted = serde_json::to_value(desired)?;
-    if let Some(seen) = seen
-        && covers(&serde_json::to_value(seen)?, &wanted)
-    {
-        return Ok(None);
-    }
-    let mut params = PatchParams::apply(names::MANAGER);
-    params.force = seen.is_some();
-    let api = Api::<K>::namespaced(world.client.clone(), &desired.namespace().unwrap_or_default());
-    let applied = api
-        .patch(&name, &params, &Patch::Apply(&wanted))
-        .await
-        .map_err(|error| ApplyError::of(kind.clone(), &name, seen.is_none(), error))?;
-    world.metrics.wrote(&kind);
-    Ok(Some(applied))
+fn api(context: &Context, kind: &ChildKind, namespace: &str) -> Api<DynamicObject> {
+    Api::namespaced_with(context.client.clone(), namespace, &resource(kind))
 }
 
-/// Deletes configurations of earlier revisions once the rollout is complete and no pod has them mounted.
-async fn prune(world: &World, seen: &Seen, wanted: &str, deployment: &Deployment) -> Result<(), ApplyError> {
-    let replicas = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(0);
-    if !status::is_rolled_out(deployment, replicas) {
-        return Ok(());
+fn is_conflict(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 409)
+}
+
+fn message(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => other.to_string(),
     }
-    let unused = |name: &str| name != wanted && !seen.mounted.contains(name);
-    for map in seen.config_maps.iter().filter(|map| unused(&map.name_any())) {
-        let name = map.name_any();
-        let api = Api::<ConfigMap>::namespaced(world.client.clone(), &map.namespace().unwrap_or_default());
-        let this_one = Preconditions { uid: map.uid(), ..Preconditions::default() };
-        match api.delete(&name, &DeleteParams::default().preconditions(this_one)).await {
-            Ok(_) => world.metrics.wrote("ConfigMap"),
-            // It is gone already, or another object has its name: neither is ours to delete.
-            Err(kube::Error::Api(said)) if matches!(said.code, 404 | 409) => {}
-            Err(error) => return Err(ApplyError::of("ConfigMap".to_owned(), &name, false, error)),
+}
+
+/// Deletes children that are no longer needed.
+async fn prune(
+    context: &Context,
+    desired: &Desired,
+    observed: &Observed,
+    deployment: Option<&Deployment>,
+) -> Result<(), ApplyError> {
+    let complete = deployment.is_some_and(|deployment| {
+        let replicas = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(0);
+        status::is_rolled_out(deployment, replicas)
+    });
+    for child in unneeded(desired, observed, complete) {
+        let this_one = Preconditions { uid: Some(child.uid.clone()), ..Preconditions::default() };
+        let params = DeleteParams::default().preconditions(this_one);
+        match api(context, child.kind, &child.namespace).delete(&child.name, &params).await {
+            Ok(_) => {
+                context.metrics.count_write(child.kind.kind);
+                context.children.remove(child);
+            }
+            // It is gone, or another object has its name.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
+            Err(error) => return Err(ApplyError::of(format!("{} {}", child.kind.kind, child.name), error)),
         }
     }
     Ok(())
 }
 
-/// Whether the stored object has everything that is wanted. It may have more: what the API server fills in.
-///
-/// A field that is wanted no more is not found here; the hash in the annotation, which is part of what is wanted,
-/// changes with it.
-fn covers(stored: &Value, wanted: &Value) -> bool {
-    match (stored, wanted) {
-        (Value::Object(stored), Value::Object(wanted)) => {
-            wanted.iter().all(|(key, value)| match stored.get(key) {
-                Some(stored) => covers(stored, value),
-                None => is_empty(value),
-            })
-        }
-        (Value::Array(stored), Value::Array(wanted)) => {
-            stored.len() == wanted.len() && stored.iter().zip(wanted).all(|(one, other)| covers(one, other))
-        }
-        (Value::String(stored), Value::String(wanted)) => {
-            stored == wanted
-                || quantity(stored).zip(quantity(wanted)).is_some_and(|(one, other)| same_amount(one, other))
-        }
-        _ => stored == wanted,
+/// The children that are neither desired nor needed by a pod. Until the rollout is complete, ReplicaSets of
+/// earlier revisions may replace pods: the ConfigMaps of the stable revision and the newest others stay.
+fn unneeded<'a>(desired: &Desired, observed: &'a Observed, complete: bool) -> Vec<&'a Child> {
+    let is_desired =
+        |child: &Child| desired.objects.iter().any(|one| one.kind == child.kind && one.name == child.name);
+    let stable = observed.previous.stable.as_ref().map(|stable| stable.revision.as_str());
+    let children = observed.children.iter().map(|child| &**child);
+    let mut candidates: Vec<&Child> = children
+        .filter(|child| child.kind.prune && !is_desired(child) && !observed.mounted.contains(&child.name))
+        .collect();
+    if complete {
+        return candidates;
     }
-}
-
-/// What the API server leaves out of what it stores.
-fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::String(text) => text.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        Value::Array(list) => list.is_empty(),
-        Value::Bool(_) | Value::Number(_) => false,
-    }
-}
-
-/// Whether two amounts are one, but for the last digits of a product such as 300 × 0.001. Quantities have at most
-/// 1e-9 of a unit as their finest step, and what is compared here is far below 1e6 of them apart.
-fn same_amount(one: f64, other: f64) -> bool {
-    (one - other).abs() <= 1e-12 * one.abs().max(other.abs())
-}
-
-/// The amount that a quantity stands for: the API server writes `1000m` as `1`.
-fn quantity(text: &str) -> Option<f64> {
-    const UNITS: [(&str, f64); 15] = [
-        ("Ki", 1024.0),
-        ("Mi", 1_048_576.0),
-        ("Gi", 1_073_741_824.0),
-        ("Ti", 1_099_511_627_776.0),
-        ("Pi", 1_125_899_906_842_624.0),
-        ("Ei", 1_152_921_504_606_846_976.0),
-        ("n", 1e-9),
-        ("u", 1e-6),
-        ("m", 1e-3),
-        ("k", 1e3),
-        ("M", 1e6),
-        ("G", 1e9),
-        ("T", 1e12),
-        ("P", 1e15),
-        ("E", 1e18),
-    ];
-    let (digits, unit) = UNITS
-        .iter()
-        .find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, *unit)))
-        .unwrap_or((text, 1.0));
-    digits.starts_with(|c: char| c.is_ascii_digit() || c == '.' || c == '+').then_some(())?;
-    digits.parse::<f64>().ok().map(|number| number * unit)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn what_the_api_server_adds_is_no_difference() {
-        let stored = json!({"spec": {"replicas": 1, "paused": false, "list": [{"name": "a", "more": 1}]}});
-        assert!(covers(&stored, &json!({"spec": {"replicas": 1, "list": [{"name": "a", "value": ""}]}})));
-        assert!(!covers(&stored, &json!({"spec": {"replicas": 2}})));
-        assert!(!covers(&stored, &json!({"spec": {"list": [{"name": "a"}, {"name": "b"}]}})));
-        assert!(!covers(&stored, &json!({"spec": {"other": true}})));
-    }
-
-    #[test]
-    fn quantities_are_equal_by_amount() {
-        for (one, other) in
-            [("1", "1000m"), ("1Gi", "1024Mi"), ("1k", "1000"), ("+2", "2"), ("1e3", "1k"), ("0.3", "300m")]
-        {
-            assert!(covers(&json!(one), &json!(other)), "{one} {other}");
-        }
-        assert!(!covers(&json!("1"), &json!("2")));
-        assert!(!covers(&json!("one"), &json!("two")));
-    }
+    candidates.retain(|child| {
+        let revision = child.label(names::REVISION_LABEL);
+        revision.is_some() && revision != stable
+    });
+    // Times in this format sort like text; the newest comes first.
+    let created = |child: &Child| child.object["metadata"]["creationTimestamp"].as_str().map(str::to_owned);
+    candidates.sort_by_key(|child| std::cmp::Reverse(created(child)));
+    candidates.split_off(SPARE_CONFIG_MAPS.min(candidates.len()))
 }

@@ -1,8 +1,9 @@
-//! Makes one model true, in five steps: fetch, validate, build, apply, status.
+//! Brings one model into the state that its spec describes, in five steps: fetch, validate, build, apply,
+//! status.
 //!
-//! Validation and building are pure and live in `trustformers-control`. A spec that cannot be honoured waits for an
-//! edit; everything else is tried again with growing pauses. Either way the cause is in the status and in an Event
-//! before the error is returned.
+//! Validation and building are pure and live in `trustformers-control`. A spec that cannot be honoured waits
+//! for an edit. Other failures are retried after growing pauses. In both cases the cause is in the status and
+//! in an Event before the error is returned.
 
 pub mod apply;
 pub mod fetch;
@@ -14,32 +15,30 @@ mod scenarios;
 use std::sync::Arc;
 use std::time::Duration;
 
+use backon::{BackoffBuilder, ExponentialBuilder};
 use futures::StreamExt;
 use kube::runtime::controller::{self, Action, Config, applier};
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
 use trustformers_control::build::{BuildError, build};
 use trustformers_control::causes::Cause;
 use trustformers_control::validate::{ValidateError, validate};
 use trustformers_crds::InferenceModel;
 
-use crate::world::World;
+use crate::context::Context;
+use crate::queue::coalesce;
 use apply::ApplyError;
 use fetch::FetchError;
 use status::StatusError;
 
-/// Changes of one model that come this close together are reconciled once. Short, since every step of a start of a pod
-/// passes here.
-const DEBOUNCE: Duration = Duration::from_millis(20);
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Which step of a reconcile failed, and why.
 #[derive(Debug, thiserror::Error)]
 pub enum ReconcileError {
-    /// What exists could not be told.
+    /// The caches could not be read.
     #[error(transparent)]
     Fetch(#[from] FetchError),
     /// The spec cannot be honoured.
@@ -48,10 +47,10 @@ pub enum ReconcileError {
     /// The objects could not be built.
     #[error(transparent)]
     Build(#[from] BuildError),
-    /// The API server did not take an object.
+    /// The API server did not accept an object.
     #[error(transparent)]
     Apply(#[from] ApplyError),
-    /// The API server did not take the status.
+    /// The API server did not accept the status.
     #[error(transparent)]
     Status(#[from] StatusError),
 }
@@ -60,22 +59,26 @@ impl ReconcileError {
     /// Step and variant, as metrics label them.
     #[must_use]
     pub fn label(&self) -> String {
-        let (step, variant) = match self {
-            Self::Fetch(error) => ("Fetch", error.label()),
-            Self::Validate(error) => ("Validate", error.label()),
-            Self::Build(error) => ("Build", error.label()),
-            Self::Apply(error) => ("Apply", error.label()),
-            Self::Status(error) => ("Status", error.label()),
+        let (step, variant): (_, &'static str) = match self {
+            Self::Fetch(error) => ("Fetch", error.into()),
+            Self::Validate(error) => ("Validate", error.into()),
+            Self::Build(error) => ("Build", error.into()),
+            Self::Apply(error) => ("Apply", error.into()),
+            Self::Status(error) => ("Status", error.into()),
         };
         format!("{step}/{variant}")
     }
 
-    /// What the status says; `None` where a short trouble of the API server is no news about the model.
+    /// The cause that the status shows; `None` for a temporary failure of the API server, which says nothing
+    /// about the model.
     fn cause(&self) -> Option<Cause> {
         let reason = match self {
-            Self::Fetch(_) | Self::Status(_) | Self::Apply(ApplyError::Request { .. }) => return None,
+            Self::Fetch(_) | Self::Status(_) => return None,
+            Self::Apply(
+                ApplyError::Request { .. } | ApplyError::Incomplete { .. } | ApplyError::NotDeletedYet { .. },
+            ) => return None,
             Self::Validate(_) => "InvalidSpec",
-            Self::Build(_) | Self::Apply(ApplyError::Json(_)) => "BuildFailed",
+            Self::Build(_) => "BuildFailed",
             Self::Apply(ApplyError::NotOurs { .. }) => "NameTaken",
             Self::Apply(ApplyError::Refused { .. }) => "Refused",
         };
@@ -83,16 +86,16 @@ impl ReconcileError {
     }
 }
 
-/// Reconciles whatever comes out of the queue, for as long as the queue lives.
-pub async fn run(world: Arc<World>, queue: mpsc::Receiver<ObjectRef<InferenceModel>>) {
-    let config = Config::default().debounce(DEBOUNCE).concurrency(world.settings.concurrency);
-    let store = world.caches.models.clone();
-    let queue = ReceiverStream::new(queue).map(Ok::<_, std::convert::Infallible>);
+/// Reconciles the models in the queue until the queue ends.
+pub async fn run(context: Arc<Context>, queue: mpsc::Receiver<ObjectRef<InferenceModel>>) {
+    let config = Config::default().concurrency(context.settings.concurrency);
+    let models = context.models.clone();
+    let queue = coalesce(queue).map(Ok::<_, std::convert::Infallible>);
     applier(
-        |model, world| Box::pin(reconcile(model, world)),
-        |model, error, world| pause(&model, error, &world),
-        world,
-        store,
+        |model, context| Box::pin(reconcile(model, context)),
+        |model, error, context| pause(&model, error, &context),
+        context,
+        models,
         queue,
         config,
     )
@@ -106,58 +109,79 @@ pub async fn run(world: Arc<World>, queue: mpsc::Receiver<ObjectRef<InferenceMod
     .await;
 }
 
-/// Makes one model true.
+/// Reconciles one model.
 ///
 /// # Errors
-/// The first step that failed; its cause is in the status already.
-pub async fn reconcile(model: Arc<InferenceModel>, world: Arc<World>) -> Result<Action, ReconcileError> {
+/// The first step that failed. The status shows the cause.
+pub async fn reconcile(model: Arc<InferenceModel>, context: Arc<Context>) -> Result<Action, ReconcileError> {
     if model.metadata.deletion_timestamp.is_some() {
-        // The children belong to it and go with it.
+        // Kubernetes deletes its children with it.
+        return Ok(Action::await_change());
+    }
+    if fetch::key(&model).is_some_and(|key| context.unreadable().contains_key(&key)) {
+        // The cache has an older version. `unreadable` reports the stored one.
+        context.unreadable_changed.notify_one();
         return Ok(Action::await_change());
     }
     let started = Instant::now();
-    let outcome = pass(&model, &world).await;
+    let outcome = observe_and_step(&model, &context).await;
     let label = outcome.as_ref().err().map(ReconcileError::label);
-    world.metrics.reconciled(label.as_deref(), started.elapsed());
-    if outcome.is_ok()
-        && let Some(key) = fetch::key(&model)
-        && world.memory(&key).failures > 0
-    {
-        world.remember(&key, |memory| memory.failures = 0);
+    context.metrics.reconciled(label.as_deref(), started.elapsed());
+    if outcome.is_ok() {
+        remember(&model, &context, |failures| *failures = 0);
     }
-    outcome.map(|()| Action::await_change())
+    Ok(outcome?.map_or_else(Action::await_change, Action::requeue))
 }
 
-async fn pass(model: &InferenceModel, world: &World) -> Result<(), ReconcileError> {
-    let seen = fetch::fetch(world, model)?;
-    let before = seen.status.clone();
-    let outcome = steps(model, world, seen).await;
+/// Returns when to reconcile again without a change.
+async fn observe_and_step(
+    model: &InferenceModel,
+    context: &Context,
+) -> Result<Option<Duration>, ReconcileError> {
+    let observed = fetch::fetch(context, model)?;
+    context.remember(&observed.key, &observed.uid, |memory| memory.generation = model.metadata.generation);
+    let outcome = steps(model, context, &observed).await;
     if let Err(error) = &outcome
         && let Some(cause) = error.cause()
     {
-        status::refuse(world, model, &before, &cause).await?;
+        status::refuse(context, model, &observed, &cause).await?;
     }
     outcome
 }
 
-async fn steps(model: &InferenceModel, world: &World, seen: fetch::Seen) -> Result<(), ReconcileError> {
+async fn steps(
+    model: &InferenceModel,
+    context: &Context,
+    observed: &fetch::Observed,
+) -> Result<Option<Duration>, ReconcileError> {
     let valid = validate(model)?;
-    let desired = build(&valid, &world.settings.platform)?;
-    let applied = apply::apply(world, desired, &seen).await?;
-    status::report(world, model, &valid, (&applied, &seen)).await?;
-    Ok(())
+    let desired = build(&valid, &context.settings.platform)?;
+    let applied = apply::apply(context, &desired, observed).await?;
+    Ok(status::report(context, &valid, &applied, observed).await?)
 }
 
-/// An invalid spec waits for an edit. Anything else is tried again, each time after twice the pause.
-fn pause(model: &InferenceModel, error: &ReconcileError, world: &World) -> Action {
+/// An invalid spec waits for an edit. Other failures are retried, each time after twice the pause.
+fn pause(model: &InferenceModel, error: &ReconcileError, context: &Context) -> Action {
     if matches!(error, ReconcileError::Validate(_)) {
         return Action::await_change();
     }
-    let Some(key) = fetch::key(model) else { return Action::await_change() };
-    let mut failures = 0;
-    world.remember(&key, |memory| {
-        failures = memory.failures;
-        memory.failures = memory.failures.saturating_add(1);
+    let mut count = 0;
+    remember(model, context, |failures| {
+        count = *failures;
+        *failures = failures.saturating_add(1);
     });
-    Action::requeue(FIRST_PAUSE.saturating_mul(1 << failures.min(10)).min(LONGEST_PAUSE))
+    let mut pauses = ExponentialBuilder::default()
+        .with_min_delay(FIRST_PAUSE)
+        .with_max_delay(LONGEST_PAUSE)
+        .without_max_times()
+        .build();
+    // Ten doublings of the first pause are above the longest.
+    Action::requeue(pauses.nth(count.min(10) as usize).unwrap_or(LONGEST_PAUSE))
+}
+
+/// Changes the number of failures in a row of a model.
+fn remember(model: &InferenceModel, context: &Context, change: impl FnOnce(&mut u32)) {
+    if let (Some(key), Some(uid)) = (fetch::key(model), &model.metadata.uid) {
+        context.remember(&key, uid, |memory| change(&mut memory.failures));
+    }
 }

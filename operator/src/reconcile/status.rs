@@ -1,102 +1,144 @@
-//! Step five of a reconcile: write the status if it says something new, then tell it by Events.
+//! Step five of a reconcile: write the status if it changed, then publish Events about the change.
+
+use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
+use kube::Api;
 use kube::api::{Patch, PatchParams};
-use kube::{Api, ResourceExt};
+use kube::core::DeserializeGuard;
+use kube::{Resource, ResourceExt};
 use serde_json::json;
+use tokio::time::Instant;
 use trustformers_control::causes::Cause;
-use trustformers_control::status::{self, Observed};
+use trustformers_control::status::{Refusal, StatusInputs, refused, status};
 use trustformers_control::validate::ValidatedModel;
 use trustformers_control::{events, names};
 use trustformers_crds::{GROUP, InferenceModel, InferenceModelStatus, VERSION};
 
 use super::apply::Applied;
-use super::fetch::{Seen, key};
+use super::fetch::Observed;
+use crate::context::{Context, WrittenStatus};
 use crate::recorder;
-use crate::world::World;
 
-/// Why the status could not be written.
-#[derive(Debug, thiserror::Error)]
+/// The progress of a load is written at most this often for each model.
+pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why the status could not be written. Metrics use the variant's name.
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 pub enum StatusError {
     /// The request failed.
     #[error("the status could not be written: {0}")]
     Request(Box<kube::Error>),
 }
 
-impl StatusError {
-    /// The variant's name, as metrics label it.
-    #[must_use]
-    pub fn label(&self) -> &'static str {
-        match self {
-            Self::Request(_) => "Request",
-        }
-    }
+/// A change of status to write.
+struct Change<'a> {
+    observed: &'a Observed,
+    generation: Option<i64>,
+    after: InferenceModelStatus,
 }
 
-/// Writes what was applied and what pods say.
+/// Writes what was applied and what pods report. If only the progress changed and must wait, returns for how
+/// long.
 ///
 /// # Errors
-/// When the API server does not take the status.
+/// When the API server does not accept the status.
 pub async fn report(
-    world: &World,
-    model: &InferenceModel,
+    context: &Context,
     valid: &ValidatedModel,
-    (applied, seen): (&Applied, &Seen),
-) -> Result<(), StatusError> {
-    let observed = Observed {
-        deployment: Some(&applied.deployment),
-        pods: &seen.pods,
-        reports: &seen.reports,
-        name_holder: seen.name_holder.as_ref(),
-        url: &world.settings.gateway_url,
-        now: Timestamp::now(),
+    applied: &Applied,
+    observed: &Observed,
+) -> Result<Option<Duration>, StatusError> {
+    let inputs = StatusInputs {
+        deployment: applied.deployment.as_ref(),
+        pods: &observed.pods,
+        reports: &observed.reports,
+        name_owner: observed.name_owner.as_ref(),
+        url: &context.settings.gateway_url,
+        now: now(),
     };
-    write(world, model, &seen.status, status::status(valid, &applied.revision, observed, &seen.status)).await
+    let after = status(valid, &applied.revision, inputs, &observed.previous);
+    write(context, Change { observed, generation: Some(valid.generation), after }).await
 }
 
-/// Writes why the model could not be reconciled.
+/// Writes why the model could not be reconciled, and what its pods do meanwhile.
 ///
 /// # Errors
-/// When the API server does not take the status.
+/// When the API server does not accept the status.
 pub async fn refuse(
-    world: &World,
+    context: &Context,
     model: &InferenceModel,
-    before: &InferenceModelStatus,
+    observed: &Observed,
     cause: &Cause,
 ) -> Result<(), StatusError> {
-    let generation = model.metadata.generation.unwrap_or(0);
-    write(world, model, before, status::refused(generation, cause, before, Timestamp::now())).await
+    let generation = model.metadata.generation;
+    let refusal = Refusal { generation: generation.unwrap_or(0), cause, pods: &observed.pods, now: now() };
+    let after = refused(refusal, &observed.previous);
+    write(context, Change { observed, generation, after }).await.map(|_| ())
 }
 
-async fn write(
-    world: &World,
-    model: &InferenceModel,
-    before: &InferenceModelStatus,
-    after: InferenceModelStatus,
-) -> Result<(), StatusError> {
-    if *before == after {
-        return Ok(());
+/// The present time in whole seconds, as it is stored: a status that is read back equals the one that was
+/// written.
+pub(crate) fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
+
+async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>, StatusError> {
+    let Change { observed, generation, after } = change;
+    let remember = |change: WrittenStatus| {
+        context.remember(&observed.key, &observed.uid, |memory| {
+            memory.generation = generation;
+            memory.written = Some(change);
+        });
+    };
+    if observed.stored == after {
+        return Ok(None);
     }
-    let api = Api::<InferenceModel>::namespaced(world.client.clone(), &model.namespace().unwrap_or_default());
-    // The UID makes the API server refuse a status about an earlier object of the same name.
+    let at = Instant::now();
+    if let Some(wait) = progress_wait(observed, &after, at) {
+        return Ok(Some(wait));
+    }
+    let (namespace, name) = &observed.key;
+    // A response that cannot be decoded is no reason to fail: the status is written.
+    let api = Api::<DeserializeGuard<InferenceModel>>::namespaced(context.client.clone(), namespace);
+    // With the UID, the API server refuses a status about an earlier object of the same name.
     let body = json!({
         "apiVersion": format!("{GROUP}/{VERSION}"),
-        "kind": "InferenceModel",
-        "metadata": {"name": model.name_any(), "uid": model.uid()},
+        "kind": InferenceModel::kind(&()),
+        "metadata": {"name": name, "uid": observed.uid},
         "status": after,
     });
+    // The watch may deliver the new status before the response arrives.
+    remember(WrittenStatus { status: after.clone(), version: None, at });
     let params = PatchParams::apply(names::MANAGER).force();
-    match api.patch_status(&model.name_any(), &params, &Patch::Apply(&body)).await {
-        Ok(_) => world.metrics.wrote("InferenceModelStatus"),
-        // It was deleted meanwhile: nobody reads its status any more.
-        Err(kube::Error::Api(said)) if matches!(said.code, 404 | 409) => return Ok(()),
-        Err(error) => return Err(StatusError::Request(Box::new(error))),
+    match api.patch_status(name, &params, &Patch::Apply(&body)).await {
+        Ok(stored) => {
+            context.metrics.count_write("InferenceModelStatus");
+            let version = stored.resource_version().and_then(|version| version.parse().ok());
+            remember(WrittenStatus { status: after.clone(), version, at });
+        }
+        // The model was deleted meanwhile: it needs no status.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => return Ok(None),
+        Err(error) => {
+            // Whether it was stored is not known; the next reconcile compares with what the watch shows.
+            context
+                .remember(&observed.key, &observed.uid, |memory| memory.written = observed.written.clone());
+            return Err(StatusError::Request(Box::new(error)));
+        }
     }
-    let happenings = events::between(before, &after);
-    if let Some(key) = key(model) {
-        let uid = model.uid().unwrap_or_default();
-        world.remember(&key, |memory| memory.written = Some((uid, after)));
-    }
-    recorder::publish(world, model, &happenings).await;
-    Ok(())
+    let notes = events::between(&observed.previous, &after);
+    recorder::publish(context, &recorder::about(&observed.key, &observed.uid), &notes).await;
+    Ok(None)
+}
+
+/// For how long a status must wait because it differs from the last one in its progress alone.
+fn progress_wait(observed: &Observed, after: &InferenceModelStatus, now: Instant) -> Option<Duration> {
+    let before = &observed.stored;
+    let written = observed.written.as_ref()?;
+    let both_load = before.loading.is_some() && after.loading.is_some();
+    let only_progress = InferenceModelStatus { loading: before.loading.clone(), ..after.clone() } == *before;
+    let wait =
+        PROGRESS_INTERVAL.checked_sub(now.duration_since(written.at)).filter(|wait| !wait.is_zero())?;
+    (both_load && only_progress).then_some(wait)
 }

@@ -1,34 +1,42 @@
-//! What an engine is started with, checked once so that nothing later has to doubt it.
+//! The settings of a generation engine. They are checked once, at start.
 //!
-//! Every figure here bounds memory or latency of a running process, so each is refused at start when it cannot be
-//! honoured: a server that silently serves a shorter context than it was told is harder to operate than one that
-//! says what it needs.
+//! Every setting bounds the memory or the latency of a running process, so one that cannot be honoured is
+//! refused at start: a server that silently serves a shorter context than configured is harder to operate
+//! than one that says what it needs.
 
+use crate::generation::ANSWER_BUFFER_BYTES;
 use crate::grammar::DEFAULT_GRAMMAR_MEMORY_BYTES;
+use crate::speculation::MAX_VERIFY_ROWS;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
-use trustformers_model::Model;
-use trustformers_plan::{KV_BLOCK_TOKENS, Numerics};
+use trustformers_model::{Model, ModelFacts, PlanRequest};
+use trustformers_plan::{FusedOps, KV_BLOCK_TOKENS, Limits, Numerics};
 
-/// Context that is used when none is asked for and the model's own is longer, in tokens.
+/// Default context in tokens, where the model's own is longer.
 pub const DEFAULT_CONTEXT_TOKENS: usize = 8192;
 
-/// KV room that the default memory rule adds for each sequence of a batch after the first, in tokens.
+/// KV tokens that the default memory rule adds for each sequence of a batch after the first.
 const DEFAULT_FURTHER_SEQUENCE_TOKENS: usize = 256;
 
-/// An arriving request waits for the step that runs and then for its own; together they should be less than what a person
-/// takes for no delay at all.
+/// A request that arrives waits for the step that runs and then for its own. Two such steps stay below 100
+/// ms, which people perceive as immediate.
 const DEFAULT_STEP_TARGET_MS: u64 = 40;
 
-/// How tokens are guessed so that one step checks several. The model chooses every token itself, so answers are the same
-/// with and without, in `exact` bit for bit; they come sooner where few requests run at once.
+/// Requests that a full queue admits beyond its limit because they have precedence over others in it. As many
+/// others are removed before the next step.
+pub(crate) const MAX_DISPLACING: usize = 16;
+
+/// How draft tokens are proposed, several of which one step verifies. The model chooses every token itself,
+/// so answers are the same with and without speculation, in `exact` bit for bit. They come sooner where few
+/// requests run at once.
 #[derive(Debug, Clone)]
 pub enum Speculation {
-    /// What followed the same words earlier in the prompt or the answer: for code, quotations, forms.
+    /// The tokens that followed the same tokens earlier in the prompt or the answer: for code, quotations,
+    /// forms.
     Ngram,
-    /// What a smaller model of the same vocabulary says, on the same device. It takes its own weights' memory, and its
-    /// share of the KV memory.
+    /// The tokens of a smaller model with the same vocabulary, on the same device. It takes memory for its
+    /// weights and a share of the KV memory.
     Draft(Arc<Model>),
 }
 
@@ -37,30 +45,32 @@ pub enum Speculation {
 pub struct EngineConfig {
     /// The `model` label of this engine's metrics, usually the first name that the model is served under.
     pub model_label: String,
-    /// Most sequences that are computed at once, 1 to 256.
+    /// Most sequences that run at once, 1 to 256.
     pub max_batch_size: usize,
-    /// Most requests that may wait beyond those being computed, at least 1. When `max_batch_size + max_queue`
+    /// Most requests that may wait beyond those that run, at least 1. When `max_batch_size + max_queue`
     /// requests are in flight the next one is refused as overloaded.
     pub max_queue: usize,
     /// Longest sequence (prompt and answer together) in tokens. `None`: the model's own context, at most
     /// [`DEFAULT_CONTEXT_TOKENS`].
     pub context_tokens: Option<usize>,
-    /// Most token rows of one step: decode rows of all running sequences plus chunks of prompts. Smaller means
-    /// smoother streams while others' prompts are read, larger means faster prompts. At least `max_batch_size`.
+    /// Most token rows of one step: decode rows of all running sequences and chunks of prompts. A smaller
+    /// value gives smoother streams while prompts are read, a larger one gives faster prompts. At least
+    /// `max_batch_size`.
     pub token_budget: usize,
-    /// How long a step should take at most while others wait for it, in milliseconds, 1 to 10000: prompts are cut so
-    /// that it does. `None`: as long as `token_budget` rows take.
+    /// Target time of a step while other requests wait for it, in milliseconds, 1 to 10000. Prompts are
+    /// chunked to meet it. `None`: as long as `token_budget` rows take.
     pub step_target_ms: Option<u64>,
-    /// Whether a request's class decides who goes first. Otherwise all are of class normal.
+    /// Whether priority classes count. Otherwise all requests are of class normal.
     pub priority: bool,
-    /// Memory for the KV cache in bytes. `None`: one sequence of full context plus 256 tokens for each further
-    /// member of a batch.
+    /// Memory for the KV cache in bytes. `None`: one sequence of full context and 256 tokens for each further
+    /// sequence of a batch.
     pub kv_memory_bytes: Option<u64>,
-    /// Memory for compiled grammars and for those of running requests, in bytes. A request beyond it is refused.
+    /// Memory for compiled grammars and for those of running requests, in bytes. A request beyond it is
+    /// refused.
     pub grammar_memory_bytes: u64,
     /// How closely the device must follow f32 arithmetic.
     pub numerics: Numerics,
-    /// How tokens are guessed. `None`: not at all.
+    /// How draft tokens are proposed. `None`: no speculation.
     pub speculation: Option<Speculation>,
 }
 
@@ -83,7 +93,8 @@ impl Default for EngineConfig {
 }
 
 /// Why an engine could not be started.
-#[derive(Debug, Error)]
+#[derive(Debug, Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum StartError {
     /// A setting is outside its range.
     #[error("{field}: {why}")]
@@ -93,13 +104,13 @@ pub enum StartError {
         /// What is wrong and what is allowed.
         why: String,
     },
-    /// The draft model cannot guess for the model.
+    /// The draft model does not fit the model.
     #[error("the draft model cannot be used: {why}; take a smaller model of the same family, or none")]
     Draft {
         /// What is wrong with it.
         why: String,
     },
-    /// The KV memory does not hold one sequence of the asked context.
+    /// The KV memory does not hold one sequence of full context.
     #[error(
         "kv_memory_bytes: {given_bytes} bytes hold fewer than the {context_tokens} tokens of context_tokens, which \
          need {needed_bytes} bytes; raise the memory or lower the context"
@@ -109,25 +120,25 @@ pub enum StartError {
         needed_bytes: u64,
         /// Bytes that were given.
         given_bytes: u64,
-        /// The context that was asked for, in tokens.
+        /// The context in tokens.
         context_tokens: usize,
     },
     /// The backend refused the weights or the plan.
     #[error("device {device:?} cannot run this model: {message}")]
     Backend {
-        /// The device as it describes itself.
+        /// The device's description of itself.
         device: String,
-        /// The backend's own words.
+        /// The backend's message.
         message: String,
     },
     /// The operating system refused a thread.
-    #[error("no thread for the engine: {0}; check the process's thread limit")]
+    #[error("no thread for the engine: {0}; check the thread limit of the process")]
     Thread(#[from] std::io::Error),
 }
 
-/// The figures of an engine after checking: nothing optional is left.
+/// The sizes of an engine after checking, with all defaults filled in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Sizes {
+pub(crate) struct EngineSizes {
     pub(crate) max_batch_size: usize,
     pub(crate) max_queue: usize,
     pub(crate) context_tokens: usize,
@@ -136,9 +147,45 @@ pub(crate) struct Sizes {
     pub(crate) kv_blocks: usize,
 }
 
+impl EngineSizes {
+    /// The plan for steps of these sizes, with `draft_rows` rows of logits beside one for each sequence.
+    pub(crate) fn plan_request(&self, draft_rows: usize, fused: FusedOps) -> PlanRequest {
+        let limits = Limits {
+            rows: self.token_budget,
+            sequences: self.max_batch_size,
+            logits_rows: self.max_batch_size + draft_rows,
+        };
+        PlanRequest { context_tokens: self.context_tokens, limits, fused }
+    }
+}
+
 impl EngineConfig {
-    /// Checks the settings against a model's context and the bytes that one of its KV blocks takes.
-    pub(crate) fn sizes(&self, model_context: usize, kv_block_bytes: u64) -> Result<Sizes, StartError> {
+    /// Most bytes that the engine itself takes on the host for a model, beside the memory of the device
+    /// (weights, arena, KV cache) and of grammars, which have a budget of their own. It is the sum of
+    ///
+    /// - the bound on all unread events: 32 MiB;
+    /// - the ids of each request in flight, 4 bytes for each token of its context, twice (prompt and
+    ///   sequence);
+    /// - one row of logits for each sequence and draft row, 4 bytes for each token of the vocabulary, of the
+    ///   draft model as well;
+    /// - the sampler's copy of one row and its candidates, 4 and 12 bytes for each token of the vocabulary.
+    #[must_use]
+    pub fn answer_bytes(&self, facts: &ModelFacts) -> u64 {
+        let context_tokens = self.context_tokens.unwrap_or(facts.context_tokens.min(DEFAULT_CONTEXT_TOKENS));
+        let in_flight = self.max_batch_size + self.max_queue + MAX_DISPLACING;
+        let logits_rows = self.max_batch_size
+            + match self.speculation {
+                None => 0,
+                Some(Speculation::Ngram) => MAX_VERIFY_ROWS,
+                Some(Speculation::Draft(_)) => MAX_VERIFY_ROWS + self.max_batch_size,
+            };
+        let id_bytes = (in_flight as u64) * (context_tokens as u64) * 4 * 2;
+        let row_bytes = facts.vocabulary as u64 * 4;
+        ANSWER_BUFFER_BYTES as u64 + id_bytes + logits_rows as u64 * row_bytes + 4 * row_bytes
+    }
+
+    /// Checks the settings against a model's context and the bytes of one of its KV blocks.
+    pub(crate) fn sizes(&self, model_context: usize, kv_block_bytes: u64) -> Result<EngineSizes, StartError> {
         let invalid = |field, why: String| Err(StartError::Invalid { field, why });
         if !(1..=256).contains(&self.max_batch_size) {
             return invalid("max_batch_size", format!("{} is not between 1 and 256", self.max_batch_size));
@@ -184,7 +231,7 @@ impl EngineConfig {
                 context_tokens,
             });
         }
-        Ok(Sizes {
+        Ok(EngineSizes {
             max_batch_size: self.max_batch_size,
             max_queue: self.max_queue,
             context_tokens,
@@ -195,26 +242,32 @@ impl EngineConfig {
     }
 }
 
+/// Bytes that one KV block takes in all layers, keys and values together.
+pub(crate) fn kv_block_bytes(facts: &ModelFacts, element_bytes: usize) -> u64 {
+    let per_token = facts.layers as u64 * 2 * facts.kv_heads as u64 * facts.head_dim as u64;
+    per_token * (KV_BLOCK_TOKENS * element_bytes) as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_default_gives_one_full_context_and_room_for_the_batch() {
+    fn the_default_memory_is_one_full_context_and_a_batch() {
         let sizes = EngineConfig::default().sizes(8192, 1000).unwrap();
         assert_eq!(sizes.context_tokens, 8192);
         assert_eq!(sizes.kv_blocks, 512 + 31 * 16);
     }
 
     #[test]
-    fn a_long_model_is_served_with_the_default_context_unless_asked() {
+    fn a_long_context_is_limited_unless_it_is_configured() {
         assert_eq!(EngineConfig::default().sizes(131_072, 1000).unwrap().context_tokens, 8192);
         let asked = EngineConfig { context_tokens: Some(100_000), ..EngineConfig::default() };
         assert_eq!(asked.sizes(131_072, 1000).unwrap().context_tokens, 100_000);
     }
 
     #[test]
-    fn memory_beyond_what_a_full_batch_can_use_is_not_taken() {
+    fn memory_that_a_full_batch_cannot_use_is_not_allocated() {
         let config = EngineConfig {
             max_batch_size: 2,
             token_budget: 16,
@@ -226,14 +279,14 @@ mod tests {
     }
 
     #[test]
-    fn too_little_memory_names_both_figures() {
+    fn too_little_memory_is_refused_with_both_sizes() {
         let config = EngineConfig { kv_memory_bytes: Some(5000), ..EngineConfig::default() };
         let error = config.sizes(8192, 1000).unwrap_err().to_string();
         assert!(error.contains("5000 bytes") && error.contains("512000 bytes"), "{error}");
     }
 
     #[test]
-    fn every_figure_out_of_range_is_named() {
+    fn every_setting_out_of_range_is_refused_by_name() {
         let cases = [
             (EngineConfig { max_batch_size: 0, ..EngineConfig::default() }, "max_batch_size"),
             (EngineConfig { max_batch_size: 257, ..EngineConfig::default() }, "max_batch_size"),
@@ -247,5 +300,20 @@ mod tests {
             let error = config.sizes(8192, 1000).unwrap_err().to_string();
             assert!(error.starts_with(field), "{error}");
         }
+    }
+
+    #[test]
+    fn answer_bytes_add_up_what_the_engine_allocates() {
+        use trustformers_model::seeded::SeededModel;
+        let file = Arc::new(SeededModel::default().gguf());
+        let model = Model::from_bytes(std::path::Path::new("seeded.gguf"), file).unwrap();
+        let (facts, config) = (model.facts(), EngineConfig::default());
+        let ids = (32 + 512 + 16) * 256 * 4 * 2;
+        let row = facts.vocabulary as u64 * 4;
+        assert_eq!(config.answer_bytes(facts), (32 << 20) + ids + (32 + 4) * row);
+        let drafted =
+            EngineConfig { speculation: Some(Speculation::Draft(Arc::new(model))), ..config.clone() };
+        let Some(Speculation::Draft(draft)) = &drafted.speculation else { unreachable!() };
+        assert_eq!(drafted.answer_bytes(draft.facts()), config.answer_bytes(draft.facts()) + (8 + 32) * row);
     }
 }

@@ -1,16 +1,20 @@
-//! The engine: scheduler, paged KV cache and sampling behind one thread that owns the device.
+//! The engine: scheduling, the prefix cache, sampling and speculation on one thread that owns the device.
 //!
-//! An [`Engine`] is started from a loaded model and a backend. Callers submit requests through a handle that never
-//! waits for the device and read a [`Generation`], a stream of tokens that cancels its work when dropped. Inside, one
-//! thread runs steps: each is the decode rows of all running sequences plus chunks of waiting prompts up to a token
-//! budget, so sequences join and leave between any two steps.
+//! An [`Engine`] is started with a loaded model and a backend. Callers submit requests through a handle that
+//! never waits for the device, and read a [`Generation`], a stream of tokens that cancels its work when it is
+//! dropped. One device thread runs steps. Each step computes the decode rows of all running sequences and
+//! chunks of waiting prompts, up to a token budget, so that sequences start and end between any two steps.
 //!
-//! Everything is bounded: requests in flight, rows per step, KV blocks and the events of a request. Refusals are
-//! immediate and typed. Sequences take KV blocks as they grow and share those of equal beginnings; where blocks run out
-//! the latest sequence gives its own up and computes them again later, which its caller sees only as time.
+//! Everything is bounded: requests in flight, rows of a step, KV blocks and unread events. Refusals are
+//! immediate and typed. Sequences allocate KV blocks as they grow and share those of equal prefixes. Where
+//! blocks run out, a sequence is preempted and computed again later, which its caller notices only as time.
+//!
+//! `docs/engine.md` explains the engine, with a glossary and a code map. Entry points: [`Engine::submit`] and
+//! [`encoder::Encoder::submit`] for callers, `generation/device.rs` and `encoder/device.rs` for the loops.
 //!
 //! ```no_run
-//! # async fn example(model: std::sync::Arc<trustformers_model::Model>) -> Result<(), Box<dyn std::error::Error>> {
+//! # async fn example(model: std::sync::Arc<trustformers_model::Model>)
+//! # -> Result<(), Box<dyn std::error::Error>> {
 //! use futures::StreamExt;
 //! use trustformers_engine::{Engine, EngineConfig, EngineMetrics, GenerateParams, GenerationEvent};
 //!
@@ -27,39 +31,31 @@
 //! # }
 //! ```
 
-mod answer;
-mod blocks;
-mod census;
 mod config;
-mod contest;
-mod device;
+mod device_thread;
 pub mod encoder;
+mod estimate;
+mod faults;
 mod generation;
 mod grammar;
-mod handle;
 mod metrics;
-mod priority;
-mod queue;
+mod prefix_cache;
 mod request;
-mod sampler;
-mod scheduler;
-mod sequence;
-mod shared;
+mod sampling;
+mod scheduling;
 mod speculation;
-mod stop;
-mod tenants;
-mod thread;
 
 pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, Speculation, StartError};
-pub use generation::Generation;
+pub use device_thread::Heartbeat;
+pub use estimate::DeviceEstimate;
+pub use faults::{DeviceFault, ModelFault, RequestFault};
+pub use generation::{Engine, EngineInfo, Generation};
 pub use grammar::{DEFAULT_GRAMMAR_MEMORY_BYTES, max_grammar_bytes};
-pub use handle::{Engine, EngineInfo};
 pub use metrics::EngineMetrics;
-pub use priority::Priority;
 pub use request::{
     FinishReason, GenerateError, GenerateParams, GenerationEvent, Grammar, MAX_GRAMMAR_BYTES,
-    MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_TENANT_BYTES, Prompt,
-    StopCause, SubmitError, Timings, TokenLogprobs,
+    MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_TENANT_BYTES,
+    MIN_REPETITION_PENALTY, Prompt, StopCause, SubmitError, Timings, TokenLogprobs,
 };
-pub use shared::Heartbeat;
+pub use scheduling::priority::Priority;
 pub use trustformers_plan::{LoadProgress, MemoryReport, Numerics};

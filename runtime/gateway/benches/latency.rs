@@ -1,12 +1,13 @@
-//! What the gateway adds to a request: the same load sent straight to a trivial server and through the gateway.
+//! The latency that the gateway adds: the same load is sent directly to a trivial server and through the
+//! gateway.
 //!
-//! Three threads: callers, the gateway, the server. The gateway runs on a single thread, so what it does it does on
-//! one core. Rounds alternate between straight and through, so that a busy machine disturbs both alike; requests are
-//! sent on time whether or not earlier ones were answered. Beside the latencies stands the processor time that the
-//! gateway's thread used, which other programs disturb least.
+//! Three threads: callers, the gateway, the server. The gateway runs on a single thread, so it uses one core.
+//! Rounds alternate between direct and through, so that other load on the machine affects both equally.
+//! Requests are sent at fixed times, whether or not earlier ones have been answered. The output also has the
+//! processor time of the gateway's thread, which other programs affect least.
 //!
-//! Bounded: ROUNDS rounds of REQUESTS requests at RATE per second, twice, then one burst as fast as it goes.
-#![allow(clippy::unwrap_used, reason = "a measurement that meets what it does not expect is none")]
+//! Bounded: ROUNDS rounds of REQUESTS requests at RATE per second, twice, then one burst at full speed.
+#![allow(clippy::unwrap_used, reason = "an unexpected value ends the measurement")]
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -37,7 +38,7 @@ const BURST: usize = 50_000;
 const BURST_AT_ONCE: usize = 32;
 const BODY: &str = r#"{"model": "a", "prompt": "What is the capital of France?", "max_tokens": 16}"#;
 
-type Caller = Client<HttpConnector, Full<Bytes>>;
+type HttpClient = Client<HttpConnector, Full<Bytes>>;
 
 fn main() {
     let (at, server) = oneshot::channel();
@@ -51,23 +52,23 @@ fn main() {
     TableFile::in_folder(state.path()).unwrap().save(&table(server).encode_to_vec()).unwrap();
     let folder = state.path().to_str().unwrap().to_owned();
     let (at, gateway) = oneshot::channel();
-    // One question at a time: the asker waits for its answer.
-    let (questions, mut asked) = tokio::sync::mpsc::channel::<oneshot::Sender<Duration>>(1);
+    // One query at a time: the sender waits for the result.
+    let (queries, mut receiver) = tokio::sync::mpsc::channel::<oneshot::Sender<Duration>>(1);
     on_own_thread("gateway", async move {
-        // Nobody listens at the feed's address: the kept table serves.
+        // The feed's address has no listener: the saved table serves.
         let flags = ["gateway", "--feed", "http://127.0.0.1:9", "--state-dir", &folder];
         let ports = ["--http-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0"];
         let running = start(Settings::parse_from(flags.iter().chain(&ports))).await.unwrap();
         at.send(running.http_address()).unwrap();
-        while let Some(question) = asked.recv().await {
-            question.send(processor_time()).unwrap();
+        while let Some(query) = receiver.recv().await {
+            query.send(processor_time()).unwrap();
         }
     });
     let gateway = gateway.blocking_recv().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(measure(server, gateway, async || {
         let (answer, used) = oneshot::channel();
-        questions.send(answer).await.unwrap();
+        queries.send(answer).await.unwrap();
         used.await.unwrap()
     }));
 }
@@ -124,26 +125,26 @@ fn table(server: SocketAddr) -> wire::RouteTable {
 }
 
 async fn measure(server: SocketAddr, gateway: SocketAddr, used: impl AsyncFn() -> Duration) {
-    let caller: Caller = Client::builder(TokioExecutor::new()).build_http();
+    let caller: HttpClient = Client::builder(TokioExecutor::new()).build_http();
     for address in [server, gateway] {
         paced(&caller, address, 500).await;
     }
-    let (mut straight, mut through) = (Vec::new(), Vec::new());
+    let (mut direct, mut through) = (Vec::new(), Vec::new());
     let mut gateway_time = Duration::ZERO;
     for round in 1..=ROUNDS {
         let one = paced(&caller, server, REQUESTS).await;
         let before = used().await;
         let two = paced(&caller, gateway, REQUESTS).await;
         gateway_time += used().await - before;
-        print_line(&format!("round {round}: straight"), &one);
+        print_line(&format!("round {round}: direct"), &one);
         print_line(&format!("round {round}: through"), &two);
-        straight.extend(one);
+        direct.extend(one);
         through.extend(two);
     }
-    print_line("all: straight", &straight);
+    print_line("all: direct", &direct);
     print_line("all: through", &through);
     for (name, share) in [("p50", 0.5), ("p90", 0.9), ("p99", 0.99)] {
-        let (one, two) = (quantile(&straight, share), quantile(&through, share));
+        let (one, two) = (quantile(&direct, share), quantile(&through, share));
         let ratio = two.as_secs_f64() / one.as_secs_f64();
         println!(
             "added at {name}: {:.3} ms (ratio {ratio:.2})",
@@ -153,25 +154,23 @@ async fn measure(server: SocketAddr, gateway: SocketAddr, used: impl AsyncFn() -
     let per_request = gateway_time / u32::try_from(ROUNDS * REQUESTS).unwrap();
     println!("processor time of the gateway: {per_request:?} per request at {RATE} per second");
     let before = used().await;
-    let (rate_straight, _) = burst(&caller, server).await;
+    let (rate_direct, _) = burst(&caller, server).await;
     let (rate_through, latencies) = burst(&caller, gateway).await;
     let per_request = (used().await - before) / u32::try_from(BURST).unwrap();
-    println!(
-        "as fast as it goes, {BURST_AT_ONCE} at once: {rate_straight:.0}/s straight, {rate_through:.0}/s through"
-    );
-    println!("processor time of the gateway: {per_request:?} per request then");
-    print_line("as fast as it goes: through", &latencies);
+    println!("full speed, {BURST_AT_ONCE} at once: {rate_direct:.0}/s direct, {rate_through:.0}/s through");
+    println!("processor time of the gateway: {per_request:?} per request at full speed");
+    print_line("full speed: through", &latencies);
 }
 
-/// Sends requests on time and returns how long each took.
-async fn paced(caller: &Caller, address: SocketAddr, count: usize) -> Vec<Duration> {
+/// Sends requests at fixed times and returns the duration of each.
+async fn paced(caller: &HttpClient, address: SocketAddr, count: usize) -> Vec<Duration> {
     let mut ticks = interval(Duration::from_micros(1_000_000 / RATE));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
     let mut tasks = Vec::with_capacity(count);
     for _ in 0..count {
         ticks.tick().await;
         let caller = caller.clone();
-        tasks.push(tokio::spawn(async move { ask(&caller, address).await }));
+        tasks.push(tokio::spawn(async move { send_one(&caller, address).await }));
     }
     let mut latencies = Vec::with_capacity(count);
     for task in tasks {
@@ -180,17 +179,17 @@ async fn paced(caller: &Caller, address: SocketAddr, count: usize) -> Vec<Durati
     latencies
 }
 
-async fn burst(caller: &Caller, address: SocketAddr) -> (f64, Vec<Duration>) {
+async fn burst(caller: &HttpClient, address: SocketAddr) -> (f64, Vec<Duration>) {
     let began = Instant::now();
     let latencies: Vec<Duration> = futures::stream::iter(0..BURST)
-        .map(|_| ask(caller, address))
+        .map(|_| send_one(caller, address))
         .buffer_unordered(BURST_AT_ONCE)
         .collect()
         .await;
     (BURST as f64 / began.elapsed().as_secs_f64(), latencies)
 }
 
-async fn ask(caller: &Caller, address: SocketAddr) -> Duration {
+async fn send_one(caller: &HttpClient, address: SocketAddr) -> Duration {
     let request = Request::post(format!("http://{address}/v1/generate"))
         .header("content-type", "application/json")
         .body(Full::new(Bytes::from_static(BODY.as_bytes())))

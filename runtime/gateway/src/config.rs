@@ -1,4 +1,4 @@
-//! What the command line says.
+//! The flags of the gateway's program.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -8,8 +8,10 @@ use clap::Parser;
 use trustformers_api::MAX_BODY_BYTES;
 use trustformers_telemetry::logs::LogFormat;
 
-/// The front door of a trustformers platform: takes HTTP and gRPC requests for models and passes them to pods, as
-/// the operator's routing table says.
+use crate::limits::MAX_BODY_LIMIT_BYTES;
+
+/// The gateway of a trustformers platform: it receives HTTP and gRPC requests for models and forwards them to
+/// pods by the operator's routing table.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "trustformers-gateway", version)]
 pub struct Settings {
@@ -17,41 +19,44 @@ pub struct Settings {
     #[arg(long, value_name = "URL", value_parser = parse_feed)]
     pub feed: http::Uri,
 
-    /// File with the token that the operator asks for; read anew at each connect. Without it none is sent.
+    /// File with the token that the operator requires. It is read at each connect. Without this flag no token
+    /// is sent.
     #[arg(long, value_name = "FILE")]
     pub feed_token_file: Option<PathBuf>,
 
-    /// Folder for the last good routing table, from which a restarted gateway serves while the operator is away.
+    /// Folder for the last valid routing table, from which a restarted gateway serves while the operator is
+    /// away.
     #[arg(long, value_name = "DIR")]
     pub state_dir: PathBuf,
 
-    /// Where to take HTTP (HTTP/1.1, and HTTP/2 without TLS), health and metrics included.
+    /// Address for HTTP (HTTP/1.1, and HTTP/2 without TLS), including health and metrics.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:8080")]
     pub http_address: SocketAddr,
 
-    /// Where to take gRPC.
+    /// Address for gRPC.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:9090")]
     pub grpc_address: SocketAddr,
 
-    /// Name of this gateway in its reports to the operator: in a cluster the UID of its pod. A random one if left out.
+    /// Name of this gateway in its reports to the operator: in a cluster the UID of its pod. The default is
+    /// random.
     #[arg(long, value_name = "UID")]
     pub instance: Option<String>,
 
-    /// After SIGTERM, requests that have not ended by then are cut; new ones are taken until none has come for five
-    /// seconds, and for half of this time at most (500ms, 30s, 5m).
+    /// Longest drain after SIGTERM (500ms, 30s, 5m). Requests that have not ended by then are cut. New ones
+    /// are accepted until none has come for five seconds, and for half of this time at most.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
     pub drain_timeout: Duration,
 
-    /// Longest body of a request, in bytes; a longer one is answered 413.
-    #[arg(long, value_name = "BYTES", default_value_t = MAX_BODY_BYTES)]
+    /// Longest body of a request in bytes, at most 67108864; a longer body is answered with 413.
+    #[arg(long, value_name = "BYTES", default_value_t = MAX_BODY_BYTES, value_parser = parse_body_limit)]
     pub body_limit_bytes: usize,
 
-    /// How log lines are written: text or json.
+    /// Format of log lines: text or json.
     #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 
-    /// What is logged: a level (error, warn, info, debug, trace) or directives such as info,trustformers_gateway=debug.
-    /// At debug there is a line for every request.
+    /// Log level (error, warn, info, debug, trace) or directives such as info,trustformers_gateway=debug. At
+    /// debug there is a line for every request.
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log_filter: String,
 }
@@ -62,6 +67,12 @@ fn parse_feed(text: &str) -> Result<http::Uri, String> {
         (Some("http"), Some(_), "" | "/") => Ok(uri),
         _ => Err("expected http://HOST:PORT".to_owned()),
     }
+}
+
+fn parse_body_limit(text: &str) -> Result<usize, String> {
+    // More would never fit into the bytes that one caller can have.
+    let limit: Option<usize> = text.parse().ok().filter(|limit| (1..=MAX_BODY_LIMIT_BYTES).contains(limit));
+    limit.ok_or_else(|| format!("expected a number of bytes from 1 to {MAX_BODY_LIMIT_BYTES}"))
 }
 
 fn parse_time(text: &str) -> Result<Duration, String> {
@@ -92,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_the_ports_of_the_platform() {
+    fn the_defaults_are_as_documented() {
         Settings::command().debug_assert();
         let settings = parse(&["--feed", "http://operator:9091"]).unwrap();
         assert_eq!(settings.http_address, "[::]:8080".parse().unwrap());
@@ -100,6 +111,15 @@ mod tests {
         assert_eq!(settings.drain_timeout, Duration::from_secs(60));
         assert_eq!(settings.body_limit_bytes, 4 << 20);
         assert_eq!(settings.instance, None);
+    }
+
+    #[test]
+    fn a_body_limit_fits_into_the_share_of_one_caller() {
+        assert_eq!(MAX_BODY_LIMIT_BYTES, 67_108_864);
+        assert_eq!(parse_body_limit("67108864"), Ok(MAX_BODY_LIMIT_BYTES));
+        for text in ["0", "67108865", "-1", "4MiB"] {
+            assert!(parse_body_limit(text).is_err(), "{text}");
+        }
     }
 
     #[test]
@@ -113,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_feed_is_an_http_address() {
+    fn the_feed_is_an_http_address() {
         for text in ["operator:9091", "https://operator:9091", "http://", "http://operator/x", ""] {
             let error = parse(&["--feed", text]).unwrap_err().to_string();
             assert!(error.contains("--feed") && error.contains("http://HOST:PORT"), "{error}");

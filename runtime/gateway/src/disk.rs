@@ -1,7 +1,7 @@
-//! The last good table, kept in a file so that a gateway that restarts while the operator is away can serve.
+//! The last valid table in a file, from which a restarted gateway serves while the operator is away.
 //!
-//! The file is a line that names its format, the sha256 of what follows, and the table as it came over the wire. It
-//! is replaced by renaming a complete new file over it: after a crash there is the old table or the new one.
+//! The file has a line with its format, the sha256 of the rest, and the table in its wire format. A complete
+//! new file is renamed over it, so that after a crash the old table or the new one is there.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -16,36 +16,36 @@ const FILE_NAME: &str = "table";
 const FORMAT_LINE: &[u8] = b"trustformers gateway table, format 1\n";
 const DIGEST_BYTES: usize = 32;
 
-/// Why the kept table could not be used or written.
+/// Why the saved table could not be used or written.
 #[derive(Debug, thiserror::Error)]
 pub enum TableFileError {
-    /// The file system said no.
-    #[error("{path}: {cause}; the gateway needs a folder that it may write (--state-dir)", path = path.display())]
+    /// The file system reported an error.
+    #[error("{path}: {cause}; the gateway needs a folder that it can write to (--state-dir)", path = path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         cause: io::Error,
     },
-    /// The file begins with something else.
-    #[error("{path} is not a table of this gateway's format; it is ignored and will be replaced", path = path.display())]
+    /// The file has another format.
+    #[error("{path} is not a routing table in this gateway's format; it is ignored and the next table replaces it", path = path.display())]
     Format {
         /// The file.
         path: PathBuf,
     },
-    /// The file does not hold what was written.
-    #[error("{path} is damaged ({what}); it is ignored and will be replaced", path = path.display())]
+    /// The content is not what was written.
+    #[error("{path} is damaged ({what}); it is ignored and the next table replaces it", path = path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
+        /// What is wrong.
         what: &'static str,
     },
 }
 
 /// A table read from disk.
 #[derive(Debug)]
-pub struct KeptTable {
+pub struct SavedTable {
     /// The table.
     pub table: RouteTable,
     /// When it was written.
@@ -59,50 +59,50 @@ pub struct TableFile {
 }
 
 impl TableFile {
-    /// The file in a folder, which is made if it is missing.
+    /// The file in a folder, which is created if it is missing.
     ///
     /// # Errors
-    /// When the folder can't be made.
+    /// When the folder can't be created.
     pub fn in_folder(folder: &Path) -> Result<Self, TableFileError> {
         let path = folder.join(FILE_NAME);
         fs::create_dir_all(folder).map_err(|cause| TableFileError::Io { path: folder.to_owned(), cause })?;
         Ok(Self { path })
     }
 
-    /// Where it is.
+    /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Replaces the kept table by an encoded one. Returns once it would survive a loss of power.
+    /// Replaces the saved table by an encoded one. Returns once it would survive a loss of power.
     ///
     /// # Errors
-    /// When the folder can't be written.
+    /// When the folder can't be written to.
     pub fn save(&self, encoded: &[u8]) -> Result<(), TableFileError> {
         self.replace(encoded).map_err(|cause| TableFileError::Io { path: self.path.clone(), cause })
     }
 
     fn replace(&self, encoded: &[u8]) -> io::Result<()> {
-        // One gateway writes here, one table at a time: a fixed name leaves no litter after a crash.
-        let fresh = self.path.with_extension("new");
-        let mut file = File::create(&fresh)?;
+        // One gateway writes here, one table at a time, so a fixed name leaves no other files after a crash.
+        let new_path = self.path.with_extension("new");
+        let mut file = File::create(&new_path)?;
         file.write_all(FORMAT_LINE)?;
         file.write_all(&Sha256::digest(encoded))?;
         file.write_all(encoded)?;
         file.sync_all()?;
-        fs::rename(&fresh, &self.path)?;
+        fs::rename(&new_path, &self.path)?;
         match self.path.parent() {
             Some(folder) => File::open(folder)?.sync_all(),
             None => Ok(()),
         }
     }
 
-    /// The kept table; `None` where there is none yet.
+    /// The saved table; `None` where there is none yet.
     ///
     /// # Errors
     /// Names the file and what is wrong with it.
-    pub fn load(&self) -> Result<Option<KeptTable>, TableFileError> {
+    pub fn load(&self) -> Result<Option<SavedTable>, TableFileError> {
         let path = || self.path.clone();
         let io = |cause| TableFileError::Io { path: path(), cause };
         let content = match fs::read(&self.path) {
@@ -115,12 +115,12 @@ impl TableFile {
             .split_at_checked(DIGEST_BYTES)
             .ok_or(TableFileError::Damaged { path: path(), what: "it is too short" })?;
         if Sha256::digest(encoded).as_slice() != digest {
-            return Err(TableFileError::Damaged { path: path(), what: "its checksum does not fit" });
+            return Err(TableFileError::Damaged { path: path(), what: "its checksum is wrong" });
         }
         let table = RouteTable::decode(encoded)
             .map_err(|_| TableFileError::Damaged { path: path(), what: "it is not a table" })?;
         let written_at = fs::metadata(&self.path).and_then(|meta| meta.modified()).map_err(io)?;
-        Ok(Some(KeptTable { table, written_at }))
+        Ok(Some(SavedTable { table, written_at }))
     }
 }
 
@@ -138,9 +138,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_saved_is_loaded_and_the_last_wins() {
+    fn the_last_saved_table_is_loaded() {
         let folder = folder();
-        let file = TableFile::in_folder(&folder.path().join("below")).unwrap();
+        let file = TableFile::in_folder(&folder.path().join("created")).unwrap();
         assert!(file.load().unwrap().is_none());
         for counter in [1, 2] {
             file.save(&table(counter).encode_to_vec()).unwrap();
@@ -154,14 +154,14 @@ mod tests {
     }
 
     #[test]
-    fn any_changed_byte_is_found_and_named() {
+    fn every_changed_byte_is_detected() {
         let folder = folder();
         let file = TableFile::in_folder(folder.path()).unwrap();
         file.save(&table(1).encode_to_vec()).unwrap();
         let good = fs::read(file.path()).unwrap();
-        for place in 0..good.len() {
+        for index in 0..good.len() {
             let mut bad = good.clone();
-            bad[place] ^= 1;
+            bad[index] ^= 1;
             fs::write(file.path(), &bad).unwrap();
             let text = file.load().unwrap_err().to_string();
             assert!(text.contains(file.path().to_str().unwrap()), "{text}");
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_cannot_be_made_is_named() {
+    fn a_folder_that_cannot_be_created_is_named() {
         let folder = folder();
         let occupied = folder.path().join("file");
         fs::write(&occupied, b"").unwrap();

@@ -1,8 +1,8 @@
-//! Leaving without cutting anyone off.
+//! The drain: the gateway ends without failing a request that it could have served.
 //!
-//! After SIGTERM the gateway is still in others' address lists for a moment, so it goes on accepting: readiness and
-//! reports say that it leaves, and it ends when nothing new has come for a while. A timer alone would be too short
-//! for a slow load balancer and too long for a quick one.
+//! After SIGTERM the gateway is still in address lists for a moment, so it goes on accepting: readiness and
+//! reports say that it drains, and it ends when no new request has come for a while. A timer alone would be
+//! too short for a slow load balancer and too long for a fast one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -11,25 +11,25 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-/// No new request for this long, and whoever sent them has learnt that this gateway leaves.
+/// Without a new request for this long, load balancers have learned that this gateway drains.
 pub const QUIET: Duration = Duration::from_secs(5);
 
-/// Whether the gateway is leaving, and what keeps it.
+/// Whether the gateway drains, and the requests that it waits for.
 #[derive(Debug)]
 pub struct Drain {
-    started: Instant,
-    leaving: watch::Sender<bool>,
+    created: Instant,
+    draining: watch::Sender<bool>,
     in_flight: AtomicUsize,
-    /// Milliseconds after `started` at which the last request came.
+    /// Milliseconds from `created` to the last request.
     last_arrival_ms: AtomicU64,
     ended: Notify,
 }
 
-/// A request that the gateway stays for, until dropped.
+/// A request that the drain waits for until this is dropped.
 #[derive(Debug)]
-pub struct Busy(Arc<Drain>);
+pub struct DrainGuard(Arc<Drain>);
 
-impl Drop for Busy {
+impl Drop for DrainGuard {
     fn drop(&mut self) {
         if self.0.in_flight.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.0.ended.notify_waiters();
@@ -38,46 +38,46 @@ impl Drop for Busy {
 }
 
 impl Drain {
-    /// Not leaving, nothing in flight.
+    /// Not draining, nothing in flight.
     #[must_use]
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
-            started: Instant::now(),
-            leaving: watch::Sender::new(false),
+            created: Instant::now(),
+            draining: watch::Sender::new(false),
             in_flight: AtomicUsize::new(0),
             last_arrival_ms: AtomicU64::new(0),
             ended: Notify::new(),
         })
     }
 
-    /// Counts a request that was just received. Probes are not counted: they never stop.
+    /// Counts a request that was just received. Probes are not counted, because they never stop.
     #[must_use]
-    pub fn enter(self: &Arc<Self>) -> Busy {
+    pub fn enter(self: &Arc<Self>) -> DrainGuard {
         self.in_flight.fetch_add(1, Ordering::AcqRel);
         self.last_arrival_ms.store(self.now_ms(), Ordering::Release);
-        Busy(Arc::clone(self))
+        DrainGuard(Arc::clone(self))
     }
 
-    /// From now on the gateway is leaving.
-    pub fn leave(&self) {
-        if !self.leaving.send_replace(true) {
+    /// Begins the drain.
+    pub fn start(&self) {
+        if !self.draining.send_replace(true) {
             tracing::info!(
                 in_flight = self.in_flight(),
-                "leaving: still answering until no request comes any more"
+                "draining: requests are answered until no more come"
             );
         }
     }
 
-    /// Whether it is leaving.
+    /// Whether the drain has begun.
     #[must_use]
-    pub fn is_leaving(&self) -> bool {
-        *self.leaving.borrow()
+    pub fn is_draining(&self) -> bool {
+        *self.draining.borrow()
     }
 
-    /// Tells when it begins to leave.
+    /// Changes when the drain begins.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<bool> {
-        self.leaving.subscribe()
+        self.draining.subscribe()
     }
 
     /// Requests whose answers have not ended.
@@ -86,11 +86,11 @@ impl Drain {
         self.in_flight.load(Ordering::Acquire)
     }
 
-    /// Returns once it is leaving.
-    pub async fn left(&self) {
-        let mut leaving = self.watch();
+    /// Returns once the drain has begun.
+    pub async fn started(&self) {
+        let mut draining = self.watch();
         // The sender lives in `self`, so waiting can't fail.
-        let _leaving = leaving.wait_for(|leaving| *leaving).await;
+        let _draining = draining.wait_for(|draining| *draining).await;
     }
 
     /// Returns once no request has come for [`QUIET`], counted from now at the earliest, or at the deadline.
@@ -98,7 +98,7 @@ impl Drain {
         let from_ms = self.now_ms();
         loop {
             let last_ms = self.last_arrival_ms.load(Ordering::Acquire).max(from_ms);
-            let quiet_at = self.started + Duration::from_millis(last_ms) + QUIET;
+            let quiet_at = self.created + Duration::from_millis(last_ms) + QUIET;
             if Instant::now() >= quiet_at.min(deadline) {
                 return;
             }
@@ -109,7 +109,7 @@ impl Drain {
     /// Returns true once nothing is in flight, false at the deadline.
     pub async fn idle(&self, deadline: Instant) -> bool {
         loop {
-            // Asked for before looking, so that an end in between is not missed.
+            // Registered before the check, so that an end in between is not missed.
             let ended = self.ended.notified();
             if self.in_flight() == 0 {
                 return true;
@@ -121,7 +121,7 @@ impl Drain {
     }
 
     fn now_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -135,32 +135,32 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn quiet_is_five_seconds_after_the_last_request() {
+    async fn quiet_is_five_seconds_from_the_last_request() {
         let drain = Drain::new();
         sleep(Duration::from_secs(100)).await;
-        drain.leave();
+        drain.start();
         let began = Instant::now();
-        let visitor = Arc::clone(&drain);
-        let visits = tokio::spawn(async move {
+        let entered = Arc::clone(&drain);
+        let requests = tokio::spawn(async move {
             for _ in 0..3 {
                 sleep(Duration::from_secs(4)).await;
-                drop(visitor.enter());
+                drop(entered.enter());
             }
         });
         drain.quiet(far()).await;
         assert_eq!(began.elapsed(), Duration::from_secs(12) + QUIET);
-        visits.await.unwrap();
+        requests.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_deadline_ends_it() {
+    async fn the_deadline_ends_the_drain() {
         let drain = Drain::new();
         let deadline = Instant::now() + Duration::from_secs(2);
-        let busy = drain.enter();
+        let request = drain.enter();
         drain.quiet(deadline).await;
         assert_eq!(Instant::now(), deadline);
         assert!(!drain.idle(deadline).await);
-        drop(busy);
+        drop(request);
         assert!(drain.idle(deadline).await);
     }
 
@@ -180,13 +180,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn leaving_is_told_to_all() {
+    async fn the_start_wakes_every_waiter() {
         let drain = Drain::new();
-        assert!(!drain.is_leaving());
+        assert!(!drain.is_draining());
         let waiting = Arc::clone(&drain);
-        let told = tokio::spawn(async move { waiting.left().await });
-        drain.leave();
-        told.await.unwrap();
-        assert!(drain.is_leaving());
+        let woken = tokio::spawn(async move { waiting.started().await });
+        drain.start();
+        woken.await.unwrap();
+        assert!(drain.is_draining());
     }
 }

@@ -1,44 +1,57 @@
 //! Passive ejection: an endpoint that refuses connections is left out for a short while.
 //!
-//! Only connecting counts. A pod that answers badly is still there and its own readiness speaks for it; a pod that
-//! can't be connected to has usually been gone for a moment that the operator's next table will make up for. The
-//! pause is short and grows, and the first success ends it, so that a wrong guess costs little. Where every
-//! endpoint of a route is out, the choice is made as if none were.
+//! Only connecting counts. A pod that answers badly is still there, and its own readiness reports that; a pod
+//! that can't be connected to is usually gone already, and the operator's next table removes it. The pause is
+//! short, grows, and ends at the first success, so that a wrong ejection costs little. Where every endpoint
+//! of a route is ejected, the choice ignores ejection.
 
 use std::time::Duration;
 
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+
 /// Pause after the first failure.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// No pause is longer: a pod that came back must not wait for a timer.
+/// No pause is longer: a pod that is back has to wait for the end of a pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// What is known about connecting to one endpoint. Times are durations since any fixed moment.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// Failures to connect to one endpoint. Times are durations since any fixed moment.
+#[derive(Debug)]
 pub struct Ejection {
-    failures: u32,
+    pauses: ExponentialBackoff,
     until: Option<Duration>,
 }
 
+impl Default for Ejection {
+    fn default() -> Self {
+        let pauses = ExponentialBuilder::new()
+            .with_min_delay(FIRST_PAUSE)
+            .with_max_delay(LONGEST_PAUSE)
+            .without_max_times()
+            .build();
+        Self { pauses, until: None }
+    }
+}
+
 impl Ejection {
-    /// Connecting failed at `now`. Failures within a pause count once: they are the same event seen by several
-    /// requests.
+    /// Connecting failed at `now`. Failures within a pause count once: several requests met the same event.
     pub fn failed(&mut self, now: Duration) {
-        if self.is_out(now) {
+        if self.is_ejected(now) {
             return;
         }
-        let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(LONGEST_PAUSE);
-        self.failures += 1;
+        let pause = self.pauses.next().unwrap_or(LONGEST_PAUSE);
         self.until = Some(now + pause);
     }
 
     /// Connecting worked.
     pub fn succeeded(&mut self) {
-        *self = Self::default();
+        if self.until.is_some() {
+            *self = Self::default();
+        }
     }
 
-    /// Whether the endpoint is to be left out at `now`.
+    /// Whether the endpoint is left out at `now`.
     #[must_use]
-    pub fn is_out(&self, now: Duration) -> bool {
+    pub fn is_ejected(&self, now: Duration) -> bool {
         self.until.is_some_and(|until| now < until)
     }
 }
@@ -52,20 +65,20 @@ mod tests {
     async fn pauses_grow_and_a_success_ends_them() {
         let start = Instant::now();
         let mut state = Ejection::default();
-        assert!(!state.is_out(start.elapsed()));
+        assert!(!state.is_ejected(start.elapsed()));
         for expected_ms in [250, 500, 1000, 2000, 4000, 5000, 5000] {
             state.failed(start.elapsed());
             advance(Duration::from_millis(expected_ms - 1)).await;
-            assert!(state.is_out(start.elapsed()), "{expected_ms}");
+            assert!(state.is_ejected(start.elapsed()), "{expected_ms}");
             advance(Duration::from_millis(1)).await;
-            assert!(!state.is_out(start.elapsed()), "{expected_ms}");
+            assert!(!state.is_ejected(start.elapsed()), "{expected_ms}");
         }
         state.failed(start.elapsed());
         state.succeeded();
-        assert!(!state.is_out(start.elapsed()));
+        assert!(!state.is_ejected(start.elapsed()));
         state.failed(start.elapsed());
         advance(Duration::from_millis(250)).await;
-        assert!(!state.is_out(start.elapsed()));
+        assert!(!state.is_ejected(start.elapsed()));
     }
 
     #[tokio::test(start_paused = true)]
@@ -76,6 +89,6 @@ mod tests {
             state.failed(start.elapsed());
         }
         advance(FIRST_PAUSE).await;
-        assert!(!state.is_out(start.elapsed()));
+        assert!(!state.is_ejected(start.elapsed()));
     }
 }

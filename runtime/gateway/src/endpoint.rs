@@ -1,7 +1,7 @@
-//! One pod as this gateway sees it: its connections, what is in flight to it, and whether it is left out.
+//! One pod as this gateway sees it: its connections, its requests in flight, and whether it is ejected.
 //!
-//! An endpoint outlives the table that named it first: the next table that names it goes on with the same counts
-//! and connections.
+//! An endpoint outlives the table that named it first: the next table that names it keeps the counts and the
+//! connections.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +23,7 @@ pub(crate) struct Endpoint {
     grpc: Pool,
 }
 
-/// Counts one request as in flight until dropped, which is when the body of its answer ended.
+/// Counts one request as in flight until dropped, which is when the body of its answer has ended.
 #[derive(Debug)]
 pub(crate) struct InFlight(Arc<Endpoint>);
 
@@ -34,7 +34,7 @@ impl Drop for InFlight {
 }
 
 impl Endpoint {
-    /// An endpoint that nothing was sent to yet.
+    /// An endpoint without requests or connections.
     pub(crate) fn new(spec: EndpointSpec) -> Self {
         let (http, grpc) = (Pool::new(spec.id.http), Pool::new(spec.id.grpc));
         Self { spec, in_flight: AtomicUsize::new(0), ejection: Mutex::default(), http, grpc }
@@ -59,9 +59,9 @@ impl Endpoint {
         }
     }
 
-    /// Whether it is left out at `now`.
-    pub(crate) fn is_out(&self, now: Duration) -> bool {
-        self.ejection.lock().unwrap_or_else(PoisonError::into_inner).is_out(now)
+    /// Whether it is ejected at `now`.
+    pub(crate) fn is_ejected(&self, now: Duration) -> bool {
+        self.ejection.lock().unwrap_or_else(PoisonError::into_inner).is_ejected(now)
     }
 
     /// Connecting failed at `now`.
@@ -69,7 +69,7 @@ impl Endpoint {
         self.ejection.lock().unwrap_or_else(PoisonError::into_inner).failed(now);
     }
 
-    /// The endpoint took a request.
+    /// The endpoint accepted a request.
     pub(crate) fn connected(&self) {
         self.ejection.lock().unwrap_or_else(PoisonError::into_inner).succeeded();
     }

@@ -1,133 +1,229 @@
-//! What callers are told when the gateway itself can't serve them, in the protocol they speak.
+//! The errors of the gateway itself, as answers in the caller's protocol.
 //!
-//! HTTP callers get `{"error": {"type", "message", ...}}`, the shape that pods use. gRPC callers get a status in the
-//! head of the answer, which every gRPC library reads; an HTTP error would reach them as "unknown". Where a pod has the
-//! same kind of error, its name is the same here.
+//! HTTP callers get `{"error": {"type", "message", ...}}`, the shape that pods use. gRPC callers get a status
+//! in the head of the answer, which every gRPC library reads; an HTTP error would reach them as "unknown". An
+//! error that pods have too has the same name, status and code here.
+//!
+//! An error quotes at most [`MAX_ECHO_CHARS`] characters of a request and lists at most [`MAX_LISTED_NAMES`]
+//! names.
+
+use std::fmt;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, RETRY_AFTER};
-use http::{HeaderValue, Response, StatusCode};
+use http::header::{ACCEPT_ENCODING, ALLOW, CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderName, HeaderValue, Response, StatusCode};
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
-use trustformers_api::error::GRPC_KIND_KEY;
+use trustformers_api::echo::{MAX_ECHO_CHARS, MAX_LISTED_NAMES};
+use trustformers_api::error::{GRPC_KIND_KEY, GRPC_RETRY_AFTER_KEY};
 
 use crate::body::Body;
+use crate::limits::Resource;
 use crate::metrics::Protocol;
 
-/// Names listed in a message; a platform may have thousands.
-const CHOICES_LISTED: usize = 50;
+/// Bytes of all names that an error lists. gRPC libraries refuse heads above 8 KiB or 16 KiB, and the message
+/// is a header there.
+const CHOICES_BYTES: usize = 4 << 10;
+/// What callers are told to wait. A table, a pod or a share that is missing now is usually there a second
+/// later.
+const RETRY_AFTER_S: u64 = 1;
 
-/// Why a request was not answered by a pod.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum GatewayError {
-    /// No such path.
-    #[error("there is no {path} here; models answer POST requests below /v1/, and GET /v1/models lists them")]
-    NoSuchPath { path: String },
-    /// The path takes another method.
-    #[error("{path} takes {allowed} requests")]
-    Method { path: String, allowed: &'static str },
-    /// Loading by hand is not for gateways.
-    #[error("models are loaded and unloaded by the operator: create, change or delete the InferenceModel")]
-    Operated,
-    /// No such gRPC method.
-    #[error("the gateway does not serve {path}")]
-    Unimplemented { path: String },
-    /// More bytes than the limit.
-    #[error("the request's body is longer than {limit_bytes} bytes")]
-    TooLarge { limit_bytes: usize },
-    /// The body did not come in time.
-    #[error("the request's body did not come within {} s", limit.as_secs())]
-    BodyTimeout { limit: std::time::Duration },
-    /// The body broke off.
-    #[error("the request's body broke off: {0}")]
-    BodyLost(hyper::Error),
-    /// The bodies of other requests fill the memory set aside for them.
-    #[error("the gateway holds too many requests' bodies at the moment; try again")]
-    Overloaded,
-    /// The body can't be read for the model's name.
-    #[error("the request's body is not valid: {0}")]
-    Malformed(String),
-    /// The body is compressed.
-    #[error("the request's body is encoded as {0}; send it unencoded")]
-    Encoded(String),
-    /// No route has this name.
-    #[error("there is no model {model:?}; {}", listed(choices))]
-    UnknownModel { model: String, choices: Vec<String> },
-    /// No route of a table that may be out of date has this name.
-    #[error(
-        "there is no model {model:?} in the last routing table, and the operator, who may know of it, is out of reach; try again"
-    )]
-    UnknownYet { model: String },
-    /// A name is needed.
-    #[error("the request names no model; {}", listed(choices))]
-    NameRequired { choices: Vec<String> },
-    /// No table came yet.
-    #[error("the gateway has no routing table yet; try again in a moment")]
-    NoTable,
-    /// The route has no pods.
-    #[error("no pod of {route} is ready; try again, or see the InferenceModel's status")]
-    NoEndpoint { route: String },
-    /// No pod could be connected to.
-    #[error("no pod of {route} could be reached after {attempts} attempt(s): {cause}")]
-    Unreachable { route: String, attempts: u32, cause: String },
-    /// A pod broke off before its answer began.
-    #[error("a pod of {route} broke off before it answered, after {attempts} attempt(s): {cause}")]
-    BadUpstream { route: String, attempts: u32, cause: String },
-    /// No answer began in time.
-    #[error("{route} did not begin to answer within {limit_ms} ms")]
-    FirstByteTimeout { route: String, limit_ms: u128 },
-}
+/// Text of a request, escaped and cut for an error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Echo(String);
 
-fn listed(choices: &[String]) -> String {
-    match choices {
-        [] => "no model is being served".to_owned(),
-        _ if choices.len() > CHOICES_LISTED => {
-            let more = choices.len() - CHOICES_LISTED;
-            format!(
-                "choose one of: {} and {more} more (GET /v1/models)",
-                choices[..CHOICES_LISTED].join(", ")
-            )
+impl Echo {
+    /// At most [`MAX_ECHO_CHARS`] characters of a text.
+    pub(crate) fn new(text: &str) -> Self {
+        let mut echo = String::new();
+        let mut left_chars = MAX_ECHO_CHARS;
+        for character in text.chars() {
+            let escaped = character.escape_debug();
+            // One character stays free for the mark of the cut.
+            if escaped.len() >= left_chars {
+                echo.push('…');
+                break;
+            }
+            left_chars -= escaped.len();
+            // Quotes stand in JSON and in messages as they are; only what can't be printed is escaped.
+            if escaped.len() == 2 && !character.is_control() {
+                echo.push(character);
+            } else {
+                echo.extend(escaped);
+            }
         }
-        _ => format!("choose one of: {}", choices.join(", ")),
+        Self(echo)
+    }
+
+    /// The same of bytes that may not be UTF-8.
+    pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
+        // No character is longer than four bytes.
+        Self::new(&String::from_utf8_lossy(&bytes[..bytes.len().min(4 * MAX_ECHO_CHARS)]))
     }
 }
 
-impl GatewayError {
-    /// The `type` in the body, and the metric's label.
-    pub(crate) fn kind(&self) -> &'static str {
-        match self {
-            Self::NoSuchPath { .. } => "unknown_route",
-            Self::Method { .. } => "method_not_allowed",
-            Self::Operated => "operated",
-            Self::Unimplemented { .. } => "unimplemented",
-            Self::TooLarge { .. } => "too_long",
-            Self::BodyTimeout { .. } => "request_timeout",
-            Self::BodyLost(_) | Self::Malformed(_) => "invalid_request",
-            Self::Encoded(_) => "unsupported_encoding",
-            Self::Overloaded => "overloaded",
-            Self::UnknownModel { .. } => "unknown_model",
-            Self::NameRequired { .. } => "model_required",
-            Self::UnknownYet { .. } => "table_outdated",
-            Self::NoTable => "no_table",
-            Self::NoEndpoint { .. } => "unavailable",
-            Self::Unreachable { .. } => "unreachable",
-            Self::BadUpstream { .. } => "bad_upstream",
-            Self::FirstByteTimeout { .. } => "timeout",
+impl fmt::Display for Echo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The names that a caller can choose from, cut to what an error lists. Made once for each table.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Choices {
+    listed: Vec<String>,
+    more: usize,
+}
+
+impl<'a> FromIterator<&'a str> for Choices {
+    fn from_iter<I: IntoIterator<Item = &'a str>>(names: I) -> Self {
+        let mut choices = Self::default();
+        let mut bytes = 0;
+        for name in names {
+            bytes += name.len();
+            if choices.more > 0 || choices.listed.len() == MAX_LISTED_NAMES || bytes > CHOICES_BYTES {
+                choices.more += 1;
+            } else {
+                choices.listed.push(name.to_owned());
+            }
         }
+        choices
+    }
+}
+
+impl Choices {
+    /// The names that are listed.
+    pub(crate) fn listed(&self) -> &[String] {
+        &self.listed
+    }
+}
+
+impl fmt::Display for Choices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.listed[..], self.more) {
+            ([], 0) => f.write_str("no model is being served"),
+            (listed, 0) => write!(f, "choose one of: {}", listed.join(", ")),
+            (listed, more) => {
+                write!(f, "choose one of: {} and {more} more (GET /v1/models)", listed.join(", "))
+            }
+        }
+    }
+}
+
+/// Why a request was not answered by a pod. The variant's kind is the `type` in the answer and the metric's
+/// label.
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+pub(crate) enum GatewayError {
+    /// No such path.
+    #[error("there is no path {path}; models answer POST requests below /v1/, and GET /v1/models lists them")]
+    #[strum(serialize = "unknown_route")]
+    UnknownPath { path: Echo },
+    /// The path takes another method.
+    #[error("{path} takes {allowed} requests")]
+    #[strum(serialize = "method_not_allowed")]
+    Method { path: Echo, allowed: &'static str },
+    /// Callers of a gateway do not load models.
+    #[error("the operator loads and unloads models: create, change or delete the InferenceModel")]
+    #[strum(serialize = "operated")]
+    Operated,
+    /// No such gRPC method.
+    #[error("the gateway does not serve {path}; server reflection lists what it serves")]
+    #[strum(serialize = "unimplemented")]
+    Unimplemented { path: Echo },
+    /// More bytes than the limit.
+    #[error("the request's body is longer than {limit_bytes} bytes")]
+    #[strum(serialize = "too_long")]
+    TooLarge { limit_bytes: usize },
+    /// The body did not arrive in time.
+    #[error("the request's body did not arrive within {} s", limit.as_secs())]
+    #[strum(serialize = "request_timeout")]
+    BodyTimeout { limit: std::time::Duration },
+    /// The body arrives too slowly.
+    #[error("the request's body stopped arriving; send it at 4 KiB/s or more")]
+    #[strum(serialize = "request_timeout")]
+    BodyStalled,
+    /// The body broke off.
+    #[error("the request's body broke off: {0}")]
+    #[strum(serialize = "invalid_request")]
+    BodyLost(hyper::Error),
+    /// A bound on what the gateway holds is reached.
+    #[error("{}", overloaded(*.0))]
+    #[strum(serialize = "overloaded")]
+    Overloaded(Resource),
+    /// The model's name can't be read in the body.
+    #[error("the request's body is not valid: {0}")]
+    #[strum(serialize = "invalid_request")]
+    Malformed(Echo),
+    /// The body is compressed.
+    #[error("the request's body is encoded as {0}; send it unencoded")]
+    #[strum(serialize = "unsupported_encoding")]
+    Encoded(Echo),
+    /// No route has this name.
+    #[error("there is no model \"{model}\"; {choices}")]
+    #[strum(serialize = "unknown_model")]
+    UnknownModel { model: Echo, choices: Arc<Choices> },
+    /// No route of a table that may be out of date has this name.
+    #[error(
+        "there is no model \"{model}\" in the last routing table, and the operator is not connected, so the model may be newer; try again"
+    )]
+    #[strum(serialize = "table_outdated")]
+    UnknownWhileDisconnected { model: Echo },
+    /// A name is needed.
+    #[error("the request names no model; {choices}")]
+    #[strum(serialize = "model_required")]
+    NameRequired { choices: Arc<Choices> },
+    /// No table has arrived yet.
+    #[error("the gateway has no routing table yet; try again in a moment")]
+    #[strum(serialize = "no_table")]
+    NoTable,
+    /// The route has no pods.
+    #[error("no pod of {route} is ready; try again, or see the InferenceModel's status")]
+    #[strum(serialize = "unavailable")]
+    NoEndpoint { route: String },
+    /// No pod could be connected to.
+    #[error("no pod of {route} could be reached after {attempts} attempt(s): {cause}")]
+    #[strum(serialize = "unreachable")]
+    Unreachable { route: String, attempts: u32, cause: String },
+    /// A pod broke off before its answer began.
+    #[error("a pod of {route} broke off before it answered, after {attempts} attempt(s): {cause}")]
+    #[strum(serialize = "bad_upstream")]
+    BadUpstream { route: String, attempts: u32, cause: String },
+    /// No answer began in time.
+    #[error("{route} did not begin to answer within {limit_ms} ms")]
+    #[strum(serialize = "timeout")]
+    FirstByteTimeout { route: String, limit_ms: u128 },
+}
+
+fn overloaded(resource: Resource) -> String {
+    let what = match resource {
+        Resource::BodyBytes => "bytes of request bodies",
+        Resource::Requests => "requests in flight",
+        Resource::Connections => "connections",
+        Resource::Listings => "lists and metrics that are being read",
+    };
+    format!("the gateway holds too many {what}, of all callers or of this one; try again later")
+}
+
+impl GatewayError {
+    /// The `type` in the answer, and the metric's label.
+    pub(crate) fn kind(&self) -> &'static str {
+        self.into()
     }
 
     /// HTTP's status for it.
     pub(crate) fn status(&self) -> StatusCode {
         match self {
-            Self::NoSuchPath { .. } | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
+            Self::UnknownPath { .. } | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Operated => StatusCode::FORBIDDEN,
             Self::Unimplemented { .. } => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
+            Self::BodyTimeout { .. } | Self::BodyStalled => StatusCode::REQUEST_TIMEOUT,
             Self::BodyLost(_) | Self::Malformed(_) | Self::NameRequired { .. } => StatusCode::BAD_REQUEST,
             Self::Encoded(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Overloaded | Self::UnknownYet { .. } | Self::NoTable | Self::NoEndpoint { .. } => {
+            Self::Overloaded(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::UnknownWhileDisconnected { .. } | Self::NoTable | Self::NoEndpoint { .. } => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Unreachable { .. } | Self::BadUpstream { .. } => StatusCode::BAD_GATEWAY,
@@ -138,53 +234,85 @@ impl GatewayError {
     /// gRPC's code for it.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::NoSuchPath { .. } | Self::Method { .. } | Self::Unimplemented { .. } => Code::Unimplemented,
+            Self::UnknownPath { .. } | Self::Method { .. } | Self::Unimplemented { .. } => {
+                Code::Unimplemented
+            }
             Self::Operated => Code::PermissionDenied,
             Self::TooLarge { .. } => Code::OutOfRange,
-            Self::BodyTimeout { .. } | Self::FirstByteTimeout { .. } => Code::DeadlineExceeded,
+            Self::BodyTimeout { .. } | Self::BodyStalled | Self::FirstByteTimeout { .. } => {
+                Code::DeadlineExceeded
+            }
             Self::BodyLost(_) | Self::Malformed(_) | Self::NameRequired { .. } => Code::InvalidArgument,
             Self::Encoded(_) => Code::Unimplemented,
             Self::UnknownModel { .. } => Code::NotFound,
-            Self::Overloaded | Self::UnknownYet { .. } | Self::NoTable | Self::NoEndpoint { .. } => {
+            Self::Overloaded(_) => Code::ResourceExhausted,
+            Self::UnknownWhileDisconnected { .. } | Self::NoTable | Self::NoEndpoint { .. } => {
                 Code::Unavailable
             }
             Self::Unreachable { .. } | Self::BadUpstream { .. } => Code::Unavailable,
         }
     }
 
+    /// Seconds after which another attempt makes sense.
+    fn retry_after_s(&self) -> Option<u64> {
+        let status = self.status();
+        let retryable = status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::SERVICE_UNAVAILABLE;
+        retryable.then_some(RETRY_AFTER_S)
+    }
+
+    /// Whether the caller may still be sending a body that is worth reading to its end, so that the caller
+    /// sees this answer. A caller that stopped sending is not waited for.
+    pub(crate) fn discards_body(&self) -> bool {
+        !matches!(self, Self::BodyTimeout { .. } | Self::BodyStalled | Self::BodyLost(_))
+    }
+
     /// The answer in the caller's protocol.
-    pub(crate) fn answer(&self, protocol: Protocol) -> Response<Body> {
-        let mut response = match protocol {
-            Protocol::Grpc => {
-                let mut status = Status::new(self.code(), self.to_string());
-                status.metadata_mut().insert(GRPC_KIND_KEY, MetadataValue::from_static(self.kind()));
-                status.into_http()
-            }
-            Protocol::Http => self.http_answer(),
-        };
+    pub(crate) fn response(&self, protocol: Protocol) -> Response<Body> {
+        match protocol {
+            Protocol::Grpc => self.grpc_response(),
+            Protocol::Http => self.http_response(),
+        }
+    }
+
+    fn grpc_response(&self) -> Response<Body> {
+        let mut status = Status::new(self.code(), self.to_string());
+        let metadata = status.metadata_mut();
+        metadata.insert(GRPC_KIND_KEY, MetadataValue::from_static(self.kind()));
+        if let Some(seconds) = self.retry_after_s() {
+            metadata.insert(GRPC_RETRY_AFTER_KEY, MetadataValue::from(seconds));
+        }
+        let mut response = status.into_http();
         if matches!(self, Self::Encoded(_)) {
-            response.headers_mut().insert("grpc-accept-encoding", HeaderValue::from_static("identity"));
+            let accepted = HeaderName::from_static("grpc-accept-encoding");
+            response.headers_mut().insert(accepted, HeaderValue::from_static("identity"));
         }
         response
     }
 
-    fn http_answer(&self) -> Response<Body> {
+    fn http_response(&self) -> Response<Body> {
         let mut error = serde_json::json!({"type": self.kind(), "message": self.to_string()});
         if let Self::UnknownModel { choices, .. } | Self::NameRequired { choices } = self {
-            let first = &choices[..choices.len().min(CHOICES_LISTED)];
-            error["choices"] = first.into();
+            error["choices"] = choices.listed().into();
+        }
+        if let Some(seconds) = self.retry_after_s() {
+            error["retry_after_s"] = seconds.into();
         }
         let body = serde_json::json!({"error": error}).to_string();
         let mut response = Response::new(Body::local(Bytes::from(body)));
         *response.status_mut() = self.status();
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if self.status() == StatusCode::SERVICE_UNAVAILABLE {
-            // A table or a pod that is missing now is usually there a second later.
-            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        if let Some(seconds) = self.retry_after_s() {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if let Self::Method { allowed, .. } = self {
-            headers.insert(http::header::ALLOW, HeaderValue::from_static(allowed));
+        match self {
+            Self::Method { allowed, .. } => {
+                headers.insert(ALLOW, HeaderValue::from_static(allowed));
+            }
+            Self::Encoded(_) => {
+                headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+            }
+            _ => {}
         }
         response
     }
@@ -195,16 +323,20 @@ mod tests {
     use super::*;
     use http_body_util::BodyExt;
 
+    async fn json(response: Response<Body>) -> serde_json::Value {
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        serde_json::from_slice(&body).unwrap()
+    }
+
     #[tokio::test]
     async fn http_callers_get_json_with_the_choices() {
         let error = GatewayError::UnknownModel {
-            model: "x".to_owned(),
-            choices: vec!["default/a".to_owned(), "default/b".to_owned()],
+            model: Echo::new("x"),
+            choices: Arc::new(["default/a", "default/b"].into_iter().collect()),
         };
-        let response = error.answer(Protocol::Http);
+        let response = error.response(Protocol::Http);
         assert_eq!(response.status(), StatusCode::NOT_FOUND);
-        let body = response.into_body().collect().await.unwrap().to_bytes();
-        let json: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        let json = json(response).await;
         assert_eq!(json["error"]["type"], "unknown_model");
         assert_eq!(json["error"]["choices"], serde_json::json!(["default/a", "default/b"]));
         let message = json["error"]["message"].as_str().unwrap();
@@ -213,7 +345,7 @@ mod tests {
 
     #[test]
     fn grpc_callers_get_a_status_in_the_head() {
-        let response = GatewayError::NoTable.answer(Protocol::Grpc);
+        let response = GatewayError::NoTable.response(Protocol::Grpc);
         assert_eq!(response.status(), StatusCode::OK);
         assert_eq!(response.headers()["grpc-status"], "14");
         assert_eq!(response.headers()[GRPC_KIND_KEY], "no_table");
@@ -222,15 +354,58 @@ mod tests {
 
     #[test]
     fn a_long_list_is_cut_and_says_so() {
-        let choices: Vec<String> = (0..1000).map(|index| format!("default/m{index}")).collect();
-        let text = GatewayError::NameRequired { choices }.to_string();
-        assert!(text.contains("and 950 more"), "{text}");
+        let names: Vec<String> = (0..1000).map(|index| format!("default/m{index}")).collect();
+        let choices: Choices = names.iter().map(String::as_str).collect();
+        let text = choices.to_string();
+        assert!(text.contains("and 968 more"), "{text}");
+        let long: Vec<String> = (0..100).map(|index| format!("{index:0300}")).collect();
+        let choices: Choices = long.iter().map(String::as_str).collect();
+        assert!(choices.to_string().len() < 5000);
+        assert!(choices.to_string().contains("and 87 more"), "{choices}");
     }
 
     #[test]
-    fn what_passes_soon_says_when_to_come_back() {
-        let response = GatewayError::NoEndpoint { route: "default/a".to_owned() }.answer(Protocol::Http);
+    fn an_echo_has_at_most_200_characters() {
+        assert_eq!(Echo::new("a \"b\" 'c' é").to_string(), "a \"b\" 'c' é");
+        assert_eq!(Echo::new("a\nb\u{0}").to_string(), "a\\nb\\0");
+        for text in ["a".repeat(1 << 20), "\u{0}".repeat(1 << 20), "\"é\u{1f600}\n".repeat(1 << 18)] {
+            let echo = Echo::new(&text).to_string();
+            assert!(echo.ends_with('…') && echo.chars().count() <= MAX_ECHO_CHARS, "{echo}");
+        }
+        let echo = Echo::of_bytes(&[0xff; 5000]).to_string();
+        assert!(echo.chars().count() <= MAX_ECHO_CHARS, "{echo}");
+    }
+
+    #[test]
+    fn a_long_model_name_stays_short_in_every_header() {
+        let choices = Arc::new(Choices::default());
+        let error = GatewayError::UnknownModel { model: Echo::new(&"é".repeat(50_000)), choices };
+        let response = error.response(Protocol::Grpc);
+        // Percent-encoding triples the bytes of what is not ASCII.
+        assert!(response.headers()["grpc-message"].len() < 2000);
+    }
+
+    #[tokio::test]
+    async fn overload_is_429_with_retry_after() {
+        let error = GatewayError::Overloaded(Resource::BodyBytes);
+        let response = error.response(Protocol::Http);
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(response.headers()[RETRY_AFTER], "1");
+        assert_eq!(json(response).await["error"]["retry_after_s"], 1);
+        let response = error.response(Protocol::Grpc);
+        assert_eq!(response.headers()["grpc-status"], "8");
+        assert_eq!(response.headers()[GRPC_RETRY_AFTER_KEY], "1");
+    }
+
+    #[test]
+    fn refusals_that_pass_soon_say_when_to_retry() {
+        let error = GatewayError::NoEndpoint { route: "default/a".to_owned() };
+        let response = error.response(Protocol::Http);
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(response.headers()[RETRY_AFTER], "1");
+        assert_eq!(error.response(Protocol::Grpc).headers()[GRPC_RETRY_AFTER_KEY], "1");
+        let error = GatewayError::Operated;
+        assert!(!error.response(Protocol::Http).headers().contains_key(RETRY_AFTER));
+        assert!(!error.response(Protocol::Grpc).headers().contains_key(GRPC_RETRY_AFTER_KEY));
     }
 }

@@ -1,13 +1,14 @@
 //! The gateway's side of the operator's route feed.
 //!
-//! One stream in each direction. The gateway speaks first, then on each table it put in force, when it begins to
-//! leave, and every second, because the operator takes five seconds of silence for absence. A lost stream is opened
-//! again for ever; meanwhile the last table serves.
+//! One stream in each direction. The gateway reports first when the stream opens, then for each table, when
+//! its drain begins, and every second, because the operator takes five seconds of silence for absence. A lost
+//! stream is reopened without a limit of attempts; in the meantime the last table serves.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,30 +19,34 @@ use tonic::{Request, Status, Streaming};
 use trustformers_proto::control::v1::route_service_client::RouteServiceClient;
 use trustformers_proto::control::v1::{GatewayReport, RouteTable};
 
-use crate::backoff::Backoff;
-use crate::gateway::{Gateway, Source, Taken};
+use crate::gateway::{Gateway, Source, TableOutcome};
 
 /// How often a report is sent when nothing changes.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// Connecting takes no longer. A pod that is gone does not answer at all, and a new leader settles for six seconds
-/// before it opens gates without the gateways that it has not heard: two attempts and their pauses fit in there.
+/// Longest time to connect. A pod that is gone does not answer at all, and a new leader waits six seconds for
+/// the gateways before it opens readiness gates without them: two attempts and their pauses fit into that.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// The first head of the operator's stream takes no longer.
+/// Longest time to the head of the operator's stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
-/// An endpoint takes about 100 bytes on the wire: room for some hundred thousand.
+/// An endpoint takes about 100 bytes on the wire, so this is some hundred thousand endpoints.
 const TABLE_LIMIT_BYTES: usize = 64 << 20;
-/// Reports that wait for the network: one of each cause that can come at once (start, table, leaving, second). A
-/// report that finds no place is dropped, since the next second's says the same.
+/// Reports that wait for the network: one of each cause that can come at once (start, table, drain, second).
+/// If the queue is full the report is dropped, since the next second's report has the same content.
 const REPORTS_WAITING: usize = 4;
+/// The first pause before another attempt to connect; jitter makes it 25 ms to 50 ms.
+const FIRST_PAUSE: Duration = Duration::from_millis(25);
+/// The longest pause; jitter makes it 0.5 s to 1 s. It is short because of the new leader's six seconds.
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// Where the feed is, and as whom to ask for it.
+/// Where the feed is, and the gateway's identity there.
 #[derive(Debug, Clone)]
 pub(crate) struct FeedSettings {
     /// The operator's feed.
     pub(crate) endpoint: Endpoint,
-    /// File with the token to present; read at each connect, because kubelet replaces it before it expires.
+    /// File with the token to present. It is read at each connect, because the kubelet replaces it before it
+    /// expires.
     pub(crate) token_file: Option<PathBuf>,
     /// This gateway's name in reports.
     pub(crate) instance: String,
@@ -64,7 +69,7 @@ enum FeedError {
     Ended { address: String },
 }
 
-/// The transport's own message says only "transport error"; what happened is at the end of the chain.
+/// The cause at the end of the chain; the transport's own message is only "transport error".
 fn innermost(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(next) = cause.source() {
@@ -79,21 +84,21 @@ fn refusal(status: &Status) -> String {
 
 /// Follows the feed until `stop`.
 pub(crate) async fn follow(settings: FeedSettings, gateway: Arc<Gateway>, stop: CancellationToken) {
-    let mut backoff = Backoff::default();
+    let mut pauses = pauses();
     loop {
         let ended = tokio::select! {
             () = stop.cancelled() => return,
-            ended = session(&settings, &gateway, &mut backoff) => ended,
+            ended = session(&settings, &gateway, &mut pauses) => ended,
         };
         gateway.metrics.feed_connected(false);
         gateway.set_current(false);
-        let pause = backoff.next(&gateway.dice);
+        let pause = pauses.next().unwrap_or(LONGEST_PAUSE);
         let serving = gateway.version().map_or_else(|| "none".to_owned(), |version| version.to_string());
         let pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
         match ended {
             Ok(never) => match never {},
             Err(error) => {
-                tracing::warn!(%error, pause_ms, table = serving, "the route feed is down; trying again");
+                tracing::warn!(%error, pause_ms, table = serving, "the route feed is down; connecting again");
             }
         }
         tokio::select! {
@@ -103,11 +108,22 @@ pub(crate) async fn follow(settings: FeedSettings, gateway: Arc<Gateway>, stop: 
     }
 }
 
+/// The pauses of one series of failures: they double, and jitter keeps gateways that lost the same operator
+/// from reconnecting at the same time.
+fn pauses() -> ExponentialBackoff {
+    ExponentialBuilder::new()
+        .with_min_delay(FIRST_PAUSE)
+        .with_max_delay(LONGEST_PAUSE)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
 /// One stream, from connecting to its end, which is always an error.
 async fn session(
     settings: &FeedSettings,
     gateway: &Gateway,
-    backoff: &mut Backoff,
+    pauses: &mut ExponentialBackoff,
 ) -> Result<std::convert::Infallible, FeedError> {
     let address = settings.endpoint.uri().to_string();
     let token = token(settings).await?;
@@ -123,8 +139,8 @@ async fn session(
         .await
         .map_err(|cause| FeedError::Connect { address: address.clone(), cause })?;
     let (reports, sent) = mpsc::channel(REPORTS_WAITING);
-    let speaker = Speaker { settings, gateway, reports };
-    speaker.report();
+    let session = Session { settings, gateway, reports };
+    session.report();
     let mut request = Request::new(ReceiverStream::new(sent));
     if let Some(token) = token {
         request.metadata_mut().insert("authorization", token);
@@ -137,7 +153,7 @@ async fn session(
     };
     gateway.metrics.feed_connected(true);
     tracing::info!(address, "the route feed is open");
-    speaker.converse(tables, backoff, address).await
+    session.run(tables, pauses, address).await
 }
 
 async fn token(settings: &FeedSettings) -> Result<Option<MetadataValue<Ascii>>, FeedError> {
@@ -154,70 +170,86 @@ async fn token(settings: &FeedSettings) -> Result<Option<MetadataValue<Ascii>>, 
     Ok(Some(value))
 }
 
-struct Speaker<'a> {
+/// An open stream.
+struct Session<'a> {
     settings: &'a FeedSettings,
     gateway: &'a Gateway,
     reports: mpsc::Sender<GatewayReport>,
 }
 
-impl Speaker<'_> {
+impl Session<'_> {
     fn report(&self) {
         let report = GatewayReport {
             instance: self.settings.instance.clone(),
             acknowledged: self.gateway.version().map(Into::into),
-            draining: self.gateway.drain.is_leaving(),
+            draining: self.gateway.drain.is_draining(),
         };
-        // A full queue means that the network stands still; see REPORTS_WAITING.
+        // A full queue means that the network is stalled; see REPORTS_WAITING.
         let _sent_or_repeated = self.reports.try_send(report);
     }
 
-    async fn converse(
+    async fn run(
         &self,
         mut tables: Streaming<RouteTable>,
-        backoff: &mut Backoff,
+        pauses: &mut ExponentialBackoff,
         address: String,
     ) -> Result<std::convert::Infallible, FeedError> {
-        let mut leaving = self.gateway.drain.watch();
+        let mut draining = self.gateway.drain.watch();
         let mut second = interval(REPORT_INTERVAL);
         second.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // The first tick comes at once, and the first report is on its way already.
+        // The first tick comes at once, and the first report has been sent already.
         second.tick().await;
         loop {
             tokio::select! {
                 table = tables.message() => match table {
                     Ok(Some(table)) => {
-                        backoff.reset();
-                        self.take(table);
+                        *pauses = self::pauses();
+                        self.apply(table);
                         self.report();
                     }
                     Ok(None) => return Err(FeedError::Ended { address }),
                     Err(status) => return Err(FeedError::Refused { address, status }),
                 },
                 _ = second.tick() => self.report(),
-                Ok(()) = leaving.changed() => self.report(),
+                Ok(()) = draining.changed() => self.report(),
             }
         }
     }
 
-    fn take(&self, table: RouteTable) {
-        match self.gateway.take(table, Source::Feed) {
-            Ok(Taken::InForce(version)) => {
+    fn apply(&self, table: RouteTable) {
+        match self.gateway.apply(table, Source::Feed) {
+            Ok(TableOutcome::InForce(version)) => {
                 self.gateway.set_current(true);
                 tracing::info!(%version, "a routing table is in force");
             }
-            // What the operator sends first on each stream.
-            Ok(Taken::Same(version)) => {
+            // The operator sends its present table first on each stream.
+            Ok(TableOutcome::Same(version)) => {
                 self.gateway.set_current(true);
                 tracing::debug!(%version, "the routing table is in force already");
             }
-            Ok(Taken::Stale { offered, in_force }) => {
+            Ok(TableOutcome::Stale { offered, in_force }) => {
                 self.gateway.metrics.table_refused("stale");
-                tracing::warn!(%offered, %in_force, "an older routing table came and is ignored");
+                tracing::warn!(%offered, %in_force, "the routing table is older than the one in force and is ignored");
             }
             Err(error) => {
                 self.gateway.metrics.table_refused("invalid");
-                tracing::error!(%error, "a routing table can't be used; the one before it stays");
+                tracing::error!(%error, "the routing table can't be used; the last one stays in force");
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_with_jitter_up_to_the_longest() {
+        let mut pauses = pauses();
+        for base_ms in [25, 50, 100, 200, 400, 500, 500] {
+            let pause = pauses.next().unwrap();
+            let base = Duration::from_millis(base_ms);
+            assert!(pause >= base && pause <= base * 2, "{pause:?} of {base:?}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Tables for tests, written as they read.
+//! Routing tables for the tests of this crate.
 
 use trustformers_proto::control::v1 as wire;
 
-/// A table in the making.
+/// Builds a table.
 #[derive(Debug, Clone)]
 pub(crate) struct TableText(wire::RouteTable);
 
@@ -38,7 +38,7 @@ impl TableText {
     }
 }
 
-/// A pod at an address that is never connected to; the number tells it apart.
+/// A pod at an address that is never connected to; the number makes it unique.
 pub(crate) fn endpoint_at(pod: &str, number: u8) -> wire::Endpoint {
     wire::Endpoint {
         pod_name: pod.to_owned(),

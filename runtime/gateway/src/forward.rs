@@ -1,11 +1,16 @@
 //! Sends one request to a pod, and to another one if the first gives no answer.
 //!
-//! Another attempt is made only while nothing of an answer has come, so a caller never sees two beginnings; and
-//! only on an endpoint that was not asked yet. Generating text changes nothing in a pod, so a request that was lost
-//! on the way may be sent again. A full queue is tried elsewhere once: if two pods are full, the caller is told.
+//! A retry happens only before any byte of an answer has come, so that a caller never sees two beginnings,
+//! and only on an endpoint that was not tried yet. Generating text changes nothing in a pod, so a request
+//! that was lost on the way can be sent again. A full queue causes one retry: if two pods are full, the
+//! caller gets the 429.
+//!
+//! If every attempt fails, the caller gets the failure that says most: a pod's 429 before its 503 before a
+//! connection that broke off before one that was not made.
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
@@ -15,25 +20,25 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, timeout_at};
 use tonic::Code;
 
-use crate::body::{Begun, Body, Held, Record, grpc_code};
+use crate::body::{AnswerGuard, Body, RequestContext, RequestRecord, grpc_code};
 use crate::endpoint::{Endpoint, InFlight};
 use crate::error::GatewayError;
 use crate::gateway::Gateway;
 use crate::headers::strip_one_hop;
 use crate::metrics::{Protocol, RetryReason};
-use crate::pool::{Outgoing, SendError, StreamSlot};
-use crate::routing::{Ask, Choice, Routing};
+use crate::pool::{Outgoing, SendError, StreamPermit};
+use crate::routing::{Choice, Criteria, Routing};
 
-/// A request, ready to be sent as often as needed.
+/// A request, ready to be sent more than once.
 #[derive(Debug)]
 pub(crate) struct Call {
-    /// How the caller speaks.
+    /// The caller's protocol.
     pub(crate) protocol: Protocol,
     /// The caller's method.
     pub(crate) method: Method,
     /// Path and query.
     pub(crate) path: PathAndQuery,
-    /// The host that the caller addressed, where it said.
+    /// The host that the caller addressed, where the request names one.
     pub(crate) authority: Option<Authority>,
     /// Headers for the pod.
     pub(crate) headers: HeaderMap,
@@ -68,51 +73,99 @@ impl Call {
     }
 }
 
-/// An answer that has begun, and what lasts as long as it.
-#[derive(Debug)]
-struct Answer {
-    response: Response<Incoming>,
-    in_flight: InFlight,
-    slot: StreamSlot,
+/// The route that a request goes to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Target<'a> {
+    /// The table in force.
+    pub(crate) routing: &'a Routing,
+    /// The route's index in it.
+    pub(crate) route: usize,
 }
 
-/// Why the last attempt gave nothing to pass on.
+/// An answer that has begun, and what lasts as long as it does.
+#[derive(Debug)]
+struct PodAnswer {
+    response: Response<Incoming>,
+    in_flight: InFlight,
+    permit: StreamPermit,
+}
+
+/// Why an attempt gave nothing to pass on. Later variants say more to the caller.
 #[derive(Debug)]
 enum Failure {
-    /// The pod said no in a way that another may not; the caller gets this if no other does better.
-    Declined(Box<Answer>),
-    /// Nobody was reached.
+    /// No pod was reached.
     Connect(String),
     /// The answer never began.
     Reset(String),
+    /// The pod declined for a reason that another pod may not have.
+    Declined(Box<Declined>),
 }
 
-/// One request's way from endpoint to endpoint.
+/// A pod's refusal, and the pod.
+#[derive(Debug)]
+struct Declined {
+    answer: PodAnswer,
+    reason: RetryReason,
+    choice: Choice,
+}
+
+impl Failure {
+    /// Why the request may be retried.
+    fn reason(&self) -> RetryReason {
+        match self {
+            Self::Connect(_) => RetryReason::Connect,
+            Self::Reset(_) => RetryReason::Reset,
+            Self::Declined(declined) => declined.reason,
+        }
+    }
+
+    /// How much it says to the caller.
+    fn rank(&self) -> u8 {
+        match self.reason() {
+            RetryReason::Connect => 0,
+            RetryReason::Reset => 1,
+            RetryReason::Unavailable => 2,
+            RetryReason::Overloaded => 3,
+        }
+    }
+}
+
+/// The time by which an answer has to begin.
+#[derive(Debug, Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    limit: Duration,
+}
+
+/// The attempts of one request.
 struct Attempts<'a> {
     gateway: &'a Gateway,
     call: &'a Call,
     route: String,
-    ticket: u64,
-    left: u32,
+    sequence: u64,
+    retries_left: u32,
     overloaded_before: bool,
     tried: Vec<Arc<Endpoint>>,
-    record: Record,
+    /// The failure that says most, so far.
+    failure: Option<Failure>,
+    record: RequestRecord,
 }
 
-/// Forwards a request of the route at `index` of `routing`.
+/// Forwards a request to a pod of the target.
 ///
 /// # Errors
 /// When no pod gave an answer, or none began in time.
 pub(crate) async fn forward(
     gateway: &Gateway,
-    routing: &Routing,
-    index: usize,
-    (call, begun): (&Call, Begun),
+    target: Target<'_>,
+    call: &Call,
+    context: RequestContext,
 ) -> Result<Response<Body>, GatewayError> {
+    let Target { routing, route: index } = target;
     let route = routing.route(index);
-    let ticket = routing.draw(index);
-    let ask = Ask { ticket, revision: None, tried: &[], now: gateway.now() };
-    let Some(choice) = routing.choose(index, &ask, &gateway.dice) else {
+    let sequence = routing.next_sequence(index);
+    let criteria = Criteria { sequence, revision: None, tried: &[], now: gateway.now() };
+    let Some(choice) = routing.choose(index, &criteria) else {
         return Err(GatewayError::NoEndpoint { route: route.name.clone() });
     };
     let limit = route.policy.first_byte_timeout;
@@ -120,60 +173,64 @@ pub(crate) async fn forward(
         gateway,
         call,
         route: route.name.clone(),
-        ticket,
-        left: route.policy.retries,
+        sequence,
+        retries_left: route.policy.retries,
         overloaded_before: false,
         tried: Vec::new(),
-        record: Record::new(begun, Arc::clone(&choice.metrics)),
+        failure: None,
+        record: RequestRecord::new(context, Arc::clone(&choice.metrics)),
     };
-    attempts.run(choice, limit.map(|limit| (call.arrived + limit, limit.as_millis()))).await
+    attempts.run(choice, limit.map(|limit| Deadline { at: call.arrived + limit, limit })).await
 }
 
 impl Attempts<'_> {
     async fn run(
         mut self,
         mut choice: Choice,
-        deadline: Option<(Instant, u128)>,
+        deadline: Option<Deadline>,
     ) -> Result<Response<Body>, GatewayError> {
         loop {
-            let Some(outcome) = within(deadline.map(|(at, _)| at), self.once(&choice)).await else {
-                self.record.failed();
-                let limit_ms = deadline.map_or(0, |(_, limit_ms)| limit_ms);
-                return Err(GatewayError::FirstByteTimeout { route: self.route, limit_ms });
+            let failure = match within(deadline, self.attempt(&choice)).await {
+                Ok(Ok(answer)) => return Ok(self.respond(answer)),
+                Ok(Err(failure)) => failure,
+                Err(Deadline { limit, .. }) => return self.timed_out(limit),
             };
-            let (failure, reason) = match outcome {
-                Ok(answer) => return Ok(self.deliver(answer)),
-                Err(failed) => failed,
-            };
+            let reason = failure.reason();
+            if self.failure.as_ref().is_none_or(|best| failure.rank() >= best.rank()) {
+                self.failure = Some(failure);
+            }
             self.tried.push(Arc::clone(&choice.endpoint));
-            match self.next(reason) {
+            match self.next_choice(reason) {
                 Some(next) => {
                     self.record.metrics().retried(reason);
                     tracing::debug!(
                         pod = choice.endpoint.spec.pod_name,
-                        reason = reason.as_str(),
-                        "trying another endpoint"
+                        reason = <&str>::from(reason),
+                        "retrying on another endpoint"
                     );
                     choice = next;
                 }
-                None => return self.give_up(failure),
+                None => return self.fail(),
             }
         }
     }
 
     /// One attempt on one endpoint.
-    async fn once(&mut self, choice: &Choice) -> Result<Answer, (Failure, RetryReason)> {
+    async fn attempt(&mut self, choice: &Choice) -> Result<PodAnswer, Failure> {
         let endpoint = &choice.endpoint;
-        self.record.attempt(&choice.metrics, &endpoint.spec.pod_name);
+        self.record.attempt(choice);
         let in_flight = endpoint.enter();
         let pool = endpoint.pool(self.call.protocol);
         match pool.send(|| self.call.outgoing(endpoint)).await {
-            Ok((response, slot)) => {
+            Ok((response, permit)) => {
                 endpoint.connected();
-                let declined = declined(self.call.protocol, &response);
-                let answer = Answer { response, in_flight, slot };
-                match declined {
-                    Some(reason) => Err((Failure::Declined(Box::new(answer)), reason)),
+                let reason = declined(self.call.protocol, &response);
+                let answer = PodAnswer { response, in_flight, permit };
+                match reason {
+                    Some(reason) => {
+                        let choice = choice.clone();
+                        Err(Failure::Declined(Box::new(Declined { answer, reason, choice })))
+                    }
                     None => Ok(answer),
                 }
             }
@@ -181,58 +238,78 @@ impl Attempts<'_> {
                 endpoint.connect_failed(self.gateway.now());
                 choice.metrics.connect_failed();
                 tracing::warn!(pod = endpoint.spec.pod_name, %error, "a pod could not be connected to");
-                Err((Failure::Connect(error.to_string()), RetryReason::Connect))
+                Err(Failure::Connect(error.to_string()))
             }
-            Err(error @ SendError::Reset(_)) => Err((Failure::Reset(error.to_string()), RetryReason::Reset)),
+            Err(error @ SendError::Reset(_)) => Err(Failure::Reset(error.to_string())),
         }
     }
 
-    /// Another endpoint, if another attempt is allowed. The newest table is asked: what failed may be gone from it.
-    fn next(&mut self, reason: RetryReason) -> Option<Choice> {
+    /// Another endpoint, if a retry is allowed. It comes from the newest table, which may lack the one that
+    /// failed.
+    fn next_choice(&mut self, reason: RetryReason) -> Option<Choice> {
         let repeated =
             reason == RetryReason::Overloaded && std::mem::replace(&mut self.overloaded_before, true);
-        if self.left == 0 || repeated {
+        if self.retries_left == 0 || repeated {
             return None;
         }
-        self.left -= 1;
+        self.retries_left -= 1;
         let routing = self.gateway.routing()?;
         let index = routing.table.find(&self.route).ok()?;
-        let ask = Ask {
-            ticket: self.ticket,
+        let criteria = Criteria {
+            sequence: self.sequence,
             revision: Some(&self.record.metrics().revision),
             tried: &self.tried,
             now: self.gateway.now(),
         };
-        routing.choose(index, &ask, &self.gateway.dice)
+        routing.choose(index, &criteria)
     }
 
-    fn deliver(mut self, answer: Answer) -> Response<Body> {
+    fn respond(mut self, answer: PodAnswer) -> Response<Body> {
         let (mut parts, body) = answer.response.into_parts();
         strip_one_hop(&mut parts.headers);
         self.record.head(parts.status, &parts.headers);
-        // The caller's connection decides in which version the answer goes out.
+        // The caller's connection decides in which version the answer is sent.
         parts.version = Version::default();
-        let held = Held { record: self.record, _in_flight: answer.in_flight, _slot: answer.slot };
-        Response::from_parts(parts, Body::pod(body, held))
+        let guard = AnswerGuard { record: self.record, _in_flight: answer.in_flight, _permit: answer.permit };
+        Response::from_parts(parts, Body::pod(body, guard))
     }
 
-    fn give_up(mut self, failure: Failure) -> Result<Response<Body>, GatewayError> {
+    /// The deadline passed during an attempt. A pod that declined before said more than the timeout does.
+    fn timed_out(mut self, limit: Duration) -> Result<Response<Body>, GatewayError> {
+        if matches!(self.failure, Some(Failure::Declined(_))) {
+            return self.fail();
+        }
+        self.record.failed();
+        Err(GatewayError::FirstByteTimeout { route: self.route, limit_ms: limit.as_millis() })
+    }
+
+    /// No attempt is left: the caller gets the failure that says most.
+    fn fail(mut self) -> Result<Response<Body>, GatewayError> {
         let attempts = self.record.attempts;
-        match failure {
-            Failure::Declined(answer) => Ok(self.deliver(*answer)),
-            Failure::Connect(cause) => {
+        match self.failure.take() {
+            Some(Failure::Declined(declined)) => {
+                self.record.answered_by(&declined.choice);
+                Ok(self.respond(declined.answer))
+            }
+            Some(Failure::Reset(cause)) => {
+                self.record.failed();
+                Err(GatewayError::BadUpstream { route: self.route, attempts, cause })
+            }
+            Some(Failure::Connect(cause)) => {
                 self.record.failed();
                 Err(GatewayError::Unreachable { route: self.route, attempts, cause })
             }
-            Failure::Reset(cause) => {
+            // Not reached: every attempt that gives no answer stores a failure.
+            None => {
                 self.record.failed();
-                Err(GatewayError::BadUpstream { route: self.route, attempts, cause })
+                Err(GatewayError::NoEndpoint { route: self.route })
             }
         }
     }
 }
 
-/// Whether the pod declined in a way that another pod may not: it is leaving or not ready, or its queue is full.
+/// Whether the pod declined for a reason that another pod may not have: it is ending or not ready, or its
+/// queue is full.
 fn declined(protocol: Protocol, response: &Response<Incoming>) -> Option<RetryReason> {
     match response.status() {
         StatusCode::SERVICE_UNAVAILABLE => return Some(RetryReason::Unavailable),
@@ -246,10 +323,10 @@ fn declined(protocol: Protocol, response: &Response<Incoming>) -> Option<RetryRe
     }
 }
 
-/// `None` at the deadline.
-async fn within<T>(deadline: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
+/// Runs a future up to a deadline, which is the error when it has passed.
+async fn within<T>(deadline: Option<Deadline>, future: impl Future<Output = T>) -> Result<T, Deadline> {
     match deadline {
-        Some(deadline) => timeout_at(deadline, future).await.ok(),
-        None => Some(future.await),
+        Some(deadline) => timeout_at(deadline.at, future).await.map_err(|_elapsed| deadline),
+        None => Ok(future.await),
     }
 }

@@ -1,6 +1,6 @@
-//! The gRPC services that the gateway answers itself: the models it routes to, health, reflection.
+//! The gRPC services of the gateway itself: the models it routes to, health, reflection.
 //!
-//! Everything below `InferenceService` is forwarded and never comes here.
+//! Calls of `InferenceService` are forwarded and not handled here.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -17,28 +17,36 @@ use tonic::service::Routes;
 use tonic::{Code, Status};
 use tonic_health::pb::health_server::HealthServer;
 use tower::ServiceExt;
+use trustformers_api::budget::Share;
 use trustformers_api::health::{GrpcHealth, Health};
 use trustformers_proto::v1::health_service_server::{HealthService, HealthServiceServer};
 use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceServer};
 use trustformers_proto::{DESCRIPTORS, v1};
 
-use crate::body::Body;
-use crate::error::GatewayError;
+use crate::body::{Body, grpc_code};
+use crate::error::{Echo, GatewayError};
 use crate::gateway::Gateway;
-use crate::metrics::Protocol;
+use crate::limits::{CallerLimits, Resource};
+use crate::request_body;
 use crate::routing::Routing;
 use crate::table::Route;
 
-/// What reflection and health tell of: forwarded or not, callers find these here.
+/// The services that reflection and health know. Callers find forwarded ones here too.
 const SERVICES: [&str; 3] =
     ["trustformers.v1.InferenceService", "trustformers.v1.ModelService", "trustformers.v1.HealthService"];
+/// Answers of these methods list every model, so their number has a bound.
+const LISTING_METHODS: [&str; 2] =
+    ["/trustformers.v1.ModelService/ListModels", "/trustformers.v1.ModelService/WatchModels"];
+/// The longest message of a call to these services. Such messages hold a name or nothing; 4096 calls
+/// (`limits`) of this length are 16 MiB.
+const MESSAGE_LIMIT_BYTES: usize = 4 << 10;
 
 /// The gateway's own services, ready to be called.
 #[derive(Debug, Clone)]
 pub(crate) struct Services(Routes);
 
 impl Services {
-    /// Services of a gateway; watches end when `closing` is cancelled.
+    /// The services of a gateway; watches end when `closing` is cancelled.
     ///
     /// # Errors
     /// Only if the descriptors that were compiled in could not be read.
@@ -48,26 +56,56 @@ impl Services {
     ) -> Result<Self, tonic_reflection::server::Error> {
         let models = Models { gateway: Arc::clone(gateway), closing: closing.clone() };
         let health = GrpcHealth::new(Arc::clone(gateway), &SERVICES, closing.clone());
-        let routes = Routes::new(ModelServiceServer::new(models))
-            .add_service(HealthServiceServer::new(ThinHealth(Arc::clone(gateway))))
-            .add_service(HealthServer::new(health))
-            .add_service(reflection().build_v1()?)
-            // grpcurl and older tools ask by the name from before it was stable.
-            .add_service(reflection().build_v1alpha()?);
+        let models = ModelServiceServer::new(models).max_decoding_message_size(MESSAGE_LIMIT_BYTES);
+        let thin_health = HealthServiceServer::new(ThinHealth(Arc::clone(gateway)));
+        let reflection_v1 = reflection().build_v1()?.max_decoding_message_size(MESSAGE_LIMIT_BYTES);
+        // grpcurl and older tools use the name from before it was stable.
+        let reflection_v1alpha = reflection().build_v1alpha()?.max_decoding_message_size(MESSAGE_LIMIT_BYTES);
+        let routes = Routes::new(models)
+            .add_service(thin_health.max_decoding_message_size(MESSAGE_LIMIT_BYTES))
+            .add_service(HealthServer::new(health).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
+            .add_service(reflection_v1)
+            .add_service(reflection_v1alpha);
         Ok(Self(routes.prepare()))
     }
 
     /// Answers one call.
-    pub(crate) async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
-        let path = request.uri().path().to_owned();
+    ///
+    /// # Errors
+    /// The call is malformed or not served here, or a bound is reached.
+    pub(crate) async fn answer(
+        &self,
+        request: Request<Incoming>,
+        limits: &CallerLimits,
+    ) -> Result<Response<Body>, GatewayError> {
+        request_body::check_encoding(request.headers())?;
+        let share = share(request.uri().path(), limits)?;
+        let path = Echo::new(request.uri().path());
+        let encoding = request.headers().get("grpc-encoding").cloned();
         let response = match self.0.clone().oneshot(request).await {
-            Ok(response) => response.map(Body::service),
+            Ok(response) => response,
             Err(never) => match never {},
         };
-        // The router's own words for a service that is not here name nothing.
-        let unnamed = response.headers().get("grpc-status").is_some_and(|code| code == "12");
-        if unnamed { GatewayError::Unimplemented { path }.answer(Protocol::Grpc) } else { response }
+        match grpc_code(response.headers()) {
+            // tonic's own texts name neither the method nor the remedy, and have no `trustformers-error`. The
+            // handlers below use none of these codes.
+            Some(Code::Unimplemented) => match encoding.filter(|encoding| encoding != "identity") {
+                Some(encoding) => Err(GatewayError::Encoded(Echo::of_bytes(encoding.as_bytes()))),
+                None => Err(GatewayError::Unimplemented { path }),
+            },
+            Some(Code::OutOfRange) => Err(GatewayError::TooLarge { limit_bytes: MESSAGE_LIMIT_BYTES }),
+            Some(Code::Internal) => {
+                Err(GatewayError::Malformed(Echo::new("it holds no gRPC message of this method")))
+            }
+            _ => Ok(response.map(|body| Body::service(body).with_share(share))),
+        }
     }
+}
+
+/// The share of a call: of the long listings, or of the requests in flight.
+fn share(path: &str, limits: &CallerLimits) -> Result<Share, GatewayError> {
+    let resource = if LISTING_METHODS.contains(&path) { Resource::Listings } else { Resource::Requests };
+    limits.reserve(resource, 1).map_err(GatewayError::Overloaded)
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {
@@ -83,7 +121,7 @@ struct Models {
     closing: CancellationToken,
 }
 
-/// A stream of lists, in a type of its own since the generated trait asks for one.
+/// A stream of lists. The generated trait needs a named type.
 struct ModelsStream(BoxStream<'static, Result<v1::WatchModelsResponse, Status>>);
 
 impl Stream for ModelsStream {
@@ -94,10 +132,14 @@ impl Stream for ModelsStream {
     }
 }
 
-/// One entry for each revision: a caller who is being moved from one to another sees both.
+/// One entry for each revision, so that both show during a rollout. The list is made once for each table, and
+/// each message copies it.
 fn models(gateway: &Gateway) -> Vec<v1::ModelStatus> {
     let Some(routing) = gateway.routing() else { return Vec::new() };
-    routing.table.routes.iter().flat_map(|route| statuses(route, &routing)).collect()
+    let list = routing.model_statuses.get_or_init(|| {
+        Arc::new(routing.table.routes.iter().flat_map(|route| statuses(route, &routing)).collect())
+    });
+    list.to_vec()
 }
 
 fn statuses(route: &Route, routing: &Routing) -> impl Iterator<Item = v1::ModelStatus> {

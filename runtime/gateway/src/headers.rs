@@ -1,4 +1,4 @@
-//! What a proxy does to headers: drops those meant for one hop, and says whom it forwards for.
+//! What a proxy does to headers: it drops those of one hop and adds the address that it forwards for.
 
 use std::net::IpAddr;
 
@@ -8,17 +8,15 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderValue};
 
-use crate::dice::Dice;
-
-/// Names a request in the logs of everything that handles it.
+/// Identifies a request in all logs.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// The addresses that a request came through, the first caller's first.
+/// The addresses that a request came through, the original caller's first.
 pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
-/// Longer ids are replaced: they go into every log line.
+/// Longer ids are replaced, because every log line repeats them.
 const REQUEST_ID_MAX_BYTES: usize = 128;
 
-/// Headers that speak about one connection.
+/// Headers that belong to one connection.
 const ONE_HOP: [HeaderName; 9] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -31,7 +29,7 @@ const ONE_HOP: [HeaderName; 9] = [
     HeaderName::from_static("http2-settings"),
 ];
 
-/// Removes what is meant for one hop, the headers that `Connection` names included.
+/// Removes the headers of one hop, including those that `Connection` names.
 pub(crate) fn strip_one_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
@@ -45,16 +43,16 @@ pub(crate) fn strip_one_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Makes a caller's headers into those that a pod gets.
+/// Converts the headers of a caller to those that a pod gets.
 pub(crate) fn forwarded(mut headers: HeaderMap, caller: IpAddr, request_id: HeaderValue) -> HeaderMap {
-    // gRPC asks for trailers on every hop, so it is asked for anew.
+    // gRPC requires `te: trailers` on every hop.
     let trailers = headers.get(TE).is_some_and(|value| value == "trailers");
     strip_one_hop(&mut headers);
     if trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
-    // The host travels as HTTP/2's authority, the length is that of the body that is sent, and a body that is
-    // here already is not to be expected.
+    // HTTP/2 sends the host as the authority, the length is that of the body that is sent, and a buffered
+    // body needs no `100 Continue`.
     for name in [HOST, CONTENT_LENGTH, EXPECT] {
         headers.remove(name);
     }
@@ -73,15 +71,14 @@ pub(crate) fn forwarded(mut headers: HeaderMap, caller: IpAddr, request_id: Head
 }
 
 /// The caller's id for the request, or a new one.
-pub(crate) fn request_id(headers: &HeaderMap, dice: &Dice) -> HeaderValue {
+pub(crate) fn request_id(headers: &HeaderMap) -> HeaderValue {
     let given = headers.get(REQUEST_ID).filter(|id| {
         !id.is_empty() && id.len() <= REQUEST_ID_MAX_BYTES && id.as_bytes().iter().all(u8::is_ascii_graphic)
     });
     given.cloned().unwrap_or_else(|| {
         let mut buffer = uuid::Uuid::encode_buffer();
-        // Told apart from others, not secret: no call to the system for each request.
-        let bits = (u128::from(dice.roll()) << 64) | u128::from(dice.roll());
-        let id = uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid();
+        // An id has to be unique, not secret, so no system call is needed.
+        let id = uuid::Builder::from_random_bytes(fastrand::u128(..).to_be_bytes()).into_uuid();
         let text = id.hyphenated().encode_lower(&mut buffer);
         // Hexadecimal digits and hyphens are always a valid value.
         HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static("-"))
@@ -101,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_meant_for_the_pod_reaches_it() {
+    fn headers_of_one_hop_do_not_reach_the_pod() {
         let caller = map(&[
             ("connection", "keep-alive, x-private"),
             ("keep-alive", "timeout=5"),
@@ -133,7 +130,7 @@ mod tests {
                 "x-user-id"
             ]
         );
-        // Who is served first is the pod's business.
+        // The pod decides on priority and fairness.
         assert_eq!(sent["x-trustformers-priority"], "low");
         assert_eq!(sent["x-gateway-inference-fairness-id"], "team-1");
         assert_eq!(sent["te"], "trailers");
@@ -141,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn the_caller_is_added_to_the_chain() {
+    fn the_caller_is_added_to_x_forwarded_for() {
         let caller = map(&[("x-forwarded-for", "198.51.100.1"), ("x-forwarded-for", "198.51.100.2")]);
         let sent = forwarded(caller, "::ffff:192.0.2.7".parse().unwrap(), HeaderValue::from_static("id"));
         assert_eq!(sent[FORWARDED_FOR], "198.51.100.1, 198.51.100.2, 192.0.2.7");
@@ -149,11 +146,10 @@ mod tests {
     }
 
     #[test]
-    fn a_usable_id_is_kept_and_another_replaced() {
-        let dice = Dice::seeded(6);
-        assert_eq!(request_id(&map(&[("x-request-id", "abc-1")]), &dice), "abc-1");
-        let made = request_id(&map(&[("x-request-id", "two words")]), &dice);
+    fn a_valid_request_id_stays_and_others_are_replaced() {
+        assert_eq!(request_id(&map(&[("x-request-id", "abc-1")])), "abc-1");
+        let made = request_id(&map(&[("x-request-id", "two words")]));
         assert_eq!(made.len(), 36);
-        assert_ne!(request_id(&HeaderMap::new(), &dice), request_id(&HeaderMap::new(), &dice));
+        assert_ne!(request_id(&HeaderMap::new()), request_id(&HeaderMap::new()));
     }
 }

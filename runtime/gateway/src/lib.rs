@@ -1,24 +1,25 @@
-//! The front door: routes, splits, balances, retries.
+//! The gateway: it routes, splits, balances and retries requests.
 //!
-//! A gateway knows one thing, the routing table that the operator feeds it, and needs nobody while it serves: the
-//! last good table is in memory and on disk. It holds no cluster credentials and looks at no Kubernetes object.
+//! Its only input is the routing table from the operator's feed, and it needs no other program while it
+//! serves: the last valid table is in memory and on disk. It has no cluster credentials and reads no
+//! Kubernetes object.
 //!
-//! | module | what it holds |
+//! | module | content |
 //! |---|---|
-//! | `stack` | the order in which a request is handled, with the reason for each position: begin reading there |
-//! | [`table`], `routing` | the operator's table, parsed; the same joined with live endpoints |
-//! | [`split`], [`balance`], [`eject`], [`backoff`], [`dice`] | the pure decisions |
-//! | `endpoint`, `pool`, `forward`, `body` | a pod, connections to it, attempts, the answer on its way back |
-//! | `intake`, `headers`, `error` | what comes in, what is passed on, what callers are told |
-//! | `local`, `grpc` | what the gateway answers itself |
-//! | `feed`, [`disk`] | where tables come from, and where the last one is kept |
-//! | [`drain`], [`server`] | listeners and the way out |
-//! | [`metrics`], [`config`] | figures and flags |
+//! | `stack` | the order in which a request is handled, with the reasons: begin reading here |
+//! | `listener`, `connection` | accepted connections, their protocol and their timeouts |
+//! | `limits` | bounds on connections, requests and bytes, in total and for one caller, with the arithmetic |
+//! | `request_body`, `headers`, `error` | a request's body and headers, and errors as answers |
+//! | [`table`], `routing` | the operator's table, parsed, and the same table joined with live endpoints |
+//! | [`split`], [`balance`], [`eject`] | the pure decisions |
+//! | `forward`, `body`, `endpoint`, `pool` | attempts, the answer, a pod, connections to it |
+//! | `local`, `grpc` | requests that the gateway answers itself |
+//! | `feed`, [`disk`] | where tables come from, and where the last one is saved |
+//! | [`server`], [`drain`] | start and end |
+//! | [`metrics`], [`config`] | metrics and flags |
 
-pub mod backoff;
 pub mod balance;
 pub mod config;
-pub mod dice;
 pub mod disk;
 pub mod drain;
 pub mod eject;
@@ -28,6 +29,7 @@ pub mod split;
 pub mod table;
 
 mod body;
+mod connection;
 mod endpoint;
 mod error;
 mod feed;
@@ -35,9 +37,11 @@ mod forward;
 mod gateway;
 mod grpc;
 mod headers;
-mod intake;
+mod limits;
+mod listener;
 mod local;
 mod pool;
+mod request_body;
 mod routing;
 mod stack;
 

@@ -1,4 +1,4 @@
-//! Answers that the gateway gives from what it knows: health, the list of models, figures.
+//! Answers that the gateway gives from its own state: health, the list of models, metrics.
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
@@ -9,15 +9,15 @@ use trustformers_api::health::{Health, Verdict};
 use crate::body::Body;
 use crate::error::GatewayError;
 use crate::gateway::Gateway;
-use crate::metrics::Protocol;
+use crate::limits::{CallerLimits, Resource};
 use crate::table::Route;
 
-/// A page of the gateway's own.
+/// A path that the gateway answers itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Page {
+pub(crate) enum LocalEndpoint {
     /// 200 while the process runs.
     Live,
-    /// 200 once a table has come.
+    /// 200 once a table has arrived.
     Startup,
     /// 200 while requests may be sent here.
     Ready,
@@ -27,8 +27,8 @@ pub(crate) enum Page {
     Metrics,
 }
 
-impl Page {
-    /// The page at a path.
+impl LocalEndpoint {
+    /// The endpoint at a path.
     pub(crate) fn at(path: &str) -> Option<Self> {
         Some(match path {
             "/health/live" => Self::Live,
@@ -39,30 +39,56 @@ impl Page {
             _ => return None,
         })
     }
+
+    /// Whether it is answered on a connection beyond the bound too: the answer is short, or monitoring needs
+    /// it.
+    pub(crate) fn is_probe(self) -> bool {
+        self != Self::Models
+    }
 }
 
-/// Answers a request for a page.
-pub(crate) fn answer(gateway: &Gateway, page: Page) -> Response<Body> {
-    match page {
-        Page::Live => health(&gateway.liveness()),
-        Page::Startup => health(&gateway.startup()),
-        Page::Ready => health(&gateway.readiness().borrow()),
-        Page::Models => models(gateway),
-        Page::Metrics => metrics(gateway),
-    }
+/// Answers a request for an endpoint.
+///
+/// # Errors
+/// There is no table, or too many lists are being read.
+pub(crate) fn answer(
+    gateway: &Gateway,
+    endpoint: LocalEndpoint,
+    limits: &CallerLimits,
+) -> Result<Response<Body>, GatewayError> {
+    // The long answers have a bound, since slow readers keep them in memory.
+    let share = || limits.reserve(Resource::Listings, 1).map_err(GatewayError::Overloaded);
+    Ok(match endpoint {
+        LocalEndpoint::Live => health(&gateway.liveness()),
+        LocalEndpoint::Startup => health(&gateway.startup()),
+        LocalEndpoint::Ready => health(&gateway.readiness().borrow()),
+        LocalEndpoint::Models => {
+            let share = share()?;
+            models(gateway)?.map(|body| body.with_share(share))
+        }
+        LocalEndpoint::Metrics => {
+            let share = share()?;
+            metrics(gateway).map(|body| body.with_share(share))
+        }
+    })
 }
 
 fn health(verdict: &Verdict) -> Response<Body> {
     let (status, word) =
         if verdict.ok { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "unavailable") };
-    json_answer(status, &json!({"status": word, "message": verdict.message}))
+    let body = json!({"status": word, "message": verdict.message}).to_string();
+    with_content_type(status, "application/json", body.into())
 }
 
-/// OpenAI's list shape, with the revisions behind each name. Without a table nothing is known, which is not an empty list.
-fn models(gateway: &Gateway) -> Response<Body> {
-    let Some(routing) = gateway.routing() else { return GatewayError::NoTable.answer(Protocol::Http) };
-    let data: Vec<Value> = routing.table.routes.iter().map(model).collect();
-    json_answer(StatusCode::OK, &json!({"object": "list", "data": data}))
+/// OpenAI's list shape, with the revisions behind each name. Without a table the list is unknown, which is an
+/// error and not an empty list.
+fn models(gateway: &Gateway) -> Result<Response<Body>, GatewayError> {
+    let routing = gateway.routing().ok_or(GatewayError::NoTable)?;
+    let list = routing.models_json.get_or_init(|| {
+        let data: Vec<Value> = routing.table.routes.iter().map(model).collect();
+        json!({"object": "list", "data": data}).to_string().into()
+    });
+    Ok(with_content_type(StatusCode::OK, "application/json", list.clone()))
 }
 
 fn model(route: &Route) -> Value {
@@ -81,7 +107,7 @@ fn model(route: &Route) -> Value {
     json!({
         "id": route.name,
         "object": "model",
-        "task": (!route.task.is_empty()).then_some(&route.task),
+        "task": route.task,
         "aliases": route.aliases,
         "ready_endpoints": route.endpoint_count(),
         "revisions": revisions,
@@ -93,16 +119,12 @@ fn metrics(gateway: &Gateway) -> Response<Body> {
         Ok(text) => (StatusCode::OK, text),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     };
-    of_kind(status, prometheus::TEXT_FORMAT, text)
+    with_content_type(status, prometheus::TEXT_FORMAT, text.into())
 }
 
-fn json_answer(status: StatusCode, body: &Value) -> Response<Body> {
-    of_kind(status, "application/json", body.to_string())
-}
-
-fn of_kind(status: StatusCode, kind: &'static str, text: String) -> Response<Body> {
-    let mut response = Response::new(Body::local(Bytes::from(text)));
+fn with_content_type(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body> {
+    let mut response = Response::new(Body::local(body));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }

@@ -14,8 +14,10 @@ fn main() -> anyhow::Result<()> {
         .build()
         .context("the threads of the gateway could not be started")?;
     runtime.block_on(async {
-        let mut terminated = signal(SignalKind::terminate()).context("SIGTERM can't be waited for")?;
-        let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT can't be waited for")?;
+        let mut terminated =
+            signal(SignalKind::terminate()).context("the handler for SIGTERM could not be installed")?;
+        let mut interrupted =
+            signal(SignalKind::interrupt()).context("the handler for SIGINT could not be installed")?;
         let running = start(settings).await?;
         tokio::select! {
             _ = terminated.recv() => {}

@@ -1,8 +1,8 @@
 //! What the gateway counts.
 //!
-//! The series of a revision are looked up once, when a table that names it is put in force, and then only added
-//! to: a request costs no map look-up. A revision that leaves the table takes its series with it, so that the page
-//! stays as small as the table, however many rollouts a gateway lives through.
+//! The series of a revision are looked up once, when a table that names it comes into force, and then only
+//! incremented: a request costs no lookup. When a revision leaves the table, its series are removed, so that
+//! `/metrics` stays as small as the table, no matter how many rollouts a gateway sees.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,14 +12,17 @@ use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
 
+use strum::IntoStaticStr;
+
 use crate::table::Version;
 
 /// Upper ends of the latency buckets in seconds: from a cached classification to a long generation.
 const BUCKETS_SECONDS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 
-/// How callers speak.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The protocol of a caller. Its text is the label's value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Protocol {
     /// JSON and server-sent events.
     Http,
@@ -29,46 +32,31 @@ pub enum Protocol {
 
 impl Protocol {
     const ALL: [Self; 2] = [Self::Http, Self::Grpc];
-
-    /// The label's value.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Http => "http",
-            Self::Grpc => "grpc",
-        }
-    }
 }
 
-/// How a request ended, in the terms of HTTP's status classes; gRPC's codes are mapped onto them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a request ended, as HTTP's status classes; gRPC's codes are mapped to them. Its text is the label's
+/// value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr)]
 pub enum CodeClass {
     /// Answered.
+    #[strum(serialize = "2xx")]
     Success,
     /// The caller's mistake, or the model's queue was full.
+    #[strum(serialize = "4xx")]
     Caller,
     /// A pod or the gateway failed.
+    #[strum(serialize = "5xx")]
     Server,
-    /// The caller left before the end of the answer.
+    /// The caller disconnected before the end of the answer.
+    #[strum(serialize = "cancelled")]
     Cancelled,
     /// The pod broke off after the answer had begun.
+    #[strum(serialize = "broken")]
     Broken,
 }
 
 impl CodeClass {
     const ALL: [Self; 5] = [Self::Success, Self::Caller, Self::Server, Self::Cancelled, Self::Broken];
-
-    /// The label's value.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Success => "2xx",
-            Self::Caller => "4xx",
-            Self::Server => "5xx",
-            Self::Cancelled => "cancelled",
-            Self::Broken => "broken",
-        }
-    }
 
     /// The class of an HTTP status.
     #[must_use]
@@ -82,7 +70,7 @@ impl CodeClass {
         }
     }
 
-    /// The class of a gRPC status code: what HTTP's status for the same cause would be.
+    /// The class of a gRPC status code: that of HTTP's status for the same cause.
     #[must_use]
     pub fn of_grpc(code: tonic::Code) -> Self {
         use tonic::Code;
@@ -104,14 +92,15 @@ impl CodeClass {
     }
 }
 
-/// Why a request was sent to another endpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why a request was sent to another endpoint. Its text is the label's value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum RetryReason {
     /// The endpoint could not be connected to.
     Connect,
     /// The connection or stream ended before the head of an answer.
     Reset,
-    /// The pod answered that it is not available.
+    /// The pod answered that it is unavailable.
     Unavailable,
     /// The pod's queue was full.
     Overloaded,
@@ -119,17 +108,6 @@ pub enum RetryReason {
 
 impl RetryReason {
     const ALL: [Self; 4] = [Self::Connect, Self::Reset, Self::Unavailable, Self::Overloaded];
-
-    /// The label's value.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Connect => "connect",
-            Self::Reset => "reset",
-            Self::Unavailable => "unavailable",
-            Self::Overloaded => "overloaded",
-        }
-    }
 }
 
 /// The series of one revision of one route.
@@ -149,17 +127,17 @@ pub struct RevisionMetrics {
 
 impl RevisionMetrics {
     /// A request of this revision ended.
-    pub fn ended(&self, protocol: Protocol, code: CodeClass, took: Duration) {
+    pub fn ended(&self, protocol: Protocol, code: CodeClass, duration: Duration) {
         self.requests[protocol as usize][code as usize].inc();
-        self.duration.observe(took.as_secs_f64());
+        self.duration.observe(duration.as_secs_f64());
     }
 
-    /// The head of an answer came this long after the request.
-    pub fn first_byte(&self, after: Duration) {
-        self.first_byte.observe(after.as_secs_f64());
+    /// The head of an answer came this long behind its request.
+    pub fn first_byte(&self, duration: Duration) {
+        self.first_byte.observe(duration.as_secs_f64());
     }
 
-    /// A request of this revision is tried again elsewhere.
+    /// A request of this revision is retried on another endpoint.
     pub fn retried(&self, reason: RetryReason) {
         self.retries[reason as usize].inc();
     }
@@ -176,7 +154,7 @@ impl RevisionMetrics {
     }
 }
 
-/// Every figure of the gateway's `/metrics` page.
+/// Every metric of the gateway.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -192,26 +170,24 @@ pub struct Metrics {
     table_age: IntGauge,
     tables_refused: IntCounterVec,
     feed_connected: IntGauge,
-    known: Mutex<HashMap<(String, String), Arc<RevisionMetrics>>>,
+    /// The series of the table in force, by route and revision.
+    series: Mutex<HashMap<(String, String), Arc<RevisionMetrics>>>,
 }
 
 impl Metrics {
-    /// Registers all figures.
+    /// Registers all metrics.
     ///
     /// # Errors
-    /// When the registry holds a collector of one of these names already.
+    /// When the registry has a collector of one of these names already.
     pub fn new(registry: Registry) -> Result<Self, prometheus::Error> {
         let of_revision = &["route", "revision"][..];
         let metrics = Self {
             requests: IntCounterVec::new(
-                Opts::new("trustformers_gateway_requests_total", "Requests that ended, by how."),
+                Opts::new("trustformers_gateway_requests_total", "Requests that ended, by outcome."),
                 &["route", "revision", "protocol", "code"],
             )?,
             retries: IntCounterVec::new(
-                Opts::new(
-                    "trustformers_gateway_retries_total",
-                    "Further attempts on another endpoint, by cause.",
-                ),
+                Opts::new("trustformers_gateway_retries_total", "Retries on another endpoint, by cause."),
                 &["route", "revision", "reason"],
             )?,
             in_flight: IntGaugeVec::new(
@@ -230,7 +206,7 @@ impl Metrics {
             refused: IntCounterVec::new(
                 Opts::new(
                     "trustformers_gateway_refused_total",
-                    "Requests that no pod was asked for, by cause.",
+                    "Requests refused before any attempt, by cause.",
                 ),
                 &["reason", "protocol"],
             )?,
@@ -244,14 +220,17 @@ impl Metrics {
                 "Time since the table in force was received.",
             )?,
             tables_refused: IntCounterVec::new(
-                Opts::new("trustformers_gateway_tables_refused_total", "Tables not put in force, by cause."),
+                Opts::new(
+                    "trustformers_gateway_tables_refused_total",
+                    "Routing tables that did not come into force, by cause.",
+                ),
                 &["reason"],
             )?,
             feed_connected: IntGauge::new(
                 "trustformers_gateway_feed_connected",
                 "1 while the operator's feed is open.",
             )?,
-            known: Mutex::default(),
+            series: Mutex::default(),
             registry,
         };
         metrics.register()?;
@@ -273,7 +252,7 @@ impl Metrics {
             table_age,
             tables_refused,
             feed_connected,
-            known: _,
+            series: _,
         } = self;
         for counters in [requests, retries, connect_errors, refused, tables_refused] {
             registry.register(Box::new(counters.clone()))?;
@@ -287,10 +266,10 @@ impl Metrics {
         registry.register(Box::new(in_flight.clone()))
     }
 
-    /// The page in Prometheus's text format.
+    /// All metrics in Prometheus's text format.
     ///
     /// # Errors
-    /// When a collector hands out a family that is not valid.
+    /// When a collector returns an invalid family.
     pub fn encode(
         &self,
         table_age: Option<Duration>,
@@ -300,7 +279,7 @@ impl Metrics {
         trustformers_telemetry::metrics::encode(&self.registry)
     }
 
-    /// A table was put in force that names these routes and revisions. Returns the series of each, and forgets
+    /// A table came into force that names these routes and revisions. Returns the series of each, and removes
     /// those of every other.
     pub fn in_force<'a>(
         &self,
@@ -309,27 +288,28 @@ impl Metrics {
     ) -> HashMap<(String, String), Arc<RevisionMetrics>> {
         self.table_term.set(i64::try_from(version.term).unwrap_or(i64::MAX));
         self.table_counter.set(i64::try_from(version.counter).unwrap_or(i64::MAX));
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut registered = self.series.lock().unwrap_or_else(PoisonError::into_inner);
         let mut named = HashMap::new();
         for (route, revision) in revisions {
             let key = (route.to_owned(), revision.to_owned());
-            let series = known.remove(&key).unwrap_or_else(|| Arc::new(self.series(route, revision)));
+            let series =
+                registered.remove(&key).unwrap_or_else(|| Arc::new(self.new_series(route, revision)));
             // Two backends of one route may share a revision; both then use the one entry.
             named.entry(key).or_insert(series);
         }
-        for (route, revision) in known.keys() {
-            self.forget(route, revision);
+        for (route, revision) in registered.keys() {
+            self.remove_series(route, revision);
         }
-        known.clone_from(&named);
+        registered.clone_from(&named);
         named
     }
 
-    /// A request was refused before any pod was asked.
+    /// A request was refused before any attempt.
     pub fn refused(&self, reason: &str, protocol: Protocol) {
-        self.refused.with_label_values(&[reason, protocol.as_str()]).inc();
+        self.refused.with_label_values(&[reason, protocol.into()]).inc();
     }
 
-    /// A table was not put in force.
+    /// A table did not come into force.
     pub fn table_refused(&self, reason: &str) {
         self.tables_refused.with_label_values(&[reason]).inc();
     }
@@ -339,18 +319,18 @@ impl Metrics {
         self.feed_connected.set(i64::from(connected));
     }
 
-    fn series(&self, route: &str, revision: &str) -> RevisionMetrics {
+    fn new_series(&self, route: &str, revision: &str) -> RevisionMetrics {
         let of_revision = &[route, revision];
         RevisionMetrics {
             route: route.to_owned(),
             revision: revision.to_owned(),
             requests: Protocol::ALL.map(|protocol| {
                 CodeClass::ALL.map(|code| {
-                    self.requests.with_label_values(&[route, revision, protocol.as_str(), code.as_str()])
+                    self.requests.with_label_values(&[route, revision, protocol.into(), code.into()])
                 })
             }),
             retries: RetryReason::ALL
-                .map(|reason| self.retries.with_label_values(&[route, revision, reason.as_str()])),
+                .map(|reason| self.retries.with_label_values(&[route, revision, reason.into()])),
             in_flight: self.in_flight.with_label_values(of_revision),
             connect_errors: self.connect_errors.with_label_values(of_revision),
             duration: self.duration.with_label_values(of_revision),
@@ -358,22 +338,22 @@ impl Metrics {
         }
     }
 
-    /// Removing a series that is not there is no error here: the page simply lacks it already.
-    fn forget(&self, route: &str, revision: &str) {
+    /// A series that does not exist is not an error, since the result is the same.
+    fn remove_series(&self, route: &str, revision: &str) {
         let of_revision = &[route, revision];
         for protocol in Protocol::ALL {
             for code in CodeClass::ALL {
-                let labels = &[route, revision, protocol.as_str(), code.as_str()];
-                let _gone = self.requests.remove_label_values(labels);
+                let labels = &[route, revision, protocol.into(), code.into()];
+                let _removed = self.requests.remove_label_values(labels);
             }
         }
         for reason in RetryReason::ALL {
-            let _gone = self.retries.remove_label_values(&[route, revision, reason.as_str()]);
+            let _removed = self.retries.remove_label_values(&[route, revision, reason.into()]);
         }
-        let _gone = self.in_flight.remove_label_values(of_revision);
-        let _gone = self.connect_errors.remove_label_values(of_revision);
-        let _gone = self.duration.remove_label_values(of_revision);
-        let _gone = self.first_byte.remove_label_values(of_revision);
+        let _removed = self.in_flight.remove_label_values(of_revision);
+        let _removed = self.connect_errors.remove_label_values(of_revision);
+        let _removed = self.duration.remove_label_values(of_revision);
+        let _removed = self.first_byte.remove_label_values(of_revision);
     }
 }
 
@@ -391,13 +371,13 @@ mod tests {
     }
 
     #[test]
-    fn counts_show_under_their_labels() {
+    fn counts_appear_with_their_labels() {
         let metrics = Metrics::new(Registry::new()).unwrap();
         let series = metrics.in_force(version(7), [("default/a", "r1")].into_iter());
         let series = &series[&("default/a".to_owned(), "r1".to_owned())];
         series.ended(Protocol::Grpc, CodeClass::Server, Duration::from_millis(3));
         series.retried(RetryReason::Connect);
-        let page = metrics.encode(Some(Duration::from_secs(9))).unwrap();
+        let text = metrics.encode(Some(Duration::from_secs(9))).unwrap();
         for line in [
             r#"trustformers_gateway_requests_total{code="5xx",protocol="grpc",revision="r1",route="default/a"} 1"#,
             r#"trustformers_gateway_retries_total{reason="connect",revision="r1",route="default/a"} 1"#,
@@ -405,12 +385,12 @@ mod tests {
             "trustformers_gateway_table_counter 7",
             "trustformers_gateway_table_age_seconds 9",
         ] {
-            assert!(page.contains(line), "{line} is missing in\n{page}");
+            assert!(text.contains(line), "{line} is missing in\n{text}");
         }
     }
 
     #[test]
-    fn a_revision_takes_its_series_along_and_the_others_keep_counting() {
+    fn only_the_series_of_removed_revisions_disappear() {
         let metrics = Metrics::new(Registry::new()).unwrap();
         let both = [("default/a", "r1"), ("default/a", "r2")];
         let first = metrics.in_force(version(1), both.into_iter());
@@ -423,13 +403,13 @@ mod tests {
             CodeClass::Success,
             Duration::from_millis(1),
         );
-        let page = metrics.encode(None).unwrap();
-        assert!(!page.contains("\"r1\""), "{page}");
-        assert!(page.contains(r#"code="2xx",protocol="http",revision="r2",route="default/a"} 2"#), "{page}");
+        let text = metrics.encode(None).unwrap();
+        assert!(!text.contains("\"r1\""), "{text}");
+        assert!(text.contains(r#"code="2xx",protocol="http",revision="r2",route="default/a"} 2"#), "{text}");
     }
 
     #[test]
-    fn every_class_has_its_own_place() {
+    fn every_label_has_its_own_counter() {
         for (index, code) in CodeClass::ALL.into_iter().enumerate() {
             assert_eq!(code as usize, index);
         }

@@ -1,15 +1,18 @@
-//! The table in force, joined with what is known about its endpoints.
+//! The table in force, joined with the live state of its endpoints.
 //!
-//! Built when a table is taken and never changed after: a request reads it through one pointer, so that it sees one
-//! table from its first step to its last.
+//! Built when a table is applied and never changed after. A request that has a choice to make reads it
+//! through one pointer, so that all of the choice comes from one table.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
+use fastrand::Rng;
+use trustformers_proto::v1::ModelStatus;
+
 use crate::balance::least_of_two;
-use crate::dice::Dice;
 use crate::endpoint::Endpoint;
 use crate::metrics::{Metrics, RevisionMetrics};
 use crate::split::Split;
@@ -18,10 +21,14 @@ use crate::table::{EndpointId, Route, Table};
 /// A table with its endpoints.
 #[derive(Debug)]
 pub(crate) struct Routing {
-    /// What the operator said.
+    /// The operator's table.
     pub(crate) table: Table,
     /// When it was received.
     pub(crate) received_at: SystemTime,
+    /// The list of models as gRPC callers get it, made at the first use and shared by all callers.
+    pub(crate) model_statuses: OnceLock<Arc<Vec<ModelStatus>>>,
+    /// The list of models as HTTP callers get it, likewise.
+    pub(crate) models_json: OnceLock<Bytes>,
     routes: Vec<LiveRoute>,
     endpoints: HashMap<EndpointId, Arc<Endpoint>>,
 }
@@ -30,8 +37,8 @@ pub(crate) struct Routing {
 struct LiveRoute {
     backends: Vec<LiveBackend>,
     split: Split,
-    /// Goes on counting from table to table.
-    tickets: Arc<AtomicU64>,
+    /// The next sequence number of the split; it continues from table to table.
+    sequence: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
@@ -43,12 +50,13 @@ struct LiveBackend {
 
 /// What decides where a request goes.
 #[derive(Debug)]
-pub(crate) struct Ask<'a> {
-    /// The request's share of the split.
-    pub(crate) ticket: u64,
-    /// The revision that an earlier attempt chose; it is kept where it still has an endpoint to offer.
+pub(crate) struct Criteria<'a> {
+    /// The request's number in the split.
+    pub(crate) sequence: u64,
+    /// The revision that an earlier attempt chose; it stays the first choice while it has an endpoint to
+    /// offer.
     pub(crate) revision: Option<&'a str>,
-    /// Endpoints that were asked already.
+    /// Endpoints of earlier attempts.
     pub(crate) tried: &'a [Arc<Endpoint>],
     /// Time on the gateway's clock.
     pub(crate) now: Duration,
@@ -69,7 +77,7 @@ impl Routing {
         table: Table,
         received_at: SystemTime,
         before: Option<&Self>,
-        (metrics, dice): (&Metrics, &Dice),
+        metrics: &Metrics,
     ) -> Self {
         let revisions = table.routes.iter().flat_map(|route| {
             route.backends.iter().map(|backend| (route.name.as_str(), backend.revision.as_str()))
@@ -81,31 +89,32 @@ impl Routing {
             let mut backends = Vec::with_capacity(route.backends.len());
             for backend in &route.backends {
                 let members = backend.endpoints.iter().map(|spec| {
-                    let known = before.and_then(|before| before.endpoints.get(&spec.id));
+                    let existing = before.and_then(|before| before.endpoints.get(&spec.id));
                     let endpoint = endpoints.entry(spec.id.clone()).or_insert_with(|| {
-                        known.map_or_else(|| Arc::new(Endpoint::new(spec.clone())), Arc::clone)
+                        existing.map_or_else(|| Arc::new(Endpoint::new(spec.clone())), Arc::clone)
                     });
                     Arc::clone(endpoint)
                 });
                 let members: Vec<_> = members.collect();
                 let metrics = Arc::clone(&series[&(route.name.clone(), backend.revision.clone())]);
-                // A revision without pods has no share: its requests could only fail.
+                // A revision without pods gets no share, since its requests could only fail.
                 let weight = if members.is_empty() { 0 } else { backend.weight };
                 backends.push(LiveBackend { weight, metrics, endpoints: members });
             }
             let weights: Vec<u32> = backends.iter().map(|backend| backend.weight).collect();
-            let tickets = before
-                .and_then(|before| before.tickets(&route.name))
-                // Gateways start at different places of the split, so that together they are even sooner.
-                .unwrap_or_else(|| Arc::new(AtomicU64::new(dice.roll() >> 1)));
-            routes.push(LiveRoute { backends, split: Split::new(&weights), tickets });
+            let sequence = before
+                .and_then(|before| before.sequence(&route.name))
+                // Gateways start at different positions of the split, so that their sum is exact sooner.
+                .unwrap_or_else(|| Arc::new(AtomicU64::new(fastrand::u64(..) >> 1)));
+            routes.push(LiveRoute { backends, split: Split::new(&weights), sequence });
         }
-        Self { table, received_at, routes, endpoints }
+        let (model_statuses, models_json) = (OnceLock::new(), OnceLock::new());
+        Self { table, received_at, model_statuses, models_json, routes, endpoints }
     }
 
-    fn tickets(&self, route: &str) -> Option<Arc<AtomicU64>> {
+    fn sequence(&self, route: &str) -> Option<Arc<AtomicU64>> {
         let index = self.table.find(route).ok()?;
-        (self.table.routes[index].name == route).then(|| Arc::clone(&self.routes[index].tickets))
+        (self.table.routes[index].name == route).then(|| Arc::clone(&self.routes[index].sequence))
     }
 
     /// The route at an index that `table.find` gave.
@@ -113,27 +122,27 @@ impl Routing {
         &self.table.routes[index]
     }
 
-    /// Draws a request's place in the route's split.
-    pub(crate) fn draw(&self, route: usize) -> u64 {
-        self.routes[route].tickets.fetch_add(1, Ordering::Relaxed)
+    /// Takes the next number in the split of a route.
+    pub(crate) fn next_sequence(&self, route: usize) -> u64 {
+        self.routes[route].sequence.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Chooses an endpoint that was not tried. The revision comes first and its ejected endpoints last: a request
-    /// goes to another revision before it goes to a pod that refuses connections, and to such a pod before it fails.
-    pub(crate) fn choose(&self, route: usize, ask: &Ask<'_>, dice: &Dice) -> Option<Choice> {
+    /// Chooses an endpoint that was not tried. Ejected endpoints come last: a request goes to another
+    /// revision before it goes to a pod that refuses connections, and to such a pod before it fails.
+    pub(crate) fn choose(&self, route: usize, criteria: &Criteria<'_>) -> Option<Choice> {
         let route = &self.routes[route];
-        let kept = ask.revision.and_then(|revision| {
+        let earlier = criteria.revision.and_then(|revision| {
             route
                 .backends
                 .iter()
                 .position(|backend| backend.metrics.revision == revision && backend.weight > 0)
         });
-        let first = kept.or_else(|| route.split.choose(ask.ticket))?;
+        let first = earlier.or_else(|| route.split.choose(criteria.sequence))?;
         let others =
             (0..route.backends.len()).filter(|&index| index != first && route.backends[index].weight > 0);
         let order: Vec<usize> = std::iter::once(first).chain(others).collect();
         [false, true].into_iter().find_map(|with_ejected| {
-            order.iter().find_map(|&index| pick(&route.backends[index], ask, with_ejected, dice))
+            order.iter().find_map(|&index| pick(&route.backends[index], criteria, with_ejected))
         })
     }
 
@@ -144,15 +153,15 @@ impl Routing {
     }
 }
 
-fn pick(backend: &LiveBackend, ask: &Ask<'_>, with_ejected: bool, dice: &Dice) -> Option<Choice> {
+fn pick(backend: &LiveBackend, criteria: &Criteria<'_>, with_ejected: bool) -> Option<Choice> {
     let candidates: Vec<&Arc<Endpoint>> = backend
         .endpoints
         .iter()
-        .filter(|endpoint| !ask.tried.iter().any(|tried| tried.spec.id == endpoint.spec.id))
-        .filter(|endpoint| with_ejected || !endpoint.is_out(ask.now))
+        .filter(|endpoint| !criteria.tried.iter().any(|tried| tried.spec.id == endpoint.spec.id))
+        .filter(|endpoint| with_ejected || !endpoint.is_ejected(criteria.now))
         .collect();
     let loads: Vec<usize> = candidates.iter().map(|endpoint| endpoint.load()).collect();
-    let chosen = least_of_two(&loads, dice.roll())?;
+    let chosen = least_of_two(&loads, &mut Rng::new())?;
     Some(Choice { endpoint: Arc::clone(candidates[chosen]), metrics: Arc::clone(&backend.metrics) })
 }
 
@@ -162,24 +171,18 @@ mod tests {
     use crate::fixtures::{TableText, endpoint_at};
     use prometheus::Registry;
 
-    struct Bench {
-        metrics: Metrics,
-        dice: Dice,
+    fn metrics() -> Metrics {
+        // Routing draws from the generator of the thread; with a seed each test repeats its choices.
+        fastrand::seed(21);
+        Metrics::new(Registry::new()).unwrap()
     }
 
-    impl Bench {
-        fn new() -> Self {
-            Self { metrics: Metrics::new(Registry::new()).unwrap(), dice: Dice::seeded(21) }
-        }
-
-        fn build(&self, text: &TableText, before: Option<&Routing>) -> Routing {
-            let table = Table::parse(text.wire()).unwrap();
-            Routing::build(table, SystemTime::now(), before, (&self.metrics, &self.dice))
-        }
+    fn build(metrics: &Metrics, text: &TableText, before: Option<&Routing>) -> Routing {
+        Routing::build(Table::parse(text.wire()).unwrap(), SystemTime::now(), before, metrics)
     }
 
-    fn ask(ticket: u64) -> Ask<'static> {
-        Ask { ticket, revision: None, tried: &[], now: Duration::ZERO }
+    fn criteria(sequence: u64) -> Criteria<'static> {
+        Criteria { sequence, revision: None, tried: &[], now: Duration::ZERO }
     }
 
     fn two_revisions(counter: u64) -> TableText {
@@ -190,87 +193,86 @@ mod tests {
     }
 
     #[test]
-    fn requests_divide_exactly_between_revisions_and_go_on_over_tables() {
-        let bench = Bench::new();
-        let mut routing = bench.build(&two_revisions(1), None);
+    fn the_split_stays_exact_over_table_changes() {
+        let metrics = metrics();
+        let mut routing = build(&metrics, &two_revisions(1), None);
         let mut counts = HashMap::new();
         for counter in 2..=6 {
             for _ in 0..2 {
-                let ticket = routing.draw(0);
-                let choice = routing.choose(0, &ask(ticket), &bench.dice).unwrap();
+                let sequence = routing.next_sequence(0);
+                let choice = routing.choose(0, &criteria(sequence)).unwrap();
                 *counts.entry(choice.metrics.revision.clone()).or_insert(0) += 1;
             }
-            routing = bench.build(&two_revisions(counter), Some(&routing));
+            routing = build(&metrics, &two_revisions(counter), Some(&routing));
         }
         assert_eq!(counts["r1"], 9);
         assert_eq!(counts["r2"], 1);
     }
 
     #[test]
-    fn an_endpoint_keeps_its_load_over_tables_and_a_restart_begins_anew() {
-        let bench = Bench::new();
-        let one = bench.build(&two_revisions(1), None);
+    fn an_endpoint_outlives_a_table_but_not_a_restart() {
+        let metrics = metrics();
+        let one = build(&metrics, &two_revisions(1), None);
         let id = Table::parse(two_revisions(1).wire()).unwrap().routes[0].backends[0].endpoints[0].id.clone();
-        let _held = one.endpoint(&id).unwrap().enter();
-        let two = bench.build(&two_revisions(2), Some(&one));
+        let _in_flight = one.endpoint(&id).unwrap().enter();
+        let two = build(&metrics, &two_revisions(2), Some(&one));
         assert_eq!(two.endpoint(&id).unwrap().load(), 1);
         let mut restarted = two_revisions(3).wire();
         restarted.routes[0].backends[0].endpoints[0].restart_count = 1;
         let table = Table::parse(restarted).unwrap();
-        let three = Routing::build(table, SystemTime::now(), Some(&two), (&bench.metrics, &bench.dice));
+        let three = Routing::build(table, SystemTime::now(), Some(&two), &metrics);
         assert!(three.endpoint(&id).is_none());
     }
 
     #[test]
-    fn the_tried_are_left_out_and_then_the_other_revision_helps() {
-        let bench = Bench::new();
-        let routing = bench.build(&two_revisions(1), None);
+    fn tried_endpoints_are_left_out_then_the_other_revision_helps() {
+        let metrics = metrics();
+        let routing = build(&metrics, &two_revisions(1), None);
         let mut tried = Vec::new();
         let mut revisions = Vec::new();
         for _ in 0..3 {
-            let ask = Ask { ticket: 0, revision: Some("r1"), tried: &tried, now: Duration::ZERO };
-            let choice = routing.choose(0, &ask, &bench.dice).unwrap();
+            let criteria = Criteria { sequence: 0, revision: Some("r1"), tried: &tried, now: Duration::ZERO };
+            let choice = routing.choose(0, &criteria).unwrap();
             revisions.push(choice.metrics.revision.clone());
             tried.push(choice.endpoint);
         }
         assert_eq!(revisions, ["r1", "r1", "r2"]);
-        let ask = Ask { ticket: 0, revision: Some("r1"), tried: &tried, now: Duration::ZERO };
-        assert!(routing.choose(0, &ask, &bench.dice).is_none());
+        let criteria = Criteria { sequence: 0, revision: Some("r1"), tried: &tried, now: Duration::ZERO };
+        assert!(routing.choose(0, &criteria).is_none());
     }
 
     #[test]
-    fn the_ejected_come_last_but_before_failure() {
-        let bench = Bench::new();
+    fn ejected_endpoints_come_last_but_before_failure() {
+        let metrics = metrics();
         let text = TableText::new(1, 1).route("default/a", &[]).backend(
             "r1",
             1,
             &[endpoint_at("p1", 1), endpoint_at("p2", 2)],
         );
-        let routing = bench.build(&text, None);
-        let out = routing.choose(0, &ask(0), &bench.dice).unwrap().endpoint;
-        out.connect_failed(Duration::ZERO);
-        for ticket in 0..50 {
-            let choice = routing.choose(0, &ask(ticket), &bench.dice).unwrap();
-            assert_ne!(choice.endpoint.spec.id, out.spec.id);
-            // The other one goes out as well now and then: somebody is still asked.
+        let routing = build(&metrics, &text, None);
+        let ejected = routing.choose(0, &criteria(0)).unwrap().endpoint;
+        ejected.connect_failed(Duration::ZERO);
+        for sequence in 0..50 {
+            let choice = routing.choose(0, &criteria(sequence)).unwrap();
+            assert_ne!(choice.endpoint.spec.id, ejected.spec.id);
         }
-        let other = routing.choose(0, &ask(0), &bench.dice).unwrap().endpoint;
+        let other = routing.choose(0, &criteria(0)).unwrap().endpoint;
         other.connect_failed(Duration::ZERO);
-        assert!(routing.choose(0, &ask(0), &bench.dice).is_some());
+        assert!(routing.choose(0, &criteria(0)).is_some());
     }
 
     #[test]
     fn a_revision_without_pods_has_no_share() {
-        let bench = Bench::new();
+        let metrics = metrics();
         let text = TableText::new(1, 1)
             .route("default/a", &[])
             .backend("r1", 50, &[endpoint_at("p1", 1)])
             .backend("r2", 50, &[]);
-        let routing = bench.build(&text, None);
-        for ticket in 0..100 {
-            assert_eq!(routing.choose(0, &ask(ticket), &bench.dice).unwrap().metrics.revision, "r1");
+        let routing = build(&metrics, &text, None);
+        for sequence in 0..100 {
+            assert_eq!(routing.choose(0, &criteria(sequence)).unwrap().metrics.revision, "r1");
         }
-        let none = bench.build(&TableText::new(1, 2).route("default/a", &[]).backend("r1", 1, &[]), None);
-        assert!(none.choose(0, &ask(0), &bench.dice).is_none());
+        let empty = TableText::new(1, 2).route("default/a", &[]).backend("r1", 1, &[]);
+        assert!(build(&metrics, &empty, None).choose(0, &criteria(0)).is_none());
     }
 }

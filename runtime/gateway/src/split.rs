@@ -1,14 +1,15 @@
 //! Divides a route's requests between its revisions, exactly.
 //!
-//! Each request draws a ticket from a counter, and the ticket alone decides. Over any run of as many requests as
-//! the weights add up to (after dividing by their common factor), every revision gets precisely its weight: a 5 %
-//! step is 5 of 100, never "about 5". Inside such a run the tickets are spread by a stride close to the golden
-//! ratio, so that the shares are near right after a few requests too, instead of coming in blocks.
+//! Each request takes a sequence number from a counter, and the number alone decides. Over any run of as many
+//! requests as the weights add up to (after division by their common factor), every revision gets exactly its
+//! weight: a 5 % step is 5 of 100, never "about 5". Inside such a run a stride close to the golden ratio
+//! distributes the numbers, so that the shares are nearly exact after a few requests too, instead of coming
+//! in blocks.
 
-/// The weights of one route, ready to be drawn from.
+/// The weights of one route, prepared for choices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Split {
-    /// Upper end (exclusive) of each member's part of `0..total`.
+    /// Upper end (exclusive) of each member's range in `0..total`.
     ends: Vec<u64>,
     total: u64,
     stride: u64,
@@ -31,18 +32,18 @@ impl Split {
         Self { ends, total, stride: stride(total) }
     }
 
-    /// The member that a ticket falls to; `None` where every weight is 0.
+    /// The member of a sequence number; `None` where every weight is 0.
     #[must_use]
-    pub fn choose(&self, ticket: u64) -> Option<usize> {
+    pub fn choose(&self, sequence: u64) -> Option<usize> {
         if self.total == 0 {
             return None;
         }
-        // A stride without a common factor with the total visits each place once per cycle.
-        let place = u128::from(ticket % self.total) * u128::from(self.stride) % u128::from(self.total);
-        self.ends.iter().position(|&end| place < u128::from(end))
+        // A stride without a common factor with the total visits each position once per cycle.
+        let position = u128::from(sequence % self.total) * u128::from(self.stride) % u128::from(self.total);
+        self.ends.iter().position(|&end| position < u128::from(end))
     }
 
-    /// After this many tickets in a row every member has had exactly its share.
+    /// Over this many numbers in a row every member gets exactly its share.
     #[must_use]
     pub fn cycle(&self) -> u64 {
         self.total
@@ -59,9 +60,9 @@ fn greatest_common_divisor(mut a: u64, mut b: u64) -> u64 {
 /// Candidates for a stride on either side of the golden ratio.
 const STRIDE_CANDIDATES: u64 = 128;
 
-/// A number near `total / golden ratio` that shares no factor with `total` and is as hard as possible to approximate
-/// by a fraction with a small denominator: where such a fraction is close, tickets that far apart fall beside each
-/// other, and a small share comes in clumps.
+/// A number near `total / golden ratio` that shares no factor with `total` and is as hard as possible to
+/// approximate by a fraction with a small denominator: where such a fraction is close, numbers that far apart
+/// land next to each other, and a small share comes in clusters.
 fn stride(total: u64) -> u64 {
     // 0.618... as a fraction of 2^32; totals stay below 2^40 for up to 256 weights of 32 bits.
     let golden = ((u128::from(total) * 2_654_435_769) >> 32) as u64;
@@ -86,19 +87,18 @@ fn largest_quotient(mut a: u64, mut b: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dice::Dice;
 
-    fn counts(split: &Split, from: u64, tickets: u64, members: usize) -> Vec<u64> {
+    fn counts(split: &Split, from: u64, length: u64, members: usize) -> Vec<u64> {
         let mut counts = vec![0; members];
-        for ticket in from..from + tickets {
-            counts[split.choose(ticket).unwrap()] += 1;
+        for sequence in from..from + length {
+            counts[split.choose(sequence).unwrap()] += 1;
         }
         counts
     }
 
     #[test]
-    fn every_cycle_is_exact_wherever_it_starts() {
-        let dice = Dice::seeded(11);
+    fn every_cycle_is_exact_from_any_start() {
+        let mut rng = fastrand::Rng::with_seed(11);
         for weights in
             [vec![1], vec![90, 10], vec![5, 95], vec![1, 2, 3], vec![7, 0, 13], vec![333, 333, 334]]
         {
@@ -106,7 +106,7 @@ mod tests {
             let total: u64 = weights.iter().map(|&weight| u64::from(weight)).sum();
             let factor = total / split.cycle();
             for _ in 0..20 {
-                let start = dice.roll() >> 8;
+                let start = rng.u64(..) >> 8;
                 let expected: Vec<u64> = weights.iter().map(|&weight| u64::from(weight) / factor).collect();
                 assert_eq!(counts(&split, start, split.cycle(), weights.len()), expected, "{weights:?}");
             }
@@ -114,19 +114,19 @@ mod tests {
     }
 
     #[test]
-    fn shares_are_near_right_long_before_a_cycle_ends() {
+    fn shares_are_nearly_exact_inside_a_cycle() {
         let split = Split::new(&[5, 95]);
         assert_eq!(split.cycle(), 20);
         let split = Split::new(&[51, 949]);
         for start in 0..1000 {
             let first = counts(&split, start, 100, 2)[0];
             // 5.1 expected; independent draws would give 12 and more somewhere.
-            assert!((4..=7).contains(&first), "tickets {start}..{}: {first} of 100", start + 100);
+            assert!((4..=7).contains(&first), "numbers {start}..{}: {first} of 100", start + 100);
         }
     }
 
     #[test]
-    fn no_weight_no_choice() {
+    fn zero_weights_give_no_choice() {
         assert_eq!(Split::new(&[]).choose(3), None);
         assert_eq!(Split::new(&[0, 0]).choose(3), None);
     }

@@ -1,15 +1,20 @@
-//! A routing table as this gateway holds it: parsed once, then only read.
+//! A parsed routing table, which is only read.
 //!
-//! A table from the operator is taken whole or not at all, because acknowledging it tells the operator that every
-//! pod in it can be reached through this gateway. The one thing that is settled here instead of refused is two
-//! routes that claim the same alias: the first keeps it, so that one ambiguous name can't stop all routing.
+//! A table from the operator is applied in full or not at all, because an acknowledgement tells the operator
+//! that every pod in it can be reached through this gateway. There is one exception: if two routes claim the
+//! same alias, the first gets it and the table is not refused, so that one ambiguous name does not stop all
+//! routing.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
+use trustformers_proto::Task;
 use trustformers_proto::control::v1 as wire;
+
+use crate::error::Choices;
 
 /// Orders tables: the lease term first, then the counter of that term's leader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,20 +37,20 @@ impl From<Version> for wire::TableVersion {
     }
 }
 
-/// One container of one pod, as the acknowledgement means it: a restart makes it another endpoint.
+/// One container of one pod, as an acknowledgement identifies it: after a restart it is another endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct EndpointId {
     /// UID of the pod.
     pub pod_uid: String,
     /// Restarts of its container.
     pub restart_count: u32,
-    /// Where it takes HTTP.
+    /// Its address for HTTP.
     pub http: SocketAddr,
-    /// Where it takes gRPC.
+    /// Its address for gRPC.
     pub grpc: SocketAddr,
 }
 
-/// An endpoint and the name that logs call it by.
+/// An endpoint and its name in logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndpointSpec {
     /// Name of the pod.
@@ -63,11 +68,11 @@ pub struct Backend {
     pub digest: String,
     /// Share of the route's requests, relative to the other backends'.
     pub weight: u32,
-    /// Pods that may be asked.
+    /// Pods that serve requests.
     pub endpoints: Vec<EndpointSpec>,
 }
 
-/// What a route promises its callers.
+/// Timeouts and retries of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
     /// From the request's arrival to the head of the answer; `None` is no limit.
@@ -87,14 +92,14 @@ impl Default for Policy {
 pub struct Route {
     /// `namespace/name`.
     pub name: String,
-    /// Every name that callers may use for it, without those that an earlier route holds.
+    /// Every name that callers may use for it, without those that an earlier route has.
     pub aliases: Vec<String>,
     /// Revisions and their shares.
     pub backends: Vec<Backend>,
     /// Timeouts and retries.
     pub policy: Policy,
-    /// What the model does, such as `generate` or `embed`; empty where that is not known.
-    pub task: String,
+    /// What the model does; `None` where the operator does not say, or says a task of a newer version.
+    pub task: Option<Task>,
 }
 
 impl Route {
@@ -105,29 +110,29 @@ impl Route {
     }
 }
 
-/// Why a table was not taken.
+/// Why a table was not applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TableError {
-    /// Nothing orders it.
-    #[error("the table carries no version")]
+    /// It has no version.
+    #[error("the table has no version")]
     NoVersion,
-    /// A route can't be named.
+    /// A route has no name.
     #[error("route {index} of table {version} has no name")]
     UnnamedRoute {
         /// Version of the table.
         version: Version,
-        /// Place in the list, from 0.
+        /// Index in the list, from 0.
         index: usize,
     },
     /// Two routes have one name.
-    #[error("route {route} is in table {version} twice")]
+    #[error("table {version} has two routes with the name {route}")]
     DuplicateRoute {
         /// Version of the table.
         version: Version,
         /// The name.
         route: String,
     },
-    /// An endpoint can't be reached as it is written.
+    /// The address of an endpoint can't be used.
     #[error("route {route}, pod {pod}: {field} is {value:?}, expected {expected}")]
     Endpoint {
         /// The route's name.
@@ -136,23 +141,26 @@ pub enum TableError {
         pod: String,
         /// Which field is wrong.
         field: &'static str,
-        /// What it holds.
+        /// Its value.
         value: String,
-        /// What it should hold.
+        /// The values that can be used.
         expected: &'static str,
     },
 }
 
-/// No route answers to a name.
+/// No route has a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unknown;
 
-/// A request has to name a model: there is not exactly one that it can mean.
+/// A request has to name a model, because not exactly one can be meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NameRequired {
-    /// The names to choose from: those of the task, or all where none is known to be of it.
-    pub choices: Vec<String>,
+pub(crate) struct NameRequired {
+    /// The names to choose from: those of the task, or all where no route has the task.
+    pub(crate) choices: Arc<Choices>,
 }
+
+/// The route that a request without a name goes to.
+type Unnamed = Result<usize, NameRequired>;
 
 /// A parsed table.
 #[derive(Debug, Clone)]
@@ -162,18 +170,24 @@ pub struct Table {
     /// The routes, in the operator's order.
     pub routes: Vec<Route>,
     names: HashMap<String, usize>,
+    /// Length of the longest name, in bytes.
+    longest_name: usize,
+    /// All names, for errors.
+    choices: Arc<Choices>,
+    /// The route of a request that names no model, by task; a task that no route has is missing.
+    unnamed: HashMap<Task, Unnamed>,
 }
 
 impl Table {
     /// Parses what the operator sent.
     ///
     /// # Errors
-    /// Names the route, pod and field that can't be used; then no part of the table is.
+    /// Names the route, pod and field that can't be used. No part of such a table is used.
     pub fn parse(table: wire::RouteTable) -> Result<Self, TableError> {
         let version = table.version.ok_or(TableError::NoVersion)?;
         let version = Version { term: version.term, counter: version.counter };
         let mut names = HashMap::new();
-        // Full names go first: no alias of another route may shadow them.
+        // Full names come first, so that no alias of another route shadows them.
         for (index, route) in table.routes.iter().enumerate() {
             if route.name.is_empty() {
                 return Err(TableError::UnnamedRoute { version, index });
@@ -195,9 +209,13 @@ impl Table {
                 .map(|backend| parse_backend(backend, &route.name))
                 .collect::<Result<_, _>>()?;
             let policy = route.policy.map_or_else(Policy::default, parse_policy);
-            routes.push(Route { name: route.name, aliases, backends, policy, task: route.task });
+            let task = Task::from_wire(&route.task);
+            routes.push(Route { name: route.name, aliases, backends, policy, task });
         }
-        Ok(Self { version, routes, names })
+        let longest_name = names.keys().map(String::len).max().unwrap_or(0);
+        let choices = Arc::new(routes.iter().map(|route| route.name.as_str()).collect());
+        let unnamed = unnamed(&routes);
+        Ok(Self { version, routes, names, longest_name, choices, unnamed })
     }
 
     /// Finds the route for a model's name.
@@ -205,45 +223,58 @@ impl Table {
     /// # Errors
     /// No route has it.
     pub fn find(&self, model: &str) -> Result<usize, Unknown> {
+        // A name of some megabytes costs nothing, not even its hash.
+        if model.len() > self.longest_name {
+            return Err(Unknown);
+        }
         self.names.get(model).copied().ok_or(Unknown)
     }
 
-    /// Finds the route for a request that names no model: the only one there is, or the only one of the task that the
-    /// request is of, where that is known. A model whose task is not known yet is not meant: it has never served, or its pods have not
-    /// reported to a new operator yet.
+    /// Finds the route for a request that names no model: the only one there is, or the only one of the
+    /// request's task. A route whose task is not known is not meant: it has never served, or its pods have
+    /// not reported to a new operator yet.
     ///
     /// # Errors
     /// There is not exactly one.
-    pub fn find_unnamed(&self, task: Option<&str>) -> Result<usize, NameRequired> {
+    pub(crate) fn find_unnamed(&self, task: Option<Task>) -> Unnamed {
         if self.routes.len() == 1 {
             return Ok(0);
         }
-        let of_task = |(index, route): (usize, &Route)| (Some(&*route.task) == task).then_some(index);
-        let meant: Vec<usize> = self.routes.iter().enumerate().filter_map(of_task).collect();
-        match *meant {
-            [only] => Ok(only),
-            [] => Err(NameRequired { choices: self.choices() }),
-            _ => {
-                let choices = meant.into_iter().map(|index| self.routes[index].name.clone()).collect();
-                Err(NameRequired { choices })
-            }
-        }
+        let of_task = task.and_then(|task| self.unnamed.get(&task).cloned());
+        of_task.unwrap_or_else(|| Err(NameRequired { choices: self.choices() }))
     }
 
     /// The names of all routes, for an error that lists the choices.
-    #[must_use]
-    pub fn choices(&self) -> Vec<String> {
-        self.routes.iter().map(|route| route.name.clone()).collect()
+    pub(crate) fn choices(&self) -> Arc<Choices> {
+        Arc::clone(&self.choices)
     }
 }
 
-/// Gives the alias to the route if it is free. An alias that equals the route's own name is kept as well.
-fn claim(names: &mut HashMap<String, usize>, alias: &str, index: usize, route: &str) -> bool {
-    let holder = *names.entry(alias.to_owned()).or_insert(index);
-    if holder != index {
-        tracing::warn!(alias, route, "the name is held by another route of the table, which keeps it");
+fn unnamed(routes: &[Route]) -> HashMap<Task, Unnamed> {
+    let mut by_task: HashMap<Task, Vec<usize>> = HashMap::new();
+    for (index, route) in routes.iter().enumerate() {
+        if let Some(task) = route.task {
+            by_task.entry(task).or_default().push(index);
+        }
     }
-    holder == index && !alias.is_empty()
+    let route_of = |(task, indices): (Task, Vec<usize>)| match *indices {
+        [only] => (task, Ok(only)),
+        _ => {
+            let names = indices.into_iter().map(|index| routes[index].name.as_str());
+            (task, Err(NameRequired { choices: Arc::new(names.collect()) }))
+        }
+    };
+    by_task.into_iter().map(route_of).collect()
+}
+
+/// Gives the alias to the route if no other route has it. An alias that equals the route's own name is valid
+/// too.
+fn claim(names: &mut HashMap<String, usize>, alias: &str, index: usize, route: &str) -> bool {
+    let owner = *names.entry(alias.to_owned()).or_insert(index);
+    if owner != index {
+        tracing::warn!(alias, route, "two routes of the table claim the name; the first one gets it");
+    }
+    owner == index && !alias.is_empty()
 }
 
 fn parse_policy(policy: wire::Policy) -> Policy {
@@ -314,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_route_answers_to_its_name_and_its_aliases() {
+    fn a_route_is_found_by_its_name_and_its_aliases() {
         let parsed = Table::parse(table(vec![
             route("default/a", &["default/a", "a"]),
             route("default/b", &["default/b", "b"]),
@@ -337,29 +368,42 @@ mod tests {
     #[test]
     fn the_only_route_needs_no_name() {
         let parsed = Table::parse(table(vec![route("default/a", &["a"])])).unwrap();
-        for task in [None, Some("generate"), Some("embed")] {
+        for task in [None, Some(Task::Generate), Some(Task::Embed)] {
             assert_eq!(parsed.find_unnamed(task), Ok(0), "{task:?}");
         }
         let empty = Table::parse(table(Vec::new())).unwrap();
-        assert_eq!(empty.find_unnamed(Some("embed")), Err(NameRequired { choices: Vec::new() }));
+        assert_eq!(empty.find_unnamed(Some(Task::Embed)), Err(NameRequired { choices: Arc::default() }));
     }
 
     #[test]
-    fn without_a_name_the_only_route_of_the_task_is_meant() {
+    fn without_a_name_the_only_route_of_the_task_is_found() {
         let of = |name: &str, task: &str| wire::Route { task: task.to_owned(), ..route(name, &[]) };
-        let routes = [("d/e", "embed"), ("d/g", "generate"), ("d/h", "generate"), ("d/u", "")];
+        let routes =
+            [("d/e", "embed"), ("d/g", "generate"), ("d/h", "generate"), ("d/u", ""), ("d/v", "newer")];
         let parsed = Table::parse(table(routes.map(|(name, task)| of(name, task)).to_vec())).unwrap();
-        let choices = |task| parsed.find_unnamed(task).map_err(|required| required.choices);
-        assert_eq!(choices(Some("embed")), Ok(0));
-        assert_eq!(choices(Some("generate")), Err(vec!["d/g".to_owned(), "d/h".to_owned()]));
-        // Of a task that no route has, and of a path that this gateway does not know, all are named.
+        let choices = |task| parsed.find_unnamed(task).map_err(|required| required.choices.listed().to_vec());
+        assert_eq!(choices(Some(Task::Embed)), Ok(0));
+        assert_eq!(choices(Some(Task::Generate)), Err(vec!["d/g".to_owned(), "d/h".to_owned()]));
+        // For a path that this gateway does not know, the error lists all.
         let all: Vec<String> = routes.map(|(name, _)| name.to_owned()).to_vec();
-        assert_eq!(choices(Some("rerank")), Err(all.clone()));
-        assert_eq!(choices(None), Err(all));
+        assert_eq!(choices(None), Err(all.clone()));
+        // So does it for a task that no route has.
+        let generating = Table::parse(table(vec![of("d/g", "generate"), of("d/h", "generate")])).unwrap();
+        let required = generating.find_unnamed(Some(Task::Embed)).unwrap_err();
+        assert_eq!(required.choices, generating.choices());
     }
 
     #[test]
-    fn the_first_route_keeps_a_doubled_alias_and_full_names_win() {
+    fn an_unknown_name_is_refused_without_copying_the_names() {
+        let routes: Vec<_> = (0..2000).map(|index| route(&format!("default/m{index}"), &[])).collect();
+        let parsed = Table::parse(table(routes)).unwrap();
+        assert_eq!(parsed.find(&"x".repeat(4 << 20)), Err(Unknown));
+        assert!(Arc::ptr_eq(&parsed.choices(), &parsed.choices()));
+        assert_eq!(parsed.choices().listed().len(), 32);
+    }
+
+    #[test]
+    fn the_first_route_gets_a_doubled_alias_and_full_names_win() {
         let parsed =
             Table::parse(table(vec![route("one/a", &["a", "two/a"]), route("two/a", &["a"])])).unwrap();
         assert_eq!(parsed.find("a"), Ok(0));
@@ -369,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_reached_refuses_the_table_by_name() {
+    fn an_unusable_address_refuses_the_table_by_name() {
         let mut bad = route("default/a", &[]);
         bad.backends[0].endpoints[0].address = "pod.example".to_owned();
         let text = Table::parse(table(vec![bad])).unwrap_err().to_string();
@@ -381,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_versions_are_required_once() {
+    fn a_table_needs_a_version_and_unique_names() {
         let mut unversioned = table(Vec::new());
         unversioned.version = None;
         assert_eq!(Table::parse(unversioned).unwrap_err(), TableError::NoVersion);

@@ -1,24 +1,24 @@
-//! From token bytes to text, one token at a time, never half a character.
+//! From token bytes to text, one token at a time, in whole characters.
 
-/// Holds back bytes that do not make a whole character yet. Whatever the cuts between tokens, the pieces together
-/// are the text that all bytes together would give.
+/// Buffers bytes until they make a whole character. The pieces together are the text of all bytes together,
+/// for any boundaries between tokens.
 #[derive(Debug, Default, Clone)]
 pub struct Detokenizer {
-    held: Vec<u8>,
+    pending: Vec<u8>,
 }
 
 impl Detokenizer {
-    /// Nothing held.
+    /// No bytes pending.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a token's bytes and gives the text that is final now. Bytes that can never become a character turn into
-    /// U+FFFD.
+    /// Adds a token's bytes and gives the text that is final now. Bytes that can never become a character
+    /// turn into U+FFFD.
     pub fn push(&mut self, bytes: &[u8]) -> String {
-        self.held.extend_from_slice(bytes);
+        self.pending.extend_from_slice(bytes);
         let mut text = String::new();
-        let mut rest = self.held.as_slice();
+        let mut rest = self.pending.as_slice();
         loop {
             match std::str::from_utf8(rest) {
                 Ok(valid) => {
@@ -42,14 +42,14 @@ impl Detokenizer {
             }
         }
         let kept = rest.len();
-        self.held.drain(..self.held.len() - kept);
+        self.pending.drain(..self.pending.len() - kept);
         text
     }
 
-    /// Ends the text: bytes still held turn into U+FFFD.
+    /// Ends the text: bytes still pending turn into U+FFFD.
     pub fn finish(&mut self) -> String {
-        let text = String::from_utf8_lossy(&self.held).into_owned();
-        self.held.clear();
+        let text = String::from_utf8_lossy(&self.pending).into_owned();
+        self.pending.clear();
         text
     }
 }
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_became_a_character_is_replaced_at_the_end() {
+    fn an_incomplete_character_is_replaced_at_the_end() {
         let mut detokenizer = Detokenizer::new();
         assert_eq!(detokenizer.push(b"a\xf0\x9f"), "a");
         assert_eq!(detokenizer.finish(), "\u{fffd}");
@@ -79,13 +79,13 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_byte_does_not_hold_back_what_follows() {
+    fn an_invalid_byte_does_not_delay_the_rest() {
         assert_eq!(Detokenizer::new().push(b"a\xffb\xc3(c"), "a\u{fffd}b\u{fffd}(c");
     }
 
     proptest! {
         #[test]
-        fn any_cuts_give_the_same_text(
+        fn any_boundaries_give_the_same_text(
             pieces in prop::collection::vec(
                 prop_oneof![
                     prop::collection::vec(any::<u8>(), 0..4),

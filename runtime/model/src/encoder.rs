@@ -6,7 +6,7 @@ use crate::checkpoint::{
     BertConfig, CONFIG, CheckpointFiles, CheckpointProblem, Sentence, TOKENIZER, WEIGHTS,
 };
 use crate::error::{LoadError, TokenizerProblem};
-use crate::model::{EmbeddingFacts, Model, ModelFacts};
+use crate::model::{EmbeddingFacts, Model, ModelFacts, TextPreparation};
 use crate::source::ReadProgress;
 use crate::tokenizer::Tokenizer;
 use serde::Deserialize;
@@ -36,7 +36,9 @@ pub(crate) fn load(
     let config: BertConfig = files.json(CONFIG)?;
     config.check().map_err(|problem| files.wrong(CONFIG, problem))?;
     let sentence = Sentence::read(files)?;
-    let tokenizer = Tokenizer::from_json(&files.bytes(TOKENIZER)?)
+    let tokenizer_file = files.bytes(TOKENIZER)?;
+    files.refuse_foreign(TOKENIZER, &tokenizer_file)?;
+    let tokenizer = Tokenizer::from_json(&tokenizer_file)
         .and_then(|tokenizer| check_vocabulary(tokenizer, &config))
         .map_err(|problem| LoadError::Tokenizer { path: files.path(TOKENIZER), problem })?;
     let head = head(&config, &sentence, &tokenizer).map_err(|problem| files.wrong(CONFIG, problem))?;
@@ -44,15 +46,16 @@ pub(crate) fn load(
     let weights = bert::weights(&config, &stored).map_err(|problem| files.wrong(WEIGHTS, problem))?;
     let architecture =
         bert::resolve(&config, head, &weights).map_err(|problem| files.wrong(WEIGHTS, problem))?;
-    let mut facts = facts(&config, head, sentence.note, &weights, stored.file_bytes());
+    let mut facts = facts(&config, &sentence, head, &weights);
+    facts.file_bytes = stored.file_bytes() as u64;
     let (template, special) = chat::config::of_checkpoint(files)?;
     let chat = match &template {
         Some(template) => ChatTemplate::new(template, special),
         None => Err(ChatError::NoTemplate),
     };
     facts.chat_template = template;
-    let lowercase = sentence.lowercase;
-    let model = Model { weights: Arc::new(weights), tokenizer, facts, architecture, chat, lowercase };
+    let preparation = TextPreparation { prompt: sentence.prompt, lowercase: sentence.lowercase };
+    let model = Model { weights: Arc::new(weights), tokenizer, facts, architecture, chat, preparation };
     model.check_plan().map_err(|problem| LoadError::Plan { path: files.path(CONFIG), problem })?;
     Ok(model)
 }
@@ -64,8 +67,8 @@ fn head(config: &BertConfig, sentence: &Sentence, tokenizer: &Tokenizer) -> Resu
     let special = tokenizer.special_tokens();
     if max_tokens <= special {
         let why = format!(
-            "a text may have {max_tokens} tokens (this key, or max_seq_length of sentence_bert_config.json), which \
-             leaves no room beside the {special} special tokens"
+            "a text may have {max_tokens} tokens (this key, or max_seq_length of sentence_bert_config.json), but the \
+             {special} special tokens alone need them all"
         );
         return Err(CheckpointProblem::Malformed { key: "max_position_embeddings", why });
     }
@@ -81,13 +84,7 @@ fn check_vocabulary(tokenizer: Tokenizer, config: &BertConfig) -> Result<Tokeniz
     Err(TokenizerProblem::Entry { key: "model.vocab", why })
 }
 
-fn facts(
-    config: &BertConfig,
-    head: Head,
-    pooling_note: Option<String>,
-    weights: &Weights,
-    file_bytes: usize,
-) -> ModelFacts {
+fn facts(config: &BertConfig, sentence: &Sentence, head: Head, weights: &Weights) -> ModelFacts {
     let elements = |rows: usize, cols: usize| rows as u64 * cols as u64;
     ModelFacts {
         task: Task::Embed,
@@ -99,14 +96,16 @@ fn facts(
         layers: config.num_hidden_layers,
         kv_heads: config.num_attention_heads,
         head_dim: config.hidden_size / config.num_attention_heads,
-        file_bytes: file_bytes as u64,
+        file_bytes: 0,
         embedding: Some(EmbeddingFacts {
             width: config.hidden_size,
             max_tokens: head.max_tokens,
             pooling: head.pooling,
-            pooling_note,
+            pooling_note: sentence.note.clone(),
             normalised: head.normalise,
+            prompt: sentence.prompt.clone(),
         }),
         chat_template: None,
+        warnings: Vec::new(),
     }
 }

@@ -9,14 +9,14 @@ use trustformers_plan::{PlanError, WeightError};
 /// Why a model could not be loaded.
 #[derive(Debug, Error)]
 pub enum LoadError {
-    /// The file could not be opened or read. May go away by itself when the storage is remote.
+    /// The file could not be opened or read. Remote storage may recover.
     #[error("{}: cannot be {action}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What was tried: `opened`, `read` or `mapped`.
+        /// The operation: `opened`, `read` or `mapped`.
         action: &'static str,
-        /// The operating system's words.
+        /// The operating system's message.
         source: std::io::Error,
     },
     /// The path is neither a file nor a folder.
@@ -41,14 +41,14 @@ pub enum LoadError {
         #[source]
         problem: CheckpointProblem,
     },
-    /// The architecture is not known here.
+    /// The architecture is not supported.
     #[error("{}: architecture {found:?} is not supported; supported: {supported}", path.display())]
     Architecture {
         /// The file.
         path: PathBuf,
-        /// What the file says.
+        /// The name in the file.
         found: String,
-        /// What could be served.
+        /// The supported names.
         supported: String,
     },
     /// The tokenizer in the file cannot be used.
@@ -69,12 +69,12 @@ pub enum LoadError {
         #[source]
         problem: WeightError,
     },
-    /// The model cannot be written down as a plan.
+    /// The model cannot be lowered to a plan.
     #[error("{}: {problem}", path.display())]
     Plan {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
+        /// What is wrong with it.
         #[source]
         problem: PlanError,
     },
@@ -98,17 +98,17 @@ pub enum TokenizerProblem {
     /// A key is missing or of the wrong type.
     #[error(transparent)]
     Key(#[from] GgufProblem),
-    /// The kind of tokenizer, or its way to split text, is not known here.
+    /// The kind of tokenizer, or its rule to split text, is not supported.
     #[error("key {key} is {found:?}, which is not supported; supported: {supported}")]
     Unsupported {
         /// The key.
         key: &'static str,
-        /// What the file says.
+        /// The value in the file.
         found: String,
-        /// What could be used.
+        /// The supported values.
         supported: &'static str,
     },
-    /// A list of the tokenizer has an entry that makes no sense.
+    /// A key or list of the tokenizer has an invalid entry.
     #[error("key {key}: {why}; convert the model again")]
     Entry {
         /// The key.

@@ -1,12 +1,20 @@
 //! Model files: GGUF and safetensors, tokenizers, architectures lowered to a Plan.
 //!
-//! [`Model::load`] opens a file or folder that comes from outside, checks all of it and gives what an engine needs: the
-//! weights as byte ranges of the mapped file, a [`Tokenizer`], [`ModelFacts`] for people and schedulers, and
-//! [`Model::plan`], which writes the architecture down as a plan for whatever limits and device are chosen.
-//! [`Model::task`] says what that plan answers.
+//! [`Model::load`] opens an untrusted file or folder, checks all of it and gives what an engine needs: the
+//! weights as byte ranges of the mapped file, a [`Tokenizer`], [`ModelFacts`] for display and schedulers, and
+//! [`Model::plan`], which lowers the architecture to a plan for the given limits and device. [`Model::task`]
+//! is the kind of its results.
 //!
-//! Everything a file may say and this crate does not honour is refused by name. A model that answers wrongly because
-//! a setting was overlooked is worse than one that does not load.
+//! A key or tensor that may change a result and is not supported is refused by name: a model that does not
+//! load is better than one that answers wrongly.
+//!
+//! To add an architecture that needs no new op:
+//!
+//! 1. `src/arch/NAME.rs`: its differences from `decoder.rs`, or its own module, with tests of its refusals.
+//! 2. `src/arch/mod.rs`: a line in `ARCHITECTURES`.
+//! 3. `src/tokenizer.rs`: a rule in `split_rule`, where texts are split in another way.
+//! 4. `src/seeded.rs`: a family in `SeededFamily`, for a small model with random weights.
+//! 5. `runtime/engine/tests/parity/`: reference outputs of a real model.
 
 mod arch;
 pub mod chat;
@@ -14,6 +22,7 @@ mod checkpoint;
 mod detokenizer;
 mod encoder;
 mod error;
+mod foreign;
 pub mod gguf;
 mod model;
 pub mod seeded;
@@ -24,6 +33,7 @@ pub use arch::TensorProblem;
 pub use checkpoint::{CheckpointFiles, CheckpointProblem};
 pub use detokenizer::Detokenizer;
 pub use error::{LoadError, TokenizerProblem};
+pub use foreign::ForeignFile;
 pub use model::{EmbeddingFacts, Model, ModelFacts, PlanRequest};
 pub use source::ReadProgress;
 pub use tokenizer::{EncodedText, Tokenizer};

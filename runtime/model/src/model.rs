@@ -1,4 +1,4 @@
-//! A loaded model: weights, tokenizer, facts, and the way to a plan.
+//! A loaded model: weights, tokenizer, facts, and the lowering to a plan.
 
 use crate::arch::{self, ArchSizes, Architecture};
 use crate::chat::{ChatError, ChatTemplate, SpecialTokens};
@@ -6,11 +6,18 @@ use crate::checkpoint::CheckpointFiles;
 use crate::error::{LoadError, TokenizerProblem};
 use crate::gguf::Gguf;
 use crate::source::{self, ReadProgress};
-use crate::tokenizer::{EncodedText, Tokenizer};
+use crate::tokenizer::{EncodedText, Tokenizer, rows_with_token};
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
-use trustformers_plan::{FusedOps, Limits, Plan, PlanError, Pooling, Weight, WeightBytes, Weights};
+use trustformers_plan::{
+    FusedOps, Limits, Plan, PlanError, Pooling, Weight, WeightBytes, WeightError, Weights,
+};
 use trustformers_proto::Task;
+
+/// The warning about a file without an end token.
+const NO_END_TOKEN: &str = "the file names no end token (key tokenizer.ggml.eos_token_id): answers end only at \
+     max_tokens, the context or a stop text; convert the model again";
 
 /// How an embedding model turns texts into vectors.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,16 +28,18 @@ pub struct EmbeddingFacts {
     pub max_tokens: usize,
     /// How the rows of a text become one vector.
     pub pooling: Pooling,
-    /// What an answer should say about the pooling, where the checkpoint does not configure it.
+    /// A note for answers about the pooling, where the checkpoint does not configure it.
     pub pooling_note: Option<String>,
     /// Whether vectors have length one.
     pub normalised: bool,
+    /// The text that is put before every text; empty where the checkpoint has no default prompt.
+    pub prompt: String,
 }
 
-/// What a model's file says about it, for people, schedulers and APIs.
+/// What a model's files say about it, for display, schedulers and APIs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelFacts {
-    /// What it is for.
+    /// The model's task.
     pub task: Task,
     /// The architecture's name, such as `llama`.
     pub architecture: String,
@@ -38,9 +47,11 @@ pub struct ModelFacts {
     pub name: Option<String>,
     /// How many weights it has.
     pub parameters: u64,
-    /// Longest sequence that it was made for, in tokens; of an embedding model, [`EmbeddingFacts::max_tokens`].
+    /// Longest sequence that it was trained for, in tokens; of an embedding model,
+    /// [`EmbeddingFacts::max_tokens`].
     pub context_tokens: usize,
-    /// How many tokens its vocabulary has.
+    /// How many tokens its vocabulary has. Rows of the embedding without a token do not count and are never
+    /// produced.
     pub vocabulary: usize,
     /// Transformer blocks.
     pub layers: usize,
@@ -54,12 +65,14 @@ pub struct ModelFacts {
     pub embedding: Option<EmbeddingFacts>,
     /// The chat template that the file carries, if any, as the Jinja text that it is.
     pub chat_template: Option<String>,
+    /// What the operator of a server should know: the model loads, but something in its files is unusual.
+    pub warnings: Vec<String>,
 }
 
-/// What a plan is wanted for.
+/// What a plan is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlanRequest {
-    /// Longest sequence in tokens; capped by the model's own context.
+    /// Longest sequence in tokens; bounded by the model's own context.
     pub context_tokens: usize,
     /// The largest step.
     pub limits: Limits,
@@ -75,16 +88,35 @@ pub struct Model {
     pub(crate) facts: ModelFacts,
     pub(crate) architecture: Box<dyn Architecture>,
     pub(crate) chat: Result<ChatTemplate, ChatError>,
-    /// Whether texts are lower-cased before the tokenizer sees them.
+    pub(crate) preparation: TextPreparation,
+}
+
+/// What is done to a text before an embedding model's tokenizer reads it.
+#[derive(Debug, Default)]
+pub(crate) struct TextPreparation {
+    /// The default prompt, put before the text.
+    pub(crate) prompt: String,
+    /// Whether prompt and text are lower-cased.
     pub(crate) lowercase: bool,
 }
 
+impl TextPreparation {
+    fn apply<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        let text = match self.prompt.as_str() {
+            "" => Cow::Borrowed(text),
+            prompt => Cow::Owned(format!("{prompt}{text}")),
+        };
+        if self.lowercase { Cow::Owned(text.to_lowercase()) } else { text }
+    }
+}
+
 impl Model {
-    /// Reads and checks a model: a GGUF file, or the folder of a checkpoint with all its files. `progress` is told after
-    /// each megabyte that was read.
+    /// Reads and checks a model: a GGUF file, or the folder of a checkpoint with all its files. Calls
+    /// `progress` after each megabyte.
     ///
     /// # Errors
-    /// Whatever is wrong with the file, by name; [`LoadError::is_transient`] tells a failing storage from bad content.
+    /// The first problem of a file, by name; [`LoadError::is_transient`] separates failing storage from bad
+    /// content.
     pub fn load(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Result<Self, LoadError> {
         if path.is_dir() {
             return Self::load_checkpoint(&CheckpointFiles::of_folder(path)?, progress);
@@ -93,7 +125,7 @@ impl Model {
         Self::from_bytes(path, file)
     }
 
-    /// Reads and checks a checkpoint of which exactly these files may be read.
+    /// Reads and checks a checkpoint. Reads no other files than these.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -107,7 +139,7 @@ impl Model {
     /// Checks a GGUF file that is in memory already. `path` is only used in messages.
     ///
     /// # Errors
-    /// Whatever is wrong with the content, by name.
+    /// The first problem of the content, by name.
     #[expect(
         clippy::needless_pass_by_value,
         reason = "so that callers need not spell the cast to a shared source"
@@ -116,10 +148,11 @@ impl Model {
         let bytes: &[u8] = (*file).as_ref();
         let wrong = |problem| LoadError::gguf(path, problem);
         let gguf = Gguf::parse(bytes).map_err(wrong)?;
+        gguf.check_whole().map_err(wrong)?;
         let weights =
             weights(&gguf, &file).map_err(|problem| LoadError::Weights { path: path.to_owned(), problem })?;
         let name = gguf.metadata.string("general.architecture").map_err(wrong)?;
-        let architecture = match arch::resolve(name, &gguf.metadata, &weights) {
+        let architecture = match arch::resolve(name, &gguf, &weights) {
             Some(resolved) => resolved.map_err(wrong)?,
             None => {
                 return Err(LoadError::Architecture {
@@ -131,23 +164,27 @@ impl Model {
         };
         let tokenizer = Tokenizer::from_gguf(&gguf, bytes)
             .map_err(|problem| LoadError::Tokenizer { path: path.to_owned(), problem })?;
-        let facts = facts(&gguf, architecture.sizes(), bytes.len()).map_err(wrong)?;
+        let mut facts = facts(&gguf, architecture.sizes(), bytes.len()).map_err(wrong)?;
+        if tokenizer.eos_ids().is_empty() {
+            facts.warnings.push(NO_END_TOKEN.to_owned());
+        }
         check_vocabulary(&tokenizer, &facts).map_err(wrong)?;
         let chat = chat(&gguf, &tokenizer, facts.chat_template.as_deref()).map_err(wrong)?;
         let weights = Arc::new(weights);
-        let model = Self { weights, tokenizer, facts, architecture, chat, lowercase: false };
+        let preparation = TextPreparation::default();
+        let model = Self { weights, tokenizer, facts, architecture, chat, preparation };
         model.check_plan().map_err(|problem| LoadError::Plan { path: path.to_owned(), problem })?;
         Ok(model)
     }
 
-    /// Lowers the smallest plan, so that a model that cannot be written down is refused at load.
+    /// Lowers the smallest plan, so that a model that cannot be lowered is refused at load.
     pub(crate) fn check_plan(&self) -> Result<(), PlanError> {
         let limits = Limits { rows: 1, sequences: 1, logits_rows: 1 };
         let context_tokens = self.facts.context_tokens;
         self.plan(&PlanRequest { context_tokens, limits, fused: FusedOps::default() }).map(|_| ())
     }
 
-    /// Writes the model down for these limits and this device.
+    /// Lowers the model to a plan for these limits and this device.
     ///
     /// # Errors
     /// Limits that are zero or larger than memory.
@@ -155,8 +192,8 @@ impl Model {
         self.architecture.plan(&self.weights, request)
     }
 
-    /// The ids of a text as an embedding model reads it: special tokens around it, and cut where it is longer than
-    /// [`ModelFacts::context_tokens`].
+    /// The ids of a text as an embedding model reads it: with the model's default prompt before it, special
+    /// tokens around both, and cut where it is longer than [`ModelFacts::context_tokens`].
     ///
     /// # Errors
     /// The tokenizer library's own; none is known for valid UTF-8.
@@ -170,27 +207,23 @@ impl Model {
     /// As [`Self::encode`].
     pub fn encode_up_to(&self, text: &str, max_tokens: usize) -> Result<EncodedText, TokenizerProblem> {
         let most = max_tokens.min(self.facts.context_tokens);
-        if self.lowercase {
-            self.tokenizer.encode_up_to(&text.to_lowercase(), most)
-        } else {
-            self.tokenizer.encode_up_to(text, most)
-        }
+        self.tokenizer.encode_up_to(&self.preparation.apply(text), most)
     }
 
-    /// The template that makes a prompt of a conversation.
+    /// The template that renders a conversation to a prompt.
     ///
     /// # Errors
-    /// That there is none, or why it cannot be used.
+    /// The model has no template, or its template cannot be used.
     pub fn chat(&self) -> Result<&ChatTemplate, ChatError> {
         self.chat.as_ref().map_err(Clone::clone)
     }
 
-    /// What the model is for.
+    /// The model's task.
     pub fn task(&self) -> Task {
         self.facts.task
     }
 
-    /// The weights that plans name.
+    /// The weights that plans refer to.
     pub fn weights(&self) -> &Arc<Weights> {
         &self.weights
     }
@@ -200,23 +233,26 @@ impl Model {
         &self.tokenizer
     }
 
-    /// What the file says.
+    /// What the model's files say about it.
     pub fn facts(&self) -> &ModelFacts {
         &self.facts
     }
 }
 
-fn weights(gguf: &Gguf, file: &WeightBytes) -> Result<Weights, trustformers_plan::WeightError> {
+/// The tensors of the file. Those with a row per token lose the rows without a token: no prompt can contain
+/// such a row's id, and no answer may.
+fn weights(gguf: &Gguf, file: &WeightBytes) -> Result<Weights, WeightError> {
+    let used_rows = rows_with_token(gguf, (**file).as_ref()).unwrap_or(usize::MAX);
     let mut weights = Weights::new();
     for tensor in &gguf.tensors {
+        let (mut matrix, mut range) = (tensor.matrix(), tensor.range.clone());
+        if arch::has_row_per_token(&tensor.name) && used_rows < matrix.0 && used_rows > 0 {
+            // Rows are stored one after the other, each in the same number of bytes.
+            range.end = range.start + range.len() / matrix.0 * used_rows;
+            matrix.0 = used_rows;
+        }
         let source = Arc::clone(file);
-        weights.push(Weight::new(
-            tensor.name.clone(),
-            tensor.dtype,
-            tensor.matrix(),
-            source,
-            tensor.range.clone(),
-        )?)?;
+        weights.push(Weight::new(tensor.name.clone(), tensor.dtype, matrix, source, range)?)?;
     }
     Ok(weights)
 }
@@ -257,10 +293,11 @@ fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts,
         file_bytes: file_bytes as u64,
         embedding: None,
         chat_template: meta.opt_string("tokenizer.chat_template")?.map(str::to_owned),
+        warnings: Vec::new(),
     })
 }
 
-/// Some converters pad the embedding; a padded row has no text, so more rows than tokens are fine, fewer are not.
+/// Some converters pad the embedding, so more rows than tokens are fine. Fewer rows are not.
 fn check_vocabulary(tokenizer: &Tokenizer, facts: &ModelFacts) -> Result<(), crate::gguf::GgufProblem> {
     if tokenizer.len() <= facts.vocabulary {
         return Ok(());

@@ -1,14 +1,14 @@
-//! Small models with random weights that depend on nothing but a seed: Llamas and Qwens as GGUF files, BERTs as
-//! checkpoints.
+//! Small models with random weights that depend on nothing but a seed: Llamas and Qwens as GGUF files, BERTs
+//! as checkpoints.
 //!
-//! Tests of the engine, the pod and the whole cluster need a model that loads in a millisecond and answers the same
-//! on every machine. It has the shape, the file format and the tokenizer of a real one (byte-level, so every text can
-//! be said); only what it says is meaningless.
+//! Tests of the engine, the pod and the whole cluster need a model that loads in a millisecond and answers
+//! the same on every machine. It has the shape, the file format and the tokenizer of a real one (byte-level,
+//! so every text can be produced); only its answers are meaningless.
 //!
 //! The recipe is short enough to repeat in another language: element `i` of a tensor is
-//! `(mix(seed XOR fnv1a(name), i) >> 40) / 2^23 - 1`, times `scale / sqrt(columns)`, where `mix` is the SplitMix64
-//! output function on `start + (i + 1) * 0x9E3779B97F4A7C15`; norm weights are 1, and biases are the sequence times 0.3. Quantised tensors are rounded from
-//! these values block by block.
+//! `(mix(seed XOR fnv1a(name), i) >> 40) / 2^23 - 1`, times `scale / sqrt(columns)`, where `mix` is the
+//! SplitMix64 output function on `start + (i + 1) * 0x9E3779B97F4A7C15`; norm weights are 1, and biases are
+//! the sequence times 0.3. Quantised tensors are rounded from these values block by block.
 
 mod encoder;
 mod store;
@@ -21,14 +21,15 @@ use store::store;
 use trustformers_plan::DType;
 use trustformers_plan::seeded::SeededRng;
 
-/// Spread of the embedding, and of the other matrices, before the division by the root of the columns. Larger than in
-/// a trained model, so that answers depend visibly on the prompt.
+/// Scale of the embedding, and of the other matrices, before the division by the root of the columns. Larger
+/// than in a trained model, so that answers depend visibly on the prompt.
 const SCALE: f32 = 3.0;
 
 /// Control tokens, the first ids of the vocabulary.
 const CONTROL_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 
-/// Pairs that the tokenizer merges, in order, written as bytes with a space where the byte-level alphabet has `Ġ`.
+/// Pairs that the tokenizer merges, in order, written as bytes with a space where the byte-level alphabet has
+/// `Ġ`.
 const MERGES: [(&str, &str); 12] = [
     (" ", "t"),
     ("h", "e"),
@@ -44,15 +45,15 @@ const MERGES: [(&str, &str); 12] = [
     ("in", "g"),
 ];
 
-/// Spread of biases: visible beside products of about one, and no more.
+/// Scale of biases: visible beside products of about one.
 const BIAS_SCALE: f32 = 0.3;
 
 /// Which architecture a seeded model has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SeededFamily {
-    /// `llama`, with SmolLM2's way to split text.
+    /// `llama`, with the split rule of SmolLM2.
     Llama,
-    /// `qwen2`, with its own.
+    /// `qwen2`, with its own split rule.
     Qwen2,
 }
 
@@ -77,7 +78,7 @@ impl SeededFamily {
 pub struct SeededModel {
     /// Its architecture.
     pub family: SeededFamily,
-    /// What all weights come from.
+    /// The seed of all weights.
     pub seed: u64,
     /// Transformer blocks.
     pub layers: usize,
@@ -85,8 +86,8 @@ pub struct SeededModel {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Elements of a head; even. `heads * head_dim` is the width and a multiple of the type's block (32 or 256)
-    /// where weights are quantised.
+    /// Elements of a head; even. `heads * head_dim` is the width and a multiple of the type's block (32 or
+    /// 256) where weights are quantised.
     pub head_dim: usize,
     /// Width of the feed-forward part; a multiple of the type's block where weights are quantised.
     pub feed_forward: usize,
@@ -126,9 +127,43 @@ impl SeededModel {
     /// # Panics
     /// When rows cannot be stored in the wanted type: see the fields' rules.
     pub fn gguf(&self) -> Vec<u8> {
+        self.gguf_with(&[])
+    }
+
+    /// The bytes of the GGUF file with these keys added, or with these values for keys that it has.
+    ///
+    /// # Panics
+    /// As [`Self::gguf`].
+    pub fn gguf_with(&self, keys: &[(&str, GgufValue)]) -> Vec<u8> {
+        let mut pairs = self.pairs();
+        for (key, value) in keys {
+            pairs.retain(|(name, _)| name != key);
+            pairs.push(((*key).to_owned(), value.clone()));
+        }
+        self.file(&pairs)
+    }
+
+    /// The bytes of the GGUF file without one of its keys.
+    ///
+    /// # Panics
+    /// As [`Self::gguf`].
+    pub fn gguf_without(&self, key: &str) -> Vec<u8> {
+        let mut pairs = self.pairs();
+        pairs.retain(|(name, _)| name != key);
+        self.file(&pairs)
+    }
+
+    fn pairs(&self) -> Vec<(String, GgufValue)> {
+        let mut pairs = self.metadata();
+        pairs.extend(tokenizer(self.family.split()));
+        pairs
+    }
+
+    fn file(&self, pairs: &[(String, GgufValue)]) -> Vec<u8> {
         let mut file = GgufWriter::new();
-        self.metadata(&mut file);
-        tokenizer(&mut file, self.family.split());
+        for (key, value) in pairs {
+            file.pair(key, value);
+        }
         let (width, vocabulary) = (self.heads * self.head_dim, self.vocabulary());
         self.matrix(&mut file, "token_embd.weight", vocabulary, width);
         for layer in 0..self.layers {
@@ -156,12 +191,11 @@ impl SeededModel {
         file.finish()
     }
 
-    fn metadata(&self, file: &mut GgufWriter) {
+    fn metadata(&self) -> Vec<(String, GgufValue)> {
         let text = |t: &str| GgufValue::String(t.to_owned());
         // Sizes of a test model fit 32 bits by a wide margin.
         let number = |n: usize| GgufValue::U32(n as u32);
         let family = self.family.architecture();
-        file.pair("general.architecture", &text(family)).pair("general.name", &text("Seeded test model"));
         let pairs = [
             ("block_count", number(self.layers)),
             ("context_length", number(self.context_tokens)),
@@ -174,9 +208,9 @@ impl SeededModel {
             ("rope.dimension_count", number(self.head_dim)),
             ("vocab_size", number(self.vocabulary())),
         ];
-        for (key, value) in pairs {
-            file.pair(&format!("{family}.{key}"), &value);
-        }
+        let general = [("architecture", text(family)), ("name", text("Seeded test model"))];
+        let general = general.map(|(key, value)| (format!("general.{key}"), value));
+        general.into_iter().chain(pairs.map(|(key, value)| (format!("{family}.{key}"), value))).collect()
     }
 
     fn bias(&self, file: &mut GgufWriter, name: &str, len: usize) {
@@ -197,7 +231,7 @@ fn norm(file: &mut GgufWriter, name: &str, width: usize) {
     file.tensor(name, &[width], DType::F32, &store(&vec![1.0; width], DType::F32));
 }
 
-fn tokenizer(file: &mut GgufWriter, split: &str) {
+fn tokenizer(split: &str) -> Vec<(String, GgufValue)> {
     let chars = byte_chars();
     let spell = |text: &str| text.bytes().map(|byte| chars[usize::from(byte)]).collect::<String>();
     let mut tokens: Vec<String> = CONTROL_TOKENS.iter().map(|token| (*token).to_owned()).collect();
@@ -205,14 +239,18 @@ fn tokenizer(file: &mut GgufWriter, split: &str) {
     tokens.extend(MERGES.iter().map(|(left, right)| spell(left) + &spell(right)));
     let types = (0..tokens.len()).map(|id| if id < CONTROL_TOKENS.len() { 3 } else { 1 }).collect();
     let merges = MERGES.iter().map(|(left, right)| format!("{} {}", spell(left), spell(right))).collect();
-    file.pair("tokenizer.ggml.model", &GgufValue::String("gpt2".to_owned()))
-        .pair("tokenizer.ggml.pre", &GgufValue::String(split.to_owned()))
-        .pair("tokenizer.ggml.tokens", &GgufValue::Strings(tokens))
-        .pair("tokenizer.ggml.token_type", &GgufValue::Integers(types))
-        .pair("tokenizer.ggml.merges", &GgufValue::Strings(merges))
-        .pair("tokenizer.ggml.bos_token_id", &GgufValue::U32(1))
-        .pair("tokenizer.ggml.eos_token_id", &GgufValue::U32(2))
-        .pair("tokenizer.ggml.add_bos_token", &GgufValue::Bool(false));
+    [
+        ("model", GgufValue::String("gpt2".to_owned())),
+        ("pre", GgufValue::String(split.to_owned())),
+        ("tokens", GgufValue::Strings(tokens)),
+        ("token_type", GgufValue::Integers(types)),
+        ("merges", GgufValue::Strings(merges)),
+        ("bos_token_id", GgufValue::U32(1)),
+        ("eos_token_id", GgufValue::U32(2)),
+        ("add_bos_token", GgufValue::Bool(false)),
+    ]
+    .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value))
+    .to_vec()
 }
 
 /// Element `index` of the sequence that starts at `start`, in [-1, 1).
@@ -273,7 +311,7 @@ mod tests {
         let model = |seed| SeededModel { seed, ..SeededModel::default() }.gguf();
         assert_eq!(model(1), model(1));
         assert_ne!(model(1), model(2));
-        // The recipe's first numbers, for whoever repeats it elsewhere.
+        // The recipe's first numbers, to compare with an implementation in another language.
         let start = 1 ^ fnv1a("token_embd.weight");
         let first = [0, 1].map(|index| element(start, index));
         assert!(first.iter().all(|value| (-1.0..1.0).contains(value)) && first[0] != first[1]);

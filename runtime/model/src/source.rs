@@ -1,7 +1,8 @@
-//! A model file in memory: read through once, then mapped.
+//! A model file in memory: read once, then mapped.
 //!
-//! The file is read from start to end before it is mapped. That fills the page cache at the storage's full speed,
-//! gives a truthful progress, and turns a failing disk into an error here instead of a bus error inside a step later.
+//! The file is read from start to end before it is mapped. That fills the page cache at the storage's full
+//! speed, gives an exact progress, and a failing disk becomes an error here instead of a bus error inside a
+//! step later.
 
 use crate::error::LoadError;
 use memmap2::Mmap;
@@ -11,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use trustformers_plan::WeightBytes;
 
-/// Bytes that are read at once: large enough for network storage, small enough to be nothing beside a model.
+/// Bytes of one read: large enough for network storage, small beside a model.
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// How far reading a file has come.
@@ -40,7 +41,7 @@ pub(crate) fn open(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Resul
         if count == 0 {
             break;
         }
-        // A file that grows while it is read is not the one that was measured: the total holds.
+        // The file may grow while it is read; the progress still ends at the total.
         bytes = (bytes + count as u64).min(total_bytes);
         progress(ReadProgress { bytes, total_bytes });
     }
@@ -48,9 +49,9 @@ pub(crate) fn open(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Resul
         // An empty file cannot be mapped; the parser says what is wrong with it.
         return Ok(Arc::new(Vec::new()));
     }
-    // SAFETY: the mapping is private and only ever read. Model files are replaced by renaming, never written in
-    // place (the documented rule for every source); a file that is truncated under a running server would end the
-    // process with SIGBUS, never corrupt it.
+    // SAFETY: the mapping is private and only ever read. Model files are replaced by renaming, never written
+    // in place (the documented rule for every source); a file that is truncated under a running server would
+    // end the process with SIGBUS, never corrupt it.
     let mapped = unsafe { Mmap::map(&file) }.map_err(|error| io("mapped", error))?;
     Ok(Arc::new(mapped))
 }
@@ -61,7 +62,7 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn progress_rises_to_the_size_and_the_bytes_are_the_files() {
+    fn progress_rises_to_the_file_size() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         let content: Vec<u8> = (0..3_000_000_u32).map(|i| (i % 251) as u8).collect();
         file.write_all(&content).unwrap();
@@ -75,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_file_is_named() {
+    fn other_paths_than_files_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let error = open(folder.path(), &mut |_| {}).err().unwrap();
         assert!(matches!(error, LoadError::NotAFile { .. }) && !error.is_transient());

@@ -1,13 +1,16 @@
-//! Tokenizers. The one that a GGUF file carries is byte-level BPE, built here from the file's own vocabulary and
-//! merges; that of a checkpoint is read from its `tokenizer.json`.
+//! Tokenizers. A GGUF file carries byte-level BPE, which is built here from the file's own vocabulary and
+//! merges. The tokenizer of a checkpoint is read from its `tokenizer.json`.
 
 mod json;
+mod special;
 
 pub use json::EncodedText;
+pub(crate) use special::rows_with_token;
 
 use crate::detokenizer::Detokenizer;
 use crate::error::TokenizerProblem;
-use crate::gguf::{Gguf, Metadata};
+use crate::gguf::Gguf;
+use special::SpecialIds;
 use std::collections::HashMap;
 use std::fmt;
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -24,19 +27,18 @@ const PRE: &str = "tokenizer.ggml.pre";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
-const BEGIN: &str = "tokenizer.ggml.bos_token_id";
 
 /// Token types as GGUF numbers them; the others are plain text.
 const TYPE_CONTROL: i64 = 3;
 const TYPE_USER_DEFINED: i64 = 4;
 const TYPE_UNUSED: i64 = 5;
 
-/// Ends a document of Qwen2. Files name one end token, that of a turn; the models write this one as well, and their own
-/// generation settings name both.
+/// Ends a document of Qwen2. Files name one end token, that of a turn; the models produce this one as well,
+/// and their own generation settings name both.
 const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// How Qwen2 cuts text: contractions, words with one mark or blank before them, single digits, runs of marks, line ends,
-/// blanks.
+/// How Qwen2 splits text: contractions, words with one mark or space before them, single digits, runs of
+/// marks, line ends, white space.
 const QWEN2_SPLIT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
     r"|[^\r\n\p{L}\p{N}]?\p{L}+",
@@ -51,6 +53,8 @@ pub struct Tokenizer {
     bytes: TokenBytes,
     begin: Option<u32>,
     eos: Vec<u32>,
+    /// Tokens that the file marks as unused; a model must not produce them.
+    unused: Vec<u32>,
     /// Whether the library's template puts special tokens around a text.
     templated: bool,
 }
@@ -70,8 +74,11 @@ impl Tokenizer {
             other => return Err(unsupported(MODEL, other, "gpt2 (byte-level BPE)")),
         }
         let split = split_rule(meta.opt_string(PRE)?.unwrap_or("default"))?;
-        let tokens = texts(gguf, file, TOKENS)?;
-        let types = token_types(gguf, file, tokens.len())?;
+        let mut tokens = texts(gguf, file, TOKENS)?;
+        let mut types = token_types(gguf, file, tokens.len())?;
+        let used = rows_with_token(gguf, file).unwrap_or(tokens.len());
+        tokens.truncate(used);
+        types.truncate(used);
         let mut vocab = Vocab::default();
         for (token, id) in tokens.iter().zip(0..) {
             vocab.entry((*token).to_owned()).or_insert(id);
@@ -91,15 +98,16 @@ impl Tokenizer {
         library
             .add_special_tokens(special.map(|(token, _)| AddedToken::from(*token, true).normalized(false)))
             .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
-        let begin = begin_id(&gguf.metadata, tokens.len())?;
-        let eos = end_ids(&gguf.metadata, &tokens, split.end)?;
-        Ok(Self { library, bytes: TokenBytes::new(&tokens, &types), begin, eos, templated: false })
+        let SpecialIds { begin, ends: eos } = SpecialIds::read(gguf, file, &tokens, split.end)?;
+        let unused = types.iter().zip(0..).filter(|(kind, _)| **kind == TYPE_UNUSED).map(|(_, id)| id);
+        let (unused, bytes) = (unused.collect(), TokenBytes::new(&tokens, &types));
+        Ok(Self { library, bytes, begin, eos, unused, templated: false })
     }
 
-    /// The ids of a text. Special tokens spelled in it are recognised; a begin token, or those of a template, come around
-    /// it only where the model's file asks for them. A byte that the vocabulary has no token for is left out, as the
-    /// implementations do that models are trained with; SmolLM2 lacks six control characters and the bytes of
-    /// unassigned planes.
+    /// The ids of a text. Special tokens spelled in the text are recognised. A begin token, or the special
+    /// tokens of a template, surround it only where the model's file asks for them. A byte without a token in
+    /// the vocabulary is left out, as in the implementations that models are trained with; SmolLM2 lacks six
+    /// control characters and the bytes of unassigned planes.
     ///
     /// # Errors
     /// The library's own; none is known for valid UTF-8.
@@ -111,7 +119,8 @@ impl Tokenizer {
         Ok(self.begin.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
 
-    /// The ids of a text that a chat template made. The begin token comes once, whether the template wrote it or not.
+    /// The ids of a text that a chat template rendered. The begin token comes once, whether the template
+    /// wrote it or not.
     ///
     /// # Errors
     /// As [`Self::encode`].
@@ -149,7 +158,12 @@ impl Tokenizer {
         &self.eos
     }
 
-    /// The id that is put before every text, if the model wants one.
+    /// Ids that the file marks as unused. A sampler must exclude them.
+    pub fn unused_ids(&self) -> &[u32] {
+        &self.unused
+    }
+
+    /// The id that is put before every text, if the model's file asks for one.
     pub fn begin_id(&self) -> Option<u32> {
         self.begin
     }
@@ -189,42 +203,6 @@ fn is_special(kind: i64) -> bool {
     matches!(kind, TYPE_CONTROL | TYPE_USER_DEFINED)
 }
 
-/// The id under `key`, which must be in a vocabulary of `count`.
-fn id_of(meta: &Metadata, key: &'static str, count: usize) -> Result<Option<u32>, TokenizerProblem> {
-    let Some(id) = meta.opt_unsigned(key)? else { return Ok(None) };
-    match u32::try_from(id).ok().filter(|id| (*id as usize) < count) {
-        Some(id) => Ok(Some(id)),
-        None => Err(entry(key, format!("id {id} is outside the vocabulary of {count}"))),
-    }
-}
-
-/// The token before every text, where the file asks for one.
-fn begin_id(meta: &Metadata, count: usize) -> Result<Option<u32>, TokenizerProblem> {
-    if !meta.opt_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(false) {
-        return Ok(None);
-    }
-    let begin = id_of(meta, BEGIN, count)?;
-    begin.map(Some).ok_or_else(|| entry(BEGIN, "it is missing although add_bos_token is true".to_owned()))
-}
-
-/// The tokens that end a text, each once: those that the file names, then the end of a document.
-fn end_ids(
-    meta: &Metadata,
-    tokens: &[&str],
-    end: Option<&'static str>,
-) -> Result<Vec<u32>, TokenizerProblem> {
-    let turn = id_of(meta, "tokenizer.ggml.eos_token_id", tokens.len())?;
-    let other = id_of(meta, "tokenizer.ggml.eot_token_id", tokens.len())?;
-    let document = (0..).zip(tokens).find(|(_, token)| Some(**token) == end).map(|(id, _)| id);
-    let mut ends = Vec::new();
-    for end in [turn, other, document].into_iter().flatten() {
-        if !ends.contains(&end) {
-            ends.push(end);
-        }
-    }
-    Ok(ends)
-}
-
 /// What happens to a text before merging.
 struct SplitRule {
     normaliser: Option<NormalizerWrapper>,
@@ -236,7 +214,7 @@ struct SplitRule {
 /// The rule with that name in the GGUF key. No step adds a space.
 fn split_rule(name: &str) -> Result<SplitRule, TokenizerProblem> {
     match name {
-        // Every digit by itself, then the words of GPT-2's expression, each as bytes.
+        // Single digits, then the pieces of GPT-2's expression, each as bytes.
         "smollm" => {
             let steps = vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()];
             Ok(SplitRule { normaliser: None, cut: Sequence::new(steps).into(), end: None })
@@ -267,7 +245,7 @@ fn texts<'a>(gguf: &Gguf, file: &'a [u8], key: &'static str) -> Result<Vec<&'a s
     Ok(texts)
 }
 
-/// The type of every token; all plain where the file says nothing.
+/// The type of every token; all plain where the file has no types.
 fn token_types(gguf: &Gguf, file: &[u8], count: usize) -> Result<Vec<i64>, TokenizerProblem> {
     let Some(array) = gguf.metadata.opt_array(TYPES, file)? else { return Ok(vec![1; count]) };
     let types: Vec<i64> =
@@ -290,8 +268,8 @@ fn merges(gguf: &Gguf, file: &[u8]) -> Result<Vec<(String, String)>, TokenizerPr
         .collect()
 }
 
-/// The character that stands for a byte in a byte-level vocabulary: printable Latin-1 for itself, the others in order
-/// from U+0100 on.
+/// The character that stands for a byte in a byte-level vocabulary: printable Latin-1 for itself, the others
+/// in order from U+0100 on.
 pub(crate) fn byte_chars() -> [char; 256] {
     let mut next = 0x100_u32;
     std::array::from_fn(|byte| {
@@ -359,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_come_back_and_merges_are_used() {
+    fn texts_round_trip_and_merges_apply() {
         let model = seeded();
         let tokenizer = model.tokenizer();
         for text in ["", "hello the world", "žluťoučký kůň 🦀👩‍💻", "a\r\n\t b  ", "1234567890", "\0\u{7f}"]
@@ -372,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn special_tokens_are_recognised_and_have_no_text() {
+    fn special_tokens_are_recognised_without_text() {
         let model = seeded();
         let tokenizer = model.tokenizer();
         let ids = tokenizer.encode("<|im_start|>t<|im_end|>").unwrap();
@@ -402,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn digits_stand_alone_and_words_keep_their_space() {
+    fn digits_are_split_and_words_keep_their_space() {
         let text = "In 2024, it's  x";
         let smollm = ["In", " ", "2", "0", "2", "4", ",", " it", "'s", " ", " x"];
         assert_eq!(splits("smollm", text), smollm);
@@ -410,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn the_split_of_qwen2_keeps_marks_with_words_and_line_ends_with_marks() {
+    fn qwen2_splits_marks_and_line_ends() {
         let text = "fn(x)\t{\r\n\n  IT'LL(»»)\n \n y";
         let expected = ["fn", "(x", ")", "\t", "{\r\n\n", " ", " IT", "'LL", "(»»)\n", " \n", " y"];
         assert_eq!(splits("qwen2", text), expected);
@@ -454,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_refused_by_name() {
+    fn unsupported_tokenizers_are_refused_by_name() {
         let text = |t: &str| GgufValue::String(t.to_owned());
         let cases = [
             (MODEL, text("llama"), "key tokenizer.ggml.model is \"llama\", which is not supported"),
@@ -482,13 +460,13 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_without_a_token_is_left_out() {
+    fn bytes_without_a_token_are_left_out() {
         let plain = tokenizer_with("tokenizer.ggml.bos_token_id", &GgufValue::U32(3)).unwrap();
         assert_eq!(plain.encode("a\u{4}b<end>").unwrap(), [0, 1, 3]);
     }
 
     #[test]
-    fn a_begin_token_comes_only_where_the_file_asks_for_it() {
+    fn the_begin_token_follows_the_file() {
         let plain = tokenizer_with("tokenizer.ggml.bos_token_id", &GgufValue::U32(3)).unwrap();
         assert_eq!(plain.encode("ab").unwrap(), [2]);
         assert_eq!((plain.begin_id(), plain.eos_ids()), (None, &[3][..]));
@@ -498,7 +476,7 @@ mod tests {
             .pair(PRE, &text("smollm"))
             .pair(TOKENS, &GgufValue::Strings(["a", "b", "ab"].map(str::to_owned).to_vec()))
             .pair(MERGES, &GgufValue::Strings(vec!["a b".to_owned()]))
-            .pair(BEGIN, &GgufValue::U32(1))
+            .pair("tokenizer.ggml.bos_token_id", &GgufValue::U32(1))
             .pair("tokenizer.ggml.add_bos_token", &GgufValue::Bool(true));
         let bytes = file.finish();
         let asked = Tokenizer::from_gguf(&Gguf::parse(&bytes).unwrap(), &bytes).unwrap();
@@ -519,7 +497,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_comes_back(text in any::<String>()) {
+        fn any_text_round_trips(text in any::<String>()) {
             let model = seeded();
             // Control tokens have no text of their own; random text spells none.
             prop_assume!(!text.contains("<|"));

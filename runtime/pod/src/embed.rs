@@ -79,7 +79,8 @@ pub(crate) fn failed(error: &EncodeError) -> ApiError {
             ApiError::InvalidRequest { field: Some((*field).to_owned()), message }
         }
         EncodeError::Stopped => ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) },
-        EncodeError::Backend { .. } | EncodeError::NotFinite => ApiError::Internal { message },
+        EncodeError::Request(_) => ApiError::InvalidRequest { field: None, message },
+        EncodeError::Model(_) | EncodeError::Device(_) => ApiError::Internal { message },
     }
 }
 
@@ -104,6 +105,9 @@ mod tests {
         assert_eq!(params.texts, [Prompt::Text("a".into()), Prompt::Tokens(vec![1])]);
         let full = EncodeError::Overloaded { waiting: 3, retry_after: Duration::from_secs(7) };
         assert!(matches!(failed(&full), ApiError::Overloaded { retry_after_s: 7, .. }));
-        assert!(matches!(failed(&EncodeError::NotFinite), ApiError::Internal { .. }));
+        assert!(matches!(
+            failed(&trustformers_engine::ModelFault::NotFinite.into()),
+            ApiError::Internal { .. }
+        ));
     }
 }

@@ -2,7 +2,6 @@
 
 use trustformers_engine::encoder::EncodeError;
 use trustformers_engine::{GenerateError, StartError};
-use trustformers_model::gguf::GgufProblem;
 use trustformers_model::{LoadError, TokenizerProblem};
 use trustformers_store::StoreError;
 
@@ -46,12 +45,8 @@ impl From<LoadError> for Failure {
         let reason = match &error {
             LoadError::Io { .. } => "SourceUnreadable",
             LoadError::NotAFile { .. } => "InvalidSource",
-            LoadError::Gguf(wrong) => match wrong.problem {
-                GgufProblem::BigEndian
-                | GgufProblem::Version { .. }
-                | GgufProblem::UnsupportedType { .. } => "UnsupportedModel",
-                _ => "MalformedModel",
-            },
+            LoadError::Gguf(wrong) if wrong.problem.is_unsupported() => "UnsupportedModel",
+            LoadError::Gguf(_) => "MalformedModel",
             LoadError::Checkpoint { problem, .. } if !problem.is_unsupported() => "MalformedModel",
             LoadError::Checkpoint { .. }
             | LoadError::Architecture { .. }

@@ -10,6 +10,7 @@
 //! | [`spec`] | what to load and with which settings |
 //! | [`device`] | which backend a device's name means |
 //! | [`load`] | files → digest → model → engine, blocking, with progress |
+//! | `memory` | whether a model fits in memory, before it is loaded |
 //! | [`runner`] | the engine of a model's task |
 //! | [`failure`] | why that failed, and whether to try again |
 //! | [`status`] | the states of all models, published |
@@ -25,6 +26,7 @@ pub mod failure;
 pub mod inflight;
 pub mod lifecycle;
 pub mod load;
+mod memory;
 pub mod models;
 pub mod params;
 pub mod process;

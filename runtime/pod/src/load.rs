@@ -11,12 +11,12 @@ use prometheus::{GaugeVec, Opts, Registry};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use trustformers_engine::{LoadProgress, Speculation};
 use trustformers_model::{CheckpointFiles, Model, ReadProgress};
-use trustformers_plan::Caps;
 use trustformers_proto::Task;
 use trustformers_store::{Digest, Resolved};
 
 use crate::device::OpenDevice;
 use crate::failure::Failure;
+use crate::memory::MemoryBudget;
 use crate::runner::{Runner, RunnerMetrics};
 use crate::spec::{ModelSpec, SpeculationSpec};
 use crate::status::LoadedFacts;
@@ -34,6 +34,7 @@ pub struct Loader {
     open_device: OpenDevice,
     runners: RunnerMetrics,
     seconds: GaugeVec,
+    memory: MemoryBudget,
     /// One load at a time: two at once would only share the same disk and cores.
     one_load: Arc<Mutex<()>>,
 }
@@ -73,7 +74,7 @@ impl Loader {
         let seconds = GaugeVec::new(options, &["model", "phase"])?;
         registry.register(Box::new(seconds.clone()))?;
         let runners = RunnerMetrics::register(registry)?;
-        Ok(Self { open_device, runners, seconds, one_load: Arc::default() })
+        Ok(Self { open_device, runners, seconds, memory: MemoryBudget::default(), one_load: Arc::default() })
     }
 
     /// Loads a model.
@@ -109,14 +110,10 @@ impl Loader {
         }
         let mut spec = spec.clone();
         spec.engine.speculation = spec.speculation.as_ref().map(speculation).transpose()?;
-        let spec = &spec;
         let read = Instant::now();
-        let backend = (self.open_device)(spec)?;
-        let draft_bytes = match &spec.engine.speculation {
-            Some(Speculation::Draft(draft)) => draft.facts().file_bytes,
-            Some(Speculation::Ngram) | None => 0,
-        };
-        check_memory(spec, model.facts().file_bytes + draft_bytes, backend.caps())?;
+        let backend = (self.open_device)(&spec)?;
+        let backend = self.memory.admit(&mut spec, &model, backend)?;
+        let spec = &spec;
         let on_device = {
             let progress = Arc::clone(progress);
             move |taken: LoadProgress| {
@@ -160,6 +157,9 @@ impl Loader {
             device = runner.device(),
             "model loaded"
         );
+        for warning in &facts.warnings {
+            tracing::warn!(model = spec.name(), "{warning}");
+        }
         runner.log_sizes(spec.name());
         tracing::info!(
             model = spec.name(),
@@ -198,26 +198,6 @@ fn speculation(guessing: &SpeculationSpec) -> Result<Speculation, Failure> {
         ..failure
     })?;
     Ok(Speculation::Draft(Arc::new(draft)))
-}
-
-/// Refuses weights that alone are more than the device has. What else is needed (cache, activations) is the
-/// engine's to weigh; this much is certain before anything is allocated, and on a CPU the system would end
-/// the process instead.
-fn check_memory(spec: &ModelSpec, weights_bytes: u64, device: &Caps) -> Result<(), Failure> {
-    if weights_bytes <= device.memory_bytes {
-        return Ok(());
-    }
-    Err(Failure::permanent(
-        "InsufficientMemory",
-        format!(
-            "the weights of {} take {:.1} MiB and {} has {:.1} MiB; raise its memory limit or take a smaller \
-             quantisation of the model",
-            spec.name(),
-            mib(weights_bytes),
-            device.description,
-            mib(device.memory_bytes)
-        ),
-    ))
 }
 
 /// `a * b / c` without overflow on the way.
@@ -367,17 +347,5 @@ mod tests {
         spec.files = vec!["*.gguf".into()];
         let failure = loader().load(&spec, &(Arc::new(|_, _| {}) as OnProgress)).unwrap_err();
         assert!(failure.message.contains("a.gguf and b.gguf"), "{failure}");
-    }
-
-    #[test]
-    fn weights_beyond_the_memory_of_the_device_are_refused() {
-        use trustformers_plan::Backend;
-        let mut caps = Oracle::new().caps().clone();
-        let spec = ModelSpec::new("m", Source::from_path("/m"));
-        caps.memory_bytes = 1 << 20;
-        check_memory(&spec, 1 << 20, &caps).unwrap();
-        let failure = check_memory(&spec, 3 << 20, &caps).unwrap_err();
-        assert_eq!((failure.reason, failure.transient), ("InsufficientMemory", false));
-        assert!(failure.message.contains("3.0 MiB") && failure.message.contains("1.0 MiB"), "{failure}");
     }
 }

@@ -16,7 +16,9 @@ use trustformers_api::{
     Answer, ApiError, BlockingWork, EmbedInput, EmbedRequest, Embedded, Event, FinishReason, Generation,
     Health, Inference, Logprobs, StoppedBy, Usage, Verdict,
 };
-use trustformers_engine::{Engine, GenerateError, GenerationEvent, StopCause, SubmitError, TokenLogprobs};
+use trustformers_engine::{
+    Engine, GenerateError, GenerationEvent, RequestFault, StopCause, SubmitError, TokenLogprobs,
+};
 use trustformers_proto::Task;
 use trustformers_proto::v1::ModelState;
 
@@ -281,9 +283,9 @@ fn translate(
         Err(error @ GenerateError::Stopped) => {
             Err(ApiError::Unavailable { message: error.to_string(), retry_after_s: Some(RETRY_AFTER_S) })
         }
-        Err(error @ GenerateError::Grammar { .. }) => {
-            let field = Some("response_format".to_owned());
-            Err(ApiError::InvalidRequest { field, message: error.to_string() })
+        Err(GenerateError::Request(fault)) => {
+            let field = matches!(fault, RequestFault::Grammar { .. }).then(|| "response_format".to_owned());
+            Err(ApiError::InvalidRequest { field, message: fault.to_string() })
         }
         Err(error @ GenerateError::Overloaded { retry_after }) => {
             Err(overloaded(error.to_string(), retry_after))
@@ -307,6 +309,7 @@ fn refused(error: &SubmitError) -> ApiError {
         SubmitError::Invalid { field, .. } => {
             ApiError::InvalidRequest { field: Some((*field).to_owned()), message }
         }
+        SubmitError::Model(_) => ApiError::Internal { message },
         SubmitError::Stopped => ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) },
     }
 }

@@ -66,7 +66,7 @@ impl GenerateFailure {
             | Self::Draft(_)
             | Self::Flag(_)
             | Self::Refused(SubmitError::Invalid { .. })
-            | Self::Broken(GenerateError::Grammar { .. })
+            | Self::Broken(GenerateError::Request(_))
             | Self::WrongTask
             | Self::File(_) => 2,
             _ => 1,

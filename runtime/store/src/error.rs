@@ -64,8 +64,25 @@ pub enum StoreError {
         /// What the folder holds, cut after the first few.
         holds: Vec<String>,
     },
-    /// The folder has several model files and no pattern picks one.
-    #[error("{} holds several .gguf files; pick one with \"files\" or by its path: {}", folder.display(), list(found))]
+    /// The folder has the weights of a model in a form that is not read.
+    #[error(
+        "{} holds the weights as {found}, which cannot be read by this version: save the model as one file \
+         model.safetensors, with save_pretrained(folder, max_shard_size=\"1000GB\", safe_serialization=True)",
+        folder.display()
+    )]
+    OtherWeights {
+        /// The folder.
+        folder: PathBuf,
+        /// One of the files of weights.
+        found: String,
+    },
+    /// The folder has several model files and nothing selects one.
+    #[error(
+        "{} holds several .gguf files; pick one with \"files\" or by its path, and join the parts of one model with \
+         \"llama-gguf-split --merge\" first: {}",
+        folder.display(),
+        list(found)
+    )]
     SeveralModelFiles {
         /// The folder.
         folder: PathBuf,
@@ -129,6 +146,7 @@ impl StoreError {
             }
             Self::NothingMatches { .. } | Self::NoModelFile { .. } => "ModelFileNotFound",
             Self::SeveralModelFiles { .. } => "SeveralModelFiles",
+            Self::OtherWeights { .. } => "UnsupportedModel",
             Self::TooManyFiles { .. } | Self::NameNotUtf8 { .. } => "InvalidSource",
             Self::DigestMismatch { .. } => "DigestMismatch",
             Self::Io { .. } => "SourceUnreadable",

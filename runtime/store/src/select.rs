@@ -90,9 +90,21 @@ fn only_model_file(folder: &Path) -> Result<Resolved, StoreError> {
     match found.len() {
         1 => Ok(Resolved { files: found }),
         0 if all.iter().any(|file| file.name == CHECKPOINT_WEIGHTS) => checkpoint(folder),
-        0 => Err(StoreError::NoModelFile { folder: folder.to_owned(), holds: names(&all) }),
+        0 => Err(match other_weights(&all) {
+            Some(found) => StoreError::OtherWeights { folder: folder.to_owned(), found: found.to_owned() },
+            None => StoreError::NoModelFile { folder: folder.to_owned(), holds: names(&all) },
+        }),
         _ => Err(StoreError::SeveralModelFiles { folder: folder.to_owned(), found: names(&found) }),
     }
+}
+
+/// A file of weights that is not read: one of several, or in another format.
+fn other_weights(files: &[ModelFile]) -> Option<&str> {
+    let begins = ["model.safetensors.index", "model-", "pytorch_model", "tf_model", "flax_model"];
+    let ends = [".safetensors", ".bin", ".h5", ".msgpack", ".index.json"];
+    let names = files.iter().map(|file| file.name.as_str());
+    let mut weights = names.filter(|name| begins.iter().any(|word| name.starts_with(word)));
+    weights.find(|name| ends.iter().any(|end| name.ends_with(end)))
 }
 
 /// Weights and descriptions; the descriptions decide what the weights compute, so they count in the digest.

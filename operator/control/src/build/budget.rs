@@ -1,6 +1,6 @@
-//! The PodDisruptionBudget: how many serving pods a node drain may take at once.
+//! The PodDisruptionBudget: how many serving pods a node drain may evict at the same time.
 //!
-//! Pods that do not serve may always be evicted (`AlwaysAllow`): a model that fails must not hold up a node drain.
+//! Pods that do not serve may always be evicted (`AlwaysAllow`): a failed model must not block a node drain.
 
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;

@@ -1,9 +1,9 @@
-//! The ConfigMap with `pod.yaml`, which tells a pod what to load.
+//! The ConfigMap with `pod.yaml`: what a pod loads.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::ConfigMap;
-use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, Task};
+use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS};
 use trustformers_proto::pod_config::{FILE_NAME, PodConfig, PodConfigError, PodEngine, PodModel};
 
 use super::meta;
@@ -11,8 +11,8 @@ use super::pod::MODEL_DIR;
 use crate::validate::ValidatedModel;
 use crate::{hash, names};
 
-/// Its name holds the hash of its content: a change makes a new ConfigMap and thereby a new pod template, and the
-/// pods of the old one keep the file they started with.
+/// The name contains the hash of the content. So a change creates a new ConfigMap and changes the pod
+/// template, and pods that exist keep the file that they started with.
 pub(super) fn config_map(model: &ValidatedModel, revision: &str) -> Result<ConfigMap, PodConfigError> {
     let text = pod_config(model, revision).to_yaml()?;
     let mut metadata = meta(model, &names::config_map(&model.name, &hash::short(&text)));
@@ -25,8 +25,8 @@ pub(super) fn config_map(model: &ValidatedModel, revision: &str) -> Result<Confi
     })
 }
 
-/// What is as it was before there was a choice is left out, so that an operator with more choices changes the files of
-/// no model that did not choose, and older pods can read them.
+/// Defaults of fields that were added later are omitted, so that operator upgrades change no existing file
+/// and older pods can read it.
 fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
     let runtime = &model.runtime;
     let batching = &runtime.batching;
@@ -38,7 +38,7 @@ fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
             path: MODEL_DIR.to_owned(),
             files: model.source.files.clone(),
             sha256: model.source.sha256.clone(),
-            task: model.task.and_then(|task| Task::as_str(task).parse().ok()),
+            task: model.task,
         },
         engine: PodEngine {
             device: Some(runtime.device.as_str().to_owned()),
@@ -50,7 +50,7 @@ fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
             max_wait_ms: Some(batching.max_wait_ms).filter(|ms| *ms != DEFAULT_MAX_WAIT_MS),
             priority: batching.priority.then_some(true),
         },
-        // Validation bounds the span to a week, so that it fits.
+        // Validation limits the drain timeout to a week, so it fits.
         drain_timeout_ms: u64::try_from(model.drain_timeout.as_millis()).unwrap_or(u64::MAX),
     }
 }

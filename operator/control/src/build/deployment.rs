@@ -8,8 +8,8 @@ use super::{Platform, meta, pod};
 use crate::names;
 use crate::validate::ValidatedModel;
 
-/// Loading may take as long as it takes; whether it still goes on is told by our own conditions. A week keeps the
-/// Deployment's own verdict out of the way.
+/// A load may take long, and the model's own conditions report its progress. With a week, the Deployment
+/// never reports a load as failed.
 const PROGRESS_DEADLINE_S: i32 = 7 * 24 * 3600;
 
 /// A new pod serves before an old one ends: `maxUnavailable: 0`, `maxSurge: 1`.

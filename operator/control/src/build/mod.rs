@@ -1,7 +1,7 @@
 //! Step three of a reconcile: the objects that should exist for a model, from the validated model alone.
 //!
-//! Pure, so that its tests are YAML in and golden objects out. Each object carries a hash of itself in an annotation:
-//! the apply step compares it with what the API server holds and sends nothing where nothing changed.
+//! Pure, so its tests are YAML in and golden objects out. Each object carries a hash of itself in an
+//! annotation. The apply step compares it with the stored object and sends nothing if nothing changed.
 
 mod budget;
 mod config;
@@ -9,85 +9,78 @@ mod deployment;
 mod network;
 mod pod;
 
-use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
-use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
 use serde::Serialize;
+use serde_json::Value;
 use trustformers_proto::pod_config::PodConfigError;
 
+use crate::kinds::{self, ChildKind};
 use crate::validate::ValidatedModel;
 use crate::{hash, names};
 
 /// What the operator's own settings add to every model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Platform {
-    /// Image of a pod's container where the model names none.
+    /// Image of a pod's container if the model names none.
     pub runtime_image: String,
     /// `IfNotPresent`, `Always` or `Never`, for the container and for image volumes.
     pub pull_policy: String,
 }
 
-/// Everything that should exist for one model. The apply step takes it apart field by field, so that an object that
-/// is added here and not applied there does not compile.
+/// Everything that should exist for one model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Desired {
     /// Hash of what is loaded.
     pub revision: String,
-    /// Account of the pods; has no rights and no token.
-    pub service_account: ServiceAccount,
-    /// `pod.yaml`.
-    pub config_map: ConfigMap,
-    /// Headless: addresses for scraping and for clients that balance on their own.
-    pub service: Service,
-    /// The pods.
-    pub deployment: Deployment,
-    /// How many of them an eviction may take.
-    pub budget: PodDisruptionBudget,
+    /// The objects, in the order in which they are applied.
+    pub objects: Vec<DesiredObject>,
 }
 
-/// Why objects could not be built.
-#[derive(Debug, thiserror::Error)]
+/// One object that should exist.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DesiredObject {
+    /// Its kind.
+    pub kind: &'static ChildKind,
+    /// Its name. Its namespace is the model's.
+    pub name: String,
+    /// The object as it is applied.
+    pub object: Value,
+}
+
+/// Why objects could not be built. Metrics use the variant's name.
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 pub enum BuildError {
     /// `pod.yaml` could not be written.
     #[error("the pod's configuration: {0}")]
     PodConfig(#[from] PodConfigError),
     /// An object could not be written as JSON.
-    #[error("an object of this model: {0}")]
+    #[error("an object of this model could not be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
-}
-
-impl BuildError {
-    /// The variant's name, as metrics label it.
-    #[must_use]
-    pub fn label(&self) -> &'static str {
-        match self {
-            Self::PodConfig(_) => "PodConfig",
-            Self::Json(_) => "Json",
-        }
-    }
 }
 
 /// The objects that should exist for `model`.
 ///
 /// # Errors
-/// Only if an object cannot be serialised, which no value that passed validation causes.
+/// Only if an object cannot be serialised, which no validated model causes.
 pub fn build(model: &ValidatedModel, platform: &Platform) -> Result<Desired, BuildError> {
     let revision = hash::revision(model);
     let config_map = config::config_map(model, &revision)?;
     let config_name = config_map.metadata.name.clone().unwrap_or_default();
-    Ok(Desired {
-        service_account: sealed(network::service_account(model))?,
-        service: sealed(network::headless_service(model))?,
-        deployment: sealed(deployment::deployment(model, platform, &revision, &config_name))?,
-        budget: sealed(budget::budget(model))?,
-        config_map: sealed(config_map)?,
-        revision,
-    })
+    // What pods need comes before the pods, and the budget before there is anything to evict.
+    let mut objects = Vec::new();
+    if model.pod.service_account_name.is_none() {
+        objects.push(child(&kinds::SERVICE_ACCOUNT, network::service_account(model))?);
+    }
+    objects.push(child(&kinds::CONFIG_MAP, config_map)?);
+    objects.push(child(&kinds::SERVICE, network::headless_service(model))?);
+    objects.push(child(&kinds::DISRUPTION_BUDGET, budget::budget(model))?);
+    let deployment = deployment::deployment(model, platform, &revision, &config_name);
+    objects.push(child(&kinds::DEPLOYMENT, deployment)?);
+    Ok(Desired { revision, objects })
 }
 
-/// Metadata of a child: found by its labels, deleted with its owner.
+/// Metadata of a child: it is watched by its labels and deleted with its owner.
 fn meta(model: &ValidatedModel, name: &str) -> ObjectMeta {
     ObjectMeta {
         name: Some(name.to_owned()),
@@ -98,11 +91,16 @@ fn meta(model: &ValidatedModel, name: &str) -> ObjectMeta {
     }
 }
 
-/// Adds the annotation with the object's own hash.
-fn sealed<K: Resource + Serialize>(mut object: K) -> Result<K, serde_json::Error> {
-    let seal = hash::short(&serde_json::to_string(&object)?);
-    object.meta_mut().annotations.get_or_insert_default().insert(names::APPLIED_ANNOTATION.to_owned(), seal);
-    Ok(object)
+/// The object with an annotation that contains its own hash.
+fn child<K: Resource + Serialize>(
+    kind: &'static ChildKind,
+    mut object: K,
+) -> Result<DesiredObject, serde_json::Error> {
+    let hash = hash::short(&serde_json::to_string(&object)?);
+    let meta = object.meta_mut();
+    meta.annotations.get_or_insert_default().insert(names::APPLIED_ANNOTATION.to_owned(), hash);
+    let name = meta.name.clone().unwrap_or_default();
+    Ok(DesiredObject { kind, name, object: serde_json::to_value(&object)? })
 }
 
 #[cfg(test)]
@@ -117,19 +115,39 @@ mod tests {
         }
     }
 
+    fn desired(spec: &str) -> Desired {
+        build(&valid("chat", spec), &platform()).unwrap()
+    }
+
     /// All objects as one YAML text, in the order in which they are applied.
     fn yaml(spec: &str) -> String {
-        let desired = build(&valid("chat", spec), &platform()).unwrap();
-        let Desired { revision: _, service_account, config_map, service, deployment, budget } = desired;
-        [
-            serde_yaml::to_string(&service_account),
-            serde_yaml::to_string(&config_map),
-            serde_yaml::to_string(&service),
-            serde_yaml::to_string(&deployment),
-            serde_yaml::to_string(&budget),
-        ]
-        .map(Result::unwrap)
-        .join("---\n")
+        let texts: Vec<String> =
+            desired(spec).objects.iter().map(|one| serde_yaml::to_string(&one.object).unwrap()).collect();
+        texts.join("---\n")
+    }
+
+    /// Names of the desired objects of a kind.
+    fn names_of(spec: &str, kind: &ChildKind) -> Vec<String> {
+        let objects = desired(spec).objects.into_iter();
+        objects.filter(|one| one.kind == kind).map(|one| one.name).collect()
+    }
+
+    #[test]
+    fn every_object_is_of_a_listed_kind_and_in_their_order() {
+        let objects = desired("{source: {uri: 'oci://x'}}").objects;
+        let built: Vec<_> = objects.iter().map(|one| one.kind).collect();
+        assert_eq!(built, kinds::CHILDREN, "a kind that is built must be in kinds::CHILDREN");
+        for one in &objects {
+            assert_eq!(one.object["kind"], one.kind.kind);
+            assert_eq!(one.object["apiVersion"], one.kind.api_version());
+        }
+    }
+
+    #[test]
+    fn a_named_service_account_is_not_created() {
+        let spec = "{source: {uri: 'oci://x'}, pod: {serviceAccountName: puller}}";
+        assert_eq!(names_of(spec, &kinds::SERVICE_ACCOUNT), Vec::<String>::new());
+        assert_eq!(names_of("{source: {uri: 'oci://x'}}", &kinds::SERVICE_ACCOUNT), ["chat-pod"]);
     }
 
     #[test]
@@ -152,8 +170,8 @@ mod tests {
     }
 
     #[test]
-    fn only_a_change_of_what_the_pod_reads_renames_its_configuration() {
-        let name = |spec: &str| build(&valid("chat", spec), &platform()).unwrap().config_map.metadata.name;
+    fn a_new_pod_configuration_has_a_new_name() {
+        let name = |spec: &str| names_of(spec, &kinds::CONFIG_MAP);
         let base = name("{source: {uri: 'oci://x'}}");
         assert_eq!(name("{source: {uri: 'oci://x'}, scaling: {replicas: 2}}"), base);
         assert_ne!(name("{source: {uri: 'oci://x'}, runtime: {numerics: exact}}"), base);
@@ -163,9 +181,8 @@ mod tests {
     #[test]
     fn names_made_from_the_longest_name_fit_a_service() {
         let long = "a".repeat(45);
-        let desired = build(&valid(&long, "{source: {uri: 'oci://x'}}"), &platform()).unwrap();
-        for name in [desired.config_map.metadata.name, desired.service_account.metadata.name] {
-            assert!(name.unwrap().len() <= 63);
+        for one in build(&valid(&long, "{source: {uri: 'oci://x'}}"), &platform()).unwrap().objects {
+            assert!(one.name.len() <= 63, "{}", one.name);
         }
     }
 }

@@ -7,7 +7,7 @@ use super::meta;
 use crate::names;
 use crate::validate::ValidatedModel;
 
-/// An account of its own for each model, without a token: the pods never talk to the API server.
+/// Each model has its own account, without a token: the pods make no requests to the API server.
 pub(super) fn service_account(model: &ValidatedModel) -> ServiceAccount {
     ServiceAccount {
         metadata: meta(model, &names::service_account(&model.name)),
@@ -16,7 +16,7 @@ pub(super) fn service_account(model: &ValidatedModel) -> ServiceAccount {
     }
 }
 
-/// Without a cluster address: its DNS name resolves to every ready pod.
+/// A Service without a cluster address: its DNS name resolves to every ready pod.
 pub(super) fn headless_service(model: &ValidatedModel) -> Service {
     let port = |name: &str, number: u16, protocol: &str| ServicePort {
         name: Some(name.to_owned()),

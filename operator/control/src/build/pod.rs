@@ -1,4 +1,5 @@
-//! The pod template: one container under the restricted Pod Security Standard, with the model mounted read-only.
+//! The pod template: one container under the restricted Pod Security Standard, with the model mounted
+//! read-only.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +25,7 @@ pub(super) const MODEL_DIR: &str = "/models";
 const CONFIG_DIR: &str = "/etc/trustformers";
 /// User and group of the process; the images know them as `nonroot`.
 const NONROOT: i64 = 65_532;
-/// Time beyond the drain that kubelet leaves before it kills: the last answers are written and files closed.
+/// Time after the drain until kubelet kills the process: the last responses are written and files closed.
 const END_MARGIN_S: i64 = 10;
 
 pub(super) fn template(
@@ -37,7 +38,7 @@ pub(super) fn template(
     labels.extend(names::revision_labels(&model.name, revision));
     let mut annotations = model.pod.annotations.clone();
     annotations.insert(names::POOL_ANNOTATION.to_owned(), hash::pool(model));
-    annotations.insert("kubectl.kubernetes.io/default-container".to_owned(), names::CONTAINER.to_owned());
+    annotations.insert(names::DEFAULT_CONTAINER.to_owned(), names::CONTAINER.to_owned());
     PodTemplateSpec {
         metadata: Some(ObjectMeta {
             labels: Some(labels),
@@ -75,7 +76,7 @@ fn pod_spec(model: &ValidatedModel, platform: &Platform, config_map: &str) -> Po
         }),
         node_selector: some(pod.node_selector.clone()),
         tolerations: some_list(pod.tolerations.iter().map(toleration).collect()),
-        topology_spread_constraints: some_list(spread(model)),
+        topology_spread_constraints: some_list(topology_spread(model)),
         priority_class_name: pod.priority_class_name.clone(),
         runtime_class_name: pod.runtime_class_name.clone(),
         ..PodSpec::default()
@@ -115,8 +116,8 @@ fn container(model: &ValidatedModel, platform: &Platform) -> Container {
     }
 }
 
-/// There is no startup probe: it would kill a long load. Liveness answers from the first moment, and readiness says
-/// when the model serves.
+/// There is no startup probe: it would kill a long load. Liveness responds from the start, and readiness
+/// tells when the model serves.
 fn probe(path: &str, period_seconds: i32) -> Probe {
     Probe {
         http_get: Some(HTTPGetAction {
@@ -177,11 +178,11 @@ fn mount(name: &str, at: &str, sub_path: Option<String>) -> VolumeMount {
     }
 }
 
-fn resources(wanted: &Resources) -> Option<ResourceRequirements> {
+fn resources(desired: &Resources) -> Option<ResourceRequirements> {
     let amounts = |map: &BTreeMap<String, trustformers_crds::Quantity>| {
         some(map.iter().map(|(name, amount)| (name.clone(), Quantity(amount.0.clone()))).collect())
     };
-    let (limits, requests) = (amounts(&wanted.limits), amounts(&wanted.requests));
+    let (limits, requests) = (amounts(&desired.limits), amounts(&desired.requests));
     let any = limits.is_some() || requests.is_some();
     any.then_some(ResourceRequirements { limits, requests, claims: None })
 }
@@ -209,7 +210,7 @@ fn toleration(one: &trustformers_crds::Toleration) -> Toleration {
     }
 }
 
-fn spread(model: &ValidatedModel) -> Vec<TopologySpreadConstraint> {
+fn topology_spread(model: &ValidatedModel) -> Vec<TopologySpreadConstraint> {
     let rule = |one: &trustformers_crds::TopologySpread| TopologySpreadConstraint {
         max_skew: one.max_skew,
         topology_key: one.topology_key.clone(),
@@ -218,7 +219,7 @@ fn spread(model: &ValidatedModel) -> Vec<TopologySpreadConstraint> {
             match_labels: Some(names::model_labels(&model.name)),
             ..LabelSelector::default()
         }),
-        // Old and new pods of a rollout are spread apart from each other.
+        // Old and new pods of a rollout are spread separately.
         match_label_keys: Some(vec!["pod-template-hash".to_owned()]),
         ..TopologySpreadConstraint::default()
     };

@@ -6,9 +6,9 @@ use crate::validate::tests::valid;
 
 const NOW: i64 = 1_800_000_000;
 
-fn deployment(wanted: i32, updated: i32) -> Deployment {
+fn deployment(replicas: i32, updated: i32) -> Deployment {
     serde_yaml::from_str(&format!(
-        "metadata: {{name: chat, generation: 2}}\nspec: {{selector: {{}}, template: {{}}}}\nstatus: {{observedGeneration: 2, replicas: {wanted}, updatedReplicas: {updated}}}\n"
+        "metadata: {{name: chat, generation: 2}}\nspec: {{selector: {{}}, template: {{}}}}\nstatus: {{observedGeneration: 2, replicas: {replicas}, updatedReplicas: {updated}}}\n"
     ))
     .unwrap()
 }
@@ -26,8 +26,8 @@ struct Case {
     replicas: i32,
     deployment: Deployment,
     pods: Vec<PodView>,
-    reports: BTreeMap<String, ModelStatus>,
-    holder: Option<ModelKey>,
+    reports: BTreeMap<String, PodReport>,
+    name_owner: Option<ModelKey>,
     previous: InferenceModelStatus,
     at: i64,
 }
@@ -39,7 +39,7 @@ impl Case {
             deployment: deployment(replicas, replicas),
             pods: Vec::new(),
             reports: BTreeMap::new(),
-            holder: None,
+            name_owner: None,
             previous: InferenceModelStatus::default(),
             at: NOW,
         }
@@ -47,7 +47,9 @@ impl Case {
 
     fn pod(mut self, pod: PodView, report: Option<ModelStatus>) -> Self {
         if let Some(report) = report {
-            self.reports.insert(pod.uid.clone(), report);
+            let restarts = pod.restarts;
+            let progressed_at = Timestamp::from_second(NOW).unwrap();
+            self.reports.insert(pod.uid.clone(), PodReport { model: report, restarts, progressed_at });
         }
         self.pods.push(pod);
         self
@@ -55,15 +57,15 @@ impl Case {
 
     fn status(&self) -> InferenceModelStatus {
         let spec = format!("{{source: {{uri: 'oci://x'}}, scaling: {{replicas: {}}}}}", self.replicas);
-        let observed = Observed {
+        let inputs = StatusInputs {
             deployment: Some(&self.deployment),
             pods: &self.pods,
             reports: &self.reports,
-            name_holder: self.holder.as_ref(),
+            name_owner: self.name_owner.as_ref(),
             url: "http://gateway",
             now: Timestamp::from_second(self.at).unwrap(),
         };
-        status(&valid("chat", &spec), "r1", observed, &self.previous)
+        status(&valid("chat", &spec), "r1", inputs, &self.previous)
     }
 }
 
@@ -85,7 +87,7 @@ fn all_replicas_of_the_revision_make_it_ready() {
 }
 
 #[test]
-fn the_task_is_what_pods_report_and_stays_known() {
+fn the_reported_task_stays_when_no_pod_runs() {
     let embeds = ModelStatus { task: "embed".to_owned(), ..report(ModelState::Ready) };
     let mut case = Case::new(1);
     assert_eq!(case.status().task, None);
@@ -106,7 +108,7 @@ fn nothing_yet_is_pending() {
 }
 
 #[test]
-fn loading_tells_bytes_and_the_time_left() {
+fn loading_has_bytes_and_the_remaining_time() {
     let loading = ModelStatus {
         loaded_bytes: 25,
         total_bytes: 100,
@@ -120,7 +122,7 @@ fn loading_tells_bytes_and_the_time_left() {
 }
 
 #[test]
-fn a_failed_load_shows_the_pods_own_words() {
+fn a_failed_load_has_the_pods_reason() {
     let failed = ModelStatus {
         reason: "DigestMismatch".to_owned(),
         message: "model.gguf has sha256 aa, spec.source.sha256 wants bb".to_owned(),
@@ -133,11 +135,11 @@ fn a_failed_load_shows_the_pods_own_words() {
     {
         assert_eq!(condition(&status, kind), (value, "DigestMismatch"), "{kind}");
     }
-    assert_eq!(status.digest, None, "what failed to load is not the model's digest");
+    assert_eq!(status.digest, None, "a file that failed to load is not the model's digest");
 }
 
 #[test]
-fn a_bad_update_leaves_the_old_revision_serving_and_says_so() {
+fn a_failed_update_is_degraded_and_the_old_revision_serves() {
     let mut broken = not_ready("new");
     broken.cause = Some(Cause { reason: "ErrImagePull".to_owned(), message: "no image".to_owned() });
     let old = PodView { revision: "r0".to_owned(), ..view("chat", "old") };
@@ -153,7 +155,7 @@ fn a_bad_update_leaves_the_old_revision_serving_and_says_so() {
 }
 
 #[test]
-fn ready_waits_for_the_deployments_controller_to_see_the_new_template() {
+fn ready_waits_for_the_deployments_controller() {
     let mut case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
     case.deployment.metadata.generation = Some(3);
     let status = case.status();
@@ -170,7 +172,7 @@ fn warm_pods_wait_for_gateways() {
 }
 
 #[test]
-fn no_replica_wanted_is_stopped_and_not_degraded() {
+fn zero_replicas_are_stopped_and_not_degraded() {
     let status = Case::new(0).status();
     assert_eq!(status.phase, Some(Phase::Stopped));
     assert_eq!(condition(&status, "Ready"), ("False", "Stopped"));
@@ -178,7 +180,7 @@ fn no_replica_wanted_is_stopped_and_not_degraded() {
 }
 
 #[test]
-fn pods_that_could_not_be_made_are_a_cause() {
+fn pods_that_could_not_be_created_are_a_cause() {
     let mut case = Case::new(1);
     case.deployment = serde_yaml::from_str(
         "metadata: {generation: 1}\nspec: {selector: {}, template: {}}\nstatus: {conditions: [{type: ReplicaFailure, status: 'True', reason: FailedCreate, message: exceeded quota}]}\n",
@@ -188,13 +190,13 @@ fn pods_that_could_not_be_made_are_a_cause() {
 }
 
 #[test]
-fn a_taken_bare_name_is_told_and_forgotten() {
+fn the_bare_name_condition_ends_with_its_cause() {
     let mut case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
-    case.holder = Some(("older".to_owned(), "chat".to_owned()));
+    case.name_owner = Some(("older".to_owned(), "chat".to_owned()));
     let status = case.status();
     assert_eq!(condition(&status, "BareName"), ("False", "Taken"));
     assert_eq!(status.phase, Some(Phase::Ready));
-    case.holder = None;
+    case.name_owner = None;
     case.previous = status;
     assert!(case.status().conditions.iter().all(|one| one.type_ != "BareName"));
 }
@@ -207,15 +209,53 @@ fn an_unchanged_state_gives_an_equal_status_later() {
     assert_eq!(case.status(), case.previous);
 }
 
+fn refusal<'a>(cause: &'a Cause, pods: &'a [PodView]) -> Refusal<'a> {
+    Refusal { generation: 9, cause, pods, now: Timestamp::from_second(NOW + 1).unwrap() }
+}
+
 #[test]
-fn a_refused_edit_keeps_what_serves() {
+fn a_refused_edit_keeps_the_serving_pods() {
     let case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
     let before = case.status();
     let cause = Cause { reason: "InvalidSpec".to_owned(), message: "spec.source.uri: no".to_owned() };
-    let after = refused(9, &cause, &before, Timestamp::from_second(NOW + 1).unwrap());
+    let after = refused(refusal(&cause, &case.pods), &before);
     assert_eq!(after.phase, Some(Phase::Degraded));
     assert_eq!(after.observed_generation, Some(9));
     assert_eq!(after.stable, before.stable);
     assert_eq!(condition(&after, "Serving"), ("True", "PodsServe"));
     assert_eq!(condition(&after, "Degraded"), ("True", "InvalidSpec"));
+}
+
+#[test]
+fn a_refused_model_without_serving_pods_does_not_serve() {
+    let case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
+    let cause = Cause { reason: "InvalidSpec".to_owned(), message: "spec.traffic.timeout: no".to_owned() };
+    let before = refused(refusal(&cause, &case.pods), &case.status());
+    let after = refused(refusal(&cause, &[not_ready("a")]), &before);
+    assert_eq!((after.phase, after.ready_replicas, after.replicas), (Some(Phase::Failed), 0, 1));
+    assert_eq!(condition(&after, "Serving"), ("False", "InvalidSpec"));
+}
+
+#[test]
+fn a_stalled_load_has_a_constant_status() {
+    let loading = ModelStatus {
+        loaded_bytes: 1,
+        total_bytes: 100,
+        since_unix_ms: u64::try_from((NOW - 10) * 1000).unwrap(),
+        ..report(ModelState::Loading)
+    };
+    let mut case = Case::new(1).pod(not_ready("a"), Some(loading));
+    case.previous = case.status();
+    assert_eq!(case.previous.loading.as_ref().unwrap().eta_seconds, Some(990));
+    case.at += 600;
+    assert_eq!(case.status(), case.previous);
+}
+
+#[test]
+fn a_report_does_not_outlive_its_container() {
+    let pod = view("chat", "a");
+    let report = PodReport { restarts: 0, ..PodReport::default() };
+    assert!(report.is_current(&pod));
+    assert!(!report.is_current(&PodView { restarts: 1, ..pod.clone() }));
+    assert!(!report.is_current(&PodView { running: false, ..pod }));
 }

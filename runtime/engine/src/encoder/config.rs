@@ -1,16 +1,18 @@
-//! What an encoder engine is started with, checked once.
+//! The settings of an encoder engine, checked once.
 
-use super::strategy::{BatchStrategy, Rules};
+use super::request::MAX_TEXTS;
+use super::strategy::{BatchRules, BatchStrategy};
 use crate::config::StartError;
 use std::ops::RangeInclusive;
 use std::time::Duration;
-use trustformers_plan::Numerics;
+use trustformers_model::{ModelFacts, PlanRequest};
+use trustformers_plan::{FusedOps, Limits, Numerics};
 
 /// Bounds of [`EncoderConfig::max_wait_ms`].
 pub const MAX_WAIT_MS: RangeInclusive<u32> = 1..=1000;
 
-/// Tokens of a step where nothing else is asked: enough for several ordinary texts, few enough that the activations of
-/// a step stay near the processor's caches and that a text which comes during a step does not wait for long.
+/// Default tokens of a step: enough for several ordinary texts, few enough that the activations of a step
+/// stay near the processor's caches and that a text which arrives during a step waits only a short time.
 const DEFAULT_TOKEN_BUDGET: usize = 1024;
 
 /// Settings of one encoder engine.
@@ -18,20 +20,21 @@ const DEFAULT_TOKEN_BUDGET: usize = 1024;
 pub struct EncoderConfig {
     /// The `model` label of this engine's metrics, usually the first name that the model is served under.
     pub model_label: String,
-    /// When the texts that wait become a step.
+    /// When the waiting texts become a step.
     pub strategy: BatchStrategy,
     /// Most texts of one step, 1 to 256.
     pub max_batch_size: usize,
     /// Longest time that a free device waits for more texts, in milliseconds, within [`MAX_WAIT_MS`].
     pub max_wait_ms: u32,
-    /// Whether a request's class decides who goes first. [`BatchStrategy::Priority`] always does.
+    /// Whether priority classes count. With [`BatchStrategy::Priority`] they always do.
     pub priority: bool,
-    /// Texts that may wait beyond those of one step, at least 1: while `max_batch_size + max_queue` texts are in flight,
-    /// requests are refused as overloaded. The texts of one request come together, so there may be as many more as one
-    /// request has; and requests of a higher class, or of a tenant that has fewer texts in flight than another, find
-    /// `max_queue` more places.
+    /// Texts that may wait beyond those of one step, at least 1. While `max_batch_size + max_queue` texts are
+    /// in flight, requests are refused as overloaded. A request is admitted whole, so that its texts may
+    /// exceed the limit. For requests of a higher class, or of a tenant with fewer texts in flight than
+    /// another, the limit is `max_queue` higher.
     pub max_queue: usize,
-    /// Longest text in tokens, special tokens included; longer ones are cut. `None`: the model's own limit.
+    /// Longest text in tokens, special tokens included; longer ones are truncated. `None`: the model's own
+    /// limit.
     pub context_tokens: Option<usize>,
     /// Most tokens of one step. `None`: 1024, or one text where that may be longer.
     pub token_budget: Option<usize>,
@@ -55,16 +58,38 @@ impl Default for EncoderConfig {
     }
 }
 
-/// The figures of an encoder engine after checking.
+/// The sizes of an encoder engine after checking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct EncoderSizes {
-    pub(crate) rules: Rules,
+    pub(crate) rules: BatchRules,
     pub(crate) max_queue: usize,
     pub(crate) context_tokens: usize,
 }
 
+impl EncoderSizes {
+    /// The plan for steps of these sizes.
+    pub(crate) fn plan_request(&self, fused: FusedOps) -> PlanRequest {
+        let limits = Limits { rows: self.rules.max_tokens, sequences: self.rules.max_texts, logits_rows: 0 };
+        PlanRequest { context_tokens: self.context_tokens, limits, fused }
+    }
+}
+
 impl EncoderConfig {
-    /// Checks the settings against the longest text that the model takes, and the tokens that it puts around each.
+    /// Most bytes that the engine itself takes on the host for a model, beside the device's memory. Each text
+    /// in flight takes its ids (4 bytes for each token of its context) and its row (4 bytes for each value).
+    /// The texts in flight are those of a batch and of the queue, twice the queue for requests with
+    /// precedence, and the texts of two requests that exceed these limits. More requests of many texts in a
+    /// row can exceed it for a moment.
+    #[must_use]
+    pub fn answer_bytes(&self, facts: &ModelFacts) -> u64 {
+        let context_tokens = self.context_tokens.unwrap_or(facts.context_tokens);
+        let width = facts.embedding.as_ref().map_or(0, |embedding| embedding.width);
+        let in_flight = self.max_batch_size + 2 * self.max_queue + 2 * MAX_TEXTS;
+        (in_flight as u64) * (context_tokens + width) as u64 * 4
+    }
+
+    /// Checks the settings against the longest text of the model and the special tokens that it adds to each
+    /// text.
     pub(crate) fn sizes(
         &self,
         model_context: usize,
@@ -81,12 +106,12 @@ impl EncoderConfig {
             return invalid("max_queue", format!("{} is not between 1 and 65536", self.max_queue));
         }
         let context_tokens = self.context_tokens.unwrap_or(model_context);
-        // Room for one token of the text: otherwise all texts would be the same.
+        // Room for one token of the text: otherwise all texts would be equal.
         let least = special_tokens + 1;
         if context_tokens < least || context_tokens > model_context {
             let why = format!(
-                "{context_tokens} is not between {least} ({special_tokens} stand around every text) and the model's own \
-                 limit of {model_context} tokens"
+                "{context_tokens} is not between {least} (every text has {special_tokens} special tokens) and the \
+                 model's own limit of {model_context} tokens"
             );
             return invalid("context_tokens", why);
         }
@@ -96,7 +121,7 @@ impl EncoderConfig {
                 format!("{max_tokens} is not between the longest text ({context_tokens}) and 1048576 tokens");
             return invalid("token_budget", why);
         }
-        let rules = Rules {
+        let rules = BatchRules {
             strategy: self.strategy,
             max_wait: Duration::from_millis(u64::from(self.max_wait_ms)),
             by_class: self.priority || self.strategy == BatchStrategy::Priority,
@@ -112,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_holds_the_longest_text_and_classes_come_with_their_strategy() {
+    fn a_step_has_room_for_the_longest_text() {
         let sizes = EncoderConfig::default().sizes(256, 2).unwrap();
         assert_eq!((sizes.context_tokens, sizes.rules.max_tokens, sizes.rules.by_class), (256, 1024, false));
         let long = EncoderConfig { strategy: BatchStrategy::Priority, ..EncoderConfig::default() };
@@ -124,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn every_figure_out_of_range_is_named() {
+    fn every_setting_out_of_range_is_refused_by_name() {
         let good = EncoderConfig::default;
         let cases = [
             (EncoderConfig { max_batch_size: 0, ..good() }, "max_batch_size"),

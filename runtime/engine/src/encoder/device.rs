@@ -1,37 +1,38 @@
-//! The encoder's device thread: it alone talks to the backend, and it waits only while the strategy says so.
+//! The device thread of the encoder: it alone uses the backend, and it waits only while the strategy says so.
 //!
-//! One turn of its loop takes what arrived, drops what was cancelled, asks the strategy, and either waits or runs one
-//! step and hands out the rows. A request is answered when the last of its texts has been computed.
+//! Each iteration of its loop takes new jobs, drops cancelled requests, asks the strategy, and either waits
+//! or runs one step and copies its rows to their requests. A request is answered when the last of its texts
+//! has been computed.
 
 use super::config::EncoderSizes;
-use super::handle::Outcome;
+use super::handle::EncodeResult;
 use super::metrics::EncoderSeries;
 use super::request::{EncodeError, EncodeTimings, Encoded};
-use super::strategy::{Batcher, Decision, Moment};
-use crate::census::Enrolled;
+use super::strategy::{Batcher, Decision, Moment, NewText};
 use crate::config::StartError;
-use crate::metrics::Counted;
-use crate::priority::Priority;
-use crate::shared::{Shared, Ticket};
-use crate::tenants::Tenant;
-use crate::thread::{self, OnProgress};
+use crate::device_thread::{self, OnProgress, Permit, Shared};
+use crate::faults::{DeviceFault, ModelFault, RequestFault, StepFault, refused_sequence};
+use crate::metrics::GaugeGuard;
+use crate::scheduling::admission::InflightGuard;
+use crate::scheduling::priority::Priority;
+use crate::scheduling::tenants::Tenant;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 use tokio::sync::oneshot;
-use trustformers_model::{Model, PlanRequest};
+use trustformers_model::Model;
 use trustformers_plan::{
-    Backend, BackendError, Executable, Limits, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics,
-    SequenceStep, StepInput, StepOutput,
+    Backend, BackendError, Executable, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics, SequenceStep,
+    StepError, StepInput, StepOutput,
 };
 
-/// A request on its way to the device.
+/// A request on its way to the device thread.
 #[derive(Debug)]
-pub(super) struct Job {
+pub(super) struct EncodeJob {
     /// Ids of each text, at least one text of at least one id.
     pub(super) texts: Vec<Vec<u32>>,
-    /// Which of them were cut.
+    /// The indices of those that were truncated.
     pub(super) truncated: Vec<usize>,
     pub(super) class: Priority,
     pub(super) tenant: Tenant,
@@ -39,47 +40,41 @@ pub(super) struct Job {
     pub(super) caller: Caller,
 }
 
-/// Who waits for the rows, and what counts the request until he has them.
+/// The caller of a request, and the guards that count the request until it is answered.
 #[derive(Debug)]
 pub(super) struct Caller {
-    pub(super) reply: oneshot::Sender<Outcome>,
-    /// `None` for requests that are not a caller's.
+    pub(super) reply: oneshot::Sender<EncodeResult>,
+    /// `None` for the engine's own requests.
     pub(super) series: Option<EncoderSeries>,
     /// Counts it as waiting, then as running.
-    pub(super) counted: Option<Counted>,
-    /// Counts its texts for its class and tenant.
-    pub(super) enrolled: Option<Enrolled>,
-    /// Its texts' places in flight.
-    pub(super) ticket: Ticket,
+    pub(super) gauge: Option<GaugeGuard>,
+    /// Keeps its texts in the admission counts.
+    pub(super) inflight: Option<InflightGuard>,
+    pub(super) permit: Permit,
 }
 
-/// Everything a device thread starts with.
-pub(super) struct Start {
+/// Everything that the device thread starts with.
+pub(super) struct EncoderStart {
     pub(super) model: Arc<Model>,
     pub(super) backend: Box<dyn Backend>,
     pub(super) numerics: Numerics,
     pub(super) sizes: EncoderSizes,
-    pub(super) jobs: Receiver<Job>,
+    pub(super) jobs: Receiver<EncodeJob>,
     pub(super) shared: Arc<Shared>,
     pub(super) series: EncoderSeries,
     pub(super) progress: OnProgress,
 }
 
-impl Start {
+impl EncoderStart {
     /// Starts the thread and waits until the model is on the device.
     pub(super) fn spawn(self) -> Result<MemoryReport, StartError> {
         let (device, shared) = (self.backend.caps().description.clone(), Arc::clone(&self.shared));
-        thread::start("encoder", device, shared, || self.load(), Device::run)
+        device_thread::start("encoder", device, shared, || self.load(), EncoderDevice::run)
     }
 
-    fn load(mut self) -> Result<(Device, MemoryReport), BackendError> {
+    fn load(mut self) -> Result<(EncoderDevice, MemoryReport), BackendError> {
         let rules = self.sizes.rules;
-        let request = PlanRequest {
-            context_tokens: self.sizes.context_tokens,
-            limits: Limits { rows: rules.max_tokens, sequences: rules.max_texts, logits_rows: 0 },
-            fused: self.backend.caps().fused,
-        };
-        let plan = self.model.plan(&request)?;
+        let plan = self.model.plan(&self.sizes.plan_request(self.backend.caps().fused))?;
         let mut loaded = self.backend.load(LoadSpec {
             weights: Arc::clone(self.model.weights()),
             plan: &plan,
@@ -89,11 +84,11 @@ impl Start {
         })?;
         let executable = loaded.compile(&plan)?;
         let memory = loaded.memory();
-        let device = Device {
+        let device = EncoderDevice {
             executable,
             _loaded: loaded,
             _backend: self.backend,
-            born: Instant::now(),
+            created: Instant::now(),
             batcher: Batcher::new(rules),
             requests: HashMap::new(),
             next_request: 0,
@@ -108,48 +103,49 @@ impl Start {
     }
 }
 
-/// A text of a request that is under way.
+/// A text of a pending request.
 #[derive(Debug, Clone, Copy)]
-struct Text {
+struct TextRef {
     request: u64,
     index: usize,
 }
 
-/// A request of which some texts are still to be computed.
+/// A request whose texts are not all computed yet.
 #[derive(Debug)]
-struct Request {
-    job: Job,
+struct PendingRequest {
+    job: EncodeJob,
     /// One row for each text, empty until the first step.
     values: Vec<f32>,
-    left: usize,
+    remaining_texts: usize,
     started: Option<Instant>,
 }
 
-/// The thread's state. Fields are dropped in order: what runs before what it runs on.
-struct Device {
+/// The state of the device thread. Fields are dropped in order: an executable before its model, a model
+/// before its backend.
+struct EncoderDevice {
     executable: Box<dyn Executable>,
     _loaded: Box<dyn Loaded>,
     _backend: Box<dyn Backend>,
-    /// What moments are counted from.
-    born: Instant,
-    batcher: Batcher<Text>,
-    requests: HashMap<u64, Request>,
+    /// The start of all [`Moment`]s.
+    created: Instant,
+    batcher: Batcher<TextRef>,
+    requests: HashMap<u64, PendingRequest>,
     next_request: u64,
-    jobs: Receiver<Job>,
+    jobs: Receiver<EncodeJob>,
     shared: Arc<Shared>,
     series: EncoderSeries,
-    /// Buffers of a step, kept so that steps do not allocate.
-    batch: Vec<Text>,
+    /// Buffers of a step. Reused, so that steps do not allocate.
+    batch: Vec<TextRef>,
     input: StepInput,
     output: StepOutput,
 }
 
-impl Device {
+impl EncoderDevice {
     fn run(mut self) {
         loop {
-            // What has arrived is taken before anything is decided: it may fill the batch.
+            // New jobs are taken before the decision, because they may fill the batch.
             while let Ok(job) = self.jobs.try_recv() {
-                self.accept(job);
+                self.enqueue(job);
             }
             if self.shared.stopping() {
                 break;
@@ -165,9 +161,9 @@ impl Device {
                 Decision::Until(at) => self.jobs.recv_timeout(at.saturating_sub(now)),
             };
             match arrived {
-                Ok(job) => self.accept(job),
+                Ok(job) => self.enqueue(job),
                 Err(RecvTimeoutError::Timeout) => {}
-                // No more can come. What waits is still answered, unless the engine was stopped.
+                // No more jobs can come. The waiting texts are still computed, unless the engine was stopped.
                 Err(RecvTimeoutError::Disconnected) if self.batcher.len() == 0 || self.shared.stopping() => {
                     break;
                 }
@@ -178,52 +174,98 @@ impl Device {
     }
 
     fn now(&self) -> Moment {
-        self.born.elapsed()
+        self.created.elapsed()
     }
 
-    fn accept(&mut self, job: Job) {
-        let at = job.submitted.saturating_duration_since(self.born);
+    fn enqueue(&mut self, job: EncodeJob) {
+        let arrived = job.submitted.saturating_duration_since(self.created);
         if job.caller.series.is_some() {
-            self.batcher.arrived(at);
+            self.batcher.record_arrival(arrived);
         }
-        self.batcher.enter(&job.tenant);
+        self.batcher.request_arrived(&job.tenant);
         let request = self.next_request;
         self.next_request += 1;
         for (index, ids) in job.texts.iter().enumerate() {
-            self.batcher.push(at, (job.class, &job.tenant), ids.len(), Text { request, index });
+            let text = NewText { arrived, class: job.class, tenant: &job.tenant, tokens: ids.len() };
+            self.batcher.push(text, TextRef { request, index });
         }
-        let left = job.texts.len();
-        self.requests.insert(request, Request { job, values: Vec::new(), left, started: None });
+        let remaining_texts = job.texts.len();
+        let pending = PendingRequest { job, values: Vec::new(), remaining_texts, started: None };
+        self.requests.insert(request, pending);
     }
 
     /// Drops requests whose callers have gone, with all their texts.
     fn sweep_cancelled(&mut self) {
         let Self { requests, batcher, .. } = self;
-        let before = requests.len();
+        let count_before = requests.len();
         requests.retain(|_, request| {
             let gone = request.job.caller.reply.is_closed();
             if gone {
-                batcher.leave(&request.job.tenant);
+                batcher.request_ended(&request.job.tenant);
                 if let Some(series) = &request.job.caller.series {
                     series.cancelled.inc();
                 }
             }
             !gone
         });
-        if requests.len() < before {
+        if requests.len() < count_before {
             batcher.retain(|text| requests.contains_key(&text.request));
         }
     }
 
     fn step(&mut self) {
         self.batch.clear();
-        self.batcher.take(&mut self.batch);
+        self.batcher.take_batch(&mut self.batch);
         self.shared.set_running(self.batch.len());
+        let started = Instant::now();
+        let result = self.compute(started);
+        self.shared.set_running(0);
+        if self.batch.is_empty() {
+            return;
+        }
+        let (took, tokens) = (started.elapsed(), self.input.rows());
+        self.batcher.step_done(self.now(), tokens, took);
+        self.series.texts.observe(self.batch.len() as f64);
+        self.series.tokens.observe(tokens as f64);
+        self.series.seconds.observe(took.as_secs_f64());
+        match result {
+            Ok(()) => {
+                // Before any result is sent, so that a caller that has its result finds the engine healthy.
+                self.shared.step_succeeded();
+                if let Some(each) =
+                    u32::try_from(self.batch.len()).ok().and_then(|texts| took.checked_div(texts))
+                {
+                    self.shared.record_request_time(each);
+                }
+                self.distribute_rows();
+            }
+            Err(fault) => {
+                tracing::error!(error = %fault, texts = self.batch.len(), "a step failed");
+                self.series.failed_steps.inc();
+                self.shared.step_failed();
+                self.fail_batch(&fault.into());
+            }
+        }
+    }
+
+    /// Computes the batch. Where the device refuses the step because of a text, the request of that text ends
+    /// and the others are submitted again: nothing was computed.
+    fn compute(&mut self, started: Instant) -> Result<(), DeviceFault> {
+        while !self.batch.is_empty() {
+            match self.submit(started).map_err(StepFault::from) {
+                Ok(()) => return Ok(()),
+                Err(StepFault::Device(fault)) => return Err(fault),
+                Err(StepFault::Refused(refusal)) => self.drop_refused(&refusal),
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, started: Instant) -> Result<(), BackendError> {
         self.input.clear();
-        let began = Instant::now();
         for text in &self.batch {
             let Some(request) = self.requests.get_mut(&text.request) else { continue };
-            request.begins(began);
+            request.note_started(started);
             self.input.push_sequence(SequenceStep {
                 tokens: &request.job.texts[text.index],
                 cached_tokens: 0,
@@ -231,61 +273,52 @@ impl Device {
                 logits: LogitsRows::None,
             });
         }
-        let ran = self.executable.submit(&self.input).and_then(|()| self.executable.wait(&mut self.output));
-        let (took, tokens) = (began.elapsed(), self.input.rows());
-        self.batcher.step_done(self.born.elapsed(), tokens, took);
-        self.shared.set_running(0);
-        self.series.texts.observe(self.batch.len() as f64);
-        self.series.tokens.observe(tokens as f64);
-        self.series.seconds.observe(took.as_secs_f64());
-        match ran {
-            Ok(()) => {
-                // Before anybody is told something: whoever sees his answer finds the engine well.
-                self.shared.step_succeeded();
-                if let Some(each) =
-                    u32::try_from(self.batch.len()).ok().and_then(|texts| took.checked_div(texts))
-                {
-                    self.shared.requests_took(each);
-                }
-                self.hand_out();
-            }
-            Err(error) => {
-                tracing::error!(%error, texts = self.batch.len(), "a step failed");
-                self.series.failed_steps.inc();
-                self.shared.step_failed();
-                self.fail_batch(&EncodeError::Backend { message: error.to_string() });
-            }
-        }
+        self.executable.submit(&self.input)?;
+        self.executable.wait(&mut self.output)
     }
 
-    /// Gives each text of the step its row, and answers the requests that are complete with it.
-    fn hand_out(&mut self) {
+    /// Ends the request of the text that a refused step is about, or all of the batch where it is about the
+    /// whole.
+    fn drop_refused(&mut self, refusal: &StepError) {
+        tracing::warn!(%refusal, texts = self.batch.len(), "the device refused a step");
+        self.shared.record_progress();
+        let fault = EncodeError::from(RequestFault::RefusedStep { message: refusal.to_string() });
+        match refused_sequence(refusal, &self.input).and_then(|index| self.batch.get(index).copied()) {
+            Some(text) => self.fail(text.request, fault),
+            None => self.fail_batch(&fault),
+        }
+        let Self { batch, requests, .. } = self;
+        batch.retain(|text| requests.contains_key(&text.request));
+    }
+
+    /// Copies the row of each text to its request, and answers the requests that are complete.
+    fn distribute_rows(&mut self) {
         let width = self.output.width;
         let batch = std::mem::take(&mut self.batch);
         for (row, text) in batch.iter().enumerate() {
             let Some(request) = self.requests.get_mut(&text.request) else { continue };
             let values = self.output.row(row);
             if !values.iter().all(|value| value.is_finite()) {
-                self.fail(text.request, EncodeError::NotFinite);
+                self.fail(text.request, ModelFault::NotFinite.into());
                 continue;
             }
             request.values.resize(request.job.texts.len() * width, 0.0);
             request.values[text.index * width..(text.index + 1) * width].copy_from_slice(values);
-            request.left -= 1;
+            request.remaining_texts -= 1;
             if let Some(series) = &request.job.caller.series {
                 series.prompt_tokens.inc_by(request.job.texts[text.index].len() as u64);
             }
-            if request.left == 0
+            if request.remaining_texts == 0
                 && let Some(done) = self.requests.remove(&text.request)
             {
-                self.batcher.leave(&done.job.tenant);
+                self.batcher.request_ended(&done.job.tenant);
                 done.answer(width);
             }
         }
         self.batch = batch;
     }
 
-    /// Ends every request that had a text in the step; the texts of others can still be trusted.
+    /// Ends every request that has a text in the step; the texts of others can still be trusted.
     fn fail_batch(&mut self, error: &EncodeError) {
         let batch = std::mem::take(&mut self.batch);
         for text in &batch {
@@ -297,14 +330,14 @@ impl Device {
     fn fail(&mut self, request: u64, error: EncodeError) {
         let Some(failed) = self.requests.remove(&request) else { return };
         self.batcher.retain(|text| text.request != request);
-        self.batcher.leave(&failed.job.tenant);
+        self.batcher.request_ended(&failed.job.tenant);
         failed.fail(error);
     }
 
-    /// Tells everyone who is left that the engine has stopped.
+    /// Ends all requests because the engine has stopped.
     fn end(mut self) {
         while let Ok(job) = self.jobs.try_recv() {
-            self.accept(job);
+            self.enqueue(job);
         }
         for (_, request) in self.requests.drain() {
             request.fail(EncodeError::Stopped);
@@ -312,23 +345,23 @@ impl Device {
     }
 }
 
-impl Request {
-    /// Notes that a step with one of its texts begins.
-    fn begins(&mut self, now: Instant) {
+impl PendingRequest {
+    /// Records the start of its first step.
+    fn note_started(&mut self, now: Instant) {
         if self.started.is_some() {
             return;
         }
         self.started = Some(now);
         if let Some(series) = &self.job.caller.series {
             series.queue_wait.observe(now.saturating_duration_since(self.job.submitted).as_secs_f64());
-            // The one that counts it as waiting is dropped.
-            self.job.caller.counted = Some(Counted::new(&series.running));
+            // This drops the guard that counts it as waiting.
+            self.job.caller.gauge = Some(GaugeGuard::new(&series.running));
         }
     }
 
     fn answer(self, width: usize) {
-        let Job { texts, truncated, submitted, caller, .. } = self.job;
-        let Caller { reply, series, counted, enrolled, ticket } = caller;
+        let EncodeJob { texts, truncated, submitted, caller, .. } = self.job;
+        let Caller { reply, series, gauge, inflight, permit } = caller;
         if let Some(series) = series {
             series.done.inc();
         }
@@ -336,17 +369,17 @@ impl Request {
         let timings =
             EncodeTimings { queue: started.saturating_duration_since(submitted), compute: started.elapsed() };
         let tokens = texts.iter().map(Vec::len).sum();
-        // Whoever hears the answer finds the request no longer counted.
-        drop((counted, enrolled, ticket));
-        let _gone = reply.send(Ok(Encoded { values: self.values, width, tokens, truncated, timings }));
+        // Before the reply, so that a caller that has its result finds the request no longer counted.
+        drop((gauge, inflight, permit));
+        let _ignored = reply.send(Ok(Encoded { values: self.values, width, tokens, truncated, timings }));
     }
 
     fn fail(self, error: EncodeError) {
-        let Caller { reply, series, counted, enrolled, ticket } = self.job.caller;
+        let Caller { reply, series, gauge, inflight, permit } = self.job.caller;
         if let Some(series) = series {
             series.failed.inc();
         }
-        drop((counted, enrolled, ticket));
-        let _gone = reply.send(Err(error));
+        drop((gauge, inflight, permit));
+        let _ignored = reply.send(Err(error));
     }
 }

@@ -1,17 +1,18 @@
-//! The encoder engine as its callers see it.
+//! The encoder engine as its callers see it: a handle that is cheap to clone and never blocks on the device.
 
 use super::config::{EncoderConfig, EncoderSizes};
-use super::device::{Caller, Job, Start};
+use super::device::{Caller, EncodeJob, EncoderStart};
 use super::metrics::{EncoderMetrics, EncoderSeries};
 use super::request::{EncodeError, EncodeParams, Encoded, MAX_TEXTS};
 use super::strategy::BatchStrategy;
-use crate::census::Census;
 use crate::config::StartError;
-use crate::metrics::Counted;
-use crate::priority::Priority;
+use crate::device_thread::{Heartbeat, Permit, Shared};
+use crate::faults::check_tokenizer_ids;
+use crate::metrics::GaugeGuard;
 use crate::request::{MAX_TENANT_BYTES, Prompt};
-use crate::shared::{Heartbeat, Shared, Ticket};
-use crate::tenants::Tenant;
+use crate::scheduling::admission::AdmissionCounts;
+use crate::scheduling::priority::Priority;
+use crate::scheduling::tenants::Tenant;
 use std::pin::Pin;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,25 +22,29 @@ use tokio::sync::oneshot;
 use trustformers_model::{Model, Task};
 use trustformers_plan::{Backend, LoadProgress, MemoryReport, Numerics};
 
-/// Tokens of the texts that the warm-up encodes, one after the other. The first touches all memory; then short and long
-/// ones in turn show what a step costs whatever is in it.
-const WARM_UP_TOKENS: [usize; 7] = [32, 4, 64, 4, 64, 4, 64];
+/// Tokens of the texts that the warm-up encodes, one after the other. The first uses all memory for the first
+/// time; then short and long texts alternate, which gives the fixed cost of a step.
+const WARM_UP_LENGTHS: [usize; 7] = [32, 4, 64, 4, 64, 4, 64];
 
-/// What travels from the device thread to a caller.
-pub(super) type Outcome = Result<Encoded, EncodeError>;
+/// The text of the warm-up. It goes through the tokenizer, so that ids which do not belong to the weights are
+/// found before the model is ready.
+const WARM_UP_TEXT: &str = "warm up";
 
-/// What an encoder engine runs and how large it was made.
+/// The message from the device thread to a caller.
+pub(super) type EncodeResult = Result<Encoded, EncodeError>;
+
+/// What an encoder engine runs, and its sizes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EncoderInfo {
-    /// The device in its own words, such as `cpu avx512-vnni, 2 threads`.
+    /// The device's description of itself, such as `cpu avx512-vnni, 2 threads`.
     pub device: String,
     /// How closely it follows f32 arithmetic.
     pub numerics: Numerics,
-    /// When the texts that wait become a step.
+    /// When the waiting texts become a step.
     pub strategy: BatchStrategy,
     /// Longest time that a free device waits for more texts.
     pub max_wait: Duration,
-    /// Whether a request's class decides who goes first.
+    /// Whether priority classes count.
     pub priority: bool,
     /// Longest text in tokens, special tokens included.
     pub context_tokens: usize,
@@ -53,32 +58,31 @@ pub struct EncoderInfo {
     pub memory: MemoryReport,
 }
 
-/// A running encoder engine. Clones are handles to the same one; it ends when `stop` is called, or when all handles
-/// are gone and what was submitted has been answered.
+/// A running encoder engine. Clones are handles to the same one. It ends when `stop` is called, or when all
+/// handles are dropped and all submitted requests are answered.
 #[derive(Debug, Clone)]
 pub struct Encoder {
-    inner: Arc<Inner>,
+    inner: Arc<EncoderInner>,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct EncoderInner {
     model: Arc<Model>,
     info: EncoderInfo,
     sizes: EncoderSizes,
     shared: Arc<Shared>,
-    census: Arc<Census>,
+    admission: Arc<AdmissionCounts>,
     series: EncoderSeries,
-    /// Taken by `stop`, which is what wakes an idle device thread.
-    jobs: Mutex<Option<SyncSender<Job>>>,
-    /// Only one warm-up at a time, because the job channel has one place for it.
-    warming: tokio::sync::Mutex<()>,
+    /// `stop` drops the sender, which wakes an idle device thread.
+    jobs: Mutex<Option<SyncSender<EncodeJob>>>,
+    /// Only one warm-up at a time, because the job channel has room for one.
+    warming_up: tokio::sync::Mutex<()>,
 }
 
-/// Texts that were taken in; a future of their rows. Dropping it cancels the work: texts that have not been computed
-/// yet never are.
+/// An admitted request: a future of its rows. Dropping it cancels the texts that have not been computed yet.
 #[derive(Debug)]
 pub struct Encoding {
-    reply: oneshot::Receiver<Outcome>,
+    reply: oneshot::Receiver<EncodeResult>,
 }
 
 impl Encoding {
@@ -103,12 +107,13 @@ impl Future for Encoding {
 }
 
 impl Encoder {
-    /// Loads `model` into `backend` on a new thread of the engine's own and returns when it is ready for requests.
-    /// Blocks for as long as the backend takes to load: call it from a blocking context. `progress` is told on the
-    /// engine's thread how far the device has taken the weights in.
+    /// Loads `model` into `backend` on a new device thread and returns when the engine is ready for requests.
+    /// Blocks for as long as the backend takes to load: call it from a blocking context. `progress` is called
+    /// on the device thread with the progress of loading the weights.
     ///
     /// # Errors
-    /// A model of another task, a setting that cannot be honoured, a backend that refuses the model, or no thread.
+    /// A model of another task, a setting that cannot be honoured, a backend that refuses the model, or no
+    /// thread.
     pub fn start(
         model: Arc<Model>,
         backend: Box<dyn Backend>,
@@ -117,18 +122,18 @@ impl Encoder {
         progress: Box<dyn FnMut(LoadProgress) + Send>,
     ) -> Result<Self, StartError> {
         if model.task() == Task::Generate {
-            let why = "it continues texts, which an encoder does not; start a generation engine".to_owned();
+            let why = "it generates text, which an encoder does not; start a generation engine".to_owned();
             return Err(StartError::Invalid { field: "model", why });
         }
         let sizes = config.sizes(model.facts().context_tokens, model.tokenizer().special_tokens())?;
-        let places = sizes.rules.max_texts + sizes.max_queue;
-        let shared = Arc::new(Shared::new(places));
+        let limit = sizes.rules.max_texts + sizes.max_queue;
+        let shared = Arc::new(Shared::new(limit));
         let series = metrics.for_model(&config.model_label);
-        // Every request takes at least one of the places that `Shared` counts, `max_queue` beyond them included, and the
-        // warm-up one more: a send never finds the channel full.
-        let (sender, receiver) = sync_channel(places + sizes.max_queue + 1);
+        // Every request holds at least one permit, of the limit or of the `max_queue` extra ones, and there
+        // is one warm-up: a send never finds the channel full.
+        let (sender, receiver) = sync_channel(limit + sizes.max_queue + 1);
         let device = backend.caps().description.clone();
-        let start = Start {
+        let start = EncoderStart {
             model: Arc::clone(&model),
             backend,
             numerics: config.numerics,
@@ -139,7 +144,7 @@ impl Encoder {
             progress,
         };
         let memory = start.spawn()?;
-        metrics.engines.watch(&config.model_label, &shared);
+        metrics.engines.track_step_age(&config.model_label, &shared);
         let info = EncoderInfo {
             device,
             numerics: config.numerics,
@@ -153,16 +158,18 @@ impl Encoder {
             memory,
         };
         let jobs = Mutex::new(Some(sender));
-        let warming = tokio::sync::Mutex::new(());
-        let inner = Inner { model, info, sizes, shared, census: Arc::default(), series, jobs, warming };
+        let warming_up = tokio::sync::Mutex::new(());
+        let admission = Arc::default();
+        let inner = EncoderInner { model, info, sizes, shared, admission, series, jobs, warming_up };
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Takes a request, or says at once why not. Tokenises on the caller's thread (about a millisecond for a thousand
-    /// tokens) and never waits for the device.
+    /// Admits a request or refuses it at once. It tokenises on the caller's thread (about a millisecond for a
+    /// thousand tokens) and never waits for the device.
     ///
     /// # Errors
-    /// Overload, a text that does not fit, a field out of range, or an engine that ends.
+    /// Overload, a text that does not fit, a field out of range, wrong model files, or an engine that is
+    /// stopping.
     pub fn submit(&self, params: &EncodeParams) -> Result<Encoding, EncodeError> {
         let result = self.try_submit(params);
         match &result {
@@ -184,7 +191,7 @@ impl Encoder {
             let why = format!("{bytes} bytes are more than the {MAX_TENANT_BYTES} that are allowed");
             return Err(EncodeError::Invalid { field: "tenant", why });
         }
-        let ticket = self.enter(params)?;
+        let permit = self.acquire(params)?;
         let submitted = Instant::now();
         let (mut texts, mut truncated) = (Vec::with_capacity(count), Vec::new());
         for (index, text) in params.texts.iter().enumerate() {
@@ -197,55 +204,57 @@ impl Encoder {
             }
             texts.push(ids);
         }
-        let (reply, answer) = oneshot::channel();
+        let (reply, result) = oneshot::channel();
         let series = Some(self.inner.series.clone());
-        let counted = Some(Counted::new(&self.inner.series.waiting));
-        let (class, tenant) = (self.class_of(params), Tenant::from(params.tenant.as_str()));
-        let enrolled = Some(self.inner.census.enrol(class, Tenant::clone(&tenant), count));
-        let caller = Caller { reply, series, counted, enrolled, ticket };
-        self.send(Job { texts, truncated, class, tenant, submitted, caller })?;
-        Ok(Encoding { reply: answer })
+        let gauge = Some(GaugeGuard::new(&self.inner.series.waiting));
+        let (class, tenant) = (self.effective_class(params), Tenant::from(params.tenant.as_str()));
+        let inflight = Some(self.inner.admission.register(class, Tenant::clone(&tenant), count));
+        let caller = Caller { reply, series, gauge, inflight, permit };
+        self.send(EncodeJob { texts, truncated, class, tenant, submitted, caller })?;
+        Ok(Encoding { reply: result })
     }
 
-    /// Places for the texts of a request. A full queue has some more for those with precedence over what is in it.
-    fn enter(&self, params: &EncodeParams) -> Result<Ticket, EncodeError> {
+    /// A permit for the texts of a request. A full queue has extra permits for requests with precedence.
+    fn acquire(&self, params: &EncodeParams) -> Result<Permit, EncodeError> {
         let (shared, count) = (&self.inner.shared, params.texts.len());
         let (waiting, retry_after) = (shared.waiting(), shared.retry_after());
-        let beyond = || {
-            let precedes = self.inner.census.has_precedence(self.class_of(params), &params.tenant, count);
-            if precedes { shared.enter_many(count, self.inner.sizes.max_queue) } else { None }
+        let extra = || {
+            let class = self.effective_class(params);
+            let precedes = self.inner.admission.has_precedence(class, &params.tenant, count);
+            if precedes { shared.acquire_many(count, self.inner.sizes.max_queue) } else { None }
         };
-        let ticket = shared.enter_many(count, 0).or_else(beyond);
-        // Asked only after entering, so that a drain which saw nobody in flight can rely on nobody coming.
+        let permit = shared.acquire_many(count, 0).or_else(extra);
+        // Checked only with a permit, so that a drain which found nothing in flight can rely on nothing
+        // arriving.
         if !shared.accepting() {
             return Err(EncodeError::Stopped);
         }
-        ticket.ok_or(EncodeError::Overloaded { waiting, retry_after })
+        permit.ok_or(EncodeError::Overloaded { waiting, retry_after })
     }
 
-    /// The class that counts.
-    fn class_of(&self, params: &EncodeParams) -> Priority {
+    /// The class of a request; all are of class normal where classes do not count.
+    fn effective_class(&self, params: &EncodeParams) -> Priority {
         if self.inner.sizes.rules.by_class { params.priority } else { Priority::Normal }
     }
 
-    fn send(&self, job: Job) -> Result<(), EncodeError> {
+    fn send(&self, job: EncodeJob) -> Result<(), EncodeError> {
         let jobs = self.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let sender = jobs.as_ref().ok_or(EncodeError::Stopped)?;
         sender.try_send(job).map_err(|_| EncodeError::Stopped)
     }
 
-    /// The ids that are computed, and whether the text has more.
+    /// The ids that are computed, and whether the text was truncated.
     fn ids(&self, text: &Prompt) -> Result<(Vec<u32>, bool), EncodeError> {
         let invalid = |why: String| EncodeError::Invalid { field: "input", why };
-        let limit = self.inner.sizes.context_tokens;
+        let (limit, vocabulary) = (self.inner.sizes.context_tokens, self.inner.model.facts().vocabulary);
         match text {
             Prompt::Text(text) => {
                 let encoded =
                     self.inner.model.encode_up_to(text, limit).map_err(|error| invalid(error.to_string()))?;
+                check_tokenizer_ids(&encoded.ids, vocabulary)?;
                 Ok((encoded.ids, encoded.cut))
             }
             Prompt::Tokens(ids) => {
-                let vocabulary = self.inner.model.facts().vocabulary;
                 if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
                     let why = format!("token id {id} is outside the model's vocabulary of {vocabulary}");
                     return Err(invalid(why));
@@ -258,28 +267,40 @@ impl Encoder {
         }
     }
 
-    /// Encodes a few texts of different lengths through the whole path and gives the time that it took. It is not
-    /// counted in the metrics' requests and may run while others do.
+    /// Encodes a few texts of different lengths through the whole path and returns the time that it took. It
+    /// is not counted in the metrics of requests and may run beside others.
     ///
     /// # Errors
-    /// The backend fails, the values are not numbers, or the engine ends.
+    /// The device fails, the model's files are wrong, or the engine is stopping.
     pub async fn warm_up(&self) -> Result<Duration, EncodeError> {
-        let _one_at_a_time = self.inner.warming.lock().await;
+        let _one_at_a_time = self.inner.warming_up.lock().await;
         let started = Instant::now();
-        for tokens in WARM_UP_TOKENS {
-            let (reply, answer) = oneshot::channel();
-            let texts = vec![vec![0; tokens.min(self.inner.sizes.context_tokens)]];
-            let ticket = self.inner.shared.enter_unbounded();
-            let caller = Caller { reply, series: None, counted: None, enrolled: None, ticket };
+        let ids = self.warm_up_ids()?;
+        for tokens in WARM_UP_LENGTHS {
+            let (reply, result) = oneshot::channel();
+            let length = tokens.min(self.inner.sizes.context_tokens);
+            let texts = vec![ids.iter().copied().cycle().take(length).collect()];
+            let permit = self.inner.shared.acquire_unbounded();
+            let caller = Caller { reply, series: None, gauge: None, inflight: None, permit };
             let (class, tenant) = (Priority::High, Tenant::from(""));
             let (truncated, submitted) = (Vec::new(), Instant::now());
-            self.send(Job { texts, truncated, class, tenant, submitted, caller })?;
-            answer.await.unwrap_or(Err(EncodeError::Stopped))?;
+            self.send(EncodeJob { texts, truncated, class, tenant, submitted, caller })?;
+            result.await.unwrap_or(Err(EncodeError::Stopped))?;
         }
         Ok(started.elapsed())
     }
 
-    /// What this engine runs and how large it was made.
+    /// The ids of a text with its special tokens; at least one.
+    fn warm_up_ids(&self) -> Result<Vec<u32>, EncodeError> {
+        match self.ids(&Prompt::Text(WARM_UP_TEXT.to_owned())) {
+            Ok((ids, _)) if !ids.is_empty() => Ok(ids),
+            Err(error @ EncodeError::Model(_)) => Err(error),
+            // A vocabulary without these letters is no fault.
+            _ => Ok(vec![0]),
+        }
+    }
+
+    /// What this engine runs, and its sizes.
     pub fn info(&self) -> &EncoderInfo {
         &self.inner.info
     }
@@ -289,25 +310,25 @@ impl Encoder {
         &self.inner.model
     }
 
-    /// Signs of life, without asking the device thread.
+    /// Whether the engine makes progress. Does not involve the device thread.
     pub fn heartbeat(&self) -> Heartbeat {
         self.inner.shared.heartbeat()
     }
 
-    /// Texts that were taken and whose request has not ended.
+    /// Texts of admitted requests that have not ended.
     pub fn in_flight(&self) -> usize {
         self.inner.shared.in_flight()
     }
 
-    /// Refuses new requests from now on and waits until those in flight have ended. There is no time limit: wrap it
-    /// in one and call [`Encoder::stop`] after.
+    /// Refuses new requests from now on and waits until those in flight have ended. It has no time limit:
+    /// wrap it in one, and then call [`Encoder::stop`].
     pub async fn drain(&self) {
         self.inner.shared.refuse_new();
         self.inner.shared.until_idle().await;
     }
 
-    /// Ends the engine after the current step. Requests in flight end with [`EncodeError::Stopped`]; when this returns,
-    /// the backend and its memory are gone.
+    /// Ends the engine after the current step. Requests in flight end with [`EncodeError::Stopped`]. When
+    /// this returns, the backend and its memory are released.
     pub async fn stop(&self) {
         self.inner.shared.stop();
         drop(self.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner).take());

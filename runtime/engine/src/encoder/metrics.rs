@@ -1,4 +1,4 @@
-//! The encoder engine's Prometheus series: those that all engines share, and what only batches have.
+//! The encoder engine's Prometheus series: those that all engines share, and those of batches.
 
 use crate::metrics::EngineMetrics;
 use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntGauge, Registry};
@@ -23,10 +23,10 @@ pub struct EncoderMetrics {
 }
 
 impl EncoderMetrics {
-    /// Adds the families to a registry, beside those that all engines share.
+    /// Registers the families, beside those that all engines share.
     ///
     /// # Errors
-    /// When the registry already holds families of these names: register once per process and clone the value.
+    /// When the registry already has families of these names: register once per process and clone the value.
     pub fn register(registry: &Registry, engines: &EngineMetrics) -> Result<Self, prometheus::Error> {
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
             let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
@@ -50,10 +50,10 @@ impl EncoderMetrics {
         })
     }
 
-    /// Families that no one scrapes, for tests and one-shot commands.
+    /// Families without an exporter, for tests and one-shot commands.
     ///
     /// # Errors
-    /// Never in practice: a fresh registry refuses nothing.
+    /// None in practice: a new registry refuses nothing.
     pub fn unregistered() -> Result<Self, prometheus::Error> {
         Self::register(&Registry::new(), &EngineMetrics::unregistered()?)
     }
@@ -89,9 +89,9 @@ pub(super) struct EncoderSeries {
     pub(super) invalid: IntCounter,
     pub(super) prompt_tokens: IntCounter,
     pub(super) queue_wait: Histogram,
-    /// Requests, from their first step on.
+    /// Requests since their first step.
     pub(super) running: IntGauge,
-    /// Requests before that.
+    /// Requests before their first step.
     pub(super) waiting: IntGauge,
     pub(super) failed_steps: IntCounter,
     pub(super) texts: Histogram,

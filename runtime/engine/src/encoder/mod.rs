@@ -1,21 +1,21 @@
-//! The encoder engine: texts in, one row of numbers each out, in batches that form by a strategy.
+//! The encoder engine: texts in, one row of numbers each out, in batches that a strategy forms.
 //!
-//! It is the sibling of the generation engine and built the same way: a handle that never blocks, one thread that owns
-//! the device, everything bounded, refusals immediate and typed. What differs is the work. A text is computed whole in
-//! one step and never comes back, so there is no cache and nothing runs over several steps; what there is to decide is
-//! when a step begins and who is in it, which [`BatchStrategy`] says.
+//! It has the same structure as the generation engine: a handle that never blocks, one device thread, bounds
+//! on everything, immediate and typed refusals. A text is computed whole in one step and never comes back, so
+//! there is no cache and nothing spans several steps. What remains to decide is when a step begins and which
+//! texts are in it; that is the [`BatchStrategy`].
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `strategy`, `estimate` | the pure core: who goes when, from arrivals and times of steps |
+//! | `strategy`, `estimate` | the pure core: which texts run when, from arrivals and the times of steps |
 //! | `config` | settings, checked once |
-//! | `request` | what is asked and answered |
-//! | `handle` | [`Encoder`], the callers' side |
-//! | `device` | the thread |
+//! | `request` | requests, results and errors |
+//! | `handle` | [`Encoder`], which callers submit requests to |
+//! | `device` | the loop of the device thread |
 //! | `metrics` | the series |
 //!
-//! Steps are ragged: texts of different lengths lie one after the other, nothing is padded, and in `exact` numerics a
-//! text gives the same bits whoever shares its step.
+//! Steps are ragged: texts of different lengths lie one after the other, without padding. In `exact` numerics
+//! a text gives the same bits whatever else is in its step.
 
 mod config;
 mod device;

@@ -1,37 +1,40 @@
-//! What callers ask of an encoder and what they are told.
+//! The requests, results and errors of an encoder.
 
-use crate::priority::Priority;
+use crate::faults::{DeviceFault, ModelFault, RequestFault};
 use crate::request::Prompt;
+use crate::scheduling::priority::Priority;
 use std::time::Duration;
 use thiserror::Error;
 
-/// Most texts of one request: what OpenAI's clients send at most.
+/// Most texts of one request: the limit of OpenAI's API.
 pub const MAX_TEXTS: usize = 2048;
 
-/// Texts to be encoded together. They may be computed in one step or in several, and beside others' texts.
+/// Texts of one request. They may be computed in one step or in several, together with the texts of other
+/// requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EncodeParams {
-    /// 1 to [`MAX_TEXTS`] texts, empty ones included. Token ids are taken as they are, special tokens and all; each list
-    /// needs at least one.
+    /// 1 to [`MAX_TEXTS`] texts, empty ones included. Token ids are used as they are, without added special
+    /// tokens; each list needs at least one.
     pub texts: Vec<Prompt>,
-    /// Whether a text that is too long is cut as the model's files say; otherwise it is refused.
+    /// Whether a text that is too long is truncated as the model's files say; otherwise it is refused.
     pub truncate: bool,
-    /// Who goes first, where the engine goes by classes.
+    /// The priority class, where classes count.
     pub priority: Priority,
-    /// On whose behalf: whoever was served least is next. At most [`MAX_TENANT_BYTES`](crate::MAX_TENANT_BYTES); empty:
-    /// nobody in particular, together with all who say so.
+    /// The tenant that the request is accounted to: the least served tenant is next. At most
+    /// [`MAX_TENANT_BYTES`](crate::MAX_TENANT_BYTES) bytes; all requests with an empty name count as one
+    /// tenant.
     pub tenant: String,
 }
 
 impl EncodeParams {
-    /// These texts, cut where they are too long.
+    /// These texts, truncated where they are too long.
     pub fn texts<T: Into<String>>(texts: impl IntoIterator<Item = T>) -> Self {
         let texts = texts.into_iter().map(|text| Prompt::Text(text.into())).collect();
         Self { texts, truncate: true, priority: Priority::Normal, tenant: String::new() }
     }
 }
 
-/// What became of a request's texts.
+/// The result of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded {
     /// One row for each text, in order, each `width` long.
@@ -40,9 +43,9 @@ pub struct Encoded {
     pub width: usize,
     /// Tokens that were computed, of all texts together, special tokens included.
     pub tokens: usize,
-    /// Which texts were cut, ascending.
+    /// The indices of the texts that were truncated, ascending.
     pub truncated: Vec<usize>,
-    /// Where the time went.
+    /// The time it took, by phase.
     pub timings: EncodeTimings,
 }
 
@@ -53,7 +56,7 @@ impl Encoded {
     }
 }
 
-/// Where the time of a request went.
+/// The time that a request took, by phase.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EncodeTimings {
     /// From submission until the first step with one of its texts.
@@ -63,22 +66,23 @@ pub struct EncodeTimings {
 }
 
 /// Why texts were not encoded.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum EncodeError {
     /// As many texts as allowed wait. Retry after a moment or elsewhere.
     #[error("{waiting} texts are already waiting for this model; retry in {} s", retry_after.as_secs())]
     Overloaded {
         /// Texts that wait at this moment.
         waiting: usize,
-        /// The time in which those will probably have been served, in whole seconds from 1 to 60.
+        /// The estimated time until those have been served, in whole seconds from 1 to 60.
         retry_after: Duration,
     },
-    /// A text is longer than the model takes, and was not to be cut.
+    /// A text is longer than the model allows, and truncation was not requested.
     #[error(
         "text {index} has more than the {limit} tokens that this model takes; shorten it, or let it be cut with truncate"
     )]
     TooLong {
-        /// Place of the text in the request.
+        /// Index of the text in the request.
         index: usize,
         /// Most tokens of a text.
         limit: usize,
@@ -91,15 +95,15 @@ pub enum EncodeError {
         /// What is wrong and what is allowed.
         why: String,
     },
-    /// The backend failed in a step that one of the texts was part of.
-    #[error("the backend failed: {message}")]
-    Backend {
-        /// The backend's own words.
-        message: String,
-    },
-    /// The model produced values that are not numbers: broken weights or a broken device.
-    #[error("the model produced a value that is not a finite number; the weights or the device are broken")]
-    NotFinite,
+    /// The request cannot be completed; others are not affected.
+    #[error(transparent)]
+    Request(#[from] RequestFault),
+    /// The model's files are wrong.
+    #[error(transparent)]
+    Model(#[from] ModelFault),
+    /// The device failed in a step with one of the texts.
+    #[error(transparent)]
+    Device(#[from] DeviceFault),
     /// The engine is draining, was stopped or died.
     #[error("the engine of this model is stopping or stopped")]
     Stopped,

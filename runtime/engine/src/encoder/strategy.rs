@@ -1,28 +1,28 @@
-//! When a step begins and who takes part in it: the pure core of the encoder engine.
+//! When a step begins and which texts are in it: the pure core of the encoder engine.
 //!
-//! There is no clock in here. Every call that needs the time is given it, as the time since the engine's start, so that
-//! tests are tables. One step computes a batch: whole texts, at most so many, and at most so many tokens together.
+//! It reads no clock. Every call that needs the time gets it, as the time since the engine's start, so that
+//! tests are tables. One step computes a batch: whole texts, up to a number of texts and a number of tokens.
 //!
 //! | strategy | a free device begins a step when |
 //! |---|---|
-//! | `time` | the oldest text has waited for `max_wait`; whatever is there goes |
+//! | `time` | the oldest text has waited for `max_wait`; all waiting texts that fit run |
 //! | `size` | the batch is full, or the oldest text has waited for `max_wait` |
 //! | `dynamic` | the batch is full, or waiting for one more text would cost more than it saves |
-//! | `priority` | as `dynamic`, but a text of class high never waits for others, and classes overtake each other |
+//! | `priority` | as `dynamic`, but a text of class high never waits for others, and classes count |
 //!
-//! Who goes is decided text by text, as generation decides it request by request ([`crate::queue`]): the class first,
-//! where classes count; within it the tenant that was served fewest tokens; within that the oldest. So a long list
-//! leaves places in every step to whoever else waits.
+//! The order is decided text by text, as generation decides it request by request
+//! ([`crate::scheduling::queue`]): by class, where classes count, then the least served tenant, then the
+//! oldest text. So a request of many texts leaves room in every step for the texts of other tenants.
 //!
-//! What waiting saves is the part of a step's time that does not grow with its tokens (reading the weights, starting
-//! kernels): texts that share a step pay it once. `dynamic` measures that part, and how long callers take to send the
-//! next text. While `k` texts wait for one that is due in a time `g`, `k * g` is lost; where that is more than what is
-//! to be gained, the step begins at once. So sparse requests never wait, and a crowd is gathered.
+//! Waiting saves the fixed cost of a step (reading the weights, starting kernels), which texts of one step
+//! share. `dynamic` estimates that cost and the gap between requests. While `k` texts wait a time `g` for the
+//! next one, `k * g` is lost. Where that is more than the fixed cost, the step begins at once. So sparse
+//! requests never wait, and requests that arrive in quick succession share a step.
 
 use super::estimate::{Arrivals, StepTimes};
-use crate::priority::Priority;
-use crate::queue::{Place, Placed, Queue};
-use crate::tenants::{Tenant, Tenants};
+use crate::scheduling::priority::Priority;
+use crate::scheduling::queue::{HasQueueKey, Queue, QueueKey};
+use crate::scheduling::tenants::{Tenant, Tenants};
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
@@ -30,17 +30,19 @@ use std::time::Duration;
 /// A point in time: the time since the engine's start.
 pub(crate) type Moment = Duration;
 
-/// When the texts that wait become a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+/// When the waiting texts become a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum BatchStrategy {
-    /// A fixed window from the first text on.
+    /// At the end of a fixed window, which begins with the first text.
     Time,
-    /// A full batch, or the end of the window.
+    /// When the batch is full, or at the end of the window.
     Size,
-    /// A window that follows the rate of arrivals and the time of steps; none at all where nothing is to be gained.
+    /// At the end of a window that adapts to arrivals and the time of steps; at once where waiting saves
+    /// nothing.
     #[default]
     Dynamic,
-    /// The same with classes that overtake each other.
+    /// As `Dynamic`, with priority classes.
     Priority,
 }
 
@@ -50,12 +52,7 @@ impl BatchStrategy {
 
     /// The word in configurations.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Time => "time",
-            Self::Size => "size",
-            Self::Dynamic => "dynamic",
-            Self::Priority => "priority",
-        }
+        self.into()
     }
 }
 
@@ -76,13 +73,13 @@ impl FromStr for BatchStrategy {
     }
 }
 
-/// What a batcher goes by.
+/// The rules of a batcher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Rules {
+pub(crate) struct BatchRules {
     pub(crate) strategy: BatchStrategy,
     /// Longest time that a free device waits for more texts.
     pub(crate) max_wait: Duration,
-    /// Whether classes overtake each other; otherwise all are of class normal.
+    /// Whether priority classes count; otherwise all texts are of class normal.
     pub(crate) by_class: bool,
     /// Most texts of a step.
     pub(crate) max_texts: usize,
@@ -101,33 +98,44 @@ pub(crate) enum Decision {
     Run,
 }
 
+/// A text that arrives.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NewText<'a> {
+    pub(crate) arrived: Moment,
+    pub(crate) class: Priority,
+    /// A tenant whose request was counted by [`Batcher::request_arrived`].
+    pub(crate) tenant: &'a Tenant,
+    /// Its length, at most [`BatchRules::max_tokens`].
+    pub(crate) tokens: usize,
+}
+
 /// A text that waits.
 #[derive(Debug)]
-struct Waiting<T> {
-    place: Place,
+struct WaitingText<T> {
+    key: QueueKey,
     arrived: Moment,
     tokens: usize,
     item: T,
 }
 
-impl<T> Placed for Waiting<T> {
-    fn place(&self) -> &Place {
-        &self.place
+impl<T> HasQueueKey for WaitingText<T> {
+    fn queue_key(&self) -> &QueueKey {
+        &self.key
     }
 }
 
-/// The texts that wait, and what is known of arrivals and steps.
+/// The waiting texts, and the estimates of arrivals and steps.
 #[derive(Debug)]
 pub(crate) struct Batcher<T> {
-    rules: Rules,
-    waiting: Queue<Waiting<T>>,
+    rules: BatchRules,
+    waiting: Queue<WaitingText<T>>,
     /// Texts in `waiting`.
     texts: usize,
     /// Their tokens together.
     tokens: usize,
     tenants: Tenants,
-    /// Texts that have come so far.
-    order: u64,
+    /// Texts that have arrived so far.
+    arrived_texts: u64,
     arrivals: Arrivals,
     steps: StepTimes,
     /// When the last step ended.
@@ -135,14 +143,14 @@ pub(crate) struct Batcher<T> {
 }
 
 impl<T> Batcher<T> {
-    pub(crate) fn new(rules: Rules) -> Self {
+    pub(crate) fn new(rules: BatchRules) -> Self {
         Self {
             rules,
             waiting: Queue::default(),
             texts: 0,
             tokens: 0,
             tenants: Tenants::default(),
-            order: 0,
+            arrived_texts: 0,
             arrivals: Arrivals::default(),
             steps: StepTimes::default(),
             free_since: Moment::ZERO,
@@ -154,46 +162,42 @@ impl<T> Batcher<T> {
         self.texts
     }
 
-    /// Notes that a caller sent a request. Its texts follow.
-    pub(crate) fn arrived(&mut self, at: Moment) {
-        self.arrivals.note(at);
+    /// Records the arrival of a caller's request for the estimate of gaps. Its texts follow.
+    pub(crate) fn record_arrival(&mut self, at: Moment) {
+        self.arrivals.record(at);
     }
 
-    /// The class that counts of a request that gives this one.
-    fn class(&self, given: Priority) -> Priority {
-        if self.rules.by_class { given } else { Priority::Normal }
+    /// Counts a request of this tenant. Its texts follow.
+    pub(crate) fn request_arrived(&mut self, tenant: &Tenant) {
+        self.tenants.request_arrived(tenant);
     }
 
-    /// A request of this tenant has come. Its texts follow.
-    pub(crate) fn enter(&mut self, tenant: &Tenant) {
-        self.tenants.enter(tenant);
+    /// Counts the end of a request of this tenant, for whatever reason.
+    pub(crate) fn request_ended(&mut self, tenant: &Tenant) {
+        self.tenants.request_ended(tenant);
     }
 
-    /// A request of this tenant has ended, one way or another.
-    pub(crate) fn leave(&mut self, tenant: &Tenant) {
-        self.tenants.leave(tenant);
-    }
-
-    /// A text of `tokens` tokens, at most [`Rules::max_tokens`], now waits, of a request that has entered.
-    pub(crate) fn push(&mut self, at: Moment, (class, tenant): (Priority, &Tenant), tokens: usize, item: T) {
-        let place =
-            Place { class: self.class(class), tenant: Tenant::clone(tenant), order: self.order, due: false };
-        self.order += 1;
+    /// Adds a text.
+    pub(crate) fn push(&mut self, text: NewText<'_>, item: T) {
+        let NewText { arrived, class, tenant, tokens } = text;
+        let class = if self.rules.by_class { class } else { Priority::Normal };
+        let key = QueueKey { class, tenant: Tenant::clone(tenant), arrival: self.arrived_texts, aged: false };
+        self.arrived_texts += 1;
         self.texts += 1;
         self.tokens += tokens;
-        self.waiting.push(Waiting { place, arrived: at, tokens, item });
+        self.waiting.push(WaitingText { key, arrived, tokens, item });
     }
 
-    /// Forgets the texts that are no longer wanted.
+    /// Removes the texts that are no longer wanted.
     pub(crate) fn retain(&mut self, mut wanted: impl FnMut(&T) -> bool) {
         let Self { waiting, texts, tokens, .. } = self;
         waiting.retain(|text| {
-            let stays = wanted(&text.item);
-            if !stays {
+            let retained = wanted(&text.item);
+            if !retained {
                 *texts -= 1;
                 *tokens -= text.tokens;
             }
-            stays
+            retained
         });
     }
 
@@ -202,55 +206,56 @@ impl<T> Batcher<T> {
         let Some(oldest) = self.waiting.fronts().map(|text| text.arrived).min() else {
             return Decision::Idle;
         };
-        // Without classes there is none of class high.
-        let urgent = self.waiting.fronts().any(|text| text.place.class == Priority::High);
-        // Texts are taken in order and never split, so more tokens than a step has also fill it as far as it goes.
+        // Where classes do not count, no text is of class high.
+        let urgent = self.waiting.fronts().any(|text| text.key.class == Priority::High);
+        // Texts run in order and are never split, so a step is full when the waiting tokens exceed its limit.
         let full = self.texts >= self.rules.max_texts || self.tokens >= self.rules.max_tokens;
         let begin = match self.rules.strategy {
             _ if urgent => now,
             BatchStrategy::Time => oldest + self.rules.max_wait,
             _ if full => now,
             BatchStrategy::Size => oldest + self.rules.max_wait,
-            BatchStrategy::Dynamic | BatchStrategy::Priority => self.worth_waiting_until(oldest),
+            BatchStrategy::Dynamic | BatchStrategy::Priority => self.wait_deadline(oldest),
         };
         if begin <= now { Decision::Run } else { Decision::Until(begin) }
     }
 
-    /// Until when it pays to wait for one more text. The time in which the device was busy is not waiting for others.
-    fn worth_waiting_until(&self, oldest: Moment) -> Moment {
+    /// Until when it pays to wait for one more text. Time in which the device was busy does not count as
+    /// waiting.
+    fn wait_deadline(&self, oldest: Moment) -> Moment {
         let Some(gap) = self.arrivals.gap() else { return oldest };
-        let gain = self.steps.fixed().min(self.rules.max_wait);
+        let gain = self.steps.fixed_cost().min(self.rules.max_wait);
         let waiting = u32::try_from(self.texts).unwrap_or(u32::MAX);
         if gap.saturating_mul(waiting) >= gain {
             return oldest;
         }
-        let next_is_due = self.arrivals.last().max(self.free_since) + gap;
-        next_is_due.min(oldest.max(self.free_since) + gain)
+        let next_arrival = self.arrivals.last().max(self.free_since) + gap;
+        next_arrival.min(oldest.max(self.free_since) + gain)
     }
 
-    /// Moves the next step's texts to `batch`, in turn, until one does not fit. Each counts for its tenant at once, so
-    /// that turns change within a step.
-    pub(crate) fn take(&mut self, batch: &mut Vec<T>) {
+    /// Moves the texts of the next step to `batch`, in order, until one does not fit. Each is charged to its
+    /// tenant at once, so that the order changes within a step.
+    pub(crate) fn take_batch(&mut self, batch: &mut Vec<T>) {
         let mut tokens = 0;
         while batch.len() < self.rules.max_texts {
-            let Some(turn) = self.waiting.turn(&self.tenants, |_| 0, true) else { break };
-            let fits = |next: &Waiting<T>| tokens + next.tokens <= self.rules.max_tokens;
-            if !self.waiting.peek(&turn).is_some_and(fits) {
+            let Some(next) = self.waiting.select_next(&self.tenants, |_| 0, true) else { break };
+            let fits = |text: &WaitingText<T>| tokens + text.tokens <= self.rules.max_tokens;
+            if !self.waiting.peek(&next).is_some_and(fits) {
                 break;
             }
-            let Some(text) = self.waiting.take(&turn) else { break };
+            let Some(text) = self.waiting.pop(&next) else { break };
             tokens += text.tokens;
             self.texts -= 1;
             self.tokens -= text.tokens;
-            self.tenants.charge(&text.place.tenant, text.tokens);
+            self.tenants.charge(&text.key.tenant, text.tokens);
             batch.push(text.item);
         }
     }
 
-    /// Notes a step of `tokens` tokens that took `took` and ended `now`.
+    /// Records a step of `tokens` tokens that took `took` and ended `now`.
     pub(crate) fn step_done(&mut self, now: Moment, tokens: usize, took: Duration) {
         self.free_since = now;
-        self.steps.note(tokens, took);
+        self.steps.record(tokens, took);
     }
 }
 

@@ -4,6 +4,7 @@ use super::compile::Compiled;
 use super::digits::{DigitTokens, NumberPosition};
 use super::memory::Charge;
 use super::plain;
+use crate::faults::RequestFault;
 use crate::request::GenerateError;
 use llguidance::TokenParser;
 use llguidance::panic_utils::catch_unwind;
@@ -86,10 +87,9 @@ impl Constraint {
         }));
         let (mut mask, lexer_bytes) = worked.map_err(|error| broken(&error.to_string()))?;
         if !self.charge.resize(lexer_bytes.saturating_add(self.items.saturating_mul(ITEM_BYTES))) {
-            return Err(GenerateError::Grammar {
-                message: "the memory for structured output is used up; retry, or simplify the format"
-                    .to_owned(),
-            });
+            let message =
+                "the memory for structured output is used up; retry, or simplify the format".to_owned();
+            return Err(RequestFault::Grammar { message }.into());
         }
         if let Some(digits) = &self.digits {
             self.position.limit(&mut mask, digits);
@@ -140,7 +140,7 @@ pub(super) fn bytes(parser: &TokenParser) -> u64 {
 fn broken(message: &str) -> GenerateError {
     if message.contains("panic: ") {
         tracing::error!(message, "the grammar of a request panicked");
-        return GenerateError::Grammar { message: "the grammar failed; simplify it".to_owned() };
+        return RequestFault::Grammar { message: "the grammar failed; simplify it".to_owned() }.into();
     }
     let message = match plain(message) {
         empty if empty.is_empty() || empty == "NoExtensionBias" => {
@@ -148,5 +148,5 @@ fn broken(message: &str) -> GenerateError {
         }
         message => super::shortened(&message, 200),
     };
-    GenerateError::Grammar { message }
+    RequestFault::Grammar { message }.into()
 }

@@ -1,6 +1,7 @@
-//! Series about the KV cache: who holds its blocks, what was found in it and what had to be computed again.
+//! Series about the KV cache: its blocks, the tokens that were reused and the tokens that were computed
+//! again.
 
-use super::New;
+use super::FamilyRegistrar;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 /// The families, by the label `model`.
@@ -10,7 +11,7 @@ pub(super) struct CacheFamilies {
     recomputed_tokens: IntCounterVec,
     preemptions: IntCounterVec,
     used: IntGaugeVec,
-    kept: IntGaugeVec,
+    evictable: IntGaugeVec,
     total: IntGaugeVec,
 }
 
@@ -26,38 +27,38 @@ pub(crate) struct CacheMetrics {
 /// The gauges of a pool of blocks.
 #[derive(Debug, Clone)]
 pub(crate) struct BlockGauges {
-    /// Blocks that sequences hold.
+    /// Blocks that sequences use.
     pub(crate) used: IntGauge,
-    /// Blocks that nobody holds and whose content may still be found.
-    pub(crate) kept: IntGauge,
+    /// Cached blocks that no sequence uses.
+    pub(crate) evictable: IntGauge,
     /// All blocks.
     pub(crate) total: IntGauge,
 }
 
 impl CacheFamilies {
-    pub(super) fn register(new: &New<'_>) -> Result<Self, prometheus::Error> {
+    pub(super) fn register(registrar: &FamilyRegistrar<'_>) -> Result<Self, prometheus::Error> {
         Ok(Self {
-            reused_tokens: new.counter(
+            reused_tokens: registrar.counter(
                 "trustformers_prompt_tokens_reused_total",
                 "Prompt tokens that were in the KV cache already.",
                 &["model"],
             )?,
-            recomputed_tokens: new.counter(
+            recomputed_tokens: registrar.counter(
                 "trustformers_tokens_recomputed_total",
-                "Tokens that were computed once more after their sequence had given up its KV blocks.",
+                "Tokens that were computed again after their sequence was preempted.",
                 &["model"],
             )?,
-            preemptions: new.counter(
+            preemptions: registrar.counter(
                 "trustformers_preemptions_total",
-                "Running sequences that gave up their KV blocks and waited again.",
+                "Running sequences that were preempted: their KV blocks were released and they waited again.",
                 &["model"],
             )?,
-            used: new.gauge("trustformers_kv_blocks_used", "KV cache blocks that sequences hold.")?,
-            kept: new.gauge(
+            used: registrar.gauge("trustformers_kv_blocks_used", "KV cache blocks that sequences use.")?,
+            evictable: registrar.gauge(
                 "trustformers_kv_blocks_kept",
-                "KV cache blocks that no sequence holds and that a prompt with the same beginning would find.",
+                "Cached KV cache blocks that no sequence uses and that a prompt with the same prefix can reuse.",
             )?,
-            total: new.gauge("trustformers_kv_blocks_total", "KV cache blocks that exist.")?,
+            total: registrar.gauge("trustformers_kv_blocks_total", "All KV cache blocks.")?,
         })
     }
 
@@ -68,7 +69,7 @@ impl CacheFamilies {
             preemptions: self.preemptions.with_label_values(&[label]),
             blocks: BlockGauges {
                 used: self.used.with_label_values(&[label]),
-                kept: self.kept.with_label_values(&[label]),
+                evictable: self.evictable.with_label_values(&[label]),
                 total: self.total.with_label_values(&[label]),
             },
         }

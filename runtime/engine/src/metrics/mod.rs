@@ -1,24 +1,24 @@
 //! The engine's Prometheus series.
 //!
-//! Families are registered once per process and shared by all engines through the `model` label, because a registry
-//! refuses a second family of the same name. Reading them touches only atomics: a scrape never enters the engine's
-//! thread. Gauges are only ever added to and subtracted from, so that two engines of one label (an old and a new
-//! version during a swap) sum up instead of overwriting each other.
+//! Families are registered once per process and shared by all engines through the `model` label, because a
+//! registry refuses a second family of the same name. A scrape reads only atomics and never involves the
+//! device thread. Gauges are only incremented and decremented, so that two engines with one label (an old and
+//! a new version during a swap) add up instead of overwriting each other.
 
 mod cache;
-mod guesses;
+mod speculation;
 
 pub(crate) use cache::{BlockGauges, CacheMetrics};
 
-use crate::shared::Shared;
+use crate::device_thread::Shared;
 use cache::CacheFamilies;
-use guesses::{GuessFamilies, GuessMetrics};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry,
 };
+use speculation::{SpeculationFamilies, SpeculationMetrics};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Upper bounds of the latency histograms in seconds: from one decode step of a small model to a long prompt.
@@ -38,7 +38,7 @@ pub struct EngineMetrics {
     pub(crate) waiting: IntGaugeVec,
     pub(crate) failed_steps: IntCounterVec,
     cache: CacheFamilies,
-    guesses: GuessFamilies,
+    speculation: SpeculationFamilies,
     ages: LastStepAges,
 }
 
@@ -54,57 +54,57 @@ impl EngineMetrics {
     /// # Errors
     /// When the registry already holds families of these names: register once and clone.
     pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let new = New(registry);
+        let registrar = FamilyRegistrar(registry);
         let ages = LastStepAges::new()?;
         registry.register(Box::new(ages.clone()))?;
         Ok(Self {
-            requests: new.counter(
+            requests: registrar.counter(
                 "trustformers_requests_total",
                 "Requests by outcome: stop, length, done (encoded), cancelled, failed, overloaded or invalid.",
                 &["model", "outcome"],
             )?,
-            prompt_tokens: new.counter(
+            prompt_tokens: registrar.counter(
                 "trustformers_prompt_tokens_total",
                 "Prompt tokens that were computed.",
                 &["model"],
             )?,
-            generated_tokens: new.counter(
+            generated_tokens: registrar.counter(
                 "trustformers_generated_tokens_total",
                 "Tokens that were produced.",
                 &["model"],
             )?,
-            first_token: new.histogram(
+            first_token: registrar.histogram(
                 "trustformers_time_to_first_token_seconds",
                 "Time from submission to the first token.",
             )?,
-            inter_token: new
+            inter_token: registrar
                 .histogram("trustformers_inter_token_seconds", "Time between two tokens of one sequence.")?,
-            queue_wait: new.histogram(
+            queue_wait: registrar.histogram(
                 "trustformers_queue_wait_seconds",
                 "Time from submission to the first step with rows of the sequence.",
             )?,
-            running: new.gauge("trustformers_requests_running", "Sequences that are being computed.")?,
-            waiting: new.gauge("trustformers_requests_waiting", "Requests that wait for room in a batch.")?,
-            failed_steps: new.counter(
+            running: registrar.gauge("trustformers_requests_running", "Sequences that run.")?,
+            waiting: registrar.gauge("trustformers_requests_waiting", "Requests that wait for room in a batch.")?,
+            failed_steps: registrar.counter(
                 "trustformers_failed_steps_total",
-                "Steps that the device failed; all sequences or texts of such a step end.",
+                "Steps that the device failed; all sequences or texts of such a step end with an error.",
                 &["model"],
             )?,
-            cache: CacheFamilies::register(&new)?,
-            guesses: GuessFamilies::register(&new)?,
+            cache: CacheFamilies::register(&registrar)?,
+            speculation: SpeculationFamilies::register(&registrar)?,
             ages,
         })
     }
 
-    /// Families that no one scrapes, for tests and one-shot commands.
+    /// Families without an exporter, for tests and one-shot commands.
     ///
     /// # Errors
-    /// Never in practice: a fresh registry refuses nothing.
+    /// None in practice: a new registry refuses nothing.
     pub fn unregistered() -> Result<Self, prometheus::Error> {
         Self::register(&Registry::new())
     }
 
-    /// The series of one label, resolved once so that the hot path does no lookups.
+    /// The series of one label, resolved once, so that steps do no lookups.
     pub(crate) fn for_model(&self, label: &str) -> ModelMetrics {
         let outcome = |name| self.requests.with_label_values(&[label, name]);
         ModelMetrics {
@@ -123,22 +123,22 @@ impl EngineMetrics {
             waiting: self.waiting.with_label_values(&[label]),
             failed_steps: self.failed_steps.with_label_values(&[label]),
             cache: self.cache.for_model(label),
-            guesses: self.guesses.for_model(label),
+            speculation: self.speculation.for_model(label),
         }
     }
 
-    /// Lets scrapes report the age of this engine's last step for as long as it lives.
-    pub(crate) fn watch(&self, label: &str, shared: &Arc<Shared>) {
+    /// Reports the age of this engine's last step in scrapes while the engine lives.
+    pub(crate) fn track_step_age(&self, label: &str, shared: &Arc<Shared>) {
         let mut engines = self.ages.engines.lock().unwrap_or_else(PoisonError::into_inner);
-        engines.retain(|(_, engine)| engine.strong_count() > 0);
-        engines.push((label.to_owned(), Arc::downgrade(shared)));
+        engines.retain(|engine| engine.shared.strong_count() > 0);
+        engines.push(TrackedEngine { label: label.to_owned(), shared: Arc::downgrade(shared) });
     }
 }
 
-/// Makes families and registers them.
-struct New<'a>(&'a Registry);
+/// Creates and registers families.
+struct FamilyRegistrar<'a>(&'a Registry);
 
-impl New<'_> {
+impl FamilyRegistrar<'_> {
     fn counter(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
         let family = IntCounterVec::new(Opts::new(name, help), labels)?;
         self.0.register(Box::new(family.clone()))?;
@@ -177,35 +177,38 @@ pub(crate) struct ModelMetrics {
     pub(crate) waiting: IntGauge,
     pub(crate) failed_steps: IntCounter,
     pub(crate) cache: CacheMetrics,
-    pub(crate) guesses: GuessMetrics,
+    pub(crate) speculation: SpeculationMetrics,
 }
 
-/// Counts one thing in a gauge for as long as it exists.
+/// Counts one thing in a gauge until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Counted(IntGauge);
+pub(crate) struct GaugeGuard(IntGauge);
 
-impl Counted {
+impl GaugeGuard {
     pub(crate) fn new(gauge: &IntGauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
     }
 }
 
-impl Drop for Counted {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();
     }
 }
 
-/// A label and its engine, for as long as that lives.
-type Watched = (String, Weak<Shared>);
+/// An engine whose step age is reported.
+struct TrackedEngine {
+    label: String,
+    shared: Weak<Shared>,
+}
 
-/// Computes ages at scrape time, since a value that was set by the engine's thread would look healthy for ever once
-/// that thread hangs.
+/// Computes ages at scrape time: a value that the device thread sets would look healthy for ever once that
+/// thread hangs.
 #[derive(Clone)]
 struct LastStepAges {
     family: GaugeVec,
-    engines: Arc<Mutex<Vec<Watched>>>,
+    engines: Arc<Mutex<Vec<TrackedEngine>>>,
 }
 
 impl LastStepAges {
@@ -229,8 +232,8 @@ impl Collector for LastStepAges {
     fn collect(&self) -> Vec<MetricFamily> {
         let engines = self.engines.lock().unwrap_or_else(PoisonError::into_inner);
         self.family.reset();
-        for (label, engine) in engines.iter() {
-            if let Some(shared) = engine.upgrade() {
+        for TrackedEngine { label, shared } in engines.iter() {
+            if let Some(shared) = shared.upgrade() {
                 let gauge: Gauge = self.family.with_label_values(&[label]);
                 let beat = shared.heartbeat();
                 let age = if beat.work_pending { beat.last_step_age.as_secs_f64() } else { 0.0 };
@@ -246,12 +249,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_prefixed_and_a_second_registration_is_refused() {
+    fn names_have_the_prefix_and_register_only_once() {
         let registry = Registry::new();
         let metrics = EngineMetrics::register(&registry).unwrap();
         metrics.for_model("m");
         let shared = Arc::new(Shared::new(1));
-        metrics.watch("m", &shared);
+        metrics.track_step_age("m", &shared);
         let families = registry.gather();
         assert_eq!(families.len(), 18);
         assert!(families.iter().all(|f| f.name().starts_with("trustformers_")));
@@ -259,20 +262,20 @@ mod tests {
     }
 
     #[test]
-    fn the_age_is_nought_without_work_and_gone_with_the_engine() {
+    fn the_step_age_is_zero_without_work_and_ends_with_the_engine() {
         let registry = Registry::new();
         let metrics = EngineMetrics::register(&registry).unwrap();
         let shared = Arc::new(Shared::new(1));
-        metrics.watch("m", &shared);
+        metrics.track_step_age("m", &shared);
         let age = || {
             let families = registry.gather();
             let found = families.iter().find(|f| f.name() == "trustformers_last_step_age_seconds")?;
             Some(found.get_metric()[0].get_gauge().get_value())
         };
         assert_eq!(age(), Some(0.0));
-        let ticket = shared.enter_unbounded();
+        let permit = shared.acquire_unbounded();
         assert!(age().unwrap() >= 0.0);
-        drop(ticket);
+        drop(permit);
         drop(shared);
         assert_eq!(age(), None);
     }

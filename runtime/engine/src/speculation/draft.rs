@@ -1,40 +1,51 @@
-//! A smaller model of the same vocabulary guesses: it runs on the same device, one token after the other, before the
-//! model's own step.
+//! The draft model: a smaller model of the same vocabulary on the same device. It proposes one token after
+//! the other before the model's own step.
 //!
-//! Its cache has as many blocks as the model's, and a sequence has the same block table in both. So a beginning that is
-//! known (see [`crate::blocks`]) is known to both: only what both have computed is learnt.
+//! Its cache has as many blocks as the model's, and a sequence has the same block table in both. So a cached
+//! prefix (see [`crate::prefix_cache`]) is valid for both: only blocks that both models have computed are
+//! registered.
 
-use super::Guesses;
-use crate::config::{Sizes, StartError};
-use crate::sampler::best;
-use crate::sequence::Sequence;
+use super::DraftTokens;
+use crate::config::{EngineSizes, StartError};
+use crate::generation::Sequence;
+use crate::sampling::best;
 use std::sync::Arc;
-use trustformers_model::{Model, PlanRequest};
+use trustformers_model::Model;
 use trustformers_plan::{
-    Backend, BackendError, Executable, Limits, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics,
-    SequenceStep, StepInput, StepOutput,
+    Backend, BackendError, Executable, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics, SequenceStep,
+    StepInput, StepOutput,
 };
 
-/// A draft model on its device. Fields are dropped in order: what runs before what it runs on.
+/// A draft model on its device. Fields are dropped in order: the executable before the model.
 pub(crate) struct DraftModel {
     executable: Box<dyn Executable>,
     _loaded: Box<dyn Loaded>,
     /// Most rows of a step.
-    most_rows: usize,
+    max_rows: usize,
     input: StepInput,
     output: StepOutput,
-    /// Who is guessed for in a step, as indices of the running sequences.
-    asked: Vec<usize>,
+    /// Indices of the running sequences that a step proposes a token for.
+    targets: Vec<usize>,
 }
 
-/// Checks that a draft model can guess for a model.
+/// The rows that one sequence adds to a step of the draft model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DraftFeed<'a> {
+    /// The sequence's tokens, as far as the draft model should read them.
+    pub(crate) tokens: &'a [u32],
+    pub(crate) blocks: &'a [u32],
+    pub(crate) max_rows: usize,
+    pub(crate) logits: LogitsRows,
+}
+
+/// Checks that a draft model fits a model.
 ///
 /// # Errors
-/// [`StartError::Draft`] where it is not of the same vocabulary, or generates nothing.
+/// [`StartError::Draft`] where it has another vocabulary or does not generate text.
 pub(crate) fn check(model: &Model, draft: &Model) -> Result<(), StartError> {
     let refused = |why: String| Err(StartError::Draft { why });
     if draft.facts().embedding.is_some() {
-        return refused("it turns texts into vectors and generates nothing".to_owned());
+        return refused("it turns texts into vectors and does not generate text".to_owned());
     }
     let (ours, its) = (model.tokenizer(), draft.tokenizer());
     let (rows, its_rows) = (model.facts().vocabulary, draft.facts().vocabulary);
@@ -46,13 +57,13 @@ pub(crate) fn check(model: &Model, draft: &Model) -> Result<(), StartError> {
     }
     let ids = 0..u32::try_from(ours.len()).unwrap_or(u32::MAX);
     match ids.into_iter().find(|id| ours.token_bytes(*id) != its.token_bytes(*id)) {
-        Some(id) => refused(format!("token {id} of its vocabulary is another one than the model's")),
+        Some(id) => refused(format!("token {id} of its vocabulary differs from the model's")),
         None => Ok(()),
     }
 }
 
-/// Checks that a draft model can follow to the end of a context: answers that went on without it at some place would be
-/// slower there, and nobody would know why.
+/// Checks that a draft model can read a whole context: otherwise answers would become slower at some length
+/// for no visible reason.
 ///
 /// # Errors
 /// [`StartError::Draft`] where its own context is shorter.
@@ -66,26 +77,17 @@ pub(crate) fn check_context(draft: &Model, context_tokens: usize) -> Result<(), 
 }
 
 impl DraftModel {
-    /// Puts a draft model on the device, beside the model that it guesses for; how far that is, nobody is told.
+    /// Loads a draft model on the device, beside the model that it drafts for. Its progress is not reported.
     ///
     /// # Errors
-    /// Whatever the device refuses.
+    /// The device refuses the draft model.
     pub(crate) fn load(
         backend: &mut dyn Backend,
         model: &Arc<Model>,
-        sizes: &Sizes,
+        sizes: &EngineSizes,
         numerics: Numerics,
     ) -> Result<(Self, MemoryReport), BackendError> {
-        let request = PlanRequest {
-            context_tokens: sizes.context_tokens,
-            limits: Limits {
-                rows: sizes.token_budget,
-                sequences: sizes.max_batch_size,
-                logits_rows: sizes.max_batch_size,
-            },
-            fused: backend.caps().fused,
-        };
-        let plan = model.plan(&request)?;
+        let plan = model.plan(&sizes.plan_request(0, backend.caps().fused))?;
         let mut loaded = backend.load(LoadSpec {
             weights: Arc::clone(model.weights()),
             plan: &plan,
@@ -99,40 +101,40 @@ impl DraftModel {
         let own = Self {
             executable,
             _loaded: loaded,
-            most_rows: sizes.token_budget,
+            max_rows: sizes.token_budget,
             input: StepInput::new(),
             output: StepOutput::with_room_for(&plan),
-            asked: Vec::new(),
+            targets: Vec::new(),
         };
         Ok((own, memory))
     }
 
-    /// Guesses as many tokens for each sequence as `wanted` says, the likeliest one each time. Who is so far behind that
-    /// it does not fit in a step is caught up and guessed for another time.
-    pub(crate) fn guess(
+    /// Proposes the number of tokens in `wanted` for each sequence, the most likely one each time. A sequence
+    /// whose missing rows do not fit in one step catches up now and gets draft tokens in a later step.
+    pub(crate) fn propose(
         &mut self,
         running: &mut [Sequence],
         mut wanted: Vec<usize>,
-        most_rows: usize,
+        max_rows: usize,
     ) -> Result<(), BackendError> {
-        let most_rows = most_rows.min(self.most_rows);
+        let max_rows = max_rows.min(self.max_rows);
         while wanted.iter().any(|wanted| *wanted > 0) {
-            self.begin();
+            self.clear();
             for (index, (sequence, wanted)) in running.iter_mut().zip(&mut wanted).enumerate() {
                 if *wanted == 0 {
                     continue;
                 }
-                if self.feed(sequence, LogitsRows::Last, most_rows) {
-                    self.asked.push(index);
+                if self.feed(sequence, LogitsRows::Last, max_rows) {
+                    self.targets.push(index);
                 } else {
                     *wanted = 0;
                 }
             }
-            self.run()?;
-            for (row, index) in self.asked.iter().enumerate() {
+            self.compute()?;
+            for (row, index) in self.targets.iter().enumerate() {
                 match best(self.output.row(row)) {
-                    Some(guess) => {
-                        running[*index].guess(guess);
+                    Some(id) => {
+                        running[*index].push_draft_token(id);
                         wanted[*index] -= 1;
                     }
                     None => wanted[*index] = 0,
@@ -142,35 +144,35 @@ impl DraftModel {
         Ok(())
     }
 
-    /// Reads what the model has read of prompts.
-    pub(crate) fn follow(&mut self, running: &mut [Sequence]) -> Result<(), BackendError> {
+    /// Reads the tokens of prompts that the model has read.
+    pub(crate) fn catch_up(&mut self, running: &mut [Sequence]) -> Result<(), BackendError> {
         loop {
-            self.begin();
-            for sequence in running.iter_mut().filter(|sequence| sequence.draft_lacks_prompt()) {
-                self.feed(sequence, LogitsRows::None, self.most_rows);
+            self.clear();
+            for sequence in running.iter_mut().filter(|sequence| sequence.draft_model_lags()) {
+                self.feed(sequence, LogitsRows::None, self.max_rows);
             }
             if self.input.rows() == 0 {
                 break;
             }
-            self.run()?;
+            self.compute()?;
         }
-        running.iter_mut().for_each(Sequence::learn);
+        running.iter_mut().for_each(Sequence::register_blocks);
         Ok(())
     }
 
-    fn begin(&mut self) {
+    fn clear(&mut self) {
         self.input.clear();
-        self.asked.clear();
+        self.targets.clear();
     }
 
-    /// Adds what a sequence has that this model's cache lacks, as far as it fits. Says whether that was all, and so
-    /// whether there are logits.
-    fn feed(&mut self, sequence: &mut Sequence, logits: LogitsRows, most_rows: usize) -> bool {
-        let left = most_rows.saturating_sub(self.input.rows());
-        sequence.feed_draft(left, logits, &mut self.input)
+    /// Adds the rows of a sequence that this model's cache lacks, as far as they fit. True if these were all,
+    /// so that there are logits.
+    fn feed(&mut self, sequence: &mut Sequence, logits: LogitsRows, max_rows: usize) -> bool {
+        let free = max_rows.saturating_sub(self.input.rows());
+        sequence.feed_draft(free, logits, &mut self.input)
     }
 
-    fn run(&mut self) -> Result<(), BackendError> {
+    fn compute(&mut self) -> Result<(), BackendError> {
         if self.input.rows() == 0 {
             return Ok(());
         }
@@ -179,25 +181,22 @@ impl DraftModel {
     }
 }
 
-impl Guesses {
-    /// Tokens that the draft model has in its cache.
+impl DraftTokens {
+    /// Tokens in the cache of the draft model.
     pub(crate) fn drafted(&self) -> Option<usize> {
         self.drafted
     }
 
-    /// Adds to the draft model's step what it lacks of `tokens` and the guesses after them, at most `most` rows.
-    pub(crate) fn feed(
-        &mut self,
-        (tokens, blocks): (&[u32], &[u32]),
-        (most, logits): (usize, LogitsRows),
-        input: &mut StepInput,
-    ) -> bool {
+    /// Adds the rows that the draft model's cache lacks, of the tokens and of the draft tokens after them, to
+    /// its step. True if these were all.
+    pub(crate) fn feed(&mut self, feed: DraftFeed<'_>, input: &mut StepInput) -> bool {
+        let DraftFeed { tokens, blocks, max_rows, logits } = feed;
         let Some(drafted) = self.drafted else { return false };
-        let lacking = tokens.get(drafted..).filter(|lacking| !lacking.is_empty());
-        // The latest token is the first of the rows, so that guesses begin at the place after it.
-        let guessed = || self.rows.get(drafted + 1 - tokens.len()..);
-        let Some(rows) = lacking.or_else(guessed) else { return false };
-        let (fed, all) = (&rows[..rows.len().min(most)], rows.len() <= most);
+        let missing = tokens.get(drafted..).filter(|missing| !missing.is_empty());
+        // The latest token is the first of the rows, so the draft tokens begin one row later.
+        let draft = || self.rows.get(drafted + 1 - tokens.len()..);
+        let Some(rows) = missing.or_else(draft) else { return false };
+        let (fed, all) = (&rows[..rows.len().min(max_rows)], rows.len() <= max_rows);
         if fed.is_empty() {
             return false;
         }

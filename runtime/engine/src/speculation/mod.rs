@@ -1,164 +1,176 @@
-//! Guessing tokens before the model computes them, so that one step checks several at once.
+//! Speculative decoding: draft tokens that one step of the model verifies together.
 //!
-//! A step of few rows takes about as long as a step of one, because reading the weights is most of its work. Guessed
-//! tokens ride along as further rows of their sequence; the sampler then chooses from the rows one after the other for
-//! as long as its choice equals the guess (see [`crate::sampler`]). So guesses change when a token comes, never which: bit
-//! for bit in `exact`, and in `fast` on devices whose rounding does not depend on a step's rows, as the CPU's does not.
+//! A step of few rows takes about as long as a step of one row, because most of its work is reading the
+//! weights. Draft tokens are further rows of their sequence. The sampler then chooses from the rows in order,
+//! for as long as its choice equals the draft token (see [`crate::sampling`]). So speculation changes when a
+//! token comes, never which one: bit for bit in `exact`, and in `fast` on devices whose rounding does not
+//! depend on the number of rows, such as the CPU.
 //!
-//! Guesses come from the sequence's own tokens ([`ngram`]) or from a smaller model ([`draft`]). How many are made
-//! follows from how many were right before ([`rate`]), and from how many sequences share the step.
+//! Draft tokens come from the sequence's own tokens ([`ngram`]) or from a smaller model ([`draft`]). Their
+//! number depends on how many were accepted before ([`acceptance`]), and on how many sequences share the
+//! step.
 
+mod acceptance;
 mod draft;
 mod ngram;
-mod rate;
 
-pub(crate) use draft::{DraftModel, check, check_context};
+pub(crate) use draft::{DraftFeed, DraftModel, check, check_context};
 
-use crate::scheduler::Wants;
-use crate::sequence::Sequence;
-use rate::Rate;
+use crate::generation::Sequence;
+use crate::scheduling::rows::RowDemand;
+use acceptance::AcceptanceRate;
 use trustformers_plan::BackendError;
 
-/// Rows of one step that decode, guesses included. Up to here a step's time grows slowly with its rows on every device
-/// that was measured (a Zen 5 reads weights once for four rows); beyond it guesses would slow other streams down.
-pub(crate) const VERIFIED_ROWS: usize = 8;
+/// Most decode rows of one step, draft tokens included. Up to this number a step's time grows slowly with its
+/// rows on every device that was measured (a Zen 5 reads the weights once for four rows); more draft tokens
+/// would slow other streams down.
+pub(crate) const MAX_VERIFY_ROWS: usize = 8;
 
-/// What guesses.
-pub(crate) enum Guesser {
-    /// The tokens that followed the same words before.
+/// Proposes draft tokens.
+pub(crate) enum Proposer {
+    /// The tokens that followed the same tokens before.
     Ngram,
     /// A smaller model.
     Draft(Box<DraftModel>),
 }
 
-/// How many rows guessing may take.
+/// Most rows that speculation may use.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Room {
-    /// Of the model's step, all rows together.
+pub(crate) struct RowLimits {
+    /// All rows of the model's step.
     pub(crate) rows: usize,
-    /// Of each step of a draft model: one that has fallen behind catches up at the pace of prompts.
+    /// Rows of each step of a draft model: one that lags catches up at the pace of prompts.
     pub(crate) draft_rows: usize,
 }
 
-/// One sequence's guesses.
+/// One sequence's draft tokens.
 #[derive(Debug)]
-pub(crate) struct Guesses {
-    /// The rows to compute: its latest token and the guesses after it. Empty where nothing is guessed.
+pub(crate) struct DraftTokens {
+    /// The rows to compute: the latest token and the draft tokens after it. Empty where nothing is drafted.
     rows: Vec<u32>,
-    /// Tokens that the draft model has in its cache, guessed ones included; none without such a model.
+    /// Tokens in the cache of the draft model, draft tokens included; `None` without such a model.
     drafted: Option<usize>,
-    rate: Rate,
+    rate: AcceptanceRate,
 }
 
-impl Guesses {
-    /// None, ever: the sequence runs without.
-    pub(crate) fn none() -> Self {
-        Self { rows: Vec::new(), drafted: None, rate: Rate::NEVER }
+impl DraftTokens {
+    /// For a sequence without speculation.
+    pub(crate) fn disabled() -> Self {
+        Self { rows: Vec::new(), drafted: None, rate: AcceptanceRate::DISABLED }
     }
 
-    /// The latest token and the guesses after it; empty where nothing is guessed.
+    /// The latest token and the draft tokens after it; empty where nothing is drafted.
     pub(crate) fn rows(&self) -> &[u32] {
         &self.rows
     }
 
-    /// The guesses alone.
+    /// The draft tokens alone.
     pub(crate) fn ids(&self) -> &[u32] {
         self.rows.get(1..).unwrap_or_default()
     }
 
-    /// How many are worth making.
-    pub(crate) fn worth(&mut self) -> usize {
-        self.rate.worth()
+    /// How many draft tokens pay for themselves now.
+    pub(crate) fn draft_len(&mut self) -> usize {
+        self.rate.draft_len()
     }
 
-    /// One more after `latest`, the sequence's latest token, and the guesses so far.
-    pub(crate) fn push(&mut self, latest: u32, guess: u32) {
+    /// Adds a draft token after the sequence's latest token and the draft tokens so far.
+    pub(crate) fn push(&mut self, latest: u32, id: u32) {
         if self.rows.is_empty() {
             self.rows.push(latest);
         }
-        self.rows.push(guess);
+        self.rows.push(id);
     }
 
-    /// Of the guesses, `right` were the model's own choice, and the sequence has `cached` tokens in its cache now.
-    pub(crate) fn checked(&mut self, right: usize, cached: usize) {
-        self.rate.note(self.ids().len(), right);
+    /// Ends a step in which `accepted` of the draft tokens were the model's choice. The sequence then has
+    /// `cached` tokens in its cache.
+    pub(crate) fn verified(&mut self, accepted: usize, cached: usize) {
+        self.rate.record(self.ids().len(), accepted);
+        self.discard(cached);
+    }
+
+    /// Drops the draft tokens without a result. The sequence has `cached` tokens in its cache.
+    pub(crate) fn discard(&mut self, cached: usize) {
         self.rows.clear();
         self.drafted = self.drafted.map(|drafted| drafted.min(cached));
     }
 
-    /// The sequence runs from now on with so many tokens in both caches.
+    /// The sequence was admitted with `cached` tokens in both caches.
     pub(crate) fn admitted(&mut self, cached: usize) {
         self.rows.clear();
         self.drafted = self.drafted.map(|_| cached);
     }
 
-    /// Of `cached` tokens in the model's cache, those that whoever begins alike can rely on.
-    pub(crate) fn known(&self, cached: usize) -> usize {
+    /// How many of the `cached` tokens of the model's cache other sequences may reuse: those that both models
+    /// have computed.
+    pub(crate) fn shared_tokens(&self, cached: usize) -> usize {
         self.drafted.map_or(cached, |drafted| drafted.min(cached))
     }
 }
 
-impl Guesser {
-    /// What a new sequence begins with.
-    pub(crate) fn begin(&self) -> Guesses {
+impl Proposer {
+    /// The draft state of a new sequence.
+    pub(crate) fn new_sequence(&self) -> DraftTokens {
         match self {
-            Self::Ngram => Guesses { rows: Vec::new(), drafted: None, rate: Rate::ngram() },
-            Self::Draft(_) => Guesses { rows: Vec::new(), drafted: Some(0), rate: Rate::draft() },
+            Self::Ngram => DraftTokens { rows: Vec::new(), drafted: None, rate: AcceptanceRate::ngram() },
+            Self::Draft(_) => {
+                DraftTokens { rows: Vec::new(), drafted: Some(0), rate: AcceptanceRate::draft() }
+            }
         }
     }
 
-    /// Guesses for the sequences that decode, and adds the rows that this takes to `rows`, one figure for each of
-    /// `running`, as far as there is room for them.
+    /// Proposes draft tokens for the sequences that decode, and adds their rows to `rows`, which has one
+    /// number for each of `running`.
     ///
     /// # Errors
-    /// The draft model's device fails.
-    pub(crate) fn guess(
+    /// The device fails a step of the draft model.
+    pub(crate) fn propose(
         &mut self,
         running: &mut [Sequence],
         rows: &mut [usize],
-        room: Room,
+        limits: RowLimits,
     ) -> Result<(), BackendError> {
-        let decodes = |(sequence, rows): (&Sequence, usize)| rows > 0 && sequence.wants() == Wants::Decode;
-        let decoding = running.iter().zip(rows.iter().copied()).filter(|pair| decodes(*pair)).count();
-        let each = VERIFIED_ROWS.saturating_sub(decoding).checked_div(decoding).unwrap_or(0);
+        let decodes = |sequence: &Sequence, rows: usize| rows > 0 && sequence.demand() == RowDemand::Decode;
+        let pairs = running.iter().zip(rows.iter().copied());
+        let decoding = pairs.filter(|(sequence, rows)| decodes(sequence, *rows)).count();
+        let each = MAX_VERIFY_ROWS.saturating_sub(decoding).checked_div(decoding).unwrap_or(0);
         if each == 0 {
             return Ok(());
         }
-        let mut left = room.rows.saturating_sub(rows.iter().sum());
+        let mut free = limits.rows.saturating_sub(rows.iter().sum());
         let wanted: Vec<usize> = running
             .iter_mut()
             .zip(rows.iter().copied())
             .map(|(sequence, rows)| {
                 let count =
-                    if decodes((sequence, rows)) { sequence.guesses_wanted(each.min(left)) } else { 0 };
-                left -= count;
+                    if decodes(sequence, rows) { sequence.draft_tokens_wanted(each.min(free)) } else { 0 };
+                free -= count;
                 count
             })
             .collect();
         match self {
             Self::Ngram => {
                 for (sequence, wanted) in running.iter_mut().zip(wanted) {
-                    let guesses = ngram::follow(sequence.tokens(), wanted).to_vec();
-                    guesses.into_iter().for_each(|guess| sequence.guess(guess));
+                    let ids = ngram::propose(sequence.tokens(), wanted).to_vec();
+                    ids.into_iter().for_each(|id| sequence.push_draft_token(id));
                 }
             }
-            Self::Draft(model) => model.guess(running, wanted, room.draft_rows)?,
+            Self::Draft(model) => model.propose(running, wanted, limits.draft_rows)?,
         }
         for (sequence, rows) in running.iter().zip(rows) {
-            *rows += sequence.guesses().len();
+            *rows += sequence.draft_ids().len();
         }
         Ok(())
     }
 
-    /// Lets a draft model read the prompts that were read in the last step. The first tokens of these have been told
-    /// by then.
+    /// Lets a draft model read the prompts of the last step. Their first tokens have been sent by then.
     ///
     /// # Errors
-    /// The draft model's device fails.
-    pub(crate) fn follow(&mut self, running: &mut [Sequence]) -> Result<(), BackendError> {
+    /// The device fails a step of the draft model.
+    pub(crate) fn catch_up(&mut self, running: &mut [Sequence]) -> Result<(), BackendError> {
         match self {
             Self::Ngram => Ok(()),
-            Self::Draft(model) => model.follow(running),
+            Self::Draft(model) => model.catch_up(running),
         }
     }
 }

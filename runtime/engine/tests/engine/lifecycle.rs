@@ -1,14 +1,19 @@
-//! Batching, admission, cancellation, failure, ending.
+//! Batching, admission, cancellation, failures, stopping.
 
-use crate::gate::Verdict;
-use crate::{answer, config, kv_used, model, prompt, start, start_gated, tokens, value};
+use crate::stepped::Verdict;
+use crate::{answer, config, kv_used, model, prompt, start, start_stepped, tokens, value};
 use futures::StreamExt;
 use prometheus::Registry;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use trustformers_engine::{
     Engine, EngineConfig, EngineMetrics, FinishReason, GenerateError, GenerateParams, GenerationEvent,
-    StartError, SubmitError,
+    ModelFault, StartError, SubmitError,
 };
+use trustformers_model::Model;
+use trustformers_model::gguf::GgufValue;
+use trustformers_model::seeded::SeededModel;
 use trustformers_plan::oracle::Oracle;
 
 /// Requests of different lengths, half of them sampled.
@@ -24,7 +29,7 @@ fn mixed_requests() -> Vec<GenerateParams> {
 }
 
 #[tokio::test]
-async fn a_sequence_gives_the_same_tokens_alone_and_in_company() {
+async fn a_sequence_gives_the_same_tokens_alone_and_in_a_batch() {
     let alone = start(&EngineConfig { max_batch_size: 1, token_budget: 256, ..config() });
     let mut expected = Vec::new();
     for request in mixed_requests() {
@@ -41,7 +46,7 @@ async fn a_sequence_gives_the_same_tokens_alone_and_in_company() {
 }
 
 #[tokio::test]
-async fn a_prompt_in_chunks_gives_the_same_tokens_as_whole() {
+async fn a_chunked_prompt_gives_the_same_tokens() {
     let request = tokens(&prompt(100, 1), 12);
     let whole = start(&EngineConfig { token_budget: 128, ..config() });
     let expected = answer(whole.submit(&request).unwrap()).await.unwrap();
@@ -53,51 +58,51 @@ async fn a_prompt_in_chunks_gives_the_same_tokens_as_whole() {
 }
 
 #[test]
-fn steps_are_decode_rows_first_and_then_chunks_of_prompts() {
-    let (engine, gate, _registry) = start_gated(&config());
+fn steps_have_decode_rows_first_and_then_prompt_chunks() {
+    let (engine, steps, _registry) = start_stepped(&config());
     let first = engine.submit(&tokens(&prompt(40, 1), 20)).unwrap();
-    assert_eq!(gate.run(), [40]);
-    // The first decodes when the second, longer than the budget, arrives.
-    let step = gate.begun();
+    assert_eq!(steps.run_step(), [40]);
+    // The first decodes when the second arrives, which is longer than the budget.
+    let step = steps.next_step();
     assert_eq!((step.rows(), step.logits_rows.len()), (1, 1));
     let second = engine.submit(&tokens(&prompt(100, 2), 20)).unwrap();
-    gate.let_it(Verdict::Run);
-    let step = gate.begun();
+    steps.decide(Verdict::Run);
+    let step = steps.next_step();
     assert_eq!((step.rows_of(0).len(), step.rows_of(1).len(), step.logits_rows.len()), (1, 63, 1));
-    gate.let_it(Verdict::Run);
-    let step = gate.begun();
+    steps.decide(Verdict::Run);
+    let step = steps.next_step();
     assert_eq!((step.rows_of(1).len(), step.positions[step.rows_of(1).start]), (37, 63));
     assert_eq!(step.logits_rows.len(), 2);
-    gate.let_it(Verdict::Run);
-    assert_eq!(gate.run(), [1, 1]);
-    drop((gate, first, second));
+    steps.decide(Verdict::Run);
+    assert_eq!(steps.run_step(), [1, 1]);
+    drop((steps, first, second));
 }
 
 #[tokio::test]
-async fn cancelling_frees_the_blocks_in_every_phase() {
+async fn cancelling_releases_the_blocks_in_every_phase() {
     let config = EngineConfig { max_batch_size: 1, token_budget: 16, ..config() };
-    let (engine, gate, registry) = start_gated(&config);
+    let (engine, steps, registry) = start_stepped(&config);
     let decoding = engine.submit(&tokens(&prompt(4, 1), 50)).unwrap();
-    gate.begun();
-    assert_eq!(kv_used(&registry), 1.0, "blocks are taken as they are needed");
+    steps.next_step();
+    assert_eq!(kv_used(&registry), 1.0, "blocks are allocated as they are needed");
     let queued = engine.submit(&tokens(&prompt(40, 2), 50)).unwrap();
     let prefilling = engine.submit(&tokens(&prompt(40, 3), 50)).unwrap();
     let last = engine.submit(&tokens(&prompt(4, 4), 1)).unwrap();
     assert_eq!((engine.in_flight(), engine.queued()), (4, 3));
-    gate.let_it(Verdict::Run);
-    // The first decodes now: it and the one behind it go.
-    gate.begun();
+    steps.decide(Verdict::Run);
+    // The first decodes now. It and the next one are cancelled.
+    steps.next_step();
     drop((decoding, queued));
-    gate.let_it(Verdict::Run);
+    steps.decide(Verdict::Run);
     // The third is in the middle of its prompt.
-    let step = gate.begun();
+    let step = steps.next_step();
     assert_eq!((step.rows(), step.tokens[0], step.logits_rows.len()), (16, prompt(40, 3)[0], 0));
     assert_eq!(kv_used(&registry), 1.0);
     drop(prefilling);
-    gate.let_it(Verdict::Run);
-    assert_eq!(gate.run(), [4]);
+    steps.decide(Verdict::Run);
+    assert_eq!(steps.run_step(), [4]);
     answer(last).await.unwrap();
-    drop(gate);
+    drop(steps);
     engine.drain().await;
     assert_eq!(kv_used(&registry), 0.0);
     assert_eq!(value(&registry, "trustformers_requests_total", Some("cancelled")), 3.0);
@@ -106,20 +111,20 @@ async fn cancelling_frees_the_blocks_in_every_phase() {
 }
 
 #[tokio::test]
-async fn more_than_the_queue_is_refused_at_once_and_room_returns() {
+async fn a_full_queue_refuses_at_once_and_has_room_later() {
     let config = EngineConfig { max_batch_size: 1, max_queue: 2, ..config() };
-    let (engine, gate, registry) = start_gated(&config);
+    let (engine, steps, registry) = start_stepped(&config);
     let first = engine.submit(&tokens(&prompt(4, 1), 1)).unwrap();
-    gate.begun();
+    steps.next_step();
     let waiting = [2, 3].map(|salt| engine.submit(&tokens(&prompt(4, salt), 1)).unwrap());
     let refused = engine.submit(&tokens(&prompt(4, 9), 1)).unwrap_err();
     assert_eq!(refused, SubmitError::Overloaded { queue: 2, retry_after: Duration::from_secs(1) });
     assert_eq!(value(&registry, "trustformers_requests_total", Some("overloaded")), 1.0);
     assert_eq!(value(&registry, "trustformers_requests_waiting", None), 2.0);
     assert_eq!(value(&registry, "trustformers_requests_running", None), 1.0);
-    gate.let_it(Verdict::Run);
+    steps.decide(Verdict::Run);
     answer(first).await.unwrap();
-    drop(gate);
+    drop(steps);
     for generation in waiting {
         answer(generation).await.unwrap();
     }
@@ -128,26 +133,26 @@ async fn more_than_the_queue_is_refused_at_once_and_room_returns() {
 }
 
 #[test]
-fn what_does_not_fit_the_cache_waits_and_what_never_fits_is_refused() {
+fn a_request_waits_for_the_cache_or_is_refused() {
     let block_bytes = 2 * 2 * 2 * 16 * 16 * 4;
     let config =
         EngineConfig { context_tokens: Some(64), kv_memory_bytes: Some(5 * block_bytes), ..config() };
-    let (engine, gate, registry) = start_gated(&config);
+    let (engine, steps, registry) = start_stepped(&config);
     assert_eq!(engine.info().kv_blocks, 5);
     assert_eq!(engine.info().memory.kv_bytes, 5 * block_bytes);
     let too_long = engine.submit(&tokens(&prompt(64, 1), 1)).unwrap_err();
     assert_eq!(too_long, SubmitError::PromptTooLong { tokens: 64, limit: 63 });
     let large = engine.submit(&tokens(&prompt(33, 1), 16)).unwrap();
-    gate.begun();
+    steps.next_step();
     let waits = engine.submit(&tokens(&prompt(33, 2), 1)).unwrap();
-    gate.let_it(Verdict::Run);
-    let step = gate.begun();
+    steps.decide(Verdict::Run);
+    let step = steps.next_step();
     assert_eq!((step.sequences(), kv_used(&registry)), (1, 3.0));
     assert_eq!(engine.queued(), 1);
     drop(large);
-    gate.let_it(Verdict::Run);
-    assert_eq!(gate.run(), [33]);
-    drop((gate, waits));
+    steps.decide(Verdict::Run);
+    assert_eq!(steps.run_step(), [33]);
+    drop((steps, waits));
 }
 
 #[tokio::test]
@@ -160,7 +165,7 @@ async fn a_full_context_ends_an_answer() {
 }
 
 #[tokio::test]
-async fn text_prompts_are_tokenised_and_the_text_is_that_of_the_ids() {
+async fn the_text_of_an_answer_is_that_of_its_ids() {
     let engine = start(&config());
     let generation = engine.submit(&GenerateParams::greedy("<|im_start|>hello 🦀", 40)).unwrap();
     let ids = engine.model().tokenizer().encode("<|im_start|>hello 🦀").unwrap();
@@ -171,7 +176,7 @@ async fn text_prompts_are_tokenised_and_the_text_is_that_of_the_ids() {
 
 #[tokio::test]
 async fn an_end_token_ends_the_answer_and_is_reported() {
-    // Sampling widely meets the end token of a model that knows nothing sooner or later.
+    // At a high temperature a model with random weights samples its end token sooner or later.
     let engine = start(&config());
     let mut ended = None;
     for seed in 0..200 {
@@ -188,7 +193,7 @@ async fn an_end_token_ends_the_answer_and_is_reported() {
 }
 
 #[tokio::test]
-async fn margins_come_only_when_asked_for() {
+async fn margins_are_reported_only_on_request() {
     let engine = start(&config());
     for asked in [false, true] {
         let request = GenerateParams { margins: asked, ..tokens(&prompt(4, 1), 3) };
@@ -202,23 +207,23 @@ async fn margins_come_only_when_asked_for() {
 }
 
 #[tokio::test]
-async fn a_failed_step_ends_its_sequences_and_the_next_request_is_served() {
-    let (engine, gate, registry) = start_gated(&config());
+async fn a_failed_step_ends_its_sequences_and_no_others() {
+    let (engine, steps, registry) = start_stepped(&config());
     let first = engine.submit(&tokens(&prompt(4, 1), 5)).unwrap();
-    gate.run();
-    gate.begun();
-    gate.let_it(Verdict::Fail);
+    steps.run_step();
+    steps.next_step();
+    steps.decide(Verdict::Fail);
     let error = answer(first).await.unwrap_err();
     assert!(
-        matches!(&error, GenerateError::Backend { message } if message.contains("pulled the plug")),
+        matches!(&error, GenerateError::Device(_)) && error.to_string().contains("pulled the plug"),
         "{error}"
     );
     let second = engine.submit(&tokens(&prompt(4, 1), 1)).unwrap();
-    gate.begun();
-    gate.let_it(Verdict::Poison);
-    assert_eq!(answer(second).await.unwrap_err(), GenerateError::NotFinite);
+    steps.next_step();
+    steps.decide(Verdict::Poison);
+    assert_eq!(answer(second).await.unwrap_err(), GenerateError::Model(ModelFault::NotFinite));
     let third = engine.submit(&tokens(&prompt(4, 1), 1)).unwrap();
-    gate.run();
+    steps.run_step();
     answer(third).await.unwrap();
     engine.drain().await;
     assert_eq!(kv_used(&registry), 0.0);
@@ -226,13 +231,13 @@ async fn a_failed_step_ends_its_sequences_and_the_next_request_is_served() {
 }
 
 #[tokio::test]
-async fn a_panicking_backend_ends_the_engine_visibly() {
-    let (engine, gate, registry) = start_gated(&config());
+async fn a_panic_in_the_backend_ends_the_engine_visibly() {
+    let (engine, steps, registry) = start_stepped(&config());
     let generation = engine.submit(&tokens(&prompt(4, 1), 5)).unwrap();
-    gate.begun();
-    gate.let_it(Verdict::Panic);
+    steps.next_step();
+    steps.decide(Verdict::Panic);
     assert_eq!(answer(generation).await.unwrap_err(), GenerateError::Stopped);
-    // The stream ends while the thread still unwinds; this waits for its end.
+    // The stream ends while the thread still unwinds; this waits for the end of the thread.
     engine.stop().await;
     assert!(!engine.heartbeat().alive);
     assert_eq!(engine.submit(&tokens(&prompt(4, 1), 5)).unwrap_err(), SubmitError::Stopped);
@@ -241,10 +246,10 @@ async fn a_panicking_backend_ends_the_engine_visibly() {
 }
 
 #[tokio::test]
-async fn draining_finishes_what_runs_and_stopping_does_not() {
-    let (engine, gate, _registry) = start_gated(&config());
+async fn draining_finishes_requests_and_stopping_does_not() {
+    let (engine, steps, _registry) = start_stepped(&config());
     let generation = engine.submit(&tokens(&prompt(4, 1), 3)).unwrap();
-    gate.begun();
+    steps.next_step();
     assert!(engine.heartbeat().work_pending && engine.heartbeat().alive);
     let draining = tokio::spawn({
         let engine = engine.clone();
@@ -254,17 +259,17 @@ async fn draining_finishes_what_runs_and_stopping_does_not() {
         tokio::task::yield_now().await;
     }
     assert!(!draining.is_finished());
-    gate.let_it(Verdict::Run);
-    drop(gate);
+    steps.decide(Verdict::Run);
+    drop(steps);
     answer(generation).await.unwrap();
     draining.await.unwrap();
     assert!(!engine.heartbeat().work_pending);
     engine.stop().await;
     assert!(!engine.heartbeat().alive);
 
-    let (engine, gate, registry) = start_gated(&config());
+    let (engine, steps, registry) = start_stepped(&config());
     let generation = engine.submit(&tokens(&prompt(4, 1), 50)).unwrap();
-    gate.begun();
+    steps.next_step();
     let stopping = tokio::spawn({
         let engine = engine.clone();
         async move { engine.stop().await }
@@ -272,7 +277,7 @@ async fn draining_finishes_what_runs_and_stopping_does_not() {
     while engine.submit(&tokens(&prompt(4, 1), 3)).is_ok() {
         tokio::task::yield_now().await;
     }
-    gate.let_it(Verdict::Run);
+    steps.decide(Verdict::Run);
     stopping.await.unwrap();
     assert_eq!(answer(generation).await.unwrap_err(), GenerateError::Stopped);
     assert_eq!((kv_used(&registry), engine.in_flight()), (0.0, 0));
@@ -281,25 +286,25 @@ async fn draining_finishes_what_runs_and_stopping_does_not() {
 
 #[tokio::test]
 async fn generations_outlive_the_last_handle() {
-    let (engine, gate, _registry) = start_gated(&config());
+    let (engine, steps, _registry) = start_stepped(&config());
     let generation = engine.submit(&tokens(&prompt(4, 1), 3)).unwrap();
-    gate.begun();
+    steps.next_step();
     drop(engine);
-    gate.let_it(Verdict::Run);
-    drop(gate);
+    steps.decide(Verdict::Run);
+    drop(steps);
     assert_eq!(answer(generation).await.unwrap().completion_tokens, 3);
 }
 
 #[tokio::test]
-async fn a_warm_up_runs_prompt_and_decode_and_is_not_counted() {
-    let (engine, gate, registry) = start_gated(&config());
-    let warming = tokio::spawn({
+async fn a_warm_up_runs_prompt_and_decode_uncounted() {
+    let (engine, steps, registry) = start_stepped(&config());
+    let warm_up = tokio::spawn({
         let engine = engine.clone();
         async move { engine.warm_up().await }
     });
-    let steps = tokio::task::spawn_blocking(move || [gate.run(), gate.run()]).await.unwrap();
-    assert_eq!(steps, [[32], [1]]);
-    warming.await.unwrap().unwrap();
+    let rows = tokio::task::spawn_blocking(move || [steps.run_step(), steps.run_step()]).await.unwrap();
+    assert_eq!(rows, [[32], [1]]);
+    warm_up.await.unwrap().unwrap();
     engine.drain().await;
     assert_eq!(value(&registry, "trustformers_generated_tokens_total", None), 0.0);
     assert_eq!(value(&registry, "trustformers_requests_total", Some("length")), 0.0);
@@ -307,7 +312,7 @@ async fn a_warm_up_runs_prompt_and_decode_and_is_not_counted() {
 }
 
 #[tokio::test]
-async fn metrics_count_what_happened() {
+async fn metrics_count_requests_and_tokens() {
     let registry = Registry::new();
     let metrics = EngineMetrics::register(&registry).unwrap();
     let engine = Engine::start(model(), Box::new(Oracle::new()), &config(), &metrics).unwrap();
@@ -345,7 +350,7 @@ fn invalid_requests_name_the_field_and_the_limit() {
 }
 
 #[test]
-fn settings_that_cannot_be_honoured_are_refused_at_start() {
+fn settings_out_of_range_are_refused_at_start() {
     let metrics = EngineMetrics::register(&Registry::new()).unwrap();
     let refused = |config: EngineConfig| {
         Engine::start(model(), Box::new(Oracle::new()), &config, &metrics).unwrap_err()
@@ -354,4 +359,26 @@ fn settings_that_cannot_be_honoured_are_refused_at_start() {
     assert!(error.to_string().contains("the model's own context of 256"), "{error}");
     let error = refused(EngineConfig { kv_memory_bytes: Some(1), ..config() });
     assert!(matches!(error, StartError::KvTooSmall { context_tokens: 256, .. }), "{error}");
+}
+
+#[tokio::test]
+async fn tokens_marked_as_unused_are_never_produced() {
+    let with_types = |types: Vec<i32>| {
+        let file =
+            SeededModel::default().gguf_with(&[("tokenizer.ggml.token_type", GgufValue::Integers(types))]);
+        let model = Arc::new(Model::from_bytes(Path::new("seeded.gguf"), Arc::new(file)).unwrap());
+        Engine::start(model, Box::new(Oracle::new()), &config(), &EngineMetrics::unregistered().unwrap())
+            .unwrap()
+    };
+    let mut types: Vec<i32> = (0..271).map(|id| if id < 3 { 3 } else { 1 }).collect();
+    let mut engine = with_types(types.clone());
+    for _ in 0..3 {
+        let ids = answer(engine.submit(&GenerateParams::greedy("hello", 8)).unwrap()).await.unwrap().ids;
+        // A control token that ends the answer stays what it is.
+        let produced = ids.iter().find(|id| (3..270).contains(*id)).copied().unwrap();
+        types[produced as usize] = 5;
+        engine = with_types(types.clone());
+        let ids = answer(engine.submit(&GenerateParams::greedy("hello", 8)).unwrap()).await.unwrap().ids;
+        assert!(!ids.contains(&produced), "{ids:?} with {produced}");
+    }
 }

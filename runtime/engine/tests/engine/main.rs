@@ -1,22 +1,24 @@
-//! The engine with a tiny seeded model: batching, the paged cache, scheduling, cancellation, failure, ending.
+//! The engine with a tiny seeded model: batching, the prefix cache, scheduling, cancellation, failures,
+//! stopping.
 //!
-//! Most tests hold every step at a [`gate`] and look at what the engine does between two of them: nothing waits for a
-//! clock.
+//! Most tests control every step (see [`stepped`]) and check what the engine does between two of them: no
+//! test waits for a clock.
 
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
 
-#[path = "../gate/mod.rs"]
-mod gate;
+mod faults;
 mod lifecycle;
 mod paging;
 mod scheduling;
 mod speculation;
+#[path = "../stepped/mod.rs"]
+mod stepped;
 
 use futures::StreamExt;
-use gate::{Gate, gated};
 use prometheus::Registry;
 use std::path::Path;
 use std::sync::Arc;
+use stepped::{StepControl, stepped};
 use trustformers_engine::{
     Engine, EngineConfig, EngineMetrics, FinishReason, GenerateError, GenerateParams, Generation,
     GenerationEvent, Prompt, TokenLogprobs,
@@ -45,11 +47,11 @@ fn start(config: &EngineConfig) -> Engine {
     Engine::start(model(), Box::new(Oracle::new()), config, &metrics).unwrap()
 }
 
-fn start_gated(config: &EngineConfig) -> (Engine, Gate, Registry) {
+fn start_stepped(config: &EngineConfig) -> (Engine, StepControl, Registry) {
     let registry = Registry::new();
-    let (backend, gate) = gated();
+    let (backend, steps) = stepped();
     let metrics = EngineMetrics::register(&registry).unwrap();
-    (Engine::start(model(), backend, config, &metrics).unwrap(), gate, registry)
+    (Engine::start(model(), backend, config, &metrics).unwrap(), steps, registry)
 }
 
 /// The value of a counter or gauge; with several outcomes, of that one.
@@ -79,7 +81,7 @@ fn prompt(len: usize, salt: usize) -> Vec<u32> {
 }
 
 #[derive(Debug, PartialEq)]
-struct Answer {
+struct CompletedAnswer {
     ids: Vec<u32>,
     text: String,
     logprobs: Vec<TokenLogprobs>,
@@ -88,7 +90,7 @@ struct Answer {
     completion_tokens: usize,
 }
 
-async fn answer(mut generation: Generation) -> Result<Answer, GenerateError> {
+async fn answer(mut generation: Generation) -> Result<CompletedAnswer, GenerateError> {
     let (mut ids, mut all, mut all_logprobs) = (Vec::new(), String::new(), Vec::new());
     while let Some(event) = generation.next().await {
         match event? {
@@ -98,8 +100,8 @@ async fn answer(mut generation: Generation) -> Result<Answer, GenerateError> {
                 all.push_str(&text);
             }
             GenerationEvent::Finished { reason, prompt_tokens, completion_tokens, .. } => {
-                assert!(generation.next().await.is_none(), "nothing follows the end");
-                return Ok(Answer {
+                assert!(generation.next().await.is_none(), "nothing follows the last event");
+                return Ok(CompletedAnswer {
                     ids,
                     text: all,
                     logprobs: all_logprobs,
@@ -110,5 +112,5 @@ async fn answer(mut generation: Generation) -> Result<Answer, GenerateError> {
             }
         }
     }
-    panic!("a stream ended without an end");
+    panic!("a stream ended without its last event");
 }

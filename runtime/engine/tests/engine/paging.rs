@@ -1,7 +1,7 @@
-//! The paged cache: blocks on demand, beginnings that are shared, and sequences that give their blocks up.
+//! The prefix cache: blocks on demand, shared prefixes, preemption.
 
-use crate::gate::Verdict;
-use crate::{Answer, answer, config, kv_used, model, prompt, start, start_gated, tokens, value};
+use crate::stepped::Verdict;
+use crate::{CompletedAnswer, answer, config, kv_used, model, prompt, start, start_stepped, tokens, value};
 use futures::future::join_all;
 use prometheus::Registry;
 use trustformers_cpu::{CpuBackend, CpuConfig};
@@ -13,26 +13,27 @@ use trustformers_plan::oracle::Oracle;
 pub(crate) const BLOCK_BYTES: u64 = 2 * 2 * 16 * 2 * 16 * 4;
 
 #[tokio::test]
-async fn a_known_beginning_is_not_computed_again() {
-    let (engine, gate, registry) = start_gated(&config());
+async fn a_cached_prefix_is_not_computed_again() {
+    let (engine, steps, registry) = start_stepped(&config());
     let first = prompt(40, 1);
     let running = engine.submit(&tokens(&first, 3)).unwrap();
-    assert_eq!(gate.run(), [40]);
-    // While the first runs, one that begins like it reads two full blocks of it.
-    let step = gate.begun();
+    assert_eq!(steps.run_step(), [40]);
+    // While the first runs, one with the same prefix reuses two full blocks of it.
+    let step = steps.next_step();
     let longer = [&first[..36], &prompt(9, 7)].concat();
     let second = engine.submit(&tokens(&longer, 1)).unwrap();
-    gate.let_it(Verdict::Run);
-    let shared = gate.begun();
+    steps.decide(Verdict::Run);
+    let shared = steps.next_step();
     assert_eq!(shared.blocks_of(1)[..2], step.blocks_of(0)[..2]);
     assert_eq!((shared.rows_of(1).len(), shared.positions[shared.rows_of(1).start]), (45 - 32, 32));
-    gate.let_it(Verdict::Run);
-    drop(gate);
+    steps.decide(Verdict::Run);
+    drop(steps);
     let (first_answer, second_answer) = (answer(running).await.unwrap(), answer(second).await.unwrap());
     assert_eq!(second_answer.prompt_tokens, 45);
     assert_eq!(value(&registry, "trustformers_prompt_tokens_reused_total", None), 32.0);
     assert_eq!(value(&registry, "trustformers_prompt_tokens_total", None), 40.0 + 13.0);
-    // A conversation goes on after its first answer has ended: 42 tokens were computed, two blocks are full.
+    // A conversation continues after its first answer has ended: 42 tokens were computed, two blocks are
+    // full.
     let next = [first, first_answer.ids, prompt(20, 3)].concat();
     let reusing = answer(engine.submit(&tokens(&next, 5)).unwrap()).await.unwrap();
     assert_eq!(value(&registry, "trustformers_prompt_tokens_reused_total", None), 64.0);
@@ -43,48 +44,48 @@ async fn a_known_beginning_is_not_computed_again() {
 }
 
 #[tokio::test]
-async fn after_a_failure_nothing_is_reused() {
-    let (engine, gate, registry) = start_gated(&config());
+async fn no_block_is_reused_after_a_failure() {
+    let (engine, steps, registry) = start_stepped(&config());
     for verdict in [Verdict::Fail, Verdict::Poison] {
         let good = engine.submit(&tokens(&prompt(40, 1), 1)).unwrap();
-        assert_eq!(gate.run(), [40], "nothing is left of before");
+        assert_eq!(steps.run_step(), [40], "no block is left from before");
         answer(good).await.unwrap();
         let bad = engine.submit(&tokens(&prompt(40, 1), 1)).unwrap();
-        assert_eq!(gate.begun().rows(), 8);
-        gate.let_it(verdict);
+        assert_eq!(steps.next_step().rows(), 8);
+        steps.decide(verdict);
         answer(bad).await.unwrap_err();
     }
-    drop(gate);
+    drop(steps);
     engine.drain().await;
     assert_eq!(kv_used(&registry), 0.0);
     assert_eq!(value(&registry, "trustformers_kv_blocks_kept", None), 0.0);
 }
 
 #[tokio::test]
-async fn when_blocks_run_out_the_latest_gives_its_own_up_and_loses_nothing() {
+async fn the_latest_sequence_is_preempted_when_blocks_run_out() {
     let config = EngineConfig {
         context_tokens: Some(64),
         kv_memory_bytes: Some(5 * BLOCK_BYTES),
         max_batch_size: 2,
         ..config()
     };
-    // No end token, so that both grow to their limit.
+    // Without end tokens both grow to their limit.
     let endless = |salt| GenerateParams { logit_bias: vec![(2, -100.0)], ..tokens(&prompt(16, salt), 40) };
     let requests = [1, 2].map(endless);
     let roomy = start(&EngineConfig { kv_memory_bytes: None, ..config.clone() });
     let expected = requests.each_ref().map(|request| roomy.submit(request).unwrap());
-    let (engine, gate, registry) = start_gated(&config);
+    let (engine, steps, registry) = start_stepped(&config);
     let running = requests.each_ref().map(|request| engine.submit(request).unwrap());
     let mut rows = Vec::new();
     while rows.len() < 40 {
-        rows.push(gate.run());
+        rows.push(steps.run_step());
     }
-    drop(gate);
+    drop(steps);
     for (generation, expected) in running.into_iter().zip(expected) {
         assert_eq!(answer(generation).await.unwrap(), answer(expected).await.unwrap());
     }
-    // At 33 tokens the first needs its third block and gets it; the second does not. It waits until the first, which
-    // goes on alone, has ended, and then finds what it had computed.
+    // At 33 tokens the first needs its third block and gets it; the second does not. It waits until the first
+    // has ended, and then finds most of its blocks in the cache.
     assert!(rows.iter().filter(|rows| **rows == [1]).count() > 10, "{rows:?}");
     assert_eq!(value(&registry, "trustformers_preemptions_total", None), 1.0);
     assert!(value(&registry, "trustformers_tokens_recomputed_total", None) < 33.0);
@@ -94,31 +95,21 @@ async fn when_blocks_run_out_the_latest_gives_its_own_up_and_loses_nothing() {
     assert_eq!(value(&registry, "trustformers_requests_running", None), 0.0);
 }
 
-/// Numbers without a pattern that are the same in every run.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % bound
-    }
-}
-
-/// Requests whose prompts share beginnings of any length, greedy and sampled.
-fn any_requests(dice: &mut Dice) -> Vec<GenerateParams> {
-    let count = 3 + dice.below(8);
+/// Requests whose prompts share prefixes of any length, greedy and sampled.
+fn any_requests(rng: &mut fastrand::Rng) -> Vec<GenerateParams> {
+    let count = 3 + rng.usize(..8);
     (0..count)
         .map(|index| {
-            let (shared, own) = (dice.below(60), 1 + dice.below(30));
-            let ids = [prompt(shared, dice.below(2)), prompt(own, 10 + dice.below(3))].concat();
+            let (shared, own) = (rng.usize(..60), 1 + rng.usize(..30));
+            let ids = [prompt(shared, rng.usize(..2)), prompt(own, 10 + rng.usize(..3))].concat();
             GenerateParams {
                 prompt: Prompt::Tokens(ids),
-                temperature: if dice.below(2) == 0 { 0.0 } else { 1.2 },
+                temperature: if rng.usize(..2) == 0 { 0.0 } else { 1.2 },
                 top_k: 40,
-                repetition_penalty: if dice.below(3) == 0 { 1.3 } else { 1.0 },
+                repetition_penalty: if rng.usize(..3) == 0 { 1.3 } else { 1.0 },
                 seed: Some(index as u64),
                 logprobs: Some(2),
-                ..tokens(&[], 1 + dice.below(40))
+                ..tokens(&[], 1 + rng.usize(..40))
             }
         })
         .collect()
@@ -130,26 +121,26 @@ fn start_exact(config: &EngineConfig, backend: Box<dyn Backend>, registry: &Regi
     Engine::start(model(), backend, &config, &metrics).unwrap()
 }
 
-/// In exact numerics the bits of an answer, log probabilities included, do not depend on company, on known
-/// beginnings, on how the prompt was cut, or on whether the sequence gave its blocks up on the way.
-async fn answers_are_the_same_however_they_are_scheduled(backend: fn() -> Box<dyn Backend>, cases: u64) {
+/// In exact numerics the bits of an answer, log probabilities included, do not depend on the batch, on cached
+/// prefixes, on the chunks of the prompt, or on preemption.
+async fn scheduling_changes_no_answer(backend: fn() -> Box<dyn Backend>, cases: u64) {
     let (mut reused, mut preempted) = (0.0, 0.0);
     for case in 0..cases {
-        let mut dice = Dice(case);
-        let requests = any_requests(&mut dice);
-        let mut expected: Vec<Answer> = Vec::new();
+        let mut rng = fastrand::Rng::with_seed(case);
+        let requests = any_requests(&mut rng);
+        let mut expected: Vec<CompletedAnswer> = Vec::new();
         for request in &requests {
-            // An engine of its own: nothing is known, and the prompt is read at once.
+            // An engine of its own: nothing is cached, and the prompt is read in one step.
             let config = EngineConfig { max_batch_size: 1, token_budget: 256, ..config() };
             let alone = start_exact(&config, backend(), &Registry::new());
             expected.push(answer(alone.submit(request).unwrap()).await.unwrap());
         }
-        let max_batch_size = 2 + dice.below(7);
+        let max_batch_size = 2 + rng.usize(..7);
         let crowded = EngineConfig {
             context_tokens: Some(144),
             max_batch_size,
-            token_budget: max_batch_size + dice.below(40),
-            kv_memory_bytes: Some((9 + dice.below(8) as u64) * BLOCK_BYTES),
+            token_budget: max_batch_size + rng.usize(..40),
+            kv_memory_bytes: Some((9 + rng.u64(..8)) * BLOCK_BYTES),
             ..config()
         };
         let registry = Registry::new();
@@ -165,17 +156,17 @@ async fn answers_are_the_same_however_they_are_scheduled(backend: fn() -> Box<dy
         reused += value(&registry, "trustformers_prompt_tokens_reused_total", None);
         preempted += value(&registry, "trustformers_preemptions_total", None);
     }
-    println!("{reused} prompt tokens were known, {preempted} times a sequence gave its blocks up");
+    println!("{reused} prompt tokens were reused, {preempted} sequences were preempted");
     assert!(reused > 100.0 && preempted > cases as f64 / 4.0, "{reused} {preempted}");
 }
 
 #[tokio::test]
-async fn answers_are_the_same_however_they_are_scheduled_on_the_oracle() {
-    answers_are_the_same_however_they_are_scheduled(|| Box::new(Oracle::new()), 12).await;
+async fn scheduling_changes_no_answer_on_the_oracle() {
+    scheduling_changes_no_answer(|| Box::new(Oracle::new()), 12).await;
 }
 
 #[tokio::test]
-async fn answers_are_the_same_however_they_are_scheduled_on_the_processor() {
+async fn scheduling_changes_no_answer_on_the_cpu() {
     let cpu = || -> Box<dyn Backend> { Box::new(CpuBackend::new(CpuConfig::default()).unwrap()) };
-    answers_are_the_same_however_they_are_scheduled(cpu, 40).await;
+    scheduling_changes_no_answer(cpu, 40).await;
 }

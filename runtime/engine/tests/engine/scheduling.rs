@@ -1,14 +1,14 @@
-//! Who is next, and who gives way: classes, tenants, a full queue.
+//! The order of requests and preemption: classes, tenants, a full queue.
 
-use crate::gate::{Gate, Verdict};
-use crate::{answer, config, kv_used, prompt, start, start_gated, tokens, value};
+use crate::stepped::{StepControl, Verdict};
+use crate::{answer, config, kv_used, prompt, start, start_stepped, tokens, value};
 use std::time::Duration;
 use trustformers_engine::{
     EngineConfig, GenerateError, GenerateParams, GenerationEvent, Priority, SubmitError,
 };
 
-/// A request that can be told from others by its first token.
-fn of(class: Priority, tenant: &str, salt: usize, max_tokens: usize) -> GenerateParams {
+/// A request that is recognised by its first token.
+fn request_of(class: Priority, tenant: &str, salt: usize, max_tokens: usize) -> GenerateParams {
     GenerateParams {
         priority: class,
         tenant: tenant.to_owned(),
@@ -17,11 +17,11 @@ fn of(class: Priority, tenant: &str, salt: usize, max_tokens: usize) -> Generate
     }
 }
 
-/// The salts of the prompts that the next `steps` steps begin to read.
-fn begun(gate: &Gate, steps: usize) -> Vec<usize> {
+/// The salts of the prompts that the next `count` steps begin to read.
+fn started(steps: &StepControl, count: usize) -> Vec<usize> {
     let mut salts = Vec::new();
-    for _ in 0..steps {
-        let step = gate.begun();
+    for _ in 0..count {
+        let step = steps.next_step();
         for sequence in 0..step.sequences() {
             let rows = step.rows_of(sequence);
             if step.positions[rows.start] == 0 {
@@ -29,70 +29,71 @@ fn begun(gate: &Gate, steps: usize) -> Vec<usize> {
                 salts.extend((0..250).find(|salt| prompt(1, *salt)[0] == first));
             }
         }
-        gate.let_it(Verdict::Run);
+        steps.decide(Verdict::Run);
     }
     salts
 }
 
-/// An engine with one place, which is taken for one more step.
-fn one_place() -> (trustformers_engine::Engine, Gate, trustformers_engine::Generation) {
-    let (engine, gate, _registry) = start_gated(&EngineConfig { max_batch_size: 1, ..config() });
-    let first = engine.submit(&of(Priority::High, "", 0, 1)).unwrap();
-    gate.begun();
-    (engine, gate, first)
+/// An engine with a batch of one, in which a request runs for one more step.
+fn batch_of_one() -> (trustformers_engine::Engine, StepControl, trustformers_engine::Generation) {
+    let (engine, steps, _registry) = start_stepped(&EngineConfig { max_batch_size: 1, ..config() });
+    let first = engine.submit(&request_of(Priority::High, "", 0, 1)).unwrap();
+    steps.next_step();
+    (engine, steps, first)
 }
 
 #[test]
-fn a_higher_class_overtakes_and_takes_the_place_of_what_runs() {
-    let (engine, gate, registry) = start_gated(&EngineConfig { max_batch_size: 1, ..config() });
-    let low = engine.submit(&of(Priority::Low, "", 1, 3)).unwrap();
-    gate.begun();
+fn a_higher_class_is_next_and_preempts_others() {
+    let (engine, steps, registry) = start_stepped(&EngineConfig { max_batch_size: 1, ..config() });
+    let low = engine.submit(&request_of(Priority::Low, "", 1, 3)).unwrap();
+    steps.next_step();
     let requests = [(Priority::Normal, 2), (Priority::High, 3), (Priority::Low, 4), (Priority::High, 5)];
-    let waiting = requests.map(|(class, salt)| engine.submit(&of(class, "", salt, 1)).unwrap());
-    gate.let_it(Verdict::Run);
-    // The low one that ran is the oldest of its class, so it goes on before the other.
-    assert_eq!(begun(&gate, 6), [3, 5, 2, 1, 4]);
+    let waiting = requests.map(|(class, salt)| engine.submit(&request_of(class, "", salt, 1)).unwrap());
+    steps.decide(Verdict::Run);
+    // The preempted request is the oldest of its class, so it continues before the other.
+    assert_eq!(started(&steps, 6), [3, 5, 2, 1, 4]);
     assert_eq!(value(&registry, "trustformers_preemptions_total", None), 1.0);
-    drop((gate, low, waiting));
+    drop((steps, low, waiting));
 }
 
 #[test]
-fn low_is_served_within_its_bound_whatever_comes_above_it() {
-    let (engine, gate, first) = one_place();
-    let low = engine.submit(&of(Priority::Low, "", 1, 4)).unwrap();
-    let normal = engine.submit(&of(Priority::Normal, "", 2, 1)).unwrap();
+fn class_low_is_served_within_its_bound() {
+    let (engine, steps, first) = batch_of_one();
+    let low = engine.submit(&request_of(Priority::Low, "", 1, 4)).unwrap();
+    let normal = engine.submit(&request_of(Priority::Normal, "", 2, 1)).unwrap();
     let high: Vec<_> =
-        (10..50).map(|salt| engine.submit(&of(Priority::High, "", salt, 1)).unwrap()).collect();
-    gate.let_it(Verdict::Run);
-    let order = begun(&gate, 25);
+        (10..50).map(|salt| engine.submit(&request_of(Priority::High, "", salt, 1)).unwrap()).collect();
+    steps.decide(Verdict::Run);
+    let order = started(&steps, 25);
     let at = |salt: usize| order.iter().position(|other| *other == salt);
     assert_eq!((at(2), at(1)), (Some(8), Some(16)), "{order:?}");
-    // Four steps were the low one's: what had to wait so long is not put out again.
+    // The aged request runs for four steps: it is not preempted again.
     assert_eq!(order.len(), 25 - 3);
-    drop((gate, first, low, normal, high));
+    drop((steps, first, low, normal, high));
 }
 
-/// Older requests of a higher class run beside it and would have their prompts read first, over and over.
+/// Older requests of a higher class run beside it. Without aging their prompts would be read first, again and
+/// again.
 #[test]
-fn what_is_due_is_read_before_what_came_earlier() {
+fn an_aged_prompt_is_read_before_earlier_ones() {
     let config = EngineConfig { max_batch_size: 2, token_budget: 4, ..config() };
-    let (engine, gate, _registry) = start_gated(&config);
-    let first = engine.submit(&of(Priority::High, "", 0, 1)).unwrap();
-    gate.begun();
+    let (engine, steps, _registry) = start_stepped(&config);
+    let first = engine.submit(&request_of(Priority::High, "", 0, 1)).unwrap();
+    steps.next_step();
     let high: Vec<_> =
-        (10..50).map(|salt| engine.submit(&of(Priority::High, "", salt, 1)).unwrap()).collect();
-    let low = engine.submit(&of(Priority::Low, "", 1, 1)).unwrap();
-    gate.let_it(Verdict::Run);
+        (10..50).map(|salt| engine.submit(&request_of(Priority::High, "", salt, 1)).unwrap()).collect();
+    let low = engine.submit(&request_of(Priority::Low, "", 1, 1)).unwrap();
+    steps.decide(Verdict::Run);
     // A step has room for one prompt.
-    let order = begun(&gate, 30);
+    let order = started(&steps, 30);
     let at = order.iter().position(|salt| *salt == 1);
     assert!(at.is_some_and(|at| at <= 16), "{order:?}");
-    drop((gate, first, high, low));
+    drop((steps, first, high, low));
 }
 
 #[test]
-fn a_newcomer_s_short_prompt_is_read_at_once_beside_a_long_one() {
-    let (engine, gate, _registry) = start_gated(&config());
+fn a_short_prompt_of_a_new_tenant_is_read_at_once() {
+    let (engine, steps, _registry) = start_stepped(&config());
     let many: Vec<_> = (1..4)
         .map(|salt| {
             engine
@@ -100,93 +101,95 @@ fn a_newcomer_s_short_prompt_is_read_at_once_beside_a_long_one() {
                 .unwrap()
         })
         .collect();
-    assert_eq!(gate.begun().rows(), 64);
+    assert_eq!(steps.next_step().rows(), 64);
     let other =
         engine.submit(&GenerateParams { tenant: "b".to_owned(), ..tokens(&prompt(40, 9), 1) }).unwrap();
-    gate.let_it(Verdict::Run);
-    let step = gate.begun();
+    steps.decide(Verdict::Run);
+    let step = steps.next_step();
     assert_eq!((step.rows(), step.tokens[0]), (40, prompt(40, 9)[0]));
-    gate.let_it(Verdict::Run);
-    drop((gate, many, other));
+    steps.decide(Verdict::Run);
+    drop((steps, many, other));
 }
 
 #[test]
-fn those_that_are_due_leave_places_to_the_first_class() {
-    let (engine, gate, _registry) = start_gated(&EngineConfig { max_batch_size: 4, ..config() });
-    let first = engine.submit(&of(Priority::High, "", 0, 1)).unwrap();
-    gate.begun();
-    let low: Vec<_> = (1..6).map(|salt| engine.submit(&of(Priority::Low, "", salt, 100)).unwrap()).collect();
+fn aged_requests_take_a_quarter_of_the_batch() {
+    let (engine, steps, _registry) = start_stepped(&EngineConfig { max_batch_size: 4, ..config() });
+    let first = engine.submit(&request_of(Priority::High, "", 0, 1)).unwrap();
+    steps.next_step();
+    let low: Vec<_> =
+        (1..6).map(|salt| engine.submit(&request_of(Priority::Low, "", salt, 100)).unwrap()).collect();
     let high: Vec<_> =
-        (10..90).map(|salt| engine.submit(&of(Priority::High, "", salt, 1)).unwrap()).collect();
-    gate.let_it(Verdict::Run);
-    let order = begun(&gate, 22);
+        (10..90).map(|salt| engine.submit(&request_of(Priority::High, "", salt, 1)).unwrap()).collect();
+    steps.decide(Verdict::Run);
+    let order = started(&steps, 22);
     assert!(order.len() > 60, "{order:?}");
-    assert_eq!(order.iter().filter(|salt| **salt < 10).count(), 1, "a quarter of the places: {order:?}");
-    drop((gate, first, low, high));
+    assert_eq!(order.iter().filter(|salt| **salt < 10).count(), 1, "a quarter of the batch: {order:?}");
+    drop((steps, first, low, high));
 }
 
 #[test]
-fn a_tenant_with_a_full_batch_makes_place_for_another_at_once() {
+fn a_tenant_with_a_full_batch_is_preempted_for_another() {
     let config = EngineConfig { max_batch_size: 4, ..config() };
-    let (engine, gate, registry) = start_gated(&config);
-    let first = engine.submit(&of(Priority::Normal, "a", 1, 30)).unwrap();
-    // The first step is held until all others wait, so that these begin together in the second.
-    gate.begun();
+    let (engine, steps, registry) = start_stepped(&config);
+    let first = engine.submit(&request_of(Priority::Normal, "a", 1, 30)).unwrap();
+    // The first step waits until all others are queued, so that these start together in the second.
+    steps.next_step();
     let many: Vec<_> =
-        (2..20).map(|salt| engine.submit(&of(Priority::Normal, "a", salt, 30)).unwrap()).collect();
-    gate.let_it(Verdict::Run);
-    gate.run();
-    let step = gate.begun();
+        (2..20).map(|salt| engine.submit(&request_of(Priority::Normal, "a", salt, 30)).unwrap()).collect();
+    steps.decide(Verdict::Run);
+    steps.run_step();
+    let step = steps.next_step();
     assert_eq!(step.sequences(), 4);
-    let other = engine.submit(&of(Priority::Normal, "b", 100, 2)).unwrap();
-    gate.let_it(Verdict::Run);
-    let step = gate.begun();
+    let other = engine.submit(&request_of(Priority::Normal, "b", 100, 2)).unwrap();
+    steps.decide(Verdict::Run);
+    let step = steps.next_step();
     assert_eq!((step.sequences(), step.rows()), (1, 4), "its prompt is read at once, and the others pause");
-    gate.let_it(Verdict::Run);
-    assert_eq!(gate.run(), [1, 1, 1, 1]);
-    // The other has ended; the one that gave way goes on where it was, before those that have not begun.
-    let step = gate.begun();
+    steps.decide(Verdict::Run);
+    assert_eq!(steps.run_step(), [1, 1, 1, 1]);
+    // The other has ended. The preempted sequence continues, before those that have not started.
+    let step = steps.next_step();
     assert_eq!(step.sequences(), 4);
     assert_eq!(step.rows(), 3 + 4 + 2, "it had its prompt and two tokens");
     assert_eq!(value(&registry, "trustformers_preemptions_total", None), 1.0);
-    drop((gate, first, many, other));
+    drop((steps, first, many, other));
 }
 
 #[test]
-fn turns_go_to_the_tenant_that_was_served_least() {
-    let (engine, gate, first) = one_place();
-    // Every request of a takes 4 + 7 tokens, every one of b half as many or a little more.
-    let a: Vec<_> = (1..10).map(|salt| engine.submit(&of(Priority::Normal, "a", salt, 8)).unwrap()).collect();
+fn the_least_served_tenant_is_next() {
+    let (engine, steps, first) = batch_of_one();
+    // Every request of a takes 4 + 7 tokens, every one of b half as many or slightly more.
+    let a: Vec<_> =
+        (1..10).map(|salt| engine.submit(&request_of(Priority::Normal, "a", salt, 8)).unwrap()).collect();
     let b: Vec<_> =
-        (101..120).map(|salt| engine.submit(&of(Priority::Normal, "b", salt, 2)).unwrap()).collect();
-    gate.let_it(Verdict::Run);
-    let mut order = begun(&gate, 40);
-    // Whatever has only begun does not count.
+        (101..120).map(|salt| engine.submit(&request_of(Priority::Normal, "b", salt, 2)).unwrap()).collect();
+    steps.decide(Verdict::Run);
+    let mut order = started(&steps, 40);
+    // A request that has only started does not count.
     order.pop();
     let of_a = order.iter().filter(|salt| **salt < 100).count();
     let of_b = order.len() - of_a;
-    // 11 tokens against 5: for one of a there are two of b or a little more.
+    // 11 tokens against 5: two requests of b or slightly more for each of a.
     assert!(of_a >= 3 && (2 * of_a..=3 * of_a).contains(&of_b), "{order:?}");
-    drop((gate, first, a, b));
+    drop((steps, first, a, b));
 }
 
 #[tokio::test]
-async fn a_full_queue_has_room_for_other_tenants_and_higher_classes() {
+async fn a_full_queue_admits_other_tenants_and_higher_classes() {
     let config = EngineConfig { max_batch_size: 1, max_queue: 3, ..config() };
-    let (engine, gate, registry) = start_gated(&config);
-    let running = engine.submit(&of(Priority::Normal, "a", 1, 20)).unwrap();
-    gate.begun();
+    let (engine, steps, registry) = start_stepped(&config);
+    let running = engine.submit(&request_of(Priority::Normal, "a", 1, 20)).unwrap();
+    steps.next_step();
     let [second, third, fourth] =
-        [2, 3, 4].map(|salt| engine.submit(&of(Priority::Normal, "a", salt, 1)).unwrap());
-    let refused = engine.submit(&of(Priority::Normal, "a", 5, 1)).unwrap_err();
+        [2, 3, 4].map(|salt| engine.submit(&request_of(Priority::Normal, "a", salt, 1)).unwrap());
+    let refused = engine.submit(&request_of(Priority::Normal, "a", 5, 1)).unwrap_err();
     assert_eq!(refused, SubmitError::Overloaded { queue: 3, retry_after: Duration::from_secs(1) });
-    engine.submit(&of(Priority::Low, "a", 5, 1)).unwrap_err();
-    let other = engine.submit(&of(Priority::Normal, "b", 6, 1)).unwrap();
-    let urgent = engine.submit(&of(Priority::High, "a", 7, 1)).unwrap();
-    gate.let_it(Verdict::Run);
-    drop(gate);
-    for put_out in [third, fourth] {
-        let error = answer(put_out).await.unwrap_err();
+    engine.submit(&request_of(Priority::Low, "a", 5, 1)).unwrap_err();
+    let other = engine.submit(&request_of(Priority::Normal, "b", 6, 1)).unwrap();
+    let urgent = engine.submit(&request_of(Priority::High, "a", 7, 1)).unwrap();
+    steps.decide(Verdict::Run);
+    drop(steps);
+    for removed in [third, fourth] {
+        let error = answer(removed).await.unwrap_err();
         assert!(matches!(error, GenerateError::Overloaded { .. }), "{error}");
     }
     for served in [running, second, other, urgent] {
@@ -198,33 +201,33 @@ async fn a_full_queue_has_room_for_other_tenants_and_higher_classes() {
 }
 
 #[tokio::test]
-async fn failed_steps_show_in_the_heartbeat_until_one_succeeds() {
-    let (engine, gate, registry) = start_gated(&config());
+async fn failed_steps_are_counted_until_one_succeeds() {
+    let (engine, steps, registry) = start_stepped(&config());
     for failed in 1..=3 {
         let generation = engine.submit(&tokens(&prompt(4, 1), 5)).unwrap();
-        gate.begun();
-        gate.let_it(Verdict::Fail);
+        steps.next_step();
+        steps.decide(Verdict::Fail);
         answer(generation).await.unwrap_err();
         assert_eq!(engine.heartbeat().failed_steps, failed);
     }
     assert_eq!(value(&registry, "trustformers_failed_steps_total", None), 3.0);
     let generation = engine.submit(&tokens(&prompt(4, 1), 1)).unwrap();
-    drop(gate);
+    drop(steps);
     answer(generation).await.unwrap();
     engine.drain().await;
     assert_eq!(engine.heartbeat().failed_steps, 0);
 }
 
-/// Many tenants and classes at once, with hardly any room: everybody gets what he would have got alone.
+/// Many tenants and classes at once in little memory: every request gets the answer that it gets alone.
 #[test]
-fn giving_way_changes_no_answer() {
+fn preemption_changes_no_answer() {
     let requests: Vec<GenerateParams> = (0..30)
         .map(|index| {
             let class = Priority::ALL[index % 3];
             GenerateParams {
                 temperature: 0.8,
                 seed: Some(index as u64),
-                ..of(class, ["a", "b", "c", "d"][index % 4], index, 3 + index % 20)
+                ..request_of(class, ["a", "b", "c", "d"][index % 4], index, 3 + index % 20)
             }
         })
         .collect();
@@ -250,10 +253,10 @@ fn giving_way_changes_no_answer() {
     }
 }
 
-/// Two tenants whose sequences do not fit together, with classes mixed in: whoever gives way is next to ask again, and
-/// still every step computes something.
+/// Tenants and classes whose sequences do not fit together: a preempted sequence asks for blocks again at
+/// once, and still every step computes something.
 #[test]
-fn tenants_that_contend_for_blocks_do_not_stand_still() {
+fn tenants_that_compete_for_blocks_make_progress() {
     let requests: Vec<GenerateParams> = (0..40)
         .map(|index| GenerateParams {
             priority: Priority::ALL[index % 3],

@@ -1,7 +1,7 @@
-//! Guessed tokens change when an answer comes, never the answer.
+//! Draft tokens change when an answer comes, never the answer.
 
-use crate::gate::{Verdict, gated};
-use crate::{Answer, answer, config, kv_used, model, prompt, start, tokens, value};
+use crate::stepped::{Verdict, stepped};
+use crate::{CompletedAnswer, answer, config, kv_used, model, prompt, start, tokens, value};
 use prometheus::Registry;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ fn seeded(shape: SeededModel) -> Arc<Model> {
     Arc::new(Model::from_bytes(Path::new("draft.gguf"), Arc::new(shape.gguf())).unwrap())
 }
 
-/// A model that agrees with the test's model now and then.
+/// A model that agrees with the test's model sometimes.
 fn other_model() -> Speculation {
     Speculation::Draft(seeded(SeededModel {
         seed: 2,
@@ -31,7 +31,7 @@ fn other_model() -> Speculation {
     }))
 }
 
-/// The test's model itself, which is always right about greedy answers.
+/// The test's model itself, whose greedy drafts are always accepted.
 fn same_model() -> Speculation {
     Speculation::Draft(model())
 }
@@ -40,8 +40,8 @@ fn with(speculation: Speculation) -> EngineConfig {
     EngineConfig { speculation: Some(speculation), ..config() }
 }
 
-/// An answer per request, all requested at once, and what was counted.
-async fn answers(config: &EngineConfig, requests: &[GenerateParams]) -> (Vec<Answer>, Registry) {
+/// The answers of requests that are submitted together, and the metrics.
+async fn answers(config: &EngineConfig, requests: &[GenerateParams]) -> (Vec<CompletedAnswer>, Registry) {
     let registry = Registry::new();
     let metrics = EngineMetrics::register(&registry).unwrap();
     let engine = Engine::start(model(), Box::new(Oracle::new()), config, &metrics).unwrap();
@@ -55,17 +55,18 @@ async fn answers(config: &EngineConfig, requests: &[GenerateParams]) -> (Vec<Ans
     (all, registry)
 }
 
-fn made_and_right(registry: &Registry) -> (f64, f64) {
+fn proposed_and_accepted(registry: &Registry) -> (f64, f64) {
     let count = |name| value(registry, name, None);
     (count("trustformers_draft_tokens_total"), count("trustformers_draft_tokens_accepted_total"))
 }
 
-/// A prompt that repeats itself, so that there is something to guess from.
+/// A prompt that repeats itself, so that n-grams match.
 fn repeating(salt: usize) -> Vec<u32> {
     prompt(12, salt).repeat(4)
 }
 
-/// Requests of every kind that a guess could disturb: sampling, penalties, stops, a grammar, log probabilities.
+/// Requests of every kind that a draft could disturb: sampling, penalties, stops, a grammar, log
+/// probabilities.
 fn requests() -> Vec<GenerateParams> {
     let greedy = |salt| GenerateParams { margins: true, ..tokens(&repeating(salt), 40) };
     let sampled = |salt| GenerateParams {
@@ -87,22 +88,22 @@ fn requests() -> Vec<GenerateParams> {
 }
 
 #[tokio::test]
-async fn answers_are_the_same_with_and_without() {
+async fn speculation_changes_no_answer() {
     let requests = requests();
     let (plain, registry) = answers(&config(), &requests).await;
-    assert_eq!(made_and_right(&registry), (0.0, 0.0));
+    assert_eq!(proposed_and_accepted(&registry), (0.0, 0.0));
     for speculation in [Speculation::Ngram, other_model(), same_model()] {
         let name = format!("{speculation:?}").split('(').next().unwrap().to_owned();
-        // All at once, each alone, and with so few blocks that they give way to each other.
+        // All at once, each alone, and with so few blocks that some are preempted.
         let (together, _) = answers(&with(speculation.clone()), &requests).await;
         assert_eq!(together, plain, "{name}");
-        let mut guessed = 0.0;
+        let mut proposed = 0.0;
         for (params, plain) in requests.iter().zip(&plain) {
             let (alone, registry) = answers(&with(speculation.clone()), std::slice::from_ref(params)).await;
             assert_eq!(alone, std::slice::from_ref(plain), "{name}");
-            guessed += made_and_right(&registry).0;
+            proposed += proposed_and_accepted(&registry).0;
         }
-        assert!(guessed > 0.0, "{name} guessed something");
+        assert!(proposed > 0.0, "{name} proposed no token");
         let kv_block_bytes = (2 * 2 * 16 * 2 * 16 * 4) as u64;
         let draft_block_bytes = match &speculation {
             Speculation::Ngram => 0,
@@ -113,82 +114,82 @@ async fn answers_are_the_same_with_and_without() {
         };
         let tight = EngineConfig {
             context_tokens: Some(96),
-            // Less than a prompt: the draft model catches up in parts.
+            // Less than a prompt: the draft model catches up in several steps.
             token_budget: 8,
             max_batch_size: 3,
             kv_memory_bytes: Some(9 * (kv_block_bytes + draft_block_bytes)),
             ..with(speculation)
         };
-        let (given_way, registry) = answers(&tight, &requests).await;
-        assert_eq!(given_way, plain, "{name}");
+        let (preempted, registry) = answers(&tight, &requests).await;
+        assert_eq!(preempted, plain, "{name}");
         assert!(value(&registry, "trustformers_preemptions_total", None) > 0.0, "{name}");
     }
 }
 
 #[tokio::test]
-async fn who_is_always_right_is_asked_for_more() {
+async fn an_accepted_draft_model_drafts_more() {
     let request = tokens(&prompt(20, 1), 60);
     let (_, registry) = answers(&with(same_model()), &[request]).await;
-    let (made, right) = made_and_right(&registry);
-    assert!(right >= 40.0, "of 59 tokens after the first, most were guessed: {right}");
-    assert!((made - right).abs() < 0.5, "none was wrong: {made}");
+    let (proposed, accepted) = proposed_and_accepted(&registry);
+    assert!(accepted >= 40.0, "of 59 tokens after the first, most were drafted: {accepted}");
+    assert!((proposed - accepted).abs() < 0.5, "none was rejected: {proposed}");
 }
 
 #[tokio::test]
-async fn a_known_beginning_is_known_to_both_models() {
+async fn a_cached_prefix_is_valid_for_both_models() {
     let registry = Registry::new();
     let metrics = EngineMetrics::register(&registry).unwrap();
     let engine = Engine::start(model(), Box::new(Oracle::new()), &with(same_model()), &metrics).unwrap();
     let first = answer(engine.submit(&tokens(&prompt(40, 1), 20)).unwrap()).await.unwrap();
-    let before = made_and_right(&registry);
+    let before = proposed_and_accepted(&registry);
     let longer = [prompt(40, 1), first.ids].concat();
     let second = answer(engine.submit(&tokens(&longer, 20)).unwrap()).await.unwrap();
     let reused = value(&registry, "trustformers_prompt_tokens_reused_total", None);
     assert_eq!(reused, 48.0, "three blocks of sixteen, of 59 tokens that both have computed");
-    let after = made_and_right(&registry);
-    assert_eq!(after.0 - before.0, after.1 - before.1, "the draft model found what it had computed");
+    let after = proposed_and_accepted(&registry);
+    assert_eq!(after.0 - before.0, after.1 - before.1, "the draft model reused its own blocks");
     assert!(after.0 - before.0 > 10.0);
     drop(second);
 }
 
 #[test]
-fn a_step_has_no_more_guesses_than_it_can_check_quickly() {
+fn a_step_verifies_at_most_eight_rows() {
     let registry = Registry::new();
-    let (backend, gate) = gated();
+    let (backend, steps) = stepped();
     let metrics = EngineMetrics::register(&registry).unwrap();
     let config = EngineConfig { max_batch_size: 8, ..with(Speculation::Ngram) };
     let engine = Engine::start(model(), backend, &config, &metrics).unwrap();
-    let mut here = vec![engine.submit(&tokens(&repeating(0), 60)).unwrap()];
-    gate.begun();
-    here.extend((1..5).map(|salt| engine.submit(&tokens(&repeating(salt), 60)).unwrap()));
-    gate.let_it(Verdict::Run);
+    let mut running = vec![engine.submit(&tokens(&repeating(0), 60)).unwrap()];
+    steps.next_step();
+    running.extend((1..5).map(|salt| engine.submit(&tokens(&repeating(salt), 60)).unwrap()));
+    steps.decide(Verdict::Run);
     for _ in 0..30 {
-        let step = gate.begun();
+        let step = steps.next_step();
         let decoding = (0..step.sequences()).filter(|sequence| {
             let rows = step.rows_of(*sequence);
             step.positions[rows.start] >= 48
         });
         let rows: usize = decoding.map(|sequence| step.rows_of(sequence).len()).sum();
         assert!(rows <= 8, "{rows} rows");
-        gate.let_it(Verdict::Run);
+        steps.decide(Verdict::Run);
     }
-    drop((gate, here));
+    drop((steps, running));
 }
 
 #[tokio::test]
-async fn a_failed_step_ends_its_requests_and_the_next_guess_again() {
+async fn speculation_continues_after_a_failed_step() {
     let registry = Registry::new();
-    let (backend, gate) = gated();
+    let (backend, steps) = stepped();
     let metrics = EngineMetrics::register(&registry).unwrap();
     let engine = Engine::start(model(), backend, &with(Speculation::Ngram), &metrics).unwrap();
     let failed = engine.submit(&tokens(&repeating(1), 30)).unwrap();
-    gate.run();
-    gate.begun();
-    gate.let_it(Verdict::Fail);
+    steps.run_step();
+    steps.next_step();
+    steps.decide(Verdict::Fail);
     let error = answer(failed).await.unwrap_err();
-    assert!(matches!(error, GenerateError::Backend { .. }), "{error}");
+    assert!(matches!(error, GenerateError::Device(_)), "{error}");
     let again = engine.submit(&tokens(&repeating(1), 30)).unwrap();
-    drop(gate);
+    drop(steps);
     let again = answer(again).await.unwrap();
     let plain = answer(start(&config()).submit(&tokens(&repeating(1), 30)).unwrap()).await.unwrap();
     assert_eq!(again, plain);
@@ -212,17 +213,17 @@ fn a_draft_model_of_another_vocabulary_is_refused() {
     let (a, b) = (at(&swapped, b'a'), at(&swapped, b'b'));
     swapped.swap(a, b);
     let swapped = Model::from_bytes(Path::new("draft.gguf"), Arc::new(swapped)).unwrap();
-    let says = refusal(Arc::new(swapped));
-    assert!(says.contains("of its vocabulary is another one"), "{says}");
-    let says = refusal(seeded(SeededModel { context_tokens: 128, ..SeededModel::default() }));
-    assert!(says.contains("its context of 128 tokens is shorter than the 256"), "{says}");
+    let message = refusal(Arc::new(swapped));
+    assert!(message.contains("of its vocabulary differs"), "{message}");
+    let message = refusal(seeded(SeededModel { context_tokens: 128, ..SeededModel::default() }));
+    assert!(message.contains("its context of 128 tokens is shorter than the 256"), "{message}");
     let folder = tempfile::tempdir().unwrap();
     SeededEncoder::default().write(folder.path()).unwrap();
-    let says = refusal(Arc::new(Model::load(folder.path(), &mut |_| {}).unwrap()));
-    assert!(says.contains("generates nothing"), "{says}");
+    let message = refusal(Arc::new(Model::load(folder.path(), &mut |_| {}).unwrap()));
+    assert!(message.contains("does not generate"), "{message}");
 }
 
-/// A device that computes every model but the second one that it loads: that one's steps fail.
+/// A device on which the steps of the second model that it loads fail.
 struct BrokenDraft(Oracle, usize);
 
 struct BrokenModel(Box<dyn Loaded>);
@@ -266,14 +267,14 @@ impl Executable for BrokenSteps {
 }
 
 #[tokio::test]
-async fn without_its_draft_model_the_engine_goes_on() {
+async fn the_engine_continues_without_a_broken_draft_model() {
     let metrics = EngineMetrics::register(&Registry::new()).unwrap();
     let backend = Box::new(BrokenDraft(Oracle::new(), 0));
     let engine = Engine::start(model(), backend, &with(same_model()), &metrics).unwrap();
     let requests = requests();
     let (plain, _) = answers(&config(), &requests).await;
-    let here: Vec<_> = requests.iter().map(|params| engine.submit(params).unwrap()).collect();
-    for (generation, plain) in here.into_iter().zip(plain) {
+    let running: Vec<_> = requests.iter().map(|params| engine.submit(params).unwrap()).collect();
+    for (generation, plain) in running.into_iter().zip(plain) {
         assert_eq!(answer(generation).await.unwrap(), plain);
     }
     assert_eq!(engine.heartbeat().failed_steps, 0);

@@ -5,7 +5,7 @@ use std::time::UNIX_EPOCH;
 use trustformers_model::chat::{ChatError, ChatRequest};
 
 #[test]
-fn templates_of_the_files_give_the_texts_of_transformers() {
+fn chat_templates_give_the_texts_of_transformers() {
     let reference: Value = serde_json::from_str(include_str!("../reference/chat.json")).unwrap();
     let models = reference["models"].as_object().unwrap();
     assert_eq!(models.len(), 2);
@@ -24,13 +24,13 @@ fn templates_of_the_files_give_the_texts_of_transformers() {
             match (model.chat().unwrap().render(&request), wanted["error"].as_str()) {
                 (Ok(text), None) => {
                     assert_eq!(text, wanted["text"].as_str().unwrap(), "{file} with {name}");
-                    // What a template makes, the tokenizer reads as the turns that it means.
+                    // The tokenizer reads the special tokens of the template as such.
                     let ids = model.tokenizer().encode_rendered(&text).unwrap();
                     let start = model.tokenizer().encode("<|im_start|>").unwrap()[0];
                     assert!(ids.iter().filter(|id| **id == start).count() >= request.messages.len().min(2));
                 }
                 (Err(ChatError::Failed(_)), Some("failed")) => {}
-                (text, error) => panic!("{file} with {name}: {text:?} where {error:?} was wanted"),
+                (text, error) => panic!("{file} with {name}: {text:?} instead of {error:?}"),
             }
         }
     }

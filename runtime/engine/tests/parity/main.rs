@@ -1,8 +1,9 @@
-//! Answers of real models against an independent f32 implementation, whose outputs are stored beside this file with the
-//! recipe that made them.
+//! Answers of real models against an independent f32 implementation. Its outputs are stored in
+//! `tests/reference`; `e2e/reference` has the recipe.
 //!
-//! A greedy token is only decided where the best logit is clearly above the second: tokens must agree up to the first
-//! margin below [`UNDECIDED`]. Among our own devices in exact numerics no such excuse is taken: all tokens are equal.
+//! A greedy token is decided only where the best logit is clearly above the second: tokens must agree up to
+//! the first margin below [`UNDECIDED`]. The devices of this project in exact numerics must agree on all
+//! tokens.
 
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
 
@@ -27,19 +28,20 @@ const CLEAR: f32 = 0.5;
 /// ...in this share of the positions.
 const FAST_AGREEMENT: f64 = 0.98;
 
-/// Margin below which two right implementations may choose differently.
+/// Margin below which two correct implementations may choose differently.
 const UNDECIDED: f32 = 1e-3;
 
-/// Largest difference of a logit that float32 arithmetic in another order explains, on logits of about 10 to 30.
+/// Largest difference of a logit that float32 arithmetic in another order explains, on logits of about 10 to
+/// 30.
 const LOGIT_TOLERANCE: f32 = 1e-3;
 
 #[derive(Deserialize)]
-struct Reference {
-    cases: Vec<Case>,
+struct GenerationReference {
+    cases: Vec<ReferenceCase>,
 }
 
 #[derive(Deserialize)]
-struct Case {
+struct ReferenceCase {
     prompt: String,
     ids: Vec<u32>,
     top_ids: Vec<usize>,
@@ -49,21 +51,21 @@ struct Case {
     text: String,
 }
 
-impl Case {
-    /// How many tokens are decided beyond doubt.
+impl ReferenceCase {
+    /// How many tokens are decided.
     fn decided(&self) -> usize {
         self.margins.iter().position(|margin| *margin < UNDECIDED).unwrap_or(self.greedy.len())
     }
 }
 
 /// The stored outputs of one model.
-fn cases(stored: &str) -> Vec<Case> {
-    let reference: Reference = serde_json::from_str(stored).unwrap();
+fn cases(stored: &str) -> Vec<ReferenceCase> {
+    let reference: GenerationReference = serde_json::from_str(stored).unwrap();
     assert!(!reference.cases.is_empty());
     reference.cases
 }
 
-/// The folder of the test models, as scripts and other tests have it.
+/// The folder of the test models, as in scripts and other tests.
 fn models() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).map(PathBuf::from);
     set("TRUSTFORMERS_MODELS").or_else(|| {
@@ -74,14 +76,14 @@ fn models() -> Option<PathBuf> {
 
 /// The real model of that name in the folder, or `None` with a printed reason where it may be missing.
 fn model(name: &str) -> Option<Arc<Model>> {
-    let found = model_if_there(name);
+    let found = optional_model(name);
     let required = std::env::var_os("TRUSTFORMERS_REQUIRE_MODELS").is_some_and(|value| value == "1");
     assert!(found.is_some() || !required, "{name} is missing");
     found
 }
 
-/// As [`model`], of a model that no rung of tests fetches.
-fn model_if_there(name: &str) -> Option<Arc<Model>> {
+/// As [`model`], for a model that no stage of the tests fetches.
+fn optional_model(name: &str) -> Option<Arc<Model>> {
     let path = models().map(|folder| folder.join(name)).unwrap_or_default();
     if !path.exists() {
         println!(
@@ -105,10 +107,14 @@ fn tiers() -> Vec<Tier> {
 }
 
 /// Ids and their text.
-type Answer = (Vec<u32>, String);
+type GeneratedText = (Vec<u32>, String);
 
 /// Greedy ids and texts of all prompts, computed together in one batch.
-fn generate(model: &Arc<Model>, backend: Box<dyn Backend>, requests: &[(&Case, usize)]) -> Vec<Answer> {
+fn generate(
+    model: &Arc<Model>,
+    backend: Box<dyn Backend>,
+    requests: &[(&ReferenceCase, usize)],
+) -> Vec<GeneratedText> {
     let config = EngineConfig {
         context_tokens: Some(512),
         max_batch_size: 16,
@@ -134,7 +140,8 @@ fn generate(model: &Arc<Model>, backend: Box<dyn Backend>, requests: &[(&Case, u
     answers
 }
 
-/// Runs token lists by themselves, straight on a backend, and gives the logits of the last `wanted` rows of each.
+/// Runs lists of tokens directly on a backend, one at a time, and gives the logits of the last `wanted` rows
+/// of each.
 fn logits(
     model: &Model,
     backend: &mut dyn Backend,
@@ -179,7 +186,7 @@ fn first_logits(model: &Model, backend: &mut dyn Backend, ids: &[u32]) -> Vec<f3
     logits(model, backend, Numerics::Exact, &[(ids.to_vec(), 1)])[0].row(0).to_vec()
 }
 
-fn check_logits(name: &str, case: &Case, logits: &[f32]) {
+fn check_logits(name: &str, case: &ReferenceCase, logits: &[f32]) {
     let off = case
         .top_ids
         .iter()
@@ -189,9 +196,9 @@ fn check_logits(name: &str, case: &Case, logits: &[f32]) {
     assert!(off <= LOGIT_TOLERANCE, "{name}: {:?}: a logit is off by {off}", case.prompt);
 }
 
-/// In fast numerics, each position judged after the reference's own tokens, so that one difference does not make all
-/// others.
-fn check_fast(model: &Model, cases: &[Case], tier: Tier) {
+/// Checks fast numerics. Each position follows the reference's own tokens, so that one difference does not
+/// cause others.
+fn check_fast(model: &Model, cases: &[ReferenceCase], tier: Tier) {
     let inputs: Vec<(Vec<u32>, usize)> = cases
         .iter()
         .map(|case| {

@@ -1,4 +1,5 @@
-//! all-MiniLM-L6-v2 through the encoder engine: two hundred texts in ragged batches against float32 embeddings.
+//! all-MiniLM-L6-v2 through the encoder engine: two hundred texts in ragged batches against float32
+//! embeddings.
 
 use super::{cpu, tiers};
 use serde::Deserialize;
@@ -18,17 +19,17 @@ const EXACT: f64 = 0.9999;
 const FAST: f64 = 0.97;
 const FAST_MEAN: f64 = 0.995;
 
-/// The scalar tier is plain loops: it is asked for every so-manieth text.
+/// The scalar tier is plain loops: it encodes only one of so many texts.
 const SCALAR_STEP: usize = 8;
 
 #[derive(Deserialize)]
-struct Reference {
+struct EmbeddingReference {
     unit: f64,
-    items: Vec<Item>,
+    items: Vec<ReferenceText>,
 }
 
 #[derive(Deserialize)]
-struct Item {
+struct ReferenceText {
     text: String,
     ids: Vec<u32>,
     embedding: Vec<i32>,
@@ -38,15 +39,15 @@ fn model() -> Option<Arc<Model>> {
     super::model(FOLDER)
 }
 
-fn reference() -> Reference {
-    let reference: Reference =
+fn reference() -> EmbeddingReference {
+    let reference: EmbeddingReference =
         serde_json::from_str(include_str!("../reference/all-minilm-l6-v2.json")).unwrap();
     assert_eq!(reference.items.len(), 200);
     reference
 }
 
 #[test]
-fn texts_become_the_same_ids() {
+fn texts_give_the_ids_of_the_reference() {
     let Some(model) = model() else { return };
     let facts = model.facts();
     let embedding = facts.embedding.as_ref().unwrap();
@@ -73,10 +74,10 @@ fn embed(model: &Arc<Model>, tier: Tier, numerics: Numerics, texts: &[&str]) -> 
     encoded.unwrap().rows().map(<[f32]>::to_vec).collect()
 }
 
-/// The least and the mean cosine to the reference.
+/// The lowest and the mean cosine to the reference.
 fn cosines(model: &Arc<Model>, tier: Tier, numerics: Numerics, step: usize) -> (f64, f64) {
     let reference = reference();
-    let items: Vec<&Item> = reference.items.iter().step_by(step).collect();
+    let items: Vec<&ReferenceText> = reference.items.iter().step_by(step).collect();
     let texts: Vec<&str> = items.iter().map(|item| item.text.as_str()).collect();
     let started = std::time::Instant::now();
     let rows = embed(model, tier, numerics, &texts);
@@ -98,14 +99,14 @@ fn cosines(model: &Arc<Model>, tier: Tier, numerics: Numerics, step: usize) -> (
     let text: String = least.1.chars().take(40).collect();
     let count = items.len();
     println!(
-        "{tier:?} {numerics:?}: {count} texts in {seconds:.1} s, cosine {:.7} at least ({text:?}), {mean:.7} in the mean",
+        "{tier:?} {numerics:?}: {count} texts in {seconds:.1} s, lowest cosine {:.7} ({text:?}), mean {mean:.7}",
         least.0
     );
     (least.0, mean)
 }
 
 #[test]
-fn every_tier_gives_the_references_vectors() {
+fn every_tier_gives_the_vectors_of_the_reference() {
     let Some(model) = model() else { return };
     for tier in tiers() {
         let step = if tier == Tier::Scalar { SCALAR_STEP } else { 1 };
@@ -115,7 +116,7 @@ fn every_tier_gives_the_references_vectors() {
 }
 
 #[test]
-fn fast_numerics_stay_near_them() {
+fn fast_numerics_stay_near_the_reference() {
     let Some(model) = model() else { return };
     for tier in tiers().into_iter().filter(|tier| *tier != Tier::Scalar) {
         let (least, mean) = cosines(&model, tier, Numerics::Fast, 1);

@@ -1,6 +1,7 @@
-//! Qwen2.5-Coder, 0.5B and where it is there 1.5B: five types of storage in one file, biases, halves of heads that turn together.
+//! Qwen2.5-Coder, 0.5B and, where it is present, 1.5B: five weight types in one file, biases, rope on halves
+//! of heads.
 
-use super::{Answer, Case, check_fast, check_logits, cpu, first_logits, generate, tiers};
+use super::{GeneratedText, ReferenceCase, check_fast, check_logits, cpu, first_logits, generate, tiers};
 use std::sync::Arc;
 use trustformers_cpu::Tier;
 use trustformers_model::Model;
@@ -8,8 +9,8 @@ use trustformers_plan::DType;
 
 const FILE: &str = "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf";
 
-/// The model is four times as large as SmolLM2, so tiers but the best are asked for the shortest prompts and this many
-/// tokens.
+/// The model is four times as large as SmolLM2, so all tiers but the best one run only the shortest prompts
+/// and this many tokens.
 const SHORT_PROMPT_TOKENS: usize = 30;
 const SHORT_TOKENS: usize = 12;
 
@@ -17,12 +18,12 @@ fn model() -> Option<Arc<Model>> {
     super::model(FILE)
 }
 
-fn cases() -> Vec<Case> {
+fn cases() -> Vec<ReferenceCase> {
     super::cases(include_str!("../reference/qwen2.5-coder-0.5b.json"))
 }
 
 #[test]
-fn prompts_become_the_same_ids() {
+fn prompts_give_the_ids_of_the_reference() {
     let Some(model) = model() else { return };
     let cases = cases();
     assert!(cases.len() >= 10);
@@ -31,7 +32,7 @@ fn prompts_become_the_same_ids() {
         assert_eq!(model.tokenizer().decode(&case.greedy), case.text);
     }
     let facts = model.facts();
-    assert_eq!((facts.layers, facts.vocabulary, facts.context_tokens), (24, 151_936, 32_768));
+    assert_eq!((facts.layers, facts.vocabulary, facts.context_tokens), (24, 151_665, 32_768));
     let mut types: Vec<DType> = model.weights().iter().map(|(_, weight)| weight.dtype()).collect();
     types.sort_unstable();
     types.dedup();
@@ -39,10 +40,10 @@ fn prompts_become_the_same_ids() {
 }
 
 /// Every case on one tier, compared as far as the reference is decided.
-fn check_greedy(model: &Arc<Model>, cases: &[Case], tier: Tier) -> Vec<Answer> {
-    let all: Vec<(&Case, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
+fn check_greedy(model: &Arc<Model>, cases: &[ReferenceCase], tier: Tier) -> Vec<GeneratedText> {
+    let all: Vec<(&ReferenceCase, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
     let started = std::time::Instant::now();
-    let answers: Vec<Answer> = generate(model, cpu(tier), &all);
+    let answers: Vec<GeneratedText> = generate(model, cpu(tier), &all);
     println!("{tier:?}: {} prompts in {:.1} s", cases.len(), started.elapsed().as_secs_f32());
     let mut equal = 0;
     for (case, (ids, text)) in cases.iter().zip(&answers) {
@@ -58,13 +59,13 @@ fn check_greedy(model: &Arc<Model>, cases: &[Case], tier: Tier) -> Vec<Answer> {
 }
 
 #[test]
-fn the_best_tier_follows_the_reference_and_the_others_follow_it() {
+fn all_tiers_follow_the_reference() {
     let Some(model) = model() else { return };
     let (cases, tiers) = (cases(), tiers());
     let best = *tiers.last().unwrap();
-    let all: Vec<(&Case, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
+    let all: Vec<(&ReferenceCase, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
     let answers = check_greedy(&model, &cases, best);
-    let short: Vec<(&Case, usize)> = all
+    let short: Vec<(&ReferenceCase, usize)> = all
         .iter()
         .filter(|(case, count)| case.ids.len() <= SHORT_PROMPT_TOKENS && *count >= SHORT_TOKENS)
         .take(3)
@@ -91,8 +92,8 @@ fn fast_numerics_agree_where_the_reference_is_clear() {
 }
 
 #[test]
-fn the_larger_one_follows_its_reference_where_it_is_there() {
-    let Some(model) = super::model_if_there("Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf") else { return };
+fn the_larger_model_follows_its_reference_where_present() {
+    let Some(model) = super::optional_model("Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf") else { return };
     let cases = super::cases(include_str!("../reference/qwen2.5-coder-1.5b.json"));
     for case in &cases {
         assert_eq!(model.tokenizer().encode(&case.prompt).unwrap(), case.ids, "{:?}", case.prompt);

@@ -1,6 +1,6 @@
 //! SmolLM2: every tier of the processor, and the oracle.
 
-use super::{Answer, Case, check_fast, check_logits, cpu, first_logits, generate, tiers};
+use super::{GeneratedText, ReferenceCase, check_fast, check_logits, cpu, first_logits, generate, tiers};
 use std::sync::Arc;
 use trustformers_cpu::Tier;
 use trustformers_model::Model;
@@ -8,7 +8,8 @@ use trustformers_plan::oracle::Oracle;
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
-/// The oracle is plain loops: it is asked for the shortest prompts and this many tokens, which takes some seconds.
+/// The oracle is plain loops: it runs only the shortest prompts and this many tokens, which takes some
+/// seconds.
 const ORACLE_PROMPT_TOKENS: usize = 8;
 const ORACLE_TOKENS: usize = 8;
 
@@ -16,12 +17,12 @@ fn model() -> Option<Arc<Model>> {
     super::model(FILE)
 }
 
-fn cases() -> Vec<Case> {
+fn cases() -> Vec<ReferenceCase> {
     super::cases(include_str!("../reference/smollm2-135m-instruct.json"))
 }
 
 #[test]
-fn prompts_become_the_same_ids() {
+fn prompts_give_the_ids_of_the_reference() {
     let Some(model) = model() else { return };
     for case in cases() {
         assert_eq!(model.tokenizer().encode(&case.prompt).unwrap(), case.ids, "{:?}", case.prompt);
@@ -37,7 +38,7 @@ fn prompts_become_the_same_ids() {
 fn the_oracle_follows_the_reference() {
     let Some(model) = model() else { return };
     let cases = cases();
-    let short: Vec<(&Case, usize)> = cases
+    let short: Vec<(&ReferenceCase, usize)> = cases
         .iter()
         .filter(|case| case.ids.len() <= ORACLE_PROMPT_TOKENS)
         .map(|case| (case, case.decided().min(ORACLE_TOKENS)))
@@ -51,11 +52,11 @@ fn the_oracle_follows_the_reference() {
 }
 
 #[test]
-fn every_cpu_tier_follows_the_reference_and_the_others() {
+fn every_cpu_tier_follows_the_reference() {
     let Some(model) = model() else { return };
     let cases = cases();
-    let requests: Vec<(&Case, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
-    let mut before: Option<(Tier, Vec<Answer>)> = None;
+    let requests: Vec<(&ReferenceCase, usize)> = cases.iter().map(|case| (case, case.greedy.len())).collect();
+    let mut before: Option<(Tier, Vec<GeneratedText>)> = None;
     for tier in tiers() {
         let started = std::time::Instant::now();
         let answers = generate(&model, cpu(tier), &requests);

@@ -1,34 +1,34 @@
-//! Tables: taken, refused, kept, and waited for.
+//! Routing tables: applied, refused, saved and awaited.
 
 use std::fs;
 
 use http::StatusCode;
 use trustformers_gateway::start;
 
-use crate::operator::{Operator, Table};
+use crate::operator::{Operator, TableBuilder};
 use crate::pods::Pod;
 use crate::{Scene, client, get, post, settings, text, until};
 
 #[tokio::test]
 async fn an_older_table_is_refused() {
     let (old, new) = (Pod::named("old").await, Pod::named("new").await);
-    let scene = Scene::with_table(Table::new(5, 2).route("a").backend("r1", 1, &[new.address])).await;
+    let scene = Scene::with_table(TableBuilder::new(5, 2).route("a").backend("r1", 1, &[new.address])).await;
     let before = scene.operator.reports();
-    scene.operator.publish(Table::new(5, 1).route("a").backend("r1", 1, &[old.address]));
+    scene.operator.publish(TableBuilder::new(5, 1).route("a").backend("r1", 1, &[old.address]));
     let refused = r#"trustformers_gateway_tables_refused_total{reason="stale"}"#;
     until("the table to be refused", || async { scene.metric(refused).await > 0.5 }).await;
-    // The report that follows says what is in force.
+    // The next report has the version in force.
     let report = scene.operator.report(before, |_| true).await;
-    assert_eq!(report.acknowledged, Some(Table::new(5, 2).version()));
+    assert_eq!(report.acknowledged, Some(TableBuilder::new(5, 2).version()));
     assert_eq!(scene.answer("a").await.1, "new");
-    scene.publish(Table::new(6, 0).route("a").backend("r1", 1, &[old.address])).await;
+    scene.publish(TableBuilder::new(6, 0).route("a").backend("r1", 1, &[old.address])).await;
     assert_eq!(scene.answer("a").await.1, "old");
 }
 
 #[tokio::test]
-async fn a_table_that_cannot_be_used_leaves_the_one_before() {
+async fn an_invalid_table_leaves_the_last_one_in_force() {
     let pod = Pod::named("one").await;
-    let table = |counter| Table::new(1, counter).route("a").backend("r1", 1, &[pod.address]);
+    let table = |counter| TableBuilder::new(1, counter).route("a").backend("r1", 1, &[pod.address]);
     let scene = Scene::with_table(table(1)).await;
     // The same route twice.
     scene.operator.publish(table(2).route("a"));
@@ -39,8 +39,8 @@ async fn a_table_that_cannot_be_used_leaves_the_one_before() {
 }
 
 #[tokio::test]
-async fn reports_come_every_second_and_name_the_gateway() {
-    let scene = Scene::with_table(Table::new(1, 1)).await;
+async fn a_report_with_the_gateways_name_comes_every_second() {
+    let scene = Scene::with_table(TableBuilder::new(1, 1)).await;
     let before = scene.operator.reports();
     for count in 0..2 {
         let report = scene.operator.report(before + count, |_| true).await;
@@ -50,9 +50,10 @@ async fn reports_come_every_second_and_name_the_gateway() {
 }
 
 #[tokio::test]
-async fn the_operator_may_go_and_come_back() {
+async fn the_gateway_serves_while_the_operator_restarts() {
     let (one, two) = (Pod::named("one").await, Pod::named("two").await);
-    let mut scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[one.address])).await;
+    let mut scene =
+        Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[one.address])).await;
     for round in 2..5 {
         scene.operator.stop().await;
         until("the loss to be noticed", || async {
@@ -61,15 +62,15 @@ async fn the_operator_may_go_and_come_back() {
         .await;
         assert_eq!(scene.get("/health/ready").await.0, StatusCode::OK);
         assert_eq!(scene.answer("a").await.0, StatusCode::OK);
-        // It may have been made since: that is for the operator to say.
-        let (status, body) = scene.answer("made-meanwhile").await;
+        // The model may be newer than the table; only the operator can decide that.
+        let (status, body) = scene.answer("created-later").await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
         assert!(body.contains("table_outdated"), "{body}");
-        scene.operator.come_back().await;
+        scene.operator.restart().await;
         let pod = if round % 2 == 0 { &two } else { &one };
-        scene.publish(Table::new(round, 0).route("a").backend("r1", 1, &[pod.address])).await;
+        scene.publish(TableBuilder::new(round, 0).route("a").backend("r1", 1, &[pod.address])).await;
         assert_eq!(scene.answer("a").await.1, if round % 2 == 0 { "two" } else { "one" });
-        assert_eq!(scene.answer("made-meanwhile").await.0, StatusCode::NOT_FOUND);
+        assert_eq!(scene.answer("created-later").await.0, StatusCode::NOT_FOUND);
     }
 }
 
@@ -84,7 +85,7 @@ async fn the_token_is_read_at_each_connect() {
     until("the first connect", || async { operator.tokens().len() == 1 }).await;
     fs::write(&file, "second").unwrap();
     operator.stop().await;
-    operator.come_back().await;
+    operator.restart().await;
     until("the second connect", || async { operator.tokens().len() >= 2 }).await;
     let tokens = operator.tokens();
     assert_eq!(tokens[0].as_deref(), Some("Bearer first"));
@@ -95,9 +96,10 @@ async fn the_token_is_read_at_each_connect() {
 #[tokio::test]
 async fn a_restarted_gateway_serves_without_an_operator() {
     let pod = Pod::named("one").await;
-    let mut scene = Scene::with_table(Table::new(2, 7).route("a").backend("r1", 1, &[pod.address])).await;
+    let mut scene =
+        Scene::with_table(TableBuilder::new(2, 7).route("a").backend("r1", 1, &[pod.address])).await;
     let file = scene.state.path().join("table");
-    until("the table to be kept", || async { file.exists() }).await;
+    until("the table to be saved", || async { file.exists() }).await;
     scene.operator.stop().await;
     let Scene { gateway, operator, state, .. } = scene;
     gateway.finish().await;
@@ -110,7 +112,7 @@ async fn a_restarted_gateway_serves_without_an_operator() {
     assert_eq!(text(answer).await, (StatusCode::OK, "one".to_owned()));
     gateway.finish().await;
 
-    // A damaged file is as good as none, and does not keep the gateway from starting.
+    // A damaged file counts as none, and the gateway starts.
     let mut damaged = fs::read(&file).unwrap();
     let last = damaged.len() - 1;
     damaged[last] ^= 0x40;
@@ -123,31 +125,32 @@ async fn a_restarted_gateway_serves_without_an_operator() {
 }
 
 #[tokio::test]
-async fn a_kept_table_gives_way_to_a_newer_one_only() {
+async fn only_a_newer_table_replaces_the_saved_one() {
     let pod = Pod::named("one").await;
-    let mut scene = Scene::with_table(Table::new(2, 7).route("a").backend("r1", 1, &[pod.address])).await;
+    let mut scene =
+        Scene::with_table(TableBuilder::new(2, 7).route("a").backend("r1", 1, &[pod.address])).await;
     let file = scene.state.path().join("table");
-    until("the table to be kept", || async { file.exists() }).await;
+    until("the table to be saved", || async { file.exists() }).await;
     scene.operator.stop().await;
     let Scene { gateway, mut operator, state, client } = scene;
     gateway.finish().await;
-    operator.publish(Table::new(2, 6).route("b").backend("r1", 1, &[pod.address]));
-    operator.come_back().await;
+    operator.publish(TableBuilder::new(2, 6).route("b").backend("r1", 1, &[pod.address]));
+    operator.restart().await;
     let before = operator.reports();
     let gateway = start(settings(operator.address(), state.path(), &[])).await.unwrap();
     let scene = Scene { gateway, operator, state, client };
     let report = scene.operator.report(before, |_| true).await;
-    assert_eq!(report.acknowledged, Some(Table::new(2, 7).version()));
+    assert_eq!(report.acknowledged, Some(TableBuilder::new(2, 7).version()));
     let refused = r#"trustformers_gateway_tables_refused_total{reason="stale"}"#;
     until("the older one to be refused", || async { scene.metric(refused).await > 0.5 }).await;
     assert_eq!(scene.answer("a").await.1, "one");
-    scene.publish(Table::new(2, 8).route("b").backend("r1", 1, &[pod.address])).await;
+    scene.publish(TableBuilder::new(2, 8).route("b").backend("r1", 1, &[pod.address])).await;
     assert_eq!(scene.answer("a").await.0, StatusCode::NOT_FOUND);
     assert_eq!(scene.answer("b").await.1, "one");
 }
 
 #[tokio::test]
-async fn a_state_folder_that_cannot_be_used_is_named_at_the_start() {
+async fn an_unusable_state_folder_is_named_at_the_start() {
     let state = tempfile::tempdir().unwrap();
     let occupied = state.path().join("file");
     fs::write(&occupied, "").unwrap();

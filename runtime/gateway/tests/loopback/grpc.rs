@@ -1,4 +1,4 @@
-//! gRPC: forwarded with trailers and statuses, and the gateway's own services.
+//! gRPC: calls are forwarded with trailers and statuses, and the gateway has services of its own.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -22,13 +22,13 @@ use trustformers_proto::v1::{
     ListModelsRequest, ModelState, WatchModelsRequest,
 };
 
-use crate::operator::Table;
+use crate::operator::TableBuilder;
 use crate::pods::Pod;
 use crate::{Scene, soon, until};
 
 type Pieces = mpsc::Receiver<Result<GenerateStreamResponse, Status>>;
 
-/// A pod that speaks gRPC: answers or refuses, and streams what a test sends.
+/// A pod with gRPC: it answers or refuses, and streams the messages of a test.
 struct GrpcPod {
     refusal: Option<Code>,
     pieces: Mutex<Option<Pieces>>,
@@ -95,10 +95,10 @@ fn counted(code: &str) -> String {
 
 #[tokio::test]
 async fn a_call_is_forwarded_on_either_port() {
-    let (address, _pieces) = pod(None).await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[address])).await;
-    for door in [scene.grpc(), format!("http://{}", scene.http())] {
-        let mut caller = InferenceServiceClient::connect(door).await.unwrap();
+    let (pod_address, _pieces) = pod(None).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[pod_address])).await;
+    for address in [scene.grpc(), format!("http://{}", scene.http())] {
+        let mut caller = InferenceServiceClient::connect(address).await.unwrap();
         for model in ["a", "default/a", ""] {
             let answer = caller.generate(request(model)).await.unwrap().into_inner();
             assert_eq!((answer.model.as_str(), answer.text.as_str()), (model, "whole"));
@@ -110,7 +110,7 @@ async fn a_call_is_forwarded_on_either_port() {
 #[tokio::test]
 async fn messages_pass_one_by_one_and_trailers_last() {
     let (address, pieces) = pod(None).await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[address])).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[address])).await;
     let mut stream = caller(&scene).await.generate_stream(request("a")).await.unwrap().into_inner();
     for word in ["one", "two", "three"] {
         pieces.send(text(word)).await.unwrap();
@@ -122,14 +122,14 @@ async fn messages_pass_one_by_one_and_trailers_last() {
     let status = soon("the status", stream.message()).await.unwrap_err();
     assert_eq!((status.code(), status.message()), (Code::DataLoss, "after three words"));
     assert_eq!(status.metadata().get("x-detail").unwrap(), "d");
-    // The head was fine; that it ended badly was in the trailers, and is counted so.
+    // The head reported success and the trailers the failure, which is counted.
     until("it to be counted", || async { scene.metric(&counted("5xx")).await > 0.5 }).await;
 }
 
 #[tokio::test]
-async fn a_caller_who_leaves_stops_the_pod() {
+async fn a_call_that_is_cancelled_stops_the_pod() {
     let (address, pieces) = pod(None).await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[address])).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[address])).await;
     let mut stream = caller(&scene).await.generate_stream(request("a")).await.unwrap().into_inner();
     pieces.send(text("one")).await.unwrap();
     soon("a message", stream.message()).await.unwrap().unwrap();
@@ -139,36 +139,37 @@ async fn a_caller_who_leaves_stops_the_pod() {
 }
 
 #[tokio::test]
-async fn an_embed_call_finds_its_model_as_any_other_does() {
+async fn an_embed_call_finds_its_model_by_name_or_task() {
     let (address, _pieces) = pod(None).await;
-    let table = Table::new(1, 1).route("a").backend("r1", 1, &[address]).route("b").backend("r1", 1, &[]);
+    let table =
+        TableBuilder::new(1, 1).route("a").backend("r1", 1, &[address]).route("b").backend("r1", 1, &[]);
     let scene = Scene::with_table(table).await;
-    let ask = |model: &str| EmbedRequest {
+    let request_for = |model: &str| EmbedRequest {
         input: vec!["x".repeat(300), String::new(), "y".into()],
         model: model.into(),
         ..Default::default()
     };
-    let answer = caller(&scene).await.embed(ask("a")).await.unwrap().into_inner();
+    let answer = caller(&scene).await.embed(request_for("a")).await.unwrap().into_inner();
     assert_eq!((answer.model.as_str(), answer.id), ("a", format!("{}||y", "x".repeat(300))));
-    assert_eq!(caller(&scene).await.embed(ask("b")).await.unwrap_err().code(), Code::Unavailable);
+    assert_eq!(caller(&scene).await.embed(request_for("b")).await.unwrap_err().code(), Code::Unavailable);
     // Without a name it is the only one that embeds.
-    assert_eq!(caller(&scene).await.embed(ask("")).await.unwrap_err().code(), Code::InvalidArgument);
-    let table = Table::new(1, 2).route("a").task("embed").backend("r1", 1, &[address]);
+    assert_eq!(caller(&scene).await.embed(request_for("")).await.unwrap_err().code(), Code::InvalidArgument);
+    let table = TableBuilder::new(1, 2).route("a").task("embed").backend("r1", 1, &[address]);
     scene.publish(table.route("b").task("generate")).await;
-    assert_eq!(caller(&scene).await.embed(ask("")).await.unwrap().into_inner().model, "");
+    assert_eq!(caller(&scene).await.embed(request_for("")).await.unwrap().into_inner().model, "");
     assert_eq!(caller(&scene).await.generate(request("")).await.unwrap_err().code(), Code::Unavailable);
 }
 
 #[tokio::test]
-async fn refusals_before_the_first_message_are_tried_elsewhere() {
+async fn refusals_before_the_first_message_are_retried() {
     for code in [Code::Unavailable, Code::ResourceExhausted] {
         let ((no, _), (yes, _)) = (pod(Some(code)).await, pod(None).await);
-        let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[no, yes])).await;
+        let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[no, yes])).await;
         let mut caller = caller(&scene).await;
         for _ in 0..20 {
             assert_eq!(caller.generate(request("a")).await.unwrap().into_inner().text, "whole", "{code:?}");
         }
-        let alone = Table::new(1, 2).route("a").backend("r1", 1, &[no]);
+        let alone = TableBuilder::new(1, 2).route("a").backend("r1", 1, &[no]);
         scene.publish(alone).await;
         let status = caller.generate(request("a")).await.unwrap_err();
         assert_eq!((status.code(), status.message()), (code, "refused by the pod"));
@@ -176,10 +177,10 @@ async fn refusals_before_the_first_message_are_tried_elsewhere() {
 }
 
 #[tokio::test]
-async fn the_gateways_own_refusals_are_statuses() {
+async fn refusals_of_the_gateway_are_grpc_statuses() {
     let gone = Pod::absent().await;
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let table = Table::new(1, 1).route("a").backend("r1", 1, &[gone]).route("b").backend("r1", 1, &[]);
+    let table = TableBuilder::new(1, 1).route("a").backend("r1", 1, &[gone]).route("b").backend("r1", 1, &[]);
     let table = table.route("c").policy(50, 1).backend("r1", 1, &[silent.local_addr().unwrap()]);
     let scene = Scene::with_table(table).await;
     let mut caller = caller(&scene).await;
@@ -202,7 +203,7 @@ async fn the_gateways_own_refusals_are_statuses() {
 #[tokio::test]
 async fn models_are_listed_and_watched() {
     let (address, _pieces) = pod(None).await;
-    let table = Table::new(1, 1).route("a").backend("r1", 1, &[address]).backend("r2", 0, &[]);
+    let table = TableBuilder::new(1, 1).route("a").backend("r1", 1, &[address]).backend("r2", 0, &[]);
     let scene = Scene::with_table(table).await;
     let mut models = ModelServiceClient::connect(scene.grpc()).await.unwrap();
     let list = models.list_models(ListModelsRequest {}).await.unwrap().into_inner().models;
@@ -212,19 +213,19 @@ async fn models_are_listed_and_watched() {
     assert_eq!(list[0].digest, "digest-r1");
     let mut watch = models.watch_models(WatchModelsRequest {}).await.unwrap().into_inner();
     assert_eq!(soon("the present state", watch.message()).await.unwrap().unwrap().models.len(), 2);
-    scene.publish(Table::new(1, 2)).await;
+    scene.publish(TableBuilder::new(1, 2)).await;
     assert_eq!(soon("the change", watch.message()).await.unwrap().unwrap().models.len(), 0);
 }
 
 #[tokio::test]
-async fn health_follows_readiness_and_reflection_names_what_is_served() {
+async fn health_follows_readiness_and_reflection_lists_services() {
     let (address, _pieces) = pod(None).await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[address])).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[address])).await;
     let channel = Channel::from_shared(scene.grpc()).unwrap().connect().await.unwrap();
     let mut health = HealthClient::new(channel.clone());
     let service = "trustformers.v1.InferenceService".to_owned();
-    let ask = tonic_health::pb::HealthCheckRequest { service };
-    let status = health.check(ask.clone()).await.unwrap().into_inner().status();
+    let check = tonic_health::pb::HealthCheckRequest { service };
+    let status = health.check(check.clone()).await.unwrap().into_inner().status();
     assert_eq!(status.as_str_name(), "SERVING");
     let question = ServerReflectionRequest {
         host: String::new(),
@@ -242,14 +243,14 @@ async fn health_follows_readiness_and_reflection_names_what_is_served() {
         "{names:?}"
     );
     assert!(!names.iter().any(|name| name.contains("control")), "{names:?}");
-    scene.gateway.leave();
-    let status = health.check(ask).await.unwrap().into_inner().status();
+    scene.gateway.start_drain();
+    let status = health.check(check).await.unwrap().into_inner().status();
     assert_eq!(status.as_str_name(), "NOT_SERVING");
 }
 
 #[tokio::test]
-async fn a_service_that_is_not_here_is_named() {
-    let scene = Scene::with_table(Table::new(1, 1)).await;
+async fn an_unknown_service_is_named_in_the_error() {
+    let scene = Scene::with_table(TableBuilder::new(1, 1)).await;
     let channel = Channel::from_shared(scene.grpc()).unwrap().connect().await.unwrap();
     let mut grpc = tonic::client::Grpc::new(channel);
     grpc.ready().await.unwrap();

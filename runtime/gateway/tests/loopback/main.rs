@@ -1,13 +1,14 @@
-//! The gateway between real servers on the loopback interface: a fake operator that feeds it tables, and pods whose
-//! every step the tests decide.
+//! The gateway between real servers on the loopback interface: a fake operator that feeds it tables, and pods
+//! that the tests control step by step.
 //!
-//! Nothing here sleeps: a test waits for what it wants to see, and a limit turns waiting in vain into a failure.
+//! No test sleeps: it waits for a condition, and fails if the condition does not come within a limit.
 
-#![allow(clippy::unwrap_used, reason = "a test that meets what it does not expect has failed")]
+#![allow(clippy::unwrap_used, reason = "an unexpected value fails the test")]
 
 mod drain;
 mod feed;
 mod grpc;
+mod hostile;
 mod operator;
 mod pods;
 mod retry;
@@ -31,22 +32,22 @@ use trustformers_gateway::{Running, Settings, start};
 
 use operator::Operator;
 
-/// Nothing that a test waits for takes longer, on the busiest machine.
+/// The longest wait for a condition, sized for a busy machine.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Waits for something that must happen.
+/// Waits for a future that must end.
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(LIMIT, future).await {
         Ok(value) => value,
-        Err(_elapsed) => panic!("waited in vain: {what}"),
+        Err(_elapsed) => panic!("timed out: {what}"),
     }
 }
 
-/// Asks again and again until the answer is yes.
-async fn until<F: Future<Output = bool>>(what: &str, mut asked: impl FnMut() -> F) {
+/// Checks a condition repeatedly until it is true.
+async fn until<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
     soon(what, async {
-        while !asked().await {
-            // Lets the servers of the test, which share this thread, go on before the next look.
+        while !condition().await {
+            // The servers of the test run on the same thread.
             tokio::task::yield_now().await;
         }
     })
@@ -61,7 +62,7 @@ struct Scene {
     client: Client<HttpConnector, Full<Bytes>>,
 }
 
-/// The flags of a gateway that listens where the system likes.
+/// The flags of a gateway that listens on ports of the system's choice.
 fn settings(feed: SocketAddr, state: &std::path::Path, more: &[&str]) -> Settings {
     let feed = format!("http://{feed}");
     let state = state.to_str().unwrap();
@@ -85,7 +86,7 @@ fn settings(feed: SocketAddr, state: &std::path::Path, more: &[&str]) -> Setting
 
 impl Scene {
     /// A gateway that has put the operator's table in force.
-    async fn with_table(table: operator::Table) -> Self {
+    async fn with_table(table: operator::TableBuilder) -> Self {
         let operator = Operator::start().await;
         let state = tempfile::tempdir().unwrap();
         let gateway = start(settings(operator.address(), state.path(), &[])).await.unwrap();
@@ -95,7 +96,7 @@ impl Scene {
     }
 
     /// Publishes a table and waits until it is acknowledged.
-    async fn publish(&self, table: operator::Table) {
+    async fn publish(&self, table: operator::TableBuilder) {
         let version = table.version();
         self.operator.publish(table);
         self.operator.acknowledged(version).await;
@@ -110,7 +111,7 @@ impl Scene {
     }
 
     /// Sends a prompt to a model and returns the head of the answer.
-    async fn ask(&self, model: &str) -> Response<Incoming> {
+    async fn request(&self, model: &str) -> Response<Incoming> {
         let body = serde_json::json!({"model": model, "prompt": "p"}).to_string();
         soon("the head of an answer", self.client.request(post(self.http(), "/v1/generate", body)))
             .await
@@ -119,17 +120,17 @@ impl Scene {
 
     /// Sends a prompt and returns status and body.
     async fn answer(&self, model: &str) -> (StatusCode, String) {
-        text(self.ask(model).await).await
+        text(self.request(model).await).await
     }
 
     async fn get(&self, path: &str) -> (StatusCode, String) {
         get(&self.client, self.http(), path).await
     }
 
-    /// The value of a line of the metrics page; 0 where there is no such line.
+    /// The value of a line of the metrics; 0 where there is no such line.
     async fn metric(&self, line: &str) -> f64 {
-        let (_, page) = self.get("/metrics").await;
-        let value = page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' '));
+        let (_, text) = self.get("/metrics").await;
+        let value = text.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' '));
         value.map_or(0.0, |value| value.parse().unwrap())
     }
 }
@@ -153,7 +154,7 @@ async fn get(
     path: &str,
 ) -> (StatusCode, String) {
     let request = Request::get(format!("http://{address}{path}")).body(Full::default()).unwrap();
-    text(soon("a page", client.request(request)).await.unwrap()).await
+    text(soon("an answer", client.request(request)).await.unwrap()).await
 }
 
 async fn text(response: Response<Incoming>) -> (StatusCode, String) {

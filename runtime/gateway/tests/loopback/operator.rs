@@ -1,4 +1,4 @@
-//! A fake operator: publishes the tables that a test writes and keeps the reports that come back.
+//! A fake operator: publishes the tables of a test and records the reports of the gateway.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -15,16 +15,16 @@ use trustformers_proto::control::v1::route_service_server::{RouteService, RouteS
 
 use crate::soon;
 
-/// A table in the making.
+/// Builds a table.
 #[derive(Clone)]
-pub(crate) struct Table(wire::RouteTable);
+pub(crate) struct TableBuilder(wire::RouteTable);
 
-impl Table {
+impl TableBuilder {
     pub(crate) fn new(term: u64, counter: u64) -> Self {
         Self(wire::RouteTable { version: Some(wire::TableVersion { term, counter }), routes: Vec::new() })
     }
 
-    /// Adds a route that answers to `default/NAME` and `NAME`.
+    /// Adds a route with the names `default/NAME` and `NAME`.
     pub(crate) fn route(mut self, name: &str) -> Self {
         self.0.routes.push(wire::Route {
             name: format!("default/{name}"),
@@ -48,7 +48,7 @@ impl Table {
         self
     }
 
-    /// Adds a revision to the last route, whose pods take HTTP and gRPC on one port.
+    /// Adds a revision to the last route. Its pods have one port for HTTP and gRPC.
     pub(crate) fn backend(mut self, revision: &str, weight: u32, pods: &[SocketAddr]) -> Self {
         let endpoints = pods.iter().map(|address| wire::Endpoint {
             pod_name: format!("pod-{}", address.port()),
@@ -73,14 +73,14 @@ impl Table {
 }
 
 #[derive(Default)]
-struct Seen {
+struct Received {
     reports: Vec<wire::GatewayReport>,
     tokens: Vec<Option<String>>,
 }
 
 struct Service {
     tables: watch::Receiver<Option<wire::RouteTable>>,
-    seen: Arc<Mutex<Seen>>,
+    received: Arc<Mutex<Received>>,
     changed: Arc<watch::Sender<()>>,
 }
 
@@ -93,12 +93,12 @@ impl RouteService for Service {
         request: Request<Streaming<wire::GatewayReport>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let token = request.metadata().get("authorization").map(|token| token.to_str().unwrap().to_owned());
-        self.seen.lock().unwrap().tokens.push(token);
+        self.received.lock().unwrap().tokens.push(token);
         let mut reports = request.into_inner();
-        let (seen, changed) = (Arc::clone(&self.seen), Arc::clone(&self.changed));
+        let (received, changed) = (Arc::clone(&self.received), Arc::clone(&self.changed));
         tokio::spawn(async move {
             while let Some(Ok(report)) = reports.next().await {
-                seen.lock().unwrap().reports.push(report);
+                received.lock().unwrap().reports.push(report);
                 changed.send_replace(());
             }
         });
@@ -111,7 +111,7 @@ impl RouteService for Service {
 pub(crate) struct Operator {
     address: SocketAddr,
     tables: watch::Sender<Option<wire::RouteTable>>,
-    seen: Arc<Mutex<Seen>>,
+    received: Arc<Mutex<Received>>,
     changed: Arc<watch::Sender<()>>,
     server: Option<JoinHandle<()>>,
 }
@@ -122,7 +122,7 @@ impl Operator {
         let mut operator = Self {
             address: listener.local_addr().unwrap(),
             tables: watch::Sender::new(None),
-            seen: Arc::default(),
+            received: Arc::default(),
             changed: Arc::new(watch::Sender::new(())),
             server: None,
         };
@@ -133,7 +133,7 @@ impl Operator {
     fn serve(&mut self, listener: TcpListener) {
         let service = Service {
             tables: self.tables.subscribe(),
-            seen: Arc::clone(&self.seen),
+            received: Arc::clone(&self.received),
             changed: Arc::clone(&self.changed),
         };
         let server = tonic::transport::Server::builder()
@@ -146,7 +146,7 @@ impl Operator {
         self.address
     }
 
-    /// Goes away: every stream breaks and nobody listens.
+    /// Stops: every stream breaks and the port is closed.
     pub(crate) async fn stop(&mut self) {
         let server = self.server.take().unwrap();
         server.abort();
@@ -158,13 +158,13 @@ impl Operator {
         self.tables.send_replace(last);
     }
 
-    /// Comes back at the same address.
-    pub(crate) async fn come_back(&mut self) {
+    /// Starts again at the same address.
+    pub(crate) async fn restart(&mut self) {
         let listener = soon("the operator's port", async {
             loop {
                 match TcpListener::bind(self.address).await {
                     Ok(listener) => return listener,
-                    Err(_taken) => tokio::task::yield_now().await,
+                    Err(_in_use) => tokio::task::yield_now().await,
                 }
             }
         })
@@ -172,36 +172,36 @@ impl Operator {
         self.serve(listener);
     }
 
-    pub(crate) fn publish(&self, table: Table) {
+    pub(crate) fn publish(&self, table: TableBuilder) {
         self.tables.send_replace(Some(table.0));
     }
 
     pub(crate) fn tokens(&self) -> Vec<Option<String>> {
-        self.seen.lock().unwrap().tokens.clone()
+        self.received.lock().unwrap().tokens.clone()
     }
 
     pub(crate) fn reports(&self) -> usize {
-        self.seen.lock().unwrap().reports.len()
+        self.received.lock().unwrap().reports.len()
     }
 
-    /// Waits for a report like this, among those that came after the first `skip`.
+    /// Waits for a report that matches, among those behind the first `skip`.
     pub(crate) async fn report(
         &self,
         skip: usize,
-        wanted: impl Fn(&wire::GatewayReport) -> bool,
+        matches: impl Fn(&wire::GatewayReport) -> bool,
     ) -> wire::GatewayReport {
         let mut changed = self.changed.subscribe();
         soon("a report", async {
             loop {
                 changed.mark_unchanged();
                 let found = self
-                    .seen
+                    .received
                     .lock()
                     .unwrap()
                     .reports
                     .iter()
                     .skip(skip)
-                    .find(|report| wanted(report))
+                    .find(|report| matches(report))
                     .cloned();
                 if let Some(found) = found {
                     return found;

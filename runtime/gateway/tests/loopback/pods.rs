@@ -1,4 +1,4 @@
-//! Pods: HTTP/2 servers that do what a test says, step by step.
+//! Pods: HTTP/2 servers that a test controls step by step.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -24,10 +24,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-pub(crate) type Answer = Response<UnsyncBoxBody<Bytes, BoxError>>;
+type PodError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type Answer = Response<UnsyncBoxBody<Bytes, PodError>>;
 type Handler =
-    dyn Fn(Parts, Bytes) -> Pin<Box<dyn Future<Output = Result<Answer, BoxError>> + Send>> + Send + Sync;
+    dyn Fn(Parts, Bytes) -> Pin<Box<dyn Future<Output = Result<Answer, PodError>> + Send>> + Send + Sync;
 
 /// A running pod.
 pub(crate) struct Pod {
@@ -35,7 +35,7 @@ pub(crate) struct Pod {
     requests: Arc<AtomicUsize>,
     connections: Arc<AtomicUsize>,
     heads: Arc<Mutex<Vec<Parts>>>,
-    /// Says goodbye on every connection that is open then.
+    /// Sends GOAWAY on every connection that is open at that moment.
     goaway: watch::Sender<()>,
     /// Cuts every connection.
     cut: CancellationToken,
@@ -43,11 +43,11 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
-    /// A pod that answers each request as `handler` says; an error resets the stream.
+    /// A pod that answers each request with the result of `handler`; an error resets the stream.
     pub(crate) async fn start<F, R>(handler: F) -> Self
     where
         F: Fn(Parts, Bytes) -> R + Send + Sync + 'static,
-        R: Future<Output = Result<Answer, BoxError>> + Send + 'static,
+        R: Future<Output = Result<Answer, PodError>> + Send + 'static,
     {
         Self::start_at("127.0.0.1:0".parse().unwrap(), handler).await
     }
@@ -55,7 +55,7 @@ impl Pod {
     pub(crate) async fn start_at<F, R>(address: SocketAddr, handler: F) -> Self
     where
         F: Fn(Parts, Bytes) -> R + Send + Sync + 'static,
-        R: Future<Output = Result<Answer, BoxError>> + Send + 'static,
+        R: Future<Output = Result<Answer, PodError>> + Send + 'static,
     {
         let handler: Arc<Handler> = Arc::new(move |parts, body| Box::pin(handler(parts, body)));
         let listener = TcpListener::bind(address).await.unwrap();
@@ -87,7 +87,7 @@ impl Pod {
         .await
     }
 
-    /// An address where nobody listens.
+    /// An address without a listener.
     pub(crate) async fn absent() -> SocketAddr {
         TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
     }
@@ -106,19 +106,19 @@ impl Pod {
         self.heads.lock().unwrap().last().unwrap().clone()
     }
 
-    pub(crate) fn say_goaway(&self) {
+    pub(crate) fn send_goaway(&self) {
         self.goaway.send_replace(());
     }
 
-    /// Dies at once.
+    /// Ends at once.
     pub(crate) async fn kill(&self) {
         self.cut.cancel();
         self.tasks.close();
         self.tasks.wait().await;
     }
 
-    /// Waits until every connection was closed by the other side; the listener goes too.
-    pub(crate) async fn left_alone(self) {
+    /// Waits until the other side has closed every connection; then the listener ends too.
+    pub(crate) async fn disconnected(self) {
         self.tasks.close();
         crate::until("all connections to the pod to end", || async { self.tasks.len() == 1 }).await;
     }
@@ -154,7 +154,7 @@ impl Serving {
         }
     }
 
-    async fn handle(self, request: Request<Incoming>) -> Result<Answer, BoxError> {
+    async fn handle(self, request: Request<Incoming>) -> Result<Answer, PodError> {
         let (parts, body) = request.into_parts();
         let body = body.collect().await?.to_bytes();
         self.heads.lock().unwrap().push(parts.clone());
@@ -174,16 +174,18 @@ async fn accept(listener: TcpListener, serving: Serving) {
         serving.tasks.clone().spawn(async move {
             let (mut goaway, cut) = (serving.goaway.subscribe(), serving.cut.clone());
             let service = service_fn(move |request| serving.clone().handle(request));
-            let builder = auto::Builder::new(TokioExecutor::new());
+            let mut builder = auto::Builder::new(TokioExecutor::new());
+            // Small, so that a test sees how much the gateway buffers.
+            builder.http2().max_send_buf_size(16 << 10);
             let connection = builder.serve_connection(TokioIo::new(stream), service);
             tokio::pin!(connection);
-            let mut said = false;
+            let mut sent = false;
             loop {
                 tokio::select! {
                     _ended = connection.as_mut() => return,
                     () = cut.cancelled() => return,
-                    _changed = goaway.changed(), if !said => {
-                        said = true;
+                    _changed = goaway.changed(), if !sent => {
+                        sent = true;
                         connection.as_mut().graceful_shutdown();
                     }
                 }
@@ -192,7 +194,7 @@ async fn accept(listener: TcpListener, serving: Serving) {
     }
 }
 
-/// An answer that is there in full.
+/// A complete answer.
 pub(crate) fn full(status: StatusCode, text: impl Into<Bytes>) -> Answer {
     let body = Full::new(text.into()).map_err(|never: Infallible| match never {});
     let mut answer = Response::new(body.boxed_unsync());
@@ -201,7 +203,7 @@ pub(crate) fn full(status: StatusCode, text: impl Into<Bytes>) -> Answer {
 }
 
 /// The pod's end of an answer that a test writes piece by piece.
-pub(crate) type Writer = mpsc::Sender<Result<Frame<Bytes>, BoxError>>;
+pub(crate) type Writer = mpsc::Sender<Result<Frame<Bytes>, PodError>>;
 
 /// An answer whose pieces come from a writer; dropping the writer ends it.
 pub(crate) fn written() -> (Answer, Writer) {
@@ -211,6 +213,6 @@ pub(crate) fn written() -> (Answer, Writer) {
     (Response::new(BodyExt::boxed_unsync(body)), writer)
 }
 
-pub(crate) fn piece(text: &'static str) -> Result<Frame<Bytes>, BoxError> {
+pub(crate) fn piece(text: &'static str) -> Result<Frame<Bytes>, PodError> {
     Ok(Frame::data(Bytes::from_static(text.as_bytes())))
 }

@@ -1,4 +1,4 @@
-//! Who gets a request, and what is said when nobody does.
+//! Which pod gets a request, and the errors where none does.
 
 use std::collections::HashMap;
 
@@ -8,15 +8,15 @@ use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use tokio::sync::mpsc;
 
-use crate::operator::{Operator, Table};
+use crate::operator::{Operator, TableBuilder};
 use crate::pods::{Pod, full, written};
 use crate::{Scene, client, get, json, post, settings, soon, text, until};
 use trustformers_gateway::start;
 
 #[tokio::test]
-async fn requests_go_where_the_name_says() {
+async fn requests_go_to_the_route_of_their_model() {
     let (one, two) = (Pod::named("one").await, Pod::named("two").await);
-    let table = Table::new(1, 1).route("a").backend("r1", 1, &[one.address]);
+    let table = TableBuilder::new(1, 1).route("a").backend("r1", 1, &[one.address]);
     let table = table.route("b").backend("r1", 1, &[two.address]);
     let scene = Scene::with_table(table).await;
     for (name, pod) in [("a", "one"), ("default/a", "one"), ("b", "two"), ("default/b", "two")] {
@@ -35,24 +35,25 @@ async fn requests_go_where_the_name_says() {
 }
 
 #[tokio::test]
-async fn without_a_name_the_path_says_which_model_is_meant() {
+async fn without_a_name_the_path_decides_on_the_model() {
     let (words, vectors) = (Pod::named("words").await, Pod::named("vectors").await);
     let table = |counter| {
-        let table = Table::new(1, counter).route("g").task("generate").backend("r1", 1, &[words.address]);
+        let table =
+            TableBuilder::new(1, counter).route("g").task("generate").backend("r1", 1, &[words.address]);
         table.route("e").task("embed").backend("r1", 1, &[vectors.address]).route("new")
     };
     let scene = Scene::with_table(table(1)).await;
-    let ask = async |path: &str| {
+    let send = async |path: &str| {
         let request = post(scene.http(), path, r#"{"input": "i"}"#);
         text(scene.client.request(request).await.unwrap()).await
     };
     for (path, pod) in
         [("/v1/generate", "words"), ("/v1/generate/stream?x=1", "words"), ("/v1/embeddings", "vectors")]
     {
-        assert_eq!(ask(path).await, (StatusCode::OK, pod.to_owned()), "{path}");
+        assert_eq!(send(path).await, (StatusCode::OK, pod.to_owned()), "{path}");
     }
     let choices = async |path: &str| {
-        let (status, body) = ask(path).await;
+        let (status, body) = send(path).await;
         assert_eq!(
             (status, &json(&body)["error"]["type"]),
             (StatusCode::BAD_REQUEST, &"model_required".into())
@@ -65,27 +66,27 @@ async fn without_a_name_the_path_says_which_model_is_meant() {
 }
 
 #[tokio::test]
-async fn the_only_model_needs_no_name_and_unknown_paths_below_v1_are_for_the_pod() {
+async fn unknown_paths_below_v1_go_to_the_only_model() {
     let pod = Pod::start(|head, body| async move {
         let text = format!("{} {}", head.uri.path_and_query().unwrap(), body.len());
         Ok(full(StatusCode::IM_A_TEAPOT, text))
     })
     .await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
     let request = post(scene.http(), "/v1/embeddings?x=1", r#"{"input": "i"}"#);
     let (status, body) = text(scene.client.request(request).await.unwrap()).await;
     assert_eq!((status, body.as_str()), (StatusCode::IM_A_TEAPOT, "/v1/embeddings?x=1 14"));
 }
 
 #[tokio::test]
-async fn headers_tell_for_whom_and_hops_keep_theirs() {
+async fn headers_name_the_caller_without_those_of_one_hop() {
     let pod = Pod::start(|_, _| async {
         let mut answer = full(StatusCode::OK, "x");
         answer.headers_mut().insert("x-from-pod", "yes".parse().unwrap());
         Ok(answer)
     })
     .await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
     let mut request = post(scene.http(), "/v1/generate", r#"{"model": "a"}"#);
     for (name, value) in [
         ("host", "models.example"),
@@ -107,7 +108,7 @@ async fn headers_tell_for_whom_and_hops_keep_theirs() {
     assert!(!head.headers.contains_key("x-secret") && !head.headers.contains_key("connection"));
     assert_eq!(head.uri.authority().unwrap(), "models.example");
     assert_eq!(head.version, http::Version::HTTP_2);
-    let made = scene.ask("a").await.headers()["x-request-id"].clone();
+    let made = scene.request("a").await.headers()["x-request-id"].clone();
     assert_eq!(pod.last_head().headers["x-request-id"], made);
 }
 
@@ -115,7 +116,7 @@ async fn headers_tell_for_whom_and_hops_keep_theirs() {
 async fn a_split_is_exact() {
     let (old, new) = (Pod::named("old").await, Pod::named("new").await);
     let table = |counter, weights: (u32, u32)| {
-        let table = Table::new(1, counter).route("a");
+        let table = TableBuilder::new(1, counter).route("a");
         table.backend("r1", weights.0, &[old.address]).backend("r2", weights.1, &[new.address])
     };
     let scene = Scene::with_table(table(1, (95, 5))).await;
@@ -134,8 +135,8 @@ async fn a_split_is_exact() {
 }
 
 #[tokio::test]
-async fn the_pod_with_fewer_requests_is_asked_until_answers_end() {
-    let (writers, mut held) = mpsc::channel(8);
+async fn the_pod_with_fewer_unfinished_answers_is_chosen() {
+    let (writers, mut open) = mpsc::channel(8);
     let slow = Pod::start(move |_, _| {
         let writers = writers.clone();
         async move {
@@ -145,21 +146,21 @@ async fn the_pod_with_fewer_requests_is_asked_until_answers_end() {
         }
     })
     .await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[slow.address])).await;
-    let first = scene.ask("a").await;
-    let writer = soon("the first request", held.recv()).await.unwrap();
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[slow.address])).await;
+    let first = scene.request("a").await;
+    let writer = soon("the first request", open.recv()).await.unwrap();
     let quick = Pod::named("quick").await;
-    let both = Table::new(1, 2).route("a").backend("r1", 1, &[slow.address, quick.address]);
+    let both = TableBuilder::new(1, 2).route("a").backend("r1", 1, &[slow.address, quick.address]);
     scene.publish(both).await;
-    // The head of the first answer came long ago, but its body has not ended: it counts.
+    // The head of the first answer has arrived, but its body has not ended, so it counts.
     for _ in 0..20 {
         assert_eq!(scene.answer("a").await.1, "quick");
     }
     drop(writer);
     assert_eq!(text(first).await.1, "");
-    // Now both are free, and a tie is broken by chance: the slow one is asked again before long.
+    // Now both have no requests, and a random choice reaches the slow one again soon.
     let mut answers = Vec::new();
-    until("the freed pod to be asked", || {
+    until("the slow pod to get a request", || {
         answers.push(tokio::spawn(scene.client.request(post(
             scene.http(),
             "/v1/generate",
@@ -168,11 +169,11 @@ async fn the_pod_with_fewer_requests_is_asked_until_answers_end() {
         async { slow.requests() == 2 }
     })
     .await;
-    drop(held);
+    drop(open);
 }
 
 #[tokio::test]
-async fn pages_tell_the_state() {
+async fn local_endpoints_show_the_state() {
     let operator = Operator::start().await;
     let state = tempfile::tempdir().unwrap();
     let gateway = start(settings(operator.address(), state.path(), &[])).await.unwrap();
@@ -187,8 +188,11 @@ async fn pages_tell_the_state() {
     assert_eq!(json(&text(early).await.1)["error"]["type"], "no_table");
     let pod = Pod::named("one").await;
     let scene = Scene { gateway, operator, state, client };
-    let table =
-        Table::new(3, 8).route("a").task("generate").backend("r1", 90, &[pod.address]).backend("r2", 10, &[]);
+    let table = TableBuilder::new(3, 8)
+        .route("a")
+        .task("generate")
+        .backend("r1", 90, &[pod.address])
+        .backend("r2", 10, &[]);
     scene.publish(table).await;
     for path in ["/health", "/health/ready", "/health/startup"] {
         assert_eq!(scene.get(path).await.0, StatusCode::OK, "{path}");
@@ -220,9 +224,9 @@ async fn pages_tell_the_state() {
 }
 
 #[tokio::test]
-async fn what_is_not_served_is_refused_with_the_reason() {
+async fn unserved_paths_and_methods_are_refused_with_a_reason() {
     let pod = Pod::named("one").await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
     let send = async |method: &str, path: &str, body: &str| {
         let request = Request::builder().method(method).uri(format!("http://{}{path}", scene.http()));
         let request = request.body(Full::new(Bytes::from(body.to_owned()))).unwrap();
@@ -243,20 +247,20 @@ async fn what_is_not_served_is_refused_with_the_reason() {
 }
 
 #[tokio::test]
-async fn a_long_body_is_refused_announced_or_not() {
+async fn a_long_body_is_refused_with_or_without_a_length() {
     let pod = Pod::named("one").await;
     let operator = Operator::start().await;
     let state = tempfile::tempdir().unwrap();
     let gateway =
         start(settings(operator.address(), state.path(), &["--body-limit-bytes", "1000"])).await.unwrap();
     let scene = Scene { gateway, operator, state, client: client(false) };
-    scene.publish(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    scene.publish(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
     let body = format!(r#"{{"prompt": "{}"}}"#, "x".repeat(2000));
     let (status, answer) =
         text(scene.client.request(post(scene.http(), "/v1/generate", body.clone())).await.unwrap()).await;
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
     assert!(json(&answer)["error"]["message"].as_str().unwrap().contains("1000"), "{answer}");
-    // Without a length the limit is met while reading.
+    // Without a length the limit is reached while reading.
     let stream = tokio::net::TcpStream::connect(scene.http()).await.unwrap();
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream)).await.unwrap();
@@ -268,7 +272,7 @@ async fn a_long_body_is_refused_announced_or_not() {
     let feed = async {
         let piece =
             || Ok::<_, std::convert::Infallible>(http_body::Frame::data(Bytes::from(vec![b' '; 300])));
-        // The fourth goes past the limit; the body stays open all the same.
+        // The fourth exceeds the limit; the body stays open.
         for _ in 0..4 {
             pieces.send(piece()).await.unwrap();
         }
@@ -282,8 +286,8 @@ async fn a_long_body_is_refused_announced_or_not() {
 }
 
 #[tokio::test]
-async fn many_streams_open_a_second_connection_and_one_serves_few() {
-    let (writers, mut held) = mpsc::channel(256);
+async fn a_second_connection_opens_at_the_101st_stream() {
+    let (writers, mut started) = mpsc::channel(256);
     let pod = Pod::start(move |_, _| {
         let writers = writers.clone();
         async move {
@@ -293,30 +297,30 @@ async fn many_streams_open_a_second_connection_and_one_serves_few() {
         }
     })
     .await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
     let mut answers = Vec::new();
     let mut open = Vec::new();
     for _ in 0..100 {
-        answers.push(scene.ask("a").await);
-        open.push(held.recv().await.unwrap());
+        answers.push(scene.request("a").await);
+        open.push(started.recv().await.unwrap());
     }
     assert_eq!(pod.connections(), 1);
-    answers.push(scene.ask("a").await);
-    open.push(held.recv().await.unwrap());
+    answers.push(scene.request("a").await);
+    open.push(started.recv().await.unwrap());
     assert_eq!(pod.connections(), 2);
     drop(open);
     let ended = join_all(answers.into_iter().map(|answer| answer.into_body().collect())).await;
     assert!(ended.iter().all(Result::is_ok));
-    let next = scene.ask("a").await;
-    drop(held.recv().await);
+    let next = scene.request("a").await;
+    drop(started.recv().await);
     assert_eq!(text(next).await.0, StatusCode::OK);
     assert_eq!(pod.connections(), 2);
 }
 
 #[tokio::test]
-async fn callers_may_speak_http2() {
+async fn callers_can_use_http2() {
     let pod = Pod::named("one").await;
-    let scene = Scene::with_table(Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
+    let scene = Scene::with_table(TableBuilder::new(1, 1).route("a").backend("r1", 1, &[pod.address])).await;
     let http2 = client(true);
     let answers = join_all((0..50).map(|_| async {
         let response = http2.request(post(scene.http(), "/v1/generate", r#"{"model": "a"}"#)).await.unwrap();

@@ -1,15 +1,15 @@
-//! Answers that come in pieces, and callers who leave.
+//! Answers in pieces, and callers that disconnect.
 
 use http_body_util::BodyExt;
 use tokio::sync::mpsc;
 
-use crate::operator::Table;
+use crate::operator::TableBuilder;
 use crate::pods::{Pod, Writer, piece, written};
 use crate::{Scene, client, post, soon, text, until};
 
-/// A pod whose answers a test writes; each request's writer comes through the channel.
+/// A pod whose answers a test writes; the writer of each request comes through the channel.
 async fn writing_pod() -> (Pod, mpsc::Receiver<Writer>) {
-    let (writers, held) = mpsc::channel(8);
+    let (writers, answers) = mpsc::channel(8);
     let pod = Pod::start(move |_, _| {
         let writers = writers.clone();
         async move {
@@ -20,11 +20,11 @@ async fn writing_pod() -> (Pod, mpsc::Receiver<Writer>) {
         }
     })
     .await;
-    (pod, held)
+    (pod, answers)
 }
 
-fn table(pod: &Pod) -> Table {
-    Table::new(1, 1).route("a").backend("r1", 1, &[pod.address])
+fn table(pod: &Pod) -> TableBuilder {
+    TableBuilder::new(1, 1).route("a").backend("r1", 1, &[pod.address])
 }
 
 const CANCELLED: &str = r#"trustformers_gateway_requests_total{code="cancelled",protocol="http",revision="r1",route="default/a"}"#;
@@ -57,7 +57,7 @@ async fn each_piece_passes_before_the_next_is_written() {
 }
 
 #[tokio::test]
-async fn a_caller_who_leaves_in_the_middle_stops_the_pod() {
+async fn a_disconnect_during_an_answer_stops_the_pod() {
     let (pod, mut writers) = writing_pod().await;
     let scene = Scene::with_table(table(&pod)).await;
     for (http2, count) in [(false, 1.0), (true, 2.0)] {
@@ -75,14 +75,14 @@ async fn a_caller_who_leaves_in_the_middle_stops_the_pod() {
 }
 
 #[tokio::test]
-async fn a_caller_who_leaves_before_the_head_stops_the_pod() {
+async fn a_disconnect_before_the_head_stops_the_pod() {
     struct Alarm(mpsc::Sender<&'static str>);
     impl Drop for Alarm {
         fn drop(&mut self) {
-            let _told = self.0.try_send("ended");
+            let _sent = self.0.try_send("ended");
         }
     }
-    let (events, mut seen) = mpsc::channel(8);
+    let (events, mut received) = mpsc::channel(8);
     let pod = Pod::start(move |_, _| {
         let alarm = Alarm(events.clone());
         async move {
@@ -96,40 +96,40 @@ async fn a_caller_who_leaves_before_the_head_stops_the_pod() {
     for http2 in [false, true] {
         let client = client(http2);
         let call = tokio::spawn(client.request(post(scene.http(), "/v1/generate", r#"{"model": "a"}"#)));
-        assert_eq!(soon("the pod to begin", seen.recv()).await, Some("begun"));
+        assert_eq!(soon("the pod to begin", received.recv()).await, Some("begun"));
         call.abort();
-        assert_eq!(soon("the pod's work to be dropped", seen.recv()).await, Some("ended"));
+        assert_eq!(soon("the pod's work to be dropped", received.recv()).await, Some("ended"));
     }
     until("both to be counted", || async { scene.metric(CANCELLED).await > 1.5 }).await;
     assert!(scene.metric(IN_FLIGHT).await.abs() < 1e-9);
 }
 
 #[tokio::test]
-async fn nothing_is_tried_again_after_the_first_byte() {
+async fn no_retry_happens_once_a_byte_has_come() {
     let (breaking, mut writers) = writing_pod().await;
     let other = Pod::named("other").await;
     let scene = Scene::with_table(table(&breaking)).await;
-    let mut response = scene.ask("a").await;
+    let mut response = scene.request("a").await;
     let writer = writers.recv().await.unwrap();
-    let both = Table::new(1, 2).route("a").backend("r1", 1, &[breaking.address, other.address]);
+    let both = TableBuilder::new(1, 2).route("a").backend("r1", 1, &[breaking.address, other.address]);
     scene.publish(both).await;
     writer.send(piece("half an ans")).await.unwrap();
     assert_eq!(soon("a piece", response.frame()).await.unwrap().unwrap().into_data().unwrap(), "half an ans");
     breaking.kill().await;
-    // The caller must see that the answer is not whole: an error, never a proper end.
+    // The caller must see that the answer is incomplete: an error, and not a regular end.
     assert!(soon("the break", response.frame()).await.unwrap().is_err());
     assert_eq!(other.requests(), 0);
     assert!((scene.metric(BROKEN).await - 1.0).abs() < 1e-9);
 }
 
 #[tokio::test]
-async fn a_pod_that_leaves_the_table_ends_its_streams_in_peace() {
+async fn streams_outlive_the_removal_of_their_pod() {
     let (leaving, mut writers) = writing_pod().await;
     let staying = Pod::named("staying").await;
     let scene = Scene::with_table(table(&leaving)).await;
-    let response = scene.ask("a").await;
+    let response = scene.request("a").await;
     let writer = writers.recv().await.unwrap();
-    scene.publish(Table::new(1, 2).route("a").backend("r1", 1, &[staying.address])).await;
+    scene.publish(TableBuilder::new(1, 2).route("a").backend("r1", 1, &[staying.address])).await;
     for _ in 0..5 {
         assert_eq!(scene.answer("a").await.1, "staying");
     }
@@ -137,6 +137,6 @@ async fn a_pod_that_leaves_the_table_ends_its_streams_in_peace() {
     writer.send(piece("end")).await.unwrap();
     drop(writer);
     assert_eq!(text(response).await.1, "to the end");
-    // Its connection carries nothing any more and nobody will use it: it is closed.
-    leaving.left_alone().await;
+    // Its connection carries no stream and will not be used again, so it is closed.
+    leaving.disconnected().await;
 }

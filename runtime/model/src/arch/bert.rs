@@ -1,6 +1,6 @@
-//! BERT as an encoder of texts: words, positions and one token type are added and normed; blocks of attention that
-//! sees the whole text and of a GELU feed-forward follow, each normed after its residual; a text's rows are pooled
-//! into one vector.
+//! BERT as an encoder of texts. The embeddings of words, positions and one token type are added and normed.
+//! Blocks follow: attention over the whole text and a GELU feed-forward, each normed after its residual. A
+//! text's rows are pooled into one vector.
 
 use super::tensors::{TensorFinder, TensorProblem};
 use super::{ArchSizes, Architecture};
@@ -9,11 +9,14 @@ use crate::model::PlanRequest;
 use std::sync::Arc;
 use trustformers_plan::{Hyper, Plan, PlanBuilder, PlanError, Pooling, Value, Weight, WeightId, Weights};
 
-/// What names begin with where the encoder is a part of a larger class.
+/// The prefix of tensor names where the encoder is a part of a larger class.
 const PREFIX: &str = "bert.";
 
-/// Tensors that give no embedding: a buffer of numbers 0, 1, 2, ..., the pooler and the heads of pre-training.
-const UNUSED: [&str; 4] = ["embeddings.position_ids", "pooler.", "cls.", "bert.pooler."];
+/// Tensors that no embedding depends on: the pooler and the heads of pre-training.
+const UNUSED: [&str; 2] = ["pooler.", "cls."];
+
+/// Buffers that PyTorch keeps beside the weights: the numbers 0, 1, 2, ... and zeros.
+const BUFFERS: [&str; 2] = ["embeddings.position_ids", "embeddings.token_type_ids"];
 
 /// The table of token types. Texts come one at a time, so all tokens have type 0, and only that row is kept.
 const TYPES: &str = "embeddings.token_type_embeddings.weight";
@@ -37,11 +40,11 @@ struct Bert {
     positions: WeightId,
     types: WeightId,
     norm: Affine,
-    layers: Vec<Layer>,
+    layers: Vec<EncoderLayer>,
 }
 
 #[derive(Debug)]
-struct Layer {
+struct EncoderLayer {
     query: Affine,
     key: Affine,
     value: Affine,
@@ -63,7 +66,8 @@ struct Affine {
 pub(crate) fn weights(config: &BertConfig, stored: &StoredTensors) -> Result<Weights, TensorProblem> {
     let mut weights = Weights::new();
     for (name, tensor) in &stored.tensors {
-        if UNUSED.iter().any(|unused| name.starts_with(unused)) {
+        let plain = plain_name(name);
+        if UNUSED.iter().any(|unused| plain.starts_with(unused)) || BUFFERS.contains(&plain.as_str()) {
             continue;
         }
         let wrong = |why: String| TensorProblem { name: name.clone(), why };
@@ -71,7 +75,6 @@ pub(crate) fn weights(config: &BertConfig, stored: &StoredTensors) -> Result<Wei
             let why = format!("it is stored as {}; F32, F16 and BF16 are supported", tensor.stored_as);
             return Err(wrong(why));
         };
-        let plain = plain_name(name);
         let (mut matrix, mut range) = (tensor.matrix, tensor.range.clone());
         if plain == TYPES {
             if matrix != (config.type_vocab_size, config.hidden_size) {
@@ -92,7 +95,8 @@ pub(crate) fn weights(config: &BertConfig, stored: &StoredTensors) -> Result<Wei
     Ok(weights)
 }
 
-/// The name without the prefix, and with today's names of a norm's parts: the first BERTs have `gamma` and `beta`.
+/// The name without the prefix, and with the current names of a norm's parts: old checkpoints have `gamma`
+/// and `beta`.
 fn plain_name(name: &str) -> String {
     let name = name.strip_prefix(PREFIX).unwrap_or(name);
     match name.rsplit_once('.') {
@@ -125,7 +129,7 @@ pub(crate) fn resolve(
         tensors.matrix("embeddings.position_embeddings.weight", config.max_position_embeddings, width)?;
     let types = tensors.matrix(TYPES, 1, width)?;
     let norm = norm(&mut tensors, "embeddings.LayerNorm", width)?;
-    // Layers are pushed one by one, so a claimed count is met by a missing tensor before it costs memory.
+    // Layers are pushed one by one, so a missing tensor stops a wrong count before it costs memory.
     let mut layers = Vec::new();
     for index in 0..hyper.layers {
         layers.push(layer(index, config, &mut tensors)?);
@@ -141,7 +145,11 @@ fn norm(tensors: &mut TensorFinder<'_>, name: &str, width: usize) -> Result<Affi
     })
 }
 
-fn layer(index: usize, config: &BertConfig, tensors: &mut TensorFinder<'_>) -> Result<Layer, TensorProblem> {
+fn layer(
+    index: usize,
+    config: &BertConfig,
+    tensors: &mut TensorFinder<'_>,
+) -> Result<EncoderLayer, TensorProblem> {
     let (width, inner) = (config.hidden_size, config.intermediate_size);
     let name = |part: &str| format!("encoder.layer.{index}.{part}");
     let mut dense = |part: &str, rows: usize, cols: usize| -> Result<Affine, TensorProblem> {
@@ -158,7 +166,7 @@ fn layer(index: usize, config: &BertConfig, tensors: &mut TensorFinder<'_>) -> R
     let down = dense("output.dense", width, inner)?;
     let attention_norm = norm(tensors, &name("attention.output.LayerNorm"), width)?;
     let output_norm = norm(tensors, &name("output.LayerNorm"), width)?;
-    Ok(Layer { query, key, value, attention_output, attention_norm, up, down, output_norm })
+    Ok(EncoderLayer { query, key, value, attention_output, attention_norm, up, down, output_norm })
 }
 
 impl Architecture for Bert {
@@ -189,7 +197,7 @@ impl Architecture for Bert {
 }
 
 impl Bert {
-    fn attention(&self, plan: &mut PlanBuilder<'_>, stream: Value, layer: &Layer) -> Value {
+    fn attention(&self, plan: &mut PlanBuilder<'_>, stream: Value, layer: &EncoderLayer) -> Value {
         let query = dense(plan, stream, layer.query);
         let key = dense(plan, stream, layer.key);
         let value = dense(plan, stream, layer.value);
@@ -202,7 +210,7 @@ impl Bert {
     }
 }
 
-fn feed_forward(plan: &mut PlanBuilder<'_>, input: Value, layer: &Layer) -> Value {
+fn feed_forward(plan: &mut PlanBuilder<'_>, input: Value, layer: &EncoderLayer) -> Value {
     let up = dense(plan, input, layer.up);
     let up = plan.gelu(up);
     dense(plan, up, layer.down)

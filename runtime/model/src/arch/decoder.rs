@@ -1,27 +1,35 @@
-//! What Llama and everything built like it share: RMS norms, rotary positions, grouped-query attention, a SwiGLU
-//! feed-forward and a vocabulary head that may be tied to the embedding. A family says in [`Family`] where it differs.
+//! What Llama and similar decoders share: RMS norms, rotary positions, grouped-query attention, a SwiGLU
+//! feed-forward and a vocabulary head that may be tied to the embedding. [`Family`] holds the differences
+//! between families.
 
+use super::keys::ArchKeys;
 use super::tensors::TensorFinder;
 use super::{ArchSizes, Architecture};
-use crate::gguf::{GgufProblem, Metadata};
+use crate::gguf::GgufProblem;
 use crate::model::PlanRequest;
 use trustformers_plan::{
     Hyper, Plan, PlanBuilder, PlanError, RopeLayout, RopeSpec, Value, WeightId, Weights,
 };
 
-/// The base of rotary frequencies where a file does not say, as in the first Llama.
+/// The base of rotary frequencies where a file has no key for it, as in the first Llama.
 const DEFAULT_ROPE_BASE: f32 = 10_000.0;
 
 /// Added to the mean of squares of every norm.
 const EPSILON: &str = "attention.layer_norm_rms_epsilon";
 
+/// The table of token embeddings; also the vocabulary head where the head is tied.
+pub(super) const EMBEDDING: &str = "token_embd.weight";
+
+/// The vocabulary head where it is not tied.
+pub(super) const HEAD: &str = "output.weight";
+
 /// Where a family of models differs from the others.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Family {
-    /// Its name in `general.architecture`, and what its keys begin with.
-    pub(super) name: &'static str,
     /// How the elements of a head are paired, given how files store queries and keys.
     pub(super) rope: RopeLayout,
+    /// The only `tensor_data_layout` that a file may name.
+    pub(super) data_layout: Option<&'static str>,
     /// Whether queries, keys and values have biases.
     pub(super) qkv_bias: bool,
 }
@@ -33,14 +41,14 @@ struct Decoder {
     eps: f32,
     rope: RopeSpec,
     embedding: WeightId,
-    layers: Vec<Layer>,
+    layers: Vec<DecoderLayer>,
     output_norm: WeightId,
     /// The embedding itself where the head is tied.
     output: WeightId,
 }
 
 #[derive(Debug)]
-struct Layer {
+struct DecoderLayer {
     attention_norm: WeightId,
     query: Projection,
     key: Projection,
@@ -58,103 +66,59 @@ struct Projection {
     bias: Option<WeightId>,
 }
 
-/// The keys of one family.
-struct Keys<'a> {
-    meta: &'a Metadata,
-    family: &'static str,
-}
-
-impl Keys<'_> {
-    fn name(&self, key: &str) -> String {
-        format!("{}.{key}", self.family)
-    }
-
-    fn bad(&self, key: &str, why: String) -> GgufProblem {
-        GgufProblem::BadValue { key: self.name(key), why }
-    }
-
-    fn size(&self, key: &str) -> Result<usize, GgufProblem> {
-        self.meta.size(&self.name(key))
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, GgufProblem> {
-        if self.meta.has(&self.name(key)) { self.size(key).map(Some) } else { Ok(None) }
-    }
-}
-
-/// Reads sizes and tensors from a file that says it is of this family.
+/// Reads sizes and tensors from a file of this family.
 pub(super) fn resolve(
     family: &Family,
-    meta: &Metadata,
+    keys: &ArchKeys<'_>,
     tensors: &mut TensorFinder<'_>,
 ) -> Result<Box<dyn Architecture>, GgufProblem> {
-    let keys = Keys { meta, family: family.name };
-    refuse_unknown_behaviour(&keys)?;
-    let hyper = hyper(&keys, tensors)?;
+    keys.refuse_effects()?;
+    keys.only_text("tensor_data_layout", family.data_layout)?;
+    let hyper = hyper(keys, tensors)?;
     let feed_forward = keys.size("feed_forward_length")?;
-    let eps = meta.float(&keys.name(EPSILON))?;
+    let eps = keys.float(EPSILON)?;
     if eps < 0.0 {
-        return Err(keys.bad(EPSILON, format!("{eps} is negative")));
+        return Err(keys.invalid(EPSILON, format!("{eps} is negative")));
     }
     let Hyper { width, vocab, .. } = hyper;
-    let embedding = tensors.matrix("token_embd.weight", vocab, width)?;
-    // Layers are pushed one by one, so a claimed count is met by a missing tensor before it costs memory.
+    let embedding = tensors.matrix(EMBEDDING, vocab, width)?;
+    // Layers are pushed one by one, so a missing tensor stops a wrong count before it costs memory.
     let mut layers = Vec::new();
     for index in 0..hyper.layers {
         layers.push(layer(index, family, &hyper, feed_forward, tensors)?);
     }
     let output_norm = tensors.vector("output_norm.weight", width)?;
-    let output = tensors.optional_matrix("output.weight", vocab, width)?.unwrap_or(embedding);
-    let rope = rope(family, &keys, &hyper)?;
+    let output = tensors.optional_matrix(HEAD, vocab, width)?.unwrap_or(embedding);
+    let rope = rope(family, keys, &hyper)?;
     Ok(Box::new(Decoder { hyper, eps, rope, embedding, layers, output_norm, output }))
 }
 
-/// Keys that change what the model computes in ways that are not built here.
-fn refuse_unknown_behaviour(keys: &Keys<'_>) -> Result<(), GgufProblem> {
-    let meta = keys.meta;
-    let kind = "rope.scaling.type";
-    if let Some(found) = meta.opt_string(&keys.name(kind))?.filter(|found| *found != "none") {
-        return Err(keys.bad(kind, format!("{found:?} is not supported; only \"none\" is")));
-    }
-    for key in ["rope.scaling.factor", "rope.scale_linear"] {
-        let factor = meta.opt_float(&keys.name(key))?;
-        if let Some(factor) = factor.filter(|factor| *factor != 1.0 && *factor != 0.0) {
-            return Err(keys.bad(key, format!("{factor} is not supported; only 1 is")));
-        }
-    }
-    for key in ["expert_count", "attention.sliding_window"] {
-        if let Some(count) = meta.opt_unsigned(&keys.name(key))?.filter(|count| *count != 0) {
-            return Err(keys.bad(key, format!("{count} is not supported; only 0 is")));
-        }
-    }
-    Ok(())
-}
-
-fn hyper(keys: &Keys<'_>, tensors: &TensorFinder<'_>) -> Result<Hyper, GgufProblem> {
+fn hyper(keys: &ArchKeys<'_>, tensors: &TensorFinder<'_>) -> Result<Hyper, GgufProblem> {
     let width = keys.size("embedding_length")?;
     let heads = keys.size("attention.head_count")?;
     let kv_heads = keys.optional_size("attention.head_count_kv")?.unwrap_or(heads);
     if kv_heads > heads || !heads.is_multiple_of(kv_heads) {
         let whole = keys.name("attention.head_count");
         let why = format!("{kv_heads} does not divide the {heads} of {whole}");
-        return Err(keys.bad("attention.head_count_kv", why));
+        return Err(keys.invalid("attention.head_count_kv", why));
     }
     let head_dim = match keys.optional_size("attention.key_length")? {
         Some(len) => len,
         None if width.is_multiple_of(heads) => width / heads,
         None => {
             let why = format!("{heads} does not divide the {width} of {}", keys.name("embedding_length"));
-            return Err(keys.bad("attention.head_count", why));
+            return Err(keys.invalid("attention.head_count", why));
         }
     };
     if let Some(len) = keys.optional_size("attention.value_length")?.filter(|len| *len != head_dim) {
         let why = format!("{len} differs from the key length {head_dim}, which is not supported");
-        return Err(keys.bad("attention.value_length", why));
+        return Err(keys.invalid("attention.value_length", why));
     }
-    let vocab = tensors.rows_of("token_embd.weight").unwrap_or(0);
-    if let Some(said) = keys.optional_size("vocab_size")?.filter(|said| *said != vocab) {
-        let why = format!("{said} differs from the {vocab} rows of tensor token_embd.weight");
-        return Err(keys.bad("vocab_size", why));
+    let vocab = tensors.rows_of(EMBEDDING).unwrap_or(0);
+    let stored = tensors.stored_rows_of(EMBEDDING).unwrap_or(0);
+    if let Some(claimed) = keys.optional_size("vocab_size")?.filter(|claimed| *claimed != stored) {
+        let why = format!("{claimed} differs from the {stored} rows of tensor {EMBEDDING}");
+        return Err(keys.invalid("vocab_size", why));
     }
     Ok(Hyper {
         width,
@@ -167,15 +131,15 @@ fn hyper(keys: &Keys<'_>, tensors: &TensorFinder<'_>) -> Result<Hyper, GgufProbl
     })
 }
 
-fn rope(family: &Family, keys: &Keys<'_>, hyper: &Hyper) -> Result<RopeSpec, GgufProblem> {
-    let base = keys.meta.opt_float(&keys.name("rope.freq_base"))?.unwrap_or(DEFAULT_ROPE_BASE);
+fn rope(family: &Family, keys: &ArchKeys<'_>, hyper: &Hyper) -> Result<RopeSpec, GgufProblem> {
+    let base = keys.optional_float("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_BASE);
     if base <= 0.0 {
-        return Err(keys.bad("rope.freq_base", format!("{base} is not above 0")));
+        return Err(keys.invalid("rope.freq_base", format!("{base} is not above 0")));
     }
     let dims = keys.optional_size("rope.dimension_count")?.unwrap_or(hyper.head_dim);
     if dims > hyper.head_dim || !dims.is_multiple_of(2) {
         let why = format!("{dims} is odd or more than the {} elements of a head", hyper.head_dim);
-        return Err(keys.bad("rope.dimension_count", why));
+        return Err(keys.invalid("rope.dimension_count", why));
     }
     Ok(RopeSpec { layout: family.rope, base, dims, head_dim: hyper.head_dim })
 }
@@ -186,7 +150,7 @@ fn layer(
     hyper: &Hyper,
     feed_forward: usize,
     tensors: &mut TensorFinder<'_>,
-) -> Result<Layer, GgufProblem> {
+) -> Result<DecoderLayer, GgufProblem> {
     let Hyper { width, heads, kv_heads, head_dim, .. } = *hyper;
     let name = |part: &str| format!("blk.{index}.{part}.weight");
     // Sizes are below 2³¹ each, so their products fit 64 bits.
@@ -197,7 +161,7 @@ fn layer(
         let bias = family.qkv_bias.then(|| tensors.vector(&format!("blk.{index}.{part}.bias"), rows));
         Ok(Projection { weight, bias: bias.transpose()? })
     };
-    Ok(Layer {
+    Ok(DecoderLayer {
         attention_norm,
         query: projection("attn_q", query)?,
         key: projection("attn_k", kv)?,
@@ -226,7 +190,7 @@ impl Architecture for Decoder {
             let fed = self.feed_forward(&mut plan, stream, layer);
             stream = plan.add(stream, fed);
         }
-        // Norms work row by row, so only the rows whose logits are wanted need the last one.
+        // Norms work row by row, so only the rows that need logits get the last norm.
         let last = plan.gather_rows(stream);
         let last = plan.rms_norm(last, self.output_norm, self.eps);
         plan.logits(last, self.output);
@@ -235,7 +199,13 @@ impl Architecture for Decoder {
 }
 
 impl Decoder {
-    fn attention(&self, plan: &mut PlanBuilder<'_>, stream: Value, index: usize, layer: &Layer) -> Value {
+    fn attention(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        stream: Value,
+        index: usize,
+        layer: &DecoderLayer,
+    ) -> Value {
         let input = plan.rms_norm(stream, layer.attention_norm, self.eps);
         let query = project(plan, input, layer.query);
         let key = project(plan, input, layer.key);
@@ -247,7 +217,7 @@ impl Decoder {
         plan.matmul(mixed, layer.attention_output)
     }
 
-    fn feed_forward(&self, plan: &mut PlanBuilder<'_>, stream: Value, layer: &Layer) -> Value {
+    fn feed_forward(&self, plan: &mut PlanBuilder<'_>, stream: Value, layer: &DecoderLayer) -> Value {
         let input = plan.rms_norm(stream, layer.feed_forward_norm, self.eps);
         let gate = plan.matmul(input, layer.gate);
         let up = plan.matmul(input, layer.up);

@@ -1,21 +1,11 @@
-//! Llama, and models that say so, such as SmolLM2.
+//! Llama, and models whose files name it, such as SmolLM2.
 
-use super::Architecture;
-use super::decoder::{self, Family};
-use super::tensors::TensorFinder;
-use crate::gguf::{GgufProblem, Metadata};
+use super::decoder::Family;
 use trustformers_plan::RopeLayout;
 
-/// Converters store queries and keys so that neighbours turn together.
-const FAMILY: Family = Family { name: "llama", rope: RopeLayout::Interleaved, qkv_bias: false };
-
-/// Reads sizes and tensors from a file that says it is a Llama.
-pub(super) fn resolve(
-    meta: &Metadata,
-    tensors: &mut TensorFinder<'_>,
-) -> Result<Box<dyn Architecture>, GgufProblem> {
-    decoder::resolve(&FAMILY, meta, tensors)
-}
+/// Converters store queries and keys so that neighbouring elements rotate together.
+pub(super) const FAMILY: Family =
+    Family { rope: RopeLayout::Interleaved, data_layout: Some("Meta AI original pth"), qkv_bias: false };
 
 #[cfg(test)]
 mod tests {
@@ -75,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_and_foreign_tensors_are_named() {
+    fn missing_and_unused_tensors_are_named() {
         let error = load(replaced("blk.0.ffn_gate.weight", "blk.0.ffn_gone.weight")).unwrap_err();
         assert!(
             error.starts_with("tiny.gguf: tensor blk.0.ffn_gate.weight: it is missing (16 x 8"),
@@ -103,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_do_not_fit_are_named() {
+    fn sizes_that_do_not_match_are_named() {
         let cases = [
             ("llama.embedding_length", 0, "llama.embedding_length: 0 is not between 1"),
             ("llama.embedding_length", 16, "tensor token_embd.weight: it is 271 x 8"),
@@ -122,23 +112,78 @@ mod tests {
         }
     }
 
+    fn text(text: &str) -> GgufValue {
+        GgufValue::String(text.to_owned())
+    }
+
+    fn with_key(key: &str, value: GgufValue) -> Result<Model, String> {
+        load(TINY.gguf_with(&[(&format!("llama.{key}"), value)]))
+    }
+
     #[test]
-    fn behaviour_that_is_not_built_is_refused_by_its_key() {
-        let text = |t: &str| GgufValue::String(t.to_owned());
+    fn unsupported_behaviour_is_refused_by_its_key() {
+        let (number, count) = (GgufValue::F32, GgufValue::U32);
         let cases = [
-            ("llama.rope.scaling.type", text("yarn"), "\"yarn\" is not supported"),
-            ("llama.rope.scaling.factor", GgufValue::F32(4.0), "4 is not supported"),
-            ("llama.expert_count", GgufValue::U32(8), "8 is not supported"),
+            ("rope.scaling.type", text("yarn"), "\"yarn\" is not supported; only \"none\" is"),
+            ("rope.scaling.factor", number(4.0), "4 is not supported; only 1 is"),
+            ("rope.scaling.attn_factor", number(0.5), "0.5 is not supported; only 1 is"),
+            ("expert_count", count(8), "8 is not supported; only 0 is"),
+            ("attention.sliding_window", count(128), "128 is not supported; only 0 is"),
+            ("pooling_type", count(1), "1 is not supported; only 0 is"),
+            ("attention.causal", GgufValue::Bool(false), "false is not supported; only true is"),
+            ("use_parallel_residual", GgufValue::Bool(true), "true is not supported; only false is"),
+            ("attention.scale", number(0.1), "0.1 is not supported; only 0 is"),
+            ("attention.clamp_kqv", number(8.0), "8 is not supported; only 0 is"),
+            ("attn_logit_softcapping", number(50.0), "50 is not supported; only 0 is"),
+            ("final_logit_softcapping", number(30.0), "30 is not supported; only 0 is"),
+            ("logit_scale", number(8.0), "8 is not supported; only 1 is"),
+            ("embedding_scale", number(12.0), "12 is not supported; only 1 is"),
+            ("residual_scale", number(0.2), "0.2 is not supported; only 1 is"),
+            ("tensor_data_layout", text("jploski"), "\"jploski\" is not supported"),
         ];
         for (key, value, expected) in cases {
-            let mut file = GgufWriter::new();
-            file.pair("general.architecture", &text("llama")).pair(key, &value);
-            let error = load(file.finish()).unwrap_err();
-            assert!(error.contains(key) && error.contains(expected), "{error}");
+            let error = with_key(key, value).unwrap_err();
+            assert!(error.contains(&format!("key llama.{key}: {expected}")), "{error}");
         }
-        let mut other = GgufWriter::new();
-        other.pair("general.architecture", &text("mamba"));
-        let error = load(other.finish()).unwrap_err();
+        let error =
+            load(GgufWriter::new().pair("general.architecture", &text("mamba")).finish()).unwrap_err();
         assert_eq!(error, "tiny.gguf: architecture \"mamba\" is not supported; supported: llama, qwen2");
+    }
+
+    #[test]
+    fn unread_keys_of_the_architecture_are_refused() {
+        let cases = [
+            ("rope.freq_base_swa", GgufValue::F32(10_000.0)),
+            ("rope.dimension_sections", GgufValue::Integers(vec![1, 1, 2, 0])),
+            ("rope.scaling.yarn_log_multiplier", GgufValue::F32(0.1)),
+            ("rope.scaling.yarn_ext_factor", GgufValue::F32(1.0)),
+            ("attention.sliding_window_pattern", GgufValue::U32(6)),
+            ("swin_norm", GgufValue::Bool(false)),
+        ];
+        for (key, value) in cases {
+            let error = with_key(key, value).unwrap_err();
+            assert!(
+                error.contains(&format!("key llama.{key} is not part of the llama architecture")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn keys_without_an_effect_load() {
+        let cases = [
+            ("rope.scaling.original_context_length", GgufValue::U32(64)),
+            ("rope.scaling.finetuned", GgufValue::Bool(false)),
+            ("rope.scaling.factor", GgufValue::F32(1.0)),
+            ("attention.causal", GgufValue::Bool(true)),
+            ("expert_count", GgufValue::U32(0)),
+            ("tensor_data_layout", text("Meta AI original pth")),
+        ];
+        for (key, value) in cases {
+            with_key(key, value).unwrap();
+        }
+        // Keys of other groups and of other architectures are none of this one's.
+        load(TINY.gguf_with(&[("custom.key", GgufValue::U32(1)), ("llamas.key", GgufValue::U32(1))]))
+            .unwrap();
     }
 }

@@ -1,14 +1,16 @@
-//! The architectures that can be served: a name in a file leads to a checked description, which can write itself down
-//! as a plan.
+//! The architectures that can be served. The name in a file selects one; its module checks the file and
+//! lowers the model to a plan.
 
 pub(crate) mod bert;
 mod decoder;
+mod keys;
 mod llama;
 mod qwen2;
 mod tensors;
 
-use crate::gguf::{GgufProblem, Metadata};
+use crate::gguf::{Gguf, GgufProblem};
 use crate::model::PlanRequest;
+use keys::ArchKeys;
 use std::fmt;
 use tensors::TensorFinder;
 pub use tensors::TensorProblem;
@@ -16,14 +18,14 @@ use trustformers_plan::{Plan, PlanError, Weights};
 
 /// A model of some architecture whose sizes and tensors have been checked.
 pub(crate) trait Architecture: fmt::Debug + Send + Sync {
-    /// Sizes that schedulers and people ask for.
+    /// Sizes for schedulers and for display.
     fn sizes(&self) -> ArchSizes;
 
-    /// Writes the model down for these limits.
+    /// Lowers the model to a plan for these limits.
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError>;
 }
 
-/// What an architecture tells about itself.
+/// The sizes of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ArchSizes {
     pub(crate) context_tokens: usize,
@@ -33,27 +35,39 @@ pub(crate) struct ArchSizes {
     pub(crate) head_dim: usize,
 }
 
-type Resolve = fn(&Metadata, &mut TensorFinder<'_>) -> Result<Box<dyn Architecture>, GgufProblem>;
+type Resolve = fn(&ArchKeys<'_>, &mut TensorFinder<'_>) -> Result<Box<dyn Architecture>, GgufProblem>;
 
-/// Every architecture of GGUF files by the name in `general.architecture`.
-const ARCHITECTURES: &[(&str, Resolve)] = &[("llama", llama::resolve), ("qwen2", qwen2::resolve)];
+/// Every architecture of GGUF files by the name in `general.architecture`, which is also the prefix of its
+/// keys.
+const ARCHITECTURES: &[(&str, Resolve)] = &[
+    ("llama", |keys, tensors| decoder::resolve(&llama::FAMILY, keys, tensors)),
+    ("qwen2", |keys, tensors| decoder::resolve(&qwen2::FAMILY, keys, tensors)),
+];
 
 /// The names of all architectures of GGUF files, for messages.
 pub(crate) fn supported() -> String {
     ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
-/// Checks a file's sizes and tensors against the architecture of that name; `None` when there is none. Every tensor
-/// of the file must be used: one that is not means that the model is not what it seems to be.
+/// Checks a file's keys and tensors against the architecture of that name; `None` when there is none. Every
+/// tensor and every key of the architecture must be used: one that is not used means that the model computes
+/// something else.
 pub(crate) fn resolve(
     name: &str,
-    metadata: &Metadata,
+    gguf: &Gguf,
     weights: &Weights,
 ) -> Option<Result<Box<dyn Architecture>, GgufProblem>> {
     let (_, resolve) = ARCHITECTURES.iter().find(|(known, _)| *known == name)?;
-    let mut finder = TensorFinder::new(weights);
-    Some(resolve(metadata, &mut finder).and_then(|architecture| {
+    let keys = ArchKeys::new(&gguf.metadata, name);
+    let mut finder = TensorFinder::of_file(gguf, weights);
+    Some(resolve(&keys, &mut finder).and_then(|architecture| {
+        keys.all_read()?;
         finder.all_used(name)?;
         Ok(architecture)
     }))
+}
+
+/// Whether the rows of this tensor are the vocabulary's.
+pub(crate) fn has_row_per_token(tensor: &str) -> bool {
+    [decoder::EMBEDDING, decoder::HEAD].contains(&tensor)
 }

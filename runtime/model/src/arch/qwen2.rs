@@ -1,21 +1,11 @@
-//! Qwen2 and Qwen2.5: a Llama whose queries, keys and values have biases, and whose heads turn their halves together.
+//! Qwen2 and Qwen2.5: a Llama whose queries, keys and values have biases, and whose heads rotate their two
+//! halves against each other.
 
-use super::Architecture;
-use super::decoder::{self, Family};
-use super::tensors::TensorFinder;
-use crate::gguf::{GgufProblem, Metadata};
+use super::decoder::Family;
 use trustformers_plan::RopeLayout;
 
 /// Converters store queries and keys as they were trained.
-const FAMILY: Family = Family { name: "qwen2", rope: RopeLayout::Neox, qkv_bias: true };
-
-/// Reads sizes and tensors from a file that says it is a Qwen2.
-pub(super) fn resolve(
-    meta: &Metadata,
-    tensors: &mut TensorFinder<'_>,
-) -> Result<Box<dyn Architecture>, GgufProblem> {
-    decoder::resolve(&FAMILY, meta, tensors)
-}
+pub(super) const FAMILY: Family = Family { rope: RopeLayout::Neox, data_layout: None, qkv_bias: true };
 
 #[cfg(test)]
 mod tests {
@@ -55,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn heads_may_be_tied_or_not_and_every_bias_counts() {
+    fn tied_heads_and_biases_count_as_parameters() {
         let (tied, untied) =
             (load(TINY.gguf()).unwrap(), load(SeededModel { tied: false, ..TINY }.gguf()).unwrap());
         assert_eq!(untied.facts().parameters - tied.facts().parameters, (271 * 8) as u64);
@@ -65,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_bias_and_unknown_behaviour_are_named() {
+    fn missing_biases_and_unsupported_keys_are_named() {
         let mut file = TINY.gguf();
         let name = b"blk.0.attn_k.bias";
         let at = file.windows(name.len()).position(|window| window == name).unwrap();

@@ -1,5 +1,6 @@
-//! Finding an architecture's tensors by name and shape, and noticing those that it has no use for.
+//! Finds an architecture's tensors by name and shape, and records which tensors were used.
 
+use crate::gguf::Gguf;
 use thiserror::Error;
 use trustformers_plan::{DType, WeightId, Weights};
 
@@ -13,15 +14,21 @@ pub struct TensorProblem {
     pub why: String,
 }
 
-/// Looks tensors up and remembers which were.
+/// Looks tensors up and records which were used.
 pub(crate) struct TensorFinder<'a> {
     weights: &'a Weights,
+    /// The file, where it has more rows of a tensor than the weights do.
+    file: Option<&'a Gguf>,
     used: Vec<bool>,
 }
 
 impl<'a> TensorFinder<'a> {
     pub(super) fn new(weights: &'a Weights) -> Self {
-        Self { weights, used: vec![false; weights.len()] }
+        Self { weights, file: None, used: vec![false; weights.len()] }
+    }
+
+    pub(super) fn of_file(file: &'a Gguf, weights: &'a Weights) -> Self {
+        Self { file: Some(file), ..Self::new(weights) }
     }
 
     /// A matrix of `rows` by `cols` that must be there.
@@ -69,12 +76,17 @@ impl<'a> TensorFinder<'a> {
         }
     }
 
-    /// Rows of a matrix with `cols` columns, whatever they are.
+    /// Rows of a tensor.
     pub(super) fn rows_of(&self, name: &str) -> Option<usize> {
         self.weights.find(name).map(|id| self.weights.get(id).rows())
     }
 
-    /// Refuses a file with tensors that nothing asked for.
+    /// Rows of a tensor as the file stores it, those without a token included.
+    pub(super) fn stored_rows_of(&self, name: &str) -> Option<usize> {
+        self.file?.tensor(name).map(|tensor| tensor.matrix().0)
+    }
+
+    /// Refuses a file with tensors that were not used.
     pub(super) fn all_used(&self, architecture: &str) -> Result<(), TensorProblem> {
         match self.weights.iter().find(|(id, _)| !self.used[id.index()]) {
             None => Ok(()),

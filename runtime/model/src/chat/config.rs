@@ -5,10 +5,10 @@ use crate::checkpoint::{CheckpointFiles, TOKENIZER_CONFIG};
 use crate::error::LoadError;
 use serde::Deserialize;
 
-/// Where newer checkpoints keep the template.
+/// The file of the template in newer checkpoints.
 const TEMPLATE: &str = "chat_template.jinja";
 
-/// The one of several templates that is meant where nothing is said.
+/// The name of the template that applies to conversations without tools.
 const DEFAULT: &str = "default";
 
 #[derive(Deserialize, Default)]
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn templates_stand_in_the_configuration_or_in_a_file() {
+    fn templates_are_in_the_configuration_or_a_file() {
         assert_eq!(read(&[]), (None, SpecialTokens::default()));
         let one = r#"{"chat_template": "a", "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": false},
                       "pad_token": null}"#;

@@ -1,12 +1,15 @@
 //! Chat templates: from the messages of a conversation to the text that a model continues.
 //!
-//! A template is a Jinja program that comes with the model, so it is somebody else's code: it runs without files or
-//! network, with a bound on its work, and sees only what a request hands in. The language is minijinja's; what
-//! templates expect beyond it is here: the functions that transformers offers, JSON as Python writes it, and Python's
-//! methods on texts, lists and maps.
+//! A template is a Jinja program that comes with the model, so it is untrusted code. It runs without files or
+//! network, sees only the request's values, and has bounds on its work and its memory: [`MAX_STEPS`] on
+//! instructions, [`MAX_BYTES`] on its source, and a thread of its own with [`STACK_BYTES`] of stack. The
+//! language is minijinja's; this module adds the functions of transformers, JSON as Python writes it, and
+//! Python's methods on texts, lists and maps.
 
 pub(crate) mod config;
 mod json;
+mod namespace;
+mod rewrite;
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -14,33 +17,44 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{AutoEscape, Environment, ErrorKind, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
+use namespace::Namespace;
 use serde::Serialize;
 use std::fmt;
 use std::time::SystemTime;
 use thiserror::Error;
 
-/// Work that rendering may take: an instruction counts one, and so do 64 bytes of a text that is made. A conversation of
+/// Bound on the work of rendering: each instruction counts one, and so do 64 bytes of text. A conversation of
 /// a thousand messages takes about a hundred thousand.
-const MOST_STEPS: u64 = 2_000_000;
+const MAX_STEPS: u64 = 500_000;
 
 /// Longest template in bytes; the longest known ones have some twenty thousand.
-const MOST_BYTES: usize = 1 << 20;
+const MAX_BYTES: usize = 128 << 10;
 
-/// The name that messages of a failing template carry.
+/// Longest tag or expression in bytes. The compiler evaluates constants at each level of a chain such as
+/// `1+1+1` anew: 8 million steps for the 4 Ki levels of such a tag.
+const MAX_TAG_BYTES: usize = 8 << 10;
+
+/// Stack of the thread that compiles or renders. A template can nest one level of a value with each
+/// instruction: half a million levels at most, which printing, comparing or dropping the value goes through,
+/// so there are 1 KiB for each. The compiler recurses far less: 4 Ki levels for a chain of [`MAX_TAG_BYTES`].
+/// The system provides memory only for the pages that are used.
+const STACK_BYTES: usize = 512 << 20;
+
+/// The name of the template in messages.
 const NAME: &str = "chat_template";
 
-/// Marks that other programs use to find the assistant's part; the text is the same without them.
-const MARKS: [(&str, &str); 2] = [("generation", "if true"), ("endgeneration", "endif")];
+/// Longest message of a template's own refusal, in characters.
+const MAX_REFUSAL_CHARS: usize = 1000;
 
 /// Why there is no text for a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ChatError {
     /// The model has no template.
     #[error(
-        "the model has no chat template; write the prompt yourself, or take a model that was trained to chat"
+        "the model has no chat template; send a prompt without a conversation, or use a model that was trained to chat"
     )]
     NoTemplate,
-    /// The template is not Jinja as it is understood here.
+    /// The template does not compile.
     #[error("the model's chat template cannot be used: {0}")]
     Template(String),
     /// The template itself refuses the conversation.
@@ -51,10 +65,11 @@ pub enum ChatError {
     Failed(String),
 }
 
-/// A conversation and what else a template may use.
+/// A conversation, and the other values that a template may use.
 #[derive(Debug, Clone)]
 pub struct ChatRequest<'a> {
-    /// The messages, oldest first: objects with `role`, `content` and whatever else the model's template reads.
+    /// The messages, oldest first: objects with `role`, `content` and the other keys that the model's
+    /// template reads.
     pub messages: &'a [serde_json::Value],
     /// Functions that the model may call, as JSON schemas; empty for none.
     pub tools: &'a [serde_json::Value],
@@ -62,7 +77,7 @@ pub struct ChatRequest<'a> {
     pub add_generation_prompt: bool,
     /// Further variables, such as `enable_thinking`; they do not replace those above.
     pub variables: &'a serde_json::Map<String, serde_json::Value>,
-    /// What `strftime_now` tells, in UTC.
+    /// The time that `strftime_now` returns, in UTC.
     pub now: SystemTime,
 }
 
@@ -101,22 +116,36 @@ impl ChatTemplate {
     /// # Errors
     /// [`ChatError::Template`] with the line.
     pub fn new(source: &str, special: SpecialTokens) -> Result<Self, ChatError> {
-        if source.len() > MOST_BYTES {
-            let why = format!("it has {} bytes, more than {MOST_BYTES}", source.len());
+        if source.len() > MAX_BYTES {
+            let why = format!("it has {} bytes, more than {MAX_BYTES}", source.len());
             return Err(ChatError::Template(why));
         }
-        let mut environment = environment();
-        environment
-            .add_template_owned(NAME, without_marks(source))
-            .map_err(|error| ChatError::Template(describe(&error)))?;
+        let longest = rewrite::longest_tag(source);
+        if longest > MAX_TAG_BYTES {
+            let why = format!("it has a tag of {longest} bytes, more than {MAX_TAG_BYTES}");
+            return Err(ChatError::Template(why));
+        }
+        let compile = || {
+            let mut environment = environment();
+            environment
+                .add_template_owned(NAME, rewrite::rewrite(source))
+                .map_err(|error| ChatError::Template(describe(&error)))?;
+            Ok(environment)
+        };
+        let environment = on_large_stack(compile).unwrap_or_else(|why| Err(ChatError::Template(why)))?;
         Ok(Self { environment, special })
     }
 
     /// The text of a conversation.
     ///
     /// # Errors
-    /// [`ChatError::Refused`] where the template says so, [`ChatError::Failed`] for everything else that goes wrong.
+    /// [`ChatError::Refused`] where the template says so, [`ChatError::Failed`] for everything else that goes
+    /// wrong.
     pub fn render(&self, request: &ChatRequest<'_>) -> Result<String, ChatError> {
+        on_large_stack(|| self.render_here(request)).unwrap_or_else(|why| Err(ChatError::Failed(why)))
+    }
+
+    fn render_here(&self, request: &ChatRequest<'_>) -> Result<String, ChatError> {
         let failed = |error: &minijinja::Error| match refusal(error) {
             Some(why) => ChatError::Refused(why),
             None => ChatError::Failed(describe(error)),
@@ -124,7 +153,7 @@ impl ChatTemplate {
         let mut environment = self.environment.clone();
         let now = request.now;
         environment.add_function("strftime_now", move |format: String| strftime(now, &format));
-        // What stands later wins, so that a request cannot replace its own messages by a variable of that name.
+        // Later entries win, so a request cannot replace its own messages by a variable of that name.
         let mut context = request.variables.clone();
         if let Ok(serde_json::Value::Object(special)) = serde_json::to_value(&self.special) {
             context.extend(special);
@@ -141,6 +170,19 @@ impl ChatTemplate {
     }
 }
 
+/// Runs a template's work on a thread with [`STACK_BYTES`] of stack, and contains a panic of the library.
+/// Everything that the template made is dropped there too.
+fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("chat".to_owned()).stack_size(STACK_BYTES);
+        match thread.spawn_scoped(scope, work).map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(_)) => Err("the template library panicked; see the log".to_owned()),
+            Err(error) => Err(format!("no thread for the template: {error}")),
+        }
+    })
+}
+
 /// The language of chat templates, as transformers sets Jinja up.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
@@ -151,7 +193,8 @@ fn environment() -> Environment<'static> {
     }
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(unknown_method_callback);
-    environment.set_fuel(Some(MOST_STEPS));
+    environment.set_fuel(Some(MAX_STEPS));
+    environment.add_function("namespace", Namespace::create);
     environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, "raise_exception")
             .with_source(Refusal(message)))
@@ -160,7 +203,7 @@ fn environment() -> Environment<'static> {
     environment
 }
 
-/// A refusal on its way out of the template.
+/// A template's own refusal, carried through the library's error.
 #[derive(Debug, Error)]
 #[error("{0}")]
 struct Refusal(String);
@@ -169,14 +212,14 @@ fn refusal(error: &minijinja::Error) -> Option<String> {
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
         if let Some(Refusal(message)) = error.downcast_ref() {
-            return Some(message.clone());
+            return Some(message.chars().take(MAX_REFUSAL_CHARS).collect());
         }
         cause = error.source();
     }
     None
 }
 
-/// The error with its line and what lies behind it.
+/// The error with its line and its causes.
 fn describe(error: &minijinja::Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
@@ -196,6 +239,10 @@ fn strftime(now: SystemTime, format: &str) -> Result<String, minijinja::Error> {
     jiff::fmt::strtime::format(format, &now).map_err(invalid)
 }
 
+/// Bound on the values that `tojson` writes, counted along every path: a list that contains a list twice, 20
+/// levels deep, has a million.
+const MAX_JSON_VALUES: usize = 1_000_000;
+
 /// `json.dumps` with the options that transformers passes on.
 #[expect(clippy::needless_pass_by_value, reason = "the signature of a filter")]
 fn tojson(value: Value, options: Kwargs) -> Result<String, minijinja::Error> {
@@ -214,29 +261,10 @@ fn tojson(value: Value, options: Kwargs) -> Result<String, minijinja::Error> {
     let ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     let sorted = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     options.assert_all_used()?;
+    let mut left = MAX_JSON_VALUES;
+    namespace::check(&value, namespace::MAX_DEPTH, &mut left)?;
     let value = serde_json::to_value(&value).map_err(|error| invalid(error.to_string()))?;
     Ok(json::Style { item, key, indent, ascii, sorted }.write(&value))
-}
-
-/// The template with [`MARKS`] turned into what they mean for the text, in whatever spelling of blanks and dashes.
-fn without_marks(source: &str) -> String {
-    let mut text = String::with_capacity(source.len());
-    for (place, piece) in source.split("{%").enumerate() {
-        if place == 0 {
-            text.push_str(piece);
-            continue;
-        }
-        text.push_str("{%");
-        // A tag that never ends is named by the compiler.
-        let (tag, after) = piece.split_at(piece.find("%}").unwrap_or(0));
-        let word = tag.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
-        match MARKS.iter().find(|(mark, _)| *mark == word) {
-            Some((mark, meaning)) => text.push_str(&tag.replacen(mark, meaning, 1)),
-            None => text.push_str(tag),
-        }
-        text.push_str(after);
-    }
-    text
 }
 
 #[cfg(test)]

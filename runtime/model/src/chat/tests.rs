@@ -1,4 +1,4 @@
-//! Templates against what transformers makes of them, and what goes wrong.
+//! Templates compared with the texts of transformers, and templates that fail.
 
 use super::*;
 use serde_json::{Map, Value as Json, json};
@@ -36,7 +36,7 @@ fn render(template: &str, conversation: &Json) -> Result<String, ChatError> {
 }
 
 #[test]
-fn texts_are_those_of_transformers() {
+fn texts_equal_those_of_transformers() {
     let reference: Json = serde_json::from_str(include_str!("reference.json")).unwrap();
     let mut compared = 0;
     for template in reference["templates"].as_array().unwrap() {
@@ -69,12 +69,12 @@ fn work_is_bounded() {
     assert!(matches!(one(deep), Err(ChatError::Failed(_))));
     let large = "{{ 'x' * 100000000 }}{{ 'y' * 100000000 }}";
     assert!(one(large).is_err());
-    let long = "x".repeat(MOST_BYTES + 1);
-    assert!(matches!(one(&long), Err(ChatError::Template(why)) if why.contains("more than 1048576")));
+    let long = "x".repeat(MAX_BYTES + 1);
+    assert!(matches!(one(&long), Err(ChatError::Template(why)) if why.contains("more than 131072")));
 }
 
 #[test]
-fn a_request_cannot_replace_its_messages_and_templates_reach_nothing_else() {
+fn requests_cannot_replace_messages() {
     let variables = json!({"messages": [], "bos_token": "x", "mine": 3});
     let text = ChatTemplate::new("{{ messages | length }}{{ bos_token }}{{ mine }}", special())
         .unwrap()
@@ -91,10 +91,104 @@ fn a_request_cannot_replace_its_messages_and_templates_reach_nothing_else() {
     assert!(one("{{ absent | tojson }}").is_err());
 }
 
+/// Values that nest as deep as the bound on work allows, by every way that templates have.
 #[test]
-fn marks_of_the_assistants_part_are_spelled_in_many_ways() {
-    let text = "a{%- generation -%} b {%generation%}c{% endgeneration %}{%-endgeneration-%} d{% raw";
-    let wanted = "a{%- if true -%} b {%if true%}c{% endif %}{%-endif-%} d{% raw";
-    assert_eq!(without_marks(text), wanted);
-    assert_eq!(without_marks("{{ generation }}"), "{{ generation }}");
+fn deep_values_never_overflow_the_stack() {
+    let straight = "{% set x = [x] %}".repeat(7000);
+    let literals = format!("{{% set x = {}x{} %}}", "[".repeat(70), "]".repeat(70)).repeat(700);
+    let map = "{% set x = {'a': x} %}".repeat(5000);
+    let uses = [
+        "x",
+        "x == [x]",
+        "x ~ 'a'",
+        "x | tojson",
+        "x | string | length",
+        "[x, [x]] | sort",
+        "x in [[x]]",
+        "x | length",
+    ];
+    for build in [&straight, &literals, &map] {
+        for used in uses {
+            let _rendered_or_failed = one(&format!("{build}{{{{ {used} }}}}"));
+        }
+    }
+    // Each call nests the value 49,000 levels deeper, until the bound on work ends it.
+    for calls in [1, 3, 5, 6, 7, 40] {
+        for used in uses {
+            let call = format!("{{% if n %}}{{{{ f(x, n - 1) }}}}{{% else %}}{{{{ {used} }}}}{{% endif %}}");
+            let template =
+                format!("{{% macro f(x, n) %}}{literals}{call}{{% endmacro %}}{{{{ f([], {calls}) }}}}");
+            let _rendered_or_failed = one(&template);
+        }
+    }
+}
+
+#[test]
+fn namespaces_hold_no_deep_values_and_no_cycles() {
+    let failed = |template: &str| match one(template) {
+        Err(ChatError::Failed(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    let grow = |value: &str| {
+        format!(
+            "{{% set ns = namespace(x=[]) %}}{{% for i in range(90000) %}}{{% set ns.x = {value} %}}{{% endfor %}}"
+        )
+    };
+    for value in ["[ns.x]", "{'a': ns.x}", "(ns.x,)", "dict(a=ns.x)", "[[ns.x, 1]]", "[ns.x] | list"] {
+        let why = failed(&grow(value));
+        assert!(why.contains("nests too deep"), "{value}: {why}");
+    }
+    for value in ["ns", "[ns]", "namespace(x=ns)", "range"] {
+        let why = failed(&grow(value));
+        assert!(why.contains("only plain data"), "{value}: {why}");
+    }
+    let doubled =
+        "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    assert!(failed(doubled).contains("too large"));
+    let doubled = format!("{}{{{{ x | tojson }}}}", "{% set x = [x, x] %}".repeat(40));
+    assert!(failed(&doubled).contains("too large"));
+}
+
+#[test]
+fn namespaces_work_as_in_jinja() {
+    let template = "{% set ns = namespace(n=1, found=false) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}\
+                    {%- set ns.found = 'x' in 'axb' -%}{% endfor %}{{ ns.n }} {{ 'y' if ns.found else 'n' }} {{ 'y' if ns.absent is defined else 'n' }}\
+                    {% set ns.text %}a{{ ns.n }}{% endset %}{{ ns.text }}{% set ns.pair = 1, 2 %}{{ ns.pair[1] }}";
+    assert_eq!(one(template).unwrap(), "2 y na22");
+}
+
+#[test]
+fn long_chains_compile_or_are_refused() {
+    let chain = |start: &str, link: &str, end: &str, bytes: usize| {
+        format!("{{{{ {start}{}{end} }}}}", link.repeat((bytes - 10) / link.len()))
+    };
+    let links = [
+        ("1", "+1"),
+        ("a", ".b"),
+        ("a", "|e"),
+        ("a", "[0]"),
+        ("a", "()"),
+        ("1", " if 1 else 1"),
+        ("1", "~1"),
+    ];
+    for (start, link) in links {
+        let _rendered_or_failed = one(&chain(start, link, "", MAX_TAG_BYTES));
+        let error = one(&chain(start, link, "", MAX_BYTES)).unwrap_err();
+        assert!(matches!(&error, ChatError::Template(why) if why.contains("it has a tag of")), "{error}");
+    }
+    for link in ["-", "not ", "(", "[", "{1:"] {
+        let _rendered_or_failed = one(&chain("", link, "1", MAX_TAG_BYTES));
+    }
+    for tag in
+        ["{%elif a%}", "{% if a %}", "{% for a in b %}", "{% macro a() %}", "{% set a %}", "{% set a.b %}"]
+    {
+        let count = MAX_BYTES / tag.len() - 10;
+        let _rendered_or_failed = one(&format!("{{% if a %}}{}{{% endif %}}", tag.repeat(count)));
+    }
+}
+
+#[test]
+fn refusals_of_templates_are_bounded() {
+    let error = one("{{ raise_exception('x' * 100000) }}").unwrap_err();
+    assert!(matches!(error, ChatError::Refused(why) if why.len() == MAX_REFUSAL_CHARS));
 }

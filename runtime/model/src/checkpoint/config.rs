@@ -6,7 +6,8 @@ use serde::Deserialize;
 /// Largest size that is believed: every number that a plan carries fits 32 bits.
 const MOST: usize = u32::MAX as usize / 2;
 
-/// What a BERT's `config.json` says. Keys without meaning for inference (dropout, initialisation) are left out.
+/// What a BERT's `config.json` says. Keys without meaning for inference (dropout, initialisation) are left
+/// out.
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct BertConfig {
     /// Classes of the library that wrote it; the first decides what the checkpoint is for.
@@ -48,7 +49,8 @@ fn absolute() -> String {
     "absolute".to_owned()
 }
 
-/// Classes whose encoder is a plain BERT; what else they have (a pooler, a head that guesses words) gives no embedding.
+/// Classes whose encoder is a plain BERT; what else they have (a pooler, a head that guesses words) gives no
+/// embedding.
 const CLASSES: [&str; 3] = ["BertModel", "BertForMaskedLM", "BertForPreTraining"];
 
 impl BertConfig {

@@ -1,6 +1,7 @@
 //! What can be wrong with a file of a checkpoint.
 
 use crate::arch::TensorProblem;
+use crate::foreign::ForeignFile;
 use thiserror::Error;
 
 /// What is wrong with a file of a checkpoint; [`crate::LoadError::Checkpoint`] says which file.
@@ -12,13 +13,34 @@ pub enum CheckpointProblem {
          are picked by name, pick these and all other .json files)"
     )]
     Missing,
-    /// The weights are in files that are not read.
+    /// The weights are split over several files.
     #[error(
-        "it is missing, and {found} cannot be read by this version; save the model as one file model.safetensors"
+        "it is missing; the weights are split over several files ({found}), which cannot be read by this version: save \
+         the model as one file, with save_pretrained(folder, max_shard_size=\"1000GB\")"
+    )]
+    Shards {
+        /// One of the files, or their index.
+        found: String,
+    },
+    /// The weights are in another format.
+    #[error(
+        "it is missing, and {found} holds the weights in a format that cannot be read by this version: save the model \
+         as one file model.safetensors, with save_pretrained(folder, safe_serialization=True)"
     )]
     OtherWeights {
-        /// What is there instead.
+        /// The file that is there instead.
         found: String,
+    },
+    /// Something else was saved under the name of the file.
+    #[error("it is {0}")]
+    Foreign(ForeignFile),
+    /// A file that is too large to be what its name says.
+    #[error("it has {bytes} bytes; at most {most} are read, and no known model has such a large one")]
+    TooLarge {
+        /// Its size.
+        bytes: u64,
+        /// The most that is read.
+        most: u64,
     },
     /// Not JSON, or not with the keys that are needed.
     #[error("it cannot be read as JSON with the expected keys: {0}")]
@@ -37,14 +59,14 @@ pub enum CheckpointProblem {
         /// What is wrong with it.
         why: String,
     },
-    /// A key with a value that is not honoured here.
+    /// A key with a value that is not supported.
     #[error("key {key} is {found}, which is not supported; supported: {supported}")]
     Unsupported {
         /// The key.
         key: &'static str,
         /// What the file says.
         found: String,
-        /// What could be served.
+        /// The supported values.
         supported: &'static str,
     },
     /// A tensor that is missing, of another shape or type, or unknown.
@@ -53,9 +75,9 @@ pub enum CheckpointProblem {
 }
 
 impl CheckpointProblem {
-    /// Whether the checkpoint is sound and only asks for what is not built here.
+    /// Whether the checkpoint may be sound and needs a feature that this version does not have.
     pub fn is_unsupported(&self) -> bool {
-        matches!(self, Self::Unsupported { .. } | Self::OtherWeights { .. })
+        matches!(self, Self::Unsupported { .. } | Self::OtherWeights { .. } | Self::Shards { .. })
     }
 
     pub(crate) fn unsupported(key: &'static str, found: impl Into<String>, supported: &'static str) -> Self {

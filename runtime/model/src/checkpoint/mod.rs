@@ -1,11 +1,12 @@
-//! Checkpoints: folders of `config.json`, `model.safetensors` and `tokenizer.json`, as model hubs hold them, with
-//! sentence-transformers' files beside them where the model gives embeddings.
+//! Checkpoints: folders of `config.json`, `model.safetensors` and `tokenizer.json`, as model hubs hold them,
+//! with the files of sentence-transformers beside them where the model gives embeddings.
 //!
-//! All of it comes from outside. The safetensors library checks every offset against the file before a tensor is
-//! seen; a JSON key that changes what a model computes and is not honoured here is refused by name.
+//! All of it comes from outside. The safetensors library checks every offset against the file before a tensor
+//! is used. A JSON key that changes what a model computes and is not supported is refused by name.
 
 mod config;
 mod error;
+mod json;
 mod sentence;
 
 pub use error::CheckpointProblem;
@@ -14,11 +15,14 @@ pub(crate) use config::BertConfig;
 pub(crate) use sentence::Sentence;
 
 use crate::error::LoadError;
+use crate::foreign::ForeignFile;
 use crate::source::{self, ReadProgress};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use trustformers_plan::{DType, WeightBytes};
@@ -32,14 +36,22 @@ pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// The tokenizer, as the tokenizers library writes it.
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
 
+/// The list of files of weights that are split.
+const SHARDS_INDEX: &str = "model.safetensors.index.json";
+
+/// Most bytes of a JSON or text file. The largest known vocabularies, of half a million tokens, take some 20
+/// MiB as `tokenizer.json`; reading one takes about ten times its size for a moment.
+const MAX_TEXT_BYTES: u64 = 48 << 20;
+
 /// Bytes before a safetensors header: its length as an integer of 64 bits.
 const HEADER_LENGTH_BYTES: usize = 8;
 
-/// Folders within a checkpoint's folder that are looked into: sentence-transformers keeps one per module.
+/// Depth of the folders that are read: the checkpoint's own, and one for each module of
+/// sentence-transformers.
 const FOLDER_DEPTH: usize = 2;
 
-/// The files of a checkpoint by their path below its folder, with `/` between the parts. What is not in the map is not
-/// there, whatever the folder holds: a caller that picked and pinned files decides what is read.
+/// The files of a checkpoint by their path below its folder, with `/` between the parts. No other file of the
+/// folder is read: the caller that selected and pinned files decides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointFiles {
     folder: PathBuf,
@@ -63,7 +75,7 @@ impl CheckpointFiles {
             let io = |source| LoadError::Io { path: path.clone(), action: "read", source };
             for entry in std::fs::read_dir(&path).map_err(io)? {
                 let entry = entry.map_err(io)?;
-                // A name that is not text is none that is looked for.
+                // No file of a checkpoint has a name that is not text.
                 let Some(name) = entry.file_name().to_str().map(|name| format!("{prefix}{name}")) else {
                     continue;
                 };
@@ -78,7 +90,7 @@ impl CheckpointFiles {
         Ok(Self { folder: folder.to_owned(), files })
     }
 
-    /// Where a file is, or the place where it should be.
+    /// The path of a file, or the path where it should be.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.files.get(name).cloned().unwrap_or_else(|| self.folder.join(name))
     }
@@ -95,16 +107,21 @@ impl CheckpointFiles {
 
     /// The content of a JSON file that must be there.
     pub(crate) fn json<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, LoadError> {
-        serde_json::from_slice(&self.bytes(name)?)
-            .map_err(|error| self.wrong(name, CheckpointProblem::Json(error.to_string())))
+        json::parse(&self.bytes(name)?).map_err(|problem| self.wrong(name, problem))
     }
 
     /// The content of a JSON file that may be missing.
     pub(crate) fn optional_json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, LoadError> {
         let Some(bytes) = self.optional_bytes(name)? else { return Ok(None) };
-        serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|error| self.wrong(name, CheckpointProblem::Json(error.to_string())))
+        json::parse(&bytes).map(Some).map_err(|problem| self.wrong(name, problem))
+    }
+
+    /// Refuses a text file that holds something else than its name says.
+    pub(crate) fn refuse_foreign(&self, name: &str, content: &[u8]) -> Result<(), LoadError> {
+        match ForeignFile::of_text(content) {
+            None => Ok(()),
+            Some(foreign) => Err(self.wrong(name, CheckpointProblem::Foreign(foreign))),
+        }
     }
 
     /// The content of a text file that may be missing.
@@ -115,11 +132,19 @@ impl CheckpointFiles {
 
     fn optional_bytes(&self, name: &str) -> Result<Option<Vec<u8>>, LoadError> {
         let Some(path) = self.files.get(name) else { return Ok(None) };
-        let read = std::fs::read(path);
-        read.map(Some).map_err(|source| LoadError::Io { path: path.clone(), action: "read", source })
+        let io = |source| LoadError::Io { path: path.clone(), action: "read", source };
+        let file = File::open(path).map_err(io)?;
+        let bytes = file.metadata().map_err(io)?.len();
+        let mut content = Vec::new();
+        // One byte more than is allowed shows a file that has grown since its size was read.
+        file.take(MAX_TEXT_BYTES + 1).read_to_end(&mut content).map_err(io)?;
+        if content.len() as u64 > MAX_TEXT_BYTES {
+            return Err(self.wrong(name, CheckpointProblem::TooLarge { bytes, most: MAX_TEXT_BYTES }));
+        }
+        Ok(Some(content))
     }
 
-    /// The weights, mapped, and where each tensor lies in them.
+    /// The weights, mapped, and the place of each tensor in them.
     pub(crate) fn tensors(&self, progress: &mut dyn FnMut(ReadProgress)) -> Result<StoredTensors, LoadError> {
         let path = self.files.get(WEIGHTS).ok_or_else(|| self.wrong(WEIGHTS, self.no_weights()))?;
         let source = source::open(path, progress)?;
@@ -127,18 +152,25 @@ impl CheckpointFiles {
     }
 
     fn no_weights(&self) -> CheckpointProblem {
-        let other = self.files.keys().find(|name| {
-            name.starts_with("model-")
-                || ["pytorch_model.bin", "model.safetensors.index.json"].contains(&name.as_str())
-        });
-        match other {
-            Some(found) => CheckpointProblem::OtherWeights { found: found.clone() },
-            None => CheckpointProblem::Missing,
+        let find = |is: fn(&str) -> bool| self.files.keys().find(|name| is(name)).cloned();
+        let shards =
+            find(|name| name == SHARDS_INDEX || (name.starts_with("model-") && name.contains("-of-")));
+        let other = || {
+            find(|name| {
+                let weights =
+                    ["pytorch_model", "tf_model", "flax_model"].iter().any(|word| name.starts_with(word));
+                weights && [".bin", ".h5", ".msgpack", ".json"].iter().any(|end| name.ends_with(end))
+            })
+        };
+        match (shards, other()) {
+            (Some(found), _) => CheckpointProblem::Shards { found },
+            (None, Some(found)) => CheckpointProblem::OtherWeights { found },
+            (None, None) => CheckpointProblem::Missing,
         }
     }
 }
 
-/// A file of tensors: each one's place was checked against the file.
+/// A file of tensors. The place of each was checked against the file.
 pub(crate) struct StoredTensors {
     pub(crate) source: WeightBytes,
     pub(crate) tensors: BTreeMap<String, StoredTensor>,
@@ -147,7 +179,7 @@ pub(crate) struct StoredTensors {
 /// One tensor of a safetensors file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct StoredTensor {
-    /// How it is stored; `None` where that is no type of a weight.
+    /// How it is stored; `None` where weights cannot have that type.
     pub(crate) dtype: Option<DType>,
     /// The type's name in the file.
     pub(crate) stored_as: String,
@@ -160,8 +192,10 @@ pub(crate) struct StoredTensor {
 impl StoredTensors {
     fn parse(source: WeightBytes) -> Result<Self, CheckpointProblem> {
         let bytes: &[u8] = (*source).as_ref();
-        let (header_bytes, metadata) = SafeTensors::read_metadata(bytes)
-            .map_err(|error| CheckpointProblem::Safetensors(error.to_string()))?;
+        let (header_bytes, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| {
+            let foreign = ForeignFile::of(bytes).map(CheckpointProblem::Foreign);
+            foreign.unwrap_or_else(|| CheckpointProblem::Safetensors(error.to_string()))
+        })?;
         // Both fit: the library has found the header, and after it all data, within the file.
         let data = HEADER_LENGTH_BYTES + header_bytes;
         let tensors = tensors(&metadata, data);

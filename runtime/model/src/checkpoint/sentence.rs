@@ -1,13 +1,16 @@
-//! What sentence-transformers keeps beside a transformer: the modules that follow it, how rows are pooled, and how
-//! long a text may be.
+//! The files of sentence-transformers beside a transformer: the modules that follow it, how rows are pooled,
+//! the default prompt, and the longest text.
 
 use super::{CheckpointFiles, CheckpointProblem, TOKENIZER_CONFIG};
 use crate::error::LoadError;
 use serde::Deserialize;
+use serde_json::Value;
+use std::collections::BTreeMap;
 use trustformers_plan::Pooling;
 
 const MODULES: &str = "modules.json";
 const SENTENCE: &str = "sentence_bert_config.json";
+const PROMPTS: &str = "config_sentence_transformers.json";
 
 /// How the rows of a text become one vector, and how much of a text is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,8 +21,18 @@ pub(crate) struct Sentence {
     pub(crate) normalised: bool,
     /// Tokens of the longest text, its special tokens included; `None` where only the positions bound it.
     pub(crate) max_tokens: Option<usize>,
-    /// Whether texts are lower-cased before the tokenizer sees them.
+    /// Whether texts are lower-cased before the tokenizer reads them.
     pub(crate) lowercase: bool,
+    /// The default prompt; empty where there is none.
+    pub(crate) prompt: String,
+}
+
+/// Prompts by name, and the name of the one that is put before every text.
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct PromptConfig {
+    prompts: BTreeMap<String, String>,
+    default_prompt_name: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -39,8 +52,8 @@ struct SentenceConfig {
 
 #[derive(Deserialize)]
 struct TokenizerConfig {
-    /// A float where no limit is meant: the library writes 1e30.
-    model_max_length: Option<f64>,
+    /// A float or `Infinity` where there is no limit: the library writes 1e30.
+    model_max_length: Option<Value>,
 }
 
 /// Modes of pooling: one flag each, or one name in newer files.
@@ -55,6 +68,8 @@ struct PoolingConfig {
     pooling_mode_mean_sqrt_len_tokens: bool,
     pooling_mode_weightedmean_tokens: bool,
     pooling_mode_lasttoken: bool,
+    /// Whether the rows of a prompt are pooled as those of the text.
+    include_prompt: Option<bool>,
 }
 
 impl PoolingConfig {
@@ -93,12 +108,13 @@ impl Sentence {
     pub(crate) fn read(files: &CheckpointFiles) -> Result<Self, LoadError> {
         let modules: Option<Vec<Module>> = files.optional_json(MODULES)?;
         let wrong = |problem| files.wrong(MODULES, problem);
+        let prompt = read_prompt(files)?;
         let (mut pooling, mut normalised) = (None, false);
         for (place, module) in modules.iter().flatten().enumerate() {
             let name = module.kind.rsplit('.').next().unwrap_or_default();
             match (place, name) {
                 (0, "Transformer") => {}
-                (1, "Pooling") => pooling = Some(read_pooling(files, &module.path)?),
+                (1, "Pooling") => pooling = Some(read_pooling(files, &module.path, &prompt)?),
                 (2, "Normalize") => normalised = true,
                 _ => {
                     let found = format!("{name} at place {place}");
@@ -116,21 +132,37 @@ impl Sentence {
             None => tokenizer_limit(files)?,
         };
         let pooling = pooling.unwrap_or(Pooling::Mean);
-        Ok(Self { pooling, note, normalised, max_tokens, lowercase: config.do_lower_case })
+        Ok(Self { pooling, note, normalised, max_tokens, lowercase: config.do_lower_case, prompt })
     }
 }
 
-fn read_pooling(files: &CheckpointFiles, folder: &str) -> Result<Pooling, LoadError> {
+/// The prompt that the library puts before every text for which the caller names none.
+fn read_prompt(files: &CheckpointFiles) -> Result<String, LoadError> {
+    let PromptConfig { mut prompts, default_prompt_name } = files.optional_json(PROMPTS)?.unwrap_or_default();
+    let Some(name) = default_prompt_name else { return Ok(String::new()) };
+    prompts.remove(&name).ok_or_else(|| {
+        let known: Vec<&str> = prompts.keys().map(String::as_str).collect();
+        let why = format!("{name:?} is not a name in prompts, which has {known:?}");
+        files.wrong(PROMPTS, CheckpointProblem::Malformed { key: "default_prompt_name", why })
+    })
+}
+
+fn read_pooling(files: &CheckpointFiles, folder: &str, prompt: &str) -> Result<Pooling, LoadError> {
     let name = format!("{folder}/config.json");
     let config: Option<PoolingConfig> = files.optional_json(&name)?;
     let config = config.ok_or_else(|| files.wrong(&name, CheckpointProblem::Missing))?;
+    if !prompt.is_empty() && config.include_prompt == Some(false) {
+        let supported = "true where config_sentence_transformers.json names a default prompt";
+        let problem = CheckpointProblem::unsupported("include_prompt", "false", supported);
+        return Err(files.wrong(&name, problem));
+    }
     config.pooling().map_err(|problem| files.wrong(&name, problem))
 }
 
 /// `model_max_length` where it is a limit at all.
 fn tokenizer_limit(files: &CheckpointFiles) -> Result<Option<usize>, LoadError> {
     let config: Option<TokenizerConfig> = files.optional_json(TOKENIZER_CONFIG)?;
-    let limit = config.and_then(|config| config.model_max_length);
+    let limit = config.and_then(|config| config.model_max_length).and_then(|limit| limit.as_f64());
     // Below 2³¹ a float with a whole value is that integer exactly.
     Ok(limit.filter(|limit| (1.0..2_147_483_648.0).contains(limit)).map(|limit| limit as usize))
 }

@@ -1,7 +1,8 @@
-//! What can be wrong with a GGUF file, in words that name the place and the next step.
+//! What can be wrong with a GGUF file. Each message names the place and the next step.
 
 use super::ValueType;
 use crate::arch::TensorProblem;
+use crate::foreign::ForeignFile;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -25,6 +26,40 @@ pub enum GgufProblem {
         /// Its first bytes, at most four.
         found: Vec<u8>,
     },
+    /// Other content that is often saved in place of a model.
+    #[error("it is not a GGUF file but {0}")]
+    Foreign(ForeignFile),
+    /// A GGUF file of another kind.
+    #[error(
+        "it is {found}, not a model; give the model's own file, and merge an adapter into the model before it is \
+         converted"
+    )]
+    NotModel {
+        /// What it is.
+        found: String,
+    },
+    /// One of several files of a model.
+    #[error(
+        "it is part {number} of {count} of a model that is split over several files; join them with \
+         \"llama-gguf-split --merge FIRST_PART OUTPUT\" and give the joined file"
+    )]
+    Part {
+        /// Which part, counted from 1.
+        number: u64,
+        /// How many there are.
+        count: u64,
+    },
+    /// A key that may change what the model computes and is not read.
+    #[error(
+        "key {key} is not part of {group} as supported here; without it the model could answer wrongly, so the file \
+         is refused"
+    )]
+    UnreadKey {
+        /// The key.
+        key: String,
+        /// What the key belongs to, such as `the llama architecture`.
+        group: String,
+    },
     /// The file is for big-endian machines.
     #[error("it is a big-endian GGUF file; convert the model to little-endian")]
     BigEndian,
@@ -42,14 +77,14 @@ pub enum GgufProblem {
         /// Where.
         at: usize,
     },
-    /// A count or length that the rest of the file cannot hold, or that no model has.
+    /// A count or length beyond the rest of the file, or beyond every model.
     #[error("{what} is {count}, more than {most}; the file is corrupt: download it again")]
     Absurd {
         /// What is counted.
         what: String,
-        /// What the file claims.
+        /// The count in the file.
         count: u64,
-        /// What could be.
+        /// The most that is possible.
         most: u64,
     },
     /// Text that is not UTF-8.
@@ -66,7 +101,7 @@ pub enum GgufProblem {
         /// The type's number.
         code: u32,
     },
-    /// Arrays of arrays are in no model format.
+    /// An array of arrays; no model needs one.
     #[error("key {key}: arrays of arrays are not supported; convert the model again")]
     NestedArray {
         /// The key.
@@ -97,7 +132,7 @@ pub enum GgufProblem {
     WrongType {
         /// The key.
         key: String,
-        /// What was needed.
+        /// The type that was expected.
         expected: &'static str,
         /// What it is.
         found: String,
@@ -116,7 +151,7 @@ pub enum GgufProblem {
         /// What the file says.
         alignment: u64,
     },
-    /// A tensor whose description makes no sense.
+    /// A tensor with an invalid description.
     #[error("tensor {name}: {why}")]
     Tensor {
         /// The tensor.
@@ -144,6 +179,19 @@ impl From<TensorProblem> for GgufProblem {
 }
 
 impl GgufProblem {
+    /// Whether the file may be sound and needs a feature that this version does not have.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(
+            self,
+            Self::BigEndian
+                | Self::Version { .. }
+                | Self::UnsupportedType { .. }
+                | Self::NotModel { .. }
+                | Self::Part { .. }
+                | Self::UnreadKey { .. }
+        )
+    }
+
     /// A key whose value has another type than was expected.
     pub(super) fn wrong_type(key: &str, expected: &'static str, found: ValueType) -> Self {
         Self::WrongType { key: key.to_owned(), expected, found: found.to_string() }

@@ -167,8 +167,8 @@ impl<'a> Array<'a> {
     }
 }
 
-/// All key-value pairs of a file. Keys are borrowed from `file` when arrays are read, so it must be the file that was
-/// parsed.
+/// All key-value pairs of a file. Keys are borrowed from `file` when arrays are read, so it must be the file
+/// that was parsed.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metadata {
     pub(super) values: BTreeMap<String, Value>,

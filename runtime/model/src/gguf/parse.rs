@@ -3,22 +3,24 @@
 use super::metadata::{ArrayPlace, Value};
 use super::tensor::{DataRegion, RawTensor, check_apart};
 use super::{GgufProblem, Metadata, TensorInfo, ValueType};
+use crate::foreign::ForeignFile;
 use std::collections::BTreeMap;
 
-/// Most key-value pairs and most tensors of a file. Real models have tens of keys and at most some ten thousand
-/// tensors; the bound keeps a hostile file from making us hold more descriptions than it is worth.
-const MOST_ENTRIES: u64 = 100_000;
+/// Most key-value pairs and most tensors of a file. Real models have tens of keys and at most some ten
+/// thousand tensors. A description takes some hundred bytes in memory, so the bound keeps them below some
+/// tens of MiB.
+const MAX_ENTRIES: u64 = 100_000;
 
 /// Longest key and tensor name in bytes; the format allows 65,535 for keys.
-const MOST_NAME_BYTES: u64 = 65_535;
+const MAX_NAME_BYTES: u64 = 65_535;
 
 /// Fewest bytes of a key-value pair: key length, type, one byte.
-const FEWEST_PAIR_BYTES: usize = 8 + 4 + 1;
+const MIN_PAIR_BYTES: usize = 8 + 4 + 1;
 
 /// Fewest bytes of a tensor description: name length, dimension count, one dimension, type, offset.
-const FEWEST_TENSOR_BYTES: usize = 8 + 4 + 8 + 4 + 8;
+const MIN_TENSOR_BYTES: usize = 8 + 4 + 8 + 4 + 8;
 
-/// A parsed file: what it says about itself and where its tensors are.
+/// A parsed file: its keys and the places of its tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gguf {
     /// The format's version, 2 or 3.
@@ -33,13 +35,13 @@ impl Gguf {
     /// Parses and checks a whole file.
     ///
     /// # Errors
-    /// The first thing that is wrong with it.
+    /// The first problem of the file.
     pub fn parse(file: &[u8]) -> Result<Self, GgufProblem> {
         let mut cursor = Cursor { file, at: 0 };
         let version = cursor.header()?;
         let tensor_count = cursor.u64("the number of tensors")?;
         let pair_count = cursor.u64("the number of keys")?;
-        let pair_count = cursor.plausible("the number of keys", pair_count, FEWEST_PAIR_BYTES)?;
+        let pair_count = cursor.plausible("the number of keys", pair_count, MIN_PAIR_BYTES)?;
         let mut values = BTreeMap::new();
         for _ in 0..pair_count {
             let (key, value) = cursor.pair()?;
@@ -48,7 +50,7 @@ impl Gguf {
             }
         }
         let metadata = Metadata { values };
-        let tensor_count = cursor.plausible("the number of tensors", tensor_count, FEWEST_TENSOR_BYTES)?;
+        let tensor_count = cursor.plausible("the number of tensors", tensor_count, MIN_TENSOR_BYTES)?;
         let raw: Vec<RawTensor> = (0..tensor_count).map(|_| cursor.tensor()).collect::<Result<_, _>>()?;
         let region = data_region(&metadata, &cursor)?;
         let tensors: Vec<TensorInfo> =
@@ -109,7 +111,10 @@ impl<'a> Cursor<'a> {
     fn header(&mut self) -> Result<u32, GgufProblem> {
         let magic = &self.file[..self.file.len().min(4)];
         if magic != b"GGUF" {
-            return Err(GgufProblem::NotGguf { found: magic.to_vec() });
+            return Err(match ForeignFile::of(self.file) {
+                Some(foreign) => GgufProblem::Foreign(foreign),
+                None => GgufProblem::NotGguf { found: magic.to_vec() },
+            });
         }
         self.at = 4;
         match self.u32("the version")? {
@@ -119,13 +124,13 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// A count of things that take at least `fewest` bytes each, checked against what is left of the file.
+    /// A count of items that take at least `fewest` bytes each, checked against the rest of the file.
     fn plausible(&self, what: &str, count: u64, fewest: usize) -> Result<usize, GgufProblem> {
-        let most = ((self.remaining() / fewest) as u64).min(MOST_ENTRIES);
+        let most = ((self.remaining() / fewest) as u64).min(MAX_ENTRIES);
         if count > most {
             return Err(GgufProblem::Absurd { what: what.to_owned(), count, most });
         }
-        // At most MOST_ENTRIES, which fits any usize.
+        // At most MAX_ENTRIES, which fits any usize.
         Ok(count as usize)
     }
 
@@ -141,7 +146,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn pair(&mut self) -> Result<(String, Value), GgufProblem> {
-        let key = self.text("a key", MOST_NAME_BYTES)?;
+        let key = self.text("a key", MAX_NAME_BYTES)?;
         let kind = self.value_type(key)?;
         let what = format!("key {key}");
         let value = match kind {
@@ -200,7 +205,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn tensor(&mut self) -> Result<RawTensor, GgufProblem> {
-        let name = self.text("a tensor's name", MOST_NAME_BYTES)?.to_owned();
+        let name = self.text("a tensor's name", MAX_NAME_BYTES)?.to_owned();
         let what = format!("the description of tensor {name}");
         let dim_count = self.u32(&what)?;
         if !(1..=4).contains(&dim_count) {
@@ -245,7 +250,7 @@ mod tests {
         file
     }
 
-    /// Bytes of a header with these counts and nothing behind it.
+    /// Bytes of a header with these counts and no content.
     fn header(version: u32, tensors: u64, pairs: u64) -> Vec<u8> {
         let mut file = b"GGUF".to_vec();
         file.extend(version.to_le_bytes());
@@ -268,7 +273,7 @@ mod tests {
         file
     }
 
-    /// A file with one tensor of these words and 4096 bytes of data.
+    /// A file with one tensor of this description and 4096 bytes of data.
     fn one_tensor(dims: &[u64], code: u32, offset: u64) -> Vec<u8> {
         let mut file = header(3, 1, 0);
         put(&mut file, "t");
@@ -285,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read() {
+    fn written_files_are_read() {
         let bytes = small().finish();
         let file = Gguf::parse(&bytes).unwrap();
         let meta = &file.metadata;
@@ -328,7 +333,8 @@ mod tests {
     #[test]
     fn foreign_files_are_told_apart() {
         assert!(refusal(b"").contains("not a GGUF file"));
-        assert!(refusal(b"PK\x03\x04zip").contains("[50, 4b, 03, 04]"));
+        assert!(refusal(b"PK\x03\x04zip").contains("not a GGUF file but an archive (zip)"));
+        assert!(refusal(b"GGML\x01\0\0\0").contains("[47, 47, 4d, 4c]"));
         assert!(refusal(&header(1, 0, 0)).contains("version 1 is not supported"));
         assert!(refusal(&header(4, 0, 0)).contains("version 4 is not supported"));
         assert!(refusal(&header(3_u32.swap_bytes(), 0, 0)).contains("big-endian"));
@@ -354,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_make_no_sense_are_refused() {
+    fn invalid_values_are_refused() {
         assert!(refusal(&one_pair(13, &[0; 16])).contains("value type 13 does not exist"));
         assert!(refusal(&one_pair(7, &[2; 16])).contains("2 is neither false (0) nor true (1)"));
         let text = [&2_u64.to_le_bytes()[..], &[0xff, 0xfe]].concat();
@@ -375,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_that_make_no_sense_are_refused() {
+    fn invalid_tensors_are_refused() {
         assert!(Gguf::parse(&one_tensor(&[32, 2], 0, 0)).is_ok());
         let cases = [
             (one_tensor(&[], 0, 0), "0 dimensions"),
@@ -427,13 +433,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_damaged_model_is_read_or_refused_but_never_panics(
+        fn damaged_models_never_panic(
             changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
             end in any::<prop::sample::Index>(),
             cut in any::<bool>(),
         ) {
             let mut file = SeededModel { layers: 1, ..SeededModel::default() }.gguf();
-            // Damage where it hurts: in the descriptions, not in the numbers of a tensor.
+            // Damage the descriptions, not the numbers of a tensor.
             let descriptions = Gguf::parse(&file).unwrap().tensors[0].range.start;
             for (at, byte) in changes {
                 file[at.index(descriptions)] = byte;
@@ -448,7 +454,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_behind_a_header_are_refused_or_read(
+        fn any_bytes_behind_a_header_never_panic(
             tensors in 0_u64..4, pairs in 0_u64..4, body in prop::collection::vec(any::<u8>(), 0..400),
         ) {
             let mut file = header(3, tensors, pairs);

@@ -4,8 +4,8 @@ use super::GgufProblem;
 use std::ops::Range;
 use trustformers_plan::DType;
 
-/// Names of the types that GGUF numbers, so that a refusal can say what a file holds. Numbers without a name were
-/// removed from the format.
+/// Names of the types by their number in GGUF, for refusals. Numbers without a name were removed from the
+/// format.
 const TYPE_NAMES: [&str; 40] = [
     "F32", "F16", "Q4_0", "Q4_1", "", "", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
     "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8",
@@ -59,8 +59,8 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    /// Rows and columns when the tensor is seen as a matrix: all dimensions but the first are rows; a vector has one
-    /// row.
+    /// Rows and columns when the tensor is seen as a matrix: all dimensions but the first are rows; a vector
+    /// has one row.
     pub fn matrix(&self) -> (usize, usize) {
         let cols = self.dims.first().copied().unwrap_or(0);
         (self.dims.iter().skip(1).product(), cols)

@@ -77,7 +77,8 @@ impl GgufWriter {
         self
     }
 
-    /// Adds a tensor. `dims` has the contiguous dimension first; `bytes` are its elements as `dtype` stores them.
+    /// Adds a tensor. `dims` has the contiguous dimension first; `bytes` are its elements as `dtype` stores
+    /// them.
     pub fn tensor(&mut self, name: &str, dims: &[usize], dtype: DType, bytes: &[u8]) -> &mut Self {
         put_text(&mut self.infos, name);
         self.infos.extend((dims.len() as u32).to_le_bytes());

@@ -11,7 +11,7 @@ use trustformers_plan::{DType, Pooling};
 /// Special tokens, the first ids of the vocabulary.
 const SPECIAL_TOKENS: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
 
-/// Words and pieces beside single letters and digits, which begin a word or continue one.
+/// Words and pieces beside the single letters and digits, which begin or continue a word.
 const WORDS: [&str; 8] = ["the", "cat", "hello", "world", "##ing", "##er", "##ed", "##s"];
 
 /// Marks, each a word by itself.
@@ -20,7 +20,7 @@ const MARKS: &str = ".,:;!?'\"()-_/+*=<>[]{}#$%&@\\^`|~";
 /// The shape of a seeded encoder. The default takes about 200 KB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SeededEncoder {
-    /// What all weights come from.
+    /// The seed of all weights.
     pub seed: u64,
     /// Transformer blocks.
     pub layers: usize,

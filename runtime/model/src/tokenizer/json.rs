@@ -1,16 +1,22 @@
-//! The tokenizer of a `tokenizer.json`: WordPiece, with the special tokens that its template puts around a text.
+//! The tokenizer of a `tokenizer.json`: WordPiece, with the special tokens that its template puts around a
+//! text.
 
 use super::{TokenBytes, Tokenizer};
 use crate::error::TokenizerProblem;
+use serde_json::Value;
 use std::collections::HashSet;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
-use tokenizers::{PostProcessor, Tokenizer as Library, TruncationDirection};
+use tokenizers::{Encoding, Model, PostProcessor, Tokenizer as Library, TruncationDirection};
 
 const KIND: &str = "model.type";
-/// A text is first tokenised up to this many bytes for each token that is wanted: few words give fewer tokens than that.
+/// Longest word that may be split into pieces, in characters; models have 100. Splitting takes time with its
+/// third power: 17 million steps at 256.
+const MAX_WORD_CHARS: usize = 256;
+/// A text is first tokenised up to this many bytes for each token that is needed: few texts have longer
+/// tokens.
 const BYTES_PER_TOKEN: usize = 16;
 /// The shortest piece that is worth tokenising by itself.
 const FIRST_PIECE_BYTES: usize = 4096;
@@ -25,26 +31,44 @@ pub struct EncodedText {
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer that the bytes of a `tokenizer.json` describe. How the file would cut and pad texts is the
-    /// business of whoever wrote it for another program, and is dropped.
+    /// Builds the tokenizer that the bytes of a `tokenizer.json` describe. The file's own truncation and
+    /// padding are dropped: callers set the length of a text.
     pub(crate) fn from_json(file: &[u8]) -> Result<Self, TokenizerProblem> {
         let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
-        let mut library = Library::from_bytes(checked(file)?).map_err(failed)?;
+        let content = checked(file)?;
+        let mut library =
+            Library::from_bytes(serde_json::to_vec(&content).map_err(not_json)?).map_err(failed)?;
         library.with_padding(None).with_truncation(None).map_err(failed)?;
         let ModelWrapper::WordPiece(model) = library.get_model() else {
             let found = kind(library.get_model()).to_owned();
             return Err(TokenizerProblem::Unsupported { key: KIND, found, supported: "WordPiece" });
         };
-        if library.token_to_id(&model.unk_token).is_none() {
-            let why = format!("the token {:?} for unknown words is not in the vocabulary", model.unk_token);
-            return Err(TokenizerProblem::Entry { key: "model.unk_token", why });
-        }
+        check_word_piece(model)?;
+        check_added_tokens(&content, &library)?;
         let bytes = word_piece_bytes(&library, model)?;
-        Ok(Self { library, bytes, begin: None, eos: Vec::new(), templated: true })
+        let tokenizer =
+            Self { library, bytes, begin: None, eos: Vec::new(), unused: Vec::new(), templated: true };
+        tokenizer.check_template()?;
+        Ok(tokenizer)
     }
 
-    /// The ids of a text, at most `max_tokens` of them: a longer text loses its end, while the special tokens around
-    /// it stay. What lies far behind the cut is not tokenised.
+    /// Refuses a template whose special tokens have ids outside the vocabulary.
+    fn check_template(&self) -> Result<(), TokenizerProblem> {
+        let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
+        let around = self.library.post_process(Encoding::default(), None, self.templated).map_err(failed)?;
+        let outside =
+            around.get_ids().iter().zip(around.get_tokens()).find(|(id, _)| **id as usize >= self.len());
+        match outside {
+            None => Ok(()),
+            Some((id, token)) => {
+                let why = format!("{token:?} has the id {id}, outside the vocabulary of {}", self.len());
+                Err(TokenizerProblem::Entry { key: "post_processor", why })
+            }
+        }
+    }
+
+    /// The ids of a text, at most `max_tokens` of them: a longer text loses its end, and keeps the special
+    /// tokens around it. Text far behind the cut is not tokenised.
     ///
     /// # Errors
     /// The library's own; none is known for valid UTF-8.
@@ -62,7 +86,7 @@ impl Tokenizer {
         };
         let cut = encoding.len() > room;
         encoding.truncate(room, 0, TruncationDirection::Right);
-        // The library keeps what was cut off, and would put special tokens around each piece of it.
+        // The library keeps the rest of the text, and would put special tokens around each piece of it.
         encoding.take_overflowing();
         let encoding = self.library.post_process(encoding, None, self.templated).map_err(failed)?;
         let ids = self.begin.into_iter().chain(encoding.get_ids().iter().copied()).collect();
@@ -122,20 +146,76 @@ impl WordSplits {
     }
 }
 
-/// The file without what the library would panic on when it is damaged: text that is no JSON, a decoder (it is not used
-/// here) and normalisers that carry a compiled table.
-fn checked(file: &[u8]) -> Result<Vec<u8>, TokenizerProblem> {
-    let failed = |error: serde_json::Error| TokenizerProblem::Library(error.to_string());
-    let mut content: serde_json::Value = serde_json::from_slice(file).map_err(failed)?;
+/// Parts of the file whose kind decides the ids, with the supported kinds; `null` where the first is empty.
+const KINDS: [(&str, &str, &[&str], &str); 3] = [
+    ("/normalizer", "normalizer.type", &["", "BertNormalizer"], "BertNormalizer"),
+    (
+        "/pre_tokenizer",
+        "pre_tokenizer.type",
+        &["BertPreTokenizer", "Whitespace", "WhitespaceSplit"],
+        "BertPreTokenizer, Whitespace, WhitespaceSplit",
+    ),
+    (
+        "/post_processor",
+        "post_processor.type",
+        &["", "TemplateProcessing", "BertProcessing", "RobertaProcessing"],
+        "TemplateProcessing, BertProcessing, RobertaProcessing",
+    ),
+];
+
+#[expect(clippy::needless_pass_by_value, reason = "the signature of map_err")]
+fn not_json(error: serde_json::Error) -> TokenizerProblem {
+    TokenizerProblem::Library(error.to_string())
+}
+
+/// The file without the decoder, which is not used here, and with supported parts only: the library would
+/// panic on some damaged parts, and other kinds split texts in other ways.
+fn checked(file: &[u8]) -> Result<Value, TokenizerProblem> {
+    let mut content: Value = serde_json::from_slice(file).map_err(not_json)?;
     if let Some(parts) = content.as_object_mut() {
         parts.remove("decoder");
     }
-    let normaliser = content.pointer("/normalizer/type").and_then(|kind| kind.as_str());
-    if let Some(found) = normaliser.filter(|kind| *kind != "BertNormalizer") {
-        let (key, supported) = ("normalizer.type", "BertNormalizer");
-        return Err(TokenizerProblem::Unsupported { key, found: found.to_owned(), supported });
+    for (place, key, kinds, supported) in KINDS {
+        let part = content.pointer(place).filter(|part| !part.is_null());
+        let found = part.map_or("", |part| part["type"].as_str().unwrap_or("unknown"));
+        if !kinds.contains(&found) {
+            let found = if found.is_empty() { "null" } else { found }.to_owned();
+            return Err(TokenizerProblem::Unsupported { key, found, supported });
+        }
     }
-    serde_json::to_vec(&content).map_err(failed)
+    Ok(content)
+}
+
+/// Refuses a model for which some texts could not be tokenised, or only in a long time.
+fn check_word_piece(model: &WordPiece) -> Result<(), TokenizerProblem> {
+    // In the vocabulary of the model itself: an added token of that name does not replace unknown words.
+    if model.token_to_id(&model.unk_token).is_none() {
+        let why = format!(
+            "the token {:?} for unknown words is not in the vocabulary; download tokenizer.json again",
+            model.unk_token
+        );
+        return Err(TokenizerProblem::Entry { key: "model.unk_token", why });
+    }
+    if model.max_input_chars_per_word > MAX_WORD_CHARS {
+        let why = format!("{} is more than {MAX_WORD_CHARS}", model.max_input_chars_per_word);
+        return Err(TokenizerProblem::Entry { key: "model.max_input_chars_per_word", why });
+    }
+    Ok(())
+}
+
+/// Refuses added tokens that have another id in the library than the file gives them: the model was trained
+/// with the file's id.
+fn check_added_tokens(content: &Value, library: &Library) -> Result<(), TokenizerProblem> {
+    for token in content["added_tokens"].as_array().into_iter().flatten() {
+        let (Some(text), Some(id)) = (token["content"].as_str(), token["id"].as_u64()) else { continue };
+        let known = library.token_to_id(text).map(u64::from);
+        if known != Some(id) {
+            let known = known.map_or("none".to_owned(), |known| known.to_string());
+            let why = format!("{text:?} has the id {id} here and {known} in the vocabulary");
+            return Err(TokenizerProblem::Entry { key: "added_tokens", why });
+        }
+    }
+    Ok(())
 }
 
 fn kind(model: &ModelWrapper) -> &'static str {
@@ -147,11 +227,11 @@ fn kind(model: &ModelWrapper) -> &'static str {
     }
 }
 
-/// WordPiece forgets the blanks of a text, so a word's bytes begin with one, and a continuing piece's do not. Special
-/// tokens have none.
+/// WordPiece drops the spaces of a text, so the bytes of a word begin with a space, and those of a continuing
+/// piece do not. Special tokens have no bytes.
 fn word_piece_bytes(library: &Library, model: &WordPiece) -> Result<TokenBytes, TokenizerProblem> {
     let vocabulary = library.get_vocab(true);
-    // An id far beyond the number of tokens would ask for memory that the file does not pay for.
+    // An id far beyond the number of tokens would take memory out of proportion to the file.
     let most = vocabulary.len().saturating_mul(2);
     let mut words: Vec<&str> = Vec::new();
     for (word, id) in &vocabulary {
@@ -187,15 +267,14 @@ mod tests {
         Tokenizer::from_json(&SeededEncoder::default().tokenizer()).unwrap()
     }
 
-    fn changed(change: impl Fn(&mut serde_json::Value)) -> Result<Tokenizer, String> {
-        let mut file: serde_json::Value =
-            serde_json::from_slice(&SeededEncoder::default().tokenizer()).unwrap();
+    fn changed(change: impl Fn(&mut Value)) -> Result<Tokenizer, String> {
+        let mut file: Value = serde_json::from_slice(&SeededEncoder::default().tokenizer()).unwrap();
         change(&mut file);
         Tokenizer::from_json(file.to_string().as_bytes()).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn special_tokens_stand_around_what_is_left_of_a_text() {
+    fn special_tokens_surround_a_truncated_text() {
         let tokenizer = seeded();
         let id = |token: &str| tokenizer.library.token_to_id(token).unwrap();
         let (first, last) = (id("[CLS]"), id("[SEP]"));
@@ -218,10 +297,10 @@ mod tests {
     }
 
     #[test]
-    fn a_long_text_is_cut_as_if_it_had_been_tokenised_whole() {
+    fn a_long_text_is_cut_as_if_tokenised_whole() {
         let tokenizer = seeded();
         assert!(tokenizer.beginning(&"'".repeat(1 << 20), 4096).len() <= 4096, "every mark is a word");
-        // Blanks in plenty, words longer than a piece, and no blank at all.
+        // Many spaces, words longer than a piece, and no space at all.
         let texts = [
             "the cat sat ".repeat(5000),
             format!("{} {}", "x".repeat(9000), "cat ".repeat(9000)),
@@ -245,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn the_files_own_cutting_and_padding_are_dropped() {
+    fn truncation_and_padding_of_the_file_are_dropped() {
         let padded = changed(|file| {
             file["truncation"] = serde_json::json!(
                 {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"});
@@ -258,7 +337,37 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_is_refused_by_name() {
+    fn special_ids_outside_the_vocabulary_are_refused() {
+        let template = changed(|file| {
+            file["post_processor"]["special_tokens"]["[SEP]"]["ids"] = serde_json::json!([5000]);
+        });
+        let error = template.unwrap_err();
+        assert!(
+            error.contains("post_processor: \"[SEP]\" has the id 5000, outside the vocabulary"),
+            "{error}"
+        );
+        let bert = changed(|file| {
+            file["post_processor"] =
+                serde_json::json!({"type": "BertProcessing", "sep": ["[SEP]", 4000], "cls": ["[CLS]", 2]});
+        });
+        assert!(bert.unwrap_err().contains("\"[SEP]\" has the id 4000"));
+        let added = changed(|file| file["added_tokens"][2]["id"] = 77.into());
+        let error = added.unwrap_err();
+        assert!(error.contains("added_tokens: \"[CLS]\" has the id 77 here and 2"), "{error}");
+    }
+
+    #[test]
+    fn a_vocabulary_without_the_unknown_token_is_refused() {
+        let unknown = changed(|file| {
+            file["model"]["vocab"].as_object_mut().unwrap().remove("[UNK]");
+        });
+        assert!(unknown.unwrap_err().contains("\"[UNK]\" for unknown words is not in the vocabulary"));
+        let long = changed(|file| file["model"]["max_input_chars_per_word"] = 1_000_000.into());
+        assert!(long.unwrap_err().contains("max_input_chars_per_word: 1000000 is more than 256"));
+    }
+
+    #[test]
+    fn unsupported_parts_are_refused_by_name() {
         let other = changed(|file| {
             file["model"] = serde_json::json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"});
         });
@@ -269,7 +378,12 @@ mod tests {
         assert!(far.unwrap_err().contains("\"far\" has the id 4000000000"));
         let table = changed(|file| file["normalizer"] = serde_json::json!({"type": "Precompiled"}));
         assert!(table.unwrap_err().contains("key normalizer.type is \"Precompiled\""));
-        let error = Tokenizer::from_json(b"{}").err().unwrap().to_string();
+        for (part, found) in [("pre_tokenizer", "null"), ("post_processor", "Sequence")] {
+            let kind = if found == "null" { Value::Null } else { serde_json::json!({"type": "Sequence"}) };
+            let error = changed(|file| file[part] = kind.clone()).unwrap_err();
+            assert!(error.contains(&format!("key {part}.type is {found:?}")), "{error}");
+        }
+        let error = changed(|file| file["model"] = Value::Null).unwrap_err();
         assert!(error.contains("the tokenizer failed"), "{error}");
     }
 }

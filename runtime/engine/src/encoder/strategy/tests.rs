@@ -6,12 +6,12 @@ const fn us(us: u64) -> Moment {
     Duration::from_micros(us)
 }
 
-fn rules(strategy: BatchStrategy) -> Rules {
+fn rules(strategy: BatchStrategy) -> BatchRules {
     let by_class = strategy == BatchStrategy::Priority;
-    Rules { strategy, max_wait: us(10_000), by_class, max_texts: 4, max_tokens: 100 }
+    BatchRules { strategy, max_wait: us(10_000), by_class, max_texts: 4, max_tokens: 100 }
 }
 
-/// A batcher whose device costs `fixed_us` for each step and 10 us for each token.
+/// A batcher whose device takes `fixed_us` for each step and 10 us for each token.
 fn trained(strategy: BatchStrategy, fixed_us: u64) -> Batcher<usize> {
     let mut batcher = Batcher::new(rules(strategy));
     for tokens in [32, 8, 64, 8, 64, 8] {
@@ -20,32 +20,34 @@ fn trained(strategy: BatchStrategy, fixed_us: u64) -> Batcher<usize> {
     batcher
 }
 
-/// A text of nobody in particular.
+/// A text without a tenant.
 fn push(batcher: &mut Batcher<usize>, at_us: u64, class: Priority, tokens: usize, item: usize) {
-    batcher.push(us(at_us), (class, &Tenant::from("")), tokens, item);
+    let text = NewText { arrived: us(at_us), class, tenant: &Tenant::from(""), tokens };
+    batcher.push(text, item);
 }
 
 /// A request of one text of 10 tokens.
 fn request(batcher: &mut Batcher<usize>, at_us: u64, item: usize) {
-    batcher.arrived(us(at_us));
+    batcher.record_arrival(us(at_us));
     push(batcher, at_us, Priority::Normal, 10, item);
 }
 
 /// Texts of 10 tokens each, of a request of this tenant.
 fn list(batcher: &mut Batcher<usize>, class: Priority, tenant: &str, items: std::ops::Range<usize>) {
     let tenant = Tenant::from(tenant);
-    batcher.enter(&tenant);
-    items.for_each(|item| batcher.push(us(0), (class, &tenant), 10, item));
+    batcher.request_arrived(&tenant);
+    let text = NewText { arrived: us(0), class, tenant: &tenant, tokens: 10 };
+    items.for_each(|item| batcher.push(text, item));
 }
 
-fn taken(batcher: &mut Batcher<usize>) -> Vec<usize> {
+fn next_batch(batcher: &mut Batcher<usize>) -> Vec<usize> {
     let mut batch = Vec::new();
-    batcher.take(&mut batch);
+    batcher.take_batch(&mut batch);
     batch
 }
 
 #[test]
-fn with_nothing_to_do_every_strategy_is_idle() {
+fn every_strategy_is_idle_without_texts() {
     for strategy in BatchStrategy::ALL {
         assert_eq!(Batcher::<()>::new(rules(strategy)).decide(us(5)), Decision::Idle, "{strategy}");
         assert_eq!(strategy.as_str().parse(), Ok(strategy));
@@ -54,9 +56,9 @@ fn with_nothing_to_do_every_strategy_is_idle() {
 }
 
 #[test]
-fn fixed_strategies_begin_when_their_table_says() {
+fn time_and_size_begin_steps_as_documented() {
     use Decision::{Run, Until};
-    // The first text comes at 1 ms; then, at 3 ms, so many texts are there.
+    // The first text arrives at 1 ms. The second column is the number of texts at 3 ms.
     let cases = [
         (BatchStrategy::Time, 1, Until(us(11_000))),
         (BatchStrategy::Time, 4, Until(us(11_000))),
@@ -74,27 +76,27 @@ fn fixed_strategies_begin_when_their_table_says() {
 }
 
 #[test]
-fn tokens_fill_a_batch_as_texts_do() {
+fn tokens_fill_a_batch_like_texts() {
     let mut batcher = Batcher::new(rules(BatchStrategy::Size));
     push(&mut batcher, 0, Priority::Normal, 60, 1);
     assert!(matches!(batcher.decide(us(1)), Decision::Until(_)));
     push(&mut batcher, 0, Priority::Normal, 60, 2);
     push(&mut batcher, 0, Priority::Normal, 20, 3);
     assert_eq!(batcher.decide(us(1)), Decision::Run);
-    // Nobody is passed over for being long.
-    assert_eq!((taken(&mut batcher), taken(&mut batcher), batcher.len()), (vec![1], vec![2, 3], 0));
+    // A long text is not bypassed by shorter ones.
+    assert_eq!((next_batch(&mut batcher), next_batch(&mut batcher), batcher.len()), (vec![1], vec![2, 3], 0));
 }
 
 #[test]
-fn dynamic_never_waits_when_requests_are_sparse_or_nothing_is_to_be_gained() {
-    // Time between requests, fixed part of a step: neither known, sparse, a device without a fixed part.
+fn dynamic_never_waits_where_waiting_saves_nothing() {
+    // Gap between requests and fixed cost of a step: sparse requests, and a device without a fixed cost.
     for (gap_us, fixed_us) in [(5000, 2000), (100_000, 2000), (2000, 2000), (50, 0)] {
         let mut batcher = trained(BatchStrategy::Dynamic, fixed_us);
         for item in 0..12 {
             let at = 1_000_000 + item as u64 * gap_us;
             request(&mut batcher, at, item);
             assert_eq!(batcher.decide(us(at)), Decision::Run, "gap {gap_us} fixed {fixed_us} request {item}");
-            assert_eq!(taken(&mut batcher), [item]);
+            assert_eq!(next_batch(&mut batcher), [item]);
         }
     }
     let mut untrained = Batcher::new(rules(BatchStrategy::Dynamic));
@@ -103,20 +105,20 @@ fn dynamic_never_waits_when_requests_are_sparse_or_nothing_is_to_be_gained() {
 }
 
 #[test]
-fn dynamic_gathers_a_crowd_until_it_ends_is_full_or_costs_too_much() {
+fn dynamic_waits_only_while_another_text_pays() {
     // Requests every 100 us before a device whose steps cost 2 ms each.
-    let crowd = |waiting: usize| {
+    let batcher_with = |waiting: usize| {
         let mut batcher = trained(BatchStrategy::Dynamic, 2000);
         (0..8).for_each(|item| request(&mut batcher, item * 100, item as usize));
         batcher.retain(|item| *item >= 8 - waiting);
         batcher
     };
-    // The next one is due 100 us after the last, which came at 700.
-    assert_eq!(crowd(1).decide(us(700)), Decision::Until(us(800)));
-    assert_eq!(crowd(3).decide(us(750)), Decision::Until(us(800)));
-    assert_eq!(crowd(3).decide(us(800)), Decision::Run, "the crowd has ended");
-    assert_eq!(crowd(4).decide(us(700)), Decision::Run, "the batch is full");
-    // Three that wait 900 us for one more lose more than its 2 ms are worth.
+    // The next one is expected 100 us after the last, which arrived at 700.
+    assert_eq!(batcher_with(1).decide(us(700)), Decision::Until(us(800)));
+    assert_eq!(batcher_with(3).decide(us(750)), Decision::Until(us(800)));
+    assert_eq!(batcher_with(3).decide(us(800)), Decision::Run, "no text arrived in time");
+    assert_eq!(batcher_with(4).decide(us(700)), Decision::Run, "the batch is full");
+    // Three texts that wait 900 us for one more lose more than the 2 ms that it saves.
     let mut slow = trained(BatchStrategy::Dynamic, 2000);
     for (item, at) in [0, 900, 1800, 2700, 3600, 4500].into_iter().enumerate() {
         request(&mut slow, at, item);
@@ -125,43 +127,44 @@ fn dynamic_gathers_a_crowd_until_it_ends_is_full_or_costs_too_much() {
     assert_eq!(slow.decide(us(4500)), Decision::Run);
     slow.retain(|item| *item >= 4);
     assert_eq!(slow.decide(us(4500)), Decision::Until(us(5400)));
-    // Whoever trickles in, the window is no longer than what it can save.
+    // The window is never longer than the time that it can save.
     let mut batcher = trained(BatchStrategy::Dynamic, 2000);
     (0..7).for_each(|item| request(&mut batcher, item * 300, item as usize));
     batcher.retain(|item| [0, 6].contains(item));
     let Decision::Until(at) = batcher.decide(us(1800)) else { panic!("{:?}", batcher.decide(us(1800))) };
     assert!(
         (1999..=2001).contains(&at.as_micros()),
-        "the next is due at 2100, too late for the first: {at:?}"
+        "the next is expected at 2100, too late for the first: {at:?}"
     );
 }
 
 #[test]
-fn after_a_step_dynamic_gives_those_who_were_answered_time_to_come_back() {
+fn dynamic_waits_after_a_step_for_callers_that_return() {
     let mut batcher = trained(BatchStrategy::Dynamic, 2000);
     (0..6).for_each(|item| request(&mut batcher, item * 50, item as usize));
-    assert_eq!(taken(&mut batcher), [0, 1, 2, 3]);
-    // Two came during the step, which ends at 9 ms; the four that are answered now will be back at once.
+    assert_eq!(next_batch(&mut batcher), [0, 1, 2, 3]);
+    // Two arrived during the step, which ends at 9 ms. The four callers that have their answers may return at
+    // once.
     batcher.step_done(us(9000), 40, us(2400));
     assert_eq!(batcher.decide(us(9000)), Decision::Until(us(9050)));
     request(&mut batcher, 9020, 6);
-    // A long gap is among the last four now, so nobody is waited for.
+    // A long gap is among the last four now, so the step begins at once.
     assert_eq!(batcher.decide(us(9020)), Decision::Run);
 }
 
 #[test]
-fn a_saturated_device_runs_full_batches_back_to_back_under_every_strategy() {
+fn a_saturated_device_runs_full_batches_without_a_pause() {
     for strategy in BatchStrategy::ALL {
         let mut batcher = trained(strategy, 2000);
         let (mut now, mut item, mut sizes) = (20_000, 0, Vec::new());
         for _ in 0..20 {
-            // Ten come while a step of 2.4 ms runs.
+            // Ten arrive while a step of 2.4 ms runs.
             for _ in 0..10 {
                 request(&mut batcher, now - 11_000, item);
                 item += 1;
             }
             assert_eq!(batcher.decide(us(now)), Decision::Run, "{strategy}");
-            sizes.push(taken(&mut batcher).len());
+            sizes.push(next_batch(&mut batcher).len());
             now += 2400;
             batcher.step_done(us(now), 40, us(2400));
         }
@@ -170,14 +173,14 @@ fn a_saturated_device_runs_full_batches_back_to_back_under_every_strategy() {
 }
 
 #[test]
-fn classes_overtake_each_other_only_where_they_count() {
+fn classes_decide_the_order_only_where_they_count() {
     use Priority::{High, Low, Normal};
     let order = |strategy, by_class| {
-        let mut batcher = Batcher::new(Rules { max_texts: 8, by_class, ..rules(strategy) });
+        let mut batcher = Batcher::new(BatchRules { max_texts: 8, by_class, ..rules(strategy) });
         for (item, class) in [Low, Normal, Low, High, Normal].into_iter().enumerate() {
             push(&mut batcher, item as u64, class, 10, item);
         }
-        taken(&mut batcher)
+        next_batch(&mut batcher)
     };
     for strategy in BatchStrategy::ALL {
         assert_eq!(order(strategy, false), [0, 1, 2, 3, 4], "{strategy}");
@@ -186,51 +189,52 @@ fn classes_overtake_each_other_only_where_they_count() {
 }
 
 #[test]
-fn no_class_is_passed_over_without_end() {
+fn no_class_is_bypassed_for_ever() {
     let mut batcher = Batcher::new(rules(BatchStrategy::Priority));
     let mut order = Vec::new();
     push(&mut batcher, 0, Priority::Low, 10, 1000);
     push(&mut batcher, 0, Priority::Normal, 10, 2000);
     for step in 0..6 {
-        // More of class high come than a step takes.
+        // More texts of class high arrive than a step takes.
         (0..5).for_each(|item| push(&mut batcher, step, Priority::High, 10, item));
-        order.extend(taken(&mut batcher));
+        order.extend(next_batch(&mut batcher));
     }
-    let at = |item| order.iter().position(|taken| *taken == item);
+    let at = |item| order.iter().position(|other| *other == item);
     assert_eq!((at(2000), at(1000)), (Some(8), Some(16)), "{order:?}");
 }
 
 #[test]
-fn a_long_list_leaves_places_to_others_and_no_class_makes_up_for_it() {
+fn many_texts_leave_room_for_other_tenants() {
     let mut batcher = Batcher::new(rules(BatchStrategy::Dynamic));
     list(&mut batcher, Priority::Normal, "long", 0..100);
-    assert_eq!(taken(&mut batcher), [0, 1, 2, 3]);
+    assert_eq!(next_batch(&mut batcher), [0, 1, 2, 3]);
     list(&mut batcher, Priority::Normal, "short", 200..201);
-    // Both begin alike, so the older one is first; then it is the other's turn.
-    assert_eq!(taken(&mut batcher), [4, 200, 5, 6]);
-    batcher.leave(&"short".into());
+    // Both start at the same count, so the older one is first; then the other tenant is next.
+    assert_eq!(next_batch(&mut batcher), [4, 200, 5, 6]);
+    batcher.request_ended(&"short".into());
     list(&mut batcher, Priority::Normal, "other", 300..400);
-    assert_eq!(taken(&mut batcher), [7, 300, 8, 301]);
-    // Turns are by tokens: whoever sends long texts has fewer of them in a step.
-    let mut batcher = Batcher::new(Rules { max_texts: 16, ..rules(BatchStrategy::Dynamic) });
+    assert_eq!(next_batch(&mut batcher), [7, 300, 8, 301]);
+    // Tenants are charged by tokens: the one with long texts has fewer of them in a step.
+    let mut batcher = Batcher::new(BatchRules { max_texts: 16, ..rules(BatchStrategy::Dynamic) });
     list(&mut batcher, Priority::Normal, "short", 0..100);
     let long = Tenant::from("long");
-    batcher.enter(&long);
-    (200..300).for_each(|item| batcher.push(us(0), (Priority::Normal, &long), 40, item));
-    assert_eq!(taken(&mut batcher), [0, 200, 1, 2, 3, 4]);
-    // A class goes before the tenants of the next one.
+    batcher.request_arrived(&long);
+    let text = NewText { arrived: us(0), class: Priority::Normal, tenant: &long, tokens: 40 };
+    (200..300).for_each(|item| batcher.push(text, item));
+    assert_eq!(next_batch(&mut batcher), [0, 200, 1, 2, 3, 4]);
+    // A class precedes all tenants of the next one.
     let mut batcher = Batcher::new(rules(BatchStrategy::Priority));
     list(&mut batcher, Priority::High, "much", 0..3);
     list(&mut batcher, Priority::Normal, "little", 10..11);
-    assert_eq!(taken(&mut batcher), [0, 1, 2, 10]);
+    assert_eq!(next_batch(&mut batcher), [0, 1, 2, 10]);
 }
 
 #[test]
-fn an_urgent_text_does_not_wait_for_others() {
+fn a_text_of_class_high_does_not_wait() {
     for (strategy, by_class) in
         [(BatchStrategy::Priority, true), (BatchStrategy::Time, true), (BatchStrategy::Time, false)]
     {
-        let mut batcher = Batcher::new(Rules { by_class, ..rules(strategy) });
+        let mut batcher = Batcher::new(BatchRules { by_class, ..rules(strategy) });
         push(&mut batcher, 0, Priority::Low, 10, 0);
         push(&mut batcher, 0, Priority::High, 10, 1);
         let wanted = if by_class { Decision::Run } else { Decision::Until(us(10_000)) };
@@ -239,12 +243,12 @@ fn an_urgent_text_does_not_wait_for_others() {
 }
 
 #[test]
-fn what_is_forgotten_leaves_no_trace_in_the_counts() {
+fn removed_texts_leave_the_counts() {
     let mut batcher = Batcher::new(rules(BatchStrategy::Size));
     (0..9).for_each(|item| push(&mut batcher, 0, Priority::Normal, 30, item));
     batcher.retain(|item| item % 3 == 0);
     assert_eq!((batcher.len(), batcher.tokens), (3, 90));
     assert!(matches!(batcher.decide(us(1)), Decision::Until(_)), "neither full by texts nor by tokens");
-    assert_eq!(taken(&mut batcher), [0, 3, 6]);
+    assert_eq!(next_batch(&mut batcher), [0, 3, 6]);
     assert_eq!((batcher.len(), batcher.tokens, batcher.decide(us(1))), (0, 0, Decision::Idle));
 }

@@ -1,4 +1,4 @@
-//! Tiny checkpoints through the loader: what is read, what is refused, and the plan that comes out.
+//! Tiny checkpoints through the loader: values that are read, refusals, and the plan.
 
 use crate::seeded::SeededEncoder;
 use crate::{CheckpointFiles, Model, PlanRequest};
@@ -43,7 +43,7 @@ fn the_plan_of_a_tiny_model() {
 }
 
 #[test]
-fn facts_say_what_it_embeds_and_how() {
+fn facts_describe_the_embedding() {
     let model = load(TINY, |_| {}).unwrap();
     let facts = model.facts();
     assert_eq!((model.task(), facts.architecture.as_str(), facts.context_tokens), (Task::Embed, "bert", 16));
@@ -61,7 +61,7 @@ fn facts_say_what_it_embeds_and_how() {
 }
 
 #[test]
-fn poolings_and_their_absence_are_read() {
+fn pooling_is_read_or_defaults_to_the_mean() {
     for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max] {
         let encoder = SeededEncoder { pooling: Some(pooling), normalised: false, ..TINY };
         let facts = load(encoder, |_| {}).unwrap().facts().clone();
@@ -91,7 +91,7 @@ fn set(folder: &Path, file: &str, key: &str, value: serde_json::Value) {
 }
 
 #[test]
-fn behaviour_that_is_not_built_is_refused_by_its_key() {
+fn unsupported_behaviour_is_refused_by_its_key() {
     let cases: [(&str, serde_json::Value, &str); 11] = [
         ("model_type", "distilbert".into(), "config.json: architecture \"distilbert\" is not supported"),
         ("architectures", serde_json::json!(["BertForSequenceClassification"]), "key architectures is"),
@@ -118,7 +118,7 @@ fn behaviour_that_is_not_built_is_refused_by_its_key() {
 }
 
 #[test]
-fn poolings_that_are_not_built_are_refused() {
+fn unsupported_poolings_are_refused() {
     let cases = [
         ("pooling_mode_mean_tokens", false, "key pooling_mode is \"none\""),
         ("pooling_mode_cls_token", true, "key pooling_mode is cls and mean"),
@@ -140,7 +140,7 @@ fn poolings_that_are_not_built_are_refused() {
 }
 
 #[test]
-fn names_of_larger_classes_and_of_the_first_berts_are_known() {
+fn prefixed_names_and_old_norm_names_load() {
     let plain = load(TINY, |_| {}).unwrap();
     let renamed = load(TINY, |folder| {
         let path = folder.join("model.safetensors");
@@ -165,8 +165,103 @@ fn names_of_larger_classes_and_of_the_first_berts_are_known() {
     assert_eq!(names(&plain), names(&renamed));
 }
 
+/// Writes the file of weights again with a buffer of integers beside them.
+fn add_buffer(folder: &Path, prefix: &str, name: &str) {
+    let path = folder.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let zeros = [0; 8 * 24];
+    let buffer = safetensors::tensor::TensorView::new(safetensors::Dtype::I64, vec![1, 24], &zeros).unwrap();
+    let tensors = file.tensors().into_iter().map(|(name, view)| (format!("{prefix}{name}"), view));
+    let tensors = tensors.chain([(format!("{prefix}{name}"), buffer)]);
+    let changed = safetensors::serialize(tensors, None).unwrap();
+    std::fs::write(path, changed).unwrap();
+}
+
 #[test]
-fn only_files_that_were_picked_are_read() {
+fn integer_buffers_are_ignored() {
+    for prefix in ["", "bert."] {
+        for name in ["embeddings.position_ids", "embeddings.token_type_ids"] {
+            let model = load(TINY, |folder| add_buffer(folder, prefix, name)).unwrap();
+            assert_eq!(model.weights().len(), load(TINY, |_| {}).unwrap().weights().len(), "{prefix}{name}");
+        }
+    }
+    let error = load(TINY, |folder| add_buffer(folder, "bert.", "embeddings.other_ids")).unwrap_err();
+    assert!(error.contains("bert.embeddings.other_ids: it is stored as I64"), "{error}");
+}
+
+fn write_json(folder: &Path, file: &str, value: &serde_json::Value) {
+    std::fs::write(folder.join(file), value.to_string()).unwrap();
+}
+
+#[test]
+fn the_default_prompt_is_put_before_texts() {
+    let prompts = serde_json::json!({
+        "prompts": {"query": "the cat: ", "document": ""}, "default_prompt_name": "query", "similarity_fn_name": null,
+    });
+    let name = "config_sentence_transformers.json";
+    let plain = load(TINY, |_| {}).unwrap();
+    let prompted = load(TINY, |folder| write_json(folder, name, &prompts)).unwrap();
+    assert_eq!(prompted.encode("hello").unwrap(), plain.encode("the cat: hello").unwrap());
+    assert_eq!(prompted.facts().embedding.as_ref().unwrap().prompt, "the cat: ");
+    let unset = serde_json::json!({"prompts": {"query": "the cat: "}, "default_prompt_name": null});
+    let unset = load(TINY, |folder| write_json(folder, name, &unset)).unwrap();
+    assert_eq!(unset.encode("hello").unwrap(), plain.encode("hello").unwrap());
+    let unknown = serde_json::json!({"prompts": {"query": "x"}, "default_prompt_name": "passage"});
+    let error = load(TINY, |folder| write_json(folder, name, &unknown)).unwrap_err();
+    assert!(error.contains("default_prompt_name: \"passage\" is not a name in prompts"), "{error}");
+    let error = load(TINY, |folder| {
+        write_json(folder, name, &prompts);
+        set(folder, "1_Pooling/config.json", "include_prompt", false.into());
+    });
+    assert!(error.unwrap_err().contains("key include_prompt is false"));
+}
+
+#[test]
+fn nulls_and_python_numbers_in_json_are_read() {
+    let unset = ["architectures", "is_decoder", "use_cache", "hidden_act"];
+    for key in unset {
+        load(TINY, |folder| set(folder, "config.json", key, serde_json::Value::Null)).unwrap();
+    }
+    let replaced = |from: &'static str, to: &'static str| {
+        load(TINY, |folder| {
+            let path = folder.join("config.json");
+            let config = std::fs::read_to_string(&path).unwrap();
+            assert!(config.contains(from), "{config}");
+            std::fs::write(path, config.replace(from, to)).unwrap();
+        })
+    };
+    replaced("\"hidden_act\"", "\"hidden_dropout_prob\": NaN, \"hidden_act\"").unwrap();
+    let error = replaced("1e-12", "NaN").unwrap_err();
+    assert!(error.contains("config.json") && error.contains("NaN"), "{error}");
+}
+
+#[test]
+fn foreign_files_are_named_in_place_of_their_format() {
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 98362432\n";
+    for name in ["model.safetensors", "tokenizer.json", "config.json", "modules.json"] {
+        let error = load(TINY, |folder| std::fs::write(folder.join(name), pointer).unwrap()).unwrap_err();
+        assert!(error.starts_with(&format!("{name}: it is a Git LFS pointer")), "{error}");
+        let page = "<!DOCTYPE html><html></html>";
+        let error = load(TINY, |folder| std::fs::write(folder.join(name), page).unwrap()).unwrap_err();
+        assert!(error.starts_with(&format!("{name}: it is a web page")), "{error}");
+        let answer = r#"{"error": "Repository not found"}"#;
+        let error = load(TINY, |folder| std::fs::write(folder.join(name), answer).unwrap()).unwrap_err();
+        assert!(error.contains("a server's error in JSON (\"Repository not found\")"), "{error}");
+    }
+}
+
+#[test]
+fn files_of_text_have_a_bounded_size() {
+    let error = load(TINY, |folder| {
+        let file = std::fs::File::create(folder.join("config.json")).unwrap();
+        file.set_len(1 << 40).unwrap();
+    });
+    assert!(error.unwrap_err().contains("config.json: it has 1099511627776 bytes; at most"));
+}
+
+#[test]
+fn only_selected_files_are_read() {
     let folder = tempfile::tempdir().unwrap();
     TINY.write(folder.path()).unwrap();
     let pick = |names: &[&str]| {

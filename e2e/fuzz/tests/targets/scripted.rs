@@ -1,0 +1,84 @@
+//! A server of models that answers at once: what a codec sees behind itself.
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use trustformers_api::inference::Models;
+use trustformers_api::{
+    Answer, Api, ApiError, EmbedRequest, Embedded, Event, FinishReason, Generation, Health, Inference,
+    PoolingMode, Usage, Verdict,
+};
+use trustformers_proto::v1;
+
+/// Vectors of this many values.
+const WIDTH: usize = 2;
+
+/// A server with one model, `fake`.
+pub(crate) struct Scripted {
+    models: watch::Sender<Models>,
+    ready: watch::Sender<Verdict>,
+}
+
+/// The codecs over it. Watches end at once, so that every response has an end.
+pub(crate) fn api() -> Api {
+    let mut model = v1::ModelStatus { name: "fake".into(), ..Default::default() };
+    model.set_state(v1::ModelState::Ready);
+    let scripted = Scripted {
+        models: watch::Sender::new(vec![model].into()),
+        ready: watch::Sender::new(Verdict::yes("ready")),
+    };
+    let closing = CancellationToken::new();
+    closing.cancel();
+    Api::new(Arc::new(scripted), closing)
+}
+
+impl Health for Scripted {
+    fn liveness(&self) -> Verdict {
+        Verdict::yes("alive")
+    }
+
+    fn startup(&self) -> Verdict {
+        Verdict::yes("started")
+    }
+
+    fn readiness(&self) -> watch::Receiver<Verdict> {
+        self.ready.subscribe()
+    }
+}
+
+impl Inference for Scripted {
+    fn generate(&self, _: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
+        let finished = Event::Finished {
+            reason: FinishReason::Stop,
+            stopped_by: None,
+            usage: Usage { prompt_tokens: 1, completion_tokens: 1 },
+        };
+        let events = [Ok(Event::Token { id: 1, text: "a".into(), logprobs: None }), Ok(finished)];
+        let events = futures::stream::iter(events).boxed();
+        Box::pin(async {
+            Ok(Answer { id: "gen-1".into(), model: "fake".into(), model_digest: "d1".into(), events })
+        })
+    }
+
+    fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>> {
+        Box::pin(async move {
+            Ok(Embedded {
+                id: "emb-1".into(),
+                model: "fake".into(),
+                model_digest: "d1".into(),
+                values: vec![0.5; request.input.len() * WIDTH],
+                width: WIDTH,
+                tokens: 1,
+                truncated: Vec::new(),
+                pooling: PoolingMode::Mean,
+                pooling_note: None,
+            })
+        })
+    }
+
+    fn watch_models(&self) -> watch::Receiver<Models> {
+        self.models.subscribe()
+    }
+}

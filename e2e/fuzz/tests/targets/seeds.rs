@@ -1,0 +1,149 @@
+//! Writes the valid inputs of the corpus again. Run it by hand after a format changes:
+//! `cargo test --profile ci -p trustformers-fuzz --test targets -- --ignored writes_the_valid_inputs`.
+
+use crate::checkpoint::encoder;
+use crate::corpus;
+use prost::Message;
+use trustformers_model::gguf::GgufValue;
+use trustformers_model::seeded::{SeededFamily, SeededModel};
+use trustformers_plan::DType;
+use trustformers_proto::v1;
+
+/// A model of some 18 KiB.
+pub(crate) const MODEL: SeededModel = SeededModel {
+    family: SeededFamily::Llama,
+    seed: 1,
+    layers: 1,
+    heads: 2,
+    kv_heads: 1,
+    head_dim: 4,
+    feed_forward: 16,
+    context_tokens: 64,
+    dtype: DType::F16,
+    tied: true,
+};
+
+fn put(target: &str, name: &str, content: impl AsRef<[u8]>) {
+    let folder = corpus(target);
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join(name), content).unwrap();
+}
+
+#[test]
+#[ignore = "it writes into the source tree"]
+fn writes_the_valid_inputs() {
+    checkpoints();
+    for (name, template) in TEMPLATES {
+        put("chat", name, template);
+    }
+    for (name, request) in REQUESTS {
+        put("http", name, request);
+    }
+    messages();
+    for (name, format) in FORMATS {
+        put("format", name, format);
+    }
+}
+
+/// Valid GGUF files of two architectures.
+pub(crate) fn models() -> [Vec<u8>; 2] {
+    let template = GgufValue::String(TEMPLATES[0].1.to_owned());
+    [
+        MODEL.gguf_with(&[("tokenizer.chat_template", template)]),
+        SeededModel { family: SeededFamily::Qwen2, tied: false, ..MODEL }.gguf(),
+    ]
+}
+
+fn checkpoints() {
+    let files = encoder().files();
+    put("tokenizer", "plain", &files["tokenizer.json"]);
+    for (name, content) in
+        files.iter().filter(|(name, _)| name.ends_with(".json") && **name != "tokenizer.json")
+    {
+        put("checkpoint", &name.replace('/', "-"), [name.as_bytes(), b"\n", content].concat());
+    }
+    let others = [
+        ("config_sentence_transformers.json", r#"{"prompts": {"q": "the "}, "default_prompt_name": "q"}"#),
+        (
+            "tokenizer_config.json",
+            r#"{"model_max_length": 1e30, "chat_template": [{"name": "default", "template": "a"}]}"#,
+        ),
+    ];
+    for (name, content) in others {
+        put("checkpoint", name, format!("{name}\n{content}"));
+    }
+}
+
+const TEMPLATES: [(&str, &str); 3] = [
+    (
+        "messages",
+        "{% set ns = namespace(n=0) %}{%- for m in messages -%}{% set ns.n = ns.n + 1 %}<|im_start|>{{ m.role }}\n\
+         {{ m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
+    ),
+    (
+        "macros",
+        "{% macro f(x, n=3) %}{% if n > 0 %}[{{ x | tojson(indent=2) }}]{{ f([x], n - 1) }}{% endif %}{% endmacro %}\
+         {{ f(messages) }}{% set ns = namespace() %}{% set ns.t %}a{% endset %}{{ ns.t | upper }}",
+    ),
+    (
+        "loops",
+        "{% for m in messages recursive %}{{ loop.index }}{{ m.items() | list }}{% if loop.first %}{{ loop(messages[1:]) }}\
+         {% endif %}{% endfor %}{% raw %}{% set ns.x %}{% endraw %}{{ strftime_now('%d %b %Y') }}",
+    ),
+];
+
+const REQUESTS: [(&str, &str); 6] = [
+    (
+        "generate",
+        "POST /v1/generate\n{\"prompt\": \"hi\", \"max_tokens\": 4, \"temperature\": 0.5, \"top_p\": 0.9, \"seed\": 7, \"stop\": [\"a\"], \
+         \"logit_bias\": {\"3\": -1.5}, \"response_format\": {\"type\": \"json_schema\", \"schema\": {\"type\": \"object\"}}}",
+    ),
+    (
+        "stream",
+        "POST /v1/generate/stream\n{\"prompt\": \"hi\", \"model\": \"fake\", \"logprobs\": 2, \"priority\": \"high\"}",
+    ),
+    (
+        "embeddings",
+        "POST /v1/embeddings\n{\"input\": [\"a\", \"b\"], \"encoding_format\": \"base64\", \"dimensions\": 2}",
+    ),
+    ("tokens", "POST /v1/embeddings\n{\"input\": [[1, 2], [3]], \"truncate\": true, \"user\": \"u\"}"),
+    ("models", "GET /v1/models\n"),
+    ("health", "GET /health/ready\n"),
+];
+
+const FORMATS: [(&str, &str); 6] = [
+    (
+        "schema",
+        "json_schema\n{\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"integer\", \"minimum\": 1}, \"b\": {\"enum\": [\"x\", 1, null]}}, \
+         \"required\": [\"a\"], \"additionalProperties\": false}",
+    ),
+    (
+        "refs",
+        "json_schema\n{\"$defs\": {\"p\": {\"type\": \"array\", \"items\": {\"anyOf\": [{\"type\": \"string\", \"pattern\": \"^[a-z]+$\"}, \
+         {\"$ref\": \"#/$defs/p\"}]}, \"maxItems\": 3}}, \"$ref\": \"#/$defs/p\"}",
+    ),
+    ("regex", "regex\n[a-z]{1,8}(-[0-9]+)*|x?y+"),
+    ("lark", "lark\nstart: \"a\" word (\",\" word)*\nword: /[a-z]+/ | NUMBER\nNUMBER: /[0-9]{1,3}/\n"),
+    ("lark_json", "lark\nstart: %json {\"type\": \"array\", \"items\": {\"type\": \"boolean\"}}\n"),
+    ("const", "json_schema\n{\"const\": -9223372036854775808}"),
+];
+
+fn messages() {
+    let generate = v1::GenerateRequest { prompt: "hi".into(), ..Default::default() };
+    let embed = v1::EmbedRequest { ..Default::default() };
+    let service = "/trustformers.v1.InferenceService";
+    for (name, method, content) in [
+        ("generate", "Generate", generate.encode_to_vec()),
+        ("stream", "GenerateStream", generate.encode_to_vec()),
+        ("embed", "Embed", embed.encode_to_vec()),
+    ] {
+        put("grpc", name, [format!("{service}/{method}\n").as_bytes(), &content].concat());
+    }
+    for (name, path) in [
+        ("models", "/trustformers.v1.ModelService/ListModels"),
+        ("watch", "/trustformers.v1.ModelService/WatchModels"),
+        ("health", "/grpc.health.v1.Health/Check"),
+    ] {
+        put("grpc", name, format!("{path}\n"));
+    }
+}

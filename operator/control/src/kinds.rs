@@ -1,0 +1,98 @@
+//! The kinds of objects that the operator makes for a model.
+//!
+//! This is the only list of them. The operator's caches, watches, permissions and pruning follow from it, and
+//! `build` can make an object only of a kind that is listed here.
+
+/// One kind of child object.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ChildKind {
+    /// API group; empty is the core group.
+    pub group: &'static str,
+    /// Version of the API group.
+    pub version: &'static str,
+    /// The kind.
+    pub kind: &'static str,
+    /// Plural in lower case, as URLs and RBAC rules spell it.
+    pub plural: &'static str,
+    /// Whether an object that is no longer desired is deleted.
+    pub prune: bool,
+    /// Whether the first apply of a child conflicts with every object of that name that has another owner. If
+    /// not, the operator looks for such an object before the first apply.
+    pub conflicts: bool,
+    /// Path of the part in which fields of other field managers are removed. A segment below a list is the
+    /// `name` of an item. Outside this part, fields of other managers (injected containers, annotations)
+    /// stay.
+    pub exclusive: &'static [&'static str],
+}
+
+/// Identity of the pods.
+pub const SERVICE_ACCOUNT: ChildKind = ChildKind {
+    group: "",
+    version: "v1",
+    kind: "ServiceAccount",
+    plural: "serviceaccounts",
+    prune: true,
+    // It sets a single field besides its metadata, and the same value is no conflict.
+    conflicts: false,
+    exclusive: &["automountServiceAccountToken"],
+};
+
+/// `pod.yaml`.
+pub const CONFIG_MAP: ChildKind = ChildKind {
+    group: "",
+    version: "v1",
+    kind: "ConfigMap",
+    plural: "configmaps",
+    prune: true,
+    conflicts: true,
+    exclusive: &["data"],
+};
+
+/// The headless Service.
+pub const SERVICE: ChildKind = ChildKind {
+    group: "",
+    version: "v1",
+    kind: "Service",
+    plural: "services",
+    prune: false,
+    conflicts: true,
+    exclusive: &["spec"],
+};
+
+/// The disruption budget.
+pub const DISRUPTION_BUDGET: ChildKind = ChildKind {
+    group: "policy",
+    version: "v1",
+    kind: "PodDisruptionBudget",
+    plural: "poddisruptionbudgets",
+    prune: false,
+    conflicts: true,
+    exclusive: &["spec"],
+};
+
+/// The pods.
+pub const DEPLOYMENT: ChildKind = ChildKind {
+    group: "apps",
+    version: "v1",
+    kind: "Deployment",
+    plural: "deployments",
+    prune: false,
+    conflicts: true,
+    exclusive: &["spec", "template", "spec", "containers", crate::names::CONTAINER],
+};
+
+/// Every kind of child, in the order in which children are applied: what pods need comes before the pods.
+pub const CHILDREN: &[&ChildKind] =
+    &[&SERVICE_ACCOUNT, &CONFIG_MAP, &SERVICE, &DISRUPTION_BUDGET, &DEPLOYMENT];
+
+impl ChildKind {
+    /// `apiVersion` of its objects.
+    #[must_use]
+    pub fn api_version(&self) -> String {
+        if self.group.is_empty() {
+            self.version.to_owned()
+        } else {
+            format!("{}/{}", self.group, self.version)
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Scenarios about children: creation, drift, ownership and pruning.
+
+use kube::api::DynamicObject;
+use kube::runtime::watcher::Event;
+use serde_json::{Value, json};
+use trustformers_control::kinds::{CONFIG_MAP, DEPLOYMENT, SERVICE, SERVICE_ACCOUNT};
+use trustformers_control::names;
+
+use super::*;
+use crate::watchers;
+
+#[tokio::test]
+async fn a_new_model_gets_its_objects_in_order_and_a_status() {
+    let server = ScriptedServer::default();
+    with_new_model(&server).await;
+    for object in server.applied("Deployment") {
+        assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "u1");
+    }
+}
+
+#[tokio::test]
+async fn a_reconcile_reads_the_writes_of_the_last_one() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_new_model(&server).await;
+    // No watch has delivered anything, and the cached model has no status: one more request fails the
+    // scenario.
+    reconcile(model, context).await.unwrap();
+    server.is_done();
+}
+
+#[tokio::test]
+async fn drift_is_corrected_by_force_and_nothing_else_is_sent() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_new_model(&server).await;
+    let mut drifted = cached(&context, &DEPLOYMENT);
+    drifted["spec"]["replicas"] = json!(7);
+    deliver(&context, &DEPLOYMENT, drifted);
+    server.expect([Expect::apply("Deployment", true)]);
+    reconcile(model, context).await.unwrap();
+    server.is_done();
+    assert_eq!(server.applied("Deployment")[1]["spec"]["replicas"], 1);
+    assert_eq!(server.applied("Deployment")[1]["metadata"]["uid"], "uid-of-chat");
+}
+
+#[tokio::test]
+async fn an_injected_sidecar_is_tolerated() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_new_model(&server).await;
+    let mut injected = cached(&context, &DEPLOYMENT);
+    let containers = injected["spec"]["template"]["spec"]["containers"].as_array_mut().unwrap();
+    containers.insert(0, json!({"name": "proxy", "image": "p"}));
+    deliver(&context, &DEPLOYMENT, injected);
+    reconcile(model, context).await.unwrap();
+    server.is_done();
+}
+
+/// The Deployment after `kubectl set env deploy/chat A=B`.
+fn with_foreign_variable(mut deployment: Value) -> Value {
+    deployment["spec"]["template"]["spec"]["containers"][0]["env"] = json!([{"name": "A", "value": "B"}]);
+    let container = |fields: Value| json!({"f:spec": {"f:template": {"f:spec": {"f:containers": {"k:{\"name\":\"runtime\"}": fields}}}}});
+    deployment["metadata"]["managedFields"] = json!([
+        {"manager": names::MANAGER, "operation": "Apply", "fieldsV1": container(json!({"f:image": {}}))},
+        {"manager": "kubectl-set", "operation": "Update", "fieldsV1":
+            container(json!({"f:env": {".": {}, "k:{\"name\":\"A\"}": {".": {}, "f:name": {}, "f:value": {}}}}))},
+    ]);
+    deployment
+}
+
+#[tokio::test]
+async fn a_variable_that_kubectl_set_env_added_is_removed() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_new_model(&server).await;
+    let before = cached(&context, &DEPLOYMENT);
+    deliver(&context, &DEPLOYMENT, with_foreign_variable(before.clone()));
+    let mut patched = before;
+    patched["metadata"]["resourceVersion"] = json!("5000");
+    server.expect([Expect::JsonPatch { kind: "Deployment", patched }]);
+    reconcile(Arc::clone(&model), Arc::clone(&context)).await.unwrap();
+    reconcile(model, context).await.unwrap();
+    server.is_done();
+    let patch = server.0.lock().unwrap().requests.last().unwrap().body.clone();
+    assert_eq!(patch[1], json!({"op": "remove", "path": "/spec/template/spec/containers/0/env"}));
+}
+
+#[tokio::test]
+async fn a_variable_that_comes_back_is_removed_one_time_only() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_new_model(&server).await;
+    let changed = with_foreign_variable(cached(&context, &DEPLOYMENT));
+    deliver(&context, &DEPLOYMENT, changed.clone());
+    // An admission webhook adds the variable to the response again.
+    let mut patched = changed;
+    patched["metadata"]["resourceVersion"] = json!("5000");
+    server.expect([Expect::JsonPatch { kind: "Deployment", patched }]);
+    for _ in 0..3 {
+        reconcile(Arc::clone(&model), Arc::clone(&context)).await.unwrap();
+    }
+    server.is_done();
+}
+
+#[tokio::test]
+async fn a_relabelled_child_is_repaired() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_new_model(&server).await;
+    // `kubectl label service chat app.kubernetes.io/managed-by=x --overwrite`: the watch reports it as
+    // deleted.
+    let mut relabelled = cached(&context, &SERVICE);
+    let gone: DynamicObject = serde_json::from_value(relabelled.clone()).unwrap();
+    watchers::apply_child_event(&context, &SERVICE, Event::Delete(gone)).await;
+    relabelled["metadata"]["labels"][names::MANAGED_BY] = json!("x");
+    let conflict = "Apply failed with 1 conflict: conflict with \"kubectl-label\": .metadata.labels";
+    server.expect([
+        Expect::Refuse { kind: "Service", code: 409, message: conflict },
+        Expect::Get { kind: "Service", found: Some(relabelled) },
+        Expect::apply("Service", true),
+    ]);
+    reconcile(model, context).await.unwrap();
+    server.is_done();
+}
+
+#[tokio::test]
+async fn a_relabelled_account_is_repaired() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_new_model(&server).await;
+    let kind = &SERVICE_ACCOUNT;
+    let child = context.children.get(kind, "team", "chat-pod").unwrap();
+    context.children.remove(&child);
+    server.expect([
+        Expect::Get { kind: "ServiceAccount", found: Some(child.object.clone()) },
+        Expect::apply("ServiceAccount", true),
+    ]);
+    reconcile(model, context).await.unwrap();
+    server.is_done();
+}
+
+#[tokio::test]
+async fn an_object_of_another_owner_is_never_taken_over() {
+    let conflict = "Apply failed with 1 conflict: conflict with \"kubectl\": .spec.clusterIP";
+    let other = json!({"metadata": {"name": "chat", "namespace": "team", "uid": "s", "resourceVersion": "3",
+        "managedFields": [{"manager": "kubectl", "operation": "Update"}]}});
+    let server = ScriptedServer::expecting([
+        Expect::Get { kind: "ServiceAccount", found: None },
+        Expect::apply("ServiceAccount", false),
+        Expect::apply("ConfigMap", false),
+        Expect::Refuse { kind: "Service", code: 409, message: conflict },
+        Expect::Get { kind: "Service", found: Some(other) },
+        Expect::Status { phase: "Failed" },
+        Expect::Event { reason: "NameTaken" },
+    ]);
+    let (context, _writers) = context(&server);
+    let model = Arc::new(model(SPEC, Value::Null));
+    let error = reconcile(Arc::clone(&model), Arc::clone(&context)).await.unwrap_err();
+    assert_eq!(error.label(), "Apply/NotOurs");
+    assert!(error.to_string().contains("Service chat exists"), "{error}");
+    assert_eq!(pause(&model, &error, &context), Action::requeue(Duration::from_secs(1)));
+    assert_eq!(pause(&model, &error, &context), Action::requeue(Duration::from_secs(2)));
+    server.is_done();
+}
+
+#[tokio::test]
+async fn an_account_of_another_owner_is_never_taken_over() {
+    let account = json!({"metadata": {"name": "chat-pod", "namespace": "team", "uid": "a", "resourceVersion": "3",
+        "managedFields": [{"manager": "kubectl-create", "operation": "Update"}]}});
+    let server = ScriptedServer::expecting([
+        Expect::Get { kind: "ServiceAccount", found: Some(account) },
+        Expect::Status { phase: "Failed" },
+        Expect::Event { reason: "NameTaken" },
+    ]);
+    let (context, _writers) = context(&server);
+    let error = reconcile(Arc::new(model(SPEC, Value::Null)), context).await.unwrap_err();
+    assert!(error.to_string().contains("kubectl-create wrote to it"), "{error}");
+    server.is_done();
+}
+
+#[tokio::test]
+async fn children_of_a_deleted_model_of_the_name_are_waited_for() {
+    let server = ScriptedServer::default();
+    let (context, _writers, _model) = with_new_model(&server).await;
+    // The model is created again before the children of the first one are deleted.
+    let mut again = model(SPEC, Value::Null);
+    again.metadata.uid = Some("u2".to_owned());
+    server.expect([]);
+    let error = reconcile(Arc::new(again), context).await.unwrap_err();
+    assert_eq!(error.label(), "Apply/NotDeletedYet");
+    server.is_done();
+}
+
+/// Names of the ConfigMaps in the cache, the oldest first.
+fn config_maps(context: &Context) -> Vec<String> {
+    let children = context.children.of_owner("u1");
+    let mut maps: Vec<_> = children.iter().filter(|one| one.kind == &CONFIG_MAP).collect();
+    maps.sort_by_key(|one| one.version.parse::<u64>().unwrap());
+    maps.iter().map(|one| one.name.clone()).collect()
+}
+
+#[tokio::test]
+async fn an_old_configuration_is_deleted_when_nothing_needs_it() {
+    let server = ScriptedServer::default();
+    let (context, mut writers, _model) = with_new_model(&server).await;
+    let old = config_maps(&context).remove(0);
+    let changed = Arc::new(model("{source: {uri: 'oci://localhost/m:2'}}", Value::Null));
+    // The rollout has only started: the old configuration stays.
+    server.expect([Expect::apply("ConfigMap", false), Expect::apply("Deployment", true)]);
+    reconcile(Arc::clone(&changed), Arc::clone(&context)).await.unwrap();
+    server.is_done();
+
+    let mut complete = cached(&context, &DEPLOYMENT);
+    complete["status"] = json!({"replicas": 1, "updatedReplicas": 1});
+    deliver(&context, &DEPLOYMENT, complete);
+    // A pod that is being deleted has it mounted: it stays too.
+    let mut ending = pod("p", json!({}));
+    ending.metadata.deletion_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
+    ending.spec = serde_json::from_value(json!({"containers": [],
+        "volumes": [{"name": "config", "configMap": {"name": old}}]}))
+    .unwrap();
+    writers.pods.apply_watcher_event(&Event::Apply(ending.clone()));
+    reconcile(Arc::clone(&changed), Arc::clone(&context)).await.unwrap();
+    server.is_done();
+
+    // A pod that was evicted does not need it.
+    ending.status = serde_json::from_value(json!({"phase": "Failed", "reason": "Evicted"})).unwrap();
+    writers.pods.apply_watcher_event(&Event::Apply(ending));
+    server.expect([Expect::Delete { name: old }]);
+    reconcile(changed, context).await.unwrap();
+    server.is_done();
+}
+
+#[tokio::test]
+async fn configurations_of_failed_rollouts_do_not_pile_up() {
+    let server = ScriptedServer::default();
+    let (context, _writers, _model) = with_new_model(&server).await;
+    for edit in 2..9 {
+        let changed = model(&format!("{{source: {{uri: 'oci://localhost/m:{edit}'}}}}"), Value::Null);
+        server.expect([Expect::apply("ConfigMap", false), Expect::apply("Deployment", true)]);
+        // Besides the desired one, two stay. They are created at the same time here, so any other may go.
+        if edit > 3 {
+            server.expect([Expect::DeleteAny]);
+        }
+        reconcile(Arc::new(changed), Arc::clone(&context)).await.unwrap();
+        server.is_done();
+        assert!(config_maps(&context).len() <= 3);
+    }
+}
+
+#[tokio::test]
+async fn a_model_that_is_being_deleted_is_not_reconciled() {
+    let server = ScriptedServer::expecting([]);
+    let (context, _writers) = context(&server);
+    let mut model = model(SPEC, Value::Null);
+    model.metadata.deletion_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
+    reconcile(Arc::new(model), context).await.unwrap();
+    server.is_done();
+}

@@ -1,0 +1,281 @@
+//! The watches that fill the caches, and which models each change wakes.
+//!
+//! Children are selected by their managed-by label, so that the API server sends only what the operator made.
+//! Managed fields of models and pods are dropped on arrival: they are the larger half of an object and are
+//! not read.
+
+use std::collections::HashSet;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt, future};
+use k8s_openapi::api::core::v1::{Event as PodEvent, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{ApiResource, DynamicObject};
+use kube::core::DeserializeGuard;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::reflector::store::Writer;
+use kube::runtime::watcher::{self, Event};
+use kube::{Api, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use tokio::task::JoinSet;
+use trustformers_control::kinds::{CHILDREN, ChildKind};
+use trustformers_control::routes::ModelKey;
+use trustformers_control::{causes, names};
+use trustformers_crds::InferenceModel;
+
+use crate::children::Child;
+use crate::context::{Context, Unreadable, Writers};
+
+/// Starts all watches.
+pub fn spawn(context: &Arc<Context>, writers: Writers, tasks: &mut JoinSet<()>) {
+    let Writers { models, pods } = writers;
+    tasks.spawn(watch_models(Arc::clone(context), models));
+    tasks.spawn(watch_pods(Arc::clone(context), pods));
+    for kind in CHILDREN {
+        tasks.spawn(watch_children(Arc::clone(context), kind));
+    }
+    for reason in causes::EVENT_REASONS {
+        tasks.spawn(watch_pod_events(Arc::clone(context), reason));
+    }
+}
+
+/// Models are decoded one by one, so that one which this version cannot decode does not stop the watch of
+/// all.
+async fn watch_models(context: Arc<Context>, mut writer: Writer<InferenceModel>) {
+    let api = Api::<DeserializeGuard<InferenceModel>>::all(context.client.clone());
+    let mut events = events(api, watcher::Config::default(), ManagedFields::Drop);
+    let mut listed_unreadable = HashSet::new();
+    while let Some(event) = events.next().await {
+        apply_model_event(&context, &mut writer, &mut listed_unreadable, event).await;
+        context.routes_changed.notify_one();
+    }
+}
+
+/// Updates the caches and wakes the models that the event concerns.
+pub(crate) async fn apply_model_event(
+    context: &Context,
+    writer: &mut Writer<InferenceModel>,
+    listed_unreadable: &mut HashSet<ModelKey>,
+    event: Event<DeserializeGuard<InferenceModel>>,
+) {
+    match event {
+        Event::Init => {
+            listed_unreadable.clear();
+            writer.apply_watcher_event(&Event::Init);
+        }
+        Event::InitApply(DeserializeGuard(Ok(model))) => {
+            context.set_unreadable(key(&model.metadata), None);
+            writer.apply_watcher_event(&Event::InitApply(model));
+        }
+        Event::InitApply(DeserializeGuard(Err(invalid))) => {
+            let key = key(&invalid.metadata);
+            listed_unreadable.insert(key.clone());
+            context
+                .set_unreadable(key, Some(Unreadable { metadata: invalid.metadata, error: invalid.error }));
+        }
+        Event::InitDone => {
+            writer.apply_watcher_event(&Event::InitDone);
+            context.retain_models(listed_unreadable);
+            wake_all(context).await;
+        }
+        Event::Apply(DeserializeGuard(Ok(model))) => {
+            let key = key(&model.metadata);
+            context.set_unreadable(key.clone(), None);
+            writer.apply_watcher_event(&Event::Apply(model.clone()));
+            if !is_own_write(context, &key, &model) {
+                wake_model(context, &key).await;
+            }
+            // A model without a status is new. It may have an older namesake, or be the older one.
+            if model.status.is_none() {
+                wake_namesakes(context, &key).await;
+            }
+        }
+        // The last version that could be decoded stays in the cache, so that its route stays.
+        Event::Apply(DeserializeGuard(Err(invalid))) => {
+            let key = key(&invalid.metadata);
+            context
+                .set_unreadable(key, Some(Unreadable { metadata: invalid.metadata, error: invalid.error }));
+        }
+        Event::Delete(deleted) => {
+            let key = key(deleted.meta());
+            let cached = context.models.get(&ObjectRef::new(&key.1).within(&key.0));
+            if let Some(model) = cached {
+                writer.apply_watcher_event(&Event::Delete(InferenceModel::clone(&model)));
+            }
+            context.drop_model(&key);
+            wake_namesakes(context, &key).await;
+        }
+    }
+}
+
+/// Whether a change of a model is only the status that the operator wrote itself. The event may arrive before
+/// the response to the write, so statuses are compared and not resource versions.
+fn is_own_write(context: &Context, key: &ModelKey, model: &InferenceModel) -> bool {
+    let memory = context.memory(key, model.metadata.uid.as_deref().unwrap_or_default());
+    model.metadata.deletion_timestamp.is_none()
+        && memory.generation == model.metadata.generation
+        && memory.written.is_some_and(|written| Some(&written.status) == model.status.as_ref())
+}
+
+async fn watch_pods(context: Arc<Context>, mut writer: Writer<Pod>) {
+    let api = Api::<Pod>::all(context.client.clone());
+    let config = watcher::Config::default().labels(names::MANAGED_SELECTOR);
+    let mut events = events(api, config, ManagedFields::Drop);
+    while let Some(event) = events.next().await {
+        writer.apply_watcher_event(&event);
+        match &event {
+            Event::Apply(pod) | Event::InitApply(pod) | Event::Delete(pod) => wake_owner(&context, pod).await,
+            Event::Init => {}
+            Event::InitDone => wake_all(&context).await,
+        }
+        context.routes_changed.notify_one();
+        context.gates_changed.notify_one();
+        context.pods_changed.notify_one();
+    }
+}
+
+async fn watch_children(context: Arc<Context>, kind: &'static ChildKind) {
+    let api = Api::<DynamicObject>::all_with(context.client.clone(), &resource(kind));
+    let config = watcher::Config::default().labels(names::MANAGED_SELECTOR);
+    let mut events = events(api, config, ManagedFields::Keep);
+    while let Some(event) = events.next().await {
+        apply_child_event(&context, kind, event).await;
+    }
+}
+
+/// Updates the cache of children and wakes the model that the event concerns.
+pub(crate) async fn apply_child_event(
+    context: &Context,
+    kind: &'static ChildKind,
+    event: Event<DynamicObject>,
+) {
+    match event {
+        Event::Apply(object) | Event::InitApply(object) => {
+            let Some(child) = Child::of(kind, object) else { return };
+            let child = context.children.insert(child);
+            wake_model_of(context, &child).await;
+        }
+        // Deleted, or no longer selected because somebody changed its label.
+        Event::Delete(object) => {
+            let Some(child) = Child::of(kind, object) else { return };
+            context.children.remove(&child);
+            wake_model_of(context, &child).await;
+        }
+        Event::Init => context.children.start_list(kind),
+        Event::InitDone => {
+            context.children.finish_list(kind);
+            wake_all(context).await;
+        }
+    }
+}
+
+/// Some causes are in Events only, such as a volume that cannot be mounted.
+async fn watch_pod_events(context: Arc<Context>, reason: &'static str) {
+    let api = Api::<PodEvent>::all(context.client.clone());
+    let selector = format!("involvedObject.kind=Pod,reason={reason}");
+    let mut events = events(api, watcher::Config::default().fields(&selector), ManagedFields::Drop);
+    while let Some(event) = events.next().await {
+        if let Event::Apply(event) | Event::InitApply(event) = event {
+            apply_pod_event(&context, &event).await;
+        }
+    }
+}
+
+/// Records the cause of an Event about a pod of a model and wakes the model.
+pub(crate) async fn apply_pod_event(context: &Context, event: &PodEvent) {
+    let Some(cause) = causes::of_event(event) else { return };
+    let about = &event.involved_object;
+    let (namespace, name) = (about.namespace.as_deref(), about.name.as_deref());
+    let Some((namespace, name)) = namespace.zip(name) else { return };
+    let Some(pod) = context.pods.get(&ObjectRef::new(name).within(namespace)) else { return };
+    let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+    if about.uid.as_deref() == Some(uid) && context.record_pod_event(uid, cause) {
+        wake_owner(context, &*pod).await;
+    }
+}
+
+/// What happens to the managed fields of an object on arrival.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ManagedFields {
+    Keep,
+    Drop,
+}
+
+/// Events of one kind, without end: errors are logged, and the watch starts again after growing pauses.
+fn events<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    managed_fields: ManagedFields,
+) -> impl Stream<Item = Event<K>> + Send + Unpin
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    K::DynamicType: Send,
+{
+    let url = api.resource_url().to_owned();
+    watcher::watcher(api, config)
+        .modify(move |object| {
+            if managed_fields == ManagedFields::Drop {
+                object.managed_fields_mut().clear();
+            }
+        })
+        .default_backoff()
+        .filter_map(move |event| {
+            let event =
+                event.inspect_err(|error| tracing::warn!(url, %error, "a watch failed and starts again"));
+            future::ready(event.ok())
+        })
+        .boxed()
+}
+
+/// The resource of a kind of children.
+pub(crate) fn resource(kind: &ChildKind) -> ApiResource {
+    ApiResource {
+        group: kind.group.to_owned(),
+        version: kind.version.to_owned(),
+        api_version: kind.api_version(),
+        kind: kind.kind.to_owned(),
+        plural: kind.plural.to_owned(),
+    }
+}
+
+fn key(metadata: &ObjectMeta) -> ModelKey {
+    (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default())
+}
+
+async fn wake_model(context: &Context, (namespace, name): &ModelKey) {
+    context.request_reconcile(namespace, name).await;
+}
+
+async fn wake_namesakes(context: &Context, (namespace, name): &ModelKey) {
+    let others = context.models.state_filter(|other: &InferenceModel| {
+        other.metadata.name.as_ref() == Some(name) && other.metadata.namespace.as_ref() != Some(namespace)
+    });
+    for other in others {
+        wake_model(context, &key(&other.metadata)).await;
+    }
+}
+
+async fn wake_owner<K: Resource>(context: &Context, child: &K) {
+    let meta = child.meta();
+    let model = meta.labels.as_ref().and_then(|labels| labels.get(names::MODEL_LABEL));
+    if let (Some(namespace), Some(model)) = (&meta.namespace, model) {
+        context.request_reconcile(namespace, model).await;
+    }
+}
+
+/// Wakes the model that owns a child, or that the child's label names if its owner reference was removed.
+async fn wake_model_of(context: &Context, child: &Child) {
+    let owner = child.owner.as_ref().map(|owner| owner.name.as_str());
+    if let Some(model) = owner.or_else(|| child.label(names::MODEL_LABEL)) {
+        context.request_reconcile(&child.namespace, model).await;
+    }
+}
+
+/// After a new list: objects may have been deleted while no watch was open.
+async fn wake_all(context: &Context) {
+    for model in context.models.state() {
+        wake_model(context, &key(&model.metadata)).await;
+    }
+}

@@ -1,0 +1,139 @@
+//! The device memory of an engine, computed from its settings before anything is loaded.
+
+use crate::config::{EngineConfig, EngineSizes, Speculation, StartError, kv_block_bytes};
+use crate::encoder::{Encoder, EncoderConfig};
+use crate::generation::Engine;
+use crate::speculation::{self, MAX_VERIFY_ROWS};
+use trustformers_model::{Model, PlanRequest};
+use trustformers_plan::{Backend, BackendError, Caps, EstimateSpec, MemoryReport, Numerics};
+
+/// The device memory that a generation engine will take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceEstimate {
+    /// Of the model.
+    pub model: MemoryReport,
+    /// Of the draft model; zeros without one.
+    pub draft: MemoryReport,
+}
+
+impl Engine {
+    /// The device memory that [`Engine::start`] will take with the same arguments. Nothing is loaded.
+    ///
+    /// # Errors
+    /// The errors of [`Engine::start`] that do not need a load.
+    pub fn estimate(
+        model: &Model,
+        backend: &dyn Backend,
+        config: &EngineConfig,
+    ) -> Result<DeviceEstimate, StartError> {
+        let sizes = sizes(model, backend.caps(), config)?;
+        let of = |model: &Model, draft_rows| {
+            let request = sizes.plan_request(draft_rows, backend.caps().fused);
+            let estimate = Estimate { kv_blocks: sizes.kv_blocks, numerics: config.numerics };
+            estimate.of(model, &request, backend)
+        };
+        let draft_rows = draft_rows(config.speculation.as_ref());
+        let draft = match &config.speculation {
+            Some(Speculation::Draft(draft)) => of(draft, 0)?,
+            Some(Speculation::Ngram) | None => MemoryReport::default(),
+        };
+        Ok(DeviceEstimate { model: of(model, draft_rows)?, draft })
+    }
+}
+
+impl Encoder {
+    /// The device memory that [`Encoder::start`] will take with the same arguments. Nothing is loaded.
+    ///
+    /// # Errors
+    /// The errors of [`Encoder::start`] that do not need a load.
+    pub fn estimate(
+        model: &Model,
+        backend: &dyn Backend,
+        config: &EncoderConfig,
+    ) -> Result<MemoryReport, StartError> {
+        let sizes = config.sizes(model.facts().context_tokens, model.tokenizer().special_tokens())?;
+        let request = sizes.plan_request(backend.caps().fused);
+        Estimate { kv_blocks: 0, numerics: config.numerics }.of(model, &request, backend)
+    }
+}
+
+/// The settings of a load that the plan does not have.
+struct Estimate {
+    kv_blocks: usize,
+    numerics: Numerics,
+}
+
+impl Estimate {
+    fn of(
+        &self,
+        model: &Model,
+        request: &PlanRequest,
+        backend: &dyn Backend,
+    ) -> Result<MemoryReport, StartError> {
+        let Self { kv_blocks, numerics } = *self;
+        let estimate = || -> Result<MemoryReport, BackendError> {
+            let plan = model.plan(request)?;
+            backend.estimate(&EstimateSpec { weights: model.weights(), plan: &plan, kv_blocks, numerics })
+        };
+        let device = || backend.caps().description.clone();
+        estimate().map_err(|error| StartError::Backend { device: device(), message: error.to_string() })
+    }
+}
+
+/// The sizes of an engine for a model on a device, after all checks of the configuration.
+pub(crate) fn sizes(model: &Model, caps: &Caps, config: &EngineConfig) -> Result<EngineSizes, StartError> {
+    let block_bytes_of = |model: &Model| kv_block_bytes(model.facts(), caps.kv_element_bytes);
+    let mut block_bytes = block_bytes_of(model);
+    if let Some(Speculation::Draft(draft)) = &config.speculation {
+        speculation::check(model, draft)?;
+        block_bytes += block_bytes_of(draft);
+    }
+    let sizes = config.sizes(model.facts().context_tokens, block_bytes)?;
+    if let Some(Speculation::Draft(draft)) = &config.speculation {
+        speculation::check_context(draft, sizes.context_tokens)?;
+    }
+    Ok(sizes)
+}
+
+/// Rows of logits that verify draft tokens in a step, beside one row for each sequence.
+pub(crate) fn draft_rows(speculation: Option<&Speculation>) -> usize {
+    if speculation.is_some() { MAX_VERIFY_ROWS } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::EngineMetrics;
+    use std::path::Path;
+    use std::sync::Arc;
+    use trustformers_model::seeded::SeededModel;
+    use trustformers_plan::oracle::Oracle;
+
+    fn model() -> Arc<Model> {
+        let file = Arc::new(SeededModel::default().gguf());
+        Arc::new(Model::from_bytes(Path::new("seeded.gguf"), file).unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_estimate_is_what_the_engine_takes() {
+        for speculation in [None, Some(Speculation::Ngram), Some(Speculation::Draft(model()))] {
+            let config = EngineConfig { speculation, ..EngineConfig::default() };
+            let estimate = Engine::estimate(&model(), &Oracle::new(), &config).unwrap();
+            let metrics = EngineMetrics::register(&prometheus::Registry::new()).unwrap();
+            let engine = Engine::start(model(), Box::new(Oracle::new()), &config, &metrics).unwrap();
+            let (taken, estimated) = (engine.info().memory, estimate.model.and(&estimate.draft));
+            // The engine adds its own buffers of logits to `other_bytes`; `EngineConfig::answer_bytes` counts
+            // them.
+            let device = |report: &MemoryReport| (report.weights_bytes, report.kv_bytes, report.arena_bytes);
+            assert_eq!(device(&taken), device(&estimated), "{:?}", config.speculation.is_some());
+            engine.stop().await;
+        }
+    }
+
+    #[test]
+    fn a_setting_that_start_refuses_is_refused() {
+        let config = EngineConfig { max_batch_size: 0, ..EngineConfig::default() };
+        let error = Engine::estimate(&model(), &Oracle::new(), &config).unwrap_err().to_string();
+        assert!(error.starts_with("max_batch_size"), "{error}");
+    }
+}

@@ -1,0 +1,436 @@
+//! The device thread of generation: it alone uses the backend, and it never waits for a caller.
+//!
+//! Each iteration of its loop takes new jobs, drops cancelled sequences, admits waiting ones, runs one step
+//! and sends the tokens. Everything that a request holds is released when its sequence is dropped.
+
+use super::sequence::{GenerationJob, Sequence, StepOutcome};
+use crate::config::{EngineSizes, Speculation, StartError};
+use crate::device_thread::{self, OnProgress, Shared};
+use crate::estimate;
+use crate::faults::{DeviceFault, StepFault, refused_sequence};
+use crate::metrics::ModelMetrics;
+use crate::prefix_cache::{BlockPool, blocks_for};
+use crate::request::GenerateError;
+use crate::sampling::Scratch;
+use crate::scheduling::preemption::{
+    Candidate, Requester, Shortage, select_victim, select_victim_for_growth,
+};
+use crate::scheduling::queue::{AGED_SHARE, HasQueueKey, Queue, QueueKey};
+use crate::scheduling::rows::{PromptPacer, RowAllocation, RowBudget, RowRequest};
+use crate::scheduling::tenants::{Tenant, Tenants};
+use crate::speculation::{DraftModel, DraftTokens, Proposer, RowLimits};
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+use trustformers_model::Model;
+use trustformers_plan::{
+    Backend, BackendError, Executable, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics, StepError,
+    StepInput, StepOutput,
+};
+
+/// Everything that the device thread starts with.
+pub(crate) struct GenerationStart {
+    pub(crate) model: Arc<Model>,
+    pub(crate) backend: Box<dyn Backend>,
+    pub(crate) numerics: Numerics,
+    pub(crate) speculation: Option<Speculation>,
+    pub(crate) sizes: EngineSizes,
+    pub(crate) jobs: Receiver<GenerationJob>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) metrics: ModelMetrics,
+    pub(crate) progress: OnProgress,
+}
+
+impl GenerationStart {
+    /// Starts the thread and waits until the model is on the device.
+    pub(crate) fn spawn(self) -> Result<MemoryReport, StartError> {
+        let (device, shared) = (self.backend.caps().description.clone(), Arc::clone(&self.shared));
+        device_thread::start("engine", device, shared, || self.load(), GenerationDevice::run)
+    }
+
+    fn load(mut self) -> Result<(GenerationDevice, MemoryReport), BackendError> {
+        let sizes = self.sizes;
+        let draft_rows = estimate::draft_rows(self.speculation.as_ref());
+        let plan = self.model.plan(&sizes.plan_request(draft_rows, self.backend.caps().fused))?;
+        let mut loaded = self.backend.load(LoadSpec {
+            weights: Arc::clone(self.model.weights()),
+            plan: &plan,
+            kv_blocks: sizes.kv_blocks,
+            numerics: self.numerics,
+            progress: &mut self.progress,
+        })?;
+        let executable = loaded.compile(&plan)?;
+        let mut memory = loaded.memory();
+        // The buffer for logits on the host.
+        memory.other_bytes += (plan.answer_len() * size_of::<f32>()) as u64;
+        let step = StepBuffers {
+            output: StepOutput::with_room_for(&plan),
+            scratch: Scratch::with_room_for(self.model.facts().vocabulary),
+            ..StepBuffers::default()
+        };
+        let proposer = match &self.speculation {
+            None => None,
+            Some(Speculation::Ngram) => Some(Proposer::Ngram),
+            Some(Speculation::Draft(model)) => {
+                let (draft, its_memory) = DraftModel::load(&mut *self.backend, model, &sizes, self.numerics)?;
+                memory = memory.and(&its_memory);
+                Some(Proposer::Draft(Box::new(draft)))
+            }
+        };
+        let pool = BlockPool::new(sizes.kv_blocks, self.metrics.cache.blocks.clone());
+        let device = GenerationDevice {
+            proposer,
+            executable,
+            _loaded: loaded,
+            _backend: self.backend,
+            running: Vec::new(),
+            waiting: Queue::default(),
+            tenants: Tenants::default(),
+            arrivals: 0,
+            pacer: PromptPacer::new(sizes.token_budget, sizes.step_target),
+            step_time: Duration::ZERO,
+            pool,
+            jobs: self.jobs,
+            shared: self.shared,
+            metrics: self.metrics,
+            model: self.model,
+            sizes,
+            step,
+        };
+        Ok((device, memory))
+    }
+}
+
+/// The buffers of a step. Reused, so that steps allocate next to nothing.
+#[derive(Default)]
+struct StepBuffers {
+    input: StepInput,
+    output: StepOutput,
+    requests: Vec<RowRequest>,
+    allocation: RowAllocation,
+    scratch: Scratch,
+}
+
+/// The state of the device thread. Fields are dropped in order: an executable before its model, a model
+/// before its backend.
+struct GenerationDevice {
+    /// In the order of their ranks.
+    running: Vec<Sequence>,
+    waiting: Queue<Sequence>,
+    tenants: Tenants,
+    /// Requests that have arrived so far.
+    arrivals: u64,
+    pacer: PromptPacer,
+    /// Time of steps since a request last ended.
+    step_time: Duration,
+    proposer: Option<Proposer>,
+    executable: Box<dyn Executable>,
+    _loaded: Box<dyn Loaded>,
+    _backend: Box<dyn Backend>,
+    pool: BlockPool,
+    jobs: Receiver<GenerationJob>,
+    shared: Arc<Shared>,
+    metrics: ModelMetrics,
+    model: Arc<Model>,
+    sizes: EngineSizes,
+    step: StepBuffers,
+}
+
+impl GenerationDevice {
+    fn run(mut self) {
+        while self.take_jobs() && !self.shared.stopping() {
+            self.sweep_cancelled();
+            self.shed();
+            self.admit();
+            self.shared.set_running(self.running.len());
+            if !self.running.is_empty() {
+                self.step();
+                self.shared.set_running(self.running.len());
+            }
+        }
+        self.end();
+    }
+
+    /// Takes new jobs, and waits for one where there is nothing to do. False when no more can come.
+    fn take_jobs(&mut self) -> bool {
+        if self.running.is_empty() && self.waiting.is_empty() {
+            match self.jobs.recv() {
+                Ok(job) => self.enqueue(job),
+                Err(_) => return false,
+            }
+        }
+        while let Ok(job) = self.jobs.try_recv() {
+            self.enqueue(job);
+        }
+        true
+    }
+
+    fn enqueue(&mut self, job: GenerationJob) {
+        self.tenants.request_arrived(&job.tenant);
+        let draft = self.proposer.as_ref().map_or_else(DraftTokens::disabled, Proposer::new_sequence);
+        self.waiting.push(Sequence::new(job, self.arrivals, draft));
+        self.arrivals += 1;
+    }
+
+    /// Drops sequences whose answers are closed. Their blocks are free before anything is admitted.
+    fn sweep_cancelled(&mut self) {
+        let Self { waiting, running, tenants, .. } = self;
+        let mut retain = |sequence: &Sequence| {
+            if !sequence.is_cancelled() {
+                return true;
+            }
+            sequence.count_cancelled();
+            tenants.request_ended(&sequence.queue_key().tenant);
+            false
+        };
+        waiting.retain(&mut retain);
+        running.retain(&mut retain);
+    }
+
+    /// Refuses the requests for which the queue has no room because others with precedence arrived. A request
+    /// whose caller has received a token is never refused.
+    fn shed(&mut self) {
+        let limit = self.sizes.max_batch_size + self.sizes.max_queue;
+        while self.waiting.len() + self.running.len() > limit {
+            let Some(mut last) = self.waiting.remove_least_urgent(Sequence::has_no_output) else { return };
+            self.tenants.request_ended(&last.queue_key().tenant);
+            last.refuse(self.shared.retry_after());
+        }
+    }
+
+    /// Admits as many waiting sequences as fit, in the order of the queue. One fits if the batch has room and
+    /// there are blocks for all of its tokens, beside those that the running sequences still need and one
+    /// more for each of them. Running sequences are preempted where the policy says so. The next sequence
+    /// always fits once nothing runs, because no request needs more than one full context and the cache has
+    /// at least that.
+    ///
+    /// A preempted sequence may be the next one in the queue. Each preemption serves a request with
+    /// precedence, so the loop ends; the bound is there so that this needs no proof.
+    fn admit(&mut self) {
+        let mut preemptions_left = self.sizes.max_batch_size;
+        loop {
+            let running_of = |tenant: &Tenant| {
+                self.running.iter().filter(|sequence| sequence.queue_key().tenant == *tenant).count()
+            };
+            let aged = self.running.iter().filter(|sequence| sequence.queue_key().aged).count();
+            let may_age = aged < self.sizes.max_batch_size.div_ceil(AGED_SHARE);
+            let Some(next) = self.waiting.select_next(&self.tenants, running_of, may_age) else { return };
+            let Some(sequence) = self.waiting.peek(&next) else { return };
+            let blocks = self.pool.match_prefix(sequence.cacheable_prefix());
+            let own = blocks_for(sequence.tokens().len());
+            let promised: usize = self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum();
+            let short = (own - blocks.ids().len() + promised).saturating_sub(self.pool.available());
+            let shortage = if self.running.len() >= self.sizes.max_batch_size {
+                Some(Shortage::Batch)
+            } else if short > 0 && !self.running.is_empty() {
+                Some(Shortage::Blocks { short, own })
+            } else {
+                None
+            };
+            if let Some(shortage) = shortage {
+                let requester = Requester { class: next.class(), tenant: next.tenant() };
+                let victim = select_victim(requester, shortage, &self.candidates());
+                let Some(index) = victim.filter(|_| preemptions_left > 0) else { return };
+                preemptions_left -= 1;
+                self.preempt(index);
+                continue;
+            }
+            let Some(mut sequence) = self.waiting.pop(&next) else { return };
+            if next.is_aged() {
+                sequence.mark_aged();
+            }
+            sequence.admit(blocks);
+            let rank = sequence.queue_key().rank();
+            let at = self.running.partition_point(|other| other.queue_key().rank() < rank);
+            self.running.insert(at, sequence);
+        }
+    }
+
+    fn candidates(&self) -> Vec<Candidate<'_>> {
+        self.running
+            .iter()
+            .map(|sequence| Candidate {
+                key: sequence.queue_key(),
+                blocks: blocks_for(sequence.tokens().len()),
+            })
+            .collect()
+    }
+
+    /// Lets a running sequence wait again.
+    fn preempt(&mut self, index: usize) {
+        let mut sequence = self.running.remove(index);
+        sequence.preempt();
+        self.waiting.push(sequence);
+    }
+
+    /// Decides how many rows each running sequence gets in the next step, and allocates the blocks for them.
+    /// Where these run out, a sequence is preempted; the first one never is, so the engine always makes
+    /// progress.
+    fn allocate_rows(&mut self) {
+        loop {
+            let Self { running, tenants, step: StepBuffers { requests, allocation, .. }, .. } = self;
+            let lowest = running.last().map(|sequence| sequence.queue_key().class);
+            requests.clear();
+            requests.extend(running.iter().map(|sequence| {
+                let QueueKey { class, tenant, aged, .. } = sequence.queue_key();
+                let precedes_class = lowest.is_some_and(|lowest| *class < lowest);
+                RowRequest {
+                    demand: sequence.demand(),
+                    rank: sequence.queue_key().rank(),
+                    usage: tenants.usage(tenant),
+                    underserved: *aged || precedes_class || tenants.is_underserved(tenant),
+                }
+            }));
+            let alone = running.len() == 1 && self.waiting.is_empty();
+            let budget = RowBudget {
+                rows: self.sizes.token_budget,
+                prompt_rows: self.pacer.prompt_rows(alone),
+                may_pause: self.pacer.may_pause(),
+            };
+            allocation.allocate(requests, budget);
+            let mut rows = allocation.rows.iter();
+            let short =
+                running.iter_mut().any(|sequence| rows.next().is_some_and(|rows| !sequence.reserve(*rows)));
+            if !short {
+                return;
+            }
+            let Some(index) = select_victim_for_growth(&self.candidates()) else { return };
+            self.preempt(index);
+        }
+    }
+
+    fn step(&mut self) {
+        self.allocate_rows();
+        let started = Instant::now();
+        match self.compute().map_err(StepFault::from) {
+            Ok(()) => self.collect(started),
+            Err(StepFault::Refused(refusal)) => self.drop_refused(&refusal),
+            Err(StepFault::Device(fault)) => self.fail(&fault),
+        }
+    }
+
+    /// Proposes draft tokens, and computes one step.
+    fn compute(&mut self) -> Result<(), BackendError> {
+        if let Some(proposer) = &mut self.proposer {
+            let alone = self.running.len() == 1 && self.waiting.is_empty();
+            let limits =
+                RowLimits { rows: self.sizes.token_budget, draft_rows: self.pacer.prompt_rows(alone) };
+            if let Err(error) = proposer.propose(&mut self.running, &mut self.step.allocation.rows, limits) {
+                self.disable_speculation(&error);
+            }
+        }
+        let StepBuffers { input, output, allocation, .. } = &mut self.step;
+        input.clear();
+        for (sequence, rows) in self.running.iter_mut().zip(&allocation.rows).filter(|(_, rows)| **rows > 0) {
+            sequence.note_started();
+            input.push_sequence(sequence.step(*rows));
+        }
+        let submitted = self.executable.submit(input);
+        self.running.iter_mut().for_each(Sequence::prepare);
+        submitted.and_then(|()| self.executable.wait(output))
+    }
+
+    /// Processes a step that succeeded.
+    fn collect(&mut self, started: Instant) {
+        // Before any event is sent, so that a caller that has its answer finds the engine healthy.
+        self.shared.step_succeeded();
+        let Self { running, tenants, pool, step: StepBuffers { output, allocation, scratch, .. }, .. } = self;
+        let tokenizer = self.model.tokenizer();
+        let (mut first_row, mut rows) = (0, allocation.rows.iter().copied());
+        let count_before = running.len();
+        running.retain_mut(|sequence| {
+            let rows = rows.next().unwrap_or(0);
+            if rows == 0 {
+                return true;
+            }
+            let cached_before = sequence.cached();
+            let count = match sequence.step(rows).logits {
+                LogitsRows::None => 0,
+                LogitsRows::Last => 1,
+                LogitsRows::All => rows,
+            };
+            let logits = (first_row..first_row + count).map(|row| output.row(row));
+            first_row += count;
+            let outcome = sequence.step_done(rows, logits, scratch, tokenizer);
+            // Rejected draft tokens are not charged.
+            tenants.charge(&sequence.queue_key().tenant, sequence.cached() - cached_before);
+            if outcome == StepOutcome::ModelBroken {
+                pool.invalidate();
+            }
+            if outcome != StepOutcome::Running {
+                tenants.request_ended(&sequence.queue_key().tenant);
+            }
+            outcome == StepOutcome::Running
+        });
+        let ended = count_before - running.len();
+        if let Some(proposer) = &mut self.proposer
+            && let Err(error) = proposer.catch_up(running)
+        {
+            self.disable_speculation(&error);
+        }
+        let took = started.elapsed();
+        self.pacer.record(&self.step.allocation, took);
+        self.step_time += took;
+        if let Some(each) = u32::try_from(ended).ok().and_then(|ended| self.step_time.checked_div(ended)) {
+            self.shared.record_request_time(each);
+            self.step_time = Duration::ZERO;
+        }
+    }
+
+    /// Answers do not depend on draft tokens, so the engine continues without them. A broken device shows in
+    /// the next step of the model itself.
+    fn disable_speculation(&mut self, error: &BackendError) {
+        tracing::error!(%error, "the draft model failed; no tokens are drafted from now on");
+        self.proposer = None;
+        self.running.iter_mut().chain(self.waiting.iter_mut()).for_each(Sequence::disable_speculation);
+    }
+
+    /// Ends the sequence that a refused step is about, or all of the step where it is about the whole.
+    /// Nothing was computed: the cache stays valid, the others try again, and liveness is not affected.
+    fn drop_refused(&mut self, refusal: &StepError) {
+        // Sequences without rows are not in the step's input.
+        let rows = self.step.allocation.rows.iter().enumerate();
+        let included: Vec<usize> = rows.filter(|(_, rows)| **rows > 0).map(|(index, _)| index).collect();
+        let refused = refused_sequence(refusal, &self.step.input).and_then(|index| included.get(index));
+        let refused = match refused {
+            Some(index) => *index..*index + 1,
+            None => 0..self.running.len(),
+        };
+        tracing::warn!(%refusal, sequences = refused.len(), "the device refused a step; its requests end");
+        self.shared.record_progress();
+        let mut index = 0;
+        let Self { running, tenants, .. } = self;
+        running.retain_mut(|sequence| {
+            sequence.step_refused();
+            let ends = refused.contains(&index);
+            index += 1;
+            if ends {
+                tenants.request_ended(&sequence.queue_key().tenant);
+                sequence.fail_refused(refusal);
+            }
+            !ends
+        });
+    }
+
+    /// Ends all running sequences after the device failed: the content of the cache cannot be trusted.
+    fn fail(&mut self, fault: &DeviceFault) {
+        tracing::error!(error = %fault, sequences = self.running.len(), "a step failed");
+        self.metrics.failed_steps.inc();
+        self.shared.step_failed();
+        self.pool.invalidate();
+        for mut sequence in self.running.drain(..) {
+            self.tenants.request_ended(&sequence.queue_key().tenant);
+            sequence.fail(fault.clone().into());
+        }
+    }
+
+    /// Ends all requests because the engine has stopped.
+    fn end(mut self) {
+        while let Ok(job) = self.jobs.try_recv() {
+            self.enqueue(job);
+        }
+        for mut sequence in self.waiting.drain().chain(self.running.drain(..)) {
+            sequence.fail(GenerateError::Stopped);
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The generation engine: from a request to a stream of tokens.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `handle` | [`Engine`], which callers submit requests to |
+//! | `stream` | [`Generation`], the stream that a caller reads |
+//! | `buffer` | the events between the device thread and a caller, and the bound on all of them |
+//! | `device` | the loop of the device thread |
+//! | `sequence` | one request on the device thread |
+//! | `completion` | one answer: from logits to a token, its text, and whether it is the last |
+//! | `stop` | stop texts |
+
+mod buffer;
+mod completion;
+mod device;
+mod handle;
+mod sequence;
+mod stop;
+mod stream;
+
+pub(crate) use buffer::ANSWER_BUFFER_BYTES;
+pub use handle::{Engine, EngineInfo};
+pub(crate) use sequence::Sequence;
+pub use stream::Generation;

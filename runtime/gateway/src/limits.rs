@@ -1,0 +1,144 @@
+//! Bounds on what callers can make the gateway hold.
+//!
+//! Memory at worst, beside the 512 MiB that the chart allows:
+//!
+//! | what | bound | memory |
+//! |---|---|---|
+//! | request bodies | 128 MiB | 128 MiB |
+//! | requests in flight | 4096, each with 48 KiB of unsent answer | 192 MiB |
+//! | connections | 4096, each with 16 KiB of unread head | 64 MiB |
+//! | listings | 32, each of about 1 MiB | 32 MiB |
+//!
+//! Together 416 MiB; 96 MiB remain for the routing table, the program and the allocator. The 48 KiB of one
+//! answer are the window towards the pod (16 KiB, `pool`), the send buffer towards the caller (16 KiB,
+//! `connection`) and the frame that moves from the one to the other (16 KiB).
+//!
+//! Each bound is shared fairly ([`FairBudget`]): one caller gets at most half of it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use trustformers_api::budget::{Caller, FairBudget, Share};
+
+/// Bodies of all requests together: 32 of the longest (4 MiB each), or some ten thousand ordinary prompts.
+const BODY_BYTES: usize = 128 << 20;
+/// Requests that wait for a pod or whose answer has not ended. A pod queues 512 and computes 256 at a time,
+/// so this fills five pods; at 2 s per answer it is 2048 requests per second.
+const REQUESTS: usize = 4096;
+/// Open connections. Proxies use a few; clients that connect directly use one for each HTTP/1.1 request in
+/// flight.
+const CONNECTIONS: usize = 4096;
+/// Answers that list every model or every metric. Each takes some 200 bytes for a model: 1 MiB for 5000
+/// models.
+const LISTINGS: usize = 32;
+
+/// The longest `--body-limit-bytes`: a longer body would never fit into the share of one caller.
+pub(crate) const MAX_BODY_LIMIT_BYTES: usize = BODY_BYTES / 2;
+
+/// What is bounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Resource {
+    /// Bytes of request bodies.
+    BodyBytes,
+    /// Requests in flight.
+    Requests,
+    /// Connections.
+    Connections,
+    /// Answers that list every model or every metric.
+    Listings,
+}
+
+/// The bound of each resource, for all callers together.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bounds {
+    /// Bytes of request bodies.
+    pub(crate) body_bytes: usize,
+    /// Requests in flight.
+    pub(crate) requests: usize,
+    /// Connections.
+    pub(crate) connections: usize,
+    /// Answers that list every model or every metric.
+    pub(crate) listings: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { body_bytes: BODY_BYTES, requests: REQUESTS, connections: CONNECTIONS, listings: LISTINGS }
+    }
+}
+
+/// The budgets of all resources.
+#[derive(Debug)]
+pub(crate) struct Limits {
+    body_bytes: Arc<FairBudget>,
+    requests: Arc<FairBudget>,
+    connections: Arc<FairBudget>,
+    listings: Arc<FairBudget>,
+}
+
+impl Limits {
+    /// Nothing is used.
+    pub(crate) fn new(bounds: Bounds) -> Arc<Self> {
+        Arc::new(Self {
+            body_bytes: FairBudget::new(bounds.body_bytes),
+            requests: FairBudget::new(bounds.requests),
+            connections: FairBudget::new(bounds.connections),
+            listings: FairBudget::new(bounds.listings),
+        })
+    }
+
+    /// The limits of the caller at an address.
+    pub(crate) fn of_caller(self: &Arc<Self>, address: IpAddr) -> CallerLimits {
+        CallerLimits { caller: Caller::at(address), limits: Arc::clone(self) }
+    }
+
+    fn budget(&self, resource: Resource) -> &Arc<FairBudget> {
+        match resource {
+            Resource::BodyBytes => &self.body_bytes,
+            Resource::Requests => &self.requests,
+            Resource::Connections => &self.connections,
+            Resource::Listings => &self.listings,
+        }
+    }
+
+    /// How much of a resource is used.
+    #[cfg(test)]
+    pub(crate) fn used(&self, resource: Resource) -> usize {
+        self.budget(resource).used()
+    }
+}
+
+/// The limits as they apply to one caller.
+#[derive(Debug)]
+pub(crate) struct CallerLimits {
+    caller: Caller,
+    limits: Arc<Limits>,
+}
+
+impl CallerLimits {
+    /// Reserves an amount of a resource until the share is dropped.
+    ///
+    /// # Errors
+    /// The resource, if the bound or the caller's part of it is reached.
+    pub(crate) fn reserve(&self, resource: Resource, amount: usize) -> Result<Share, Resource> {
+        self.limits.budget(resource).try_acquire(self.caller, amount).ok_or(resource)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bounds_fit_the_memory_limit_of_the_chart() {
+        use crate::connection::{HEAD_BYTES, SEND_BUFFER_BYTES};
+        use crate::pool::{FRAME_BYTES, STREAM_WINDOW_BYTES};
+        let bounds = Bounds::default();
+        let answer_bytes = SEND_BUFFER_BYTES + FRAME_BYTES as usize + STREAM_WINDOW_BYTES as usize;
+        let sum_bytes = bounds.body_bytes
+            + bounds.requests * answer_bytes
+            + bounds.connections * HEAD_BYTES
+            + bounds.listings * (1 << 20);
+        assert_eq!(sum_bytes, 416 << 20);
+    }
+}

@@ -1,0 +1,271 @@
+//! The `tokenizer.ggml.*` keys beside the vocabulary: special tokens, and switches that change a text's ids.
+
+use super::{TOKENS, TYPE_UNUSED, TYPES, entry};
+use crate::error::TokenizerProblem;
+use crate::gguf::{Gguf, GgufProblem, Metadata};
+
+const PREFIX: &str = "tokenizer.ggml.";
+const BEGIN: &str = "tokenizer.ggml.bos_token_id";
+const ADD_BEGIN: &str = "tokenizer.ggml.add_bos_token";
+const END_LIST: &str = "tokenizer.ggml.eos_token_ids";
+
+/// Tokens that end an answer: the end of a text, of a turn and of a message.
+const ENDS: [&str; 3] =
+    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+
+/// Further ids that must lie in the vocabulary: chat templates print these tokens.
+const PRINTED: [&str; 2] = ["tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id"];
+
+/// Switches that would change the ids of a text. Byte-level BPE is built here without any of them.
+const SWITCHES: [(&str, &str); 6] = [
+    (
+        "tokenizer.ggml.add_eos_token",
+        "true puts an end token after every prompt, which ends the answer before it begins; set the key to false",
+    ),
+    ("tokenizer.ggml.add_sep_token", "true is not supported; only false is"),
+    ("tokenizer.ggml.add_space_prefix", "true is not supported; only false is"),
+    ("tokenizer.ggml.remove_extra_whitespaces", "true is not supported; only false is"),
+    ("tokenizer.ggml.escape_whitespaces", "true is not supported; only false is"),
+    ("tokenizer.ggml.treat_whitespace_as_suffix", "true is not supported; only false is"),
+];
+
+/// Keys that cannot change a result here: tokens that no prompt and no answer needs, and what BPE does not
+/// use.
+const WITHOUT_EFFECT: [&str; 16] = [
+    "cls_token_id",
+    "fim_mid_token_id",
+    "fim_pad_token_id",
+    "fim_pre_token_id",
+    "fim_rep_token_id",
+    "fim_sep_token_id",
+    "fim_suf_token_id",
+    "mask_token_id",
+    "middle_token_id",
+    "prefix_token_id",
+    "scores",
+    "sep_token_id",
+    "separator_token_id",
+    "seperator_token_id",
+    "suffix_token_id",
+    "token_type_count",
+];
+
+/// Keys that the rest of the tokenizer reads.
+const VOCABULARY: [&str; 5] = ["model", "pre", "tokens", "token_type", "merges"];
+
+/// The special tokens of a file.
+#[derive(Debug)]
+pub(super) struct SpecialIds {
+    /// The token before every text, where the file asks for one.
+    pub(super) begin: Option<u32>,
+    /// The tokens that end an answer, each once.
+    pub(super) ends: Vec<u32>,
+}
+
+impl SpecialIds {
+    /// Reads and checks the ids and switches. `end` is a token that ends texts although the file does not
+    /// name it.
+    pub(super) fn read(
+        gguf: &Gguf,
+        file: &[u8],
+        tokens: &[&str],
+        end: Option<&'static str>,
+    ) -> Result<Self, TokenizerProblem> {
+        let meta = &gguf.metadata;
+        refuse_switches(meta)?;
+        refuse_unread(meta)?;
+        let begin = begin_id(meta, tokens.len())?;
+        for key in PRINTED {
+            id_of(meta, key, tokens.len())?;
+        }
+        let mut named = Vec::new();
+        for key in ENDS {
+            named.extend(id_of(meta, key, tokens.len())?);
+        }
+        named.extend(end_list(gguf, file, tokens.len())?);
+        named.extend((0..).zip(tokens).find(|(_, token)| Some(**token) == end).map(|(id, _)| id));
+        let mut ends = Vec::new();
+        for id in named {
+            if !ends.contains(&id) {
+                ends.push(id);
+            }
+        }
+        Ok(Self { begin, ends })
+    }
+}
+
+fn refuse_switches(meta: &Metadata) -> Result<(), TokenizerProblem> {
+    for (key, why) in SWITCHES {
+        if meta.opt_bool(key)? == Some(true) {
+            return Err(entry(key, why.to_owned()));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_unread(meta: &Metadata) -> Result<(), TokenizerProblem> {
+    let read = |key: &str| {
+        let switch = SWITCHES.iter().any(|(name, _)| *name == key);
+        switch || ENDS.contains(&key) || PRINTED.contains(&key) || [BEGIN, ADD_BEGIN, END_LIST].contains(&key)
+    };
+    let unread = meta.keys().find(|key| {
+        let name = key.strip_prefix(PREFIX);
+        name.is_some_and(|name| !read(key) && !VOCABULARY.contains(&name) && !WITHOUT_EFFECT.contains(&name))
+    });
+    match unread {
+        None => Ok(()),
+        Some(key) => {
+            let group = "the tokenizer (byte-level BPE)".to_owned();
+            Err(GgufProblem::UnreadKey { key: key.to_owned(), group }.into())
+        }
+    }
+}
+
+/// The id under `key`, which must be in a vocabulary of `count`.
+fn id_of(meta: &Metadata, key: &'static str, count: usize) -> Result<Option<u32>, TokenizerProblem> {
+    let Some(id) = meta.opt_unsigned(key)? else { return Ok(None) };
+    in_vocabulary(key, id, count).map(Some)
+}
+
+fn in_vocabulary(key: &'static str, id: u64, count: usize) -> Result<u32, TokenizerProblem> {
+    match u32::try_from(id).ok().filter(|id| (*id as usize) < count) {
+        Some(id) => Ok(id),
+        None => Err(entry(key, format!("id {id} is outside the vocabulary of {count}"))),
+    }
+}
+
+fn begin_id(meta: &Metadata, count: usize) -> Result<Option<u32>, TokenizerProblem> {
+    let begin = id_of(meta, BEGIN, count)?;
+    if !meta.opt_bool(ADD_BEGIN)?.unwrap_or(false) {
+        return Ok(None);
+    }
+    begin.map(Some).ok_or_else(|| entry(BEGIN, "it is missing although add_bos_token is true".to_owned()))
+}
+
+fn end_list(gguf: &Gguf, file: &[u8], count: usize) -> Result<Vec<u32>, TokenizerProblem> {
+    let Some(list) = gguf.metadata.opt_array(END_LIST, file)? else { return Ok(Vec::new()) };
+    let ids = list.integers().ok_or_else(|| entry(END_LIST, "it is not a list of integers".to_owned()))?;
+    ids.map(|id| match u64::try_from(id) {
+        Ok(id) => in_vocabulary(END_LIST, id, count),
+        Err(_) => Err(entry(END_LIST, format!("id {id} is negative"))),
+    })
+    .collect()
+}
+
+/// How many leading rows of the embedding have a token: those beyond the list of tokens, and tokens at its
+/// end that the file marks as unused, are padding that must never be produced. `None` where the lists are not
+/// as expected.
+pub(crate) fn rows_with_token(gguf: &Gguf, file: &[u8]) -> Option<usize> {
+    let count = gguf.metadata.opt_array(TOKENS, file).ok()??.len();
+    let types = gguf.metadata.opt_array(TYPES, file).ok().flatten();
+    let Some(types) = types.filter(|types| types.len() == count).and_then(|types| types.integers()) else {
+        return Some(count);
+    };
+    let used = types.zip(1..).filter(|(kind, _)| *kind != TYPE_UNUSED).map(|(_, rows)| rows).last();
+    Some(used.unwrap_or(count))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::GgufValue;
+    use crate::seeded::SeededModel;
+    use crate::tokenizer::byte_chars;
+    use crate::{LoadError, Model};
+    use std::path::Path;
+    use std::sync::Arc;
+
+    fn load(key: &str, value: GgufValue) -> Result<Model, String> {
+        let file = SeededModel::default().gguf_with(&[(key, value)]);
+        Model::from_bytes(Path::new("m.gguf"), Arc::new(file)).map_err(|error: LoadError| error.to_string())
+    }
+
+    #[test]
+    fn end_tokens_of_every_key_end_answers() {
+        for key in ["eot_token_id", "eom_token_id"] {
+            let model = load(&format!("tokenizer.ggml.{key}"), GgufValue::U32(7)).unwrap();
+            assert_eq!(model.tokenizer().eos_ids(), [2, 7], "{key}");
+        }
+        let list = load("tokenizer.ggml.eos_token_ids", GgufValue::Integers(vec![2, 9, 8])).unwrap();
+        assert_eq!(list.tokenizer().eos_ids(), [2, 9, 8]);
+    }
+
+    #[test]
+    fn special_ids_outside_the_vocabulary_are_refused() {
+        for key in ["bos", "eos", "eot", "eom", "unknown", "padding"] {
+            let key = format!("tokenizer.ggml.{key}_token_id");
+            let error = load(&key, GgufValue::U32(271)).unwrap_err();
+            assert!(error.contains(&format!("{key}: id 271 is outside the vocabulary of 271")), "{error}");
+        }
+        let error = load("tokenizer.ggml.eos_token_ids", GgufValue::Integers(vec![2, -1])).unwrap_err();
+        assert!(error.contains("eos_token_ids: id -1 is negative"), "{error}");
+    }
+
+    #[test]
+    fn switches_that_change_ids_are_refused() {
+        for key in ["add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"] {
+            let key = format!("tokenizer.ggml.{key}");
+            let error = load(&key, GgufValue::Bool(true)).unwrap_err();
+            assert!(error.contains(&format!("key {key}: true ")), "{error}");
+            load(&key, GgufValue::Bool(false)).unwrap();
+        }
+    }
+
+    #[test]
+    fn unread_keys_of_the_tokenizer_are_refused() {
+        let error = load("tokenizer.ggml.precompiled_charsmap", GgufValue::Integers(vec![1])).unwrap_err();
+        assert!(error.contains("key tokenizer.ggml.precompiled_charsmap is not part of"), "{error}");
+        load("tokenizer.ggml.mask_token_id", GgufValue::U32(99_999)).unwrap();
+        load("tokenizer.chat_template.tool_use", GgufValue::String("{{".into())).unwrap();
+    }
+
+    #[test]
+    fn a_file_without_an_end_token_warns() {
+        let plain = Model::from_bytes(Path::new("m.gguf"), Arc::new(SeededModel::default().gguf())).unwrap();
+        assert!(plain.facts().warnings.is_empty());
+        let ends = SeededModel::default().gguf_without("tokenizer.ggml.eos_token_id");
+        let model = Model::from_bytes(Path::new("m.gguf"), Arc::new(ends)).unwrap();
+        assert!(model.facts().warnings[0].contains("no end token"), "{:?}", model.facts().warnings);
+    }
+
+    /// The seeded model with its control tokens, bytes and one merge, and this many unused tokens at the end.
+    fn padded(unused: usize) -> Model {
+        let chars = byte_chars().map(String::from);
+        let controls = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"].map(str::to_owned);
+        let mut tokens: Vec<String> = controls.into_iter().chain(chars).collect();
+        tokens.push("\u{120}t".to_owned());
+        let types = (0..tokens.len()).map(|id| if id < 3 { 3 } else { 1 });
+        let types = types.chain(std::iter::repeat_n(5, unused)).collect();
+        tokens.extend((0..unused).map(|index| format!("[PAD{index}]")));
+        let file = SeededModel { tied: false, ..SeededModel::default() }.gguf_with(&[
+            (TOKENS, GgufValue::Strings(tokens)),
+            (TYPES, GgufValue::Integers(types)),
+            ("tokenizer.ggml.merges", GgufValue::Strings(vec!["\u{120} t".to_owned()])),
+        ]);
+        Model::from_bytes(Path::new("m.gguf"), Arc::new(file)).unwrap()
+    }
+
+    #[test]
+    fn rows_without_a_token_are_not_part_of_the_model() {
+        for unused in [0, 5, 11] {
+            let model = padded(unused);
+            assert_eq!((model.facts().vocabulary, model.tokenizer().len()), (260, 260));
+            for name in ["token_embd.weight", "output.weight"] {
+                let weights = model.weights();
+                assert_eq!(weights.get(weights.find(name).unwrap()).rows(), 260, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn unused_tokens_in_the_middle_are_listed() {
+        let types = (0..271).map(|id| match id {
+            0..3 => 3,
+            40 | 41 => 5,
+            _ => 1,
+        });
+        let model = load(TYPES, GgufValue::Integers(types.collect())).unwrap();
+        assert_eq!(model.tokenizer().unused_ids(), [40, 41]);
+        assert_eq!(model.facts().vocabulary, 271);
+    }
+}
