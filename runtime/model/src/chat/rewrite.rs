@@ -161,7 +161,7 @@ impl<'s> Iterator for Pieces<'s> {
                 return Some(Piece::Tag(tag));
             }
         }
-        let len = if self.raw { 1 } else { other_len(self.rest) };
+        let len = if self.raw { first_len(self.rest) } else { other_len(self.rest) };
         // What is skipped ends before the next brace, which begins a character.
         let next = self.rest[len..].find('{').map_or(self.rest.len(), |at| len + at);
         let (other, rest) = self.rest.split_at(next);
@@ -179,8 +179,12 @@ fn tag_len(source: &str) -> Option<usize> {
 fn other_len(source: &str) -> usize {
     let comment = source.strip_prefix("{#").and_then(|inner| inner.find("#}")).map(|at| at + 4);
     let expression = || source.strip_prefix("{{").and_then(|inner| end_of(inner, "}}")).map(|len| len + 2);
-    let first = || source.chars().next().map_or(0, char::len_utf8);
-    comment.or_else(expression).unwrap_or_else(first)
+    comment.or_else(expression).unwrap_or_else(|| first_len(source))
+}
+
+/// Bytes of the first character.
+fn first_len(source: &str) -> usize {
+    source.chars().next().map_or(0, char::len_utf8)
 }
 
 /// Bytes up to and with `end`, strings skipped.
@@ -222,6 +226,7 @@ mod tests {
             ("{# {% set ns.x = 1 %} #}", "{# {% set ns.x = 1 %} #}"),
             ("{{ '{% set ns.x = 1 %}' }}", "{{ '{% set ns.x = 1 %}' }}"),
             ("{% raw %}{% set ns.x = 1 %}{% endraw %}", "{% raw %}{% set ns.x = 1 %}{% endraw %}"),
+            ("{% raw %}ž{% set ns.x = 1 %}{% endraw %}", "{% raw %}ž{% set ns.x = 1 %}{% endraw %}"),
             ("{% set x %}a{% endset %}", "{% set x %}a{% endset %}"),
             (
                 "{%- set ns.x | trim -%}a{%- endset -%} b",
