@@ -14,12 +14,14 @@
 //! The input in progress lies in the folder that [`Target::work`] names. It survives an abort of the process,
 //! such as one by a stack overflow.
 
+mod cpu_time;
 mod heap;
 mod mutate;
 mod watchdog;
 
 pub use heap::CountingHeap;
 
+use cpu_time::CpuTime;
 use mutate::{Mutation, mutated};
 use proptest::collection::vec;
 use proptest::prelude::any;
@@ -27,7 +29,8 @@ use proptest::sample::Index;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -39,6 +42,9 @@ const BATCH: u32 = 128;
 /// Inputs with new outcomes that are kept for further mutation. At [`Bounds::input_bytes`] of 64 KiB they
 /// take 64 MiB.
 const MAX_KEPT: usize = 1024;
+
+/// How long a failing list of mutations is reduced, in milliseconds.
+const MAX_REDUCING_MS: u32 = 30_000;
 
 /// Mutations of one input.
 const MAX_MUTATIONS: usize = 6;
@@ -56,7 +62,7 @@ pub struct Bounds {
     pub input_bytes: usize,
     /// Heap beyond what was allocated before, at most.
     pub heap_bytes: usize,
-    /// Wall time. It bounds work, not speed: machines of tests are shared.
+    /// Processor time of all threads.
     pub time: Duration,
 }
 
@@ -90,8 +96,9 @@ pub fn run(target: &Target<'_>, mut function: impl FnMut(&[u8]) -> String) {
     }
     assert!(!saved.is_empty(), "{} holds no inputs", target.corpus.display());
     fs::create_dir_all(target.work).unwrap_or_else(|error| panic!("{}: {error}", target.work.display()));
-    let mut session =
-        Session { target, function: &mut function, kept: Vec::new(), outcomes: BTreeSet::new() };
+    let current = Current::open(target.work.join(format!("{}.current", target.name)));
+    let (kept, outcomes) = (Vec::new(), BTreeSet::new());
+    let mut session = Session { target, function: &mut function, current, kept, outcomes };
     for (path, input) in saved {
         if let Err(error) = session.checked(&input) {
             panic!("{}: {}: {error}", target.name, path.display());
@@ -112,8 +119,13 @@ fn runner(batch: u64) -> TestRunner {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     bytes[8..16].copy_from_slice(&batch.to_le_bytes());
-    let config =
-        Config { cases: BATCH, failure_persistence: None, max_shrink_iters: 500, ..Config::default() };
+    let config = Config {
+        cases: BATCH,
+        failure_persistence: None,
+        max_shrink_iters: 500,
+        max_shrink_time: MAX_REDUCING_MS,
+        ..Config::default()
+    };
     TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
 }
 
@@ -129,10 +141,31 @@ fn corpus(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     paths.into_iter().map(read).collect()
 }
 
+/// The file of the input in progress. It stays open: to truncate it to nothing each time would make the file
+/// system write it to the disk each time.
+struct Current {
+    path: PathBuf,
+    file: File,
+}
+
+impl Current {
+    fn open(path: PathBuf) -> Self {
+        let file = File::create(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Self { path, file }
+    }
+
+    fn replace(&mut self, input: &[u8]) -> std::io::Result<()> {
+        self.file.rewind()?;
+        self.file.write_all(input)?;
+        self.file.set_len(input.len() as u64)
+    }
+}
+
 /// The run of one target.
 struct Session<'a, F> {
     target: &'a Target<'a>,
     function: &'a mut F,
+    current: Current,
     /// Inputs that are mutated.
     kept: Vec<Vec<u8>>,
     outcomes: BTreeSet<String>,
@@ -176,10 +209,9 @@ impl<F: FnMut(&[u8]) -> String> Session<'_, F> {
     /// Runs the function once; true where the outcome is a new one.
     fn checked(&mut self, input: &[u8]) -> Result<bool, String> {
         let Bounds { heap_bytes, time, .. } = self.target.bounds;
-        let current = self.target.work.join(format!("{}.current", self.target.name));
-        fs::write(&current, input).map_err(|error| format!("{}: {error}", current.display()))?;
-        let watchdog = Watchdog::start(self.target.name, &current, time);
-        let began = Instant::now();
+        self.current.replace(input).map_err(|error| format!("{}: {error}", self.current.path.display()))?;
+        let watchdog = Watchdog::start(self.target.name, &self.current.path, time);
+        let began = CpuTime::start();
         let heap = heap::Peak::start();
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| (self.function)(input)));
         let used = heap.bytes();
@@ -194,7 +226,7 @@ impl<F: FnMut(&[u8]) -> String> Session<'_, F> {
             return Err(format!("it took {used} bytes of heap, more than {heap_bytes}"));
         }
         if took > time {
-            return Err(format!("it took {took:?}, more than {time:?}"));
+            return Err(format!("it took {took:?} of processor time, more than {time:?}"));
         }
         // Numbers differ from input to input without another path through the code.
         let words = outcome.chars().filter(|c| !c.is_ascii_digit()).take(OUTCOME_CHARS).collect();

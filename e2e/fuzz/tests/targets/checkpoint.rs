@@ -29,6 +29,13 @@ pub(crate) fn encoder() -> SeededEncoder {
     }
 }
 
+/// Writes a file anew. A file system writes one that is truncated to nothing to the disk at once, so it goes
+/// first.
+fn replace(path: &Path, content: &[u8]) {
+    let _absent_at_first = std::fs::remove_file(path);
+    std::fs::write(path, content).unwrap();
+}
+
 /// The outcome of loading the folder and of reading some texts.
 fn load(folder: &Path) -> String {
     match Model::load(folder, &mut |_| {}) {
@@ -54,7 +61,7 @@ fn safetensors() {
         ["\"dtype\":\"F32\"", "\"I64\"", "data_offsets", "__metadata__", "bert.", "embeddings.position_ids"];
     let made = [encoder().files()["model.safetensors"].clone()];
     fuzz_made("safetensors", &made, &words, WEIGHTS, |input| {
-        std::fs::write(folder.path().join("model.safetensors"), input).unwrap();
+        replace(&folder.path().join("model.safetensors"), input);
         load(folder.path())
     });
 }
@@ -75,7 +82,7 @@ fn tokenizer() {
         "[",
     ];
     fuzz("tokenizer", &words, TOKENIZER, |input| {
-        std::fs::write(folder.path().join("tokenizer.json"), input).unwrap();
+        replace(&folder.path().join("tokenizer.json"), input);
         load(folder.path())
     });
 }
@@ -94,14 +101,15 @@ fn checkpoint() {
     let files = encoder().files();
     let words = ["NaN", "-Infinity", "null", "true", "1e400", "[", "{", "\"chat_template\":", "\"prompts\":"];
     let folder = tempfile::tempdir().unwrap();
+    encoder().write(folder.path()).unwrap();
     fuzz("checkpoint", &words, JSON, |input| {
         let (line, content) = split_line(input);
         let name = names.iter().find(|name| **name == line).unwrap_or(&names[0]);
-        encoder().write(folder.path()).unwrap();
-        std::fs::write(folder.path().join(name), content).unwrap();
+        replace(&folder.path().join(name), content);
         let outcome = load(folder.path());
-        if !files.contains_key(name) {
-            std::fs::remove_file(folder.path().join(name)).unwrap();
+        match files.get(name) {
+            Some(content) => replace(&folder.path().join(name), content),
+            None => std::fs::remove_file(folder.path().join(name)).unwrap(),
         }
         outcome
     });

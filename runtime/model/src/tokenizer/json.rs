@@ -9,6 +9,7 @@ use tokenizers::models::ModelWrapper;
 use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{Encoding, Model, PostProcessor, Tokenizer as Library, TruncationDirection};
 
 const KIND: &str = "model.type";
@@ -48,6 +49,7 @@ impl Tokenizer {
         let bytes = word_piece_bytes(&library, model)?;
         let tokenizer =
             Self { library, bytes, begin: None, eos: Vec::new(), unused: Vec::new(), templated: true };
+        check_template_pieces(&tokenizer.library)?;
         tokenizer.check_template()?;
         Ok(tokenizer)
     }
@@ -218,6 +220,36 @@ fn check_added_tokens(content: &Value, library: &Library) -> Result<(), Tokenize
     Ok(())
 }
 
+/// Refuses a template with a piece that it does not define: the library would panic at the first text.
+fn check_template_pieces(library: &Library) -> Result<(), TokenizerProblem> {
+    let Some(PostProcessorWrapper::Template(template)) = library.get_post_processor() else { return Ok(()) };
+    let wrong = |why: String| TokenizerProblem::Entry { key: "post_processor", why };
+    // The library keeps the pieces to itself, but writes each form of them in one way.
+    let written = serde_json::to_value(template).map_err(not_json)?;
+    for piece in written["single"].as_array().into_iter().flatten() {
+        let special = &piece["SpecialToken"]["id"];
+        if let Some(name) =
+            special.as_str().filter(|name| !template.get_special_tokens().0.contains_key(*name))
+        {
+            return Err(wrong(format!(
+                "single has the token {name:?}, which special_tokens does not define"
+            )));
+        }
+        if piece["Sequence"]["id"] == "B" {
+            return Err(wrong("single has the sequence B, but it is for one text, A".to_owned()));
+        }
+    }
+    let uneven = template.get_special_tokens().0.iter().find(|(_, token)| {
+        let ids = serde_json::to_value(token).ok();
+        let count = |key: &str| ids.as_ref().and_then(|token| token[key].as_array().map(Vec::len));
+        count("ids") != count("tokens")
+    });
+    match uneven {
+        None => Ok(()),
+        Some((name, _)) => Err(wrong(format!("the special token {name:?} has not as many ids as tokens"))),
+    }
+}
+
 fn kind(model: &ModelWrapper) -> &'static str {
     match model {
         ModelWrapper::BPE(_) => "BPE",
@@ -354,6 +386,26 @@ mod tests {
         let added = changed(|file| file["added_tokens"][2]["id"] = 77.into());
         let error = added.unwrap_err();
         assert!(error.contains("added_tokens: \"[CLS]\" has the id 77 here and 2"), "{error}");
+    }
+
+    #[test]
+    fn a_template_with_an_undefined_piece_is_refused() {
+        type Damage = fn(&mut Value);
+        let cases: [(Damage, &str); 3] = [
+            (
+                |template| template["single"][0]["SpecialToken"]["id"] = "[cls]".into(),
+                "single has the token \"[cls]\", which special_tokens does not define",
+            ),
+            (|template| template["single"][1]["Sequence"]["id"] = "B".into(), "single has the sequence B"),
+            (
+                |template| template["special_tokens"]["[SEP]"]["tokens"] = serde_json::json!([]),
+                "the special token \"[SEP]\" has not as many ids as tokens",
+            ),
+        ];
+        for (damage, why) in cases {
+            let error = changed(|file| damage(&mut file["post_processor"])).unwrap_err();
+            assert!(error.contains(&format!("post_processor: {why}")), "{error}");
+        }
     }
 
     #[test]
