@@ -1,5 +1,6 @@
 # Images of the programs, for users of a container engine (`make images` packs the same content without one):
-#   docker build -t trustformers-serve:latest .                 one process: docker run -p 8080:8080 trustformers-serve:latest
+#   docker build -t trustformers-serve:latest .                 one process, which serves the models of a folder:
+#                                                               docker run -p 8080:8080 -v $PWD/models:/models:ro trustformers-serve:latest
 #   docker build --target operator -t trustformers-operator .   and gateway, runtime
 # The final images hold the files of e2e/images/root.py (glibc, certificates) and one program; there is no shell in them.
 
@@ -36,10 +37,14 @@ COPY --from=build /programs/trustformers-runtime /usr/bin/
 EXPOSE 8080 9090
 ENTRYPOINT ["/usr/bin/trustformers-runtime"]
 
-# The last stage is what `docker build .` gives. It serves the models that a configuration names:
+# The last stage is what `docker build .` gives. With /models/config.yaml it serves what that file says, where paths
+# count from /models; without one, every model in /models. An empty /models ends with an error that says so. Files of
+# the volume must be readable by the user 65532. Another configuration, and no folder:
 #   docker run -p 8080:8080 -v $PWD/models:/models:ro -v $PWD/config.yaml:/etc/trustformers/config.yaml:ro \
 #     trustformers-serve --config /etc/trustformers/config.yaml
 FROM base AS serve
 COPY --from=build /programs/trustformers-serve /usr/bin/
 EXPOSE 8080 9090
+WORKDIR /models
 ENTRYPOINT ["/usr/bin/trustformers-serve"]
+CMD ["--models", "/models"]

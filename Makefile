@@ -1,10 +1,10 @@
 # The tasks of this repository. Each target is a script below e2e/ that can be read and run alone.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-engine fuzz cluster-up cluster-down cluster-status kubectl images models report bench-cpu fmt lint audit release
+.PHONY: help demo demo-down test test-engine test-clients fuzz cluster-up cluster-down cluster-status kubectl images models report bench-cpu fmt lint audit release
 
 NODES ?= 1
-export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG BENCH_ROUNDS BENCH_ONLY
+export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG BENCH_ROUNDS BENCH_ONLY CLIENTS
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: ## every stage: lints, unit tests, parity, engine, scenarios on a two-node
 
 test-engine: ## memory, classes, fairness and quality of the engine against objectives; 15 minutes on an idle machine
 	@e2e/tasks/test-engine.sh
+
+test-clients: ## clients of OpenAI, Anthropic, KServe, gRPC and WebSocket, unchanged, against trustformers-serve [CLIENTS=curl,grpcio]
+	@e2e/tasks/test-clients.sh $${CLIENTS:+--only $$CLIENTS}
 
 fuzz: ## the fuzz targets of everything that reads bytes from outside; 10 minutes each, two at a time [FUZZ_SEED=1]
 	@e2e/tasks/fuzz.sh $${FUZZ_SECONDS:-600}

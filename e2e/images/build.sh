@@ -25,6 +25,8 @@ build_programs() {
 pack_program() { # PROGRAM TAG
   local program=$1 port arguments=()
   for port in ${PORTS[$program]}; do arguments+=(--port "$port"); done
+  # As in the Dockerfile: without a configuration, every model of a mounted folder is served.
+  [ "$program" != serve ] || arguments+=(--workdir /models --cmd=--models --cmd=/models)
   python3 "$E2E_DIR/images/pack.py" --output "$IMAGE_STORE/trustformers-$program.tar" --tag "localhost/trustformers-$program:$2" \
     --root "$STAGE/root" --file "$STAGE/trustformers-$program:/usr/bin/trustformers-$program:755" \
     --user 65532:65532 --entrypoint "/usr/bin/trustformers-$program" "${arguments[@]}" \

@@ -110,6 +110,7 @@ def pack(options):
                     "User": options.user,
                     "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", *options.env],
                     "Entrypoint": options.entrypoint,
+                    **({"Cmd": options.cmd} if options.cmd else {}),
                     "WorkingDir": options.workdir,
                     "ExposedPorts": {port: {} for port in options.port},
                     "Labels": dict(label.split("=", 1) for label in options.label),
@@ -189,6 +190,13 @@ def main():
     parser.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument(
         "--entrypoint", action="append", default=None, metavar="ARGUMENT", help="repeat for each argument"
+    )
+    parser.add_argument(
+        "--cmd",
+        action="append",
+        default=[],
+        metavar="ARGUMENT",
+        help="of the entrypoint, where none is given",
     )
     options = parser.parse_args()
     if ":" not in options.tag.rsplit("/", 1)[-1]:

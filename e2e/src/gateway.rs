@@ -324,6 +324,8 @@ fn reason(wire: i32) -> Option<String> {
     match FinishReason::try_from(wire) {
         Ok(FinishReason::Stop) => Some("stop".to_owned()),
         Ok(FinishReason::Length) => Some("length".to_owned()),
+        // Only within a session, which this client does not use.
+        Ok(FinishReason::Cancelled) => Some("cancelled".to_owned()),
         Ok(FinishReason::Unspecified) => None,
         Err(_) => Some(format!("unknown finish reason {wire}")),
     }

@@ -12,7 +12,7 @@ source "$E2E_DIR/tasks/install.sh"
 binaries() {
   local names name
   # Neither fake nodes nor metrics are needed here.
-  mapfile -t names < <(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vxE 'kwok|metrics-server|kubeconform|schemas')
+  mapfile -t names < <(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vxE 'kwok|metrics-server|kubeconform|schemas|grpcurl')
   for name in "${names[@]}"; do "$CLUSTER_SRC/binaries.sh" path "$name" >/dev/null; done
 }
 

@@ -37,6 +37,8 @@ lint_shell() {
 lint_python() {
   tool ruff format --quiet --check "$E2E_DIR"
   tool ruff check --quiet "$E2E_DIR"
+  tool ruff format --quiet --check --config "$E2E_DIR/ruff.toml" examples
+  tool ruff check --quiet --config "$E2E_DIR/ruff.toml" examples
 }
 
 # The schemas are those of the Kubernetes that the tests run on, and of our own definitions: no field that

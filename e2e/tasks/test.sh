@@ -33,7 +33,7 @@ unit() {
 # What the cluster of the scenarios starts: no additions.
 binaries() {
   local names name
-  mapfile -t names < <(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vxE 'kwok|metrics-server')
+  mapfile -t names < <(awk '!/^#/ { print $1 }' "$CLUSTER_SRC/binaries.txt" | grep -vxE 'kwok|metrics-server|grpcurl')
   for name in "${names[@]}"; do "$CLUSTER_SRC/binaries.sh" path "$name"; done
 }
 
@@ -62,6 +62,7 @@ stage lint "$E2E_DIR/tasks/lint.sh"
 stage unit unit
 stage fuzz "$E2E_DIR/tasks/fuzz.sh" 20
 stage engine "$E2E_DIR/tasks/test-engine.sh" short
+stage clients "$E2E_DIR/tasks/test-clients.sh" short
 stage images "$E2E_DIR/images/build.sh"
 stage binaries binaries
 stage cluster cluster

@@ -1,9 +1,13 @@
 //! Wire types: the gRPC services, generated from `proto/`, the configuration file of a pod, and the [`Task`]
 //! words that all of them share.
 
+pub mod bounded_codec;
 pub mod pod_config;
 mod task;
 pub mod yaml;
+
+#[cfg(test)]
+mod wire;
 
 pub use task::{Task, UnknownTask};
 
@@ -36,5 +40,18 @@ pub mod control {
     }
 }
 
-/// The encoded `FileDescriptorSet` of both packages, for server reflection.
+/// Package `inference`: the Open Inference Protocol of KServe and Triton.
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated code"
+)]
+pub mod inference {
+    tonic::include_proto!("inference");
+}
+
+/// The encoded `FileDescriptorSet` of all packages, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -3,7 +3,7 @@
 
 use serde::de::value::Error as ListError;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
-use serde::{Serialize, forward_to_deserialize_any};
+use serde::{Deserialize, Serialize, forward_to_deserialize_any};
 use serde_ignored::Path;
 
 /// Why a text could not be read, with the place in it.
@@ -42,29 +42,71 @@ impl UnknownKey {
     }
 }
 
+/// One document of a text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Document(serde_yaml::Value);
+
+/// The documents of a text, without empty ones.
+///
+/// # Errors
+/// A text that is no YAML.
+pub fn documents(text: &str) -> Result<Vec<Document>, YamlError> {
+    let mut found = Vec::new();
+    for document in serde_yaml::Deserializer::from_str(text) {
+        let value = serde_yaml::Value::deserialize(document);
+        match value.map_err(|error| YamlError::Syntax(error.to_string()))? {
+            serde_yaml::Value::Null => {}
+            value => found.push(Document(value)),
+        }
+    }
+    Ok(found)
+}
+
+impl Document {
+    /// The text at a key of the document.
+    #[must_use]
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.0.get(key)?.as_str()
+    }
+
+    /// Whether the document has this key.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        self.0.get(key).is_some()
+    }
+
+    /// As [`read`].
+    ///
+    /// # Errors
+    /// A value that does not fit, with its path.
+    pub fn read<T: DeserializeOwned>(self, mut unknown: impl FnMut(UnknownKey)) -> Result<T, YamlError> {
+        let mut track = serde_path_to_error::Track::new();
+        let deserializer = serde_path_to_error::Deserializer::new(self.0, &mut track);
+        let read = serde_ignored::deserialize(deserializer, |path| {
+            if let Path::Map { parent, key } = &path {
+                unknown(UnknownKey { section: path_text(parent), key: key.clone() });
+            }
+        });
+        read.map_err(|error: serde_yaml::Error| {
+            let path = track.path().to_string();
+            YamlError::Value { path, message: error.to_string() }
+        })
+    }
+}
+
 /// Reads a value, and calls `unknown` with each key that its type does not have, before any error is
 /// returned.
 ///
 /// # Errors
 /// A text that is no YAML, or a value that does not fit, with its path.
-pub fn read<T: DeserializeOwned>(text: &str, mut unknown: impl FnMut(UnknownKey)) -> Result<T, YamlError> {
+pub fn read<T: DeserializeOwned>(text: &str, unknown: impl FnMut(UnknownKey)) -> Result<T, YamlError> {
     // An empty text is an empty section: every key is left out.
-    let value: serde_yaml::Value = match serde_yaml::from_str(text) {
+    let value = match serde_yaml::from_str(text) {
         Ok(serde_yaml::Value::Null) => serde_yaml::Value::Mapping(serde_yaml::Mapping::new()),
         Ok(value) => value,
         Err(error) => return Err(YamlError::Syntax(error.to_string())),
     };
-    let mut track = serde_path_to_error::Track::new();
-    let deserializer = serde_path_to_error::Deserializer::new(value, &mut track);
-    let read = serde_ignored::deserialize(deserializer, |path| {
-        if let Path::Map { parent, key } = &path {
-            unknown(UnknownKey { section: path_text(parent), key: key.clone() });
-        }
-    });
-    read.map_err(|error: serde_yaml::Error| {
-        let path = track.path().to_string();
-        YamlError::Value { path, message: error.to_string() }
-    })
+    Document(value).read(unknown)
 }
 
 /// The text of a value, ending in a newline. [`read`] reads it back.
@@ -127,7 +169,6 @@ impl<'de> Deserializer<'de> for FieldLister<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde::Deserialize;
 
     #[derive(Debug, PartialEq, Deserialize)]
     struct Outer {
@@ -166,5 +207,19 @@ mod tests {
     fn the_keys_of_a_section_are_those_of_its_type() {
         assert_eq!(keys_of::<Outer>(), ["inner"]);
         assert_eq!(keys_of::<Inner>(), ["port"]);
+    }
+
+    #[test]
+    fn documents_are_read_one_by_one_and_empty_ones_are_left_out() {
+        let text = "---\n# nothing\n---\nkind: A\n---\nport: 7\nmore: 1\n---\n";
+        let mut all = documents(text).unwrap();
+        assert_eq!(all.len(), 2);
+        assert_eq!((all[0].text("kind"), all[1].text("port")), (Some("A"), None), "7 is no text");
+        assert!(all[1].has("port") && !all[0].has("port"));
+        let mut found = Vec::new();
+        let inner: Inner = all.remove(1).read(|key| found.push(key.path())).unwrap();
+        assert_eq!((inner, found), (Inner { port: 7 }, vec!["more".to_owned()]));
+        assert!(documents("a: 1\n---\nb: [").unwrap_err().to_string().starts_with("it is not valid YAML"));
+        assert_eq!(documents("").unwrap(), []);
     }
 }

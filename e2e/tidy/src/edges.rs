@@ -36,7 +36,7 @@ pub const ARROWS: &[Arrow] = &[
         ],
     ),
     ("trustformers-gateway", &["trustformers-api", "trustformers-telemetry"]),
-    ("trustformers-serve", &["trustformers-runtime"]),
+    ("trustformers-serve", &["trustformers-runtime", "trustformers-crds"]),
     ("trustformers-e2e", &["trustformers-crds", "trustformers-proto", "trustformers-api"]),
     ("trustformers-fuzz", &["trustformers-engine", "trustformers-api"]),
     ("trustformers-tidy", &[]),

@@ -150,7 +150,11 @@ pub const BANNED: &[Banned] = &[
     inside("span", "duration", Match::ShortName, &["operator/", "crds/"]),
     inside("once", "one_shot", Match::Whole, &["runtime/serve/"]),
     inside("OnceError", "OneShotError", Match::Exact, &["runtime/serve/"]),
-    inside("spread", "percentiles", Match::ShortName, &["runtime/serve/"]),
+    Banned {
+        // A field of the custom resource is called `topologySpread`, as in a pod.
+        except_in: &["runtime/serve/src/inference_model.rs"],
+        ..inside("spread", "percentiles", Match::ShortName, &["runtime/serve/src/bench/"])
+    },
     everywhere("rung", "stage", Match::Component),
     everywhere("rungs", "stages", Match::Component),
     everywhere("bars", "objectives", Match::Component),

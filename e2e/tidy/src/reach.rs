@@ -133,7 +133,8 @@ fn names(other: &File, script: &File) -> bool {
 }
 
 fn names_in_code(line: &str, stem: &str) -> bool {
-    let loads = ["source ", "import ", "for "].iter().any(|word| line.trim_start().starts_with(word));
+    let loads =
+        ["source ", "import ", "from ", "for "].iter().any(|word| line.trim_start().starts_with(word));
     loads && line.split(|c: char| !c.is_alphanumeric() && c != '_' && c != '-').any(|word| word == stem)
 }
 

@@ -68,6 +68,17 @@ impl FairBudget {
     pub fn used(&self) -> usize {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).used
     }
+
+    fn release(&self, caller: Caller, units: usize) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.used = state.used.saturating_sub(units);
+        let held = state.by_caller.get(&caller).copied().unwrap_or(0).saturating_sub(units);
+        if held == 0 {
+            state.by_caller.remove(&caller);
+        } else {
+            state.by_caller.insert(caller, held);
+        }
+    }
 }
 
 impl Share {
@@ -87,18 +98,24 @@ impl Share {
         self.units += more;
         true
     }
+
+    /// Units that are held.
+    #[must_use]
+    pub fn units(&self) -> usize {
+        self.units
+    }
+
+    /// Gives units back until `units` are left. Does nothing where fewer are held.
+    pub fn shrink_to(&mut self, units: usize) {
+        let surplus = self.units.saturating_sub(units);
+        self.budget.release(self.caller, surplus);
+        self.units -= surplus;
+    }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
-        let mut state = self.budget.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.used = state.used.saturating_sub(self.units);
-        let held = state.by_caller.get(&self.caller).copied().unwrap_or(0).saturating_sub(self.units);
-        if held == 0 {
-            state.by_caller.remove(&self.caller);
-        } else {
-            state.by_caller.insert(self.caller, held);
-        }
+        self.budget.release(self.caller, self.units);
     }
 }
 
@@ -123,6 +140,19 @@ mod tests {
         drop(first);
         assert_eq!(budget.used(), 0);
         assert!(budget.try_acquire(caller(2), 6).is_some());
+    }
+
+    #[test]
+    fn a_share_that_shrinks_makes_room() {
+        let budget = FairBudget::new(12);
+        let mut share = budget.try_acquire(caller(1), 6).unwrap();
+        share.shrink_to(2);
+        assert_eq!(budget.used(), 2);
+        share.shrink_to(4);
+        assert_eq!(budget.used(), 2, "shrinking takes nothing");
+        assert!(share.try_grow(4));
+        drop(share);
+        assert_eq!(budget.used(), 0);
     }
 
     #[test]

@@ -19,10 +19,12 @@ use crate::http::generate::milliseconds;
 use crate::inference::Usage;
 use crate::json_body::{found, object, take};
 use crate::priority::{self, Priority};
+use crate::revision::{self, answer_headers};
 use crate::{Api, request_body, tenant};
 
 /// The fields of a request. `user` is OpenAI's name of an end user; it changes nothing, as it does there.
-const FIELDS: &[&str] = &["input", "model", "encoding_format", "dimensions", "truncate", "priority", "user"];
+pub(crate) const FIELDS: &[&str] =
+    &["input", "model", "encoding_format", "dimensions", "truncate", "priority", "user"];
 
 /// One text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub struct EmbedRequest {
     pub input: Vec<EmbedInput>,
     /// A model's name; none where the caller left the choice open.
     pub model: Option<String>,
+    /// The revision that must answer; none: any.
+    pub revision: Option<String>,
     /// Whether texts that are too long are cut instead of refused.
     pub truncate: bool,
     /// Values that each vector is to have; none: what the model gives.
@@ -62,7 +66,7 @@ pub enum PoolingMode {
 }
 
 impl PoolingMode {
-    fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Mean => "mean",
             Self::Cls => "first",
@@ -80,6 +84,8 @@ pub struct Embedded {
     pub model: String,
     /// sha256 of the model's files, 64 hex digits.
     pub model_digest: String,
+    /// The revision that the server's configuration names; may be empty.
+    pub revision: String,
     /// One vector for each text, in order, each of `width` values.
     pub values: Vec<f32>,
     /// Values of a vector, at least 1.
@@ -106,12 +112,14 @@ pub(crate) async fn embeddings(State(api): State<Api>, request: Request) -> Resu
     let headers = parts.headers;
     let (asked, encoding) = api.parse(bytes, move |bytes| parse(bytes, &headers)).await?;
     let embedded = api.inference.embed(asked).await?;
+    let headers = embedded.head_headers();
     let many = embedded.values.len() > VALUES_AT_ONCE;
     let failed = |why: String| ApiError::Internal { message: format!("the answer cannot be written: {why}") };
     let write = move || serde_json::to_vec(&AnswerBody::new(&embedded, encoding, milliseconds(started)));
     let json = if many { api.large_bodies.run(write).await? } else { write() };
     let json = json.map_err(|error| failed(error.to_string()))?;
-    Ok(([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response())
+    let content_type = [(CONTENT_TYPE, HeaderValue::from_static("application/json"))];
+    Ok((headers, content_type, json).into_response())
 }
 
 /// How vectors are written in JSON.
@@ -136,6 +144,7 @@ fn parse(bytes: &[u8], headers: &HeaderMap) -> Result<(EmbedRequest, Encoding), 
         input: input(&object)?,
         model: take(&object, "model", "a string", |value| value.as_str().map(str::to_owned))?
             .filter(|name| !name.is_empty()),
+        revision: revision::of_headers(headers)?,
         truncate: take(&object, "truncate", "true or false", Value::as_bool)?.unwrap_or(true),
         dimensions: take(&object, "dimensions", "a whole number from 1 on", number)?,
         priority: class.unwrap_or_default(),
@@ -160,11 +169,11 @@ fn input(object: &Map<String, Value>) -> Result<Vec<EmbedInput>, ApiError> {
         }
     };
     if list.first().is_some_and(Value::is_number) {
-        return Ok(vec![EmbedInput::Tokens(ids("input", list)?)]);
+        return Ok(vec![EmbedInput::Tokens(token_ids("input", list)?)]);
     }
     let one = |(index, value): (usize, &Value)| match value {
         Value::String(text) => Ok(EmbedInput::Text(text.clone())),
-        Value::Array(list) => Ok(EmbedInput::Tokens(ids(&format!("input[{index}]"), list)?)),
+        Value::Array(list) => Ok(EmbedInput::Tokens(token_ids(&format!("input[{index}]"), list)?)),
         other => {
             let why = format!("expected a text or a list of token ids, found {}", found(other));
             Err(ApiError::field(&format!("input[{index}]"), why))
@@ -173,7 +182,7 @@ fn input(object: &Map<String, Value>) -> Result<Vec<EmbedInput>, ApiError> {
     list.iter().enumerate().map(one).collect()
 }
 
-fn ids(field: &str, list: &[Value]) -> Result<Vec<u32>, ApiError> {
+pub(crate) fn token_ids(field: &str, list: &[Value]) -> Result<Vec<u32>, ApiError> {
     let id = |(index, value): (usize, &Value)| {
         value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
             ApiError::field(
@@ -209,6 +218,7 @@ impl EmbedRequest {
         let request = Self {
             input: texts.chain(tokens).collect(),
             model: Some(model).filter(|name| !name.is_empty()),
+            revision: revision::of_headers(metadata)?,
             truncate: truncate.unwrap_or(true),
             dimensions,
             priority: priority::of_proto(priority)?.or(from_metadata).unwrap_or_default(),
@@ -220,6 +230,12 @@ impl EmbedRequest {
 }
 
 impl Embedded {
+    /// The headers that name what answers.
+    #[must_use]
+    pub fn head_headers(&self) -> HeaderMap {
+        answer_headers(&self.revision, &self.model_digest)
+    }
+
     fn rows(&self) -> impl Iterator<Item = &[f32]> {
         self.values.chunks_exact(self.width.max(1))
     }
@@ -239,6 +255,7 @@ impl Embedded {
             usage: Some(usage.to_proto()),
             latency_ms,
             model_digest: self.model_digest,
+            revision: self.revision,
             pooling: pooling as i32,
             pooling_note: self.pooling_note.unwrap_or_default(),
             truncated: self.truncated,
@@ -256,6 +273,8 @@ struct AnswerBody<'a> {
     usage: Tokens,
     id: &'a str,
     model_digest: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    revision: &'a str,
     latency_ms: f64,
     pooling: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -302,6 +321,7 @@ impl<'a> AnswerBody<'a> {
             usage: Tokens { prompt_tokens: embedded.tokens, total_tokens: embedded.tokens },
             id: &embedded.id,
             model_digest: &embedded.model_digest,
+            revision: &embedded.revision,
             latency_ms,
             pooling: embedded.pooling.as_str(),
             pooling_note: embedded.pooling_note.as_deref(),
@@ -414,7 +434,7 @@ mod tests {
     async fn refusals_keep_their_status_and_leaving_cancels() {
         let error = ApiError::WrongTask { model: "m".into(), task: trustformers_proto::Task::Generate };
         let (status, body) = post(&Fake::with(Script::refused(error)), r#"{"input": "a"}"#, None).await;
-        assert_eq!((status, &body["error"]["type"]), (StatusCode::BAD_REQUEST, &json!("wrong_task")));
+        assert_eq!((status, &body["error"]["code"]), (StatusCode::BAD_REQUEST, &json!("wrong_task")));
         assert!(body["error"]["message"].as_str().unwrap().contains("POST /v1/generate"), "{body}");
         let fake = Fake::with(Script::tokens(&[]).then_hangs());
         let asking = fake.clone();

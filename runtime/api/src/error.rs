@@ -5,7 +5,8 @@
 //! | `invalid_request` | 400 | INVALID_ARGUMENT | no |
 //! | `model_required` | 400 | INVALID_ARGUMENT | no |
 //! | `wrong_task` | 400 | INVALID_ARGUMENT | no |
-//! | `unknown_model`, `unknown_route` | 404 | NOT_FOUND | no |
+//! | `forbidden` | 403 | PERMISSION_DENIED | no |
+//! | `unknown_model`, `unknown_revision`, `unknown_route` | 404 | NOT_FOUND | no |
 //! | `method_not_allowed` | 405 | UNIMPLEMENTED | no |
 //! | `too_long` | 413 | OUT_OF_RANGE | no |
 //! | `unsupported_encoding` | 415 | UNIMPLEMENTED | no |
@@ -15,19 +16,25 @@
 //! | `internal` | 500 | INTERNAL | yes |
 //!
 //! What an error repeats of its request is cut ([`crate::echo`]). HTTP answers carry `{"error": {"type",
-//! "message", ...}}`; gRPC answers carry the message, the kind in the metadata key `trustformers-error` and,
-//! where HTTP has it, `retry-after` in seconds.
+//! "message", ...}}`, or the body of the protocol that was asked ([`ErrorShape`]); gRPC answers carry the
+//! message, the kind in the metadata key `trustformers-error` and, where HTTP has it, `retry-after` in
+//! seconds.
 
-use axum::Json;
-use axum::http::{HeaderValue, StatusCode, header};
-use axum::response::{IntoResponse, Response};
+mod render;
+
+use axum::http::StatusCode;
 use serde_json::{Value, json};
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 use trustformers_proto::Task;
 
-use crate::echo::{MAX_LISTED_NAMES, MAX_MESSAGE_CHARS, echo, list, truncate};
+use crate::echo::{MAX_MESSAGE_CHARS, echo, list, truncate};
+use crate::encoding::ACCEPTED_ENCODINGS;
+use crate::revision::REVISION_HEADER;
 use crate::surfaces::{self, how_to_ask};
+
+pub use render::ErrorShape;
+pub(crate) use render::Refusal;
 
 /// Metadata key of a gRPC error that holds its kind.
 pub const GRPC_KIND_KEY: &str = "trustformers-error";
@@ -60,6 +67,12 @@ pub enum ApiError {
         /// The task that the model serves.
         task: Task,
     },
+    /// The request asks for something that this server does not do for its callers.
+    #[error("{message}")]
+    Forbidden {
+        /// What is refused, and who may do it.
+        message: String,
+    },
     /// No model answers to this name.
     #[error("no model answers to {:?}; {}", echo(asked), known_models(choices))]
     UnknownModel {
@@ -67,6 +80,21 @@ pub enum ApiError {
         asked: String,
         /// Names that can be asked for.
         choices: Vec<String>,
+    },
+    /// The model does not serve the revision that the request insists on.
+    #[error(
+        "model {model:?} {}, and {:?} is asked for; leave {} out to accept any",
+        loaded_revision(loaded),
+        echo(asked),
+        REVISION_HEADER
+    )]
+    UnknownRevision {
+        /// The model that was asked.
+        model: String,
+        /// The revision that was asked for.
+        asked: String,
+        /// The revision that serves; may be empty.
+        loaded: String,
     },
     /// No such route.
     #[error(
@@ -92,8 +120,8 @@ pub enum ApiError {
         /// How long it is and what is allowed.
         message: String,
     },
-    /// The body is compressed.
-    #[error("content-encoding: {encoding:?} is not supported; send the body as it is, without compression")]
+    /// The body is compressed in a way that is not known here.
+    #[error("content-encoding: {encoding:?} is not supported; use one of {ACCEPTED_ENCODINGS}, or none")]
     UnsupportedEncoding {
         /// The encoding, cut.
         encoding: String,
@@ -141,6 +169,13 @@ fn what_to_ask(task: Task) -> String {
     format!("ask it with {}, or name a model whose task is {}", how_to_ask(task), others.join(" or "))
 }
 
+fn loaded_revision(loaded: &str) -> String {
+    match loaded {
+        "" => "has a revision without a name".to_owned(),
+        name => format!("serves revision {name:?}"),
+    }
+}
+
 fn known_models(choices: &[String]) -> String {
     if choices.is_empty() {
         "none serves here now".to_owned()
@@ -172,7 +207,10 @@ impl ApiError {
             Self::InvalidRequest { .. } | Self::ModelRequired { .. } | Self::WrongTask { .. } => {
                 StatusCode::BAD_REQUEST
             }
-            Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
+            Self::Forbidden { .. } => StatusCode::FORBIDDEN,
+            Self::UnknownModel { .. } | Self::UnknownRevision { .. } | Self::UnknownRoute { .. } => {
+                StatusCode::NOT_FOUND
+            }
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLong { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -189,7 +227,10 @@ impl ApiError {
             Self::InvalidRequest { .. } | Self::ModelRequired { .. } | Self::WrongTask { .. } => {
                 Code::InvalidArgument
             }
-            Self::UnknownModel { .. } | Self::UnknownRoute { .. } => Code::NotFound,
+            Self::Forbidden { .. } => Code::PermissionDenied,
+            Self::UnknownModel { .. } | Self::UnknownRevision { .. } | Self::UnknownRoute { .. } => {
+                Code::NotFound
+            }
             Self::MethodNotAllowed { .. } | Self::UnsupportedEncoding { .. } => Code::Unimplemented,
             Self::TooLong { .. } => Code::OutOfRange,
             Self::Overloaded { .. } => Code::ResourceExhausted,
@@ -211,30 +252,14 @@ impl ApiError {
     /// The body of an HTTP answer, and of an error inside a stream: `{"error": {"type", "message", ...}}`.
     pub fn to_json(&self) -> Value {
         let mut error = json!({"type": self.kind(), "message": self.message()});
-        match self {
-            Self::InvalidRequest { field: Some(field), .. } => error["field"] = json!(echo(field)),
-            Self::ModelRequired { choices } | Self::UnknownModel { choices, .. } => {
-                error["choices"] = json!(&choices[..choices.len().min(MAX_LISTED_NAMES)]);
-            }
-            _ => {}
-        }
-        if let Some(seconds) = self.retry_after_s() {
-            error["retry_after_s"] = json!(seconds);
-        }
+        self.add_details(&mut error);
         json!({ "error": error })
     }
-}
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let mut response = (self.status(), Json(self.to_json())).into_response();
-        if let Some(seconds) = self.retry_after_s() {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        if matches!(self, Self::UnsupportedEncoding { .. }) {
-            response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        }
-        response
+    /// The engine ended an answer without saying why.
+    pub(crate) fn ended_early() -> Self {
+        let message = "the engine ended the answer without a reason; its log says more".to_owned();
+        Self::Internal { message }
     }
 }
 
@@ -250,67 +275,4 @@ impl From<ApiError> for Status {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn all() -> Vec<(ApiError, u16, Code)> {
-        let text = || "m".to_owned();
-        vec![
-            (ApiError::field("top_p", "no"), 400, Code::InvalidArgument),
-            (ApiError::ModelRequired { choices: vec![text()] }, 400, Code::InvalidArgument),
-            (ApiError::WrongTask { model: text(), task: Task::Embed }, 400, Code::InvalidArgument),
-            (ApiError::UnknownModel { asked: text(), choices: vec![] }, 404, Code::NotFound),
-            (ApiError::UnknownRoute { path: text() }, 404, Code::NotFound),
-            (ApiError::MethodNotAllowed { method: text(), path: text() }, 405, Code::Unimplemented),
-            (ApiError::TooLong { message: text() }, 413, Code::OutOfRange),
-            (ApiError::UnsupportedEncoding { encoding: text() }, 415, Code::Unimplemented),
-            (ApiError::Overloaded { message: text(), retry_after_s: 2 }, 429, Code::ResourceExhausted),
-            (ApiError::Unavailable { message: text(), retry_after_s: None }, 503, Code::Unavailable),
-            (ApiError::Timeout { message: text() }, 504, Code::DeadlineExceeded),
-            (ApiError::Internal { message: text() }, 500, Code::Internal),
-        ]
-    }
-
-    #[test]
-    fn each_kind_has_a_status_a_code_and_its_name_in_both() {
-        for (error, status, code) in all() {
-            let kind = error.kind();
-            let grpc = Status::from(error.clone());
-            assert_eq!(grpc.code(), code, "{kind}");
-            assert_eq!(grpc.metadata().get(GRPC_KIND_KEY).unwrap(), kind);
-            assert_eq!(error.to_json()["error"]["type"], kind);
-            assert_eq!(error.into_response().status().as_u16(), status, "{kind}");
-        }
-    }
-
-    #[test]
-    fn overload_has_a_retry_time_in_both() {
-        let error = ApiError::Overloaded { message: "full".into(), retry_after_s: 3 };
-        assert_eq!(Status::from(error.clone()).metadata().get(GRPC_RETRY_AFTER_KEY).unwrap(), "3");
-        assert_eq!(error.into_response().headers()[header::RETRY_AFTER], "3");
-    }
-
-    #[test]
-    fn an_unknown_model_lists_the_choices() {
-        let error = ApiError::UnknownModel { asked: "x".into(), choices: vec!["a".into(), "b".into()] };
-        assert_eq!(error.to_string(), "no model answers to \"x\"; known are: a, b");
-        assert_eq!(error.to_json()["error"]["choices"], json!(["a", "b"]));
-    }
-
-    #[test]
-    fn no_error_repeats_more_than_a_bounded_piece_of_its_request() {
-        let long = "\u{e9}".repeat(1 << 20);
-        let names: Vec<String> = (0..10_000).map(|index| format!("model-{index}")).collect();
-        let errors = [
-            ApiError::field(&long, "there is no such field"),
-            ApiError::InvalidRequest { field: Some(long.clone()), message: long.clone() },
-            ApiError::UnknownModel { asked: long.clone(), choices: names },
-            ApiError::UnknownRoute { path: long.clone() },
-            ApiError::MethodNotAllowed { method: long.clone(), path: long.clone() },
-        ];
-        for error in errors {
-            assert!(error.to_json().to_string().len() < 5000, "{}", error.kind());
-            assert!(Status::from(error).message().chars().count() <= MAX_MESSAGE_CHARS + 3);
-        }
-    }
-}
+pub(crate) mod tests;

@@ -6,11 +6,15 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use trustformers_proto::v1;
+use trustformers_proto::{Task, v1};
 
 use crate::health::{Health, Verdict};
-use crate::inference::{Answer, Event, FinishReason, Inference, Logprobs, Models, StoppedBy, Usage};
-use crate::{Api, ApiError, EmbedRequest, Embedded, Generation, PoolingMode};
+use crate::inference::{
+    Answer, CountRequest, Event, FinishReason, Inference, Logprobs, Models, StoppedBy, TokenText, Usage,
+};
+use crate::model_control::LoadModel;
+use crate::tools::AnswerSyntax;
+use crate::{Api, ApiError, EmbedRequest, Embedded, Generation, PoolingMode, Prompt};
 
 /// What each request gets.
 #[derive(Clone, Default)]
@@ -21,6 +25,8 @@ pub(crate) struct Script {
     hangs: bool,
     logprobs: Option<Logprobs>,
     stopped_by: Option<StoppedBy>,
+    reason: Option<FinishReason>,
+    syntax: AnswerSyntax,
 }
 
 impl Script {
@@ -42,6 +48,12 @@ impl Script {
     pub(crate) fn with_logprobs(self) -> Self {
         Self { logprobs: Some(Logprobs { logprob: -0.5, top: vec![(7, -0.25)] }), ..self }
     }
+    pub(crate) fn ends_with(self, reason: FinishReason) -> Self {
+        Self { reason: Some(reason), ..self }
+    }
+    pub(crate) fn with_syntax(self, syntax: AnswerSyntax) -> Self {
+        Self { syntax, ..self }
+    }
     pub(crate) fn stopped_by(self, stop: StoppedBy) -> Self {
         Self { stopped_by: Some(stop), ..self }
     }
@@ -53,6 +65,8 @@ pub(crate) struct Fake {
     running: Arc<watch::Sender<usize>>,
     last: Arc<Mutex<Option<Generation>>>,
     last_embedding: Arc<Mutex<Option<EmbedRequest>>>,
+    last_count: Arc<Mutex<Option<CountRequest>>>,
+    last_load: Arc<Mutex<Option<LoadModel>>>,
     models: Arc<watch::Sender<Models>>,
     ready: Arc<watch::Sender<Verdict>>,
     closing: CancellationToken,
@@ -71,7 +85,9 @@ impl Fake {
     pub(crate) fn with(script: Script) -> Self {
         let mut model = v1::ModelStatus {
             name: "fake".into(),
+            names: vec!["fake".into(), "ns/fake".into()],
             digest: "d1".into(),
+            revision: "r1".into(),
             device: "cpu".into(),
             ..Default::default()
         };
@@ -81,10 +97,24 @@ impl Fake {
             running: Arc::new(watch::Sender::new(0)),
             last: Arc::default(),
             last_embedding: Arc::default(),
+            last_count: Arc::default(),
+            last_load: Arc::default(),
             models: Arc::new(watch::Sender::new(vec![model].into())),
             ready: Arc::new(watch::Sender::new(Verdict::yes("ready"))),
             closing: CancellationToken::new(),
         }
+    }
+
+    /// The model says that this is its task.
+    pub(crate) fn with_task(self, task: Task) -> Self {
+        self.models.send_modify(|models| {
+            let serving = |model: &v1::ModelStatus| v1::ModelStatus {
+                task: Task::to_wire(Some(task)),
+                ..model.clone()
+            };
+            *models = models.iter().map(serving).collect();
+        });
+        self
     }
 
     pub(crate) fn api(&self) -> Api {
@@ -97,6 +127,14 @@ impl Fake {
 
     pub(crate) fn last_embedding(&self) -> EmbedRequest {
         self.last_embedding.lock().unwrap().clone().unwrap()
+    }
+
+    pub(crate) fn last_count(&self) -> CountRequest {
+        self.last_count.lock().unwrap().clone().unwrap()
+    }
+
+    pub(crate) fn last_load(&self) -> LoadModel {
+        self.last_load.lock().unwrap().clone().unwrap()
     }
 
     pub(crate) fn running(&self) -> usize {
@@ -137,7 +175,11 @@ impl Inference for Fake {
         let usage = Usage { prompt_tokens: 3, completion_tokens };
         steps.push(match script.failure {
             Some(error) => Err(error),
-            None => Ok(Event::Finished { reason: FinishReason::Stop, stopped_by: script.stopped_by, usage }),
+            None => Ok(Event::Finished {
+                reason: script.reason.unwrap_or(FinishReason::Stop),
+                stopped_by: script.stopped_by,
+                usage,
+            }),
         });
         if script.hangs {
             steps.pop();
@@ -151,8 +193,17 @@ impl Inference for Fake {
                 event
             })
             .boxed();
-        Box::pin(async {
-            Ok(Answer { id: "gen-1".into(), model: "fake".into(), model_digest: "d1".into(), events })
+        Box::pin(async move {
+            Ok(Answer {
+                id: "gen-1".into(),
+                model: "fake".into(),
+                model_digest: "d1".into(),
+                revision: "r1".into(),
+                created_unix_s: 1_700_000_000,
+                prompt_tokens: usage.prompt_tokens,
+                syntax: script.syntax,
+                events,
+            })
         })
     }
 
@@ -175,6 +226,7 @@ impl Inference for Fake {
                 id: "emb-1".into(),
                 model: "fake".into(),
                 model_digest: "d1".into(),
+                revision: "r1".into(),
                 values: (0..texts).flat_map(|text| [f32::from(text), 0.1]).collect(),
                 width: 2,
                 tokens: u32::from(texts) * 3,
@@ -182,6 +234,56 @@ impl Inference for Fake {
                 pooling: PoolingMode::Mean,
                 pooling_note: Some("not configured".into()),
             })
+        })
+    }
+
+    /// As many as the prompt has words, ids or messages.
+    fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {
+        let count = match &request.prompt {
+            Prompt::Text(text) => text.split_whitespace().count(),
+            Prompt::Tokens(ids) => ids.len(),
+            Prompt::Conversation(conversation) => conversation.messages.len(),
+        };
+        *self.last_count.lock().unwrap() = Some(request);
+        let refusal = self.script.refusal.clone();
+        Box::pin(async move { refusal.map_or(Ok(u32::try_from(count).unwrap()), Err) })
+    }
+
+    /// `t1` for the id 1.
+    fn token_texts(
+        &self,
+        _: Option<String>,
+        ids: Vec<u32>,
+    ) -> BoxFuture<'_, Result<Vec<TokenText>, ApiError>> {
+        let text = |id: u32| TokenText { text: format!("t{id}"), bytes: format!("t{id}").into_bytes() };
+        Box::pin(async move { Ok(ids.into_iter().map(text).collect()) })
+    }
+
+    /// A model of that name, ready.
+    fn load_model(&self, request: LoadModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        let mut model = v1::ModelStatus { name: request.name.clone(), ..Default::default() };
+        model.set_state(v1::ModelState::Ready);
+        *self.last_load.lock().unwrap() = Some(request);
+        self.running.send_modify(|count| *count += 1);
+        let running = Running(self.running.clone());
+        let hangs = self.script.hangs;
+        Box::pin(async move {
+            let _alive_with_the_future = running;
+            if hangs {
+                std::future::pending::<()>().await;
+            }
+            Ok(model)
+        })
+    }
+
+    /// Knows the model that it serves. It stays.
+    fn unload_model(&self, asked: String) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        let models = self.models.borrow().clone();
+        Box::pin(async move {
+            let found = models.iter().find(|model| model.name == asked).cloned();
+            let mut model = found.ok_or(ApiError::UnknownModel { asked, choices: Vec::new() })?;
+            model.set_state(v1::ModelState::Unloaded);
+            Ok(model)
         })
     }
 

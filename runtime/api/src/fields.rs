@@ -8,10 +8,11 @@ use trustformers_proto::v1;
 
 use axum::http::HeaderMap;
 
+use crate::conversation::Prompt;
 use crate::error::ApiError;
 use crate::options::Options;
 use crate::priority::{self, Priority};
-use crate::tenant;
+use crate::{revision, tenant};
 
 /// What stands where a field is not given.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,10 +36,12 @@ pub const MAX_TEMPERATURE: f32 = 100.0;
 /// A request as it was asked, before defaults and checks.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Asked {
-    /// The text to continue.
-    pub prompt: String,
+    /// What to continue.
+    pub prompt: Prompt,
     /// A model's name.
     pub model: Option<String>,
+    /// The revision that must answer; none: any.
+    pub revision: Option<String>,
     /// New tokens at most.
     pub max_tokens: Option<u32>,
     /// 0 is greedy.
@@ -58,10 +61,12 @@ pub struct Asked {
 /// A request whose fields are all within their limits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
-    /// The text to continue, not empty.
-    pub prompt: String,
+    /// What to continue, not empty.
+    pub prompt: Prompt,
     /// A model's name; none where the caller left the choice open.
     pub model: Option<String>,
+    /// The revision that must answer; none: any.
+    pub revision: Option<String>,
     /// New tokens at most, 1 or more.
     pub max_tokens: u32,
     /// 0 is greedy; up to [`MAX_TEMPERATURE`].
@@ -80,13 +85,15 @@ pub struct Generation {
 
 impl Asked {
     /// Takes from headers, or metadata, what they say for requests of any kind: the class where the request
-    /// gives none itself, and the tenant.
+    /// gives none itself, the tenant, and the revision that must answer.
     ///
     /// # Errors
     /// [`ApiError::InvalidRequest`] that names the header.
     pub(crate) fn with_headers(self, headers: &HeaderMap) -> Result<Self, ApiError> {
         let (class, tenant) = (priority::of_headers(headers)?, tenant::of_headers(headers)?);
-        Ok(Self { priority: self.priority.or(class), tenant: tenant.unwrap_or(self.tenant), ..self })
+        let revision = revision::of_headers(headers)?.or(self.revision);
+        let priority = self.priority.or(class);
+        Ok(Self { priority, revision, tenant: tenant.unwrap_or(self.tenant), ..self })
     }
 
     /// Fills in what was left out and checks what was given.
@@ -97,6 +104,7 @@ impl Asked {
         let request = Generation {
             prompt: self.prompt,
             model: self.model.filter(|name| !name.is_empty()),
+            revision: self.revision,
             max_tokens: self.max_tokens.unwrap_or(defaults.max_tokens),
             temperature: self.temperature.unwrap_or(defaults.temperature),
             top_p: self.top_p.unwrap_or(defaults.top_p),
@@ -106,7 +114,10 @@ impl Asked {
             options: self.options,
         };
         if request.prompt.is_empty() {
-            return Err(ApiError::field("prompt", "is empty: give the text that the model is to continue"));
+            return Err(ApiError::field(
+                request.prompt.field(),
+                "is empty: give what the model is to continue",
+            ));
         }
         if request.max_tokens == 0 {
             return Err(ApiError::field("max_tokens", "0 asks for nothing: give 1 or more"));
@@ -134,8 +145,9 @@ impl TryFrom<v1::GenerateRequest> for Asked {
             priority: priority::of_proto(request.priority)?,
             tenant: String::new(),
             options: Options::from(&mut request),
-            prompt: request.prompt,
+            prompt: prompt_of(request.prompt, request.prompt_tokens)?,
             model: Some(request.model),
+            revision: None,
             max_tokens: Some(request.max_tokens).filter(|count| *count != 0),
             temperature: Some(request.temperature),
             top_p: Some(request.top_p).filter(|share| *share != 0.0),
@@ -144,9 +156,27 @@ impl TryFrom<v1::GenerateRequest> for Asked {
     }
 }
 
+/// The prompt of a message, in one of its two forms.
+fn prompt_of(text: String, tokens: Option<v1::TokenIds>) -> Result<Prompt, ApiError> {
+    match tokens {
+        None => Ok(text.into()),
+        Some(tokens) if text.is_empty() => Ok(Prompt::Tokens(tokens.ids)),
+        Some(_) => Err(ApiError::field("prompt_tokens", "is given beside prompt: give one of them")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conversation::Conversation;
+
+    #[test]
+    fn a_message_gives_its_prompt_in_one_form() {
+        let ids = || Some(v1::TokenIds { ids: vec![3, 4] });
+        assert_eq!(prompt_of(String::new(), ids()).unwrap(), Prompt::Tokens(vec![3, 4]));
+        assert_eq!(prompt_of("a".into(), None).unwrap(), Prompt::from("a"));
+        assert!(prompt_of("a".into(), ids()).unwrap_err().to_string().starts_with("prompt_tokens: "));
+    }
 
     fn asked() -> Asked {
         Asked { prompt: "Hi".into(), ..Asked::default() }
@@ -165,7 +195,9 @@ mod tests {
     #[test]
     fn values_outside_their_limits_are_refused_by_name() {
         let cases = [
-            ("prompt", Asked { prompt: String::new(), ..asked() }),
+            ("prompt", Asked { prompt: "".into(), ..asked() }),
+            ("prompt", Asked { prompt: Prompt::Tokens(Vec::new()), ..asked() }),
+            ("messages", Asked { prompt: Conversation::default().into(), ..asked() }),
             ("max_tokens", Asked { max_tokens: Some(0), ..asked() }),
             ("temperature", Asked { temperature: Some(-0.1), ..asked() }),
             ("temperature", Asked { temperature: Some(f32::NAN), ..asked() }),

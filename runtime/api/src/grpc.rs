@@ -1,40 +1,73 @@
 //! The gRPC services of `trustformers.v1`, `grpc.health.v1` and reflection, over the same [`Api`] as HTTP.
 //!
 //! They are given as one axum router, so that a listener can carry them beside plain HTTP routes (gRPC and
-//! `GET /metrics` on one port).
+//! `GET /metrics` on one port). The same router answers gRPC-Web, binary and as text, over HTTP/1.1 too.
+//!
+//! Messages may be compressed with gzip or zstd. An answer is compressed only where its request was, and
+//! never in a stream.
+
+mod session;
 
 use std::pin::Pin;
 
 use axum::Router;
-use axum::http::HeaderValue;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, HeaderValue};
+use axum::middleware::{Next, from_fn, from_fn_with_state, map_response};
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
+use tonic::codec::CompressionEncoding;
+use tonic::metadata::MetadataMap;
 use tonic::service::Routes;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_health::pb::health_server::HealthServer;
+use tonic_web::GrpcWebLayer;
+use tower::ServiceExt;
 use trustformers_proto::v1;
 use trustformers_proto::v1::health_service_server::{HealthService, HealthServiceServer};
 use trustformers_proto::v1::inference_service_server::{InferenceService, InferenceServiceServer};
 use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceServer};
 
+use crate::budget::Share;
 use crate::echo::echo;
 use crate::embed::EmbedRequest;
 use crate::error::GRPC_KIND_KEY;
 use crate::fields::{Asked, GRPC_DEFAULTS, Generation};
 use crate::health::GrpcHealth;
-use crate::http::generate::ended_early;
 use crate::inference::{Answer, Event, StoppedBy};
-use crate::{Api, ApiError, MAX_BODY_BYTES};
+use crate::limits::CallerLimits;
+use crate::model_control::{self, LoadModel};
+use crate::surfaces::{Kind, grpc_surface};
+use crate::{Api, ApiError, MAX_BODY_BYTES, kserve};
 
 /// The services whose health and reflection are served, by their full names.
 pub const SERVICES: &[&str] = &[
     "trustformers.v1.InferenceService",
     "trustformers.v1.ModelService",
     "trustformers.v1.HealthService",
+    kserve::grpc::SERVICE,
     "grpc.health.v1.Health",
 ];
+
+/// Metadata key of a request that names the encoding of its messages.
+const ENCODING_KEY: &str = "grpc-encoding";
+/// Metadata key that lists the encodings which the other side may use.
+const ACCEPT_ENCODING_KEY: &str = "grpc-accept-encoding";
+
+/// A service that takes and gives compressed messages. Each generated service has these methods, and no trait
+/// has them.
+macro_rules! compressible {
+    ($service:expr) => {
+        $service
+            .accept_compressed(CompressionEncoding::Gzip)
+            .accept_compressed(CompressionEncoding::Zstd)
+            .send_compressed(CompressionEncoding::Gzip)
+            .send_compressed(CompressionEncoding::Zstd)
+    };
+}
 
 /// Why reflection could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -49,27 +82,68 @@ pub enum ReflectionError {
 /// # Errors
 /// Only if the compiled-in descriptors were broken, which the tests rule out.
 pub fn router(api: Api) -> Result<Router, ReflectionError> {
-    let mut reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(trustformers_proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
-    for service in SERVICES {
-        reflection = reflection.with_service_name(*service);
-    }
     let health = GrpcHealth::new(api.inference.clone(), SERVICES, api.closing.clone());
     let inference = InferenceServiceServer::new(api.clone()).max_decoding_message_size(MAX_BODY_BYTES);
-    Ok(Routes::new(inference)
-        .add_service(ModelServiceServer::new(api.clone()))
-        .add_service(HealthServiceServer::new(api))
-        .add_service(HealthServer::new(health))
-        .add_service(reflection.build_v1()?)
+    let plain = Routes::new(compressible!(inference))
+        .add_service(compressible!(ModelServiceServer::new(api.clone())))
+        .add_service(compressible!(HealthServiceServer::new(api.clone())))
+        .add_service(compressible!(kserve::grpc::service(api)))
+        .add_service(compressible!(HealthServer::new(health)))
+        .add_service(compressible!(reflection().build_v1()?))
+        .add_service(compressible!(reflection().build_v1alpha()?))
         .into_axum_router()
-        .layer(axum::middleware::map_response(with_kind)))
+        .layer(from_fn(compress_where_asked))
+        .layer(map_response(with_kind));
+    let web = plain.clone().layer(GrpcWebLayer::new());
+    Ok(plain.layer(from_fn_with_state(web, by_content_type)))
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    let descriptors = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(trustformers_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+    SERVICES.iter().fold(descriptors, |builder, service| builder.with_service_name(*service))
+}
+
+/// A request of gRPC-Web to the services behind its layer, every other one to the services themselves: the
+/// layer refuses what else comes over HTTP/1.1.
+async fn by_content_type(
+    State(web): State<Router>,
+    request: axum::extract::Request,
+    next: Next,
+) -> axum::response::Response {
+    let kind = request.headers().get(CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc-web")) {
+        match web.oneshot(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    } else {
+        next.run(request).await
+    }
+}
+
+/// Lets an answer be compressed only where one message answers one that was compressed itself. Most clients
+/// offer every encoding that they know, whether they gain by it or not.
+async fn compress_where_asked(mut request: axum::extract::Request, next: Next) -> axum::response::Response {
+    let unary = grpc_surface(request.uri().path()).is_some_and(|surface| surface.kind == Kind::Unary);
+    if !(unary && is_compressed(request.headers())) {
+        request.headers_mut().remove(ACCEPT_ENCODING_KEY);
+    }
+    next.run(request).await
+}
+
+/// Whether the messages of a request may be compressed.
+fn is_compressed(headers: &HeaderMap) -> bool {
+    headers.get(ENCODING_KEY).is_some_and(|encoding| encoding != "identity")
 }
 
 /// Gives the errors that tonic makes itself the kind that all other errors have.
 ///
 /// They come before any method of ours runs, so the caller caused them: an INTERNAL without a kind is a
-/// message that is no protobuf or holds text that is not UTF-8, and becomes INVALID_ARGUMENT.
+/// message that is no protobuf, holds text that is not UTF-8 or is not what its encoding says, and becomes
+/// INVALID_ARGUMENT. A RESOURCE_EXHAUSTED without a kind is a message that is too long once it is decoded,
+/// and becomes OUT_OF_RANGE like every other one.
 async fn with_kind(mut response: axum::response::Response) -> axum::response::Response {
     let Some(status) = Status::from_header_map(response.headers()) else { return response };
     let headers = response.headers_mut();
@@ -78,16 +152,37 @@ async fn with_kind(mut response: axum::response::Response) -> axum::response::Re
     }
     let kind = match status.code() {
         Code::Internal | Code::InvalidArgument => "invalid_request",
-        Code::OutOfRange => "too_long",
+        Code::OutOfRange | Code::ResourceExhausted => "too_long",
+        // tonic lists what it accepts.
+        Code::Unimplemented if headers.contains_key(ACCEPT_ENCODING_KEY) => "unsupported_encoding",
         Code::Unimplemented => "unknown_route",
         Code::Cancelled | Code::DeadlineExceeded => "timeout",
         _ => return response,
     };
     headers.insert(GRPC_KIND_KEY, HeaderValue::from_static(kind));
-    if status.code() == Code::Internal {
-        headers.insert(Status::GRPC_STATUS, HeaderValue::from(Code::InvalidArgument as u16));
+    match status.code() {
+        Code::Internal => set_code(headers, Code::InvalidArgument),
+        Code::ResourceExhausted => set_code(headers, Code::OutOfRange),
+        _ => {}
     }
     response
+}
+
+fn set_code(headers: &mut HeaderMap, code: Code) {
+    headers.insert(Status::GRPC_STATUS, HeaderValue::from(code as u16));
+}
+
+/// A share for a message that was compressed, for as long as it is handled: the listener counts the bytes
+/// that arrived, which are fewer.
+///
+/// # Errors
+/// [`ApiError::Overloaded`] where the memory for requests is in use.
+pub(crate) fn decoded_share<M: prost::Message>(request: &Request<M>) -> Result<Option<Share>, ApiError> {
+    if request.metadata().get(ENCODING_KEY).is_none_or(|encoding| encoding == "identity") {
+        return Ok(None);
+    }
+    let limits = request.extensions().get::<CallerLimits>().cloned().unwrap_or_default();
+    limits.request_bytes(request.get_ref().encoded_len()).map(Some)
 }
 
 #[tonic::async_trait]
@@ -97,9 +192,12 @@ impl InferenceService for Api {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
         let started = Instant::now();
+        let _share = decoded_share(&request)?;
         let checked = checked(request)?;
-        let Answer { id, model, model_digest, mut events } = self.inference.generate(checked).await?;
-        let mut response = v1::GenerateResponse { id, model, model_digest, ..Default::default() };
+        let answer = self.inference.generate(checked).await?;
+        let metadata = answer.head_headers();
+        let Answer { id, model, model_digest, revision, mut events, .. } = answer;
+        let mut response = v1::GenerateResponse { id, model, model_digest, revision, ..Default::default() };
         while let Some(event) = events.next().await {
             match event? {
                 Event::Token { id, text, logprobs } => {
@@ -116,11 +214,11 @@ impl InferenceService for Api {
                     response.set_finish_reason(reason.to_proto());
                     response.usage = Some(usage.to_proto());
                     response.latency_ms = milliseconds(started);
-                    return Ok(Response::new(response));
+                    return Ok(answered(metadata, response));
                 }
             }
         }
-        Err(ended_early().into())
+        Err(ApiError::ended_early().into())
     }
 
     type GenerateStreamStream = BoxStream<'static, Result<v1::GenerateStreamResponse, Status>>;
@@ -130,24 +228,37 @@ impl InferenceService for Api {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStreamStream>, Status> {
         let started = Instant::now();
+        let _share = decoded_share(&request)?;
         let checked = checked(request)?;
-        let mut answer = self.inference.generate(checked).await?;
-        // The head goes out only once there is a token: until then this is still an ordinary, retriable
-        // failure.
-        let first = answer.events.next().await.ok_or_else(ended_early)??;
+        let mut answer = self.inference.generate(checked).await?.wait_for_first().await?;
+        let metadata = answer.head_headers();
         let events = std::mem::replace(&mut answer.events, futures::stream::empty().boxed());
-        let all = futures::stream::once(async { Ok(first) }).chain(events);
-        let messages = all.map(move |event| Ok(message(event?, &answer, started)));
-        Ok(Response::new(messages.boxed()))
+        let messages = events.map(move |event| Ok(message(event?, &answer, started)));
+        Ok(answered(metadata, messages.boxed()))
+    }
+
+    type SessionStream = session::SessionAnswers;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        Ok(Response::new(session::answer(self.clone(), request)))
     }
 
     async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
         let started = Instant::now();
+        let _share = decoded_share(&request)?;
         let (metadata, _, message) = request.into_parts();
         let asked = EmbedRequest::from_proto(message, metadata.as_ref())?;
         let embedded = self.inference.embed(asked).await?;
-        Ok(Response::new(embedded.into_proto(milliseconds(started))))
+        Ok(answered(embedded.head_headers(), embedded.into_proto(milliseconds(started))))
     }
+}
+
+/// An answer whose metadata names the model.
+fn answered<T>(metadata: HeaderMap, message: T) -> Response<T> {
+    Response::from_parts(MetadataMap::from_headers(metadata), message, tonic::Extensions::default())
 }
 
 /// The generation that is asked for.
@@ -178,6 +289,7 @@ fn message(event: Event, head: &Answer, started: Instant) -> v1::GenerateStreamR
             usage: Some(usage.to_proto()),
             latency_ms: milliseconds(started),
             model_digest: head.model_digest.clone(),
+            revision: head.revision.clone(),
             ..Default::default()
         },
     }
@@ -208,6 +320,28 @@ impl ModelService for Api {
             .map(|models| Ok(v1::WatchModelsResponse { models: models.to_vec() }))
             .take_until(closed);
         Ok(Response::new(Box::pin(changes)))
+    }
+
+    async fn load_model(
+        &self,
+        request: Request<v1::LoadModelRequest>,
+    ) -> Result<Response<v1::LoadModelResponse>, Status> {
+        let _share = decoded_share(&request)?;
+        model_control::check_no_browser(request.metadata().as_ref())?;
+        let asked = LoadModel::from_proto(request.into_inner())?;
+        let model = self.load_until_closing(asked).await?;
+        Ok(Response::new(v1::LoadModelResponse { model: Some(model) }))
+    }
+
+    async fn unload_model(
+        &self,
+        request: Request<v1::UnloadModelRequest>,
+    ) -> Result<Response<v1::UnloadModelResponse>, Status> {
+        let _share = decoded_share(&request)?;
+        model_control::check_no_browser(request.metadata().as_ref())?;
+        let name = model_control::check_model(request.into_inner().model)?;
+        let model = self.unload_until_closing(name).await?;
+        Ok(Response::new(v1::UnloadModelResponse { model: Some(model) }))
     }
 }
 
@@ -240,7 +374,7 @@ mod tests {
     use v1::model_service_client::ModelServiceClient;
 
     /// A real server on a free port of the loopback, and a channel to it.
-    async fn start(fake: &Fake) -> (Channel, CancellationToken, tokio::task::JoinHandle<()>) {
+    pub(super) async fn start(fake: &Fake) -> (Channel, CancellationToken, tokio::task::JoinHandle<()>) {
         let listener = crate::server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
@@ -254,7 +388,7 @@ mod tests {
         (channel, stop, task)
     }
 
-    fn prompt(text: &str) -> v1::GenerateRequest {
+    pub(super) fn prompt(text: &str) -> v1::GenerateRequest {
         v1::GenerateRequest { prompt: text.into(), ..Default::default() }
     }
 
@@ -266,7 +400,7 @@ mod tests {
         assert_eq!((answer.text.as_str(), answer.tokens.as_slice()), ("Hello you", [0, 1].as_slice()));
         assert_eq!(answer.finish_reason(), v1::FinishReason::Stop);
         assert_eq!(answer.usage.unwrap().total_tokens, 5);
-        assert_eq!(answer.model_digest, "d1");
+        assert_eq!((answer.model_digest.as_str(), answer.revision.as_str()), ("d1", "r1"));
         let asked = fake.last_request();
         assert_eq!((asked.max_tokens, asked.temperature, asked.top_p), (100, 0.0, 0.9));
     }
@@ -419,6 +553,77 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_compressed_message_is_read_and_its_answer_is_compressed() {
+        let fake = Fake::with(Script::tokens(&["a"]));
+        let (channel, ..) = start(&fake).await;
+        for encoding in [CompressionEncoding::Gzip, CompressionEncoding::Zstd] {
+            let accepts = InferenceServiceClient::new(channel.clone()).accept_compressed(encoding);
+            let mut plain = accepts.clone();
+            let mut compressed = accepts.send_compressed(encoding);
+            let name = encoding.to_string();
+            let answer = compressed.generate(prompt("Say")).await.unwrap();
+            assert_eq!(answer.metadata().get(ENCODING_KEY).unwrap(), name.as_str());
+            assert_eq!((answer.get_ref().text.as_str(), fake.last_request().prompt), ("a", "Say".into()));
+            let answer = compressed.generate_stream(prompt("Say")).await.unwrap();
+            assert!(answer.metadata().get(ENCODING_KEY).is_none(), "streams are not compressed");
+            let answer = plain.generate(prompt("Say")).await.unwrap();
+            assert!(answer.metadata().get(ENCODING_KEY).is_none(), "an offer alone is not enough");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_compressed_message_that_is_too_long_or_not_known_is_the_callers_fault() {
+        let (channel, ..) = start(&Fake::with(Script::tokens(&["a"]))).await;
+        let long = prompt(&" ".repeat(MAX_BODY_BYTES + 1));
+        let mut client =
+            InferenceServiceClient::new(channel.clone()).send_compressed(CompressionEncoding::Zstd);
+        let status = client.generate(long).await.unwrap_err();
+        assert_eq!(status.code(), Code::OutOfRange, "{status}");
+        assert_eq!(status.metadata().get(GRPC_KIND_KEY).unwrap(), "too_long");
+        for (encoding, code, kind) in [
+            ("snappy", Code::Unimplemented, "unsupported_encoding"),
+            ("gzip", Code::InvalidArgument, "invalid_request"),
+        ] {
+            let status = call_frame(channel.clone(), Some(encoding), &[1, 0, 0, 0, 2, b'h', b'i']).await;
+            assert_eq!(status.code(), code, "{status}");
+            assert_eq!(status.metadata().get(GRPC_KIND_KEY).unwrap(), kind);
+        }
+        let status = call_frame(channel, Some("snappy"), &[0; 5]).await;
+        assert!(status.message().contains("snappy"), "{status}");
+    }
+
+    #[test]
+    fn a_compressed_message_counts_with_its_decoded_bytes() {
+        let limits = crate::server::Limits::default();
+        let mut request = Request::new(prompt(&"x".repeat(1000)));
+        request.extensions_mut().insert(limits.of(crate::budget::Caller::at([127, 0, 0, 1].into())));
+        assert!(decoded_share(&request).unwrap().is_none(), "the listener counted its bytes");
+        request.metadata_mut().insert(ENCODING_KEY, "gzip".parse().unwrap());
+        let share = decoded_share(&request).unwrap().unwrap();
+        assert_eq!((share.units(), limits.request_bytes.used()), (1003, 1003));
+    }
+
+    #[tokio::test]
+    async fn the_older_reflection_is_served_too() {
+        use tonic_reflection::pb::v1alpha::ServerReflectionRequest;
+        use tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient;
+        use tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest;
+        use tonic_reflection::pb::v1alpha::server_reflection_response::MessageResponse;
+        let (channel, ..) = start(&Fake::with(Script::tokens(&[]))).await;
+        let symbol = "trustformers.v1.InferenceService.Session".to_owned();
+        let asks = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::FileContainingSymbol(symbol)),
+        };
+        let requests = futures::stream::iter([asks]);
+        let mut answers =
+            ServerReflectionClient::new(channel).server_reflection_info(requests).await.unwrap().into_inner();
+        let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+        let MessageResponse::FileDescriptorResponse(files) = answer else { panic!("{answer:?}") };
+        assert!(!files.file_descriptor_proto.is_empty());
+    }
+
+    #[tokio::test]
     async fn reflection_lists_what_is_served() {
         use tonic_reflection::pb::v1::ServerReflectionRequest;
         use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
@@ -446,12 +651,20 @@ mod tests {
         let mut frame = vec![0];
         frame.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
         frame.extend_from_slice(&message);
-        let request = axum::http::Request::post("/trustformers.v1.InferenceService/Generate")
+        call_frame(channel, None, &frame).await
+    }
+
+    /// Sends the bytes of a frame in a call with this encoding, and gives the status.
+    async fn call_frame(channel: Channel, encoding: Option<&str>, frame: &[u8]) -> Status {
+        let mut request = axum::http::Request::post("/trustformers.v1.InferenceService/Generate")
             .header("content-type", "application/grpc")
             .header("te", "trailers")
-            .body(tonic::body::Body::new(http_body_util::Full::from(frame)))
+            .body(tonic::body::Body::new(http_body_util::Full::from(frame.to_vec())))
             .unwrap();
-        let response = tower::ServiceExt::oneshot(channel, request).await.unwrap();
+        if let Some(encoding) = encoding {
+            request.headers_mut().insert(ENCODING_KEY, HeaderValue::from_str(encoding).unwrap());
+        }
+        let response = channel.oneshot(request).await.unwrap();
         Status::from_header_map(response.headers()).unwrap()
     }
 
@@ -486,6 +699,27 @@ mod tests {
             status.code() == Code::NotFound && status.message().len() < 500,
             "{}",
             status.message().len()
+        );
+    }
+
+    #[tokio::test]
+    async fn models_are_loaded_and_unloaded_by_name() {
+        let fake = Fake::with(Script::tokens(&[]));
+        let (channel, ..) = start(&fake).await;
+        let mut client = ModelServiceClient::new(channel);
+        let request = v1::LoadModelRequest { name: "a".into(), path: "/m".into(), ..Default::default() };
+        let loaded = client.load_model(request).await.unwrap().into_inner().model.unwrap();
+        assert_eq!((loaded.name.as_str(), loaded.state()), ("a", v1::ModelState::Ready));
+        assert_eq!(fake.last_load().path, "/m");
+        let unload = |model: &str| v1::UnloadModelRequest { model: model.into() };
+        let unloaded = client.unload_model(unload("fake")).await.unwrap().into_inner().model.unwrap();
+        assert_eq!(unloaded.state(), v1::ModelState::Unloaded);
+        let status = client.load_model(v1::LoadModelRequest::default()).await.unwrap_err();
+        assert!(status.code() == Code::InvalidArgument && status.message().starts_with("name: "), "{status}");
+        let status = client.unload_model(unload("")).await.unwrap_err();
+        assert!(
+            status.code() == Code::InvalidArgument && status.message().starts_with("model: "),
+            "{status}"
         );
     }
 }

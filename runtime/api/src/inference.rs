@@ -2,16 +2,22 @@
 
 use std::sync::Arc;
 
+use axum::http::HeaderMap;
+use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use trustformers_proto::v1;
 
+use crate::conversation::Prompt;
 use crate::embed::{EmbedRequest, Embedded};
 use crate::error::ApiError;
 use crate::fields::Generation;
 use crate::health::Health;
+use crate::model_control::{LoadModel, not_changed_here};
+use crate::revision::answer_headers;
+use crate::tools::AnswerSyntax;
 
 /// The models at one moment, in the shape that goes over the wire.
 pub type Models = Arc<[v1::ModelStatus]>;
@@ -31,6 +37,41 @@ pub trait Inference: Health {
     /// Any [`ApiError`]; a request that was refused left nothing behind.
     fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>>;
 
+    /// Tokens that a prompt has, special tokens and the model's chat template included. Nothing is generated.
+    ///
+    /// # Errors
+    /// Any [`ApiError`].
+    fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>>;
+
+    /// The text of each of these token ids, for answers that repeat tokens: the prompt of a request that gave
+    /// ids, or the best tokens beside the one that was produced.
+    ///
+    /// # Errors
+    /// Any [`ApiError`]; an id outside the model's vocabulary is refused.
+    fn token_texts(
+        &self,
+        model: Option<String>,
+        ids: Vec<u32>,
+    ) -> BoxFuture<'_, Result<Vec<TokenText>, ApiError>>;
+
+    /// Loads a model and waits until it is ready. Dropping the future does not stop the load.
+    ///
+    /// # Errors
+    /// Any [`ApiError`]; a model that could not be loaded left nothing behind. A server whose models do not
+    /// change while it runs refuses.
+    fn load_model(&self, _request: LoadModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        Box::pin(async { Err(not_changed_here()) })
+    }
+
+    /// Unloads a model by one of its names and waits until its answers in flight have ended and its memory is
+    /// free. Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// As for [`Inference::load_model`].
+    fn unload_model(&self, _model: String) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        Box::pin(async { Err(not_changed_here()) })
+    }
+
     /// The models now, and after each change. The channel closes when the server ends.
     fn watch_models(&self) -> watch::Receiver<Models>;
 }
@@ -43,8 +84,54 @@ pub struct Answer {
     pub model: String,
     /// sha256 of the weights that answer, 64 hex digits.
     pub model_digest: String,
+    /// The revision that the server's configuration names; may be empty.
+    pub revision: String,
+    /// Time of admission, in seconds since the Unix epoch.
+    pub created_unix_s: u64,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// How this model writes tool calls and reasoning. The default for a prompt of text or tokens.
+    pub syntax: AnswerSyntax,
     /// Tokens, then exactly one [`Event::Finished`]; or an error, after which nothing follows.
     pub events: BoxStream<'static, Result<Event, ApiError>>,
+}
+
+impl Answer {
+    /// The headers that name what answers.
+    #[must_use]
+    pub fn head_headers(&self) -> HeaderMap {
+        answer_headers(&self.revision, &self.model_digest)
+    }
+
+    /// Waits for the first event. Until then an answer that fails is an ordinary failed request, which may be
+    /// sent to another server; the head of a stream goes out afterwards.
+    ///
+    /// # Errors
+    /// The failure, where that is the first event.
+    pub async fn wait_for_first(mut self) -> Result<Self, ApiError> {
+        let first = self.events.next().await.ok_or_else(ApiError::ended_early)??;
+        let rest = std::mem::replace(&mut self.events, futures::stream::empty().boxed());
+        self.events = futures::stream::once(async { Ok(first) }).chain(rest).boxed();
+        Ok(self)
+    }
+}
+
+/// A prompt whose tokens are to be counted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CountRequest {
+    /// A model's name; none where the caller left the choice open.
+    pub model: Option<String>,
+    /// What is counted.
+    pub prompt: Prompt,
+}
+
+/// What a token adds to a text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenText {
+    /// As text; bytes that are no whole character are U+FFFD.
+    pub text: String,
+    /// The bytes themselves; none for tokens without a text.
+    pub bytes: Vec<u8>,
 }
 
 /// One step of an answer.
@@ -162,5 +249,47 @@ impl Usage {
             completion_tokens: self.completion_tokens,
             total_tokens: self.prompt_tokens + self.completion_tokens,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::{Fake, Script};
+    use crate::fields::{Asked, HTTP_DEFAULTS};
+    use crate::revision::{DIGEST_HEADER, REVISION_HEADER};
+    use crate::tools::CallSyntax;
+
+    fn generation() -> Generation {
+        Asked { prompt: "a b".into(), ..Asked::default() }.check(&HTTP_DEFAULTS).unwrap()
+    }
+
+    #[tokio::test]
+    async fn waiting_for_the_first_event_loses_none_and_gives_an_early_failure() {
+        let syntax = AnswerSyntax { calls: Some(CallSyntax::Hermes), ..AnswerSyntax::default() };
+        let fake = Fake::with(Script::tokens(&["a"]).with_syntax(syntax).ends_with(FinishReason::Length));
+        let answer = fake.generate(generation()).await.unwrap().wait_for_first().await.unwrap();
+        let headers = answer.head_headers();
+        assert!(headers[REVISION_HEADER] == "r1" && headers[DIGEST_HEADER] == "d1", "{headers:?}");
+        assert_eq!((answer.syntax, answer.prompt_tokens), (syntax, 3));
+        let events: Vec<_> = answer.events.map(Result::unwrap).collect().await;
+        assert!(matches!(
+            &events[..],
+            [Event::Token { id: 0, .. }, Event::Finished { reason: FinishReason::Length, .. }]
+        ));
+        let error = ApiError::Internal { message: "broken".into() };
+        let failing = Fake::with(Script::fails_before_a_token(error.clone()));
+        let answer = failing.generate(generation()).await.unwrap();
+        assert_eq!(answer.wait_for_first().await.err(), Some(error));
+    }
+
+    #[tokio::test]
+    async fn tokens_are_counted_and_have_texts() {
+        let fake = Fake::with(Script::tokens(&[]));
+        let request = CountRequest { model: None, prompt: "a b".into() };
+        assert_eq!(fake.count_tokens(request.clone()).await, Ok(2));
+        assert_eq!(fake.last_count(), request);
+        let texts = fake.token_texts(None, vec![7]).await.unwrap();
+        assert_eq!(texts, [TokenText { text: "t7".into(), bytes: b"t7".to_vec() }]);
     }
 }

@@ -4,7 +4,10 @@
 //! what was expected, and an unknown field could not be refused with the nearest known one. A setting that is
 //! silently ignored costs its user more than an error.
 
+use std::collections::BTreeMap;
+
 use axum::body::Bytes;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::echo::{echo, truncate};
@@ -36,17 +39,31 @@ fn not_an_object(message: String) -> ApiError {
 
 /// The object in a body. A field that is not among the `known` ones is refused.
 pub(crate) fn object(bytes: &[u8], known: &[&str], example: &str) -> Result<Map<String, Value>, ApiError> {
+    let object = any_object(bytes, example)?;
+    refuse_unknown(&object, known)?;
+    Ok(object)
+}
+
+/// The object in a body, whatever its fields are.
+pub(crate) fn any_object(bytes: &[u8], example: &str) -> Result<Map<String, Value>, ApiError> {
     let value: Value = serde_json::from_slice(bytes).map_err(|error| {
         not_an_object(format!("the body is not JSON ({error}); send an object such as {example}"))
     })?;
-    let Value::Object(object) = value else {
-        return Err(not_an_object(format!("the body must be a JSON object such as {example}")));
-    };
-    if let Some(unknown) = object.keys().find(|key| !known.contains(&key.as_str())) {
-        let hint = nearest::hint(unknown, known);
-        return Err(ApiError::field(unknown, format!("there is no such field; {hint}")));
+    match value {
+        Value::Object(object) => Ok(object),
+        _ => Err(not_an_object(format!("the body must be a JSON object such as {example}"))),
     }
-    Ok(object)
+}
+
+/// Refuses a field that is not among the `known` ones.
+pub(crate) fn refuse_unknown(object: &Map<String, Value>, known: &[&str]) -> Result<(), ApiError> {
+    match object.keys().find(|key| !known.contains(&key.as_str())) {
+        None => Ok(()),
+        Some(unknown) => {
+            let hint = nearest::hint(unknown, known);
+            Err(ApiError::field(unknown, format!("there is no such field; {hint}")))
+        }
+    }
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "a setting needs no more digits than an f32 has")]
@@ -68,6 +85,18 @@ pub(crate) fn take<T>(
             None => Err(ApiError::field(field, format!("expected {expected}, found {}", found(value)))),
         },
     }
+}
+
+/// The text of the member at this path of a body, as the caller wrote it: a number that is parsed and written
+/// again loses digits.
+pub(crate) fn member_text(body: &[u8], path: &[&str]) -> Option<String> {
+    type RawMembers<'a> = BTreeMap<String, &'a RawValue>;
+    let mut text = std::str::from_utf8(body).ok()?;
+    for name in path {
+        let members: RawMembers<'_> = serde_json::from_str(text).ok()?;
+        text = members.get(*name)?.get();
+    }
+    Some(text.to_owned())
 }
 
 /// A value as errors show it: its JSON, cut.

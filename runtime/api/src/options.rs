@@ -4,15 +4,12 @@
 //! Here they are only read: the engine that honours them knows their ranges and refuses what is outside, by
 //! the same names.
 
-use std::collections::BTreeMap;
-
-use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use trustformers_proto::v1;
 
 use crate::echo::echo;
 use crate::error::ApiError;
-use crate::json_body::{float, found, take};
+use crate::json_body::{float, found, member_text, take};
 use crate::nearest;
 
 /// Their names in JSON.
@@ -216,14 +213,7 @@ fn schema(object: &Map<String, Value>, body: &[u8]) -> Result<String, ApiError> 
 
 /// The text of the schema in the text of a body.
 fn raw_schema(body: &[u8]) -> Option<String> {
-    type Fields<'a> = BTreeMap<String, &'a RawValue>;
-    let body: Fields<'_> = serde_json::from_slice(body).ok()?;
-    let format: Fields<'_> = serde_json::from_str(body.get(FORMAT)?.get()).ok()?;
-    if let Some(schema) = format.get("schema") {
-        return Some(schema.get().to_owned());
-    }
-    let inner: Fields<'_> = serde_json::from_str(format.get("json_schema")?.get()).ok()?;
-    Some(inner.get("schema")?.get().to_owned())
+    member_text(body, &[FORMAT, "schema"]).or_else(|| member_text(body, &[FORMAT, "json_schema", "schema"]))
 }
 
 #[cfg(test)]

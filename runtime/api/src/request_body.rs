@@ -4,6 +4,9 @@
 //! until the answer begins, and a body that does not arrive in time is refused. A handler that refuses a
 //! request drops its body; the listener then reads and discards the rest within a bound, because a client
 //! that is still sending sees a broken connection instead of an answer.
+//!
+//! A stream of gRPC messages in both directions is bounded message by message instead: its bytes count until
+//! their message is complete, and each message that has begun must arrive in time.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,13 +18,14 @@ use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use axum::http::request::Parts;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 use tonic::Status;
 
 use crate::MAX_BODY_BYTES;
 use crate::budget::Share;
 use crate::echo::echo;
 use crate::error::ApiError;
+use crate::limits::too_many_request_bytes;
 
 /// A body that has not arrived in this time is refused.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -31,8 +35,8 @@ const MAX_DISCARDED_BYTES: usize = 16 * MAX_BODY_BYTES;
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(10);
 /// A refused body that pauses for this long is not waited for.
 const DISCARD_PAUSE: Duration = Duration::from_secs(1);
-/// Seconds after which a request that found the budget in use may be sent again.
-const RETRY_AFTER_S: u32 = 1;
+/// Bytes in front of each message of a gRPC stream: whether it is compressed, and its length.
+const MESSAGE_HEAD_BYTES: usize = 5;
 
 /// Why a body ended early. `status` is in the chain of sources because tonic looks for it there.
 #[derive(Debug, thiserror::Error)]
@@ -70,17 +74,57 @@ struct MeteredBody<B: HttpBody> {
     inner: Option<B>,
     metered: Arc<Mutex<Metered<B>>>,
     deadline: Pin<Box<Sleep>>,
+    /// In a stream of messages: where it stands.
+    messages: Option<MessageFraming>,
 }
 
-/// Splits a body into what the handler reads and what the listener keeps.
-pub(crate) fn metered<B>(body: B, share: Share) -> (Body, BodyMeter<B>)
+/// Where a stream of gRPC messages stands between two messages or within one.
+#[derive(Debug, Default)]
+struct MessageFraming {
+    head: [u8; MESSAGE_HEAD_BYTES],
+    /// Bytes of the message that have arrived, its head included; 0 between messages.
+    arrived: usize,
+    /// Bytes that the message has in all, its head included; known once the head has arrived.
+    length: usize,
+}
+
+impl MessageFraming {
+    /// Takes the next bytes of the stream. Returns whether a message began in them.
+    fn advance(&mut self, mut bytes: &[u8]) -> bool {
+        let mut began = false;
+        while !bytes.is_empty() {
+            began |= self.arrived == 0;
+            let in_head = self.arrived < MESSAGE_HEAD_BYTES;
+            let wanted = if in_head { MESSAGE_HEAD_BYTES } else { self.length };
+            let (now, rest) = bytes.split_at(bytes.len().min(wanted - self.arrived));
+            if in_head {
+                self.head[self.arrived..self.arrived + now.len()].copy_from_slice(now);
+            }
+            self.arrived += now.len();
+            bytes = rest;
+            if in_head && self.arrived == MESSAGE_HEAD_BYTES {
+                let [_, length @ ..] = self.head;
+                self.length = MESSAGE_HEAD_BYTES + u32::from_be_bytes(length) as usize;
+            }
+            if self.arrived >= MESSAGE_HEAD_BYTES && self.arrived == self.length {
+                self.arrived = 0;
+            }
+        }
+        began
+    }
+}
+
+/// Splits a body into what the handler reads and what the listener keeps. `messages` says that it is a stream
+/// of gRPC messages which goes on for as long as the caller likes.
+pub(crate) fn metered<B>(body: B, share: Share, messages: bool) -> (Body, BodyMeter<B>)
 where
     B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let metered = Arc::new(Mutex::new(Metered { share, unread: None, polled: false }));
     let deadline = Box::pin(tokio::time::sleep(BODY_TIMEOUT));
-    let for_handler = MeteredBody { inner: Some(body), metered: Arc::clone(&metered), deadline };
+    let messages = messages.then(MessageFraming::default);
+    let for_handler = MeteredBody { inner: Some(body), metered: Arc::clone(&metered), deadline, messages };
     (Body::new(for_handler), BodyMeter(metered))
 }
 
@@ -102,7 +146,12 @@ where
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
         let Some(inner) = &mut this.inner else { return Poll::Ready(None) };
-        if this.deadline.as_mut().poll(context).is_ready() {
+        if let Some(messages) = &this.messages {
+            // Whoever asks for more has handled every complete message.
+            lock(&this.metered).share.shrink_to(messages.arrived);
+        }
+        let between_messages = this.messages.as_ref().is_some_and(|messages| messages.arrived == 0);
+        if !between_messages && this.deadline.as_mut().poll(context).is_ready() {
             let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
             let error = ApiError::InvalidRequest { field: None, message };
             return Poll::Ready(Some(Err(Box::new(BodyRefused::from(error)))));
@@ -115,12 +164,15 @@ where
             other => return other.map_err(Into::into),
         };
         let bytes = frame.data_ref().map_or(0, Bytes::len);
+        if let (Some(messages), Some(data)) = (&mut this.messages, frame.data_ref())
+            && messages.advance(data)
+        {
+            this.deadline.as_mut().reset(Instant::now() + BODY_TIMEOUT);
+        }
         if metered.share.try_grow(bytes) {
             return Poll::Ready(Some(Ok(frame)));
         }
-        let message = "the memory for request bodies is in use; send the request again later".to_owned();
-        let error = ApiError::Overloaded { message, retry_after_s: RETRY_AFTER_S };
-        Poll::Ready(Some(Err(Box::new(BodyRefused::from(error)))))
+        Poll::Ready(Some(Err(Box::new(BodyRefused::from(too_many_request_bytes())))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -170,6 +222,11 @@ impl<B: HttpBody + Unpin> BodyMeter<B> {
 /// A body that is too long, compressed, late, broken, or beyond the memory for bodies.
 pub(crate) async fn read(head: &Parts, body: Body) -> Result<Bytes, ApiError> {
     check_encoding(head)?;
+    read_encoded(head, body).await
+}
+
+/// As [`read`], whatever the encoding of the body.
+pub(crate) async fn read_encoded(head: &Parts, body: Body) -> Result<Bytes, ApiError> {
     let length = head.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|bytes| bytes > MAX_BODY_BYTES as u64) {
         return Err(too_long());
@@ -180,7 +237,8 @@ pub(crate) async fn read(head: &Parts, body: Body) -> Result<Bytes, ApiError> {
     }
 }
 
-/// Bodies are read as they are. An encoding that is ignored would show up as bad JSON.
+/// [`crate::encoding`] decodes bodies before they come here. An encoding that is ignored would show up as bad
+/// JSON.
 fn check_encoding(head: &Parts) -> Result<(), ApiError> {
     let encodings = head.headers.get_all(CONTENT_ENCODING).iter();
     let other = encodings
@@ -205,7 +263,7 @@ fn refusal(error: &(dyn std::error::Error + 'static)) -> ApiError {
     ApiError::InvalidRequest { field: None, message: format!("the body could not be read: {error}") }
 }
 
-fn too_long() -> ApiError {
+pub(crate) fn too_long() -> ApiError {
     let message = format!("the body is longer than {MAX_BODY_BYTES} bytes, the longest that is accepted");
     ApiError::TooLong { message }
 }
@@ -235,7 +293,7 @@ mod tests {
     #[tokio::test]
     async fn bytes_count_until_the_meter_is_dropped() {
         let budget = FairBudget::new(64);
-        let (body, meter) = metered(Body::from("12345"), budget.try_acquire(caller(), 0).unwrap());
+        let (body, meter) = metered(Body::from("12345"), budget.try_acquire(caller(), 0).unwrap(), false);
         assert_eq!(read(&head("x", "y"), body).await.unwrap(), "12345");
         assert_eq!(budget.used(), 5);
         drop(meter);
@@ -245,10 +303,10 @@ mod tests {
     #[tokio::test]
     async fn a_body_beyond_the_budget_is_refused_in_both_protocols() {
         let budget = FairBudget::new(8);
-        let (body, _meter) = metered(Body::from("12345"), budget.try_acquire(caller(), 0).unwrap());
+        let (body, _meter) = metered(Body::from("12345"), budget.try_acquire(caller(), 0).unwrap(), false);
         let error = read(&head("x", "y"), body).await.unwrap_err();
         assert!(matches!(error, ApiError::Overloaded { retry_after_s: 1, .. }), "{error:?}");
-        let (body, _meter) = metered(Body::from("12345"), budget.try_acquire(caller(), 0).unwrap());
+        let (body, _meter) = metered(Body::from("12345"), budget.try_acquire(caller(), 0).unwrap(), false);
         let status = Status::from_error(body.collect().await.unwrap_err().into());
         assert_eq!(status.code(), tonic::Code::ResourceExhausted);
         assert_eq!(status.metadata().get("retry-after").unwrap(), "1");
@@ -258,7 +316,7 @@ mod tests {
     async fn a_body_that_stalls_is_refused_after_its_time() {
         let budget = FairBudget::new(64);
         let stalled = StreamBody::new(futures::stream::pending::<Result<Frame<Bytes>, Infallible>>());
-        let (body, _meter) = metered(stalled, budget.try_acquire(caller(), 0).unwrap());
+        let (body, _meter) = metered(stalled, budget.try_acquire(caller(), 0).unwrap(), false);
         let error = read(&head("x", "y"), body).await.unwrap_err().to_string();
         assert!(error.contains("within 30 s"), "{error}");
     }
@@ -266,24 +324,65 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_unread_body_is_discarded_up_to_its_bound() {
         let budget = FairBudget::new(64);
-        let (body, meter) = metered(endless(), budget.try_acquire(caller(), 0).unwrap());
+        let (body, meter) = metered(endless(), budget.try_acquire(caller(), 0).unwrap(), false);
         assert!(matches!(
             read(&head("content-length", "5000000"), body).await,
             Err(ApiError::TooLong { .. })
         ));
         meter.discard(false).await;
         assert!(lock(&meter.0).unread.is_none());
-        let (body, meter) = metered(endless(), budget.try_acquire(caller(), 0).unwrap());
+        let (body, meter) = metered(endless(), budget.try_acquire(caller(), 0).unwrap(), false);
         drop(body);
         meter.discard(true).await;
         assert!(lock(&meter.0).unread.is_some(), "the client has sent nothing yet");
     }
 
     #[tokio::test]
-    async fn a_compressed_body_is_refused_with_its_encoding() {
-        let error = read(&head("content-encoding", "gzip"), Body::empty()).await.unwrap_err();
+    async fn a_body_that_nobody_decoded_is_refused_with_its_encoding() {
+        let error = read(&head("content-encoding", "compress"), Body::empty()).await.unwrap_err();
         assert_eq!(error.status(), 415);
-        assert!(error.to_string().contains("\"gzip\""), "{error}");
+        assert!(error.to_string().contains("\"compress\""), "{error}");
         assert!(read(&head("content-encoding", "identity"), Body::empty()).await.is_ok());
+    }
+
+    /// A message of a gRPC stream.
+    fn message(bytes: usize) -> Vec<u8> {
+        let mut message = vec![0];
+        message.extend_from_slice(&u32::try_from(bytes).unwrap().to_be_bytes());
+        message.resize(MESSAGE_HEAD_BYTES + bytes, b'x');
+        message
+    }
+
+    #[test]
+    fn messages_of_a_stream_end_where_they_say_however_they_are_cut() {
+        let stream = [message(7), message(0), message(300)].concat();
+        for cut in 0..stream.len() {
+            let mut framing = MessageFraming::default();
+            framing.advance(&stream[..cut]);
+            let ends = [0, 12, 17];
+            let begin = ends.iter().rev().find(|end| **end <= cut).unwrap();
+            assert_eq!(framing.arrived, cut - begin, "cut at {cut}");
+            framing.advance(&stream[cut..]);
+            assert_eq!(framing.arrived, 0, "cut at {cut}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_of_messages_may_pause_and_holds_only_its_unfinished_message() {
+        let budget = FairBudget::new(64);
+        let (mut sender, receiver) = futures::channel::mpsc::channel::<Result<Frame<Bytes>, Infallible>>(4);
+        let share = budget.try_acquire(caller(), 0).unwrap();
+        let (mut body, _meter) = metered(StreamBody::new(receiver), share, true);
+        for _ in 0..10 {
+            sender.try_send(Ok(Frame::data(message(20).into()))).unwrap();
+            body.frame().await.unwrap().unwrap();
+            assert_eq!(budget.used(), 25, "the bytes of the other messages were given back");
+            tokio::time::advance(2 * BODY_TIMEOUT).await;
+        }
+        sender.try_send(Ok(Frame::data(message(20)[..9].to_vec().into()))).unwrap();
+        body.frame().await.unwrap().unwrap();
+        assert_eq!(budget.used(), 9);
+        let error = refusal(body.frame().await.unwrap().unwrap_err().into_inner().as_ref());
+        assert!(error.to_string().contains("within 30 s"), "{error}");
     }
 }

@@ -24,6 +24,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::header::{CONTENT_TYPE, EXPECT};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, Request, Response};
 use axum::response::IntoResponse;
 use futures::FutureExt;
@@ -40,10 +41,15 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::ServiceExt;
 
-use crate::budget::{Caller, FairBudget, Share};
+use crate::budget::{Caller, Share};
 use crate::contain::panicked;
 use crate::error::ApiError;
+use crate::limits::{SEND_BUFFER_BYTES, too_many_answers};
 use crate::request_body;
+use crate::surfaces::{Kind, grpc_surface};
+use crate::upgrade::AfterUpgrade;
+
+pub use crate::limits::Limits;
 
 /// HTTP/2 streams on one connection: the default queue of the engine (512) plus its largest batch (256),
 /// twice and rounded up, so that the engine's own bound is reached first and answered with 429.
@@ -54,45 +60,15 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// The time in which a new connection must have sent [`PREFACE_BYTES`].
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How the content types of gRPC-Web begin.
+const GRPC_WEB: &[u8] = b"application/grpc-web";
 /// The length of HTTP/2's preface. A head of HTTP/1.1 is longer.
 const PREFACE_BYTES: usize = 24;
 /// How long to wait after the system refused a connection for lack of a resource (file descriptors, memory).
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
-/// Unsent bytes of one answer that the listener buffers. Tokens are some hundred bytes each, so this is a
-/// second or more of the fastest answer.
-const SEND_BUFFER_BYTES: usize = 64 * 1024;
 /// An answer is handed to its connection in pieces of this length, so that a long one waits here, where it
 /// counts.
 const PIECE_BYTES: usize = 32 * 1024;
-
-/// Connections of one process: at about 20 KiB each 40 MiB. One caller may have half of them.
-const MAX_CONNECTIONS: usize = 2048;
-/// Bytes of request bodies that are being read or handled: 32 bodies of the longest length (4 MiB). One
-/// caller may have half of them.
-const MAX_REQUEST_BYTES: usize = 128 * 1024 * 1024;
-/// Bytes of answers that wait for their clients: 4,096 send buffers. One caller may have half of them, as
-/// many as one connection has streams.
-const MAX_ANSWER_BYTES: usize = 4096 * SEND_BUFFER_BYTES;
-/// Seconds after which a request that found all answers in use may be sent again.
-const RETRY_AFTER_S: u32 = 1;
-
-/// What the callers of one process share. Clones share the same budgets.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    connections: Arc<FairBudget>,
-    request_bytes: Arc<FairBudget>,
-    answer_bytes: Arc<FairBudget>,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connections: FairBudget::new(MAX_CONNECTIONS),
-            request_bytes: FairBudget::new(MAX_REQUEST_BYTES),
-            answer_bytes: FairBudget::new(MAX_ANSWER_BYTES),
-        }
-    }
-}
 
 /// Listens on `address`. The unspecified address, of either family, means every address of both families, or
 /// of IPv4 alone where the machine has no IPv6.
@@ -128,7 +104,12 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
                         tracing::debug!(%peer, "a connection was closed at once: this caller has too many");
                         continue;
                     };
-                    let requests = Requests { router: router.clone(), limits: limits.clone(), caller };
+                    let requests = Requests {
+                        router: router.clone(),
+                        limits: limits.clone(),
+                        caller,
+                        upgrade: AfterUpgrade::default(),
+                    };
                     connections.spawn(connection(socket, requests, graceful.watcher(), share));
                 }
                 Err(error) => {
@@ -162,13 +143,21 @@ async fn connection(socket: TcpStream, requests: Requests, watcher: Watcher, _sh
         .keep_alive_timeout(PING_TIMEOUT);
     let received = Arc::new(AtomicUsize::new(0));
     let io = TokioIo::new(CountedSocket { socket, received: Arc::clone(&received) });
+    let upgrade = requests.upgrade.clone();
     let service = service_fn(move |request| requests.clone().answer(request));
-    let served = builder.serve_connection(io, service).into_owned();
+    let served = builder.serve_connection_with_upgrades(io, service).into_owned();
     tokio::select! {
         served = watcher.watch(served) => if let Err(error) = served {
             tracing::debug!(%error, "a connection ended early");
+            return;
         },
-        () = no_preface(&received) => tracing::debug!("a connection was closed: it sent no request"),
+        () = no_preface(&received) => {
+            tracing::debug!("a connection was closed: it sent no request");
+            return;
+        }
+    }
+    if let Some(upgraded) = upgrade.take() {
+        upgraded.await;
     }
 }
 
@@ -235,11 +224,14 @@ struct Requests {
     router: Router,
     limits: Limits,
     caller: Caller,
+    /// What the connection does after an upgrade.
+    upgrade: AfterUpgrade,
 }
 
 impl Requests {
-    async fn answer(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    async fn answer(self, mut request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let grpc = is_grpc(request.headers());
+        request.extensions_mut().insert(self.limits.of(self.caller));
         // Probes and figures must come through however busy the server is; their answers are small and whole.
         let exempt = request.uri().path().starts_with("/health") || request.uri().path() == "/metrics";
         let buffer = if exempt { 0 } else { SEND_BUFFER_BYTES };
@@ -252,13 +244,14 @@ impl Requests {
         };
         let expects_continue = request.headers().contains_key(EXPECT);
         let (head, body) = request.into_parts();
-        let (body, meter) = request_body::metered(body, body_share);
+        let (body, meter) = request_body::metered(body, body_share, is_stream_of_messages(&head));
         let handled = AssertUnwindSafe(self.router.oneshot(Request::from_parts(head, body))).catch_unwind();
-        let response = match handled.await {
+        let mut response = match handled.await {
             Ok(Ok(response)) => response,
             Ok(Err(never)) => match never {},
             Err(payload) => refused(&panicked(payload.as_ref()), grpc),
         };
+        self.upgrade.take_from(&mut response);
         if grpc || response.status().is_client_error() || response.status().is_server_error() {
             meter.discard(expects_continue).await;
         }
@@ -275,14 +268,16 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
-fn refused(error: &ApiError, grpc: bool) -> Response<Body> {
-    if grpc { Status::from(error.clone()).into_http() } else { error.clone().into_response() }
+/// Whether a request is a stream of gRPC messages that goes on for as long as the caller likes.
+fn is_stream_of_messages(head: &Parts) -> bool {
+    let plain = head.headers.get(CONTENT_TYPE).is_some_and(|kind| !kind.as_bytes().starts_with(GRPC_WEB));
+    plain
+        && is_grpc(&head.headers)
+        && grpc_surface(head.uri.path()).is_some_and(|surface| surface.kind == Kind::Bidirectional)
 }
 
-fn too_many_answers() -> ApiError {
-    let message =
-        "too many answers are waiting for their clients to read them; read them, or ask again later";
-    ApiError::Overloaded { message: message.to_owned(), retry_after_s: RETRY_AFTER_S }
+fn refused(error: &ApiError, grpc: bool) -> Response<Body> {
+    if grpc { Status::from(error.clone()).into_http() } else { error.clone().into_response() }
 }
 
 /// An answer that counts against the budget of unsent bytes until its last byte is handed to the connection.
@@ -333,6 +328,7 @@ impl HttpBody for MeteredAnswer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budget::FairBudget;
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 

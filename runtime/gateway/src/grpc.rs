@@ -17,6 +17,7 @@ use tonic::service::Routes;
 use tonic::{Code, Status};
 use tonic_health::pb::health_server::HealthServer;
 use tower::ServiceExt;
+use trustformers_api::ApiError;
 use trustformers_api::budget::Share;
 use trustformers_api::health::{GrpcHealth, Health};
 use trustformers_proto::v1::health_service_server::{HealthService, HealthServiceServer};
@@ -183,6 +184,27 @@ impl ModelService for Models {
             .boxed();
         Ok(tonic::Response::new(ModelsStream(stream)))
     }
+
+    async fn load_model(
+        &self,
+        _request: tonic::Request<v1::LoadModelRequest>,
+    ) -> Result<tonic::Response<v1::LoadModelResponse>, Status> {
+        Err(not_changed_here())
+    }
+
+    async fn unload_model(
+        &self,
+        _request: tonic::Request<v1::UnloadModelRequest>,
+    ) -> Result<tonic::Response<v1::UnloadModelResponse>, Status> {
+        Err(not_changed_here())
+    }
+}
+
+/// The models of a cluster are its InferenceModels.
+fn not_changed_here() -> Status {
+    let message = "models cannot be loaded or unloaded here: the operator decides which models are served; create, \
+                   change or delete an InferenceModel";
+    ApiError::Forbidden { message: message.to_owned() }.into()
 }
 
 struct ThinHealth(Arc<Gateway>);

@@ -135,8 +135,9 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// How the vocabulary spells a token.
-    pub(crate) fn token(&self, id: u32) -> Option<String> {
+    /// How the vocabulary spells a token: of a control token the text that encodes to it, of any other one
+    /// with the characters that stand for its bytes.
+    pub fn token(&self, id: u32) -> Option<String> {
         self.library.id_to_token(id)
     }
 

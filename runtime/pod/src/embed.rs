@@ -6,7 +6,7 @@ use trustformers_engine::encoder::{EncodeError, EncodeParams, Encoded};
 use trustformers_model::{EmbeddingFacts, Model};
 use trustformers_plan::Pooling;
 
-use crate::models::{RETRY_AFTER_S, overloaded};
+use crate::generate::{RETRY_AFTER_S, overloaded};
 use crate::params::class;
 
 /// The model's facts about vectors, which every model that embeds has.
@@ -33,9 +33,23 @@ pub(crate) fn check_dimensions(request: &EmbedRequest, facts: &EmbeddingFacts) -
     }
 }
 
+/// Token ids of another vocabulary are refused with their usual cause.
+pub(crate) fn check_ids(request: &EmbedRequest, vocabulary: usize) -> Result<(), ApiError> {
+    for (index, input) in request.input.iter().enumerate() {
+        let EmbedInput::Tokens(ids) = input else { continue };
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
+            let why = format!(
+                "token id {id} is outside the model's vocabulary of {vocabulary}; send the text itself (LangChain's OpenAIEmbeddings sends ids of OpenAI's vocabulary unless it is made with check_embedding_ctx_length=False)"
+            );
+            return Err(ApiError::field(&format!("input[{index}]"), why));
+        }
+    }
+    Ok(())
+}
+
 /// The parameters of the encoder engine.
 pub fn encode_params(request: EmbedRequest) -> EncodeParams {
-    let EmbedRequest { input, model: _, truncate, dimensions: _, priority, tenant } = request;
+    let EmbedRequest { input, truncate, priority, tenant, .. } = request;
     let text = |input| match input {
         EmbedInput::Text(text) => Prompt::Text(text),
         EmbedInput::Tokens(ids) => Prompt::Tokens(ids),
@@ -47,6 +61,7 @@ pub fn encode_params(request: EmbedRequest) -> EncodeParams {
 pub(crate) struct ModelIdentity {
     pub(crate) name: String,
     pub(crate) digest: String,
+    pub(crate) revision: String,
 }
 
 /// The answer as a type of the API.
@@ -56,6 +71,7 @@ pub(crate) fn embedded(by: ModelIdentity, facts: &EmbeddingFacts, encoded: Encod
         id: format!("emb-{}", uuid::Uuid::new_v4().simple()),
         model: by.name,
         model_digest: by.digest,
+        revision: by.revision,
         values: encoded.values,
         width: encoded.width,
         tokens: count(encoded.tokens),
@@ -95,6 +111,7 @@ mod tests {
         let request = EmbedRequest {
             input: vec![EmbedInput::Text("a".into()), EmbedInput::Tokens(vec![1])],
             model: None,
+            revision: None,
             truncate: false,
             dimensions: None,
             priority: Priority::Low,

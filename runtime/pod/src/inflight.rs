@@ -1,4 +1,7 @@
 //! Counts requests in flight and notes the last arrival: a drain waits for both.
+//!
+//! A model's requests count for the model and for the process: a model that is unloaded waits for its own, a
+//! process that ends for all.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,6 +14,8 @@ use tokio::time::Instant;
 pub struct InflightRequests {
     in_flight: watch::Sender<usize>,
     last_arrival: Mutex<Instant>,
+    /// Where these requests count, too.
+    whole: Option<Arc<InflightRequests>>,
 }
 
 /// One request; it ends when this is dropped.
@@ -19,21 +24,45 @@ pub struct InflightGuard(Arc<InflightRequests>);
 
 impl Drop for InflightGuard {
     fn drop(&mut self) {
-        self.0.in_flight.send_modify(|count| *count -= 1);
+        self.0.count_down();
     }
 }
 
 impl InflightRequests {
     /// Nothing has come yet.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { in_flight: watch::Sender::new(0), last_arrival: Mutex::new(Instant::now()) })
+        Self::counting_in(None)
+    }
+
+    /// A part of these requests: each one of the part counts here, too.
+    pub fn part(self: &Arc<Self>) -> Arc<Self> {
+        Self::counting_in(Some(Arc::clone(self)))
+    }
+
+    fn counting_in(whole: Option<Arc<Self>>) -> Arc<Self> {
+        let (in_flight, last_arrival) = (watch::Sender::new(0), Mutex::new(Instant::now()));
+        Arc::new(Self { in_flight, last_arrival, whole })
     }
 
     /// A request has come.
     pub fn register(self: &Arc<Self>) -> InflightGuard {
+        self.count_up();
+        InflightGuard(Arc::clone(self))
+    }
+
+    fn count_up(&self) {
         *self.last_arrival.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         self.in_flight.send_modify(|count| *count += 1);
-        InflightGuard(Arc::clone(self))
+        if let Some(whole) = &self.whole {
+            whole.count_up();
+        }
+    }
+
+    fn count_down(&self) {
+        self.in_flight.send_modify(|count| *count -= 1);
+        if let Some(whole) = &self.whole {
+            whole.count_down();
+        }
     }
 
     /// Requests being answered.
@@ -100,5 +129,18 @@ mod tests {
         };
         drop(two);
         waiting.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_part_counts_for_itself_and_for_the_whole() {
+        let whole = InflightRequests::new();
+        let (a, b) = (whole.part(), whole.part());
+        let (of_a, of_b) = (a.register(), b.register());
+        assert_eq!((a.count(), b.count(), whole.count()), (1, 1, 2));
+        drop(of_a);
+        a.until_idle().await;
+        assert_eq!((a.count(), b.count(), whole.count()), (0, 1, 1));
+        drop(of_b);
+        whole.until_idle().await;
     }
 }

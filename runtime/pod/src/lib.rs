@@ -14,19 +14,26 @@
 //! | [`runner`] | the engine of a model's task |
 //! | [`failure`] | why that failed, and whether to try again |
 //! | [`status`] | the states of all models, published |
-//! | [`lifecycle`] | one model from Pending to Ready or Failed |
+//! | [`lifecycle`] | one model from Pending to Ready or Failed, and its end |
+//! | [`model_table`] | the models of the process: added, replaced and unloaded while the others serve |
+//! | [`control`] | who may load and unload them |
 //! | [`models`] | the `Inference` over all of them |
-//! | [`params`], [`embed`] | translation between the API and the engines |
+//! | [`params`], [`embed`], `generate` | translation between the API and the engines |
+//! | `conversation` | from a conversation to a prompt, by the model's chat template |
 //! | [`inflight`] | requests in flight and the time of the last arrival |
 //! | [`process`] | listeners, signals, drain: the whole life of the process |
 
+pub mod control;
+mod conversation;
 pub mod device;
 pub mod embed;
 pub mod failure;
+mod generate;
 pub mod inflight;
 pub mod lifecycle;
 pub mod load;
 mod memory;
+pub mod model_table;
 pub mod models;
 pub mod params;
 pub mod process;

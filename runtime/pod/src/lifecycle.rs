@@ -4,15 +4,18 @@
 //! with growing pauses. A permanent failure (a wrong digest, a malformed file) becomes the state Failed and
 //! stays, because a restart would only hide it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use trustformers_proto::v1::ModelState;
 
 use crate::failure::Failure;
+use crate::inflight::InflightRequests;
 use crate::load::{Loader, OnProgress};
 use crate::runner::Runner;
 use crate::spec::ModelSpec;
@@ -28,9 +31,13 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 pub struct ManagedModel {
     /// What is to be loaded.
     pub spec: ModelSpec,
-    /// Its place in its status.
-    pub index: usize,
+    /// Its id in the statuses.
+    pub id: u64,
     serving: ArcSwapOption<Serving>,
+    inflight: Arc<InflightRequests>,
+    /// Cancelled once no request finds the model any more.
+    retired: CancellationToken,
+    loading: Mutex<Option<JoinHandle<()>>>,
     born: Instant,
     /// Milliseconds from `born` to the last sign that loading goes on.
     progress_ms: AtomicU64,
@@ -46,12 +53,15 @@ pub struct Serving {
 }
 
 impl ManagedModel {
-    /// A model whose loading has not started.
-    pub fn new(spec: ModelSpec, index: usize) -> Self {
+    /// A model whose loading has not started. Its requests count in `inflight`.
+    pub fn new(spec: ModelSpec, id: u64, inflight: Arc<InflightRequests>) -> Self {
         Self {
             spec,
-            index,
+            id,
             serving: ArcSwapOption::empty(),
+            inflight,
+            retired: CancellationToken::new(),
+            loading: Mutex::default(),
             born: Instant::now(),
             progress_ms: AtomicU64::new(0),
         }
@@ -60,6 +70,16 @@ impl ManagedModel {
     /// The engine, once the model is on its device; whether requests may come is decided by its status.
     pub fn serving(&self) -> Option<Arc<Serving>> {
         self.serving.load_full()
+    }
+
+    /// The requests that it is answering.
+    pub fn inflight(&self) -> &Arc<InflightRequests> {
+        &self.inflight
+    }
+
+    /// Whether the model is being unloaded: no further request may begin.
+    pub fn is_retired(&self) -> bool {
+        self.retired.is_cancelled()
     }
 
     /// Time since loading last gave a sign of life.
@@ -73,22 +93,82 @@ impl ManagedModel {
         self.progress_ms.store(now, Ordering::Relaxed);
     }
 
-    /// Loads, warms up and publishes each step in its status. Ends when the model is Ready or Failed.
+    /// Runs `loading` as this model's own task, which ends before the model is unloaded.
+    pub fn spawn(&self, loading: impl Future<Output = ()> + Send + 'static) {
+        let task = tokio::spawn(loading);
+        *self.loading.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+    }
+
+    fn take_task(&self) -> Option<JoinHandle<()>> {
+        self.loading.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Stops loading and ends the engine; what it was answering ends with an error.
+    pub async fn stop(&self) {
+        if let Some(task) = self.take_task() {
+            task.abort();
+        }
+        if let Some(serving) = self.serving() {
+            serving.runner.stop().await;
+        }
+    }
+
+    /// Unloads the model, which no request finds any more: waits until its loading has ended and its requests
+    /// are answered, at most for `drain_timeout`, then ends the engine and frees the memory. Returns whether
+    /// all were answered.
+    pub async fn retire(&self, drain_timeout: Duration) -> bool {
+        self.retired.cancel();
+        if let Some(task) = self.take_task() {
+            // A load cannot be interrupted. An error means that the task panicked, which its thread reported.
+            let _ = task.await;
+        }
+        let all_answered = tokio::time::timeout(drain_timeout, self.inflight.until_idle()).await.is_ok();
+        if !all_answered {
+            let in_flight = self.inflight.count();
+            let model = self.spec.name();
+            tracing::warn!(model, in_flight, "the model is unloaded while it still answers; cutting off");
+        }
+        if let Some(serving) = self.serving.swap(None) {
+            serving.runner.stop().await;
+        }
+        all_answered
+    }
+
+    /// Loads, warms up and publishes each step in its status. Ends when the model is Ready or Failed, or is
+    /// being unloaded.
     pub async fn run(self: Arc<Self>, statuses: Arc<ModelStatuses>, loader: Arc<Loader>) {
         let mut wait = RETRY_FIRST;
-        loop {
-            self.sign_of_life();
-            match self.attempt(&statuses, &loader).await {
-                Ok(()) => return statuses.enter(self.index, ModelState::Ready),
+        while !self.is_retired() {
+            match self.run_once(&statuses, &loader).await {
+                Ok(()) => return,
+                Err(_) if self.is_retired() => return,
                 Err(failure) if failure.transient => {
                     tracing::warn!(model = self.spec.name(), reason = failure.reason, "{failure}");
-                    statuses.will_retry(self.index, &failure);
-                    tokio::time::sleep(wait).await;
+                    statuses.will_retry(self.id, &failure);
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        () = self.retired.cancelled() => {}
+                    }
                     wait = (wait * 2).min(RETRY_MOST);
                 }
-                Err(failure) => return statuses.failed(self.index, &failure),
+                Err(failure) => return statuses.failed(self.id, &failure),
             }
         }
+    }
+
+    /// As [`ManagedModel::run`], with one attempt.
+    ///
+    /// # Errors
+    /// What stood in the way. The status does not show it yet.
+    pub async fn run_once(
+        self: &Arc<Self>,
+        statuses: &Arc<ModelStatuses>,
+        loader: &Arc<Loader>,
+    ) -> Result<(), Failure> {
+        self.sign_of_life();
+        self.attempt(statuses, loader).await?;
+        statuses.enter(self.id, ModelState::Ready);
+        Ok(())
     }
 
     async fn attempt(
@@ -97,8 +177,9 @@ impl ManagedModel {
         loader: &Arc<Loader>,
     ) -> Result<(), Failure> {
         let permit = loader.permit().await;
+        self.check_wanted()?;
         self.sign_of_life();
-        statuses.enter(self.index, ModelState::Loading);
+        statuses.enter(self.id, ModelState::Loading);
         let progress = self.publisher(Arc::clone(statuses));
         let (managed, with) = (Arc::clone(self), Arc::clone(loader));
         let loading = tokio::task::spawn_blocking(move || {
@@ -108,16 +189,16 @@ impl ManagedModel {
         });
         let broken = |error| Failure::permanent("InternalError", format!("loading broke off: {error}"));
         let loaded = loading.await.map_err(broken)??;
-        statuses.loaded(self.index, &loaded.facts());
+        statuses.loaded(self.id, &loaded.facts());
         self.serving.store(Some(Arc::new(Serving {
             runner: loaded.runner.clone(),
             digest: loaded.digest.to_string(),
         })));
-        statuses.enter(self.index, ModelState::Warming);
+        statuses.enter(self.id, ModelState::Warming);
         match loaded.runner.warm_up().await {
             Ok(took) => {
                 loader.note_warm_up(&self.spec, took);
-                Ok(())
+                self.check_wanted()
             }
             Err(failure) => {
                 // A model that cannot answer must not keep the memory of its weights.
@@ -128,16 +209,24 @@ impl ManagedModel {
         }
     }
 
+    /// A model that is being unloaded is not loaded any further, and does not become Ready.
+    fn check_wanted(&self) -> Result<(), Failure> {
+        if self.is_retired() {
+            return Err(Failure::permanent("Unloaded", "it was unloaded before it was loaded"));
+        }
+        Ok(())
+    }
+
     /// Passes progress on to the statuses, a few times a second and at the end.
     fn publisher(self: &Arc<Self>, statuses: Arc<ModelStatuses>) -> OnProgress {
         let managed = Arc::clone(self);
-        let last = std::sync::Mutex::new(None::<Instant>);
+        let last = Mutex::new(None::<Instant>);
         Arc::new(move |done, total| {
             managed.sign_of_life();
-            let mut last = last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
             if done == total || last.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
                 *last = Some(Instant::now());
-                statuses.progress(managed.index, done, total);
+                statuses.progress(managed.id, done, total);
             }
         })
     }
@@ -159,7 +248,7 @@ mod tests {
         let statuses = Arc::new(ModelStatuses::new(std::slice::from_ref(&spec)));
         let loader =
             Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &prometheus::Registry::new()).unwrap();
-        (Arc::new(ManagedModel::new(spec, 0)), statuses, Arc::new(loader))
+        (Arc::new(ManagedModel::new(spec, 0, InflightRequests::new())), statuses, Arc::new(loader))
     }
 
     #[tokio::test]
@@ -267,5 +356,38 @@ mod tests {
         );
         assert!(managed.serving().is_none());
         assert_eq!(loaded.strong_count(), 0, "the weights are still held");
+    }
+
+    #[tokio::test]
+    async fn unloading_waits_for_the_answers_and_frees_the_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("m.gguf");
+        std::fs::write(&file, trustformers_model::seeded::SeededModel::default().gguf()).unwrap();
+        let (managed, statuses, loader) = model_at(&file);
+        managed.clone().run(statuses.clone(), loader).await;
+        let request = managed.inflight().register();
+        let unloading = {
+            let managed = managed.clone();
+            tokio::spawn(async move { managed.retire(Duration::from_secs(60)).await })
+        };
+        managed.retired.cancelled().await;
+        assert!(managed.serving().is_some(), "a request is in flight");
+        drop(request);
+        assert!(unloading.await.unwrap());
+        assert!(managed.serving().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unloading_ends_the_pause_between_two_attempts_and_a_drain_that_takes_too_long() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("m.gguf");
+        std::os::unix::fs::symlink("/proc/self/mem", &file).unwrap();
+        let (managed, statuses, loader) = model_at(&file);
+        let mut watch = statuses.watch();
+        managed.spawn(managed.clone().run(statuses.clone(), loader));
+        watch.wait_for(|models| models[0].message.contains("it is tried again")).await.unwrap();
+        let _request = managed.inflight().register();
+        assert!(!managed.retire(Duration::from_secs(60)).await, "the request was never answered");
+        assert!(managed.take_task().is_none());
     }
 }

@@ -142,6 +142,14 @@ impl Loader {
         self.seconds.with_label_values(&[spec.name(), "warm_up"]).set(took.as_secs_f64());
     }
 
+    /// Takes the times of a model that is gone out of the metrics.
+    pub fn forget(&self, spec: &ModelSpec) {
+        for phase in ["digest", "read", "device", "warm_up"] {
+            // An error means that there is no such series: the model was never loaded.
+            let _ = self.seconds.remove_label_values(&[spec.name(), phase]);
+        }
+    }
+
     fn note(&self, spec: &ModelSpec, runner: &Runner, digest: &Digest, timings: LoadTimings) {
         let phases = [("digest", timings.digest), ("read", timings.read), ("device", timings.device)];
         for (phase, took) in phases {

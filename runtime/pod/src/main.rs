@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use trustformers_api::browser::AllowedOrigins;
 use trustformers_proto::pod_config::PodConfig;
+use trustformers_runtime::control::ModelControl;
 use trustformers_runtime::device;
 use trustformers_runtime::process::{Drain, Listen, Settings, run};
 use trustformers_runtime::spec::ModelSpec;
@@ -45,6 +47,10 @@ struct Flags {
     /// Address of gRPC.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:9090")]
     grpc_address: SocketAddr,
+    /// An origin whose pages may call this server from a browser, such as https://app.example.com; may be
+    /// given several times. Without it pages of every origin may.
+    #[arg(long, value_name = "ORIGIN")]
+    allow_origin: Vec<String>,
     /// Threads of the CPU device; by default as many as the process may use (its CPU limit counts).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -68,17 +74,19 @@ fn main() -> ExitCode {
 }
 
 fn serve(flags: Flags) -> anyhow::Result<()> {
-    let Flags { config, http_address, grpc_address, threads, log_format, log } = flags;
+    let Flags { config, http_address, grpc_address, allow_origin, threads, log_format, log } = flags;
     logs::init(&LogOptions { format: log_format, filter: log })?;
     let text = std::fs::read_to_string(&config)
         .with_context(|| format!("{} cannot be read; name the file with --config", config.display()))?;
     let parsed = PodConfig::parse(&text).with_context(|| format!("{} is not valid", config.display()))?;
     let spec = ModelSpec::from_pod(&parsed, threads.map(usize::from))
         .with_context(|| format!("{} cannot be honoured", config.display()))?;
+    let allowed_origins = AllowedOrigins::listed(&allow_origin).context("--allow-origin")?;
     let settings = Settings {
         models: vec![spec],
-        listen: Listen { http: http_address, grpc: grpc_address, metrics: None },
+        listen: Listen { http: http_address, grpc: grpc_address, metrics: None, allowed_origins },
         drain: Drain { quiet: QUIET, timeout: Duration::from_millis(parsed.drain_timeout_ms) },
+        model_control: ModelControl::Operator,
     };
     let registry = metrics::new_registry("trustformers-runtime", env!("CARGO_PKG_VERSION"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

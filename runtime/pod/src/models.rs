@@ -3,33 +3,31 @@
 //! A request that is refused is refused here, at once and with what to do. Liveness asks the engines'
 //! heartbeats and the progress of loading, never an engine's queue.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use trustformers_api::inference::Models;
+use trustformers_api::model_control::LoadModel;
 use trustformers_api::{
-    Answer, ApiError, BlockingWork, EmbedInput, EmbedRequest, Embedded, Event, FinishReason, Generation,
-    Health, Inference, Logprobs, StoppedBy, Usage, Verdict,
-};
-use trustformers_engine::{
-    Engine, GenerateError, GenerationEvent, RequestFault, StopCause, SubmitError, TokenLogprobs,
+    Answer, ApiError, BlockingWork, CountRequest, EmbedInput, EmbedRequest, Embedded, Generation, Health,
+    Inference, Prompt, TokenText, Verdict,
 };
 use trustformers_proto::Task;
-use trustformers_proto::v1::ModelState;
+use trustformers_proto::v1::{ModelState, ModelStatus};
 
-use crate::embed;
+use crate::control::ModelControl;
+use crate::generate::{LONG_PROMPT_BYTES, RETRY_AFTER_S, Submitted};
 use crate::inflight::{InflightGuard, InflightRequests};
 use crate::lifecycle::{ManagedModel, Serving};
 use crate::load::Loader;
-use crate::params::generate_params;
+use crate::model_table::ModelTable;
 use crate::runner::Runner;
 use crate::spec::{ModelSpec, SpecError};
 use crate::status::{ModelStatuses, describe};
+use crate::{embed, generate};
 
 /// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget
 /// of a large model on a slow CPU, takes a few seconds.
@@ -38,26 +36,30 @@ const ENGINE_STALL: Duration = Duration::from_secs(60);
 const FAILED_STEPS: u64 = 3;
 /// Loading without a sign of life for this long: the storage hangs in a way that a restart may cure.
 const LOAD_STALL: Duration = Duration::from_secs(600);
-/// Seconds after which a refused caller may try again: a small model frees a place within one.
-pub(crate) const RETRY_AFTER_S: u32 = 1;
-/// Longer prompts are tokenised, and formats compiled, away from the threads that serve connections. A
-/// shorter prompt takes less than the few milliseconds that a connection may wait.
-const LONG_PROMPT_BYTES: usize = 16 * 1024;
 
 /// Long requests that are tokenised at a time. Tokenising takes at most some 340 bytes for each byte of a
 /// text; a prompt that fits a context of 8,192 tokens has at most some 400 KiB, which makes 140 MiB for each
 /// request.
 const LONG_REQUESTS: usize = 2;
 
+/// Conversations that are rendered at a time. A template may make 32 MiB of text (500,000 steps of 64 bytes
+/// each), so that four take some 130 MiB; tokenising what fits takes less. Most take less than a millisecond.
+const CONVERSATIONS: usize = 4;
+
+/// How long an unload waits for answers in flight where nothing else is configured.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// All models of this process.
 pub struct ModelServer {
-    models: Vec<Arc<ManagedModel>>,
-    by_name: HashMap<String, usize>,
-    statuses: Arc<ModelStatuses>,
-    inflight: Arc<InflightRequests>,
-    loading: Mutex<Vec<JoinHandle<()>>>,
+    pub(crate) table: Arc<ModelTable>,
+    /// Who may load and unload models.
+    pub(crate) control: ModelControl,
+    /// How long an unload may wait for answers in flight.
+    pub(crate) drain_timeout: Duration,
     /// Tokenises long requests and compiles formats.
     long_requests: BlockingWork,
+    /// Renders conversations, and tokenises them.
+    conversations: BlockingWork,
 }
 
 impl ModelServer {
@@ -69,78 +71,50 @@ impl ModelServer {
         if specs.is_empty() {
             return Err(SpecError::new("models", "is empty: give at least one model"));
         }
-        let statuses = Arc::new(ModelStatuses::new(&specs));
-        let mut by_name = HashMap::new();
-        for (index, spec) in specs.iter().enumerate() {
-            for name in &spec.names {
-                if by_name.insert(name.clone(), index).is_some_and(|other| other != index) {
-                    return Err(SpecError::new(
-                        format!("models[{index}].name"),
-                        format!("{name:?} is taken by another model; give each its own name"),
-                    ));
-                }
-            }
-        }
-        let models = (0..).zip(specs).map(|(index, spec)| Arc::new(ManagedModel::new(spec, index))).collect();
         Ok(Self {
-            models,
-            by_name,
-            statuses,
-            inflight: InflightRequests::new(),
-            loading: Mutex::default(),
+            table: Arc::new(ModelTable::new(specs)?),
+            control: ModelControl::default(),
+            drain_timeout: DRAIN_TIMEOUT,
             long_requests: BlockingWork::new(LONG_REQUESTS),
+            conversations: BlockingWork::new(CONVERSATIONS),
         })
     }
 
     /// Begins to load every model. The loader takes them one at a time, but one that has to be tried again
     /// does not hold up the others.
     pub fn start_loading(&self, loader: &Arc<Loader>) {
-        let mut loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        for managed in &self.models {
-            loading.push(tokio::spawn(managed.clone().run(self.statuses.clone(), loader.clone())));
-        }
+        self.table.start_loading(loader);
     }
 
     /// The published states.
     pub fn statuses(&self) -> &Arc<ModelStatuses> {
-        &self.statuses
+        self.table.statuses()
     }
 
     /// The requests that are being answered.
     pub fn inflight(&self) -> &Arc<InflightRequests> {
-        &self.inflight
+        self.table.inflight()
     }
 
     /// Stops loading and ends every engine; what they were answering ends with an error.
     pub async fn stop(&self) {
-        let tasks = std::mem::take(&mut *self.loading.lock().unwrap_or_else(PoisonError::into_inner));
-        for task in tasks {
-            task.abort();
-        }
-        for serving in self.models.iter().filter_map(|managed| managed.serving()) {
-            serving.runner.stop().await;
-        }
-    }
-
-    fn choices(&self) -> Vec<String> {
-        self.models.iter().map(|managed| managed.spec.name().to_owned()).collect()
+        self.table.stop().await;
     }
 
     /// The model that is asked for. Without a name: the only one there is, or the only one of this task.
-    fn find(&self, asked: Option<&str>, task: Task) -> Result<&Arc<ManagedModel>, ApiError> {
+    fn find(&self, asked: Option<&str>, task: Task) -> Result<Arc<ManagedModel>, ApiError> {
+        let models = self.table.snapshot();
         if let Some(name) = asked {
-            let index = self.by_name.get(name);
-            return index
-                .map(|index| &self.models[*index])
-                .ok_or_else(|| ApiError::UnknownModel { asked: name.to_owned(), choices: self.choices() });
+            let unknown = || ApiError::UnknownModel { asked: name.to_owned(), choices: models.choices() };
+            return models.named(name).cloned().ok_or_else(unknown);
         }
         // Whatever the only one does, its own error is the best answer.
-        if let [only] = &self.models[..] {
-            return Ok(only);
+        if let [only] = models.models() {
+            return Ok(Arc::clone(only));
         }
         let mut meant = Vec::new();
-        for managed in &self.models {
-            let status = self.statuses.status(managed.index);
+        for managed in models.models() {
+            let status = self.statuses().status(managed.id);
             if Task::from_wire(&status.task) == Some(task) {
                 meant.push(managed);
             } else if status.task.is_empty() && status.state() != ModelState::Failed {
@@ -150,8 +124,8 @@ impl ModelServer {
             }
         }
         match meant[..] {
-            [one] => Ok(one),
-            [] => Err(ApiError::ModelRequired { choices: self.choices() }),
+            [one] => Ok(Arc::clone(one)),
+            [] => Err(ApiError::ModelRequired { choices: models.choices() }),
             _ => {
                 let choices = meant.iter().map(|managed| managed.spec.name().to_owned()).collect();
                 Err(ApiError::ModelRequired { choices })
@@ -159,10 +133,24 @@ impl ModelServer {
         }
     }
 
+    /// The model that is asked for, with its engine. The request is in flight until the guard is dropped.
+    fn acquire(&self, asked: Option<&str>, task: Task) -> Result<AcquiredModel, ApiError> {
+        loop {
+            let managed = self.find(asked, task)?;
+            let busy = managed.inflight().register();
+            // It is counted first and looked at afterwards; an unload does it the other way round. So it
+            // waits for this request, or this request sees it: then a table without the model is in force.
+            if !managed.is_retired() {
+                let serving = self.serving(&managed)?;
+                return Ok(AcquiredModel { managed, serving, busy });
+            }
+        }
+    }
+
     /// The engine of a model that serves now. A draining model still serves: routers learn of it later than
     /// this.
     fn serving(&self, managed: &ManagedModel) -> Result<Arc<Serving>, ApiError> {
-        let status = self.statuses.status(managed.index);
+        let status = self.statuses().status(managed.id);
         let serves = matches!(status.state(), ModelState::Ready | ModelState::Draining);
         match managed.serving() {
             Some(serving) if serves => Ok(serving),
@@ -174,40 +162,59 @@ impl ModelServer {
         }
     }
 
+    /// The pool for work on this prompt that may take long.
+    fn pool(&self, prompt: &Prompt) -> &BlockingWork {
+        match prompt {
+            Prompt::Text(_) | Prompt::Tokens(_) => &self.long_requests,
+            Prompt::Conversation(_) => &self.conversations,
+        }
+    }
+
     async fn admit(&self, request: Generation) -> Result<Answer, ApiError> {
-        let managed = self.find(request.model.as_deref(), Task::Generate)?;
-        let serving = self.serving(managed)?;
+        let AcquiredModel { managed, serving, busy } =
+            self.acquire(request.model.as_deref(), Task::Generate)?;
         let Runner::Generate(engine) = &serving.runner else {
-            return Err(wrong_task(managed, &serving));
+            return Err(wrong_task(&managed, &serving));
         };
-        let busy = self.inflight.register();
-        check_length(engine, &request.prompt)?;
-        let long = request.prompt.len() > LONG_PROMPT_BYTES || request.options.format.is_some();
-        let params = generate_params(request);
-        let submitted = if long {
+        check_revision(&managed, request.revision.as_deref())?;
+        let Submitted { generation, syntax } = if generate::is_long(&request) {
             let engine = engine.clone();
-            self.long_requests.run(move || engine.submit(&params)).await?
+            self.pool(&request.prompt).run(move || generate::submit(&engine, request)).await??
         } else {
-            engine.submit(&params)
+            generate::submit(engine, request)?
         };
-        let generation = submitted.map_err(|error| refused(&error))?;
         Ok(Answer {
             id: format!("gen-{}", uuid::Uuid::new_v4().simple()),
             model: managed.spec.name().to_owned(),
             model_digest: serving.digest.clone(),
-            events: generation.map(move |event| translate(event, &busy)).boxed(),
+            revision: managed.spec.revision.clone(),
+            created_unix_s: generate::now_unix_s(),
+            prompt_tokens: u32::try_from(generation.prompt_ids().len()).unwrap_or(u32::MAX),
+            syntax,
+            events: generation.map(move |event| generate::translate(event, &busy)).boxed(),
         })
     }
 
+    async fn count(&self, request: CountRequest) -> Result<u32, ApiError> {
+        let AcquiredModel { serving, busy: _busy, .. } =
+            self.acquire(request.model.as_deref(), Task::Generate)?;
+        self.pool(&request.prompt).run(move || generate::count(&serving.runner, &request)).await?
+    }
+
+    fn texts(&self, model: Option<&str>, ids: &[u32]) -> Result<Vec<TokenText>, ApiError> {
+        generate::texts(self.acquire(model, Task::Generate)?.serving.runner.model(), ids)
+    }
+
     async fn encode(&self, request: EmbedRequest) -> Result<Embedded, ApiError> {
-        let managed = self.find(request.model.as_deref(), Task::Embed)?;
-        let serving = self.serving(managed)?;
+        let AcquiredModel { managed, serving, busy: _busy } =
+            self.acquire(request.model.as_deref(), Task::Embed)?;
         let Runner::Embed(encoder) = &serving.runner else {
-            return Err(wrong_task(managed, &serving));
+            return Err(wrong_task(&managed, &serving));
         };
+        check_revision(&managed, request.revision.as_deref())?;
         let facts = embed::facts(encoder.model())?;
         embed::check_dimensions(&request, facts)?;
-        let _busy = self.inflight.register();
+        embed::check_ids(&request, encoder.model().facts().vocabulary)?;
         let bytes = |input: &EmbedInput| match input {
             EmbedInput::Text(text) => text.len(),
             EmbedInput::Tokens(_) => 0,
@@ -222,10 +229,21 @@ impl ModelServer {
         };
         let failed = |error| embed::failed(&error);
         let encoded = submitted.map_err(failed)?.await.map_err(failed)?;
-        let by =
-            embed::ModelIdentity { name: managed.spec.name().to_owned(), digest: serving.digest.clone() };
+        let by = embed::ModelIdentity {
+            name: managed.spec.name().to_owned(),
+            digest: serving.digest.clone(),
+            revision: managed.spec.revision.clone(),
+        };
         Ok(embed::embedded(by, facts, encoded))
     }
+}
+
+/// A model that a request asks.
+struct AcquiredModel {
+    managed: Arc<ManagedModel>,
+    serving: Arc<Serving>,
+    /// The request is in flight until this is dropped.
+    busy: InflightGuard,
 }
 
 fn wrong_task(managed: &ManagedModel, serving: &Serving) -> ApiError {
@@ -233,91 +251,23 @@ fn wrong_task(managed: &ManagedModel, serving: &Serving) -> ApiError {
     ApiError::WrongTask { model: managed.spec.name().to_owned(), task }
 }
 
-/// Refuses a prompt that has too many tokens however it is tokenised. Tokenising takes some hundred bytes of
-/// memory for each byte of the prompt, so a prompt of which the answer is known is not tokenised.
-fn check_length(engine: &Engine, prompt: &str) -> Result<(), ApiError> {
-    // One token is left for the answer.
-    let most = engine.info().context_tokens.saturating_sub(1);
-    // A token stands for at least one byte; the exact figure is only needed for prompts that may be too long.
-    if prompt.len() <= most {
-        return Ok(());
-    }
-    let longest = engine.model().tokenizer().longest_token_bytes();
-    if prompt.len() <= most.saturating_mul(longest) {
-        return Ok(());
-    }
-    let bytes = prompt.len();
-    let message = format!(
-        "prompt: it is {bytes} bytes long, and the {most} tokens that fit stand for at most {longest} bytes each; shorten it"
-    );
-    Err(ApiError::TooLong { message })
-}
-
-/// `_busy` is only carried: it ends when the stream is dropped.
-fn translate(
-    event: Result<GenerationEvent, GenerateError>,
-    _busy: &InflightGuard,
-) -> Result<Event, ApiError> {
-    let count = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
-    match event {
-        Ok(GenerationEvent::Token { id, text, logprobs, .. }) => {
-            let logprobs = logprobs.map(|TokenLogprobs { logprob, top }| Logprobs { logprob, top });
-            Ok(Event::Token { id, text, logprobs })
-        }
-        Ok(GenerationEvent::Finished { reason, stop, prompt_tokens, completion_tokens, .. }) => {
-            Ok(Event::Finished {
-                stopped_by: stop.map(|stop| match stop {
-                    StopCause::Text(text) => StoppedBy::Text(text),
-                    StopCause::Token(id) => StoppedBy::Token(id),
-                }),
-                reason: match reason {
-                    trustformers_engine::FinishReason::Stop => FinishReason::Stop,
-                    trustformers_engine::FinishReason::Length => FinishReason::Length,
-                },
-                usage: Usage {
-                    prompt_tokens: count(prompt_tokens),
-                    completion_tokens: count(completion_tokens),
-                },
-            })
-        }
-        Err(error @ GenerateError::Stopped) => {
-            Err(ApiError::Unavailable { message: error.to_string(), retry_after_s: Some(RETRY_AFTER_S) })
-        }
-        Err(GenerateError::Request(fault)) => {
-            let field = matches!(fault, RequestFault::Grammar { .. }).then(|| "response_format".to_owned());
-            Err(ApiError::InvalidRequest { field, message: fault.to_string() })
-        }
-        Err(error @ GenerateError::Overloaded { retry_after }) => {
-            Err(overloaded(error.to_string(), retry_after))
-        }
-        Err(error) => Err(ApiError::Internal { message: error.to_string() }),
-    }
-}
-
-/// A refusal with the time of the next attempt.
-pub(crate) fn overloaded(message: String, retry_after: Duration) -> ApiError {
-    ApiError::Overloaded { message, retry_after_s: u32::try_from(retry_after.as_secs()).unwrap_or(u32::MAX) }
-}
-
-fn refused(error: &SubmitError) -> ApiError {
-    let message = error.to_string();
-    match error {
-        SubmitError::Overloaded { retry_after, .. } | SubmitError::Busy { retry_after, .. } => {
-            overloaded(message, *retry_after)
-        }
-        SubmitError::PromptTooLong { .. } => ApiError::TooLong { message },
-        SubmitError::Invalid { field, .. } => {
-            ApiError::InvalidRequest { field: Some((*field).to_owned()), message }
-        }
-        SubmitError::Model(_) => ApiError::Internal { message },
-        SubmitError::Stopped => ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) },
+/// Refuses a request for another revision than the one that is served.
+fn check_revision(managed: &ManagedModel, asked: Option<&str>) -> Result<(), ApiError> {
+    let loaded = &managed.spec.revision;
+    match asked {
+        Some(asked) if asked != loaded => Err(ApiError::UnknownRevision {
+            model: managed.spec.name().to_owned(),
+            asked: asked.to_owned(),
+            loaded: loaded.clone(),
+        }),
+        _ => Ok(()),
     }
 }
 
 impl Health for ModelServer {
     fn liveness(&self) -> Verdict {
-        for managed in &self.models {
-            let status = self.statuses.status(managed.index);
+        for managed in self.table.snapshot().models() {
+            let status = self.statuses().status(managed.id);
             let name = managed.spec.name();
             match (managed.serving(), status.state()) {
                 (_, ModelState::Draining | ModelState::Failed) => {}
@@ -352,11 +302,11 @@ impl Health for ModelServer {
     }
 
     fn startup(&self) -> Verdict {
-        self.statuses.startup()
+        self.statuses().startup()
     }
 
     fn readiness(&self) -> watch::Receiver<Verdict> {
-        self.statuses.watch_readiness()
+        self.statuses().watch_readiness()
     }
 }
 
@@ -369,15 +319,38 @@ impl Inference for ModelServer {
         Box::pin(self.encode(request))
     }
 
+    fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {
+        Box::pin(self.count(request))
+    }
+
+    fn token_texts(
+        &self,
+        model: Option<String>,
+        ids: Vec<u32>,
+    ) -> BoxFuture<'_, Result<Vec<TokenText>, ApiError>> {
+        Box::pin(async move { self.texts(model.as_deref(), &ids) })
+    }
+
+    fn load_model(&self, request: LoadModel) -> BoxFuture<'_, Result<ModelStatus, ApiError>> {
+        Box::pin(self.load_asked(request))
+    }
+
+    fn unload_model(&self, model: String) -> BoxFuture<'_, Result<ModelStatus, ApiError>> {
+        Box::pin(async move { self.unload_asked(&model).await })
+    }
+
     fn watch_models(&self) -> watch::Receiver<Models> {
-        self.statuses.watch()
+        self.statuses().watch()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use trustformers_api::{Format, Options, PoolingMode, Priority};
+    use trustformers_api::{
+        CallSyntax, Conversation, Event, FinishReason, Format, Options, PoolingMode, Priority, ToolChoice,
+    };
+    use trustformers_model::gguf::GgufValue;
     use trustformers_model::seeded::{SeededEncoder, SeededModel};
     use trustformers_plan::oracle::Oracle;
     use trustformers_store::Source;
@@ -386,6 +359,7 @@ mod tests {
         Generation {
             prompt: "Hello".into(),
             model: model.map(str::to_owned),
+            revision: None,
             max_tokens: 4,
             temperature: 0.0,
             top_p: 1.0,
@@ -411,6 +385,11 @@ mod tests {
         (server, folder)
     }
 
+    /// What serves the first model.
+    fn serving(server: &ModelServer) -> Arc<Serving> {
+        server.table.snapshot().models()[0].serving().unwrap()
+    }
+
     async fn tokens(mut answer: Answer) -> (Vec<u32>, Option<FinishReason>) {
         let (mut ids, mut end) = (Vec::new(), None);
         while let Some(event) = answer.events.next().await {
@@ -432,8 +411,92 @@ mod tests {
             all.push(tokens(answer).await);
         }
         assert!(!all[0].0.is_empty() && all[0].1.is_some());
+        assert_eq!(server.statuses().status(0).names, ["ns/m", "m"]);
         assert!(all.iter().all(|one| *one == all[0]), "greedy answers are the same: {all:?}");
         assert_eq!(server.inflight().count(), 0);
+    }
+
+    /// Prints the roles and contents of the messages, as the seeded tokenizer's control tokens have it.
+    const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>\
+        {% endfor %}<|im_start|>assistant ";
+
+    /// A server of one seeded model with this chat template.
+    async fn ready_to_chat(template: &str) -> (ModelServer, [tempfile::TempDir; 2]) {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = [("tokenizer.chat_template", GgufValue::String(template.to_owned()))];
+        let file = folder.path().join("chat.gguf");
+        std::fs::write(&file, SeededModel::default().gguf_with(&keys)).unwrap();
+        let (server, other) = ready(|spec| spec.source = Source::from_path(&file)).await;
+        (server, [folder, other])
+    }
+
+    #[tokio::test]
+    async fn a_required_call_is_written_in_the_words_of_the_models_family() {
+        let template = format!("{{% if tools %}}<tool_call></tool_call>{{% endif %}}{TEMPLATE}");
+        let (server, _folders) = ready_to_chat(&template).await;
+        let parameters = serde_json::json!({
+            "type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"],
+            "additionalProperties": false,
+        });
+        let function = serde_json::json!({"name": "f", "parameters": parameters});
+        let conversation = Conversation {
+            messages: vec![serde_json::json!({"role": "user", "content": "call"})],
+            tools: vec![serde_json::json!({"type": "function", "function": function})],
+            tool_choice: ToolChoice::Required,
+            ..Conversation::default()
+        };
+        let asked = Generation { prompt: conversation.into(), max_tokens: 100, ..request(None) };
+        let mut answer = server.generate(asked).await.unwrap();
+        assert_eq!(answer.syntax.calls, Some(CallSyntax::Hermes));
+        let mut text = String::new();
+        while let Some(event) = answer.events.next().await {
+            if let Event::Token { text: piece, .. } = event.unwrap() {
+                text.push_str(&piece);
+            }
+        }
+        assert!(text.starts_with("<tool_call>\n{\"name\": \"f\", \"arguments\": {"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_conversation_a_text_and_its_ids_are_the_same_prompt() {
+        let (server, _folders) = ready_to_chat(TEMPLATE).await;
+        let message = serde_json::json!({"role": "user", "content": "hello"});
+        let conversation = Conversation { messages: vec![message], ..Conversation::default() };
+        let text = "<|im_start|>user hello<|im_end|><|im_start|>assistant ";
+        let ids = serving(&server).runner.model().tokenizer().encode(text).unwrap();
+        let count = u32::try_from(ids.len()).unwrap();
+        let mut all = Vec::new();
+        for prompt in [conversation.into(), text.into(), Prompt::Tokens(ids)] {
+            let request = CountRequest { model: None, prompt };
+            assert_eq!(server.count_tokens(request.clone()).await, Ok(count));
+            let asked = Generation { prompt: request.prompt, ..self::request(None) };
+            let answer = server.generate(asked).await.unwrap();
+            assert_eq!(answer.prompt_tokens, count);
+            all.push(tokens(answer).await);
+        }
+        assert!(!all[0].0.is_empty() && all.iter().all(|one| *one == all[0]), "{all:?}");
+        assert_eq!(server.inflight().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_revision_that_answers_is_named_and_another_one_is_refused() {
+        let (server, _folder) = ready(|spec| spec.revision = "r1".into()).await;
+        let with = |revision: &str| Generation { revision: Some(revision.to_owned()), ..request(None) };
+        let answer = server.generate(with("r1")).await.unwrap();
+        assert!(answer.revision == "r1" && answer.created_unix_s > 1_700_000_000);
+        let error = server.generate(with("r2")).await.err().unwrap();
+        assert!(matches!(&error, ApiError::UnknownRevision { loaded, .. } if loaded == "r1"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn tokens_have_their_texts_and_control_tokens_are_spelled() {
+        let (server, _folder) = ready(|_| {}).await;
+        let ids = serving(&server).runner.model().tokenizer().encode("hello").unwrap();
+        let texts = server.token_texts(None, vec![ids[0], 1]).await.unwrap();
+        let found: Vec<&str> = texts.iter().map(|text| text.text.as_str()).collect();
+        assert_eq!((found, texts[0].bytes.as_slice()), (vec!["hello", "<|im_start|>"], b"hello".as_slice()));
+        let error = server.token_texts(None, vec![9999]).await.unwrap_err().to_string();
+        assert!(error.contains("9999 is outside the model's vocabulary"), "{error}");
     }
 
     #[tokio::test]
@@ -473,6 +536,7 @@ mod tests {
         EmbedRequest {
             input: input.iter().map(|text| EmbedInput::Text((*text).into())).collect(),
             model: model.map(str::to_owned),
+            revision: None,
             truncate: true,
             dimensions: None,
             priority: Priority::Normal,
@@ -526,6 +590,11 @@ mod tests {
         assert!(matches!(&error, ApiError::TooLong { message } if message.contains("text 1")), "{error}");
         let with = |dimensions| EmbedRequest { dimensions, ..texts(&["a"], None) };
         assert!(server.embed(with(Some(64))).await.is_ok());
+        let foreign = EmbedInput::Tokens(vec![1, 100_000]);
+        let foreign = EmbedRequest { input: vec![foreign], ..texts(&["a"], None) };
+        let error = server.embed(foreign).await.unwrap_err().to_string();
+        assert!(error.starts_with("input[0]: token id 100000 is outside"), "{error}");
+        assert!(error.contains("check_embedding_ctx_length"), "{error}");
         let error = server.embed(with(Some(32))).await.unwrap_err().to_string();
         assert!(error.starts_with("dimensions: 32 is not") && error.contains("64"), "{error}");
         server.stop().await;
@@ -543,10 +612,10 @@ mod tests {
         let unnamed = async || two.generate(request(None)).await.err().unwrap();
         // What they do is not known yet.
         assert!(matches!(unnamed().await, ApiError::Unavailable { retry_after_s: Some(_), .. }));
-        two.statuses.enter(0, ModelState::Failed);
-        two.statuses.enter(1, ModelState::Failed);
+        two.statuses().enter(0, ModelState::Failed);
+        two.statuses().enter(1, ModelState::Failed);
         assert!(matches!(unnamed().await, ApiError::ModelRequired { choices } if choices == ["a", "b"]));
-        two.statuses.enter(1, ModelState::Pending);
+        two.statuses().enter(1, ModelState::Pending);
         let error = two.generate(request(Some("b"))).await.err().unwrap();
         assert!(
             matches!(&error, ApiError::Unavailable { message, .. } if message.contains("b is pending")),
@@ -561,7 +630,7 @@ mod tests {
         let (server, _folder) = ready(|spec| spec.engine.context_tokens = Some(16)).await;
         for words in [40, 4000] {
             let mut long = request(None);
-            long.prompt = "word ".repeat(words);
+            long.prompt = "word ".repeat(words).into();
             let error = server.generate(long).await.err().unwrap();
             assert!(matches!(&error, ApiError::TooLong { message } if message.contains("15")), "{error}");
         }
@@ -584,7 +653,7 @@ mod tests {
     async fn an_engine_that_ended_by_itself_is_not_alive() {
         let (server, _folder) = ready(|_| {}).await;
         assert!(server.liveness().ok);
-        server.models[0].serving().unwrap().runner.stop().await;
+        serving(&server).runner.stop().await;
         let verdict = server.liveness();
         assert!(!verdict.ok && verdict.message.contains("ns/m"), "{verdict:?}");
     }
@@ -592,9 +661,9 @@ mod tests {
     #[tokio::test]
     async fn a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised() {
         let (server, _folder) = ready(|spec| spec.engine.context_tokens = Some(16)).await;
-        let most = 15 * server.models[0].serving().unwrap().runner.model().tokenizer().longest_token_bytes();
+        let most = 15 * serving(&server).runner.model().tokenizer().longest_token_bytes();
         for (bytes, why) in [(most, "tokens"), (most + 1, "bytes long")] {
-            let prompt = "7".repeat(bytes);
+            let prompt = "7".repeat(bytes).into();
             let error = server.generate(Generation { prompt, ..request(None) }).await.err().unwrap();
             assert!(matches!(&error, ApiError::TooLong { message } if message.contains(why)), "{error}");
         }

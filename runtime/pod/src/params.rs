@@ -1,12 +1,12 @@
 //! Translates generate requests from the API to the engine.
 
 use trustformers_api::{Format, Generation, Options, Priority};
-use trustformers_engine::{GenerateParams, Grammar};
+use trustformers_engine::{GenerateParams, Grammar, Prompt};
 
-/// The parameters of the engine. Fields that the request leaves out take the engine's defaults.
-pub fn generate_params(request: Generation) -> GenerateParams {
-    let Generation { prompt, model: _, max_tokens, temperature, top_p, seed, priority, tenant, options } =
-        request;
+/// The parameters of the engine, with `prompt` instead of the request's own, which may be a conversation.
+/// Fields that the request leaves out take the engine's defaults.
+pub fn generate_params(request: Generation, prompt: Prompt) -> GenerateParams {
+    let Generation { max_tokens, temperature, top_p, seed, priority, tenant, options, .. } = request;
     let Options {
         top_k,
         min_p,
@@ -20,8 +20,9 @@ pub fn generate_params(request: Generation) -> GenerateParams {
         stop_token_ids,
         format,
     } = options;
-    let plain = GenerateParams::greedy(prompt, max_tokens as usize);
+    let plain = GenerateParams::greedy(String::new(), max_tokens as usize);
     GenerateParams {
+        prompt,
         temperature,
         top_p,
         top_k: top_k.map_or(plain.top_k, |count| count as usize),
@@ -61,11 +62,10 @@ mod tests {
     use super::*;
     use trustformers_api::Asked;
     use trustformers_api::fields::GRPC_DEFAULTS;
-    use trustformers_engine::Prompt;
 
     fn asked(options: Options) -> GenerateParams {
         let asked = Asked { prompt: "Hi".into(), top_p: Some(1.0), options, ..Asked::default() };
-        generate_params(asked.check(&GRPC_DEFAULTS).unwrap())
+        generate_params(asked.check(&GRPC_DEFAULTS).unwrap(), Prompt::Text("Hi".into()))
     }
 
     #[test]
@@ -81,7 +81,8 @@ mod tests {
             tenant: "team".into(),
             ..Asked::default()
         };
-        let params = generate_params(asked.check(&GRPC_DEFAULTS).unwrap());
+        let params = generate_params(asked.check(&GRPC_DEFAULTS).unwrap(), Prompt::Tokens(vec![1]));
+        assert_eq!(params.prompt, Prompt::Tokens(vec![1]));
         assert_eq!((params.priority, params.tenant.as_str()), (trustformers_engine::Priority::Low, "team"));
     }
 

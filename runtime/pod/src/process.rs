@@ -17,10 +17,12 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use trustformers_api::browser::{self, AllowedOrigins};
 use trustformers_api::server::{self, Limits};
 use trustformers_api::{Api, grpc, http};
 use trustformers_telemetry::metrics;
 
+use crate::control::ModelControl;
 use crate::device;
 use crate::load::Loader;
 use crate::models::ModelServer;
@@ -41,6 +43,8 @@ pub struct Listen {
     pub grpc: SocketAddr,
     /// `GET /metrics` once more; may be the same as `grpc`.
     pub metrics: Option<SocketAddr>,
+    /// The origins whose pages may call, in browsers.
+    pub allowed_origins: AllowedOrigins,
 }
 
 /// How the process ends.
@@ -61,6 +65,8 @@ pub struct Settings {
     pub listen: Listen,
     /// How to end.
     pub drain: Drain,
+    /// Who may load and unload models.
+    pub model_control: ModelControl,
 }
 
 /// Why a process could not start serving. What goes wrong later is a model's state, not an error.
@@ -131,9 +137,9 @@ impl Process {
         registry: Registry,
         open: device::OpenDevice,
     ) -> Result<Self, StartError> {
-        let Settings { models, listen, drain } = settings;
+        let Settings { models, listen, drain, model_control } = settings;
         let loader = Arc::new(Loader::new(open, &registry)?);
-        let models = Arc::new(ModelServer::new(models)?);
+        let models = Arc::new(ModelServer::new(models)?.with_control(model_control, drain.timeout));
         let (closing, stop) = (CancellationToken::new(), CancellationToken::new());
         let api = Api::new(models.clone(), closing.clone());
         let figures = metrics::router(registry);
@@ -147,7 +153,8 @@ impl Process {
             _ => None,
         };
         let (http, grpc) = (address_of(&http_listener, listen.http), address_of(&grpc_listener, listen.grpc));
-        let mut grpc_routes = grpc::router(api.clone())?;
+        let services = grpc::router(api.clone())?;
+        let mut grpc_routes = services.clone();
         if listen.metrics == Some(listen.grpc) {
             grpc_routes = grpc_routes.merge(figures.clone());
         }
@@ -156,8 +163,9 @@ impl Process {
         let mut spawn = |listener: TcpListener, router: Router| {
             servers.spawn(server::serve(listener, router, limits.clone(), stop.clone()));
         };
-        spawn(http_listener, http::router(api).merge(figures.clone()));
-        spawn(grpc_listener, grpc_routes);
+        let routes = http::router(api).merge(figures.clone());
+        spawn(http_listener, browser::http_listener(routes, services, &listen.allowed_origins));
+        spawn(grpc_listener, browser::grpc_listener(grpc_routes, &listen.allowed_origins));
         if let Some(listener) = own_metrics {
             spawn(listener, figures);
         }
@@ -244,6 +252,16 @@ impl EndSignals {
             _ = self.interrupt.recv() => "SIGINT",
         }
     }
+
+    /// Waits for a signal, then drains; a second signal ends that at once.
+    pub async fn drain_on_the_first(mut self, drain: impl Future<Output = bool>) {
+        let name = self.received().await;
+        tracing::info!(signal = name, "draining; a second signal ends at once");
+        tokio::select! {
+            _ = drain => {}
+            name = self.received() => tracing::warn!(signal = name, "ended without waiting"),
+        }
+    }
 }
 
 /// Serves until a signal comes, then drains. A second signal ends at once.
@@ -263,14 +281,9 @@ async fn run_until_signal(
     registry: Registry,
     open: device::OpenDevice,
 ) -> Result<(), StartError> {
-    let mut signals = EndSignals::new()?;
+    let signals = EndSignals::new()?;
     let process = Process::start(settings, registry, open).await?;
-    let name = signals.received().await;
-    tracing::info!(signal = name, "draining; a second signal ends at once");
-    tokio::select! {
-        _ = process.drain() => {}
-        name = signals.received() => tracing::warn!(signal = name, "ended without waiting"),
-    }
+    signals.drain_on_the_first(process.drain()).await;
     Ok(())
 }
 

@@ -1,4 +1,5 @@
-//! The whole process over real connections: status while loading and after failing, and the drain.
+//! The whole process over real connections: status while loading and after failing, models that come and
+//! go, and the drain.
 //!
 //! The device is the scalar oracle behind a gate, so that a test decides when a step may be made and nothing
 //! depends on how fast the machine is.
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tonic::transport::Channel;
+use trustformers_api::browser::AllowedOrigins;
 use trustformers_api::{ApiError, Generation, Inference};
 use trustformers_model::seeded::SeededModel;
 use trustformers_plan::oracle::Oracle;
@@ -24,8 +26,9 @@ use trustformers_plan::{
 use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
 use trustformers_proto::v1::model_service_client::ModelServiceClient;
 use trustformers_proto::v1::{
-    GenerateRequest, GenerateStreamResponse, ModelState, ModelStatus, WatchModelsRequest,
+    GenerateRequest, GenerateStreamResponse, ModelState, ModelStatus, UnloadModelRequest, WatchModelsRequest,
 };
+use trustformers_runtime::control::{LoadDefaults, ModelControl};
 use trustformers_runtime::process::{Drain, Listen, Process, Settings};
 use trustformers_runtime::spec::ModelSpec;
 use trustformers_store::Source;
@@ -107,11 +110,14 @@ impl Executable for Gated<dyn Executable> {
     }
 }
 
+/// The file of a model whose steps are always allowed.
+const UNGATED: &str = "ungated.gguf";
+
 struct Server {
     process: Process,
     gate: Gate,
     http: SocketAddr,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// The settings of a test that differ from the defaults.
@@ -119,12 +125,14 @@ struct Setup {
     bytes: Vec<u8>,
     sha256: Option<String>,
     drain: Drain,
+    model_control: ModelControl,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let drain = Drain { quiet: Duration::ZERO, timeout: Duration::from_secs(60) };
-        Self { bytes: SeededModel::default().gguf(), sha256: None, drain }
+        let model_control = ModelControl::Allowed(LoadDefaults::default());
+        Self { bytes: SeededModel::default().gguf(), sha256: None, drain, model_control }
     }
 }
 
@@ -136,18 +144,22 @@ async fn start(setup: Setup) -> Server {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let settings = Settings {
         models: vec![spec],
-        listen: Listen { http: any, grpc: any, metrics: None },
+        listen: Listen { http: any, grpc: any, metrics: None, allowed_origins: AllowedOrigins::Any },
         drain: setup.drain,
+        model_control: setup.model_control,
     };
     let gate = Gate::open();
     let behind = gate.clone();
-    let open = Box::new(move |_: &ModelSpec| {
+    let open = Box::new(move |spec: &ModelSpec| {
         let backend: Box<dyn Backend> = Box::new(Oracle::new());
+        if spec.source.path().ends_with(UNGATED) {
+            return Ok(backend);
+        }
         Ok(Box::new(Gated(behind.clone(), backend)) as Box<dyn Backend>)
     });
     let process = Process::start(settings, Registry::new(), open).await.unwrap();
     let http = process.http_address();
-    Server { process, gate, http, _folder: folder }
+    Server { process, gate, http, folder }
 }
 
 impl Server {
@@ -155,6 +167,26 @@ impl Server {
         let mut watch = self.process.models().statuses().watch();
         let models = watch.wait_for(|models| models[0].state() == state).await.unwrap();
         models[0].clone()
+    }
+
+    /// Waits until the model of this name is in a state.
+    async fn until_named(&self, name: &str, state: ModelState) {
+        let mut watch = self.process.models().statuses().watch();
+        let is = |model: &ModelStatus| model.name == name && model.state() == state;
+        watch.wait_for(|models| models.iter().any(is)).await.unwrap();
+    }
+
+    /// Names of the models that are listed.
+    fn names(&self) -> Vec<String> {
+        let models = self.process.models().statuses().watch().borrow().clone();
+        models.iter().map(|model| model.name.clone()).collect()
+    }
+
+    /// Writes another file into the folder and gives a model of it.
+    fn another(&self, name: &str, file: &str, bytes: &[u8]) -> ModelSpec {
+        let file = self.folder.path().join(file);
+        std::fs::write(&file, bytes).unwrap();
+        ModelSpec::new(name, Source::from_path(file))
     }
 
     async fn channel(&self) -> Channel {
@@ -322,6 +354,7 @@ async fn requests_in_flight_fail_when_the_drain_times_out() {
     let request = Generation {
         prompt: "Hello".into(),
         model: None,
+        revision: None,
         max_tokens: 1,
         temperature: 0.0,
         top_p: 1.0,
@@ -352,4 +385,115 @@ async fn a_device_that_hangs_does_not_keep_the_process_from_ending() {
     assert!(!server.process.drain().await, "not everything was answered");
     assert!(stream.message().await.is_err(), "the connection was cut");
     gate.allow(usize::MAX);
+}
+
+fn ask(model: &str) -> String {
+    post("/v1/generate", &format!(r#"{{"model":"{model}","prompt":"Hello","max_tokens":2}}"#))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_is_loaded_and_unloaded_while_it_is_asked() {
+    let server = start(Setup::default()).await;
+    server.until(ModelState::Ready).await;
+    let address = server.http;
+    let path = server.another("b", "b.gguf", &SeededModel::default().gguf()).source;
+    let path = path.path().display().to_string();
+    let load = |name: &str, path: &str| {
+        let body = serde_json::json!({"name": name, "path": path, "context_tokens": 64});
+        let request = post("/v1/models/load", &body.to_string());
+        async move { http(address, &request).await.unwrap() }
+    };
+    let loaded = load("b", &path).await;
+    assert!(loaded.starts_with("HTTP/1.1 200") && loaded.contains("\"context_tokens\":64"), "{loaded}");
+    assert!(http(address, &ask("b")).await.unwrap().starts_with("HTTP/1.1 200"));
+    for (name, path, status, says) in [
+        ("b", path.as_str(), "400", "name of another model"),
+        ("c", "/none.gguf", "400", "(SourceNotFound)"),
+        ("c", "hf://org/name", "400", "hf://"),
+    ] {
+        let refused = load(name, path).await;
+        assert!(refused.starts_with(&format!("HTTP/1.1 {status}")) && refused.contains(says), "{refused}");
+    }
+    assert_eq!(server.names(), ["m", "b"], "a load that failed leaves nothing behind");
+
+    server.gate.allow(1);
+    let mut client = InferenceServiceClient::new(server.channel().await);
+    let request = GenerateRequest { model: "b".into(), ..prompt(40) };
+    let mut stream = client.generate_stream(request).await.unwrap().into_inner();
+    let unload = post("/v1/models/unload", r#"{"model":"b"}"#);
+    let unloading = tokio::spawn(async move { http(address, &unload).await.unwrap() });
+    server.until_named("b", ModelState::Draining).await;
+    let refused = http(address, &ask("b")).await.unwrap();
+    assert!(refused.starts_with("HTTP/1.1 404") && refused.contains("\"choices\":[\"m\"]"), "{refused}");
+    assert!(get(address, "/health/ready").await.starts_with("HTTP/1.1 200"), "the other one serves");
+    assert!(!unloading.is_finished(), "a stream is in flight");
+    server.gate.allow(usize::MAX);
+    while let Some(message) = stream.message().await.unwrap() {
+        assert!(message.finish_reason != 0 || message.usage.is_none());
+    }
+    let unloaded = unloading.await.unwrap();
+    assert!(
+        unloaded.starts_with("HTTP/1.1 200") && unloaded.contains("\"state\":\"unloaded\""),
+        "{unloaded}"
+    );
+    assert_eq!(server.names(), ["m"]);
+    assert!(!get(address, "/metrics").await.contains("load_seconds{model=\"b\""));
+    let again = http(address, &post("/v1/models/unload", r#"{"model":"b"}"#)).await.unwrap();
+    assert!(again.starts_with("HTTP/1.1 404"), "{again}");
+    assert!(http(address, &ask("m")).await.unwrap().starts_with("HTTP/1.1 200"));
+    assert!(server.process.drain().await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replacement_takes_over_while_the_old_model_answers_what_it_began() {
+    let server = start(Setup::default()).await;
+    let old = server.until(ModelState::Ready).await;
+    let models = server.process.models().clone();
+    let broken =
+        models.replace(server.another("m", "broken.gguf", b"no model")).await.unwrap_err().to_string();
+    assert!(broken.contains("(MalformedModel)"), "{broken}");
+    assert_eq!(server.until(ModelState::Ready).await, old, "a model that cannot be loaded replaces nothing");
+
+    server.gate.allow(1);
+    let mut client = InferenceServiceClient::new(server.channel().await);
+    let mut stream = client.generate_stream(prompt(40)).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().finish_reason, 0);
+    server.gate.until_blocked().await;
+    let new = SeededModel { seed: 7, ..SeededModel::default() };
+    models.replace(server.another("m", UNGATED, &new.gguf())).await.unwrap();
+    let status = server.until(ModelState::Ready).await;
+    assert_ne!(status.digest, old.digest);
+    let answer = client.generate(prompt(1)).await.unwrap().into_inner();
+    assert_eq!(answer.model_digest, status.digest);
+    server.gate.allow(usize::MAX);
+    let mut last = None;
+    while let Some(message) = stream.message().await.unwrap() {
+        last = Some(message);
+    }
+    assert_eq!(last.unwrap().model_digest, old.digest, "what the old one began, it finished");
+    assert_eq!(server.names(), ["m"]);
+    assert!(server.process.drain().await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_of_the_operator_and_a_server_that_is_told_so_refuse_with_the_reason() {
+    for (model_control, reason) in
+        [(ModelControl::Operator, "InferenceModel"), (ModelControl::Disabled, "server.model_control")]
+    {
+        let server = start(Setup { model_control, ..Setup::default() }).await;
+        server.until(ModelState::Ready).await;
+        for (path, body) in
+            [("/v1/models/load", r#"{"name":"b","path":"/b"}"#), ("/v1/models/unload", r#"{"model":"m"}"#)]
+        {
+            let refused = http(server.http, &post(path, body)).await.unwrap();
+            assert!(refused.starts_with("HTTP/1.1 403") && refused.contains(reason), "{refused}");
+        }
+        let mut client = ModelServiceClient::new(server.channel().await);
+        let status = client.unload_model(UnloadModelRequest { model: "m".into() }).await.unwrap_err();
+        assert!(
+            status.code() == tonic::Code::PermissionDenied && status.message().contains(reason),
+            "{status:?}"
+        );
+        assert_eq!(server.names(), ["m"]);
+    }
 }

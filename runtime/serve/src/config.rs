@@ -2,30 +2,46 @@
 //!
 //! A key that is not known is an error with its path and the nearest known one; a key that is promised and
 //! not built yet is refused as such. Neither is ever silently ignored, because its user would believe that it
-//! holds.
+//! holds. A file may hold `InferenceModel` documents as well, or nothing else ([`crate::inference_model`]).
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
-use trustformers_proto::yaml::YamlError;
+use trustformers_api::browser::AllowedOrigins;
+use trustformers_engine::{EngineConfig, Numerics};
+use trustformers_proto::Task;
+use trustformers_proto::yaml::{self, YamlError};
+use trustformers_runtime::control::{LoadDefaults, ModelControl};
 use trustformers_runtime::device::DeviceChoice;
 use trustformers_runtime::process::Listen;
 use trustformers_runtime::spec::{ModelSpec, SpeculationSpec, TextBatching};
 use trustformers_store::Source;
 
 use crate::config_file::ConfigFile;
+use crate::config_source::SourceOverrides;
+use crate::documents;
+
+pub use trustformers_engine::encoder::BatchStrategy as BatchingStrategy;
 
 /// Name of the file in the working directory.
 pub const FILE_NAME: &str = "config.yaml";
 
+/// Sequences or texts that are computed together, at most.
+const MAX_BATCH_SIZE: usize = 256;
+
 /// A file that works as it stands once its path names a model.
 pub const EXAMPLE: &str = "\
-# Everything but `models` may be left out; these are the defaults.
+# Everything but `models` may be left out; these are the defaults. While the server runs, a change of `models` or
+# `batching` in this file is applied within two seconds; the rest takes effect at the next start.
 server:
   host: \"0.0.0.0\"        # every address, IPv6 too; \"127.0.0.1\" for this machine alone
-  port: 8080             # HTTP: /v1/generate, /v1/embeddings, /v1/models, /health, /metrics
+  port: 8080             # HTTP: /v1/chat/completions, /v1/generate, /v1/embeddings, /v1/models, /health, /metrics
   grpc_port: 9090
+  # allowed_origins: [\"https://app.example.com\"]    # the pages that may call in browsers; by default every page
+  model_control: true    # whether POST /v1/models/load and /v1/models/unload are allowed to every caller
+  drain_timeout_ms: 30000  # how long answers in flight may take when the server ends or a model is unloaded
 batching:
   max_batch_size: 32     # 1-256: sequences or texts that are computed together
   # Generation joins and leaves the batch between any two steps. For models that embed:
@@ -37,6 +53,14 @@ models:
     path: /models/SmolLM2-135M-Instruct.Q4_1.gguf    # a .gguf file, or a folder with one or with a checkpoint
     device: auto         # auto | cpu
     max_batch_size: 32
+    # aliases: [chat]      # further names
+    # context_tokens: 4096 # longest prompt plus answer; by default the model's own limit, at most 8192
+    # numerics: fast       # fast | exact: f32 activations, answers that do not depend on other requests
+    # max_queue: 512       # requests that may wait; one more is answered 429
+    # task: generate       # generate | embed: refuses files that are made for another task
+    # files: [\"*.gguf\"]    # picks the files of a folder
+    # sha256: ...          # the digest that the files must have
+    # batching: {strategy: dynamic, max_wait_time_ms: 10, enable_priority: false}    # of this model alone
     # Guesses tokens and checks several in one step: the same answers, sooner where few requests run at once.
     # speculation: {ngram: {}}                          # from the text itself
     # speculation: {draft: {path: /models/small.gguf}}  # by a smaller model of the same vocabulary
@@ -52,23 +76,21 @@ pub(crate) const NOT_YET: &[(&str, &str)] = &[
     ("monitoring.zipkin", "remove it; traces are not exported"),
 ];
 
-/// What to serve and where.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What to serve and where. The default is every default of the file, without a model.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {
-    /// Where to listen.
+    /// Where to listen, and what callers may do.
     pub server: ServerConfig,
-    /// Sequences that are computed together, 1 to 256, for models that do not say themselves.
-    pub max_batch_size: Option<usize>,
-    /// How texts are gathered, for the models that embed.
-    pub batching: TextBatching,
+    /// How requests share an engine, for models that do not say themselves.
+    pub batching: BatchingConfig,
     /// The models, loaded in this order.
     pub models: Vec<ModelConfig>,
     /// One more port for `GET /metrics`; may equal the gRPC port.
     pub prometheus_port: Option<u16>,
 }
 
-/// Where to listen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where to listen, and what callers may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerConfig {
     /// The address; unspecified (`0.0.0.0`, `::`) means every address of both families.
     pub host: IpAddr,
@@ -76,29 +98,176 @@ pub struct ServerConfig {
     pub port: u16,
     /// gRPC's port; 0 takes any that is free.
     pub grpc_port: u16,
+    /// The origins whose pages may call in browsers.
+    pub allowed_origins: AllowedOrigins,
+    /// Whether callers may load and unload models.
+    pub model_control: bool,
+    /// How long answers in flight may take when the server ends or a model is unloaded, in milliseconds.
+    pub drain_timeout_ms: u64,
 }
 
 impl Default for ServerConfig {
     fn default() -> Self {
-        Self { host: Ipv4Addr::UNSPECIFIED.into(), port: 8080, grpc_port: 9090 }
+        Self {
+            host: Ipv4Addr::UNSPECIFIED.into(),
+            port: 8080,
+            grpc_port: 9090,
+            allowed_origins: AllowedOrigins::Any,
+            model_control: true,
+            drain_timeout_ms: 30_000,
+        }
     }
+}
+
+/// How requests share an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchingConfig {
+    /// Sequences or texts that are computed together, 1 to 256.
+    pub max_batch_size: usize,
+    /// Longest time that a free device waits for more texts to embed, 1 to 1000 ms. Generation never waits.
+    pub max_wait_time_ms: u32,
+    /// When the texts that wait become a step.
+    pub strategy: BatchingStrategy,
+    /// Whether the priority class of a request decides its order.
+    pub enable_priority: bool,
+}
+
+impl Default for BatchingConfig {
+    fn default() -> Self {
+        Self::of(TextBatching::default(), EngineConfig::default().max_batch_size)
+    }
+}
+
+impl BatchingConfig {
+    fn of(texts: TextBatching, max_batch_size: usize) -> Self {
+        let TextBatching { strategy, max_wait_ms, priority } = texts;
+        Self { max_batch_size, max_wait_time_ms: max_wait_ms, strategy, enable_priority: priority }
+    }
+
+    /// How texts are gathered.
+    pub(crate) fn texts(&self) -> TextBatching {
+        let Self { max_batch_size: _, max_wait_time_ms, strategy, enable_priority } = *self;
+        TextBatching { strategy, max_wait_ms: max_wait_time_ms, priority: enable_priority }
+    }
+
+    /// # Errors
+    /// The figure that is out of its range, with its key below `section`.
+    pub(crate) fn check(&self, section: &str) -> Result<(), ConfigError> {
+        check_batch_size(section, self.max_batch_size)?;
+        let mut texts = TextBatching::default();
+        let set = texts.set_max_wait_ms(self.max_wait_time_ms);
+        set.map_err(|error| wrong(&format!("{section}.max_wait_time_ms"), error))
+    }
+}
+
+/// # Errors
+/// A batch that is empty or too large.
+pub(crate) fn check_batch_size(section: &str, size: usize) -> Result<(), ConfigError> {
+    if !(1..=MAX_BATCH_SIZE).contains(&size) {
+        let message = format!("{size} is not within 1 to {MAX_BATCH_SIZE}");
+        return Err(wrong(&format!("{section}.max_batch_size"), message));
+    }
+    Ok(())
 }
 
 /// One model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelConfig {
-    /// The name that callers use.
+    /// The name that callers use and that answers carry.
     pub name: String,
+    /// Further names.
+    pub aliases: Vec<String>,
     /// A file, or a folder that holds one model file or a checkpoint; a relative path counts from the working
-    /// directory. Also
-    /// `file://` URIs.
+    /// directory. Also `file://` URIs.
     pub path: String,
+    /// Patterns that pick the model's files in its folder; empty picks the only one there is.
+    pub files: Vec<String>,
+    /// The digest that the files must have, 64 hex digits.
+    pub sha256: Option<String>,
+    /// The task that the files must serve; none: the task that they state.
+    pub task: Option<Task>,
     /// Where it runs.
     pub device: DeviceChoice,
-    /// Sequences that are computed together, 1 to 256.
+    /// How closely the device follows f32 arithmetic.
+    pub numerics: Numerics,
+    /// Longest prompt plus answer, in tokens; none: the model's own limit, at most 8192.
+    pub context_tokens: Option<u32>,
+    /// Sequences or texts that are computed together, 1 to 256; none: those of [`Config::batching`].
     pub max_batch_size: Option<usize>,
+    /// Requests that may wait; none: the engine's default.
+    pub max_queue: Option<usize>,
+    /// How texts are gathered; none: as [`Config::batching`] says.
+    pub batching: Option<TextBatching>,
     /// How tokens are guessed.
     pub speculation: Option<SpeculationSpec>,
+}
+
+impl ModelConfig {
+    /// A model with the defaults of the configuration that it is part of.
+    pub fn new(name: impl Into<String>, path: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            aliases: Vec::new(),
+            path: path.into(),
+            files: Vec::new(),
+            sha256: None,
+            task: None,
+            device: DeviceChoice::Auto,
+            numerics: Numerics::Fast,
+            context_tokens: None,
+            max_batch_size: None,
+            max_queue: None,
+            batching: None,
+            speculation: None,
+        }
+    }
+
+    /// The name, then the further ones.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
+        [&self.name].into_iter().chain(&self.aliases)
+    }
+
+    /// The model with everything that an engine needs, where the defaults are those of `batching`.
+    ///
+    /// # Errors
+    /// A path whose scheme cannot be read; `section` is the model's place in its file.
+    pub(crate) fn spec(
+        &self,
+        section: &str,
+        batching: &BatchingConfig,
+        threads: Option<usize>,
+    ) -> Result<ModelSpec, ConfigError> {
+        let Self {
+            name,
+            aliases,
+            path,
+            files,
+            sha256,
+            task,
+            device,
+            numerics,
+            context_tokens,
+            max_batch_size,
+            max_queue,
+            batching: own,
+            speculation,
+        } = self;
+        let source = Source::from_str(path).map_err(|error| wrong(&format!("{section}.path"), error))?;
+        let mut spec = ModelSpec::new(name.clone(), source);
+        spec.names.extend(aliases.iter().cloned());
+        spec.files.clone_from(files);
+        spec.sha256.clone_from(sha256);
+        spec.task = *task;
+        spec.device = *device;
+        spec.threads = threads;
+        spec.engine.numerics = *numerics;
+        spec.engine.context_tokens = context_tokens.map(|tokens| tokens as usize);
+        spec.engine.max_queue = max_queue.unwrap_or(spec.engine.max_queue);
+        spec.batching = own.unwrap_or_else(|| batching.texts());
+        spec.speculation.clone_from(speculation);
+        spec.set_max_batch_size(max_batch_size.unwrap_or(batching.max_batch_size));
+        Ok(spec)
+    }
 }
 
 /// Why a configuration cannot be used. Each names the file or the path of the key.
@@ -106,7 +275,8 @@ pub struct ModelConfig {
 pub enum ConfigError {
     /// The file cannot be read.
     #[error(
-        "{} cannot be read: {cause}; name a file with --config (trustformers-serve --print-config-example shows one)",
+        "{} cannot be read: {cause}; name a file with --config (trustformers-serve --print-config-example shows one), or \
+         a folder of models with --models",
         path.display()
     )]
     Unreadable {
@@ -114,6 +284,32 @@ pub enum ConfigError {
         path: PathBuf,
         /// What the system said; the message holds it, so it is no source.
         cause: std::io::Error,
+    },
+    /// A folder of models cannot be read.
+    #[error("{} cannot be read: {cause}; name a folder with models", path.display())]
+    UnreadableFolder {
+        /// The folder or what lies in it.
+        path: PathBuf,
+        /// What the system said; the message holds it, so it is no source.
+        cause: std::io::Error,
+    },
+    /// A folder of models is empty.
+    #[error(
+        "{} holds no model: put a .gguf file there, or a folder with model.safetensors and config.json (in a container: \
+         mount a volume that has one), or give a configuration with --config",
+        folder.display()
+    )]
+    NoModels {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// A folder of models cannot be served as it is.
+    #[error("{}: {message}", folder.display())]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// What is wrong and what to do.
+        message: String,
     },
     /// The text is not YAML, or a value does not fit.
     #[error(transparent)]
@@ -152,21 +348,39 @@ pub(crate) fn wrong(path: &str, message: impl std::fmt::Display) -> ConfigError 
 impl FromStr for Config {
     type Err = ConfigError;
 
-    /// Reads the text of a `config.yaml`.
+    /// Reads the text of a `config.yaml`, or `InferenceModel` documents.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        ConfigFile::read(text)?.check()
+        documents::read(text, &SourceOverrides::default())
     }
 }
 
 impl Config {
     /// The addresses to listen on.
     pub fn listen(&self) -> Listen {
-        let ServerConfig { host, port, grpc_port } = self.server;
+        let ServerConfig { host, port, grpc_port, ref allowed_origins, .. } = self.server;
         Listen {
             http: SocketAddr::new(host, port),
             grpc: SocketAddr::new(host, grpc_port),
             metrics: self.prometheus_port.map(|port| SocketAddr::new(host, port)),
+            allowed_origins: allowed_origins.clone(),
         }
+    }
+
+    /// How long answers in flight may take when the server ends or a model is unloaded.
+    pub fn drain_timeout(&self) -> Duration {
+        Duration::from_millis(self.server.drain_timeout_ms)
+    }
+
+    /// Who may load and unload models while the server runs.
+    pub fn model_control(&self, threads: Option<usize>) -> ModelControl {
+        if !self.server.model_control {
+            return ModelControl::Disabled;
+        }
+        ModelControl::Allowed(LoadDefaults {
+            threads,
+            max_batch_size: Some(self.batching.max_batch_size),
+            batching: self.batching.texts(),
+        })
     }
 
     /// The models with everything that an engine needs.
@@ -174,27 +388,46 @@ impl Config {
     /// # Errors
     /// A path whose scheme cannot be read, with the model's place in the list.
     pub fn specs(&self, threads: Option<usize>) -> Result<Vec<ModelSpec>, ConfigError> {
-        (0..).zip(&self.models).map(|(index, model): (usize, _)| self.spec(index, model, threads)).collect()
+        let spec = |(index, model): (usize, &ModelConfig)| {
+            model.spec(&format!("models[{index}]"), &self.batching, threads)
+        };
+        self.models.iter().enumerate().map(spec).collect()
     }
 
-    fn spec(
-        &self,
-        index: usize,
-        model: &ModelConfig,
-        threads: Option<usize>,
-    ) -> Result<ModelSpec, ConfigError> {
-        let ModelConfig { name, path, device, max_batch_size, speculation } = model;
-        let source =
-            Source::from_str(path).map_err(|error| wrong(&format!("models[{index}].path"), error))?;
-        let mut spec = ModelSpec::new(name.clone(), source);
-        spec.device = *device;
-        spec.threads = threads;
-        spec.batching = self.batching;
-        spec.speculation.clone_from(speculation);
-        if let Some(size) = max_batch_size.or(self.max_batch_size) {
-            spec.set_max_batch_size(size);
+    /// The same configuration with each default written out in each model, where it does not depend on the
+    /// model's files.
+    #[must_use]
+    pub fn effective(&self) -> Self {
+        let mut config = self.clone();
+        for model in &mut config.models {
+            model.max_batch_size.get_or_insert(self.batching.max_batch_size);
+            model.max_queue.get_or_insert(EngineConfig::default().max_queue);
+            model.batching.get_or_insert(self.batching.texts());
         }
-        Ok(spec)
+        config
+    }
+
+    /// The text of a `config.yaml` that means this configuration.
+    ///
+    /// # Errors
+    /// A value that YAML has no form for.
+    pub fn to_yaml(&self) -> Result<String, ConfigError> {
+        Ok(yaml::write(&ConfigFile::of(self))?)
+    }
+
+    /// # Errors
+    /// The first name that two models claim, with its place.
+    pub(crate) fn check_names(&self) -> Result<(), ConfigError> {
+        let mut taken = std::collections::HashSet::new();
+        for (index, model) in self.models.iter().enumerate() {
+            let mut names = model.names().enumerate();
+            if let Some((place, name)) = names.find(|(_, name)| !taken.insert(name.as_str())) {
+                let key = if place == 0 { "name" } else { "aliases" };
+                let message = format!("{name:?} is given twice; give each model its own names");
+                return Err(wrong(&format!("models[{index}].{key}"), message));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -210,8 +443,8 @@ mod tests {
     fn the_example_is_the_defaults() {
         let config = Config::from_str(EXAMPLE).unwrap();
         assert_eq!(config.server, ServerConfig::default());
-        assert_eq!((config.max_batch_size, config.prometheus_port), (Some(32), Some(9090)));
-        assert_eq!(config.batching, TextBatching::default());
+        assert_eq!(config.prometheus_port, Some(9090));
+        assert_eq!(config.batching, BatchingConfig::default());
         assert_eq!(config.models[0].name, "smollm2");
         assert_eq!(config.listen().metrics, Some(config.listen().grpc));
     }
@@ -255,6 +488,51 @@ mod tests {
     }
 
     #[test]
+    fn every_key_of_a_model_reaches_its_engine() {
+        let text = "models: [{name: a, aliases: [b], path: /a, files: ['*.gguf'], sha256: ab, task: embed, numerics: exact, \
+             context_tokens: 64, max_batch_size: 200, max_queue: 3, \
+             batching: {strategy: size, max_wait_time_ms: 7, enable_priority: true}}]";
+        let spec = Config::from_str(text).unwrap().specs(None).unwrap().remove(0);
+        assert_eq!(spec.names, ["a", "b"]);
+        assert_eq!(spec.files, ["*.gguf"]);
+        assert_eq!((spec.sha256.as_deref(), spec.task), (Some("ab"), Some(Task::Embed)));
+        let encoder = spec.encoder_config();
+        assert_eq!(
+            (encoder.strategy, encoder.max_wait_ms, encoder.priority),
+            (BatchingStrategy::Size, 7, true)
+        );
+        assert_eq!((encoder.max_batch_size, encoder.max_queue), (200, 3));
+        assert_eq!((encoder.context_tokens, encoder.numerics), (Some(64), Numerics::Exact));
+    }
+
+    #[test]
+    fn what_is_printed_is_read_back_with_every_default() {
+        let text = "server: {host: '::1', port: 1, allowed_origins: ['https://a.example'], model_control: false, drain_timeout_ms: 5}\nbatching: {strategy: time}\n\
+             models: [{name: a, path: 'file:///a%20b'}, {name: b, path: /b, aliases: [c], speculation: {ngram: {}}}, \
+             {name: d, path: /d, speculation: {draft: {path: /e}}}]\nmonitoring: {prometheus: {port: 7}}";
+        for text in [text, "models: [{name: a, path: /a}]", EXAMPLE] {
+            let config = Config::from_str(text).unwrap();
+            let printed = config.effective().to_yaml().unwrap();
+            assert_eq!(Config::from_str(&printed).unwrap(), config.effective(), "{printed}");
+            let specs = |config: &Config| format!("{:?}", config.specs(None).unwrap());
+            assert_eq!(specs(&Config::from_str(&printed).unwrap()), specs(&config));
+        }
+        let printed =
+            Config::from_str("models: [{name: a, path: /a}]").unwrap().effective().to_yaml().unwrap();
+        for line in [
+            "  port: 8080\n",
+            "  model_control: true\n",
+            "  drain_timeout_ms: 30000\n",
+            "  max_wait_time_ms: 10\n",
+            "  device: auto\n",
+            "  numerics: fast\n",
+            "  max_queue: 512\n",
+        ] {
+            assert!(printed.contains(line), "{line} {printed}");
+        }
+    }
+
+    #[test]
     fn an_unknown_key_is_refused_with_its_path_and_a_hint() {
         for (text, path, hint) in [
             ("sever: {}", "sever: ", "\"server\""),
@@ -264,6 +542,11 @@ mod tests {
                 "monitoring: {prometheus: {ports: 1}}\nmodels: [{name: a, path: /a}]",
                 "monitoring.prometheus.ports",
                 "port",
+            ),
+            (
+                "models: [{name: a, path: /a, batching: {strategi: size}}]",
+                "models[0].batching.strategi",
+                "\"strategy\"",
             ),
             ("completely_different: 1", "completely_different", "known are: server"),
         ] {
@@ -297,6 +580,25 @@ mod tests {
             ("models: []".into(), "models: is empty"),
             ("models: [{path: /a}]".into(), "models[0].name: is missing"),
             ("models: [a]".into(), "models[0]: invalid type: string \"a\", expected keys and values"),
+            (
+                "models: [{name: a, path: /a}, {name: a, path: /b}]".into(),
+                "models[1].name: \"a\" is given twice",
+            ),
+            ("models: [{name: a, path: /a, aliases: [a]}]".into(), "models[0].aliases: \"a\" is given twice"),
+            ("models: [{name: a, path: /a, context_tokens: 0}]".into(), "models[0].context_tokens: 0"),
+            ("models: [{name: a, path: /a, max_queue: 0}]".into(), "models[0].max_queue: 0"),
+            ("models: [{name: a, path: /a, numerics: best}]".into(), "models[0].numerics: \"best\""),
+            ("models: [{name: a, path: /a, task: dance}]".into(), "models[0].task: \"dance\""),
+            (
+                "models: [{name: a, path: /a, batching: {max_wait_time_ms: 0}}]".into(),
+                "models[0].batching.max_wait_time_ms: 0",
+            ),
+            (format!("server: {{drain_timeout_ms: 0}}\n{models}"), "server.drain_timeout_ms: 0"),
+            (
+                format!("server: {{allowed_origins: [here]}}\n{models}"),
+                "server.allowed_origins: \"here\" is not",
+            ),
+            (format!("server: {{allowed_origins: []}}\n{models}"), "server.allowed_origins: is empty"),
             (format!("server: {{port: 70000}}\n{models}"), "server.port: "),
             (format!("server: {{host: here}}\n{models}"), "server.host: \"here\" is not an address"),
             (format!("server: {{port: 9090}}\n{models}"), "server.grpc_port: is the same"),

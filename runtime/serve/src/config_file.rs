@@ -1,38 +1,51 @@
-//! The sections of a `config.yaml` as they are written, and their checks.
+//! The sections of a `config.yaml` as they are written, their checks, and the way back to text.
 //!
 //! The fields of these types are the one list of keys: errors take the known keys of a section from its type.
 
 use std::net::Ipv4Addr;
+use std::path::Path;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use trustformers_api::browser::AllowedOrigins;
 use trustformers_api::nearest;
-use trustformers_proto::yaml::{self, UnknownKey, keys_of};
-use trustformers_runtime::device::DeviceChoice;
-use trustformers_runtime::spec::{SpeculationSpec, TextBatching};
+use trustformers_engine::Numerics;
+use trustformers_proto::Task;
+use trustformers_proto::yaml::{Document, UnknownKey, keys_of};
+use trustformers_runtime::spec::{SpeculationSpec, TextBatching, numerics_of};
 use trustformers_store::Source;
 
-use crate::config::{Config, ConfigError, ModelConfig, NOT_YET, ServerConfig, wrong};
+use crate::config::{
+    BatchingConfig, Config, ConfigError, ModelConfig, NOT_YET, ServerConfig, check_batch_size, wrong,
+};
 
 /// The whole file.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 pub(crate) struct ConfigFile {
+    #[serde(skip_serializing_if = "Option::is_none")]
     server: Option<ServerSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     batching: Option<BatchingSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     models: Option<Vec<ModelSection>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     monitoring: Option<MonitoringSection>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct ServerSection {
     host: Option<String>,
     port: Option<u16>,
     grpc_port: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allowed_origins: Option<Vec<String>>,
+    model_control: Option<bool>,
+    drain_timeout_ms: Option<u64>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct BatchingSection {
     max_batch_size: Option<usize>,
@@ -41,40 +54,68 @@ struct BatchingSection {
     enable_priority: Option<bool>,
 }
 
-#[derive(Debug, Deserialize)]
+/// The batching of one model, whose `max_batch_size` stands beside it.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(expecting = "keys and values")]
+struct ModelBatchingSection {
+    strategy: Option<String>,
+    max_wait_time_ms: Option<u32>,
+    enable_priority: Option<bool>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct ModelSection {
     name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    aliases: Option<Vec<String>>,
     path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    files: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sha256: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    task: Option<Task>,
     device: Option<String>,
+    numerics: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    context_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     max_batch_size: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_queue: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batching: Option<ModelBatchingSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     speculation: Option<SpeculationSection>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct SpeculationSection {
+    #[serde(skip_serializing_if = "Option::is_none")]
     ngram: Option<NgramSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     draft: Option<DraftSection>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct NgramSection {}
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct DraftSection {
     path: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct MonitoringSection {
     prometheus: Option<PrometheusSection>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct PrometheusSection {
     enabled: Option<bool>,
@@ -91,6 +132,7 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         (false, "monitoring") => keys_of::<MonitoringSection>(),
         (false, "monitoring.prometheus") => keys_of::<PrometheusSection>(),
         (true, "") => keys_of::<ModelSection>(),
+        (true, "batching") => keys_of::<ModelBatchingSection>(),
         (true, "speculation") => keys_of::<SpeculationSection>(),
         (true, "speculation.draft") => keys_of::<DraftSection>(),
         _ => &[],
@@ -112,9 +154,9 @@ fn unknown(key: &UnknownKey) -> ConfigError {
 
 impl ConfigFile {
     /// Reads the sections. The first unknown key is an error before any other.
-    pub(crate) fn read(text: &str) -> Result<Self, ConfigError> {
+    pub(crate) fn read(document: Document) -> Result<Self, ConfigError> {
         let mut first = None;
-        let file = yaml::read(text, |key| {
+        let file = document.read(|key| {
             first.get_or_insert(key);
         });
         match first {
@@ -123,16 +165,18 @@ impl ConfigFile {
         }
     }
 
-    /// Checks the values and fills in defaults.
-    pub(crate) fn check(self) -> Result<Config, ConfigError> {
+    /// Checks the values and fills in defaults. The models may be left out where others are added to them.
+    pub(crate) fn check(self, others: bool) -> Result<Config, ConfigError> {
         let server = server(self.server.unwrap_or_default())?;
-        let batching = self.batching.unwrap_or_default();
-        let max_batch_size = batch_size("batching", batching.max_batch_size)?;
-        let batching = text_batching(batching)?;
-        let models = self.models.ok_or_else(|| wrong("models", "is missing: give a list of {name, path}"))?;
+        let batching = batching(self.batching.unwrap_or_default())?;
+        let models = match self.models {
+            Some(models) => models,
+            None if others => Vec::new(),
+            None => return Err(wrong("models", "is missing: give a list of {name, path}")),
+        };
         let models =
             (0..).zip(models).map(|(index, each)| model(index, each)).collect::<Result<Vec<_>, _>>()?;
-        if models.is_empty() {
+        if models.is_empty() && !others {
             return Err(wrong("models", "is empty: give at least one {name, path}"));
         }
         let prometheus = self.monitoring.and_then(|monitoring| monitoring.prometheus);
@@ -144,13 +188,131 @@ impl ConfigFile {
                 "is the same as server.port; gRPC needs a port of its own",
             ));
         }
-        Ok(Config { server, max_batch_size, batching, models, prometheus_port })
+        Ok(Config { server, batching, models, prometheus_port })
+    }
+
+    /// The sections of a configuration.
+    pub(crate) fn of(config: &Config) -> Self {
+        let Config { server, batching, models, prometheus_port } = config;
+        let ServerConfig { host, port, grpc_port, ref allowed_origins, model_control, drain_timeout_ms } =
+            *server;
+        let prometheus =
+            prometheus_port.map(|port| PrometheusSection { enabled: Some(true), port: Some(port) });
+        Self {
+            server: Some(ServerSection {
+                host: Some(host.to_string()),
+                port: Some(port),
+                grpc_port: Some(grpc_port),
+                allowed_origins: origins(allowed_origins),
+                model_control: Some(model_control),
+                drain_timeout_ms: Some(drain_timeout_ms),
+            }),
+            batching: Some(BatchingSection::of(batching)),
+            models: Some(models.iter().map(ModelSection::of).collect()),
+            monitoring: prometheus.map(|prometheus| MonitoringSection { prometheus: Some(prometheus) }),
+        }
+    }
+}
+
+impl BatchingSection {
+    fn of(batching: &BatchingConfig) -> Self {
+        let BatchingConfig { max_batch_size, max_wait_time_ms, strategy, enable_priority } = *batching;
+        Self {
+            max_batch_size: Some(max_batch_size),
+            strategy: Some(strategy.to_string()),
+            max_wait_time_ms: Some(max_wait_time_ms),
+            enable_priority: Some(enable_priority),
+        }
+    }
+}
+
+impl ModelSection {
+    fn of(model: &ModelConfig) -> Self {
+        let ModelConfig {
+            name,
+            aliases,
+            path,
+            files,
+            sha256,
+            task,
+            device,
+            numerics,
+            context_tokens,
+            max_batch_size,
+            max_queue,
+            batching,
+            speculation,
+        } = model;
+        let given = |list: &Vec<String>| Some(list.clone()).filter(|list| !list.is_empty());
+        Self {
+            name: Some(name.clone()),
+            aliases: given(aliases),
+            path: Some(path.clone()),
+            files: given(files),
+            sha256: sha256.clone(),
+            task: *task,
+            device: Some(device.to_string()),
+            numerics: Some(numerics_word(*numerics).to_owned()),
+            context_tokens: *context_tokens,
+            max_batch_size: *max_batch_size,
+            max_queue: *max_queue,
+            batching: batching.map(|texts| ModelBatchingSection {
+                strategy: Some(texts.strategy.to_string()),
+                max_wait_time_ms: Some(texts.max_wait_ms),
+                enable_priority: Some(texts.priority),
+            }),
+            speculation: speculation.as_ref().map(SpeculationSection::of),
+        }
+    }
+}
+
+impl SpeculationSection {
+    fn of(speculation: &SpeculationSpec) -> Self {
+        match speculation {
+            SpeculationSpec::Ngram => Self { ngram: Some(NgramSection {}), draft: None },
+            SpeculationSpec::Draft(source) => {
+                Self { ngram: None, draft: Some(DraftSection { path: Some(source_text(source.path())) }) }
+            }
+        }
+    }
+}
+
+/// A path as the text that [`Source`] reads it from: one that looks like a URI is written as one.
+pub(crate) fn source_text(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    if text.contains("://") { format!("file://{}", text.replace('%', "%25")) } else { text.into_owned() }
+}
+
+/// The origins as a list; none where every one is allowed. An origin is ASCII, so none is lost.
+fn origins(allowed: &AllowedOrigins) -> Option<Vec<String>> {
+    match allowed {
+        AllowedOrigins::Any => None,
+        AllowedOrigins::Only(origins) => {
+            Some(origins.iter().filter_map(|origin| origin.to_str().ok()).map(str::to_owned).collect())
+        }
+    }
+}
+
+/// The word that [`numerics_of`] reads.
+fn numerics_word(numerics: Numerics) -> &'static str {
+    match numerics {
+        Numerics::Fast => "fast",
+        Numerics::Exact => "exact",
     }
 }
 
 fn server(section: ServerSection) -> Result<ServerConfig, ConfigError> {
     let default = ServerConfig::default();
-    let host = match section.host {
+    let ServerSection { host, port, grpc_port, allowed_origins, model_control, drain_timeout_ms } = section;
+    if allowed_origins.as_ref().is_some_and(Vec::is_empty) {
+        return Err(wrong(
+            "server.allowed_origins",
+            "is empty: list origins, or leave it out to allow every one",
+        ));
+    }
+    let allowed_origins = AllowedOrigins::listed(&allowed_origins.unwrap_or_default())
+        .map_err(|error| wrong("server.allowed_origins", error))?;
+    let host = match host {
         None => default.host,
         Some(text) if text == "localhost" => Ipv4Addr::LOCALHOST.into(),
         Some(text) => text.parse().map_err(|_| {
@@ -159,29 +321,43 @@ fn server(section: ServerSection) -> Result<ServerConfig, ConfigError> {
             wrong("server.host", message)
         })?,
     };
-    let port = section.port.unwrap_or(default.port);
-    Ok(ServerConfig { host, port, grpc_port: section.grpc_port.unwrap_or(default.grpc_port) })
+    if drain_timeout_ms == Some(0) {
+        return Err(wrong(
+            "server.drain_timeout_ms",
+            "0 leaves no time for answers in flight; give 1 or more",
+        ));
+    }
+    Ok(ServerConfig {
+        host,
+        port: port.unwrap_or(default.port),
+        grpc_port: grpc_port.unwrap_or(default.grpc_port),
+        allowed_origins,
+        model_control: model_control.unwrap_or(default.model_control),
+        drain_timeout_ms: drain_timeout_ms.unwrap_or(default.drain_timeout_ms),
+    })
 }
 
-fn text_batching(section: BatchingSection) -> Result<TextBatching, ConfigError> {
+fn batching(section: BatchingSection) -> Result<BatchingConfig, ConfigError> {
+    let BatchingSection { max_batch_size, strategy, max_wait_time_ms, enable_priority } = section;
+    let texts = ModelBatchingSection { strategy, max_wait_time_ms, enable_priority };
+    let TextBatching { strategy, max_wait_ms, priority } = text_batching("batching", texts)?;
+    let max_batch_size = max_batch_size.unwrap_or(BatchingConfig::default().max_batch_size);
+    check_batch_size("batching", max_batch_size)?;
+    Ok(BatchingConfig { max_batch_size, max_wait_time_ms: max_wait_ms, strategy, enable_priority: priority })
+}
+
+fn text_batching(path: &str, section: ModelBatchingSection) -> Result<TextBatching, ConfigError> {
+    let ModelBatchingSection { strategy, max_wait_time_ms, enable_priority } = section;
     let mut texts = TextBatching::default();
-    if let Some(strategy) = section.strategy {
-        texts.strategy = strategy.parse().map_err(|error| wrong("batching.strategy", error))?;
+    if let Some(strategy) = strategy {
+        texts.strategy = strategy.parse().map_err(|error| wrong(&format!("{path}.strategy"), error))?;
     }
-    if let Some(max_wait_ms) = section.max_wait_time_ms {
-        texts.set_max_wait_ms(max_wait_ms).map_err(|error| wrong("batching.max_wait_time_ms", error))?;
+    if let Some(max_wait_ms) = max_wait_time_ms {
+        let set = texts.set_max_wait_ms(max_wait_ms);
+        set.map_err(|error| wrong(&format!("{path}.max_wait_time_ms"), error))?;
     }
-    texts.priority = section.enable_priority.unwrap_or(texts.priority);
+    texts.priority = enable_priority.unwrap_or(texts.priority);
     Ok(texts)
-}
-
-fn batch_size(section: &str, size: Option<usize>) -> Result<Option<usize>, ConfigError> {
-    match size {
-        Some(size) if !(1..=256).contains(&size) => {
-            Err(wrong(&format!("{section}.max_batch_size"), format!("{size} is not within 1 to 256")))
-        }
-        size => Ok(size),
-    }
 }
 
 fn model(index: usize, section: ModelSection) -> Result<ModelConfig, ConfigError> {
@@ -193,14 +369,30 @@ fn model(index: usize, section: ModelSection) -> Result<ModelConfig, ConfigError
         return Err(wrong(&at("name"), "is empty: give the name that callers use"));
     }
     let what = "a .gguf file, or a folder with one or with a checkpoint";
-    let path = section.path.ok_or_else(|| missing("path", what))?;
-    let device = match section.device {
-        None => DeviceChoice::Auto,
-        Some(text) => text.parse().map_err(|error| wrong(&at("device"), error))?,
-    };
-    let max_batch_size = batch_size(&place, section.max_batch_size)?;
-    let speculation = section.speculation.map(|own| speculation(&at("speculation"), own)).transpose()?;
-    Ok(ModelConfig { name, path, device, max_batch_size, speculation })
+    let mut model = ModelConfig::new(name, section.path.ok_or_else(|| missing("path", what))?);
+    model.aliases = section.aliases.unwrap_or_default();
+    model.files = section.files.unwrap_or_default();
+    model.sha256 = section.sha256;
+    model.task = section.task;
+    if let Some(text) = section.device {
+        model.device = text.parse().map_err(|error| wrong(&at("device"), error))?;
+    }
+    if let Some(text) = section.numerics {
+        model.numerics = numerics_of(&text).map_err(|error| wrong(&at("numerics"), error))?;
+    }
+    if section.context_tokens == Some(0) || section.max_queue == Some(0) {
+        let key = if section.max_queue == Some(0) { "max_queue" } else { "context_tokens" };
+        return Err(wrong(&at(key), "0 leaves no room for a request; give 1 or more"));
+    }
+    model.context_tokens = section.context_tokens;
+    model.max_queue = section.max_queue;
+    if let Some(size) = section.max_batch_size {
+        check_batch_size(&place, size)?;
+    }
+    model.max_batch_size = section.max_batch_size;
+    model.batching = section.batching.map(|own| text_batching(&at("batching"), own)).transpose()?;
+    model.speculation = section.speculation.map(|own| speculation(&at("speculation"), own)).transpose()?;
+    Ok(model)
 }
 
 fn speculation(path: &str, section: SpeculationSection) -> Result<SpeculationSpec, ConfigError> {

@@ -1,17 +1,19 @@
 //! The command line, and its help.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use trustformers_telemetry::logs::LogFormat;
 
-/// Serves models over HTTP and gRPC in one process; with `generate` or `embed`, answers once and ends; with
-/// `bench`, measures.
+/// Serves models over HTTP and gRPC in one process; with `generate` or `embed`,
+/// answers once and ends; with `bench`, measures.
 ///
 /// Without a subcommand it reads config.yaml of the working directory (or
 /// --config), listens, loads the models in the background and serves until SIGINT
 /// (Ctrl-C) or SIGTERM; then answers in flight are given before it ends. A second
-/// Ctrl-C ends at once.
+/// Ctrl-C ends at once. While it serves, it reads the file again every second:
+/// models that are added, changed or removed there are loaded and unloaded.
 ///
 ///   trustformers-serve --print-config-example > config.yaml
 ///   trustformers-serve
@@ -35,20 +37,74 @@ pub(crate) struct Flags {
 /// How to serve.
 #[derive(Debug, Args)]
 pub(crate) struct ServeFlags {
-    /// The configuration, instead of config.yaml of the working directory.
+    /// The configuration, instead of config.yaml of the working directory: keys as in --print-config-example,
+    /// or InferenceModel documents.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// Where there is no config.yaml, serves every model of this folder: each .gguf file under its name
+    /// without .gguf, each folder with model.safetensors under the folder's name.
+    #[arg(long, value_name = "FOLDER", conflicts_with = "config")]
+    pub(crate) models: Option<PathBuf>,
     /// Prints a configuration to begin with, and ends.
     #[arg(long)]
     pub(crate) print_config_example: bool,
+    #[command(flatten)]
+    pub(crate) server: ServerFlags,
+}
+
+/// What overrides a configuration.
+#[derive(Debug, Args)]
+pub(crate) struct ServerFlags {
+    /// The address to listen on, instead of server.host.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) host: Option<IpAddr>,
+    /// HTTP's port, instead of server.port; 0 takes any that is free.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) port: Option<u16>,
+    /// gRPC's port, instead of server.grpc_port; 0 takes any that is free.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) grpc_port: Option<u16>,
+    /// The files of the InferenceModel of this name, instead of its spec.source.uri. May be given several
+    /// times.
+    #[arg(long, value_name = "NAME=PATH", value_parser = named_path)]
+    pub(crate) source: Vec<(String, String)>,
     /// Threads of the CPU device; by default as many as the process may use.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
+    /// Prints the configuration in force, with defaults and what these flags override, and ends. The output
+    /// is a config.yaml.
+    #[arg(long)]
+    pub(crate) print_config: bool,
+}
+
+fn named_path(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty());
+    let pair = pair.map(|(name, path)| (name.to_owned(), path.to_owned()));
+    pair.ok_or_else(|| "expected a model and its files, such as smollm2=/models/smollm2.gguf".to_owned())
+}
+
+/// A file to serve.
+#[derive(Debug, Args)]
+pub(crate) struct RunFlags {
+    /// A file of InferenceModel documents, or a config.yaml.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) server: ServerFlags,
 }
 
 /// What to do instead of serving.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Serves the models of a file, such as the InferenceModel that a cluster gets.
+    ///
+    /// The file holds one or more documents: InferenceModels, and at most one with the keys of a config.yaml
+    /// (where to listen). Fields that mean something in a cluster only (replicas, pods, gateways) are refused
+    /// where they differ from their defaults. Serves and follows the file as without a subcommand.
+    ///
+    ///   trustformers-serve run model.yaml
+    #[command(verbatim_doc_comment)]
+    Run(RunFlags),
     /// Answers one prompt: text to stdout as it is made, or with --json one object at the end.
     ///
     /// Special tokens that are spelled in the prompt (such as <|im_start|>) are recognised. A begin token is

@@ -136,7 +136,7 @@ fn job(flags: GenerateFlags) -> Result<GenerateJob, GenerateFailure> {
         None => prompt.unwrap_or_default(),
     };
     let asked = Asked {
-        prompt,
+        prompt: prompt.as_str().into(),
         model: None,
         max_tokens: Some(max_tokens),
         temperature: Some(temperature),
@@ -146,7 +146,7 @@ fn job(flags: GenerateFlags) -> Result<GenerateJob, GenerateFailure> {
         ..Asked::default()
     };
     let checked = asked.check(&HTTP_DEFAULTS).map_err(|error| in_flags(&error.to_string(), prompt_flag))?;
-    let params = generate_params(checked);
+    let params = generate_params(checked, trustformers_engine::Prompt::Text(prompt));
     params.check().map_err(|error| in_flags(&error.to_string(), prompt_flag))?;
     Ok(GenerateJob { spec, params, json })
 }

@@ -20,11 +20,25 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`config`], `config_file.rs` | `config.yaml` and its values |
+//! | `inference_model.rs`, `documents.rs` | the YAML of an `InferenceModel`, and files of several documents |
+//! | [`config_source`], `model_folder.rs` | where a configuration comes from: a file, or a folder of models |
+//! | `reload.rs` | a configuration that changes while the server runs |
+//! | [`server`] | the server as a library |
 
 pub mod config;
 mod config_file;
+pub mod config_source;
+mod documents;
+mod inference_model;
+mod model_folder;
+mod reload;
 pub mod server;
 
-pub use config::{Config, ConfigError};
-pub use server::{Running, ServerError, TrustformersServer};
+pub use config::{BatchingConfig, BatchingStrategy, Config, ConfigError, ModelConfig};
+pub use config_source::ConfigSource;
+pub use server::{Running, ServerError, TrustformersResult, TrustformersServer};
 pub use trustformers_proto::v1 as proto;

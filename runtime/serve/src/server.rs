@@ -6,17 +6,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::Registry;
-use trustformers_runtime::device::{self, DeviceChoice};
+use tokio::task::JoinHandle;
+use trustformers_proto::v1::ModelStatus;
+use trustformers_runtime::device;
+use trustformers_runtime::model_table::ControlError;
 use trustformers_runtime::models::ModelServer;
-use trustformers_runtime::process::{Drain, Process, Settings, StartError, run};
+use trustformers_runtime::process::{Drain, EndSignals, Process, Settings, StartError};
 use trustformers_telemetry::metrics::{self, MetricsError};
 
-use crate::config::{Config, ConfigError, ModelConfig};
+use crate::config::{BatchingConfig, Config, ConfigError, ModelConfig, wrong};
+use crate::config_source::ConfigSource;
+use crate::reload::{Followed, Reloader};
 
-/// How long answers in flight may take once the server is asked to end.
-pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// What the functions of this library return.
+pub type TrustformersResult<T> = Result<T, ServerError>;
 
-/// Why a server could not start serving.
+/// Why a server could not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// The configuration cannot be honoured.
@@ -28,6 +33,9 @@ pub enum ServerError {
     /// The metrics do not fit together.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
+    /// A model could not be loaded or unloaded.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// A path of a model that is not text.
     #[error("the path {path:?} of model {name} is not UTF-8; rename it")]
     PathNotUtf8 {
@@ -40,16 +48,29 @@ pub enum ServerError {
 
 /// A server that is being put together.
 ///
-/// ```no_run
-/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// use trustformers_serve::{Config, TrustformersServer};
+/// Models may be added before the server starts, and loaded and unloaded while it runs:
 ///
+/// ```no_run
+/// use trustformers_serve::{BatchingConfig, BatchingStrategy, Config};
+/// use trustformers_serve::{TrustformersResult, TrustformersServer};
+///
+/// # async fn example() -> TrustformersResult<()> {
 /// let config: Config = "models: [{name: smollm2, path: /models/smollm2.gguf}]".parse()?;
-/// let mut server = TrustformersServer::new(config);
-/// server.load_model("other", "/models/other.gguf")?;
+/// let mut server = TrustformersServer::new(config).with_batching(BatchingConfig {
+///     max_batch_size: 32,
+///     max_wait_time_ms: 10,
+///     strategy: BatchingStrategy::Dynamic,
+///     enable_priority: true,
+/// })?;
+/// server.load_model("minilm", "/models/all-MiniLM-L6-v2")?;
+///
 /// let running = server.start().await?;
 /// running.until_ready().await;
 /// println!("curl http://{}/v1/models", running.http_address());
+///
+/// let model = running.load_model("smollm2-v2", "/models/smollm2-v2.gguf").await?;
+/// println!("{} has the digest {}", model.name, model.digest);
+/// running.unload_model("smollm2").await?;
 /// running.drain().await;
 /// # Ok(())
 /// # }
@@ -58,17 +79,52 @@ pub enum ServerError {
 pub struct TrustformersServer {
     config: Config,
     threads: Option<usize>,
+    followed: Option<Followed>,
 }
 
 /// A server that listens; its models load in the background.
 pub struct Running {
     process: Process,
+    batching: BatchingConfig,
+    threads: Option<usize>,
+    _following: Option<Following>,
+}
+
+/// The task that follows a configuration. It ends with this.
+struct Following(JoinHandle<()>);
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A path as text.
+fn utf8(name: &str, path: &Path) -> TrustformersResult<String> {
+    let not_utf8 = || ServerError::PathNotUtf8 { name: name.to_owned(), path: path.to_owned() };
+    path.to_str().map(str::to_owned).ok_or_else(not_utf8)
 }
 
 impl TrustformersServer {
     /// A server of the configured models.
     pub fn new(config: Config) -> Self {
-        Self { config, threads: None }
+        Self { config, threads: None, followed: None }
+    }
+
+    /// A server of a file or a folder, which is read again while the server runs: models that are added,
+    /// changed or removed there are loaded and unloaded.
+    ///
+    /// # Errors
+    /// What cannot be read or honoured.
+    pub fn open(source: ConfigSource) -> TrustformersResult<Self> {
+        let reading = source.read()?;
+        let config = source.config_of(&reading)?;
+        Ok(Self { config, threads: None, followed: Some(Followed { source, reading }) })
+    }
+
+    /// What is served and where.
+    pub fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Sets the threads of the CPU device; by default as many as the process may use.
@@ -78,24 +134,41 @@ impl TrustformersServer {
         self
     }
 
-    /// Adds a model: a `.gguf` file, or a folder that holds one. It is loaded when the server starts.
+    /// Sets how requests share an engine, for the models that do not say themselves.
     ///
     /// # Errors
-    /// A path that is not text. Whether a model lies there is known when it is loaded; its state then says
-    /// so.
-    pub fn load_model(&mut self, name: impl Into<String>, path: impl AsRef<Path>) -> Result<(), ServerError> {
-        let (name, path) = (name.into(), path.as_ref());
-        let Some(text) = path.to_str() else {
-            return Err(ServerError::PathNotUtf8 { name, path: path.to_owned() });
-        };
-        let path = text.to_owned();
-        self.config.models.push(ModelConfig {
-            name,
-            path,
-            device: DeviceChoice::Auto,
-            max_batch_size: None,
-            speculation: None,
-        });
+    /// A figure that is out of its range.
+    pub fn with_batching(mut self, batching: BatchingConfig) -> TrustformersResult<Self> {
+        batching.check("batching")?;
+        self.config.batching = batching;
+        Ok(self)
+    }
+
+    /// Adds a model: a `.gguf` file, or a folder that holds one or a checkpoint. It is loaded when the server
+    /// starts.
+    ///
+    /// # Errors
+    /// A path that is not text, or a name that is taken. Whether a model lies there is known when it is
+    /// loaded; its state then says so.
+    pub fn load_model(&mut self, name: impl Into<String>, path: impl AsRef<Path>) -> TrustformersResult<()> {
+        let name = name.into();
+        let path = utf8(&name, path.as_ref())?;
+        if self.config.models.iter().any(|model| model.names().any(|taken| *taken == name)) {
+            return Err(ControlError::NameTaken { name }.into());
+        }
+        self.config.models.push(ModelConfig::new(name, path));
+        Ok(())
+    }
+
+    /// Takes a model out again, which then is not loaded.
+    ///
+    /// # Errors
+    /// No model has this name.
+    pub fn unload_model(&mut self, name: &str) -> TrustformersResult<()> {
+        let models = &mut self.config.models;
+        let index = models.iter().position(|model| model.names().any(|known| known == name));
+        let index = index.ok_or_else(|| ControlError::Unknown { name: name.to_owned() })?;
+        models.remove(index);
         Ok(())
     }
 
@@ -104,27 +177,38 @@ impl TrustformersServer {
     /// # Errors
     /// [`ServerError`], before anything was loaded. A model that cannot be loaded is no error here: it is
     /// FAILED with its cause, and the others serve.
-    pub async fn start(self) -> Result<Running, ServerError> {
+    pub async fn start(self) -> TrustformersResult<Running> {
         let (settings, registry) = self.settings()?;
+        let Self { config, threads, followed } = self;
         let process = Process::start(settings, registry, device::real()).await?;
-        Ok(Running { process })
+        let following = followed.map(|followed| {
+            let reloader = Reloader::new(followed, &config, threads, Arc::clone(process.models()));
+            Following(tokio::spawn(reloader.run()))
+        });
+        Ok(Running { process, batching: config.batching, threads, _following: following })
     }
 
-    /// Listens, loads and serves until SIGTERM or SIGINT, then drains.
+    /// Listens, loads and serves until SIGTERM or SIGINT, then drains. A second signal ends at once.
     ///
     /// # Errors
     /// As for [`TrustformersServer::start`].
-    pub async fn run(self) -> Result<(), ServerError> {
-        let (settings, registry) = self.settings()?;
-        Ok(run(settings, registry, device::real()).await?)
+    pub async fn run(self) -> TrustformersResult<()> {
+        let signals = EndSignals::new()?;
+        let running = self.start().await?;
+        signals.drain_on_the_first(running.drain()).await;
+        Ok(())
     }
 
-    fn settings(&self) -> Result<(Settings, Registry), ServerError> {
+    fn settings(&self) -> TrustformersResult<(Settings, Registry)> {
+        if self.config.models.is_empty() {
+            return Err(wrong("models", "is empty: give at least one model").into());
+        }
         let settings = Settings {
             models: self.config.specs(self.threads)?,
             listen: self.config.listen(),
             // No router sends requests to a single process, so there is no routing table to wait for.
-            drain: Drain { quiet: Duration::ZERO, timeout: DRAIN_TIMEOUT },
+            drain: Drain { quiet: Duration::ZERO, timeout: self.config.drain_timeout() },
+            model_control: self.config.model_control(self.threads),
         };
         Ok((settings, metrics::new_registry("trustformers-serve", env!("CARGO_PKG_VERSION"))?))
     }
@@ -146,7 +230,33 @@ impl Running {
         self.process.models()
     }
 
-    /// Waits until every model has been loaded or has failed.
+    /// Loads a model and waits until it is ready. The load goes on when the future is dropped.
+    ///
+    /// # Errors
+    /// A path that is not text, a name that is taken, or why it could not be loaded; nothing of it is left
+    /// then.
+    pub async fn load_model(
+        &self,
+        name: impl Into<String>,
+        path: impl AsRef<Path>,
+    ) -> TrustformersResult<ModelStatus> {
+        let name = name.into();
+        let path = utf8(&name, path.as_ref())?;
+        let model = ModelConfig::new(name, path);
+        let spec = model.spec(&model.name, &self.batching, self.threads)?;
+        Ok(self.models().load(spec).await?)
+    }
+
+    /// Unloads a model and waits until its answers in flight have ended and its memory is free. Returns what
+    /// it was.
+    ///
+    /// # Errors
+    /// No model has this name.
+    pub async fn unload_model(&self, name: &str) -> TrustformersResult<ModelStatus> {
+        Ok(self.models().unload(name).await?)
+    }
+
+    /// Waits until every model that the server started with has been loaded or has failed.
     pub async fn until_ready(&self) {
         use trustformers_api::Health;
         let mut readiness = self.models().readiness();
@@ -158,8 +268,10 @@ impl Running {
         }
     }
 
-    /// Ends: answers in flight are given, at most for [`DRAIN_TIMEOUT`]. Returns whether all could be.
+    /// Ends: answers in flight are given, at most for the configured time. Returns whether all could be.
     pub async fn drain(self) -> bool {
-        self.process.drain().await
+        let Self { process, _following: following, .. } = self;
+        drop(following);
+        process.drain().await
     }
 }

@@ -2,125 +2,16 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+mod program;
+
+use std::process::Stdio;
 
 use serde_json::Value;
-use tempfile::TempDir;
-use trustformers_model::seeded::{SeededEncoder, SeededModel};
 use trustformers_serve::proto::{
     EmbedRequest, GenerateRequest, inference_service_client::InferenceServiceClient,
 };
 
-/// A running program; it is killed when a test fails before it has ended.
-struct Server {
-    child: Child,
-    log: BufReader<std::process::ChildStderr>,
-    http: String,
-    grpc: String,
-    _folder: TempDir,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Server {
-    /// Starts it on free ports of the loopback with the given models, in a folder that holds `tiny.gguf`
-    /// and a folder `bert`.
-    fn start(models: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("tiny.gguf"), SeededModel::default().gguf()).unwrap();
-        std::fs::create_dir(folder.path().join("bert")).unwrap();
-        SeededEncoder::default().write(&folder.path().join("bert")).unwrap();
-        let config = format!(
-            "batching: {{strategy: size, max_wait_time_ms: 1}}\nserver: {{host: 127.0.0.1, port: 0, grpc_port: 0}}\n\
-             monitoring: {{prometheus: {{enabled: true, port: 0}}}}\nmodels: {models}\n"
-        );
-        std::fs::write(folder.path().join("config.yaml"), config).unwrap();
-        let mut child =
-            program(folder.path()).arg("--log-format=json").stderr(Stdio::piped()).spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        let mut server = Self { child, log, http: String::new(), grpc: String::new(), _folder: folder };
-        let line = server.logged("listening");
-        server.http = line["http"].as_str().unwrap().to_owned();
-        server.grpc = line["grpc"].as_str().unwrap().to_owned();
-        server
-    }
-
-    /// The next log line with this message.
-    fn logged(&mut self, message: &str) -> Value {
-        loop {
-            let line = self.next_line(message);
-            if line["message"] == message {
-                return line;
-            }
-        }
-    }
-
-    fn next_line(&mut self, wanted: &str) -> Value {
-        let mut line = String::new();
-        assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "the log ended before {wanted:?}");
-        serde_json::from_str(&line).unwrap()
-    }
-
-    /// Reads on until each of these models was seen in its state, in whatever order they get there.
-    fn until_states(&mut self, wanted: &[(&str, &str)]) {
-        let mut left = wanted.to_vec();
-        while !left.is_empty() {
-            let line = self.next_state();
-            left.retain(|(model, state)| line["model"] != *model || line["state"] != *state);
-        }
-    }
-
-    /// The next change of a model's state; a failure's message is its cause.
-    fn next_state(&mut self) -> Value {
-        loop {
-            let line = self.next_line("a state");
-            if line["state"].is_string() {
-                return line;
-            }
-        }
-    }
-
-    fn get(&self, address: &str, path: &str) -> String {
-        http(address, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"))
-    }
-
-    fn post(&self, path: &str, body: &str) -> String {
-        let length = body.len();
-        let head = format!(
-            "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
-        );
-        http(&self.http, &(head + body))
-    }
-
-    /// Sends a signal and gives the exit status.
-    fn end_with(&mut self, signal: &str) -> Option<i32> {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
-        self.child.wait().unwrap().code()
-    }
-}
-
-fn program(folder: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_trustformers-serve"));
-    command.current_dir(folder).env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::null());
-    command
-}
-
-fn http(address: &str, request: &str) -> String {
-    let mut connection = TcpStream::connect(address).unwrap();
-    connection.write_all(request.as_bytes()).unwrap();
-    let mut text = String::new();
-    connection.read_to_string(&mut text).unwrap();
-    text
-}
+use program::{Server, body, program};
 
 #[test]
 fn it_serves_http_sse_grpc_and_metrics_and_ends_on_a_signal() {
@@ -150,12 +41,6 @@ fn it_serves_http_sse_grpc_and_metrics_and_ends_on_a_signal() {
         assert!(page.starts_with("HTTP/1.1 200") && page.contains("trustformers_build_info"), "{page}");
     }
     assert_eq!(server.end_with("-INT"), Some(0));
-}
-
-/// The JSON in an HTTP answer.
-fn body(answer: &str) -> Value {
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap()
 }
 
 #[test]

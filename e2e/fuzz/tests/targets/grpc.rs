@@ -14,11 +14,13 @@ const BOUNDS: Bounds = Bounds { input_bytes: 64 * KIB, heap_bytes: 16 * MIB, tim
 /// A refusal repeats at most some hundred characters of the request, whatever its size.
 const MAX_MESSAGE_BYTES: usize = 4 * KIB;
 
-const WORDS: [&str; 12] = [
+const WORDS: [&str; 14] = [
     "/trustformers.v1.InferenceService/Generate\n",
     "/trustformers.v1.InferenceService/GenerateStream\n",
     "/trustformers.v1.InferenceService/Embed\n",
     "/trustformers.v1.ModelService/ListModels\n",
+    "/inference.GRPCInferenceService/ModelInfer\n",
+    "/inference.GRPCInferenceService/ModelStreamInfer\n",
     "/grpc.health.v1.Health/Check\n",
     "\u{a}",
     "\u{12}",

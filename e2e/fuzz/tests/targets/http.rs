@@ -15,7 +15,7 @@ const BOUNDS: Bounds = Bounds { input_bytes: 64 * KIB, heap_bytes: 16 * MIB, tim
 /// A refusal repeats at most some hundred characters of the request, whatever its size.
 const MAX_REFUSAL_BYTES: usize = 4 * KIB;
 
-const WORDS: [&str; 40] = [
+const WORDS: [&str; 48] = [
     "\"prompt\":",
     "\"max_tokens\":",
     "\"temperature\":",
@@ -56,6 +56,14 @@ const WORDS: [&str; 40] = [
     "\\u0000",
     "POST ",
     "/v1/",
+    "/v2/models/",
+    "\"inputs\":",
+    "\"shape\":",
+    "\"datatype\":",
+    "\"data\":",
+    "\"parameters\":",
+    "\"text_input\":",
+    "\"binary_data_size\":",
 ];
 
 #[test]

@@ -7,6 +7,7 @@
 
 mod chat;
 mod checkpoint;
+mod encoded;
 mod format;
 mod gguf;
 mod grpc;

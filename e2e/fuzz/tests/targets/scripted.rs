@@ -7,15 +7,15 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use trustformers_api::inference::Models;
 use trustformers_api::{
-    Answer, Api, ApiError, EmbedRequest, Embedded, Event, FinishReason, Generation, Health, Inference,
-    PoolingMode, Usage, Verdict,
+    Answer, AnswerSyntax, Api, ApiError, CountRequest, EmbedRequest, Embedded, Event, FinishReason,
+    Generation, Health, Inference, PoolingMode, TokenText, Usage, Verdict,
 };
 use trustformers_proto::v1;
 
 /// Vectors of this many values.
 const WIDTH: usize = 2;
 
-/// A server with one model, `fake`.
+/// A server with a model that generates, `fake`, and one that embeds, `vectors`.
 pub(crate) struct Scripted {
     models: watch::Sender<Models>,
     ready: watch::Sender<Verdict>,
@@ -23,10 +23,14 @@ pub(crate) struct Scripted {
 
 /// The codecs over it. Watches end at once, so that every response has an end.
 pub(crate) fn api() -> Api {
-    let mut model = v1::ModelStatus { name: "fake".into(), ..Default::default() };
-    model.set_state(v1::ModelState::Ready);
+    let ready = |name: &str, task: &str| {
+        let mut model = v1::ModelStatus { name: name.into(), task: task.into(), ..Default::default() };
+        model.set_state(v1::ModelState::Ready);
+        model
+    };
+    let models = [ready("fake", "generate"), ready("vectors", "embed")];
     let scripted = Scripted {
-        models: watch::Sender::new(vec![model].into()),
+        models: watch::Sender::new(models.into()),
         ready: watch::Sender::new(Verdict::yes("ready")),
     };
     let closing = CancellationToken::new();
@@ -58,7 +62,16 @@ impl Inference for Scripted {
         let events = [Ok(Event::Token { id: 1, text: "a".into(), logprobs: None }), Ok(finished)];
         let events = futures::stream::iter(events).boxed();
         Box::pin(async {
-            Ok(Answer { id: "gen-1".into(), model: "fake".into(), model_digest: "d1".into(), events })
+            Ok(Answer {
+                id: "gen-1".into(),
+                model: "fake".into(),
+                model_digest: "d1".into(),
+                revision: "r1".into(),
+                created_unix_s: 0,
+                prompt_tokens: 1,
+                syntax: AnswerSyntax::default(),
+                events,
+            })
         })
     }
 
@@ -68,6 +81,7 @@ impl Inference for Scripted {
                 id: "emb-1".into(),
                 model: "fake".into(),
                 model_digest: "d1".into(),
+                revision: "r1".into(),
                 values: vec![0.5; request.input.len() * WIDTH],
                 width: WIDTH,
                 tokens: 1,
@@ -76,6 +90,19 @@ impl Inference for Scripted {
                 pooling_note: None,
             })
         })
+    }
+
+    fn count_tokens(&self, _: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {
+        Box::pin(async { Ok(1) })
+    }
+
+    fn token_texts(
+        &self,
+        _: Option<String>,
+        ids: Vec<u32>,
+    ) -> BoxFuture<'_, Result<Vec<TokenText>, ApiError>> {
+        let text = |_| TokenText { text: "a".into(), bytes: b"a".to_vec() };
+        Box::pin(async move { Ok(ids.into_iter().map(text).collect()) })
     }
 
     fn watch_models(&self) -> watch::Receiver<Models> {

@@ -7,6 +7,8 @@ use prost::Message;
 use trustformers_model::gguf::GgufValue;
 use trustformers_model::seeded::{SeededFamily, SeededModel};
 use trustformers_plan::DType;
+use trustformers_proto::inference::model_infer_request::InferInputTensor;
+use trustformers_proto::inference::{InferTensorContents, ModelInferRequest};
 use trustformers_proto::v1;
 
 /// A model of some 18 KiB.
@@ -92,7 +94,7 @@ const TEMPLATES: [(&str, &str); 3] = [
     ),
 ];
 
-const REQUESTS: [(&str, &str); 6] = [
+const REQUESTS: [(&str, &str); 9] = [
     (
         "generate",
         "POST /v1/generate\n{\"prompt\": \"hi\", \"max_tokens\": 4, \"temperature\": 0.5, \"top_p\": 0.9, \"seed\": 7, \"stop\": [\"a\"], \
@@ -107,6 +109,21 @@ const REQUESTS: [(&str, &str); 6] = [
         "POST /v1/embeddings\n{\"input\": [\"a\", \"b\"], \"encoding_format\": \"base64\", \"dimensions\": 2}",
     ),
     ("tokens", "POST /v1/embeddings\n{\"input\": [[1, 2], [3]], \"truncate\": true, \"user\": \"u\"}"),
+    (
+        "tensors",
+        "POST /v2/models/fake/infer\n{\"id\": \"1\", \"inputs\": [{\"name\": \"text_input\", \"shape\": [2, 1], \"datatype\": \"BYTES\", \
+         \"data\": [[\"a\"], [\"b\"]]}, {\"name\": \"max_tokens\", \"shape\": [1], \"datatype\": \"INT32\", \"data\": [4]}], \
+         \"outputs\": [{\"name\": \"text_output\", \"parameters\": {\"binary_data\": true}}]}",
+    ),
+    (
+        "tensors_of_ids",
+        "POST /v2/models/vectors/versions/1/infer\n{\"inputs\": [{\"name\": \"input_ids\", \"shape\": [1, 2], \"datatype\": \"INT64\", \
+         \"data\": [1, 2]}, {\"name\": \"attention_mask\", \"shape\": [1, 2], \"datatype\": \"INT64\", \"data\": [1, 0]}]}",
+    ),
+    (
+        "text_input",
+        "POST /v2/models/fake/generate_stream\n{\"text_input\": \"hi\", \"parameters\": {\"max_tokens\": 4, \"bad_words\": [\"\"]}}",
+    ),
     ("models", "GET /v1/models\n"),
     ("health", "GET /health/ready\n"),
 ];
@@ -138,6 +155,20 @@ fn messages() {
         ("embed", "Embed", embed.encode_to_vec()),
     ] {
         put("grpc", name, [format!("{service}/{method}\n").as_bytes(), &content].concat());
+    }
+    let contents = InferTensorContents { bytes_contents: vec![b"hi".to_vec()], ..Default::default() };
+    let text = InferInputTensor {
+        name: "text_input".into(),
+        datatype: "BYTES".into(),
+        shape: vec![1],
+        contents: Some(contents),
+        ..Default::default()
+    };
+    let typed = ModelInferRequest { model_name: "fake".to_owned(), inputs: vec![text], ..Default::default() };
+    // Inputs of the corpus are text. The lengths of raw tensors are not: only mutations make them.
+    for (name, method) in [("tensors", "ModelInfer"), ("tensor_stream", "ModelStreamInfer")] {
+        let path = format!("/inference.GRPCInferenceService/{method}\n");
+        put("grpc", name, [path.as_bytes(), &typed.encode_to_vec()].concat());
     }
     for (name, path) in [
         ("models", "/trustformers.v1.ModelService/ListModels"),

@@ -1,11 +1,7 @@
 //! `POST /v1/generate` and `POST /v1/generate/stream`.
 
-use std::convert::Infallible;
-
 use axum::Json;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue};
-use axum::response::sse::{Event as SseEvent, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
@@ -13,15 +9,17 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use trustformers_proto::v1;
 
+use crate::conversation::Prompt;
 use crate::error::ApiError;
 use crate::fields::{Asked, Generation, HTTP_DEFAULTS};
 use crate::inference::{Answer, Event, Logprobs};
-use crate::json_body::{float, object, take};
+use crate::json_body::{float, found, object, take};
 use crate::options::{OPTION_FIELDS, Options};
+use crate::sse_frames::{Frame, SseBody};
 use crate::{Api, priority, request_body};
 
 /// Every field of a generate request.
-fn generate_fields() -> Vec<&'static str> {
+pub(crate) fn generate_fields() -> Vec<&'static str> {
     let own = ["prompt", "max_tokens", "temperature", "top_p", "model", "stream", "seed", "priority"];
     own.into_iter().chain(OPTION_FIELDS.iter().copied()).collect()
 }
@@ -38,7 +36,9 @@ pub(crate) async fn generate_stream(State(api): State<Api>, request: Request) ->
 
 async fn answer_whole(api: &Api, request: Generation) -> Result<Response, ApiError> {
     let started = Instant::now();
-    let Answer { id, model, model_digest, mut events } = api.inference.generate(request).await?;
+    let answer = api.inference.generate(request).await?;
+    let headers = answer.head_headers();
+    let Answer { id, model, model_digest, revision, mut events, .. } = answer;
     let (mut text, mut tokens, mut logprobs) = (String::new(), Vec::new(), Vec::new());
     while let Some(event) = events.next().await {
         match event? {
@@ -58,33 +58,28 @@ async fn answer_whole(api: &Api, request: Generation) -> Result<Response, ApiErr
                     "latency_ms": milliseconds(started),
                     "model_digest": model_digest,
                 });
+                if !revision.is_empty() {
+                    body["revision"] = json!(revision);
+                }
                 if let Some(stop) = stopped_by {
                     body["stopped_by"] = stop.to_json();
                 }
                 if !logprobs.is_empty() {
                     body["logprobs"] = logprobs.into();
                 }
-                return Ok(Json(body).into_response());
+                return Ok((headers, Json(body)).into_response());
             }
         }
     }
-    Err(ended_early())
+    Err(ApiError::ended_early())
 }
 
 async fn answer_in_stream(api: &Api, request: Generation) -> Result<Response, ApiError> {
     let started = Instant::now();
-    let mut answer = api.inference.generate(request).await?;
-    // The head goes out only once there is a token: until then this is still an ordinary, retriable failure.
-    let first = answer.events.next().await.ok_or_else(ended_early)??;
+    let mut answer = api.inference.generate(request).await?.wait_for_first().await?;
+    let headers = answer.head_headers();
     let events = std::mem::replace(&mut answer.events, futures::stream::empty().boxed());
-    let rest = futures::stream::once(async { Ok(first) }).chain(events).boxed();
-    let frames = frames(rest, answer, started).map(Ok::<_, Infallible>);
-    let mut response = Sse::new(frames).into_response();
-    // Proxies that gather small writes would turn a stream of tokens into one block at the end.
-    response
-        .headers_mut()
-        .insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-    Ok(response)
+    Ok((headers, SseBody::new(frames(events, answer, started))).into_response())
 }
 
 /// Server-sent events of one answer. After an error nothing follows, `[DONE]` included, so that a client
@@ -93,8 +88,7 @@ fn frames(
     events: BoxStream<'static, Result<Event, ApiError>>,
     head: Answer,
     started: Instant,
-) -> impl Stream<Item = SseEvent> {
-    let frame = |value: &Value| SseEvent::default().data(value.to_string());
+) -> impl Stream<Item = Frame> {
     events.flat_map(move |event| {
         let frames = match event {
             Ok(Event::Token { id, text, logprobs }) => {
@@ -102,7 +96,7 @@ fn frames(
                 if let Some(logprobs) = logprobs {
                     token["logprobs"] = logprobs.to_json();
                 }
-                vec![frame(&token)]
+                vec![Frame::json(&token)]
             }
             Ok(Event::Finished { reason, stopped_by, usage }) => {
                 let mut last = json!({
@@ -114,12 +108,15 @@ fn frames(
                     "latency_ms": milliseconds(started),
                     "model_digest": head.model_digest,
                 });
+                if !head.revision.is_empty() {
+                    last["revision"] = json!(head.revision);
+                }
                 if let Some(stop) = stopped_by {
                     last["stopped_by"] = stop.to_json();
                 }
-                vec![frame(&last), SseEvent::default().data("[DONE]")]
+                vec![Frame::json(&last), Frame::done()]
             }
-            Err(error) => vec![frame(&error.to_json())],
+            Err(error) => vec![Frame::json(&error.to_json())],
         };
         futures::stream::iter(frames)
     })
@@ -137,10 +134,6 @@ pub(crate) fn milliseconds(since: Instant) -> f64 {
     (since.elapsed().as_secs_f64() * 1e6).round() / 1e3
 }
 
-pub(crate) fn ended_early() -> ApiError {
-    ApiError::Internal { message: "the engine ended the answer without a reason; its log says more".into() }
-}
-
 /// The requested generation, and whether its answer is a stream.
 async fn read(api: &Api, request: Request) -> Result<(Generation, bool), ApiError> {
     let (head, body) = request.into_parts();
@@ -152,10 +145,9 @@ async fn read(api: &Api, request: Request) -> Result<(Generation, bool), ApiErro
 fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
     let object = object(bytes, &generate_fields(), r#"{"prompt": "Hello", "max_tokens": 32}"#)?;
     let asked = Asked {
-        prompt: take(&object, "prompt", "a string", |value| value.as_str().map(str::to_owned))?.ok_or_else(
-            || ApiError::field("prompt", "is missing: give the text that the model is to continue"),
-        )?,
+        prompt: prompt(object.get("prompt"))?,
         model: take(&object, "model", "a string", |value| value.as_str().map(str::to_owned))?,
+        revision: None,
         max_tokens: take(&object, "max_tokens", "a whole number from 1 to 4294967295", |value| {
             value.as_u64().and_then(|count| u32::try_from(count).ok())
         })?,
@@ -168,6 +160,24 @@ fn parse(bytes: &[u8]) -> Result<(Asked, bool), ApiError> {
     };
     let stream = take(&object, "stream", "true or false", Value::as_bool)?.unwrap_or(false);
     Ok((asked, stream))
+}
+
+/// A text, or the ids of its tokens.
+fn prompt(value: Option<&Value>) -> Result<Prompt, ApiError> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    let read = match value {
+        None | Some(Value::Null) => {
+            let why = "is missing: give the text that the model is to continue";
+            return Err(ApiError::field("prompt", why));
+        }
+        Some(Value::String(text)) => Some(Prompt::Text(text.clone())),
+        Some(Value::Array(ids)) => ids.iter().map(id).collect::<Option<_>>().map(Prompt::Tokens),
+        Some(_) => None,
+    };
+    read.ok_or_else(|| {
+        let found = value.map(found).unwrap_or_default();
+        ApiError::field("prompt", format!("expected a string or a list of token ids, found {found}"))
+    })
 }
 
 #[cfg(test)]
@@ -314,7 +324,9 @@ mod tests {
             (r#"{"prompt":"a","top_k":-1}"#, "top_k", "found -1"),
             (r#"{"prompt":"a","response_format":{"type":"xml"}}"#, "response_format.type", "json_object"),
             (r#"{"max_tokens":1}"#, "prompt", "missing"),
-            (r#"{"prompt":7}"#, "prompt", "expected a string, found 7"),
+            (r#"{"prompt":7}"#, "prompt", "expected a string or a list of token ids, found 7"),
+            (r#"{"prompt":[1,-2]}"#, "prompt", "found [1,-2]"),
+            (r#"{"prompt":[]}"#, "prompt", "is empty"),
             (r#"{"prompt":"a","max_tokens":1.5}"#, "max_tokens", "whole number"),
             (r#"{"prompt":"a","max_tokens":-1}"#, "max_tokens", "found -1"),
             (r#"{"prompt":"a","max_tokens":0}"#, "max_tokens", "1 or more"),

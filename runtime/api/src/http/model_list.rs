@@ -1,11 +1,13 @@
-//! `GET /v1/models`: the models and their states.
+//! `GET /v1/models` and `GET /v1/models/{model}`: the models and their states.
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
 use serde_json::{Value, json};
 use trustformers_proto::v1;
 
 use crate::Api;
+use crate::error::ApiError;
 
 pub(crate) async fn models(State(api): State<Api>) -> Json<Value> {
     let models = api.inference.watch_models().borrow().clone();
@@ -13,9 +15,23 @@ pub(crate) async fn models(State(api): State<Api>) -> Json<Value> {
     Json(json!({"object": "list", "data": list}))
 }
 
-/// OpenAI's model object with what we know beyond it. `created` is the time since when the model is in its
-/// state.
-fn model_json(model: &v1::ModelStatus) -> Value {
+/// One model by any of its names, which may have slashes.
+pub(crate) async fn model(
+    State(api): State<Api>,
+    asked: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Path(asked) = asked.map_err(|error| ApiError::field("model", error.body_text()))?;
+    let models = api.inference.watch_models().borrow().clone();
+    let found = models.iter().find(|model| model.name == asked || model.names.contains(&asked));
+    found.map(|model| Json(model_json(model))).ok_or_else(|| ApiError::UnknownModel {
+        choices: models.iter().map(|model| model.name.clone()).collect(),
+        asked,
+    })
+}
+
+/// OpenAI's model object with what this server knows beyond it. `created` is the time since when the model is
+/// in its state.
+pub(crate) fn model_json(model: &v1::ModelStatus) -> Value {
     json!({
         "id": model.name,
         "object": "model",
@@ -54,20 +70,42 @@ mod tests {
     use super::*;
     use crate::fake::{Fake, Script};
     use axum::body::Body;
-    use axum::http::Request as HttpRequest;
+    use axum::http::{Request as HttpRequest, StatusCode};
     use http_body_util::BodyExt;
     use tower::ServiceExt;
 
+    async fn get(path: &str) -> (StatusCode, Value) {
+        let fake = Fake::with(Script::tokens(&[]));
+        let request = HttpRequest::get(path).body(Body::empty()).unwrap();
+        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
+        let status = response.status();
+        (status, serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap())
+    }
+
     #[tokio::test]
     async fn models_are_listed_with_state_digest_and_device() {
-        let fake = Fake::with(Script::tokens(&[]));
-        let request = HttpRequest::get("/v1/models").body(Body::empty()).unwrap();
-        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-        let body: Value =
-            serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap();
-        assert_eq!(body["object"], "list");
-        let model = &body["data"][0];
-        assert_eq!((&model["id"], &model["state"]), (&json!("fake"), &json!("ready")));
-        assert_eq!((&model["digest"], &model["device"]), (&json!("d1"), &json!("cpu")));
+        for path in ["/v1/models", "/openai/v1/models"] {
+            let (_, body) = get(path).await;
+            assert_eq!(body["object"], "list");
+            let model = &body["data"][0];
+            assert_eq!((&model["id"], &model["state"]), (&json!("fake"), &json!("ready")));
+            assert_eq!((&model["digest"], &model["device"]), (&json!("d1"), &json!("cpu")));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_model_is_found_by_each_of_its_names_however_the_slash_is_written() {
+        for name in ["fake", "ns/fake", "ns%2Ffake"] {
+            let (status, body) = get(&format!("/v1/models/{name}")).await;
+            assert_eq!(
+                (status, &body["id"], &body["object"]),
+                (StatusCode::OK, &json!("fake"), &json!("model"))
+            );
+        }
+        let (status, body) = get("/v1/models/%ff").await;
+        assert_eq!((status, &body["error"]["param"]), (StatusCode::BAD_REQUEST, &json!("model")));
+        let (status, body) = get("/v1/models/other").await;
+        assert_eq!((status, &body["error"]["code"]), (StatusCode::NOT_FOUND, &json!("model_not_found")));
+        assert_eq!((&body["error"]["param"], &body["error"]["choices"]), (&json!("model"), &json!(["fake"])));
     }
 }

@@ -17,6 +17,8 @@ pub(crate) struct Completion {
     stops: StopText,
     stop_texts: Vec<String>,
     stop_ids: Vec<u32>,
+    /// Control tokens that are text here.
+    visible: Vec<u32>,
     /// Whether an end token ends it. Only the warm-up continues after one.
     ends_at_eos: bool,
     /// Tokens that may still be produced.
@@ -64,6 +66,7 @@ impl Completion {
             stops: StopText::new(&params.stop),
             stop_texts: params.stop.clone(),
             stop_ids: params.stop_token_ids.clone(),
+            visible: params.visible_tokens.clone(),
             ends_at_eos: limits.ends_at_eos,
             remaining_tokens: limits.max_tokens,
         }
@@ -106,7 +109,8 @@ impl Completion {
         let mut text = if end.is_some() {
             String::new()
         } else {
-            let passed = self.stops.push(self.detokenizer.push(tokenizer.token_bytes(id)));
+            let piece = self.text_of(id, tokenizer);
+            let passed = self.stops.push(piece);
             if let Some(index) = passed.stop {
                 end = stopped(Some(StopCause::Text(self.stop_texts[index].clone())));
                 return Ok(EmittedToken { id, text: passed.text, margin, logprobs, end });
@@ -126,6 +130,16 @@ impl Completion {
         }
         Ok(EmittedToken { id, text, margin, logprobs, end })
     }
+
+    /// The text that becomes final with a token.
+    fn text_of(&mut self, id: u32, tokenizer: &Tokenizer) -> String {
+        let bytes = tokenizer.token_bytes(id);
+        if bytes.is_empty() && self.visible.contains(&id) {
+            let spelled = tokenizer.token(id).unwrap_or_default();
+            return self.detokenizer.push(spelled.as_bytes());
+        }
+        self.detokenizer.push(bytes)
+    }
 }
 
 #[cfg(test)]
@@ -138,6 +152,19 @@ mod tests {
 
     fn model() -> Model {
         Model::from_bytes(Path::new("seeded.gguf"), Arc::new(SeededModel::default().gguf())).unwrap()
+    }
+
+    #[test]
+    fn a_control_token_is_text_where_the_request_wants_it() {
+        let model = model();
+        let tag = model.tokenizer().encode("<|im_start|>").unwrap();
+        let texts = |params: &GenerateParams| {
+            let all = emitted(&model, "a<|im_start|>b", params, 10);
+            all.into_iter().map(|token| token.text).collect::<String>()
+        };
+        let plain = GenerateParams::greedy("", 1);
+        assert_eq!(texts(&plain), "ab");
+        assert_eq!(texts(&GenerateParams { visible_tokens: tag, ..plain }), "a<|im_start|>b");
     }
 
     /// The tokens of an answer whose logits are exactly the tokens of a text and then an end token.

@@ -54,7 +54,7 @@ struct Factory {
 /// A compiled grammar at its beginning.
 pub(super) struct Compiled {
     pub(super) parser: TokenParser,
-    /// For answers in JSON.
+    /// For answers that are JSON, or hold it.
     pub(super) digits: Option<Arc<DigitTokens>>,
 }
 
@@ -108,7 +108,7 @@ fn failed(kind: &str) -> String {
 impl CompilerState {
     fn compile(&self, grammar: &Grammar) -> Result<Compiled, String> {
         let kind = grammar.kind();
-        let (top, paths) = described(grammar)?;
+        let Described { top, paths, limit_digits } = described(grammar)?;
         let factory = self.factory.get_or_init(|| factory(&self.model)).as_ref().map_err(Clone::clone)?;
         let explain = |message: &str| explained(kind, message, &paths);
         let mut parser =
@@ -119,19 +119,27 @@ impl CompilerState {
             parser.compute_mask()
         }));
         first.map_err(|error| explain(&format!("no answer satisfies it: {error}")))?;
-        let json = matches!(grammar, Grammar::JsonObject | Grammar::JsonSchema(_));
-        Ok(Compiled { parser, digits: json.then(|| Arc::clone(&factory.digits)) })
+        Ok(Compiled { parser, digits: limit_digits.then(|| Arc::clone(&factory.digits)) })
     }
 }
 
-/// The grammar in the compiler's words, and the caller's paths of the schemas that it refers to.
-fn described(grammar: &Grammar) -> Result<(TopLevelGrammar, Vec<String>), String> {
+/// A grammar in the compiler's words.
+struct Described {
+    top: TopLevelGrammar,
+    /// The caller's paths of the schemas that it refers to.
+    paths: Vec<String>,
+    /// Whether numbers must end, see [`super::digits`].
+    limit_digits: bool,
+}
+
+fn described(grammar: &Grammar) -> Result<Described, String> {
     let json = |text: &str| {
         let json = Json::parse(text)
             .map_err(|why| format!("the JSON schema is not JSON: {}", shortened(&why, MAX_QUOTED_CHARS)))?;
         let rewritten = schema::rewrite(&json, JSON_SPACE)
             .map_err(|refusal| format!("the JSON schema cannot be honoured: {refusal}"))?;
-        Ok((TopLevelGrammar::from_json_schema(rewritten.schema), rewritten.paths))
+        let top = TopLevelGrammar::from_json_schema(rewritten.schema);
+        Ok(Described { top, paths: rewritten.paths, limit_digits: true })
     };
     let refused = |why: String| {
         format!("the {} cannot be compiled: {}", grammar.kind(), shortened(&why, MAX_QUOTED_CHARS))
@@ -141,11 +149,13 @@ fn described(grammar: &Grammar) -> Result<(TopLevelGrammar, Vec<String>), String
         Grammar::JsonSchema(text) => json(text),
         Grammar::Regex(text) => {
             let text = pattern::whole(text).map_err(refused)?;
-            Ok((TopLevelGrammar::from_regex(&text), Vec::new()))
+            let top = TopLevelGrammar::from_regex(&text);
+            Ok(Described { top, paths: Vec::new(), limit_digits: false })
         }
         Grammar::Lark(text) => {
-            let text = lark::rewrite(text).map_err(refused)?;
-            Ok((TopLevelGrammar::from_lark(text), Vec::new()))
+            let rewritten = lark::rewrite(text).map_err(refused)?;
+            let top = TopLevelGrammar::from_lark(rewritten.text);
+            Ok(Described { top, paths: Vec::new(), limit_digits: rewritten.limit_digits })
         }
     }
 }

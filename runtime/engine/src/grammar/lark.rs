@@ -12,9 +12,22 @@ const MAX_DEFINITIONS: usize = 2048;
 /// intersected: 28 took minutes.
 const MAX_INTERSECTIONS: usize = 8;
 
-/// Rewrites the `%json` in a grammar.
-pub(super) fn rewrite(text: &str) -> Result<String, String> {
+/// Our own option beside those of `%llguidance`: bounds the digits of numbers as in answers that are JSON. A
+/// grammar may set it where quotation marks stand around whole strings only, as in JSON.
+const LIMIT_DIGITS: &str = "limit_digits";
+
+/// A grammar in the compiler's words.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct RewrittenLark {
+    pub(super) text: String,
+    /// Whether numbers have at most the digits of those in answers that are JSON.
+    pub(super) limit_digits: bool,
+}
+
+/// Rewrites the `%json` in a grammar, and takes our own option out of it.
+pub(super) fn rewrite(text: &str) -> Result<RewrittenLark, String> {
     let mut out = String::with_capacity(text.len());
+    let mut limit_digits = false;
     // What is left without texts, expressions, comments and JSON.
     let mut bare = String::with_capacity(text.len());
     let mut rest = text;
@@ -36,7 +49,13 @@ pub(super) fn rewrite(text: &str) -> Result<String, String> {
             '%' if rest.starts_with("%llguidance") => {
                 let (options, length) = json(&rest["%llguidance".len()..])?;
                 check_options(&options)?;
-                "%llguidance".len() + length
+                let length = "%llguidance".len() + length;
+                if let Some(limits) = own_option(&options)? {
+                    limit_digits = limits;
+                    rest = &rest[length..];
+                    continue;
+                }
+                length
             }
             '%' if rest.starts_with("%regex") => "%regex".len() + json(&rest["%regex".len()..])?.1,
             c => {
@@ -49,7 +68,7 @@ pub(super) fn rewrite(text: &str) -> Result<String, String> {
         rest = next;
     }
     check_bare(&bare)?;
-    Ok(out)
+    Ok(RewrittenLark { text: out, limit_digits })
 }
 
 /// The length of a text or an expression with both marks; escapes hide a mark.
@@ -86,6 +105,18 @@ fn check_options(options: &Json) -> Result<(), String> {
     Ok(())
 }
 
+/// The value of our own option, which stands alone in its `%llguidance`, where these options are it.
+fn own_option(options: &Json) -> Result<Option<bool>, String> {
+    let Some(options) = options.as_object() else { return Ok(None) };
+    match (options.get(LIMIT_DIGITS), options.iter().count()) {
+        (None, _) => Ok(None),
+        (Some(Json::Bool(limits)), 1) => Ok(Some(*limits)),
+        (Some(_), _) => Err(format!(
+            "%llguidance: {LIMIT_DIGITS} is true or false, and stands in an %llguidance of its own"
+        )),
+    }
+}
+
 fn check_bare(bare: &str) -> Result<(), String> {
     let intersections = bare.matches('&').count();
     if intersections > MAX_INTERSECTIONS {
@@ -114,13 +145,21 @@ mod tests {
     fn schemas_are_rewritten_and_all_else_stays() {
         let text =
             "start: a // %json\na: \"%json\\\" {\" /%json {/ | %json {\"const\": 1} b # %json\nb: \"x\"\n";
-        let out = rewrite(text).unwrap();
+        let out = rewrite(text).unwrap().text;
         let (before, after) = out.split_once("| %json ").unwrap();
         assert_eq!(before, "start: a // %json\na: \"%json\\\" {\" /%json {/ ");
         assert!(
             after.starts_with("{\"const\":1,\"x-guidance\":") && after.ends_with("} b # %json\nb: \"x\"\n"),
             "{after}"
         );
+    }
+
+    #[test]
+    fn digits_are_limited_where_the_grammar_says_so() {
+        let limited = rewrite("start: \"a\"\n%llguidance {\"limit_digits\": true}\n").unwrap();
+        assert_eq!(limited, RewrittenLark { text: "start: \"a\"\n\n".into(), limit_digits: true });
+        let other = "%llguidance {\"no_forcing\": true}\nstart: \"a\"";
+        assert_eq!(rewrite(other).unwrap(), RewrittenLark { text: other.into(), limit_digits: false });
     }
 
     #[test]
@@ -133,6 +172,8 @@ mod tests {
             ("start: %json {", "JSON is expected"),
             ("%llguidance {\"allow_invalid_utf8\": true}\nstart: \"a\"", "allow_invalid_utf8"),
             ("start[temperature = 0.5]: \"a\"", "temperature"),
+            ("%llguidance {\"limit_digits\": 1}\nstart: \"a\"", "limit_digits"),
+            ("%llguidance {\"limit_digits\": true, \"no_forcing\": true}\nstart: \"a\"", "of its own"),
             (&*many, "definitions"),
             (&*anded, "intersections"),
         ] {

@@ -143,4 +143,6 @@ fn shortened(text: &str, chars: usize) -> String {
 }
 
 #[cfg(test)]
+mod maskbench;
+#[cfg(test)]
 mod tests;

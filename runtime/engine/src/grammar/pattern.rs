@@ -5,7 +5,7 @@
 //! depend on a mode.
 
 use regex_syntax::ParserBuilder;
-use regex_syntax::hir::{Hir, Look};
+use regex_syntax::hir::{Capture, Hir, HirKind, Look, Repetition};
 use std::iter::Peekable;
 use std::str::Chars;
 
@@ -50,7 +50,33 @@ fn checked(text: &str) -> Result<String, String> {
     if hir.properties().minimum_len().is_some_and(|bytes| bytes > MAX_SHORTEST_BYTES) {
         return Err(format!("it matches nothing shorter than {MAX_SHORTEST_BYTES} bytes"));
     }
-    Ok(printed(&hir))
+    Ok(printed(&grouped(hir)))
+}
+
+/// The same expression with a group around each repetition that is repeated: the printer writes `(?:a{2})?`
+/// as `a{2}?`, which is another expression.
+fn grouped(hir: Hir) -> Hir {
+    let all = |subs: Vec<Hir>| subs.into_iter().map(grouped).collect();
+    match hir.into_kind() {
+        HirKind::Empty => Hir::empty(),
+        HirKind::Literal(literal) => Hir::literal(literal.0),
+        HirKind::Class(class) => Hir::class(class),
+        HirKind::Look(look) => Hir::look(look),
+        HirKind::Repetition(repetition) => {
+            let sub = grouped(*repetition.sub);
+            let sub = match sub.kind() {
+                HirKind::Repetition(_) => Hir::capture(Capture { index: 1, name: None, sub: Box::new(sub) }),
+                _ => sub,
+            };
+            Hir::repetition(Repetition { sub: Box::new(sub), ..repetition })
+        }
+        HirKind::Capture(capture) => {
+            let sub = Box::new(grouped(*capture.sub));
+            Hir::capture(Capture { sub, ..capture })
+        }
+        HirKind::Concat(subs) => Hir::concat(all(subs)),
+        HirKind::Alternation(subs) => Hir::alternation(all(subs)),
+    }
 }
 
 /// The compiler gives a group of the name `stop` a meaning of its own, so names go.
@@ -279,6 +305,22 @@ mod tests {
         ] {
             assert_eq!(search(ecma), whole(rust), "{ecma}");
             assert!(search(ecma).is_ok(), "{ecma}");
+        }
+    }
+
+    #[test]
+    fn a_repetition_that_is_repeated_stays_one() {
+        for (ecma, rust) in [
+            ("(a{2})?b", "(?:(a{2})?b)"),
+            ("([a-z]+)?", "([a-z]+)?"),
+            ("(?:a*){2,3}", "(a*){2,3}"),
+            ("((a?)*|b)+", "(?:(?:(a?)*|b))+"),
+        ] {
+            let printed = search(ecma).unwrap();
+            let parsed = |text: &str| ParserBuilder::new().build().parse(text).unwrap();
+            let (found, wanted) = (grouped(parsed(&printed)), grouped(parsed(rust)));
+            assert_eq!(found.to_string(), wanted.to_string(), "{ecma}: {printed}");
+            assert_eq!(found.properties().minimum_len(), parsed(ecma).properties().minimum_len(), "{ecma}");
         }
     }
 

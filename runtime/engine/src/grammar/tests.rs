@@ -265,6 +265,12 @@ const SCHEMAS: &[SchemaAnswers] = &[
     (r#"{"type": "string", "pattern": "^\\cC$"}"#, &["\"\\u0003\""], &["\"a\""]),
     (r#"{"type": "string", "pattern": "^[[ab]]$"}"#, &["\"a]\"", "\"[]\""], &["\"a\""]),
     (r#"{"type": "string", "pattern": "^(?<stop>ab)c$"}"#, &["\"abc\""], &["\"ab\""]),
+    (
+        r#"{"type": "string", "pattern": "^#[0-9a-f]{6}([0-9a-f]{2})?$"}"#,
+        &["\"#ff0000\"", "\"#ff000080\""],
+        &["\"#ff00008\"", "\"#ff0000ff00\""],
+    ),
+    (r#"{"type": "string", "_format": "date", "maxLength": 1}"#, &["\"a\""], &["\"ab\""]),
     (r#"{"type": "string", "pattern": "^.$"}"#, &["\"a\""], &["\"\\r\"", "\"\\n\""]),
     (r#"{"type": "number", "exclusiveMinimum": 0, "maximum": 1}"#, &["0.5", "1"], &["0", "0.0", "1.5"]),
     (r#"{"type": "number", "multipleOf": 0.25, "minimum": 0, "maximum": 1}"#, &["0.25", "0.75"], &["0.3"]),
@@ -314,8 +320,11 @@ fn numbers_end_though_their_grammar_does_not() {
         r#"{"type": "integer"}"#,
         r#"{"type": "number"}"#,
         r#"{"type": "array", "items": {"type": "number"}}"#,
+        "start: %json {\"type\": \"number\"}\n%llguidance {\"limit_digits\": true}\n",
     ] {
-        let mut constraint = grammars.start(&json(schema)).unwrap();
+        let lark = schema.starts_with("start");
+        let grammar = if lark { Grammar::Lark(schema.into()) } else { json(schema) };
+        let mut constraint = grammars.start(&grammar).unwrap();
         let mut digits = 0;
         while digits < 100 {
             let ids = allowed(&mut constraint, tokenizer.len());

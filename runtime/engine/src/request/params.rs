@@ -87,6 +87,9 @@ pub struct GenerateParams {
     /// The same seed, prompt and settings give the same tokens, whatever else is in the batch. `None`: a
     /// fresh seed.
     pub seed: Option<u64>,
+    /// Control tokens that are text in this answer, spelled as in a prompt: the tags of tool calls, which its
+    /// reader takes apart. All other control tokens have no text.
+    pub visible_tokens: Vec<u32>,
     /// Report with each token the difference between the best and the second best logit of its step.
     pub margins: bool,
     /// Requests of a more urgent class precede others, within a bound.
@@ -116,6 +119,7 @@ impl GenerateParams {
             stop_token_ids: Vec::new(),
             grammar: None,
             seed: None,
+            visible_tokens: Vec::new(),
             margins: false,
             priority: Priority::Normal,
             tenant: String::new(),

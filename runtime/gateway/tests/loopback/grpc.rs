@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::transport::Channel;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_health::pb::health_client::HealthClient;
 use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
@@ -19,7 +19,7 @@ use trustformers_proto::v1::inference_service_server::{InferenceService, Inferen
 use trustformers_proto::v1::model_service_client::ModelServiceClient;
 use trustformers_proto::v1::{
     EmbedRequest, EmbedResponse, GenerateRequest, GenerateResponse, GenerateStreamResponse,
-    ListModelsRequest, ModelState, WatchModelsRequest,
+    ListModelsRequest, ModelState, SessionRequest, SessionResponse, WatchModelsRequest,
 };
 
 use crate::operator::TableBuilder;
@@ -55,6 +55,15 @@ impl InferenceService for GrpcPod {
     ) -> Result<Response<Self::GenerateStreamStream>, Status> {
         let pieces = self.pieces.lock().await.take().unwrap();
         Ok(Response::new(Box::pin(ReceiverStream::new(pieces))))
+    }
+
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<SessionResponse, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        _request: Request<Streaming<SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        Err(Status::unimplemented("no test sends a session to this pod"))
     }
 
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {

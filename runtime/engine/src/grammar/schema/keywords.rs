@@ -101,9 +101,11 @@ const MISSPELT_MIN_CHARS: usize = 6;
 const MISSPELT_MAX_CHARS: usize = 40;
 
 /// The constraint that an unsupported keyword probably means. JSON Schema takes every unsupported keyword as
-/// an annotation, so that `maxLenght` would silently constrain nothing.
+/// an annotation, so that `maxLenght` would silently constrain nothing. A name such as `_format` is no slip:
+/// so authors switch a keyword off.
 pub(super) fn misspelt(name: &str) -> Option<&'static str> {
-    if ANNOTATIONS.contains(&name) || name.starts_with("x-") || name.len() > MISSPELT_MAX_CHARS {
+    let own = name.starts_with("x-") || name.starts_with('_');
+    if ANNOTATIONS.contains(&name) || own || name.len() > MISSPELT_MAX_CHARS {
         return None;
     }
     let long = name.len() >= MISSPELT_MIN_CHARS;
@@ -128,9 +130,16 @@ mod tests {
         ] {
             assert!(misspelt(name).is_some(), "{name} {keyword}");
         }
-        for name in
-            ["title", "x-order", "propertyOrder", "enumNames", "markdownDescription", "examples", "tsType"]
-        {
+        for name in [
+            "title",
+            "x-order",
+            "_format",
+            "propertyOrder",
+            "enumNames",
+            "markdownDescription",
+            "examples",
+            "tsType",
+        ] {
             assert_eq!(misspelt(name), None, "{name}");
         }
     }
