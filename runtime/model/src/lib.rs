@@ -8,13 +8,7 @@
 //! A key or tensor that may change a result and is not supported is refused by name: a model that does not
 //! load is better than one that answers wrongly.
 //!
-//! To add an architecture that needs no new op:
-//!
-//! 1. `src/arch/NAME.rs`: its differences from `decoder.rs`, or its own module, with tests of its refusals.
-//! 2. `src/arch/mod.rs`: a line in `ARCHITECTURES`.
-//! 3. `src/tokenizer.rs`: a rule in `split_rule`, where texts are split in another way.
-//! 4. `src/seeded.rs`: a family in `SeededFamily`, for a small model with random weights.
-//! 5. `runtime/engine/tests/parity/`: reference outputs of a real model.
+//! `CONTRIBUTING.md` lists the files of a new architecture.
 
 mod arch;
 pub mod chat;

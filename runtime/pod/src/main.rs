@@ -27,9 +27,9 @@ const QUIET: Duration = Duration::from_secs(2);
 /// ModelService/WatchModels. A model that cannot be loaded does not end the process: it stays up and says
 /// why.
 ///
-/// HTTP: POST /v1/generate, POST /v1/generate/stream or POST /v1/embeddings, as the model is made for; GET
-/// /v1/models, /health, /health/live, /health/ready, /health/startup, /metrics. gRPC: trustformers.v1,
-/// grpc.health.v1, reflection.
+/// HTTP: the routes that GET /openapi.json describes (/v1/generate, OpenAI's and Anthropic's below /v1,
+/// KServe v2 below /v2), GET /metrics. gRPC: trustformers.v1, inference (KServe v2), grpc.health.v1,
+/// reflection.
 ///
 /// SIGTERM drains: readiness falls at once, requests are answered to their end (at most drainTimeoutMs of the
 /// configuration), then the process ends. A second signal ends at once.
