@@ -18,7 +18,7 @@ pub use inference_model::{
 };
 pub use quantity::Quantity;
 pub use runtime::{
-    BatchStrategy, Batching, DEFAULT_MAX_WAIT_MS, Device, EnvVar, Numerics, Resources, Runtime,
+    BatchStrategy, Batching, DEFAULT_MAX_WAIT_MS, Device, EnvVar, KvCache, Numerics, Resources, Runtime,
 };
 pub use scheduling::{PodSettings, Toleration, TolerationEffect, TolerationOperator, TopologySpread};
 pub use source::Source;

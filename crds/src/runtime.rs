@@ -20,6 +20,12 @@ pub struct Runtime {
     #[serde(default)]
     pub numerics: Numerics,
 
+    /// The type in which a model that generates caches keys and values. `bf16` and `f16` take half the memory
+    /// of `f32`, and long contexts are faster. `auto`: the type with which the device is fastest, `f32` where
+    /// numerics are exact.
+    #[serde(default)]
+    pub kv_cache: KvCache,
+
     /// Longest prompt plus response, in tokens. Default: the model's own limit, at most 8192.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 1_048_576), extend("format" = "int64"))]
@@ -85,6 +91,33 @@ impl Numerics {
         match self {
             Self::Fast => "fast",
             Self::Exact => "exact",
+        }
+    }
+}
+
+/// The type of a cache of keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum KvCache {
+    /// The type with which the device is fastest; `f32` where numerics are exact.
+    #[default]
+    Auto,
+    /// As they are computed.
+    F32,
+    /// Half precision: eleven bits, up to 65504.
+    F16,
+    /// The upper half of an f32: eight bits.
+    Bf16,
+}
+
+impl KvCache {
+    /// The name as users write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
         }
     }
 }

@@ -25,6 +25,7 @@ from rows import Row
 
 PROMPT = 512
 DEPTH = 512
+DEEP = 4096
 TOKENS = 128
 CLIENTS = 8
 SEQUENCE = 128
@@ -138,6 +139,62 @@ def smollm2_clients(bench):
     return bench.in_turns([speed, first], turn)
 
 
+def smollm2_deep(bench):
+    """Decoding with a long context, with the types of the cache alternately."""
+    row = Row("smollm2-decode-depth-4096", "tokens/s", need=1.3, note="(peer: ours with an f32 cache)")
+    half = Row("smollm2-decode-depth-4096-f16", "tokens/s with an f32 cache")
+
+    def turn():
+        of = {}
+        for kv_cache in ("auto", "f16", "f32"):
+            ours = programs.ours_engine(
+                bench.ours,
+                bench.smollm2,
+                prefill=0,
+                depth=DEEP,
+                sequences=0,
+                tokens=TOKENS // 2,
+                kv_cache=kv_cache,
+            )
+            of[kv_cache] = ours["decode", DEEP, 1]
+        row.ours.append(of["auto"])
+        half.ours.append(of["f16"])
+        row.peer.append(of["f32"])
+        half.peer.append(of["f32"])
+
+    return bench.in_turns([row, half], turn)
+
+
+def large_vocabulary(bench):
+    """Many sequences of a model whose rows of logits are long."""
+    row = Row("qwen-0.5b-decode-32-sequences", "tokens/s", note="(vocabulary of 152k)")
+
+    def turn():
+        ours = programs.ours_engine(
+            bench.ours, bench.qwen["qwen-0.5b"], prefill=0, depth=0, sequences=32, tokens=16
+        )
+        row.ours.append(ours["decode", 128, 32])
+
+    return bench.in_turns([row], turn)
+
+
+def mixed_depths(bench):
+    """Four sequences of which one is long, and loading, on weights of the real shapes; the example takes the
+    turns.
+    """
+    mixed = Row("smollm2-shape-mixed-depths", "tokens/s", note="(8,000, 512, 512, 512)")
+    load = Row("qwen-1.5b-shape-load", "ms with 1 thread")
+    progress("mixed depths and loading", 1, 1)
+    for line in programs.run(bench.examples / "steps", programs.THREADS, "smollm2", "deep").splitlines():
+        if (speed := median_in(line, "mixed depths")) is not None:
+            mixed.ours.append(speed)
+    for line in programs.run(bench.examples / "steps", programs.THREADS, "qwen-1.5b", "load").splitlines():
+        if found := re.search(r"loaded in ([0-9.]+) ms, with 1 thread in ([0-9.]+) ms", line):
+            load.ours.append(float(found.group(1)))
+            load.peer.append(float(found.group(2)))
+    return [mixed, load]
+
+
 def qwen_decode(name):
     def group(bench):
         row = Row(f"{name}-decode", "tokens/s", need=1.0)
@@ -156,7 +213,7 @@ def qwen_decode(name):
 
 
 def minilm_embed(bench):
-    rows = {batch: Row(f"minilm-embed-{SEQUENCE}-batch-{batch}", "texts/s", need=1.0) for batch in BATCHES}
+    rows = {batch: Row(f"minilm-embed-{SEQUENCE}-batch-{batch}", "texts/s", need=1.2) for batch in BATCHES}
     peers = {batch: {} for batch in BATCHES}
 
     def turn():
@@ -291,6 +348,7 @@ class Group:
 
 GROUPS = {
     "smollm2-steps": Group(smollm2_steps, models=("smollm2",), peers=("llama",)),
+    "smollm2-deep": Group(smollm2_deep, models=("smollm2",)),
     "smollm2-clients": Group(smollm2_clients, models=("smollm2",), peers=("llama",)),
     "qwen-0.5b": Group(qwen_decode("qwen-0.5b"), models=("qwen-0.5b",), peers=("llama",)),
     "qwen-1.5b": Group(qwen_decode("qwen-1.5b"), models=("qwen-1.5b",), peers=("llama",)),
@@ -298,6 +356,8 @@ GROUPS = {
     "qwen-speculation": Group(speculation, models=("qwen-0.5b", "qwen-1.5b")),
     "minilm-strategies": Group(minilm_strategies, models=("minilm",)),
     "fused": Group(fused_beside_unfused),
+    "qwen-vocabulary": Group(large_vocabulary, models=("qwen-0.5b",)),
+    "mixed-depths": Group(mixed_depths),
 }
 
 

@@ -56,6 +56,9 @@ pub struct PodEngine {
     /// `fast` or `exact`; default `fast`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numerics: Option<String>,
+    /// `auto`, `f32`, `f16` or `bf16`: the type in which keys and values are cached; default `auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_cache: Option<String>,
     /// Longest prompt plus answer, in tokens; default: the smaller of the model's own limit and 8192.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_tokens: Option<u32>,
@@ -127,12 +130,13 @@ impl PodConfig {
 mod tests {
     use super::*;
 
-    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\nengine: {device: cpu, numerics: exact, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\n";
+    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\nengine: {device: cpu, numerics: exact, kvCache: f16, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\n";
 
     #[test]
     fn what_is_written_is_read_back() {
         let config = PodConfig::parse(FULL).unwrap();
         assert_eq!(config.engine.context_tokens, Some(64));
+        assert_eq!(config.engine.kv_cache.as_deref(), Some("f16"));
         assert_eq!(PodConfig::parse(&config.to_yaml().unwrap()).unwrap(), config);
     }
 

@@ -8,7 +8,7 @@
 use std::fmt::Write as _;
 
 use sha2::{Digest, Sha256};
-use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS};
+use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, KvCache};
 use trustformers_proto::Task;
 
 use crate::validate::ValidatedModel;
@@ -55,6 +55,8 @@ pub fn revision(model: &ValidatedModel) -> String {
     lines.add_if("runtime.batching.strategy", strategy.map(BatchStrategy::as_str));
     let max_wait_ms = Some(batching.max_wait_ms).filter(|ms| *ms != DEFAULT_MAX_WAIT_MS);
     lines.add_if("runtime.batching.maxWaitMs", max_wait_ms.map(|ms| ms.to_string()).as_deref());
+    let kv_cache = Some(model.runtime.kv_cache).filter(|kv_cache| *kv_cache != KvCache::default());
+    lines.add_if("runtime.kvCache", kv_cache.map(KvCache::as_str));
     lines.add_if("runtime.batching.priority", batching.priority.then_some("true"));
     short(&lines.0)
 }
@@ -153,6 +155,7 @@ mod tests {
             "{source: {uri: 'oci://x'}, traffic: {timeout: 1s, retries: 0}}",
             "{source: {uri: 'oci://x'}, pod: {labels: {a: b}}}",
             "{source: {uri: 'oci://x'}, runtime: {image: other}}",
+            "{source: {uri: 'oci://x'}, runtime: {kvCache: auto}}",
             "{source: {uri: 'oci://x'}, runtime: {batching: {strategy: dynamic, maxWaitMs: 10, priority: false}}}",
         ] {
             assert_eq!(revision(&valid("chat", same)), base, "{same}");
@@ -163,6 +166,7 @@ mod tests {
             "{source: {uri: 'oci://x', files: [a]}}",
             "{source: {uri: 'oci://x'}, runtime: {numerics: exact}}",
             "{source: {uri: 'oci://x'}, runtime: {contextTokens: 64}}",
+            "{source: {uri: 'oci://x'}, runtime: {kvCache: f16}}",
             "{source: {uri: 'oci://x'}, runtime: {batching: {maxQueue: 1}}}",
             "{source: {uri: 'oci://x'}, task: embed}",
             "{source: {uri: 'oci://x'}, runtime: {batching: {strategy: size}}}",

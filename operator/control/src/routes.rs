@@ -129,6 +129,7 @@ pub fn routes(models: &[RouteModel], pods: &[PodView], loaded: &BTreeMap<String,
                 policy: Some(Policy {
                     first_byte_timeout_ms: u64::try_from(model.first_byte_timeout.as_millis()).unwrap_or(0),
                     retries: model.retries,
+                    ..Policy::default()
                 }),
             }
         })
@@ -195,7 +196,8 @@ mod tests {
     #[test]
     fn a_model_without_pods_has_a_route_without_backends() {
         let routes = routes(&[model("team", "chat", 1)], &[], &BTreeMap::new());
-        assert_eq!(routes[0].policy, Some(Policy { first_byte_timeout_ms: 60_000, retries: 2 }));
+        let policy = Policy { first_byte_timeout_ms: 60_000, retries: 2, ..Policy::default() };
+        assert_eq!(routes[0].policy, Some(policy));
         assert!(routes[0].backends.is_empty());
     }
 

@@ -3,24 +3,27 @@
 //! A page of any origin may call this server, without credentials of the browser (cookies, client
 //! certificates): the server has none that a page could misuse, and a key that a page sends in a header is
 //! the page's own. A server may be told to allow some origins only ([`AllowedOrigins`]). Browsers enforce
-//! that, except for a WebSocket, whose handshake is refused here.
+//! that for what a page may read, but send simple requests and open WebSockets all the same; so every request
+//! of another origin is refused here, before any work.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::header::{CONTENT_TYPE, ORIGIN, RETRY_AFTER, UPGRADE};
+use axum::http::header::{CONTENT_TYPE, ORIGIN, RETRY_AFTER};
 use axum::http::uri::Authority;
 use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::{Next, from_fn_with_state};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use tower::ServiceExt;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
-use crate::error::{ApiError, GRPC_KIND_KEY};
+use crate::echo::echo;
+use crate::error::{ApiError, ErrorShape, GRPC_KIND_KEY};
 use crate::http::REQUEST_ID;
 use crate::revision::{DIGEST_HEADER, REVISION_HEADER};
+use crate::surfaces::error_shape;
 
 /// How long a browser may remember that it may call.
 const MAX_AGE: Duration = Duration::from_secs(3600);
@@ -146,11 +149,30 @@ fn crossing_origins(router: Router, origins: &AllowedOrigins) -> Router {
 
 async fn by_origin(State(crossing): State<Crossing>, request: Request, next: Next) -> Response {
     let Some(origin) = request.headers().get(ORIGIN) else { return next.run(request).await };
-    if request.headers().contains_key(UPGRADE) && !crossing.origins.allows(origin) {
-        let message = "pages of this origin may not open a WebSocket here";
-        return ApiError::field(ORIGIN.as_str(), message).into_response();
+    // A preflight request causes no work, and its answer tells the browser that it is not allowed.
+    if request.method() != Method::OPTIONS && !crossing.origins.allows(origin) {
+        return not_allowed(origin).render(shape_of(&request));
     }
     answer(crossing.router, request).await
+}
+
+fn not_allowed(origin: &HeaderValue) -> ApiError {
+    let origin = String::from_utf8_lossy(origin.as_bytes());
+    let message = format!(
+        "pages of {:?} may not call this server; whoever runs it can add the origin to those that it allows",
+        echo(&origin)
+    );
+    ApiError::Forbidden { message }
+}
+
+/// The words of the protocol that is asked.
+fn shape_of(request: &Request) -> ErrorShape {
+    let kind = request.headers().get(CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
+        ErrorShape::Grpc
+    } else {
+        error_shape(request.uri().path())
+    }
 }
 
 #[cfg(test)]
@@ -324,12 +346,25 @@ mod tests {
             );
             let (head, _) = exchange(http, &asks, b"").await;
             assert_eq!(head.contains(&format!("access-control-allow-origin: {origin}")), allowed, "{head}");
-            let socket = format!("GET /v1/stream HTTP/1.1\r\norigin: {origin}\r\nupgrade: websocket");
-            let (_, body) = exchange(http, &socket, b"").await;
-            let body = String::from_utf8(body).unwrap();
-            // The allowed one is refused for its incomplete handshake.
-            assert_eq!(body.contains("may not open a WebSocket"), !allowed, "{body}");
+            // The socket of an allowed page is refused for its incomplete handshake.
+            let plain = "content-type: text/plain";
+            for asks in [
+                format!("GET /v1/stream HTTP/1.1\r\norigin: {origin}\r\nupgrade: websocket"),
+                format!("POST /v1/generate HTTP/1.1\r\norigin: {origin}\r\n{plain}"),
+                format!("POST /v1/chat/completions HTTP/1.1\r\norigin: {origin}\r\n{plain}"),
+                format!("GET /v1/models HTTP/1.1\r\norigin: {origin}"),
+            ] {
+                let (head, body) = exchange(http, &asks, br#"{"prompt":"a"}"#).await;
+                let body = String::from_utf8(body).unwrap();
+                let refused = head.starts_with("http/1.1 403") && body.contains("may not call this server");
+                assert_eq!(refused, !allowed, "{asks}\n{head}{body}");
+            }
         }
+        let (head, _) = exchange(http, &call("Generate", "grpc-web"), &hello()).await;
+        assert!(head.contains("grpc-status:0") || head.starts_with("http/1.1 200"), "{head}");
+        let other = call("Generate", "grpc-web").replace("page.example", "other.example");
+        let (head, _) = exchange(http, &other, &hello()).await;
+        assert!(head.contains("grpc-status: 7"), "{head}");
     }
 
     #[test]

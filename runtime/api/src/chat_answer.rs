@@ -5,8 +5,6 @@
 //! the events of the [`ChatAnswer`] in the words of its protocol. The merged stream ends after the first
 //! error.
 
-use std::sync::Arc;
-
 use axum::http::HeaderMap;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
@@ -16,7 +14,7 @@ use crate::Api;
 use crate::conversation::{Conversation, Prompt, ToolChoice};
 use crate::error::ApiError;
 use crate::fields::Generation;
-use crate::inference::{Answer, Event, FinishReason, Inference, Logprobs, StoppedBy, TokenText, Usage};
+use crate::inference::{Answer, Event, FinishReason, Logprobs, StoppedBy, TokenText, TokenTexts, Usage};
 use crate::tools::{AnswerParser, Part};
 
 /// The most answers that one request may ask for, `n` times the number of its prompts. Each is a request of
@@ -25,10 +23,22 @@ pub const MAX_ANSWERS: usize = 64;
 /// The most choices of one prompt (`n`): requests of several prompts reach [`MAX_ANSWERS`] first.
 pub const MAX_CHOICES: u32 = 16;
 
+/// Bytes of one alternative in an answer: its text, the bytes of its text as numbers and its log probability.
+/// Most tokens have up to 8 bytes, of which each takes up to 4 characters.
+const ALTERNATIVE_BYTES: u64 = 128;
+/// Tokens that a choice without a smaller limit of its own is expected to have at most.
+const EXPECTED_TOKENS: u64 = 8192;
+/// Most bytes that the log probabilities of one answer in one piece may take: half of what one caller alone
+/// may have waiting (128 MiB), so that an answer is not refused for its length once it was made. One choice
+/// of 8,192 tokens with 20 alternatives takes 22 MB.
+const MAX_LOGPROB_BYTES: u64 = 64 * 1024 * 1024;
+
 /// The answers to one request, admitted and with a first token.
 pub struct ChatAnswer {
     /// What all choices share.
     pub head: ChatHead,
+    /// The texts of tokens, by the model of the first choice.
+    pub texts: TokenTexts,
     /// For each choice its parts, then exactly one [`ChatEventKind::Finished`]; or an error, after which
     /// nothing follows. Dropping the stream cancels the work.
     pub events: BoxStream<'static, Result<ChatEvent, ApiError>>,
@@ -247,9 +257,15 @@ async fn admit(
     calls: CallDelivery,
 ) -> Result<ChatAnswer, ApiError> {
     let mut head = None;
+    let mut texts = None;
     let mut prompt_tokens = Vec::new();
     let mut streams = Vec::new();
-    for (choice, request) in requests.into_iter().enumerate() {
+    let requests = requests.into_iter();
+    let expected = requests.size_hint().0;
+    for (choice, request) in requests.enumerate() {
+        if choice == 0 && calls == CallDelivery::Complete {
+            check_whole(&request, expected)?;
+        }
         let plan = ParsePlan::of(&request, calls);
         let answer = api.inference.generate(request).await?;
         prompt_tokens.push(answer.prompt_tokens);
@@ -265,9 +281,10 @@ async fn admit(
             let message = "the model changed while the choices were admitted; send the request again";
             return Err(ApiError::Unavailable { message: message.to_owned(), retry_after_s: Some(0) });
         }
-        streams.push(ChoiceReader::new(choice, &plan, answer, api.inference.clone()).into_stream());
+        texts.get_or_insert_with(|| answer.texts.clone());
+        streams.push(ChoiceReader::new(choice, &plan, answer).into_stream());
     }
-    let mut head = head.ok_or_else(ApiError::ended_early)?;
+    let (mut head, texts) = head.zip(texts).ok_or_else(ApiError::ended_early)?;
     head.prompt_tokens = prompt_tokens;
     let mut batches = until_error(stream::select_all(streams).boxed());
     let first = batches.next().await.ok_or_else(ApiError::ended_early)??;
@@ -278,7 +295,25 @@ async fn admit(
         })
     });
     let events = stream::iter(first.into_iter().map(Ok)).chain(rest).boxed();
-    Ok(ChatAnswer { head, events })
+    Ok(ChatAnswer { head, texts, events })
+}
+
+/// Refuses an answer in one piece whose log probabilities would be too long, before anything is computed.
+///
+/// # Errors
+/// [`ApiError::InvalidRequest`] with the arithmetic.
+pub(crate) fn check_whole(request: &Generation, choices: usize) -> Result<(), ApiError> {
+    let alternatives = request.options.logprobs.map_or(0, |count| u64::from(count) + 1);
+    let tokens = u64::from(request.max_tokens).min(EXPECTED_TOKENS);
+    let bytes = choices as u64 * tokens * alternatives * ALTERNATIVE_BYTES;
+    if bytes <= MAX_LOGPROB_BYTES {
+        return Ok(());
+    }
+    let why = format!(
+        "the log probabilities of {choices} choices may take {bytes} bytes, at {ALTERNATIVE_BYTES} for each token and \
+         alternative, more than {MAX_LOGPROB_BYTES}: ask for fewer tokens, choices or alternatives, or set stream"
+    );
+    Err(ApiError::field("logprobs", why))
 }
 
 impl ChatAnswer {
@@ -369,8 +404,7 @@ struct UnlistedToken {
 /// Reads one choice.
 struct ChoiceReader {
     choice: usize,
-    inference: Arc<dyn Inference>,
-    model: String,
+    texts: TokenTexts,
     events: BoxStream<'static, Result<Event, ApiError>>,
     parser: AnswerParser,
     single_call: bool,
@@ -384,7 +418,7 @@ struct ChoiceReader {
 type Batch = Result<Vec<ChatEvent>, ApiError>;
 
 impl ChoiceReader {
-    fn new(choice: usize, plan: &ParsePlan, answer: Answer, inference: Arc<dyn Inference>) -> Self {
+    fn new(choice: usize, plan: &ParsePlan, answer: Answer) -> Self {
         let mut syntax = answer.syntax;
         if plan.formatted {
             syntax.reasoning = None;
@@ -395,8 +429,7 @@ impl ChoiceReader {
         }
         Self {
             choice,
-            inference,
-            model: answer.model,
+            texts: answer.texts,
             events: answer.events,
             parser,
             single_call: plan.single_call,
@@ -423,19 +456,19 @@ impl ChoiceReader {
         let kinds = match self.events.next().await.unwrap_or_else(|| Err(ApiError::ended_early()))? {
             Event::Token { id, text, logprobs } => {
                 self.unlisted.extend(logprobs.map(|logprobs| UnlistedToken { id, logprobs }));
-                self.token(&text).await?
+                self.token(&text)?
             }
-            Event::Finished { reason, stopped_by, usage } => self.finish(reason, stopped_by, usage).await?,
+            Event::Finished { reason, stopped_by, usage } => self.finish(reason, stopped_by, usage)?,
         };
         let choice = self.choice;
         Ok(kinds.into_iter().map(|kind| ChatEvent { choice, kind }).collect())
     }
 
-    async fn token(&mut self, text: &str) -> Result<Vec<ChatEventKind>, ApiError> {
+    fn token(&mut self, text: &str) -> Result<Vec<ChatEventKind>, ApiError> {
         self.usage.completion_tokens += 1;
         let mut kinds = Vec::new();
         if !text.is_empty() {
-            kinds.extend(self.list_tokens().await?);
+            kinds.extend(self.list_tokens()?);
         }
         let parts = self.parser.push(text);
         self.usage.reasoning_tokens += u32::from(parts.iter().any(|part| matches!(part, Part::Reasoning(_))));
@@ -443,7 +476,7 @@ impl ChoiceReader {
         Ok(kinds)
     }
 
-    async fn finish(
+    fn finish(
         &mut self,
         reason: FinishReason,
         stopped_by: Option<StoppedBy>,
@@ -451,7 +484,7 @@ impl ChoiceReader {
     ) -> Result<Vec<ChatEventKind>, ApiError> {
         let mut kinds = Vec::new();
         if reason == FinishReason::Length {
-            kinds.extend(self.list_tokens().await?);
+            kinds.extend(self.list_tokens()?);
         }
         self.usage.prompt_tokens = counted.prompt_tokens;
         self.usage.completion_tokens = counted.completion_tokens;
@@ -497,7 +530,7 @@ impl ChoiceReader {
     }
 
     /// The tokens that were not listed yet, with their texts.
-    async fn list_tokens(&mut self) -> Result<Option<ChatEventKind>, ApiError> {
+    fn list_tokens(&mut self) -> Result<Option<ChatEventKind>, ApiError> {
         if self.unlisted.is_empty() {
             return Ok(None);
         }
@@ -507,8 +540,8 @@ impl ChoiceReader {
             scores.push((*id, logprobs.logprob));
             scores.extend(&logprobs.top);
         }
-        let ids = scores.iter().map(|(id, _)| *id).collect();
-        let texts = self.inference.token_texts(Some(self.model.clone()), ids).await?;
+        let ids: Vec<u32> = scores.iter().map(|(id, _)| *id).collect();
+        let texts = (self.texts)(&ids)?;
         let mut scored =
             scores.into_iter().zip(texts).map(|((id, logprob), token)| TokenScore { id, token, logprob });
         let tokens = unlisted.iter().map_while(|UnlistedToken { logprobs, .. }| {

@@ -7,12 +7,13 @@
 //! | `wrong_task` | 400 | INVALID_ARGUMENT | no |
 //! | `forbidden` | 403 | PERMISSION_DENIED | no |
 //! | `unknown_model`, `unknown_revision`, `unknown_route` | 404 | NOT_FOUND | no |
+//! | `conflict` | 409 | ABORTED | no |
 //! | `method_not_allowed` | 405 | UNIMPLEMENTED | no |
+//! | `timeout` | 408 | DEADLINE_EXCEEDED | no |
 //! | `too_long` | 413 | OUT_OF_RANGE | no |
 //! | `unsupported_encoding` | 415 | UNIMPLEMENTED | no |
 //! | `overloaded` | 429 + `Retry-After` | RESOURCE_EXHAUSTED | yes |
-//! | `unavailable` | 503 (+ `Retry-After`) | UNAVAILABLE | yes |
-//! | `timeout` | 504 | DEADLINE_EXCEEDED | yes |
+//! | `unavailable` | 503 (+ `Retry-After`) | UNAVAILABLE | where `Retry-After` is given |
 //! | `internal` | 500 | INTERNAL | yes |
 //!
 //! What an error repeats of its request is cut ([`crate::echo`]). HTTP answers carry `{"error": {"type",
@@ -114,6 +115,12 @@ pub enum ApiError {
         /// The path that was asked for.
         path: String,
     },
+    /// Another request changed meanwhile what this one is about.
+    #[error("{message}")]
+    Conflict {
+        /// What happened, and what to do.
+        message: String,
+    },
     /// The body or the prompt is longer than can be served.
     #[error("{message}")]
     TooLong {
@@ -139,10 +146,11 @@ pub enum ApiError {
     Unavailable {
         /// The state or the cause, and what to do.
         message: String,
-        /// Seconds after which another attempt makes sense, where that is known.
+        /// Seconds after which another attempt makes sense. None where it makes no sense until somebody
+        /// changes the server.
         retry_after_s: Option<u32>,
     },
-    /// No answer came in the time allowed.
+    /// The answer was not complete in the time that the request itself allows.
     #[error("{message}")]
     Timeout {
         /// Which time ran out.
@@ -212,11 +220,12 @@ impl ApiError {
                 StatusCode::NOT_FOUND
             }
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Conflict { .. } => StatusCode::CONFLICT,
             Self::TooLong { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::Timeout { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -232,6 +241,7 @@ impl ApiError {
                 Code::NotFound
             }
             Self::MethodNotAllowed { .. } | Self::UnsupportedEncoding { .. } => Code::Unimplemented,
+            Self::Conflict { .. } => Code::Aborted,
             Self::TooLong { .. } => Code::OutOfRange,
             Self::Overloaded { .. } => Code::ResourceExhausted,
             Self::Unavailable { .. } => Code::Unavailable,

@@ -158,6 +158,12 @@ impl Health for Fake {
     }
 }
 
+/// `t1` for the id 1.
+fn texts(ids: &[u32]) -> Result<Vec<TokenText>, ApiError> {
+    let text = |id: &u32| TokenText { text: format!("t{id}"), bytes: format!("t{id}").into_bytes() };
+    Ok(ids.iter().map(text).collect())
+}
+
 impl Inference for Fake {
     fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
         *self.last.lock().unwrap() = Some(request);
@@ -202,6 +208,7 @@ impl Inference for Fake {
                 created_unix_s: 1_700_000_000,
                 prompt_tokens: usage.prompt_tokens,
                 syntax: script.syntax,
+                texts: Arc::new(texts),
                 events,
             })
         })
@@ -247,16 +254,6 @@ impl Inference for Fake {
         *self.last_count.lock().unwrap() = Some(request);
         let refusal = self.script.refusal.clone();
         Box::pin(async move { refusal.map_or(Ok(u32::try_from(count).unwrap()), Err) })
-    }
-
-    /// `t1` for the id 1.
-    fn token_texts(
-        &self,
-        _: Option<String>,
-        ids: Vec<u32>,
-    ) -> BoxFuture<'_, Result<Vec<TokenText>, ApiError>> {
-        let text = |id: u32| TokenText { text: format!("t{id}"), bytes: format!("t{id}").into_bytes() };
-        Box::pin(async move { Ok(ids.into_iter().map(text).collect()) })
     }
 
     /// A model of that name, ready.

@@ -9,12 +9,12 @@ use crate::echo::echo;
 use crate::error::ApiError;
 use crate::json_body::found;
 use crate::json_object::ObjectAt;
+use crate::tools::MAX_TOOLS;
 
 /// Longest name of a function in bytes: Anthropic's limit, which is above OpenAI's.
 const MAX_NAME_BYTES: usize = 128;
 
-/// Functions of one request, in order. Their number has no limit of its own: the length of the body bounds
-/// it.
+/// Functions of one request, in order: at most [`MAX_TOOLS`], as in chat.
 #[derive(Debug, Default)]
 pub(crate) struct FunctionList {
     tools: Vec<Value>,
@@ -26,8 +26,15 @@ impl FunctionList {
     /// schema of its arguments.
     ///
     /// # Errors
-    /// A missing or malformed name, the name of another function, or a schema that is no object.
+    /// A missing or malformed name, the name of another function, a schema that is no object, or one function
+    /// too many.
     pub(crate) fn add(&mut self, tool: &ObjectAt<'_>, schema_key: &str) -> Result<(), ApiError> {
+        if self.tools.len() == MAX_TOOLS {
+            return Err(ApiError::field(
+                "tools",
+                format!("has more than {MAX_TOOLS} functions; offer fewer"),
+            ));
+        }
         let name = tool.required_text("name")?;
         let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
         if name.is_empty() || name.len() > MAX_NAME_BYTES || !name.bytes().all(is_word) {
@@ -102,6 +109,14 @@ mod tests {
         assert!(!list.defines("b-2"));
         let function = json!({"name": "a", "description": "d", "parameters": {"type": "object"}});
         assert_eq!(list.into_tools(), [json!({"type": "function", "function": function})]);
+    }
+
+    #[test]
+    fn one_function_too_many_is_refused() {
+        let mut list = FunctionList::default();
+        (0..MAX_TOOLS).for_each(|number| add(&mut list, &json!({"name": format!("f{number}")})).unwrap());
+        let error = add(&mut list, &json!({"name": "more"})).unwrap_err().to_string();
+        assert_eq!(error, "tools: has more than 128 functions; offer fewer");
     }
 
     #[test]

@@ -31,6 +31,7 @@ use trustformers_proto::v1::health_service_server::{HealthService, HealthService
 use trustformers_proto::v1::inference_service_server::{InferenceService, InferenceServiceServer};
 use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceServer};
 
+use crate::answer_end::report_end;
 use crate::budget::Share;
 use crate::echo::echo;
 use crate::embed::EmbedRequest;
@@ -95,7 +96,7 @@ pub fn router(api: Api) -> Result<Router, ReflectionError> {
         .layer(from_fn(compress_where_asked))
         .layer(map_response(with_kind));
     let web = plain.clone().layer(GrpcWebLayer::new());
-    Ok(plain.layer(from_fn_with_state(web, by_content_type)))
+    Ok(plain.layer(from_fn_with_state(web, by_content_type)).layer(from_fn(report_end)))
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

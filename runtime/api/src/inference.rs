@@ -43,17 +43,6 @@ pub trait Inference: Health {
     /// Any [`ApiError`].
     fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>>;
 
-    /// The text of each of these token ids, for answers that repeat tokens: the prompt of a request that gave
-    /// ids, or the best tokens beside the one that was produced.
-    ///
-    /// # Errors
-    /// Any [`ApiError`]; an id outside the model's vocabulary is refused.
-    fn token_texts(
-        &self,
-        model: Option<String>,
-        ids: Vec<u32>,
-    ) -> BoxFuture<'_, Result<Vec<TokenText>, ApiError>>;
-
     /// Loads a model and waits until it is ready. Dropping the future does not stop the load.
     ///
     /// # Errors
@@ -76,6 +65,10 @@ pub trait Inference: Health {
     fn watch_models(&self) -> watch::Receiver<Models>;
 }
 
+/// The text of each of these token ids, by the model that answers; it works until it is dropped, even if the
+/// model is unloaded meanwhile. An id outside the model's vocabulary is refused.
+pub type TokenTexts = Arc<dyn Fn(&[u32]) -> Result<Vec<TokenText>, ApiError> + Send + Sync>;
+
 /// An admitted request.
 pub struct Answer {
     /// Unique id of this answer.
@@ -92,6 +85,9 @@ pub struct Answer {
     pub prompt_tokens: u32,
     /// How this model writes tool calls and reasoning. The default for a prompt of text or tokens.
     pub syntax: AnswerSyntax,
+    /// For answers that repeat tokens: the prompt of a request that gave ids, or the best tokens beside the
+    /// one that was produced.
+    pub texts: TokenTexts,
     /// Tokens, then exactly one [`Event::Finished`]; or an error, after which nothing follows.
     pub events: BoxStream<'static, Result<Event, ApiError>>,
 }
@@ -121,6 +117,8 @@ impl Answer {
 pub struct CountRequest {
     /// A model's name; none where the caller left the choice open.
     pub model: Option<String>,
+    /// The only revision that may count; none where any may.
+    pub revision: Option<String>,
     /// What is counted.
     pub prompt: Prompt,
 }
@@ -286,10 +284,10 @@ mod tests {
     #[tokio::test]
     async fn tokens_are_counted_and_have_texts() {
         let fake = Fake::with(Script::tokens(&[]));
-        let request = CountRequest { model: None, prompt: "a b".into() };
+        let request = CountRequest { model: None, revision: None, prompt: "a b".into() };
         assert_eq!(fake.count_tokens(request.clone()).await, Ok(2));
         assert_eq!(fake.last_count(), request);
-        let texts = fake.token_texts(None, vec![7]).await.unwrap();
+        let texts = (fake.generate(generation()).await.unwrap().texts)(&[7]).unwrap();
         assert_eq!(texts, [TokenText { text: "t7".into(), bytes: b"t7".to_vec() }]);
     }
 }

@@ -8,6 +8,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`inference`] | the trait, its requests and its answers |
+//! | [`answer_end`] | how an answer ended, told to a gateway |
 //! | [`error`] | every way a request fails, with its HTTP status and gRPC code |
 //! | [`fields`] | defaults and limits of a request's fields, shared by both protocols |
 //! | [`options`] | the fields about sampling, stops and format |
@@ -26,7 +27,7 @@
 //! | [`chat_answer`] | answers of a chat as all chat protocols need them |
 //! | `json_body.rs`, `json_object.rs` | the fields of a JSON body, and of objects inside it |
 //! | `request_body.rs` | bounded bodies |
-//! | `encoding/` | compressed bodies of requests and of answers |
+//! | [`encoding`] | compressed bodies of requests and of answers |
 //! | `websocket/`, `multiplex.rs` | `GET /v1/stream`; several requests at once over one connection or call |
 //! | [`browser`] | cross-origin requests, and gRPC-Web beside HTTP |
 //! | `kserve/` | the Open Inference Protocol (KServe v2), over HTTP and gRPC |
@@ -44,6 +45,7 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
+pub mod answer_end;
 mod anthropic;
 mod blocks;
 pub mod browser;
@@ -53,7 +55,7 @@ pub mod contain;
 pub mod conversation;
 pub mod echo;
 pub mod embed;
-mod encoding;
+pub mod encoding;
 pub mod error;
 mod field_names;
 pub mod fields;
@@ -96,7 +98,7 @@ pub use error::{ApiError, ErrorShape};
 pub use fields::{Asked, Defaults, Generation};
 pub use health::{Health, Verdict};
 pub use inference::{
-    Answer, CountRequest, Event, FinishReason, Inference, Logprobs, StoppedBy, TokenText, Usage,
+    Answer, CountRequest, Event, FinishReason, Inference, Logprobs, StoppedBy, TokenText, TokenTexts, Usage,
 };
 pub use options::{Format, Options};
 pub use priority::Priority;
@@ -129,6 +131,7 @@ impl Api {
     /// Serves from `inference` until `closing` is cancelled.
     pub fn new(inference: Arc<dyn Inference>, closing: CancellationToken) -> Self {
         let large_bodies = BlockingWork::new(LARGE_BODIES);
+        let inference = Arc::new(answer_end::ReportingInference(inference));
         Self { inference, closing, large_bodies, kserve_counts: Arc::default() }
     }
 }

@@ -200,8 +200,12 @@ impl Api {
     }
 }
 
+/// Seconds after which another server, or this one started again, may answer.
+const ENDING_RETRY_AFTER_S: u32 = 1;
+
 fn ending() -> ApiError {
-    ApiError::Unavailable { message: "the server is ending".to_owned(), retry_after_s: None }
+    let message = "the server is ending".to_owned();
+    ApiError::Unavailable { message, retry_after_s: Some(ENDING_RETRY_AFTER_S) }
 }
 
 /// The refusal of a server whose models do not change while it runs.
@@ -322,6 +326,6 @@ mod tests {
         });
         fake.until_running(1).await;
         api.closing.cancel();
-        assert!(matches!(waiting.await.unwrap(), Err(ApiError::Unavailable { retry_after_s: None, .. })));
+        assert!(matches!(waiting.await.unwrap(), Err(ApiError::Unavailable { retry_after_s: Some(_), .. })));
     }
 }

@@ -142,6 +142,9 @@ fn texts(value: &Value) -> Option<Vec<String>> {
 const FORMAT: &str = "response_format";
 const TYPES: &[&str] = &["text", "json_object", "json_schema", "regex", "grammar"];
 
+/// What formats have beside their type. Clients that build a request from a class write the others as null.
+const MEMBERS: &[&str] = &["schema", "json_schema", "regex", "grammar"];
+
 /// A format; none for plain text.
 fn format(value: &Value, body: &[u8]) -> Result<Option<Format>, ApiError> {
     let Some(object) = value.as_object() else {
@@ -168,9 +171,10 @@ fn format(value: &Value, body: &[u8]) -> Result<Option<Format>, ApiError> {
 /// Refuses keys that a format has no use for.
 fn allow(object: &Map<String, Value>, keys: &[&str]) -> Result<(), ApiError> {
     let known: Vec<&str> = ["type"].iter().chain(keys).copied().collect();
-    match object.keys().find(|key| !known.contains(&key.as_str())) {
+    let absent = |key: &str, value: &Value| value.is_null() && MEMBERS.contains(&key);
+    match object.iter().find(|(key, value)| !known.contains(&key.as_str()) && !absent(key, value)) {
         None => Ok(()),
-        Some(key) => {
+        Some((key, _)) => {
             let hint = nearest::hint(key, &known);
             Err(ApiError::field(&format!("{FORMAT}.{key}"), format!("there is no such field here; {hint}")))
         }
@@ -190,8 +194,11 @@ fn text(object: &Map<String, Value>, key: &str) -> Result<String, ApiError> {
 /// caller wrote it: a number that is parsed and written again loses digits.
 fn schema(object: &Map<String, Value>, body: &[u8]) -> Result<String, ApiError> {
     allow(object, &["schema", "json_schema"])?;
+    let given = |holder: Option<&Map<String, Value>>| {
+        holder.and_then(|holder| holder.get("schema")).filter(|schema| !schema.is_null()).cloned()
+    };
     let inner = object.get("json_schema").and_then(Value::as_object);
-    let schema = match (object.get("schema"), inner.and_then(|inner| inner.get("schema"))) {
+    let schema = match (given(Some(object)), given(inner)) {
         (Some(schema), None) | (None, Some(schema)) => schema,
         (None, None) => {
             return Err(ApiError::field("response_format.schema", "is missing: give a JSON schema"));
@@ -206,14 +213,15 @@ fn schema(object: &Map<String, Value>, body: &[u8]) -> Result<String, ApiError> 
     if schema.is_object() || schema.is_boolean() {
         Ok(raw_schema(body).unwrap_or_else(|| schema.to_string()))
     } else {
-        let why = format!("expected a JSON schema, which is an object, found {}", found(schema));
+        let why = format!("expected a JSON schema, which is an object, found {}", found(&schema));
         Err(ApiError::field("response_format.schema", why))
     }
 }
 
 /// The text of the schema in the text of a body.
 fn raw_schema(body: &[u8]) -> Option<String> {
-    member_text(body, &[FORMAT, "schema"]).or_else(|| member_text(body, &[FORMAT, "json_schema", "schema"]))
+    let given = |path: &[&str]| member_text(body, path).filter(|text| text.trim() != "null");
+    given(&[FORMAT, "schema"]).or_else(|| given(&[FORMAT, "json_schema", "schema"]))
 }
 
 #[cfg(test)]
@@ -223,6 +231,27 @@ mod tests {
 
     fn read(value: &Value) -> Result<Options, ApiError> {
         Options::from_json(value.as_object().unwrap(), value.to_string().as_bytes())
+    }
+
+    #[test]
+    fn null_members_of_a_format_are_missing() {
+        let schema = Some(Format::JsonSchema(r#"{"type":"object"}"#.into()));
+        for (format, expected) in [
+            (json!({"type": "text", "json_schema": null, "regex": null}), None),
+            (json!({"type": "json_object", "schema": null}), Some(Format::JsonObject)),
+            (
+                json!({"type": "json_schema", "schema": {"type": "object"}, "json_schema": null}),
+                schema.clone(),
+            ),
+            (
+                json!({"type": "json_schema", "schema": null, "json_schema": {"schema": {"type": "object"}}}),
+                schema,
+            ),
+        ] {
+            assert_eq!(read(&json!({"response_format": format})).unwrap().format, expected, "{format}");
+        }
+        assert!(read(&json!({"response_format": {"type": "json_schema", "schema": null}})).is_err());
+        assert!(read(&json!({"response_format": {"type": "text", "other": null}})).is_err());
     }
 
     #[test]

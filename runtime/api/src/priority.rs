@@ -23,6 +23,18 @@ pub enum Priority {
     Low,
 }
 
+impl Priority {
+    /// The word that stands for it in a header.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::High => "high",
+            Self::Normal => "normal",
+            Self::Low => "low",
+        }
+    }
+}
+
 const EXPECTED: &str = "\"high\", \"normal\" or \"low\"";
 
 fn word(text: &str) -> Option<Priority> {

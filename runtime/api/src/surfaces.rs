@@ -3,6 +3,7 @@
 //! Routes, the gateway's forwarding, the shape of errors, metrics and the OpenAPI document follow from it: a
 //! new surface is one more row. Tests compare it with the routes that are served.
 
+use std::collections::HashMap;
 use std::str::Split;
 
 use trustformers_proto::Task;
@@ -87,7 +88,11 @@ pub enum ModelPlace {
     /// In the segments `{model}` of its path.
     PathSegment,
     /// In each of the messages that follow on the connection; the first one decides where it goes.
-    FirstMessage,
+    FirstMessage {
+        /// The numbers of the fields that lead to it in a message of gRPC. Empty where messages are JSON,
+        /// which have it in the field `model`.
+        fields: &'static [u32],
+    },
     /// Nowhere: it is about no model, or about all.
     Nowhere,
 }
@@ -114,7 +119,12 @@ const KSERVE: &str = "inference.GRPCInferenceService";
 
 const JSON: ModelPlace = ModelPlace::JsonField;
 const IN_PATH: ModelPlace = ModelPlace::PathSegment;
-const FIRST_MESSAGE: ModelPlace = ModelPlace::FirstMessage;
+/// In the messages of a WebSocket.
+const FIRST_JSON: ModelPlace = ModelPlace::FirstMessage { fields: &[] };
+/// In field 5 of the request that a message of a session starts.
+const FIRST_OF_SESSION: ModelPlace = ModelPlace::FirstMessage { fields: &[2, 5] };
+/// In field 1 of the messages of KServe's stream.
+const FIRST_OF_KSERVE: ModelPlace = ModelPlace::FirstMessage { fields: &[1] };
 /// Every request of this package has the model's name in its field 5.
 const FIELD_5: ModelPlace = ModelPlace::ProtoField(5);
 /// Every request of KServe's package that names a model has it in its field 1.
@@ -178,6 +188,20 @@ impl Surface {
         self.http_path().is_some_and(|path| path.starts_with("/openai/") || path.contains("/{version}"))
     }
 
+    /// The model that a path of this row names, as it is written there: percent-encoded. None where the row
+    /// has no model in its path.
+    #[must_use]
+    pub fn model_in_path<'a>(&self, path: &'a str) -> Option<&'a str> {
+        let (before, behind) = self.http_path()?.split_once("{model}")?;
+        let rest = path.get(before.len()..)?;
+        // Every segment behind the name stands for one segment of the path.
+        let mut end = rest.len();
+        for _ in 0..behind.matches('/').count() {
+            end = rest[..end].rfind('/')?;
+        }
+        Some(&rest[..end])
+    }
+
     /// Its path, where it is called over HTTP.
     #[must_use]
     pub const fn http_path(&self) -> Option<&'static str> {
@@ -218,7 +242,7 @@ pub const SURFACES: &[Surface] = &[
     get("get_model", "/v1/models/{model}").names(IN_PATH).errors(OPENAI),
     post("load_model", "/v1/models/load").names(JSON).not_idempotent(),
     post("unload_model", "/v1/models/unload").names(JSON).not_idempotent(),
-    get("stream", "/v1/stream").asks(GENERATE, FIRST_MESSAGE).kind(Kind::Upgrade).not_idempotent(),
+    get("stream", "/v1/stream").asks(GENERATE, FIRST_JSON).kind(Kind::Upgrade).not_idempotent(),
     get("openapi", "/openapi.json"),
     get("health", "/health"),
     get("health_ready", "/health/ready"),
@@ -267,7 +291,7 @@ pub const SURFACES: &[Surface] = &[
         .asks(GENERATE, FIELD_5)
         .kind(Kind::ServerStream),
     grpc("grpc_session", INFERENCE, "Session")
-        .asks(GENERATE, FIRST_MESSAGE)
+        .asks(GENERATE, FIRST_OF_SESSION)
         .kind(Kind::Bidirectional)
         .not_idempotent(),
     grpc("grpc_embed", INFERENCE, "Embed").asks(EMBED, FIELD_5).cacheable(),
@@ -284,7 +308,7 @@ pub const SURFACES: &[Surface] = &[
     grpc("kserve_grpc_model", KSERVE, "ModelMetadata").names(FIELD_1),
     grpc("kserve_grpc_infer", KSERVE, "ModelInfer").names(FIELD_1),
     grpc("kserve_grpc_stream_infer", KSERVE, "ModelStreamInfer")
-        .names(FIRST_MESSAGE)
+        .names(FIRST_OF_KSERVE)
         .kind(Kind::Bidirectional)
         .not_idempotent(),
     grpc("kserve_grpc_config", KSERVE, "ModelConfig").names(FIELD_1),
@@ -327,10 +351,49 @@ fn http_row(path: &str, wanted: impl Fn(HttpMethod) -> bool) -> Option<&'static 
     fitting.max_by_key(|(literal, _)| *literal).map(|(_, surface)| surface)
 }
 
+/// The rows whose path is a literal, by path: for a server that looks at every request before it passes it
+/// on. A literal is the most particular row of its path, so that most requests need no search.
+#[derive(Debug, Clone)]
+pub struct LiteralRows(HashMap<&'static str, Vec<&'static Surface>>);
+
+impl Default for LiteralRows {
+    fn default() -> Self {
+        let mut rows: HashMap<&str, Vec<&Surface>> = HashMap::new();
+        for surface in SURFACES {
+            if let Some(path) = surface.http_path().filter(|path| !path.contains('{')) {
+                rows.entry(path).or_default().push(surface);
+            }
+        }
+        Self(rows)
+    }
+}
+
+impl LiteralRows {
+    /// The same as [`http_surface`], sooner.
+    #[must_use]
+    pub fn http_surface(&self, method: &str, path: &str) -> Option<&'static Surface> {
+        let is_called = |surface: &Surface| match surface.endpoint {
+            Endpoint::Http { method: of_row, .. } => of_row.is(method),
+            Endpoint::Grpc { .. } => false,
+        };
+        let literal = self.0.get(path).and_then(|rows| rows.iter().copied().find(|row| is_called(row)));
+        literal.or_else(|| http_surface(method, path))
+    }
+}
+
 /// The row of a request over HTTP. The method is that of the request line, such as `POST`.
 #[must_use]
 pub fn http_surface(method: &str, path: &str) -> Option<&'static Surface> {
     http_row(path, |of_row| of_row.is(method))
+}
+
+/// The method that a path over HTTP takes, whatever it was asked with. None where there is no such path.
+#[must_use]
+pub fn method_of_path(path: &str) -> Option<HttpMethod> {
+    match http_row(path, |_| true)?.endpoint {
+        Endpoint::Http { method, .. } => Some(method),
+        Endpoint::Grpc { .. } => None,
+    }
 }
 
 /// The row of a path over gRPC, such as `/trustformers.v1.InferenceService/Embed`.
@@ -439,9 +502,29 @@ mod tests {
             ("GET", "/v1/generate", None),
         ] {
             assert_eq!(name(method, path), found, "{method} {path}");
+            let literal = LiteralRows::default().http_surface(method, path);
+            assert_eq!(literal.map(|surface| surface.name), found, "{method} {path}");
         }
         let versions = http_surface("POST", "/v2/models/a/versions/1/infer").unwrap();
         assert!(versions.is_alias() && versions.http_path().unwrap().contains("{version}"));
+    }
+
+    #[test]
+    fn the_model_of_a_path_has_every_segment_of_its_name() {
+        for (method, path, model) in [
+            ("GET", "/v1/models/a", Some("a")),
+            ("GET", "/openai/v1/models/ns/a%2Fb", Some("ns/a%2Fb")),
+            ("GET", "/v2/models/ns/a/ready", Some("ns/a")),
+            ("POST", "/v2/models/ns/a/versions/1/infer", Some("ns/a")),
+            ("POST", "/v2/models/versions/versions/infer", Some("versions/versions")),
+            ("GET", "/v2/models/stats", None),
+            ("POST", "/v1/generate", None),
+        ] {
+            let surface = http_surface(method, path).unwrap();
+            assert_eq!(surface.model_in_path(path), model, "{method} {path}");
+        }
+        assert_eq!(method_of_path("/v1/generate"), Some(HttpMethod::Post));
+        assert_eq!(method_of_path("/v1/nothing"), None);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! Loading and running the models: ragged steps of several sequences, with prompts in chunks and blocks in no
 //! order.
 
+use std::sync::Arc;
+
 use trustformers_plan::{
-    Backend, Executable, FusedOps, LoadSpec, LogitsRows, Numerics, SequenceStep, StepInput, StepOutput,
+    Backend, Executable, FusedOps, KvType, LoadSpec, LogitsRows, Numerics, Plan, SequenceStep, StepInput,
+    StepOutput, Weights,
 };
 
 use crate::CaseError;
@@ -23,8 +26,37 @@ pub fn load_decoder(
 ) -> Result<Box<dyn Executable>, CaseError> {
     let weights = decoder.weights()?;
     let plan = decoder.plan(&weights, fused)?;
-    let spec = LoadSpec { weights, plan: &plan, kv_blocks: KV_BLOCKS, numerics, progress: &mut |_| {} };
-    Ok(backend.load(spec)?.compile(&plan)?)
+    load_plan(backend, &LoadCase { weights, plan, kv_type: KvType::F32, numerics })
+}
+
+/// A plan to load, and how.
+#[derive(Debug, Clone)]
+pub struct LoadCase {
+    /// The weights.
+    pub weights: Arc<Weights>,
+    /// The plan.
+    pub plan: Plan,
+    /// The type of the cache.
+    pub kv_type: KvType,
+    /// The numerics.
+    pub numerics: Numerics,
+}
+
+/// Loads a plan and makes it runnable.
+///
+/// # Errors
+/// The backend refuses it.
+pub fn load_plan(backend: &mut dyn Backend, case: &LoadCase) -> Result<Box<dyn Executable>, CaseError> {
+    let LoadCase { weights, plan, kv_type, numerics } = case;
+    let spec = LoadSpec {
+        weights: Arc::clone(weights),
+        plan,
+        kv_blocks: if plan.uses_cache() { KV_BLOCKS } else { 0 },
+        kv_type: *kv_type,
+        numerics: *numerics,
+        progress: &mut |_| {},
+    };
+    Ok(backend.load(spec)?.compile(plan)?)
 }
 
 /// Loads an encoder and makes its plan runnable.
@@ -39,8 +71,7 @@ pub fn load_encoder(
 ) -> Result<Box<dyn Executable>, CaseError> {
     let weights = encoder.weights()?;
     let plan = encoder.plan(&weights, fused)?;
-    let spec = LoadSpec { weights, plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
-    Ok(backend.load(spec)?.compile(&plan)?)
+    load_plan(backend, &LoadCase { weights, plan, kv_type: KvType::F32, numerics })
 }
 
 /// Runs one step; returns the rows of its answer.

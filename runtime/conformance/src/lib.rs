@@ -17,6 +17,9 @@
 //!   (`decoder/batch_invariance`, `decoder/prefix`, `encoder/batch_invariance`);
 //! * draft tokens that are verified in one step get the bits of one step each, in `fast` too
 //!   (`decoder/draft_tokens`);
+//! * rows whose results nobody reads may be left out of the last layer: the others keep their bits
+//!   (`decoder/pruned`, `encoder/pruned`);
+//! * each claimed type of the cache gives the answer of the oracle with that type (`cache/types`);
 //! * a reused block shows nothing of an earlier sequence (`cache/poison`);
 //! * invalid steps and plans are refused with the right error, and the next step works (`order/…`);
 //! * the memory report and the estimate before the load are right (`order/memory`).

@@ -82,6 +82,18 @@ impl Decoder {
     /// # Errors
     /// The plan that a pass made is wrong.
     pub fn plan(&self, weights: &Weights, fused: &FusedOps) -> Result<Plan, CaseError> {
+        self.lower(weights, fused, false)
+    }
+
+    /// The same without what the last layer computes for rows without logits, except keys and values.
+    ///
+    /// # Errors
+    /// As [`Self::plan`].
+    pub fn pruned_plan(&self, weights: &Weights, fused: &FusedOps) -> Result<Plan, CaseError> {
+        self.lower(weights, fused, true)
+    }
+
+    fn lower(&self, weights: &Weights, fused: &FusedOps, pruned: bool) -> Result<Plan, CaseError> {
         let hyper = self.hyper();
         // The biased decoder rotates half of each head only, as some models do.
         let dims = if self.biased { hyper.head_dim / 2 } else { hyper.head_dim };
@@ -95,7 +107,13 @@ impl Decoder {
         for layer in 0..hyper.layers {
             let at = |name: &str| named(weights, &format!("{layer}.{name}"));
             let n = b.rms_norm(x, at("norm1")?, 1e-5);
-            let (mut q, mut k, mut v) = (b.matmul(n, at("q")?), b.matmul(n, at("k")?), b.matmul(n, at("v")?));
+            let mut asking = n;
+            if pruned && layer + 1 == hyper.layers {
+                x = b.gather_rows(x);
+                asking = b.rms_norm(x, at("norm1")?, 1e-5);
+            }
+            let (mut q, mut k, mut v) =
+                (b.matmul(asking, at("q")?), b.matmul(n, at("k")?), b.matmul(n, at("v")?));
             if self.biased {
                 q = b.add_row(q, at("q.bias")?);
                 k = b.add_row(k, at("k.bias")?);
@@ -112,7 +130,9 @@ impl Decoder {
             let down = b.matmul(hidden, at("down")?);
             x = b.add(x, down);
         }
-        let x = b.gather_rows(x);
+        if !pruned {
+            x = b.gather_rows(x);
+        }
         let x = b.rms_norm(x, named(weights, "norm")?, 1e-5);
         b.logits(x, named(weights, "embedding")?);
         Ok(b.finish(fused)?)
@@ -170,6 +190,19 @@ impl Encoder {
     /// # Errors
     /// The plan that a pass made is wrong.
     pub fn plan(&self, weights: &Weights, fused: &FusedOps) -> Result<Plan, CaseError> {
+        self.lower(weights, fused, false)
+    }
+
+    /// The same without what the last layer computes for rows after the first of each sequence, except keys
+    /// and values. Only for [`Pooling::Cls`].
+    ///
+    /// # Errors
+    /// As [`Self::plan`].
+    pub fn pruned_plan(&self, weights: &Weights, fused: &FusedOps) -> Result<Plan, CaseError> {
+        self.lower(weights, fused, true)
+    }
+
+    fn lower(&self, weights: &Weights, fused: &FusedOps, pruned: bool) -> Result<Plan, CaseError> {
         let dense = |b: &mut PlanBuilder<'_>, x, name: String| -> Result<Value, CaseError> {
             let product = b.matmul(x, named(weights, &name)?);
             Ok(b.add_row(product, named(weights, &format!("{name}.bias"))?))
@@ -185,9 +218,13 @@ impl Encoder {
         let mut x = norm(&mut b, x, "norm".to_owned())?;
         for layer in 0..Self::HYPER.layers {
             let at = |name: &str| format!("{layer}.{name}");
+            let all = x;
+            if pruned && layer + 1 == Self::HYPER.layers {
+                x = b.gather_first_rows(x);
+            }
             let q = dense(&mut b, x, at("q"))?;
-            let k = dense(&mut b, x, at("k"))?;
-            let v = dense(&mut b, x, at("v"))?;
+            let k = dense(&mut b, all, at("k"))?;
+            let v = dense(&mut b, all, at("v"))?;
             let mixed = b.encoder_attention(q, k, v, 24f32.sqrt().recip());
             let o = dense(&mut b, mixed, at("o"))?;
             let sum = b.add(o, x);

@@ -2,11 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in what it builds as well")]
 
+use std::{borrow::Cow, sync::Arc};
+
 use trustformers_conformance::{Fault, Open, check};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
     Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Numerics, Plan,
-    StepInput, StepOutput,
+    StepInput, StepOutput, Weight, WeightView, Weights,
 };
 
 /// The fault of a backend.
@@ -26,6 +28,8 @@ enum Flaw {
     Forgetful,
     /// It estimates less memory than it takes.
     Underestimating,
+    /// It takes the rows of a weight that is stored transposed in another order.
+    Transposing,
     /// It claims no type.
     Typeless,
 }
@@ -54,8 +58,11 @@ impl Backend for Flawed {
         Ok(estimate)
     }
 
-    fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
+    fn load(&mut self, mut spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
         let numerics = spec.numerics;
+        if self.1 == Flaw::Transposing {
+            spec.weights = Arc::new(transposes_rotated(&spec.weights));
+        }
         Ok(Box::new(FlawedModel(self.0.load(spec)?, self.1, numerics)))
     }
 }
@@ -95,6 +102,21 @@ impl Executable for FlawedExecutable {
         }
         Ok(())
     }
+}
+
+/// The weights; of those whose rows do not lie side by side, the first row comes last.
+fn transposes_rotated(weights: &Weights) -> Weights {
+    let mut rotated = Weights::new();
+    for (_, weight) in weights.iter() {
+        let mut weight = weight.clone();
+        if matches!(weight.row(0), Cow::Owned(_)) {
+            let first = weight.view("first", &WeightView::Rows(0..1)).unwrap();
+            let others = weight.view("others", &WeightView::Rows(1..weight.rows())).unwrap();
+            weight = Weight::stacked(weight.name(), &[&others, &first]).unwrap();
+        }
+        rotated.push(weight).unwrap();
+    }
+    rotated
 }
 
 fn faults(flaw: Flaw) -> Vec<&'static str> {
@@ -153,6 +175,11 @@ fn a_report_of_no_memory_is_found() {
 #[test]
 fn an_estimate_that_is_too_small_is_found() {
     assert_eq!(faults(Flaw::Underestimating), ["order/memory"]);
+}
+
+#[test]
+fn a_view_in_another_order_is_found() {
+    assert_eq!(faults(Flaw::Transposing), ["weights/views"]);
 }
 
 #[test]

@@ -108,8 +108,14 @@ fn entry(
 ) -> Result<(String, Box<dyn Executable>), Box<dyn std::error::Error>> {
     let fused = if unfused { FusedOps::NONE } else { backend.caps().fused };
     let plan = plan(weights, &fused)?;
-    let spec =
-        LoadSpec { weights: weights.clone(), plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
+    let spec = LoadSpec {
+        weights: weights.clone(),
+        plan: &plan,
+        kv_blocks: 0,
+        kv_type: backend.caps().default_kv_type(numerics),
+        numerics,
+        progress: &mut |_| {},
+    };
     let executable = backend.load(spec)?.compile(&plan)?;
     let name =
         format!("{} {numerics:?}{}", backend.caps().description, if unfused { ", unfused" } else { "" });
@@ -133,7 +139,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             if (numerics == Numerics::Exact && has("fast")) || (unfused && !has("unfused")) {
                 continue;
             }
-            let backend = CpuBackend::new(CpuConfig { tier: Some(tier), threads })?;
+            let backend = CpuBackend::new(CpuConfig { tier: Some(tier), threads, ..CpuConfig::default() })?;
             entries.push(entry(backend, &weights, numerics, unfused)?);
         }
     }

@@ -1,20 +1,23 @@
 //! Measures steps of models with synthetic weights: decode, decode with a long context, eight sequences, and
 //! prefill.
 //!
-//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [unfused] [THREADS]`. MODEL
-//! is `smollm2` (the default: SmolLM2-135M, Q4_1), `smollm2-bf16`, `qwen-0.5b` or `qwen-1.5b` (with the mixed
-//! types of their Q4_K_M files). `all` measures every tier in both numerics instead of the best tier in fast
-//! numerics, and `unfused` adds plans without fused ops. Decoding reads all repacked weights once per step,
-//! so the speed is printed with the time that reading this much memory takes at the bandwidth measured in the
-//! same run. All entries run alternately for [`ROUNDS`] rounds, so that other load on the machine affects all
-//! of them. It prints the fastest and the median round.
+//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [unfused] [deep | load]
+//! [THREADS]`.
+//! `deep` measures long contexts instead: a sequence at depth 4096, and four of which one is long. `load`
+//! measures loading instead, beside loading on one thread. MODEL is `smollm2` (the default: SmolLM2-135M,
+//! Q4_1), `smollm2-bf16`, `qwen-0.5b` or `qwen-1.5b` (with the mixed types of their Q4_K_M files). `all`
+//! measures every tier in both numerics instead of the best tier in fast numerics, and `unfused` adds plans
+//! without fused ops. Decoding reads all repacked weights once per step, so the speed is printed with the
+//! time that reading this much memory takes at the bandwidth measured in the same run. All entries run
+//! alternately for [`ROUNDS`] rounds, so that other load on the machine affects all of them. It prints the
+//! fastest and the median round.
 
 use std::{hint::black_box, sync::Arc, time::Instant};
 
 use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
 use trustformers_plan::{
-    Backend, DType, Executable, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder,
-    RopeLayout, RopeSpec, SequenceStep, StepInput, StepOutput, Weight, Weights,
+    Backend, DType, Executable, FusedOps, Hyper, KV_BLOCK_TOKENS, Limits, LoadSpec, LogitsRows, Numerics,
+    Plan, PlanBuilder, RopeLayout, RopeSpec, SequenceStep, StepInput, StepOutput, Weight, Weights,
 };
 
 type AnyError = Box<dyn std::error::Error>;
@@ -191,9 +194,17 @@ fn seconds(e: &mut dyn Executable, input: &StepInput, times: usize) -> Result<f6
 }
 
 fn step(sequences: usize, rows: usize, cached_tokens: usize) -> StepInput {
+    step_of(&vec![cached_tokens; sequences], rows)
+}
+
+/// A sequence for each number of cached tokens, each with as many blocks as it needs.
+fn step_of(cached_tokens: &[usize], rows: usize) -> StepInput {
     let mut input = StepInput::new();
-    for s in 0..sequences as u32 {
-        let blocks: Vec<u32> = (s * 40..(s + 1) * 40).collect();
+    let mut first_block = 0;
+    for &cached_tokens in cached_tokens {
+        let end = first_block + (cached_tokens + rows).div_ceil(KV_BLOCK_TOKENS) as u32;
+        let blocks: Vec<u32> = (first_block..end).collect();
+        first_block = end;
         let tokens: Vec<u32> = (0..rows as u32).map(|i| i * 91 % 49_152).collect();
         input.push_sequence(SequenceStep {
             tokens: &tokens,
@@ -232,34 +243,106 @@ struct Entry {
     name: String,
     executable: Box<dyn Executable>,
     /// Per measure, one time per round.
-    seconds: [Vec<f64>; 4],
+    seconds: Vec<Vec<f64>>,
 }
 
-fn main() -> Result<(), AnyError> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let shape = SHAPES.iter().find(|shape| args.iter().any(|arg| arg == shape.name)).unwrap_or(&SHAPES[0]);
-    let has = |word: &str| args.iter().any(|arg| arg == word);
-    let all = has("all");
-    let threads: Option<usize> = args.iter().find_map(|arg| arg.parse().ok());
-    let weights = weights(shape)?;
-    let mut entries = Vec::new();
-    let mut weight_bytes = 0;
+/// Steps that are measured.
+struct Measure {
+    what: &'static str,
+    input: StepInput,
+    /// Tokens that a step gives.
+    tokens: f64,
+    /// Steps of a round, of which the fastest counts.
+    times: usize,
+}
+
+/// The measures of a run.
+fn measures(deep: bool) -> Vec<Measure> {
+    let measure = |what, input, tokens, times| Measure { what, input, tokens, times };
+    if deep {
+        return vec![
+            measure("at 4096", step(1, 1, 4096), 1.0, 4),
+            measure("mixed depths", step_of(&[8000, 512, 512, 512], 1), 4.0, 4),
+        ];
+    }
+    vec![
+        measure("decode", step(1, 1, 5), 1.0, 12),
+        measure("at 512", step(1, 1, 512), 1.0, 8),
+        measure("8 sequences", step(8, 1, 100), 8.0, 6),
+        measure("prefill 512", step(1, 512, 0), 512.0, 1),
+    ]
+}
+
+/// Prints how long loading takes, and how long on one thread.
+fn print_load_times(shape: &Shape, weights: &Arc<Weights>, threads: Option<usize>) -> Result<(), AnyError> {
+    let load_ms = |threads| -> Result<f64, AnyError> {
+        let mut backend = CpuBackend::new(CpuConfig { threads, ..CpuConfig::default() })?;
+        let plan = plan(shape, weights, &backend.caps().fused)?;
+        let (numerics, start) = (Numerics::Fast, Instant::now());
+        drop(backend.load(LoadSpec {
+            weights: weights.clone(),
+            plan: &plan,
+            kv_blocks: KV_BLOCKS,
+            kv_type: backend.caps().default_kv_type(numerics),
+            numerics,
+            progress: &mut |_| {},
+        })?);
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    };
+    let (mut all, mut one) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        all.push(load_ms(threads)?);
+        one.push(load_ms(Some(1))?);
+    }
+    let (all, one) = (ends(&mut all).1, ends(&mut one).1);
+    println!("{}: loaded in {all:.1} ms, with 1 thread in {one:.1} ms", shape.name);
+    Ok(())
+}
+
+/// The fastest and the median.
+fn ends(list: &mut [f64]) -> (f64, f64) {
+    list.sort_by(f64::total_cmp);
+    (list[0], list[list.len() / 2])
+}
+
+/// Blocks of the cache: of eight sequences, or of the deepest measure.
+const KV_BLOCKS: usize = 640;
+
+/// What is measured beside the defaults.
+struct Wanted {
+    /// Every tier in both numerics.
+    all: bool,
+    /// Plans without fused ops too.
+    unfused: bool,
+    threads: Option<usize>,
+}
+
+/// An entry for each tier and kind of plan, and the bytes of the repacked weights.
+fn entries(
+    shape: &Shape,
+    weights: &Arc<Weights>,
+    wanted: &Wanted,
+    measures: usize,
+) -> Result<(Vec<Entry>, u64), AnyError> {
+    let (mut entries, mut weight_bytes) = (Vec::new(), 0);
     // The scalar tier is not for serving, and its steps would take most of the run.
     let tiers = Tier::ALL.into_iter().filter(|tier| tier.is_available() && *tier != Tier::Scalar);
-    for tier in tiers.filter(|tier| all || *tier == Tier::best()) {
+    for tier in tiers.filter(|tier| wanted.all || *tier == Tier::best()) {
         for (numerics, unfused) in [Numerics::Fast, Numerics::Exact].map(|n| [(n, false), (n, true)]).concat()
         {
-            if (numerics == Numerics::Exact && !all) || (unfused && !has("unfused")) {
+            if (numerics == Numerics::Exact && !wanted.all) || (unfused && !wanted.unfused) {
                 continue;
             }
-            let mut backend = CpuBackend::new(CpuConfig { tier: Some(tier), threads })?;
+            let config = CpuConfig { tier: Some(tier), threads: wanted.threads, ..CpuConfig::default() };
+            let mut backend = CpuBackend::new(config)?;
             let fused = if unfused { FusedOps::NONE } else { backend.caps().fused };
-            let plan = plan(shape, &weights, &fused)?;
+            let plan = plan(shape, weights, &fused)?;
             let start = Instant::now();
             let spec = LoadSpec {
                 weights: weights.clone(),
                 plan: &plan,
-                kv_blocks: 40 * 8,
+                kv_blocks: KV_BLOCKS,
+                kv_type: backend.caps().default_kv_type(numerics),
                 numerics,
                 progress: &mut |_| {},
             };
@@ -267,31 +350,47 @@ fn main() -> Result<(), AnyError> {
             let unfused = if unfused { ", unfused" } else { "" };
             let name = format!("{} {} {numerics:?}{unfused}", shape.name, backend.caps().description);
             println!("{name}: loaded in {:.2} s, {:?}", start.elapsed().as_secs_f64(), loaded.memory());
+            if let Some(tiles) = backend.tiles() {
+                println!("tiles for these rows: {tiles}");
+            }
             weight_bytes = loaded.memory().weights_bytes;
-            entries.push(Entry { name, executable: loaded.compile(&plan)?, seconds: Default::default() });
+            let seconds = vec![Vec::new(); measures];
+            entries.push(Entry { name, executable: loaded.compile(&plan)?, seconds });
         }
     }
+    Ok((entries, weight_bytes))
+}
+
+fn main() -> Result<(), AnyError> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let has = |word: &str| args.iter().any(|arg| arg == word);
+    let mut shape = SHAPES.into_iter().find(|shape| has(shape.name)).unwrap_or(SMOLLM2);
+    if has("deep") {
+        shape.hyper.context = 8192;
+    }
+    let threads: Option<usize> = args.iter().find_map(|arg| arg.parse().ok());
+    let weights = weights(&shape)?;
+    if has("load") {
+        return print_load_times(&shape, &weights, threads);
+    }
+    let measures = measures(has("deep"));
+    let wanted = Wanted { all: has("all"), unfused: has("unfused"), threads };
+    let (mut entries, weight_bytes) = entries(&shape, &weights, &wanted, measures.len())?;
     let bandwidth = read_bandwidth(weight_bytes, threads.unwrap_or(2));
-    let inputs = [(step(1, 1, 5), 12), (step(1, 1, 512), 8), (step(8, 1, 100), 6), (step(1, 512, 0), 1)];
     for _ in 0..ROUNDS {
         for entry in &mut entries {
-            for ((input, times), list) in inputs.iter().zip(&mut entry.seconds) {
-                list.push(seconds(&mut *entry.executable, input, *times)?);
+            for (measure, list) in measures.iter().zip(&mut entry.seconds) {
+                list.push(seconds(&mut *entry.executable, &measure.input, measure.times)?);
             }
         }
     }
-    let ends = |list: &mut Vec<f64>| {
-        list.sort_by(f64::total_cmp);
-        (list[0], list[list.len() / 2])
-    };
     for entry in &mut entries {
         print!("{:<53}", entry.name);
-        let tokens = [("decode", 1.0), ("at 512", 1.0), ("8 sequences", 8.0), ("prefill 512", 512.0)];
-        for ((what, tokens), list) in tokens.into_iter().zip(&mut entry.seconds) {
+        for (Measure { what, tokens, .. }, list) in measures.iter().zip(&mut entry.seconds) {
             let (best, median) = ends(list);
             print!(" | {what} {:7.1} (median {:7.1}) tok/s", tokens / best, tokens / median);
         }
-        println!(" | decode reads {:.1} GB/s", weight_bytes as f64 / entry.seconds[0][0] / 1e9);
+        println!(" | {} reads {:.1} GB/s", measures[0].what, weight_bytes as f64 / entry.seconds[0][0] / 1e9);
     }
     println!(
         "reading {:.0} MB at {:.1} GB/s would allow {:.1} tok/s",

@@ -20,7 +20,7 @@ use crate::{
     },
     memory::SharedF32,
     pack::{BLOCK_COLS, Form, GROUP_ROWS, Packed},
-    step::{ITEMS_PER_THREAD, PRIVATE_ROWS},
+    step::PRIVATE_ROWS,
 };
 
 /// The sizes of everything that a load allocates.
@@ -35,8 +35,8 @@ pub(crate) struct Footprint {
     pub(crate) packed_bytes: usize,
     /// Bytes of vectors, and of biases filled up to whole groups.
     vector_bytes: usize,
-    /// Values of the key/value cache.
-    pub(crate) cache_len: usize,
+    /// Bytes of the key/value cache.
+    pub(crate) cache_bytes: usize,
     /// Values of the arena.
     pub(crate) arena_len: usize,
     /// The rotary tables of the plan.
@@ -52,6 +52,7 @@ pub(crate) struct Footprint {
 pub(crate) struct ScratchSizes {
     pub(crate) quantised: usize,
     pub(crate) normed: usize,
+    /// Of the tiles that are split among threads, fewer than there are threads.
     pub(crate) partials: usize,
     pub(crate) threads: usize,
     /// Of each thread.
@@ -74,13 +75,14 @@ impl Footprint {
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`] where a size overflows, [`BackendError::Unsupported`] for a plan that
-    /// gates one matrix with one of another type.
+    /// gates one matrix with one of another type, [`BackendError::OneDevice`] for a plan of a group.
     pub(crate) fn of(
         spec: &EstimateSpec<'_>,
         kernels: &Kernels,
         threads: usize,
     ) -> Result<Self, BackendError> {
-        let EstimateSpec { weights, plan, kv_blocks, numerics: _ } = *spec;
+        let EstimateSpec { weights, plan, kv_blocks, kv_type, numerics: _ } = *spec;
+        plan.check_one_device("the processor")?;
         let hyper = plan.hyper();
         let mut uses: BTreeMap<WeightId, BTreeSet<WeightUse>> = BTreeMap::new();
         for (id, how) in plan.ops().iter().flat_map(Op::weights) {
@@ -100,9 +102,10 @@ impl Footprint {
             cols + if biases.contains(id) { cols.next_multiple_of(GROUP_ROWS) } else { 0 }
         });
         let vector_bytes = vector_len.sum::<usize>() * size_of::<f32>();
-        let cache_len = [hyper.layers, 2, KV_BLOCK_TOKENS, hyper.kv_heads, hyper.head_dim, kv_blocks]
+        let elements = [hyper.layers, 2, KV_BLOCK_TOKENS, hyper.kv_heads, hyper.head_dim, kv_blocks];
+        let cache_bytes = elements
             .into_iter()
-            .try_fold(1usize, usize::checked_mul)
+            .try_fold(kv_type.bytes(), usize::checked_mul)
             .ok_or(BackendError::OutOfMemory { what: "the key/value cache", needed_bytes: u64::MAX })?;
         let mut ropes: Vec<RopeSpec> = Vec::new();
         for op in plan.ops() {
@@ -119,7 +122,7 @@ impl Footprint {
             biases,
             packed_bytes,
             vector_bytes,
-            cache_len,
+            cache_bytes,
             arena_len: plan.arena_bytes() / size_of::<f32>(),
             rope_bytes: ropes.iter().map(|spec| RopeTable::bytes_of(spec, hyper.context)).sum(),
             ropes,
@@ -132,7 +135,7 @@ impl Footprint {
         MemoryReport {
             weights_bytes: (self.packed_bytes + self.vector_bytes) as u64,
             arena_bytes: SharedF32::bytes_of(self.arena_len),
-            kv_bytes: SharedF32::bytes_of(self.cache_len),
+            kv_bytes: SharedF32::bytes_of(self.cache_bytes.div_ceil(size_of::<f32>())),
             other_bytes: self.scratch.bytes() + self.answer_bytes + self.rope_bytes,
         }
     }
@@ -151,7 +154,9 @@ impl ScratchSizes {
         let cols = blocks.max().unwrap_or(0) * BLOCK_COLS;
         let rounds = numerics == Numerics::Fast
             && kernels.quantise_bf16.is_some()
-            && forms.values().any(|form| *form == Form::Bf16);
+            && forms
+                .values()
+                .any(|form| *form == Form::Bf16 || kernels.has_panels() && form.has_block_scales());
         let quantised_len = |rows| {
             let halves = if rounds { Bf16Rows::bytes(rows, cols) } else { 0 };
             (BlockScaledRows::bytes(rows, cols) + Int8Rows::bytes(rows, cols) + halves)
@@ -165,7 +170,7 @@ impl ScratchSizes {
         Self {
             quantised: quantised_len(rows),
             normed: rows * normed_cols,
-            partials: tile_partials * ITEMS_PER_THREAD * threads,
+            partials: tile_partials * (threads - 1),
             threads,
             thread: ThreadScratchSizes {
                 matmul: kernels.matmul_scratch_len(cols),

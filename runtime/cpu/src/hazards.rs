@@ -60,7 +60,8 @@ fn accesses(op: &Op) -> Vec<(Resource, bool)> {
         | Op::SiluMul { .. }
         | Op::Add { .. }
         | Op::GatherRows { .. }
-        | Op::Pool { .. } => {}
+        | Op::Pool { .. }
+        | Op::AllReduce { .. } => {}
     }
     list
 }

@@ -31,10 +31,12 @@ mod tier;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use trustformers_plan::{
-    Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec, FusedOps, LoadSpec, Loaded, MemoryReport,
+    Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec, FusedOps, KvType, LoadSpec, Loaded,
+    MemoryReport,
 };
 
 use crate::{footprint::Footprint, kernels::Kernels, model::CpuModel, pool::Pool};
+pub use kernels::choice::{PromptProducts, TileRule};
 pub use tier::Tier;
 
 /// How to use the processor.
@@ -42,6 +44,10 @@ pub use tier::Tier;
 pub struct CpuConfig {
     /// Kernels to use; `None` for the fastest that the processor has.
     pub tier: Option<Tier>,
+    /// When the kernels on tile registers are used, on tiers that have them.
+    pub tiles: TileRule,
+    /// How the projections of prompts are computed in fast numerics.
+    pub prompts: PromptProducts,
     /// Threads per step; `None` for as many as the affinity mask and the cgroup's processor quota allow.
     pub threads: Option<usize>,
 }
@@ -53,6 +59,7 @@ const MAX_THREADS: usize = 1024;
 pub struct CpuBackend {
     caps: Caps,
     tier: Tier,
+    kernels: Kernels,
     pool: Arc<Mutex<Pool>>,
 }
 
@@ -79,21 +86,30 @@ impl CpuBackend {
         let pool = Pool::new(threads).map_err(|error| {
             BackendError::Device(format!("cannot start {threads} threads: {error}; lower --threads"))
         })?;
+        let kernels = Kernels::of(tier).chosen_by(config.tiles).with_prompts(config.prompts);
         let caps = Caps {
             kind: DeviceKind::Cpu,
-            description: format!("cpu {tier}, {threads} threads"),
+            description: format!("cpu {tier}, {threads} threads{}", kernels.described()),
             memory_bytes: machine::memory_bytes(),
             dtypes: DType::ALL.to_vec(),
             fused: FusedOps::ALL,
-            kv_element_bytes: size_of::<f32>(),
+            kv_types: KvType::ALL.to_vec(),
+            fast_kv_type: tier.fast_kv_type(),
         };
-        Ok(Self { caps, tier, pool: Arc::new(Mutex::new(pool)) })
+        Ok(Self { caps, tier, kernels, pool: Arc::new(Mutex::new(pool)) })
     }
 
     /// The tier in use.
     #[must_use]
     pub const fn tier(&self) -> Tier {
         self.tier
+    }
+
+    /// For which numbers of rows projections use tile registers, form by form, such as `Q4 16-64`; `None` on
+    /// tiers without them.
+    #[must_use]
+    pub fn tiles(&self) -> Option<String> {
+        (self.tier == Tier::Amx).then(|| self.kernels.tiles.to_string())
     }
 }
 
@@ -104,10 +120,10 @@ impl Backend for CpuBackend {
 
     fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
         let threads = self.pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
-        Ok(Footprint::of(spec, &Kernels::of(self.tier), threads)?.report())
+        Ok(Footprint::of(spec, &self.kernels, threads)?.report())
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
-        Ok(Box::new(CpuModel::load(spec, self.tier, self.pool.clone())?))
+        Ok(Box::new(CpuModel::load(spec, self.kernels, self.pool.clone())?))
     }
 }

@@ -1,32 +1,70 @@
 //! Aligned memory that several threads write at the same time, each its own range.
 
-use std::{cell::UnsafeCell, sync::Arc};
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc},
+    ptr::NonNull,
+    sync::Arc,
+};
 
 use trustformers_plan::{BackendError, Buf};
 
-/// One cache line; the unit of alignment.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
+use crate::pool::share;
 
-/// Zeroed bytes that start at a cache line, in large pages where the system has some. A step reads all
+/// Bytes of a cache line; the unit of alignment.
+const LINE_BYTES: usize = 64;
+
+/// Zeroed bytes that begin at a cache line, in large pages where the system has some. A step reads all
 /// weights; with pages of four kilobytes it would wait for address translations.
-fn lines(what: &'static str, bytes: usize) -> Result<Vec<Line>, BackendError> {
-    let count = bytes.div_ceil(64);
-    let mut lines: Vec<Line> = Vec::new();
-    lines
-        .try_reserve_exact(count)
-        .map_err(|_| BackendError::OutOfMemory { what, needed_bytes: bytes as u64 })?;
-    advise_large_pages(lines.as_mut_ptr().cast(), count * size_of::<Line>());
-    lines.resize(count, Line([0; 64]));
-    Ok(lines)
+struct Lines {
+    start: NonNull<u8>,
+    bytes: usize,
+    /// What the allocator gave; `None` for no bytes.
+    allocation: Option<Allocation>,
 }
+
+/// Memory of the global allocator.
+struct Allocation {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+impl Lines {
+    /// Whole lines of at least `bytes` bytes. The system gives the pages when they are written for the first
+    /// time: the allocator asks it for zeros, which it does only for alignments that every allocation has.
+    fn new(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
+        let failed = || BackendError::OutOfMemory { what, needed_bytes: bytes as u64 };
+        let bytes = bytes.checked_next_multiple_of(LINE_BYTES).ok_or_else(failed)?;
+        if bytes == 0 {
+            return Ok(Self { start: NonNull::dangling(), bytes, allocation: None });
+        }
+        let needed = bytes.checked_add(LINE_BYTES).ok_or_else(failed)?;
+        let layout = Layout::from_size_align(needed, align_of::<f64>()).map_err(|_| failed())?;
+        // SAFETY: the layout is not empty.
+        let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(failed)?;
+        let skipped = allocated.as_ptr().align_offset(LINE_BYTES);
+        // SAFETY: at most a line is skipped, and there is one more than needed.
+        let start = unsafe { allocated.add(skipped) };
+        advise_large_pages(start.as_ptr(), bytes);
+        Ok(Self { start, bytes, allocation: Some(Allocation { start: allocated, layout }) })
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        if let Some(Allocation { start, layout }) = &self.allocation {
+            // SAFETY: the allocator gave this memory for this layout, and nothing uses it any more.
+            unsafe { dealloc(start.as_ptr(), *layout) };
+        }
+    }
+}
+
+/// Bytes of a small page.
+const PAGE_BYTES: usize = 4096;
 
 /// Advises the system to use large pages, before the memory is written for the first time. It may ignore the
 /// advice.
 #[cfg(target_os = "linux")]
 fn advise_large_pages(start: *mut u8, bytes: usize) {
-    const PAGE_BYTES: usize = 4096;
     let skipped = start.align_offset(PAGE_BYTES);
     let whole = bytes.saturating_sub(skipped) / PAGE_BYTES * PAGE_BYTES;
     if whole >= LARGE_PAGE_BYTES {
@@ -54,9 +92,10 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// A store of `bytes` bytes.
+    /// A store of `bytes` zero bytes. Whoever fills a piece makes the system give its pages, so that several
+    /// threads share that work.
     pub(crate) fn new(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
-        Ok(Self { memory: Arc::new(SharedF32::of_bytes(what, bytes)?), used_bytes: 0 })
+        Ok(Self { memory: Arc::new(SharedF32::untouched(what, bytes)?), used_bytes: 0 })
     }
 
     /// The next `bytes`, as a piece of their own; they start at a cache line.
@@ -65,7 +104,7 @@ impl Store {
     /// When the store is too small.
     pub(crate) fn take(&mut self, bytes: usize) -> Piece {
         let start = self.used_bytes;
-        self.used_bytes += bytes.next_multiple_of(size_of::<Line>());
+        self.used_bytes += bytes.next_multiple_of(LINE_BYTES);
         assert!(self.used_bytes as u64 <= self.memory.bytes(), "the store is too small");
         Piece { memory: self.memory.clone(), start, bytes }
     }
@@ -79,64 +118,67 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
-    /// First byte, on a cache line.
-    pub(crate) fn ptr(&self) -> *const u8 {
-        self.memory.ptr().cast::<u8>().wrapping_add(self.start).cast_const()
+    /// First byte, on a cache line. Like [`SharedF32::ptr`] it may be written through.
+    pub(crate) fn ptr(&self) -> *mut u8 {
+        self.memory.ptr().cast::<u8>().wrapping_add(self.start)
     }
 
     /// Bytes it has.
     pub(crate) const fn bytes(&self) -> usize {
         self.bytes
     }
-
-    /// Its content as numbers.
-    pub(crate) fn as_mut<T: Plain>(&mut self) -> &mut [T] {
-        // SAFETY: the store gave these bytes to this piece only; any bytes are a valid number, and cache
-        // lines are aligned for all number types.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr().cast_mut().cast(), self.bytes / size_of::<T>()) }
-    }
 }
-
-/// Numbers for which any bytes are valid.
-pub(crate) trait Plain {}
-impl Plain for u8 {}
-impl Plain for u16 {}
 
 /// f32 memory shared by the threads of a step. Threads write disjoint ranges, and a barrier lies between a
 /// write and any access to the same range by another thread.
 pub(crate) struct SharedF32 {
-    lines: Box<[UnsafeCell<Line>]>,
+    lines: Lines,
 }
 
-// SAFETY: the memory is accessed through raw pointers only, whose users keep the rule above.
+// SAFETY: the memory is accessed through raw pointers only, whose users keep the rule above; it belongs to no
+// thread.
 unsafe impl Sync for SharedF32 {}
+// SAFETY: as above.
+unsafe impl Send for SharedF32 {}
 
 impl SharedF32 {
     /// `len` zeros.
     pub(crate) fn new(what: &'static str, len: usize) -> Result<Self, BackendError> {
         let bytes = len.checked_mul(size_of::<f32>());
         let bytes = bytes.ok_or(BackendError::OutOfMemory { what, needed_bytes: u64::MAX })?;
-        Ok(Self { lines: lines(what, bytes)?.into_iter().map(UnsafeCell::new).collect() })
+        let memory = Self::untouched(what, bytes)?;
+        memory.touch(1, 0);
+        Ok(memory)
     }
 
-    /// `bytes` zero bytes.
-    pub(crate) fn of_bytes(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
-        Self::new(what, bytes.div_ceil(size_of::<f32>()))
+    /// `bytes` zero bytes, whose pages the system gives when they are written for the first time.
+    pub(crate) fn untouched(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
+        Ok(Self { lines: Lines::new(what, bytes)? })
     }
 
-    /// First value. `UnsafeCell` makes writing through it from a shared reference legal.
+    /// Makes the system give the pages of thread `number`'s share of new memory, so that no step waits for
+    /// them.
+    pub(crate) fn touch(&self, threads: usize, number: usize) {
+        let own = share(self.lines.bytes, threads, number);
+        for at in own.clone().step_by(PAGE_BYTES).chain(own.last()) {
+            // SAFETY: the byte is inside the memory, which is new: it holds zeros, and no thread reads it.
+            unsafe { self.lines.start.as_ptr().add(at).write_volatile(0) };
+        }
+    }
+
+    /// First value. It may be written through, from several threads.
     pub(crate) fn ptr(&self) -> *mut f32 {
-        self.lines.as_ptr().cast_mut().cast()
+        self.lines.start.as_ptr().cast()
     }
 
     /// Bytes it takes.
     pub(crate) fn bytes(&self) -> u64 {
-        (self.lines.len() * size_of::<Line>()) as u64
+        self.lines.bytes as u64
     }
 
     /// Bytes that `len` values take.
     pub(crate) const fn bytes_of(len: usize) -> u64 {
-        let line_bytes = size_of::<Line>() as u64;
+        let line_bytes = LINE_BYTES as u64;
         (len as u64).saturating_mul(size_of::<f32>() as u64).div_ceil(line_bytes).saturating_mul(line_bytes)
     }
 

@@ -7,20 +7,19 @@ use std::{
 };
 
 use trustformers_plan::{
-    Activation, BackendError, Executable, Hyper, Limits, LoadProgress, LoadSpec, Loaded, MemoryReport,
-    Numerics, Op, Plan, RopeSpec, Segment, StepInput, StepOutput, WeightId, WeightUse, Weights,
-    rope::RopeTable,
+    Activation, BackendError, Executable, Hyper, KvType, Limits, LoadProgress, LoadSpec, Loaded,
+    MemoryReport, Numerics, Op, Plan, RopeSpec, Segment, StepInput, StepOutput, Weight, WeightId, WeightUse,
+    Weights, rope::RopeTable,
 };
 
 use crate::{
-    Tier,
     footprint::{Footprint, ScratchSizes, segments},
     hazards,
     kernels::Kernels,
     memory::{SharedF32, Store},
     pack::{GROUP_ROWS, Packed},
-    pool::Pool,
-    step::Step,
+    pool::{Pool, share},
+    step::{Step, prompts::PromptRows},
 };
 
 /// What all executables of a model share.
@@ -30,6 +29,7 @@ pub(crate) struct ModelState {
     pub(crate) hyper: Hyper,
     limits: Limits,
     pub(crate) kv_blocks: usize,
+    pub(crate) kv_type: KvType,
     /// As stored, for single rows of the embedding table.
     pub(crate) weights: Arc<Weights>,
     pub(crate) matrices: HashMap<WeightId, Packed>,
@@ -110,13 +110,16 @@ pub(crate) struct CpuModel {
 }
 
 impl CpuModel {
-    pub(crate) fn load(spec: LoadSpec<'_>, tier: Tier, pool: Arc<Mutex<Pool>>) -> Result<Self, BackendError> {
+    pub(crate) fn load(
+        spec: LoadSpec<'_>,
+        kernels: Kernels,
+        pool: Arc<Mutex<Pool>>,
+    ) -> Result<Self, BackendError> {
         let threads = pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
-        let kernels = Kernels::of(tier);
         let footprint = Footprint::of(&spec.estimate_spec(), &kernels, threads)?;
-        let LoadSpec { weights, plan, kv_blocks, numerics, progress } = spec;
+        let LoadSpec { weights, plan, kv_blocks, kv_type, numerics, progress } = spec;
         let hyper = *plan.hyper();
-        let Repacked { matrices, vectors, biases } = repack(&weights, &footprint, progress)?;
+        let Repacked { matrices, vectors, biases } = repack(&weights, &footprint, &pool, progress)?;
         let rope_table = |spec: &RopeSpec| (*spec, RopeTable::new(spec, hyper.context));
         let shared = ModelState {
             kernels,
@@ -124,7 +127,8 @@ impl CpuModel {
             hyper,
             limits: *plan.limits(),
             kv_blocks,
-            cache: SharedF32::new("the key/value cache", footprint.cache_len)?,
+            kv_type,
+            cache: SharedF32::untouched("the key/value cache", footprint.cache_bytes)?,
             arena: SharedF32::new("the arena", footprint.arena_len)?,
             arena_bytes: plan.arena_bytes(),
             answer_bytes: footprint.answer_bytes,
@@ -135,8 +139,9 @@ impl CpuModel {
             biases,
             ropes: footprint.ropes.iter().map(rope_table).collect(),
         };
+        on_all_threads(&pool, |number, threads| shared.cache.touch(threads, number))?;
         let model = Self { shared: Arc::new(shared), pool };
-        tracing::info!(memory = ?model.memory(), %tier, threads, ?numerics, "model loaded");
+        tracing::info!(memory = ?model.memory(), %kv_type, threads, ?numerics, "model loaded");
         Ok(model)
     }
 }
@@ -153,17 +158,20 @@ struct Repacked {
 fn repack(
     weights: &Weights,
     footprint: &Footprint,
+    pool: &Mutex<Pool>,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Repacked, BackendError> {
     let mut repacked = Repacked { matrices: HashMap::new(), vectors: HashMap::new(), biases: HashMap::new() };
     // One allocation for all matrices, so that it can use large pages.
     let mut store = Store::new("repacked weights", footprint.packed_bytes)?;
-    let total_bytes = footprint.uses.keys().map(|id| weights.get(*id).bytes().len() as u64).sum();
+    let total_bytes = footprint.uses.keys().map(|id| weights.get(*id).stored_bytes()).sum();
     let mut done_bytes = 0;
     for (&id, uses) in &footprint.uses {
         let weight = weights.get(id);
         if let Some(form) = footprint.forms.get(&id) {
-            repacked.matrices.insert(id, Packed::new(weight, *form, &mut store));
+            let packed = Packed::empty(*form, weight, &mut store);
+            fill(&packed, weight, pool)?;
+            repacked.matrices.insert(id, packed);
         }
         if uses.contains(&WeightUse::Vector) {
             let mut vector = vec![0.0; weight.cols()];
@@ -175,10 +183,30 @@ fn repack(
             }
             repacked.vectors.insert(id, vector);
         }
-        done_bytes += weight.bytes().len() as u64;
+        done_bytes += weight.stored_bytes();
         progress(LoadProgress { done_bytes, total_bytes });
     }
     Ok(repacked)
+}
+
+/// Repacks a matrix on all threads.
+fn fill(packed: &Packed, weight: &Weight, pool: &Mutex<Pool>) -> Result<(), BackendError> {
+    on_all_threads(pool, |number, threads| {
+        // SAFETY: the matrix is new, and the threads' shares of its groups are disjoint.
+        unsafe { packed.fill(share(packed.groups(), threads, number), weight) };
+    })
+}
+
+/// Calls `job` on each thread of the pool with its number and the number of threads. The pool is free for
+/// steps of other models between two calls.
+fn on_all_threads(pool: &Mutex<Pool>, job: impl Fn(usize, usize) + Sync) -> Result<(), BackendError> {
+    let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
+    let threads = pool.threads();
+    let run = pool.run(&|number, _| {
+        job(number, threads);
+        Ok(())
+    });
+    run.map_err(|_| BackendError::Device("a thread panicked while loading; its message is in the log".into()))
 }
 
 impl ModelState {
@@ -239,6 +267,7 @@ impl Loaded for CpuModel {
             shared: self.shared.clone(),
             pool: self.pool.clone(),
             row_sequences: Vec::new(),
+            prompt_rows: PromptRows::default(),
             answer: StepOutput::with_room_for(plan).values,
             finished: false,
         }))
@@ -253,6 +282,7 @@ struct CpuExecutable {
     shared: Arc<ModelState>,
     pool: Arc<Mutex<Pool>>,
     row_sequences: Vec<u32>,
+    prompt_rows: PromptRows,
     answer: Vec<f32>,
     finished: bool,
 }
@@ -267,6 +297,8 @@ impl Executable for CpuExecutable {
         for sequence in 0..input.sequences() {
             self.row_sequences.extend(input.rows_of(sequence).map(|_| sequence as u32));
         }
+        let has_panels = self.shared.numerics == Numerics::Fast && self.shared.kernels.has_panels();
+        self.prompt_rows.list(input, has_panels);
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let step = Step {
             shared: &self.shared,
@@ -274,6 +306,7 @@ impl Executable for CpuExecutable {
             barriers: &self.barriers,
             input,
             row_sequences: &self.row_sequences,
+            prompt_rows: &self.prompt_rows,
             threads: pool.threads(),
         };
         pool.run(&|number, barrier| step.run(number, barrier))

@@ -19,6 +19,8 @@
 
 mod stored;
 
+use std::ops::Range;
+
 use trustformers_plan::{DType, Weight};
 
 use crate::memory::{Piece, Store};
@@ -51,7 +53,7 @@ pub(crate) enum Form {
     Q5K,
     /// Six bits; per eight blocks f16 `d[row]`, then for each half block signed bytes `scale[row]`.
     Q6K,
-    /// Eight bits; one f32 scale per row. The only form that rounds: see [`Packed::new`].
+    /// Eight bits; one f32 scale per row. The only form that rounds: see [`Packed::fill`].
     Int8,
 }
 
@@ -136,28 +138,53 @@ impl Packed {
         values.next_multiple_of(64) + scales.next_multiple_of(64)
     }
 
-    /// Repacks a stored matrix into memory of [`Self::bytes_of`]. The form is that of its type, or
-    /// [`Form::Int8`].
-    pub(crate) fn new(weight: &Weight, form: Form, store: &mut Store) -> Self {
-        let mut packed = Self::empty(form, weight, store);
-        if form == Form::of(weight.dtype()) {
-            (0..packed.groups()).for_each(|group| packed.fill(group, weight));
-            return packed;
-        }
-        let mut floats = vec![0.0; weight.cols()];
-        for row in 0..weight.rows() {
-            weight.dequantise_row(row, &mut floats);
-            packed.fill_rounded(row, &floats);
-        }
-        packed
-    }
-
-    fn empty(form: Form, weight: &Weight, store: &mut Store) -> Self {
+    /// A matrix in memory of [`Self::bytes_of`], to be filled by [`Self::fill`]. The form is that of the
+    /// weight's type, or [`Form::Int8`].
+    pub(crate) fn empty(form: Form, weight: &Weight, store: &mut Store) -> Self {
         let (rows, cols) = (weight.rows(), weight.cols());
         let (groups, blocks) = (rows.div_ceil(GROUP_ROWS), cols.div_ceil(BLOCK_COLS));
         let values = store.take(form.value_bytes(groups, blocks));
         let scales = store.take(groups * form.scale_words(blocks) * size_of::<u16>());
         Self { form, rows, cols, values, scales }
+    }
+
+    /// Repacks some groups of a stored matrix.
+    ///
+    /// # Safety
+    /// No other thread uses these groups now; they are empty; the weight is that of [`Self::empty`].
+    pub(crate) unsafe fn fill(&self, groups: Range<usize>, weight: &Weight) {
+        // Rounding needs whole rows as floats.
+        let is_rounded = self.form != Form::of(weight.dtype());
+        let mut floats = vec![0.0; if is_rounded { self.cols } else { 0 }];
+        for group in groups {
+            // SAFETY: the streams of a group do not overlap those of another; no other thread uses them.
+            let mut streams = unsafe { self.streams(group) };
+            for lane in 0..GROUP_ROWS.min(self.rows - group * GROUP_ROWS) {
+                let row = group * GROUP_ROWS + lane;
+                if is_rounded {
+                    weight.dequantise_row(row, &mut floats);
+                    streams.place_rounded(lane, &floats);
+                } else {
+                    streams.place(lane, &weight.row(row), weight.dtype());
+                }
+            }
+        }
+    }
+
+    /// Both streams of a group, to write.
+    ///
+    /// # Safety
+    /// Nothing else uses them while they live.
+    unsafe fn streams(&self, group: usize) -> GroupStreams<'_> {
+        let (bytes, words) = (self.group_bytes(), self.group_scales());
+        // SAFETY: the streams lie in the memory of this matrix, whose store is zeroed and aligned for words.
+        unsafe {
+            GroupStreams {
+                form: self.form,
+                values: std::slice::from_raw_parts_mut(self.values(group).cast_mut(), bytes),
+                scales: std::slice::from_raw_parts_mut(self.scales(group).cast_mut(), words),
+            }
+        }
     }
 
     pub(crate) const fn groups(&self) -> usize {
@@ -179,53 +206,47 @@ impl Packed {
     /// First stream of a group.
     pub(crate) fn values(&self, group: usize) -> *const u8 {
         debug_assert!(group < self.groups());
-        self.values.ptr().wrapping_add(group * self.group_bytes())
+        self.values.ptr().cast_const().wrapping_add(group * self.group_bytes())
     }
 
     /// Second stream of a group.
     pub(crate) fn scales(&self, group: usize) -> *const u16 {
         debug_assert!(group < self.groups());
-        self.scales.ptr().cast::<u16>().wrapping_add(group * self.group_scales())
+        self.scales.ptr().cast::<u16>().cast_const().wrapping_add(group * self.group_scales())
     }
 
     /// Bytes it takes.
     pub(crate) fn bytes(&self) -> u64 {
         (self.values.bytes() + self.scales.bytes()) as u64
     }
+}
 
-    /// Both streams of a group, to write.
-    fn streams(&mut self, group: usize) -> (&mut [u8], &mut [u16]) {
-        let (bytes, words) = (self.group_bytes(), self.group_scales());
-        let (values, scales) = (self.values.as_mut(), self.scales.as_mut());
-        (&mut values[group * bytes..(group + 1) * bytes], &mut scales[group * words..(group + 1) * words])
-    }
+/// The streams of a group that is filled.
+struct GroupStreams<'a> {
+    form: Form,
+    values: &'a mut [u8],
+    scales: &'a mut [u16],
+}
 
-    fn fill(&mut self, group: usize, weight: &Weight) {
-        let form = self.form;
-        let (first_row, rows) = (group * GROUP_ROWS, self.rows);
-        let (values, scales) = self.streams(group);
-        for lane in 0..GROUP_ROWS.min(rows - first_row) {
-            let row = weight.row(first_row + lane);
-            match form {
-                Form::F32 => scatter::<4>(values, row, lane),
-                Form::F16 => scatter::<2>(values, row, lane),
-                // A pair of columns takes the place of a column; the last may be single.
-                Form::Bf16 => scatter::<4>(values, row, lane),
-                _ => {
-                    let dtype = weight.dtype();
-                    let blocks_in_one = dtype.block_len() / BLOCK_COLS;
-                    for (i, stored) in row.chunks_exact(dtype.block_bytes()).enumerate() {
-                        stored::scales(
-                            form,
-                            stored,
-                            &mut scales[form.scale_words(i * blocks_in_one)..],
-                            lane,
-                        );
-                        for sub_block in 0..blocks_in_one {
-                            let block = (i * blocks_in_one + sub_block) * form.block_bytes();
-                            let block = &mut values[block..block + form.block_bytes()];
-                            place_quants(form, block, &stored::quants(form, stored, sub_block), lane);
-                        }
+impl GroupStreams<'_> {
+    /// One row in the form of its stored type.
+    fn place(&mut self, lane: usize, row: &[u8], dtype: DType) {
+        let Self { form, values, scales } = self;
+        let form = *form;
+        match form {
+            Form::F32 => scatter::<4>(values, row, lane),
+            Form::F16 => scatter::<2>(values, row, lane),
+            // A pair of columns takes the place of a column; the last may be single.
+            Form::Bf16 => scatter::<4>(values, row, lane),
+            _ => {
+                let blocks_in_one = dtype.block_len() / BLOCK_COLS;
+                for (i, stored) in row.chunks_exact(dtype.block_bytes()).enumerate() {
+                    let scales = &mut scales[form.scale_words(i * blocks_in_one)..];
+                    stored::scales(form, stored, scales, lane);
+                    for sub_block in 0..blocks_in_one {
+                        let block = (i * blocks_in_one + sub_block) * form.block_bytes();
+                        let block = &mut values[block..block + form.block_bytes()];
+                        place_quants(form, block, &stored::quants(form, stored, sub_block), lane);
                     }
                 }
             }
@@ -233,10 +254,9 @@ impl Packed {
     }
 
     /// One row rounded to [`Form::Int8`]: `q = round(w / scale) + 128`, `scale = max |w| / 127`.
-    fn fill_rounded(&mut self, row: usize, floats: &[f32]) {
+    fn place_rounded(&mut self, lane: usize, floats: &[f32]) {
         debug_assert!(self.form == Form::Int8, "{:?} is made of stored blocks only", self.form);
-        let lane = row % GROUP_ROWS;
-        let (values, scales) = self.streams(row / GROUP_ROWS);
+        let Self { values, scales, .. } = self;
         let largest = floats.iter().fold(0f32, |a, v| a.max(v.abs()));
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         let bits = (largest / 127.0).to_bits();
@@ -252,22 +272,34 @@ impl Packed {
     }
 }
 
-/// Writes the quants of one row into a block's planes, which must be zero there.
+/// Writes the quants of one row into a block's planes, four columns at a time.
 fn place_quants(form: Form, block: &mut [u8], quants: &[u8; BLOCK_COLS], lane: usize) {
-    for (k, four) in quants.chunks_exact(4).enumerate() {
-        for (j, &q) in four.iter().enumerate() {
-            let at = lane * 4 + j;
-            if matches!(form, Form::Q8 | Form::Int8) {
-                block[k * 64 + at] = q;
-                continue;
-            }
-            block[k % 4 * 64 + at] |= (q & 15) << (k / 4 * 4);
-            match form {
-                Form::Q5 | Form::Q5K => block[256 + at] |= (q >> 4) << k,
-                Form::Q6K => block[256 + k / 4 * 64 + at] |= (q >> 4) << (k % 4 * 2),
-                _ => {}
+    let fours: [u32; BLOCK_COLS / 4] =
+        std::array::from_fn(|k| u32::from_le_bytes(std::array::from_fn(|j| quants[4 * k + j])));
+    let mut put = |plane: usize, four: u32| {
+        let at = plane * 64 + lane * 4;
+        block[at..at + 4].copy_from_slice(&four.to_le_bytes());
+    };
+    if matches!(form, Form::Q8 | Form::Int8) {
+        fours.into_iter().enumerate().for_each(|(k, four)| put(k, four));
+        return;
+    }
+    // Each of the four bytes of a word keeps some of its bits.
+    let bits = |four: u32, mask: u8| four & u32::from_ne_bytes([mask; 4]);
+    for k in 0..4 {
+        put(k, bits(fours[k], 15) | bits(fours[k + 4], 15) << 4);
+    }
+    match form {
+        Form::Q5 | Form::Q5K => {
+            put(4, (0..8).fold(0, |plane, k| plane | bits(fours[k] >> 4, 1) << k));
+        }
+        Form::Q6K => {
+            for half in 0..2 {
+                let four = |k: usize| bits(fours[4 * half + k] >> 4, 3);
+                put(4 + half, (0..4).fold(0, |plane, k| plane | four(k) << (2 * k)));
             }
         }
+        _ => {}
     }
 }
 

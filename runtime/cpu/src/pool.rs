@@ -6,6 +6,7 @@
 //! is one of the threads.
 
 use std::{
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
@@ -200,8 +201,84 @@ fn worker(state: &PoolState, number: usize) {
 
 /// The share of `0..total` of thread `number` of `threads`: contiguous, with sizes that differ by at most
 /// one.
-pub(crate) fn share(total: usize, threads: usize, number: usize) -> std::ops::Range<usize> {
+pub(crate) fn share(total: usize, threads: usize, number: usize) -> Range<usize> {
     total * number / threads..total * (number + 1) / threads
+}
+
+/// An item of work: pieces of equal cost, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Pieces {
+    pub(crate) count: usize,
+    /// Of one piece, in any unit.
+    pub(crate) cost: usize,
+}
+
+impl Pieces {
+    /// The cost of all pieces.
+    pub(crate) const fn work(self) -> usize {
+        self.count * self.cost
+    }
+}
+
+/// One thread's pieces of an item.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Dealt {
+    pub(crate) pieces: Range<usize>,
+    /// Whether several threads have pieces of this item.
+    pub(crate) is_split: bool,
+}
+
+/// Divides items of different cost among the threads: each gets adjacent items and pieces of about the same
+/// cost. An item is split only where that matters. Every thread deals the same items in the same order, and
+/// so knows the shares of all.
+#[derive(Debug)]
+pub(crate) struct Dealer {
+    total: usize,
+    threads: usize,
+    /// The thread that gets the next piece.
+    thread: usize,
+    /// Cost of the items that were dealt.
+    before: usize,
+}
+
+/// Items of at most this part of a thread's share are not split.
+const WHOLE_ITEMS_PER_SHARE: usize = 16;
+
+impl Dealer {
+    /// For items that cost `total` together.
+    pub(crate) const fn new(total: usize, threads: usize) -> Self {
+        Self { total, threads, thread: 0, before: 0 }
+    }
+
+    /// Deals the next item; returns the pieces of thread `number`.
+    pub(crate) fn deal(&mut self, item: Pieces, number: usize) -> Dealt {
+        let (mut first, end) = (0, self.before + item.work());
+        let mut dealt = Dealt { pieces: 0..0, is_split: false };
+        loop {
+            let limit = self.total * (self.thread + 1) / self.threads;
+            let takes_rest = limit >= end || self.thread + 1 == self.threads;
+            let last = if takes_rest { item.count } else { self.cut(item, limit - self.before) };
+            if self.thread == number {
+                dealt.pieces = first..last;
+            }
+            if takes_rest {
+                break;
+            }
+            dealt.is_split |= last > 0 && last < item.count;
+            first = last;
+            self.thread += 1;
+        }
+        self.before = end;
+        dealt
+    }
+
+    /// The piece of an item that is nearest to `cost` from its start.
+    fn cut(&self, item: Pieces, cost: usize) -> usize {
+        if item.work() * WHOLE_ITEMS_PER_SHARE <= self.total / self.threads {
+            return if 2 * cost >= item.work() { item.count } else { 0 };
+        }
+        ((cost + item.cost / 2) / item.cost).min(item.count)
+    }
 }
 
 #[cfg(test)]
@@ -258,5 +335,55 @@ mod tests {
                 assert!(sizes.clone().max().unwrap() - sizes.min().unwrap() <= 1);
             }
         }
+    }
+
+    /// The pieces that each thread gets of each item.
+    fn deal(items: &[Pieces], threads: usize) -> Vec<Vec<Dealt>> {
+        let total = items.iter().map(|item| item.work()).sum();
+        let of = |number| {
+            let mut dealer = Dealer::new(total, threads);
+            items.iter().map(|item| dealer.deal(*item, number)).collect()
+        };
+        (0..threads).map(of).collect()
+    }
+
+    #[test]
+    fn dealt_pieces_partition_every_item() {
+        let mut number = 1u64;
+        let mut random = |below: usize| {
+            number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (number >> 33) as usize % below
+        };
+        for threads in 1..9 {
+            for count in 0..30 {
+                let items: Vec<Pieces> =
+                    (0..count).map(|_| Pieces { count: random(70), cost: 1 + random(16) }).collect();
+                let shares = deal(&items, threads);
+                for (i, item) in items.iter().enumerate() {
+                    let pieces: Vec<usize> = shares.iter().flat_map(|own| own[i].pieces.clone()).collect();
+                    assert_eq!(pieces, (0..item.count).collect::<Vec<_>>(), "{items:?} on {threads}");
+                    let owners = shares.iter().filter(|own| !own[i].pieces.is_empty()).count();
+                    assert!(shares.iter().all(|own| own[i].is_split == (owners > 1)));
+                }
+                let splits = shares[0].iter().filter(|dealt| dealt.is_split).count();
+                assert!(splits < threads, "{splits} tiles are split, there is room for {}", threads - 1);
+            }
+        }
+    }
+
+    #[test]
+    fn one_long_item_is_shared_and_short_ones_stay_whole() {
+        // Three heads of a sequence of 64 chunks and of three sequences of 4 chunks.
+        let items: Vec<Pieces> =
+            [64, 64, 64, 4, 4, 4, 4, 4, 4, 4, 4, 4].map(|count| Pieces { count, cost: 7 }).to_vec();
+        let work = |own: &[Dealt]| own.iter().map(|dealt| dealt.pieces.len()).sum::<usize>();
+        let shares = deal(&items, 2);
+        assert_eq!(shares.iter().map(|own| work(own)).collect::<Vec<_>>(), [114, 114]);
+        assert_eq!(shares[0].iter().map(|dealt| dealt.is_split).position(|split| split), Some(1));
+        // Many items of one piece: none can be split, and the shares differ by at most one.
+        let items = vec![Pieces { count: 1, cost: 5 }; 33];
+        let shares = deal(&items, 4);
+        assert!(shares.iter().all(|own| (8..=9).contains(&work(own))));
+        assert!(shares.iter().flatten().all(|dealt| !dealt.is_split));
     }
 }

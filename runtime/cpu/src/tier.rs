@@ -3,6 +3,8 @@
 //! One binary contains every tier; `cfg` only excludes x86 code from other architectures. A tier can be
 //! forced, so that a machine with the best tier can test all.
 
+use trustformers_plan::KvType;
+
 /// A set of instructions, from the simplest to the fastest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Tier {
@@ -65,6 +67,16 @@ impl Tier {
     #[must_use]
     pub fn best() -> Self {
         Self::ALL.into_iter().rev().find(|tier| tier.is_available()).unwrap_or(Self::Scalar)
+    }
+
+    /// The type of the key/value cache with which long contexts are fastest: half the bytes to read, where
+    /// vector instructions convert them.
+    #[must_use]
+    pub const fn fast_kv_type(self) -> KvType {
+        match self {
+            Self::Scalar => KvType::F32,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => KvType::Bf16,
+        }
     }
 
     /// The name in descriptions and messages.

@@ -3,16 +3,16 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in what it builds as well")]
 
-use trustformers_conformance::harness::{decode, encode, load_decoder, load_encoder};
+use trustformers_conformance::harness::{LoadCase, decode, encode, load_decoder, load_encoder, load_plan};
 use trustformers_conformance::models::{Decoder, Encoder};
 use trustformers_conformance::{Fault, check};
-use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
-use trustformers_plan::{Backend, BackendError, DType, FusedOps, Numerics, Pooling, RopeLayout};
+use trustformers_cpu::{CpuBackend, CpuConfig, Tier, TileRule};
+use trustformers_plan::{Backend, BackendError, DType, FusedOps, KvType, Numerics, Pooling, RopeLayout};
 
 const LENGTHS: [usize; 4] = [5, 90, 33, 1];
 
 fn cpu(tier: Tier, threads: usize) -> CpuBackend {
-    CpuBackend::new(CpuConfig { tier: Some(tier), threads: Some(threads) }).unwrap()
+    CpuBackend::new(CpuConfig { tier: Some(tier), threads: Some(threads), ..CpuConfig::default() }).unwrap()
 }
 
 fn tiers() -> impl Iterator<Item = Tier> {
@@ -47,6 +47,12 @@ fn threads_and_fusion_change_no_bits() {
                     let executable = load_decoder(&mut backend, decoder, &fused, numerics);
                     rows.extend(decode(&mut *executable.unwrap()).unwrap());
                 }
+                for kv_type in [KvType::F16, KvType::Bf16] {
+                    let weights = decoders[2].weights().unwrap();
+                    let plan = decoders[2].pruned_plan(&weights, &fused).unwrap();
+                    let case = LoadCase { weights, plan, kv_type, numerics };
+                    rows.extend(decode(&mut *load_plan(&mut cpu(tier, threads), &case).unwrap()).unwrap());
+                }
                 let executable = load_encoder(&mut cpu(tier, threads), encoder, &fused, numerics);
                 rows.extend(encode(&mut *executable.unwrap(), &LENGTHS).unwrap());
                 rows
@@ -57,6 +63,35 @@ fn threads_and_fusion_change_no_bits() {
             }
             assert!(run(2, FusedOps::NONE) == one, "{tier} {numerics:?} without fusion");
         }
+    }
+}
+
+#[test]
+fn the_choice_of_kernels_changes_no_bits() {
+    let tier = Tier::Amx;
+    if !tier.is_available() {
+        println!("not run: this processor has one kind of kernels only");
+        return;
+    }
+    let encoder = Encoder { dtype: DType::F32, pooling: Pooling::Mean, normalise: true };
+    let run = |tiles| {
+        let open = || {
+            CpuBackend::new(CpuConfig { tier: Some(tier), tiles, threads: Some(2), ..CpuConfig::default() })
+                .unwrap()
+        };
+        let mut rows = Vec::new();
+        for dtype in [DType::Q4_1, DType::Q4_K, DType::Q6_K, DType::Q8_0] {
+            let decoder = Decoder { dtype, mixed_with: None, layout: RopeLayout::Neox, biased: true };
+            let executable = load_decoder(&mut open(), decoder, &FusedOps::ALL, Numerics::Fast);
+            rows.extend(decode(&mut *executable.unwrap()).unwrap());
+        }
+        let executable = load_encoder(&mut open(), encoder, &FusedOps::ALL, Numerics::Fast);
+        rows.extend(encode(&mut *executable.unwrap(), &LENGTHS).unwrap());
+        rows
+    };
+    let measured = run(TileRule::Measured);
+    for tiles in [TileRule::Always, TileRule::Never, TileRule::From(12)] {
+        assert!(run(tiles) == measured, "{tiles:?}");
     }
 }
 
@@ -76,10 +111,12 @@ fn fast_numerics_of_encoders_are_batch_invariant() {
 
 #[test]
 fn refused_configurations_name_the_reason() {
-    let threads = CpuBackend::new(CpuConfig { tier: None, threads: Some(0) });
+    let threads = CpuBackend::new(CpuConfig { threads: Some(0), ..CpuConfig::default() });
     assert!(matches!(threads, Err(BackendError::Device(_))));
     for tier in Tier::ALL.into_iter().filter(|tier| !tier.is_available()) {
-        let error = CpuBackend::new(CpuConfig { tier: Some(tier), threads: Some(1) }).err().unwrap();
+        let error = CpuBackend::new(CpuConfig { tier: Some(tier), threads: Some(1), ..CpuConfig::default() })
+            .err()
+            .unwrap();
         assert!(error.to_string().contains(tier.name()));
     }
     let backend = cpu(Tier::best(), 1);

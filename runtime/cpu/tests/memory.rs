@@ -56,7 +56,14 @@ fn check(
     numerics: Numerics,
 ) -> MemoryReport {
     let kv_blocks = if plan.uses_cache() { KV_BLOCKS } else { 0 };
-    let spec = LoadSpec { weights: Arc::clone(weights), plan, kv_blocks, numerics, progress: &mut |_| {} };
+    let spec = LoadSpec {
+        weights: Arc::clone(weights),
+        plan,
+        kv_blocks,
+        kv_type: backend.caps().default_kv_type(numerics),
+        numerics,
+        progress: &mut |_| {},
+    };
     let before = ALLOCATED_BYTES.load(Ordering::Relaxed);
     let estimate = backend.estimate(&spec.estimate_spec()).unwrap();
     assert!(ALLOCATED_BYTES.load(Ordering::Relaxed) <= before, "{what}: the estimate keeps memory");
@@ -86,7 +93,7 @@ fn stored_bytes(weights: &Weights, plan: &Plan) -> u64 {
     ids.retain(|(_, how)| *how == WeightUse::Matrix);
     ids.sort_unstable();
     ids.dedup();
-    ids.iter().map(|(id, _)| weights.get(*id).bytes().len() as u64).sum()
+    ids.iter().map(|(id, _)| weights.get(*id).stored_bytes()).sum()
 }
 
 #[test]
@@ -103,7 +110,7 @@ fn memory_is_estimated_before_it_is_allocated() {
         (DType::Q8_0, Some(DType::F16)),
     ];
     for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
-        let config = CpuConfig { tier: Some(tier), threads: Some(2) };
+        let config = CpuConfig { tier: Some(tier), threads: Some(2), ..CpuConfig::default() };
         let mut backend = CpuBackend::new(config).unwrap();
         let fused = backend.caps().fused;
         for numerics in [Numerics::Exact, Numerics::Fast] {

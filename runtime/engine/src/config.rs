@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 use trustformers_model::{Model, ModelFacts, PlanRequest};
-use trustformers_plan::{FusedOps, KV_BLOCK_TOKENS, Limits, Numerics};
+use trustformers_plan::{Caps, FusedOps, KV_BLOCK_TOKENS, KvType, Limits, Numerics};
 
 /// Default context in tokens, where the model's own is longer.
 pub const DEFAULT_CONTEXT_TOKENS: usize = 8192;
@@ -68,6 +68,9 @@ pub struct EngineConfig {
     /// Memory for compiled grammars and for those of running requests, in bytes. A request beyond it is
     /// refused.
     pub grammar_memory_bytes: u64,
+    /// The type in which keys and values are cached. `None`: the type with which the device is fastest in
+    /// [`Numerics::Fast`], f32 in `Exact`.
+    pub kv_cache: Option<KvType>,
     /// How closely the device must follow f32 arithmetic.
     pub numerics: Numerics,
     /// How draft tokens are proposed. `None`: no speculation.
@@ -86,6 +89,7 @@ impl Default for EngineConfig {
             priority: true,
             kv_memory_bytes: None,
             grammar_memory_bytes: DEFAULT_GRAMMAR_MEMORY_BYTES,
+            kv_cache: None,
             numerics: Numerics::Fast,
             speculation: None,
         }
@@ -145,6 +149,7 @@ pub(crate) struct EngineSizes {
     pub(crate) token_budget: usize,
     pub(crate) step_target: Option<Duration>,
     pub(crate) kv_blocks: usize,
+    pub(crate) kv_type: KvType,
 }
 
 impl EngineSizes {
@@ -184,8 +189,23 @@ impl EngineConfig {
         ANSWER_BUFFER_BYTES as u64 + id_bytes + logits_rows as u64 * row_bytes + 4 * row_bytes
     }
 
-    /// Checks the settings against a model's context and the bytes of one of its KV blocks.
-    pub(crate) fn sizes(&self, model_context: usize, kv_block_bytes: u64) -> Result<EngineSizes, StartError> {
+    /// The type of the KV cache on a device.
+    ///
+    /// # Errors
+    /// [`StartError::Invalid`] where the device has no cache of the chosen type.
+    pub(crate) fn kv_type(&self, caps: &Caps) -> Result<KvType, StartError> {
+        let Some(chosen) = self.kv_cache else { return Ok(caps.default_kv_type(self.numerics)) };
+        if caps.kv_types.contains(&chosen) {
+            return Ok(chosen);
+        }
+        let names: Vec<&str> = caps.kv_types.iter().map(|kv_type| kv_type.name()).collect();
+        let why = format!("{chosen} is not supported by {}; use {}", caps.description, names.join(" or "));
+        Err(StartError::Invalid { field: "kv_cache", why })
+    }
+
+    /// Checks the settings against a model's context and its KV blocks.
+    pub(crate) fn sizes(&self, model_context: usize, kv: KvBlocks) -> Result<EngineSizes, StartError> {
+        let KvBlocks { block_bytes: kv_block_bytes, kv_type } = kv;
         let invalid = |field, why: String| Err(StartError::Invalid { field, why });
         if !(1..=256).contains(&self.max_batch_size) {
             return invalid("max_batch_size", format!("{} is not between 1 and 256", self.max_batch_size));
@@ -238,32 +258,60 @@ impl EngineConfig {
             token_budget: self.token_budget,
             step_target: self.step_target_ms.map(Duration::from_millis),
             kv_blocks,
+            kv_type,
         })
     }
 }
 
+/// What the size of a cache depends on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KvBlocks {
+    /// Bytes of one block, of the draft model as well.
+    pub(crate) block_bytes: u64,
+    pub(crate) kv_type: KvType,
+}
+
 /// Bytes that one KV block takes in all layers, keys and values together.
-pub(crate) fn kv_block_bytes(facts: &ModelFacts, element_bytes: usize) -> u64 {
+pub(crate) fn kv_block_bytes(facts: &ModelFacts, kv_type: KvType) -> u64 {
     let per_token = facts.layers as u64 * 2 * facts.kv_heads as u64 * facts.head_dim as u64;
-    per_token * (KV_BLOCK_TOKENS * element_bytes) as u64
+    per_token * (KV_BLOCK_TOKENS * kv_type.bytes()) as u64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// Blocks of 1000 bytes.
+    const KV: KvBlocks = KvBlocks { block_bytes: 1000, kv_type: KvType::F32 };
+
+    #[test]
+    fn a_type_of_the_cache_that_the_device_lacks_is_refused() {
+        use trustformers_plan::{Backend, oracle::Oracle};
+        let caps = Caps { kv_types: vec![KvType::F32, KvType::Bf16], ..Oracle::new().caps().clone() };
+        let fast = Caps { fast_kv_type: KvType::Bf16, ..caps.clone() };
+        let of = |kv_cache, numerics, caps| {
+            EngineConfig { kv_cache, numerics, ..EngineConfig::default() }.kv_type(caps)
+        };
+        assert_eq!(of(None, Numerics::Fast, &fast).unwrap(), KvType::Bf16);
+        assert_eq!(of(None, Numerics::Fast, &caps).unwrap(), KvType::F32);
+        assert_eq!(of(None, Numerics::Exact, &fast).unwrap(), KvType::F32);
+        assert_eq!(of(Some(KvType::Bf16), Numerics::Exact, &caps).unwrap(), KvType::Bf16);
+        let error = of(Some(KvType::F16), Numerics::Fast, &caps).unwrap_err().to_string();
+        assert!(error.starts_with("kv_cache") && error.contains("use f32 or bf16"), "{error}");
+    }
+
     #[test]
     fn the_default_memory_is_one_full_context_and_a_batch() {
-        let sizes = EngineConfig::default().sizes(8192, 1000).unwrap();
+        let sizes = EngineConfig::default().sizes(8192, KV).unwrap();
         assert_eq!(sizes.context_tokens, 8192);
         assert_eq!(sizes.kv_blocks, 512 + 31 * 16);
     }
 
     #[test]
     fn a_long_context_is_limited_unless_it_is_configured() {
-        assert_eq!(EngineConfig::default().sizes(131_072, 1000).unwrap().context_tokens, 8192);
+        assert_eq!(EngineConfig::default().sizes(131_072, KV).unwrap().context_tokens, 8192);
         let asked = EngineConfig { context_tokens: Some(100_000), ..EngineConfig::default() };
-        assert_eq!(asked.sizes(131_072, 1000).unwrap().context_tokens, 100_000);
+        assert_eq!(asked.sizes(131_072, KV).unwrap().context_tokens, 100_000);
     }
 
     #[test]
@@ -275,13 +323,13 @@ mod tests {
             kv_memory_bytes: Some(1 << 40),
             ..EngineConfig::default()
         };
-        assert_eq!(config.sizes(64, 1000).unwrap().kv_blocks, 4);
+        assert_eq!(config.sizes(64, KV).unwrap().kv_blocks, 4);
     }
 
     #[test]
     fn too_little_memory_is_refused_with_both_sizes() {
         let config = EngineConfig { kv_memory_bytes: Some(5000), ..EngineConfig::default() };
-        let error = config.sizes(8192, 1000).unwrap_err().to_string();
+        let error = config.sizes(8192, KV).unwrap_err().to_string();
         assert!(error.contains("5000 bytes") && error.contains("512000 bytes"), "{error}");
     }
 
@@ -297,7 +345,7 @@ mod tests {
             (EngineConfig { context_tokens: Some(9000), ..EngineConfig::default() }, "context_tokens"),
         ];
         for (config, field) in cases {
-            let error = config.sizes(8192, 1000).unwrap_err().to_string();
+            let error = config.sizes(8192, KV).unwrap_err().to_string();
             assert!(error.starts_with(field), "{error}");
         }
     }

@@ -1,11 +1,11 @@
 //! The device memory of an engine, computed from its settings before anything is loaded.
 
-use crate::config::{EngineConfig, EngineSizes, Speculation, StartError, kv_block_bytes};
+use crate::config::{EngineConfig, EngineSizes, KvBlocks, Speculation, StartError, kv_block_bytes};
 use crate::encoder::{Encoder, EncoderConfig};
 use crate::generation::Engine;
 use crate::speculation::{self, MAX_VERIFY_ROWS};
 use trustformers_model::{Model, PlanRequest};
-use trustformers_plan::{Backend, BackendError, Caps, EstimateSpec, MemoryReport, Numerics};
+use trustformers_plan::{Backend, BackendError, Caps, EstimateSpec, KvType, MemoryReport, Numerics};
 
 /// The device memory that a generation engine will take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,8 @@ impl Engine {
         let sizes = sizes(model, backend.caps(), config)?;
         let of = |model: &Model, draft_rows| {
             let request = sizes.plan_request(draft_rows, backend.caps().fused);
-            let estimate = Estimate { kv_blocks: sizes.kv_blocks, numerics: config.numerics };
+            let EngineSizes { kv_blocks, kv_type, .. } = sizes;
+            let estimate = Estimate { kv_blocks, kv_type, numerics: config.numerics };
             estimate.of(model, &request, backend)
         };
         let draft_rows = draft_rows(config.speculation.as_ref());
@@ -53,13 +54,15 @@ impl Encoder {
     ) -> Result<MemoryReport, StartError> {
         let sizes = config.sizes(model.facts().context_tokens, model.tokenizer().special_tokens())?;
         let request = sizes.plan_request(backend.caps().fused);
-        Estimate { kv_blocks: 0, numerics: config.numerics }.of(model, &request, backend)
+        let estimate = Estimate { kv_blocks: 0, kv_type: KvType::F32, numerics: config.numerics };
+        estimate.of(model, &request, backend)
     }
 }
 
 /// The settings of a load that the plan does not have.
 struct Estimate {
     kv_blocks: usize,
+    kv_type: KvType,
     numerics: Numerics,
 }
 
@@ -70,10 +73,11 @@ impl Estimate {
         request: &PlanRequest,
         backend: &dyn Backend,
     ) -> Result<MemoryReport, StartError> {
-        let Self { kv_blocks, numerics } = *self;
+        let Self { kv_blocks, kv_type, numerics } = *self;
         let estimate = || -> Result<MemoryReport, BackendError> {
             let plan = model.plan(request)?;
-            backend.estimate(&EstimateSpec { weights: model.weights(), plan: &plan, kv_blocks, numerics })
+            let weights = model.weights();
+            backend.estimate(&EstimateSpec { weights, plan: &plan, kv_blocks, kv_type, numerics })
         };
         let device = || backend.caps().description.clone();
         estimate().map_err(|error| StartError::Backend { device: device(), message: error.to_string() })
@@ -82,13 +86,14 @@ impl Estimate {
 
 /// The sizes of an engine for a model on a device, after all checks of the configuration.
 pub(crate) fn sizes(model: &Model, caps: &Caps, config: &EngineConfig) -> Result<EngineSizes, StartError> {
-    let block_bytes_of = |model: &Model| kv_block_bytes(model.facts(), caps.kv_element_bytes);
+    let kv_type = config.kv_type(caps)?;
+    let block_bytes_of = |model: &Model| kv_block_bytes(model.facts(), kv_type);
     let mut block_bytes = block_bytes_of(model);
     if let Some(Speculation::Draft(draft)) = &config.speculation {
         speculation::check(model, draft)?;
         block_bytes += block_bytes_of(draft);
     }
-    let sizes = config.sizes(model.facts().context_tokens, block_bytes)?;
+    let sizes = config.sizes(model.facts().context_tokens, KvBlocks { block_bytes, kv_type })?;
     if let Some(Speculation::Draft(draft)) = &config.speculation {
         speculation::check_context(draft, sizes.context_tokens)?;
     }

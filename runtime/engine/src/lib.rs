@@ -58,4 +58,4 @@ pub use request::{
     MIN_REPETITION_PENALTY, Prompt, StopCause, SubmitError, Timings, TokenLogprobs,
 };
 pub use scheduling::priority::Priority;
-pub use trustformers_plan::{LoadProgress, MemoryReport, Numerics};
+pub use trustformers_plan::{KvType, LoadProgress, MemoryReport, Numerics};

@@ -370,7 +370,7 @@ proptest! {
         cut in 1usize..8,
         max_batch_size in 1usize..=8,
     ) {
-        let backend = || Box::new(CpuBackend::new(CpuConfig { tier: None, threads: Some(2) }).unwrap());
+        let backend = || Box::new(CpuBackend::new(CpuConfig { threads: Some(2), ..CpuConfig::default() }).unwrap());
         let alone = config(BatchStrategy::Dynamic);
         let (alone, _) = start_on(backend(), &EncoderConfig { max_batch_size: 1, ..alone });
         let batched = config(BatchStrategy::Size);

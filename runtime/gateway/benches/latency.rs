@@ -118,7 +118,7 @@ fn table(server: SocketAddr) -> wire::RouteTable {
         name: "default/a".to_owned(),
         aliases: vec!["a".to_owned()],
         backends: vec![backend],
-        policy: Some(wire::Policy { first_byte_timeout_ms: 60_000, retries: 1 }),
+        policy: Some(wire::Policy { first_byte_timeout_ms: 60_000, retries: 1, ..wire::Policy::default() }),
         task: "generate".to_owned(),
     };
     wire::RouteTable { version: Some(wire::TableVersion { term: 1, counter: 1 }), routes: vec![route] }

@@ -1,31 +1,27 @@
 //! The body of an answer, as it goes to the caller.
 //!
-//! The frames of a pod pass one by one and unchanged. The body owns everything that has to last as long as
-//! the answer: the endpoint's count, the stream's permit, the drain's count, the caller's shares, and the
-//! record of how the request ended. When the caller disconnects, the server drops the body, which resets the
-//! pod's stream.
+//! The frames of a pod pass one by one and unchanged, except trailers that are meant for the gateway. The
+//! body owns everything that has to last as long as the answer: the endpoint's count, the stream's permit,
+//! the drain's count, the caller's shares, and the record of how the request ended. When the caller
+//! disconnects, the server drops the body, which resets the pod's stream.
 
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use http_body_util::Full;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use tokio::time::Instant;
 use tonic::Code;
 use trustformers_api::budget::Share;
 
+use crate::answer_end::EndScan;
 use crate::connection::ActiveRequest;
-use crate::drain::DrainGuard;
-use crate::endpoint::InFlight;
-use crate::metrics::{CodeClass, Protocol, RevisionMetrics};
-use crate::pool::StreamPermit;
-use crate::routing::Choice;
+use crate::late::LateAnswer;
+use crate::record::AnswerGuard;
 
 /// Why a body broke off.
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -33,7 +29,7 @@ pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// An answer's body.
 #[derive(Debug)]
 pub(crate) struct Body {
-    kind: Kind,
+    kind: BodyKind,
     /// Released when the answer has ended.
     _share: Option<Share>,
     /// The connection is not idle before the answer has ended.
@@ -41,13 +37,15 @@ pub(crate) struct Body {
 }
 
 #[derive(Debug)]
-enum Kind {
+enum BodyKind {
     /// Made by the gateway.
     Local(Full<Bytes>),
-    /// Made by one of the gateway's own gRPC services.
-    Service(tonic::body::Body),
+    /// Made by one of the gateway's own services.
+    Service(UnsyncBoxBody<Bytes, BoxError>),
     /// Comes from a pod.
-    Pod(Box<PodBody>),
+    Pod(Box<PodBody<Incoming>>),
+    /// Comes from a pod whose head was not waited for.
+    Late(Box<LateAnswer>),
 }
 
 impl Default for Body {
@@ -59,20 +57,29 @@ impl Default for Body {
 impl Body {
     /// A body in memory.
     pub(crate) fn local(bytes: Bytes) -> Self {
-        Self::of(Kind::Local(Full::new(bytes)))
+        Self::of(BodyKind::Local(Full::new(bytes)))
     }
 
-    /// The body of an answer of the gateway's own gRPC services.
-    pub(crate) fn service(body: tonic::body::Body) -> Self {
-        Self::of(Kind::Service(body))
+    /// The body of an answer of the gateway's own services.
+    pub(crate) fn service<B>(body: B) -> Self
+    where
+        B: HttpBody<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        Self::of(BodyKind::Service(body.map_err(Into::into).boxed_unsync()))
     }
 
     /// A pod's body.
-    pub(crate) fn pod(body: Incoming, guard: AnswerGuard) -> Self {
-        Self::of(Kind::Pod(Box::new(PodBody { body, guard: Some(guard) })))
+    pub(crate) fn pod(body: Incoming, guard: AnswerGuard, scan: EndScan) -> Self {
+        Self::of(BodyKind::Pod(Box::new(PodBody::new(body, guard, scan))))
     }
 
-    fn of(kind: Kind) -> Self {
+    /// An answer whose head was sent before the pod's came.
+    pub(crate) fn late(answer: LateAnswer) -> Self {
+        Self::of(BodyKind::Late(Box::new(answer)))
+    }
+
+    fn of(kind: BodyKind) -> Self {
         Self { kind, _share: None, _active: None }
     }
 
@@ -96,215 +103,158 @@ impl HttpBody for Body {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match &mut self.kind {
-            Kind::Local(body) => {
+            BodyKind::Local(body) => {
                 Pin::new(body).poll_frame(context).map_err(|never: Infallible| match never {})
             }
-            Kind::Service(body) => Pin::new(body).poll_frame(context).map_err(BoxError::from),
-            Kind::Pod(body) => body.poll(context),
+            BodyKind::Service(body) => Pin::new(body).poll_frame(context),
+            BodyKind::Pod(body) => body.poll(context),
+            BodyKind::Late(answer) => answer.poll(context),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
-            Kind::Local(body) => body.is_end_stream(),
-            Kind::Service(body) => body.is_end_stream(),
-            Kind::Pod(pod) => pod.body.is_end_stream(),
+            BodyKind::Local(body) => body.is_end_stream(),
+            BodyKind::Service(body) => body.is_end_stream(),
+            BodyKind::Pod(body) => body.is_end_stream(),
+            BodyKind::Late(answer) => answer.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
-            Kind::Local(body) => body.size_hint(),
-            Kind::Service(body) => body.size_hint(),
-            Kind::Pod(pod) => pod.body.size_hint(),
+            BodyKind::Local(body) => body.size_hint(),
+            BodyKind::Service(body) => body.size_hint(),
+            BodyKind::Pod(body) => body.size_hint(),
+            BodyKind::Late(_) => SizeHint::default(),
         }
     }
 }
 
-/// What lasts as long as a pod's answer.
+/// A pod's body as it passes.
 #[derive(Debug)]
-pub(crate) struct AnswerGuard {
-    /// Counted when the answer has ended.
-    pub(crate) record: RequestRecord,
-    /// The endpoint's count.
-    pub(crate) _in_flight: InFlight,
-    /// The stream's permit on its connection.
-    pub(crate) _permit: StreamPermit,
+struct PodBody<B> {
+    body: B,
+    /// None once the answer has ended.
+    passing: Option<Passing>,
+    /// The last bytes of an answer whose length is known. They wait for the end that the pod tells behind
+    /// them: nobody asks for more once the caller has all of them.
+    last: Option<Bytes>,
+    /// What follows them.
+    trailers: Option<HeaderMap>,
 }
 
+/// What is known of an answer that has not ended.
 #[derive(Debug)]
-struct PodBody {
-    body: Incoming,
-    /// `None` once the answer has ended.
-    guard: Option<AnswerGuard>,
+struct Passing {
+    guard: AnswerGuard,
+    scan: EndScan,
+    has_data: bool,
 }
 
-impl PodBody {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
-        let Some(guard) = &mut self.guard else {
-            return Poll::Ready(frame.map(|frame| frame.map_err(BoxError::from)));
-        };
-        let ended = match &frame {
-            Some(Ok(frame)) => {
-                if let Some(trailers) = frame.trailers_ref() {
-                    guard.record.trailers(trailers);
-                }
-                // The server may not poll again once it knows that nothing follows.
-                self.body.is_end_stream() || self.body.size_hint().exact() == Some(0)
-            }
-            Some(Err(error)) => {
-                tracing::warn!(pod = guard.record.pod, %error, "a pod broke off in the middle of an answer");
-                guard.record.class = Some(CodeClass::Broken);
-                self.guard = None;
-                false
-            }
-            None => true,
-        };
-        if ended && let Some(mut guard) = self.guard.take() {
-            guard.record.complete();
+impl Passing {
+    fn data(&mut self, data: &Bytes) {
+        if !self.has_data && !data.is_empty() {
+            self.has_data = true;
+            self.guard.first_data();
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(BoxError::from)))
+        self.scan.data(data);
     }
 }
 
-/// How one request went. It is counted when it is dropped, which is when the request has ended. A request
-/// without an end was cancelled by its caller.
-#[derive(Debug)]
-pub(crate) struct RequestRecord {
-    /// Series of the revision of the last attempt.
-    metrics: Arc<RevisionMetrics>,
-    protocol: Protocol,
-    arrived: Instant,
-    request_id: String,
-    /// Name of the pod of the last attempt.
-    pod: String,
-    /// Attempts so far.
-    pub(crate) attempts: u32,
-    /// From the request to the head of the answer.
-    first_byte: Option<Duration>,
-    class: Option<CodeClass>,
-    /// The class of the head; trailers may change it.
-    head: CodeClass,
-    /// A gRPC answer has its status in trailers, unless the head has it.
-    needs_trailers: bool,
-    _share: Share,
-    _drain: DrainGuard,
-}
-
-/// A request that is being handled.
-#[derive(Debug)]
-pub(crate) struct RequestContext {
-    /// The caller's protocol.
-    pub(crate) protocol: Protocol,
-    /// When the request came.
-    pub(crate) arrived: Instant,
-    /// Its id in logs.
-    pub(crate) request_id: String,
-    /// Its share of the requests in flight.
-    pub(crate) share: Share,
-    /// The drain's count.
-    pub(crate) drain: DrainGuard,
-}
-
-impl RequestRecord {
-    /// A request that goes to a pod of this revision.
-    pub(crate) fn new(context: RequestContext, metrics: Arc<RevisionMetrics>) -> Self {
-        metrics.in_flight().inc();
-        Self {
-            metrics,
-            protocol: context.protocol,
-            arrived: context.arrived,
-            request_id: context.request_id,
-            pod: String::new(),
-            attempts: 0,
-            first_byte: None,
-            class: None,
-            head: CodeClass::Server,
-            needs_trailers: false,
-            _share: context.share,
-            _drain: context.drain,
+impl<B> PodBody<B>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+    B::Error: Into<BoxError>,
+{
+    fn new(body: B, guard: AnswerGuard, scan: EndScan) -> Self {
+        let passing = Some(Passing { guard, scan, has_data: false });
+        let mut pod = Self { body, passing, last: None, trailers: None };
+        // An answer that is a head alone: the server never asks for more.
+        if pod.body.is_end_stream() {
+            pod.complete();
         }
+        pod
     }
 
-    /// The series that the request counts in.
-    pub(crate) fn metrics(&self) -> &Arc<RevisionMetrics> {
-        &self.metrics
-    }
-
-    /// An attempt begins.
-    pub(crate) fn attempt(&mut self, choice: &Choice) {
-        self.attempts += 1;
-        self.answered_by(choice);
-    }
-
-    /// The caller gets the answer of this pod, which counts for its revision.
-    pub(crate) fn answered_by(&mut self, choice: &Choice) {
-        choice.endpoint.spec.pod_name.clone_into(&mut self.pod);
-        if !Arc::ptr_eq(&self.metrics, &choice.metrics) {
-            self.metrics.in_flight().dec();
-            choice.metrics.in_flight().inc();
-            self.metrics = Arc::clone(&choice.metrics);
-        }
-    }
-
-    /// The head of the answer that the caller gets has arrived.
-    pub(crate) fn head(&mut self, status: http::StatusCode, headers: &HeaderMap) {
-        let first_byte = self.arrived.elapsed();
-        self.first_byte = Some(first_byte);
-        self.metrics.first_byte(first_byte);
-        self.head = CodeClass::of_http(status);
-        if self.protocol == Protocol::Grpc && self.head == CodeClass::Success {
-            match grpc_code(headers) {
-                Some(code) => self.head = CodeClass::of_grpc(code),
-                None => self.needs_trailers = true,
-            }
-        }
-    }
-
-    fn trailers(&mut self, trailers: &HeaderMap) {
-        if self.needs_trailers
-            && let Some(code) = grpc_code(trailers)
-        {
-            self.head = CodeClass::of_grpc(code);
-            self.needs_trailers = false;
-        }
-    }
-
-    /// The answer has ended.
     fn complete(&mut self) {
-        // A gRPC answer without a status was cut between the pod and this gateway.
-        self.class = Some(if self.needs_trailers { CodeClass::Broken } else { self.head });
+        if let Some(Passing { guard, scan, .. }) = self.passing.take() {
+            guard.ended(&scan.end());
+        }
     }
 
-    /// No pod gave an answer.
-    pub(crate) fn failed(&mut self) {
-        self.class = Some(CodeClass::Server);
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        loop {
+            if self.passing.is_none() {
+                let last = self.last.take().map(Frame::data);
+                let next = last.or_else(|| self.trailers.take().map(Frame::trailers));
+                return Poll::Ready(next.map(Ok));
+            }
+            match ready!(Pin::new(&mut self.body).poll_frame(context)) {
+                Some(Ok(frame)) => {
+                    if let Some(data) = self.take(frame) {
+                        return Poll::Ready(Some(Ok(Frame::data(data))));
+                    }
+                }
+                Some(Err(error)) => {
+                    self.last = None;
+                    if let Some(Passing { guard, scan, .. }) = self.passing.take() {
+                        guard.ended(&scan.reset());
+                    }
+                    return Poll::Ready(Some(Err(error.into())));
+                }
+                None => self.complete(),
+            }
+        }
+    }
+
+    /// Takes a frame of the pod. Gives the bytes that the caller may have now.
+    fn take(&mut self, frame: Frame<Bytes>) -> Option<Bytes> {
+        let data = match frame.into_data() {
+            Ok(data) => data,
+            Err(frame) => {
+                if let Ok(mut trailers) = frame.into_trailers() {
+                    if let Some(passing) = &mut self.passing {
+                        passing.scan.trailers(&mut trailers);
+                    }
+                    self.trailers = Some(trailers).filter(|trailers| !trailers.is_empty());
+                    self.complete();
+                }
+                return None;
+            }
+        };
+        if let Some(passing) = &mut self.passing {
+            passing.data(&data);
+        }
+        if self.body.is_end_stream() {
+            self.complete();
+        } else if self.body.size_hint().exact() == Some(0) {
+            // An empty frame may follow the last bytes.
+            if !data.is_empty() || self.last.is_none() {
+                self.last = Some(data);
+            }
+            return None;
+        }
+        Some(data)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.passing.is_none() && self.last.is_none() && self.trailers.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let inner = self.body.size_hint();
+        let last = self.last.as_ref().map_or(0, Bytes::len) as u64;
+        let mut hint = SizeHint::new();
+        hint.set_lower(inner.lower() + last);
+        if let Some(upper) = inner.upper() {
+            hint.set_upper(upper + last);
+        }
+        hint
     }
 }
 
 /// The status in headers or trailers.
 pub(crate) fn grpc_code(headers: &HeaderMap) -> Option<Code> {
     headers.get("grpc-status").map(|status| Code::from_bytes(status.as_bytes()))
-}
-
-impl Drop for RequestRecord {
-    fn drop(&mut self) {
-        let class = self.class.unwrap_or(CodeClass::Cancelled);
-        let took = self.arrived.elapsed();
-        self.metrics.in_flight().dec();
-        self.metrics.ended(self.protocol, class, took);
-        tracing::debug!(
-            request_id = self.request_id,
-            protocol = <&str>::from(self.protocol),
-            route = self.metrics.route,
-            revision = self.metrics.revision,
-            pod = self.pod,
-            attempts = self.attempts,
-            code = <&str>::from(class),
-            first_byte_ms = self.first_byte.map(|first_byte| first_byte.as_secs_f64() * 1e3),
-            duration_ms = took.as_secs_f64() * 1e3,
-            "request"
-        );
-    }
 }

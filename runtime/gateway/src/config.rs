@@ -8,6 +8,7 @@ use clap::Parser;
 use trustformers_api::MAX_BODY_BYTES;
 use trustformers_telemetry::logs::LogFormat;
 
+use crate::headers::TrustedHeaders;
 use crate::limits::MAX_BODY_LIMIT_BYTES;
 
 /// The gateway of a trustformers platform: it receives HTTP and gRPC requests for models and forwards them to
@@ -51,6 +52,15 @@ pub struct Settings {
     #[arg(long, value_name = "BYTES", default_value_t = MAX_BODY_BYTES, value_parser = parse_body_limit)]
     pub body_limit_bytes: usize,
 
+    /// Header in which a proxy in front of this gateway names a request's tenant. The proxy must remove it
+    /// from what its callers send. Without this flag no header is trusted.
+    #[arg(long, value_name = "NAME")]
+    pub tenant_header: Option<http::HeaderName>,
+
+    /// The same for the priority class: high, normal or low.
+    #[arg(long, value_name = "NAME")]
+    pub priority_header: Option<http::HeaderName>,
+
     /// Format of log lines: text or json.
     #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
@@ -59,6 +69,13 @@ pub struct Settings {
     /// debug there is a line for every request.
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log_filter: String,
+}
+
+impl Settings {
+    /// The headers in which a proxy says who a caller is.
+    pub(crate) fn trusted_headers(&self) -> TrustedHeaders {
+        TrustedHeaders { tenant: self.tenant_header.clone(), priority: self.priority_header.clone() }
+    }
 }
 
 fn parse_feed(text: &str) -> Result<http::Uri, String> {

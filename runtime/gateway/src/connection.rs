@@ -21,19 +21,21 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use http::Request;
 use hyper::body::Incoming;
+use hyper::rt::{Read, Write};
 use hyper::server::conn::{http1, http2};
-use hyper::service::service_fn;
+use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulConnection;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use trustformers_api::budget::Share;
 
+use crate::body::{Body, BoxError};
 use crate::drain::Drain;
 use crate::limits::CallerLimits;
 use crate::stack::Stack;
+use crate::websocket::AfterUpgrade;
 
 /// Requests that one caller may have open on one connection. A proxy sends the requests of many callers over
 /// one;
@@ -50,7 +52,7 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(620);
 /// A caller that takes no byte for this long is cut; common servers use the same value.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-/// A timeout is noticed at most this much later. 4096 connections are 820 checks per second.
+/// A timeout is noticed at most this much later. 10,240 connections are 2048 checks per second.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// HTTP/2 callers get GOAWAY this long after the drain began, or after they connected while it ran: by then
 /// load balancers have learned of the drain, and the caller's first request has been sent.
@@ -120,18 +122,32 @@ pub(crate) async fn serve(mut stream: TcpStream, peer: Peer, context: Connection
         TokioIo::new(MonitoredStream { prefix, stream, monitor: Arc::clone(&monitor), write_blocked: false });
     let stack = context.stack.clone();
     let peer = Arc::new(peer);
+    let upgrade = AfterUpgrade::default();
     let service = service_fn({
         let peer = Arc::clone(&peer);
+        let upgrade = upgrade.clone();
         move |request: Request<Incoming>| {
-            let (stack, peer) = (stack.clone(), Arc::clone(&peer));
-            async move { Ok::<_, Infallible>(stack.handle(&peer, request).await) }
+            let (stack, peer, upgrade) = (stack.clone(), Arc::clone(&peer), upgrade.clone());
+            async move {
+                let mut response = stack.handle(peer, request).await;
+                upgrade.take_from(&mut response);
+                Ok::<_, Infallible>(response)
+            }
         }
     });
     match version {
         HttpVersion::Http1 => {
             let mut builder = http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(HEAD_BYTES);
-            run(builder.serve_connection(io, service), version, &peer, &context).await;
+            run(builder.serve_connection(io, service).with_upgrades(), version, &peer, &context).await;
+            if let Some(work) = upgrade.take() {
+                let _active = peer.monitor.request();
+                tokio::select! {
+                    () = work => {}
+                    // A caller that takes no byte is cut; a WebSocket has no other of these timeouts.
+                    _expired = peer.monitor.expired() => {}
+                }
+            }
         }
         HttpVersion::Http2 => {
             let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -147,16 +163,42 @@ pub(crate) async fn serve(mut stream: TcpStream, peer: Peer, context: Connection
     }
 }
 
-async fn run<C>(connection: C, version: HttpVersion, peer: &Peer, context: &ConnectionContext)
+/// A connection that is being served.
+trait Served: Future<Output = hyper::Result<()>> {
+    /// Ends it after the requests that it has.
+    fn end(self: Pin<&mut Self>);
+}
+
+impl<I, S> Served for http1::UpgradeableConnection<I, S>
 where
-    C: GracefulConnection<Error = hyper::Error>,
+    S: HttpService<Incoming, ResBody = Body>,
+    S::Error: Into<BoxError>,
+    I: Read + Write + Unpin + Send + 'static,
 {
+    fn end(self: Pin<&mut Self>) {
+        self.graceful_shutdown();
+    }
+}
+
+impl<I, S> Served for http2::Connection<I, S, TokioExecutor>
+where
+    S: HttpService<Incoming, ResBody = Body>,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    I: Read + Write + Unpin,
+{
+    fn end(self: Pin<&mut Self>) {
+        self.graceful_shutdown();
+    }
+}
+
+async fn run(connection: impl Served, version: HttpVersion, peer: &Peer, context: &ConnectionContext) {
     tokio::pin!(connection);
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
         expired = peer.monitor.expired() => match expired {
             Expired::Idle => {
-                connection.as_mut().graceful_shutdown();
+                connection.as_mut().end();
                 connection.await
             }
             Expired::Head | Expired::Write => {
@@ -165,7 +207,7 @@ where
             }
         },
         () = closing(context, version) => {
-            connection.as_mut().graceful_shutdown();
+            connection.as_mut().end();
             tokio::select! {
                 outcome = connection.as_mut() => outcome,
                 _expired = peer.monitor.expired() => return,

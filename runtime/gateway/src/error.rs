@@ -1,8 +1,7 @@
-//! The errors of the gateway itself, as answers in the caller's protocol.
+//! The errors of the gateway itself.
 //!
-//! HTTP callers get `{"error": {"type", "message", ...}}`, the shape that pods use. gRPC callers get a status
-//! in the head of the answer, which every gRPC library reads; an HTTP error would reach them as "unknown". An
-//! error that pods have too has the same name, status and code here.
+//! `error_shape` writes them in the words of each protocol. An error that pods have too has the same name,
+//! status and code here.
 //!
 //! An error quotes at most [`MAX_ECHO_CHARS`] characters of a request and lists at most [`MAX_LISTED_NAMES`]
 //! names.
@@ -10,24 +9,18 @@
 use std::fmt;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use http::header::{ACCEPT_ENCODING, ALLOW, CONTENT_TYPE, RETRY_AFTER};
-use http::{HeaderName, HeaderValue, Response, StatusCode};
-use tonic::metadata::MetadataValue;
-use tonic::{Code, Status};
+use http::StatusCode;
+use tonic::Code;
 use trustformers_api::echo::{MAX_ECHO_CHARS, MAX_LISTED_NAMES};
-use trustformers_api::error::{GRPC_KIND_KEY, GRPC_RETRY_AFTER_KEY};
 
-use crate::body::Body;
 use crate::limits::Resource;
-use crate::metrics::Protocol;
 
 /// Bytes of all names that an error lists. gRPC libraries refuse heads above 8 KiB or 16 KiB, and the message
 /// is a header there.
 const CHOICES_BYTES: usize = 4 << 10;
 /// What callers are told to wait. A table, a pod or a share that is missing now is usually there a second
 /// later.
-const RETRY_AFTER_S: u64 = 1;
+const RETRY_AFTER_S: u32 = 1;
 
 /// Text of a request, escaped and cut for an error.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,7 +109,7 @@ impl fmt::Display for Choices {
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 pub(crate) enum GatewayError {
     /// No such path.
-    #[error("there is no path {path}; models answer POST requests below /v1/, and GET /v1/models lists them")]
+    #[error("there is no route {path}; GET /v1/models lists the models, GET /openapi.json the routes")]
     #[strum(serialize = "unknown_route")]
     UnknownPath { path: Echo },
     /// The path takes another method.
@@ -155,8 +148,8 @@ pub(crate) enum GatewayError {
     #[error("the request's body is not valid: {0}")]
     #[strum(serialize = "invalid_request")]
     Malformed(Echo),
-    /// The body is compressed.
-    #[error("the request's body is encoded as {0}; send it unencoded")]
+    /// The body is compressed in a way that is not known.
+    #[error("the request's body is encoded as {0}; use one of {ACCEPTED_ENCODINGS}, or none")]
     #[strum(serialize = "unsupported_encoding")]
     Encoded(Echo),
     /// No route has this name.
@@ -193,7 +186,34 @@ pub(crate) enum GatewayError {
     #[error("{route} did not begin to answer within {limit_ms} ms")]
     #[strum(serialize = "timeout")]
     FirstByteTimeout { route: String, limit_ms: u128 },
+    /// No pod came in the time in which requests are held.
+    #[error(
+        "no pod of {route} became ready within {limit_ms} ms; try again, or see the InferenceModel's status"
+    )]
+    #[strum(serialize = "unavailable")]
+    HeldTooLong { route: String, limit_ms: u128 },
+    /// The route belongs to a pod, and no pod is asked.
+    #[error("a gateway does not answer {path}; {instead}")]
+    #[strum(serialize = "unknown_route")]
+    NotHere { path: Echo, instead: &'static str },
+    /// The connection cannot become a WebSocket.
+    #[error("{0}")]
+    #[strum(serialize = "invalid_request")]
+    NoUpgrade(String),
+    /// The gateway does not remember a request with this id.
+    #[error(
+        "no request with the id {id} is remembered; send feedback within minutes, with the x-request-id of its answer"
+    )]
+    #[strum(serialize = "unknown_request")]
+    UnknownRequest { id: Echo },
+    /// A fault of the gateway.
+    #[error("{message}")]
+    #[strum(serialize = "internal")]
+    Internal { message: String },
 }
+
+/// The encodings of bodies that pods decode, and that the gateway looks into.
+pub(crate) const ACCEPTED_ENCODINGS: &str = "gzip, deflate, br, zstd";
 
 fn overloaded(resource: Resource) -> String {
     let what = match resource {
@@ -201,6 +221,8 @@ fn overloaded(resource: Resource) -> String {
         Resource::Requests => "requests in flight",
         Resource::Connections => "connections",
         Resource::Listings => "lists and metrics that are being read",
+        Resource::HeldRequests => "requests for models without a pod",
+        Resource::HeldBytes => "bytes of requests for models without a pod",
     };
     format!("the gateway holds too many {what}, of all callers or of this one; try again later")
 }
@@ -214,18 +236,25 @@ impl GatewayError {
     /// HTTP's status for it.
     pub(crate) fn status(&self) -> StatusCode {
         match self {
-            Self::UnknownPath { .. } | Self::UnknownModel { .. } => StatusCode::NOT_FOUND,
+            Self::UnknownPath { .. }
+            | Self::UnknownModel { .. }
+            | Self::NotHere { .. }
+            | Self::UnknownRequest { .. } => StatusCode::NOT_FOUND,
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Operated => StatusCode::FORBIDDEN,
             Self::Unimplemented { .. } => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::BodyStalled => StatusCode::REQUEST_TIMEOUT,
-            Self::BodyLost(_) | Self::Malformed(_) | Self::NameRequired { .. } => StatusCode::BAD_REQUEST,
+            Self::BodyLost(_) | Self::Malformed(_) | Self::NameRequired { .. } | Self::NoUpgrade(_) => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Encoded(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded(_) => StatusCode::TOO_MANY_REQUESTS,
-            Self::UnknownWhileDisconnected { .. } | Self::NoTable | Self::NoEndpoint { .. } => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::UnknownWhileDisconnected { .. }
+            | Self::NoTable
+            | Self::NoEndpoint { .. }
+            | Self::HeldTooLong { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Unreachable { .. } | Self::BadUpstream { .. } => StatusCode::BAD_GATEWAY,
             Self::FirstByteTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -234,27 +263,32 @@ impl GatewayError {
     /// gRPC's code for it.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::UnknownPath { .. } | Self::Method { .. } | Self::Unimplemented { .. } => {
-                Code::Unimplemented
-            }
+            Self::UnknownPath { .. }
+            | Self::Method { .. }
+            | Self::Unimplemented { .. }
+            | Self::NotHere { .. } => Code::Unimplemented,
             Self::Operated => Code::PermissionDenied,
             Self::TooLarge { .. } => Code::OutOfRange,
             Self::BodyTimeout { .. } | Self::BodyStalled | Self::FirstByteTimeout { .. } => {
                 Code::DeadlineExceeded
             }
-            Self::BodyLost(_) | Self::Malformed(_) | Self::NameRequired { .. } => Code::InvalidArgument,
-            Self::Encoded(_) => Code::Unimplemented,
-            Self::UnknownModel { .. } => Code::NotFound,
-            Self::Overloaded(_) => Code::ResourceExhausted,
-            Self::UnknownWhileDisconnected { .. } | Self::NoTable | Self::NoEndpoint { .. } => {
-                Code::Unavailable
+            Self::BodyLost(_) | Self::Malformed(_) | Self::NameRequired { .. } | Self::NoUpgrade(_) => {
+                Code::InvalidArgument
             }
+            Self::Internal { .. } => Code::Internal,
+            Self::Encoded(_) => Code::Unimplemented,
+            Self::UnknownModel { .. } | Self::UnknownRequest { .. } => Code::NotFound,
+            Self::Overloaded(_) => Code::ResourceExhausted,
+            Self::UnknownWhileDisconnected { .. }
+            | Self::NoTable
+            | Self::NoEndpoint { .. }
+            | Self::HeldTooLong { .. } => Code::Unavailable,
             Self::Unreachable { .. } | Self::BadUpstream { .. } => Code::Unavailable,
         }
     }
 
     /// Seconds after which another attempt makes sense.
-    fn retry_after_s(&self) -> Option<u64> {
+    pub(crate) fn retry_after_s(&self) -> Option<u32> {
         let status = self.status();
         let retryable = status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::SERVICE_UNAVAILABLE;
         retryable.then_some(RETRY_AFTER_S)
@@ -265,92 +299,11 @@ impl GatewayError {
     pub(crate) fn discards_body(&self) -> bool {
         !matches!(self, Self::BodyTimeout { .. } | Self::BodyStalled | Self::BodyLost(_))
     }
-
-    /// The answer in the caller's protocol.
-    pub(crate) fn response(&self, protocol: Protocol) -> Response<Body> {
-        match protocol {
-            Protocol::Grpc => self.grpc_response(),
-            Protocol::Http => self.http_response(),
-        }
-    }
-
-    fn grpc_response(&self) -> Response<Body> {
-        let mut status = Status::new(self.code(), self.to_string());
-        let metadata = status.metadata_mut();
-        metadata.insert(GRPC_KIND_KEY, MetadataValue::from_static(self.kind()));
-        if let Some(seconds) = self.retry_after_s() {
-            metadata.insert(GRPC_RETRY_AFTER_KEY, MetadataValue::from(seconds));
-        }
-        let mut response = status.into_http();
-        if matches!(self, Self::Encoded(_)) {
-            let accepted = HeaderName::from_static("grpc-accept-encoding");
-            response.headers_mut().insert(accepted, HeaderValue::from_static("identity"));
-        }
-        response
-    }
-
-    fn http_response(&self) -> Response<Body> {
-        let mut error = serde_json::json!({"type": self.kind(), "message": self.to_string()});
-        if let Self::UnknownModel { choices, .. } | Self::NameRequired { choices } = self {
-            error["choices"] = choices.listed().into();
-        }
-        if let Some(seconds) = self.retry_after_s() {
-            error["retry_after_s"] = seconds.into();
-        }
-        let body = serde_json::json!({"error": error}).to_string();
-        let mut response = Response::new(Body::local(Bytes::from(body)));
-        *response.status_mut() = self.status();
-        let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if let Some(seconds) = self.retry_after_s() {
-            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        match self {
-            Self::Method { allowed, .. } => {
-                headers.insert(ALLOW, HeaderValue::from_static(allowed));
-            }
-            Self::Encoded(_) => {
-                headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-            }
-            _ => {}
-        }
-        response
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http_body_util::BodyExt;
-
-    async fn json(response: Response<Body>) -> serde_json::Value {
-        let body = response.into_body().collect().await.unwrap().to_bytes();
-        serde_json::from_slice(&body).unwrap()
-    }
-
-    #[tokio::test]
-    async fn http_callers_get_json_with_the_choices() {
-        let error = GatewayError::UnknownModel {
-            model: Echo::new("x"),
-            choices: Arc::new(["default/a", "default/b"].into_iter().collect()),
-        };
-        let response = error.response(Protocol::Http);
-        assert_eq!(response.status(), StatusCode::NOT_FOUND);
-        let json = json(response).await;
-        assert_eq!(json["error"]["type"], "unknown_model");
-        assert_eq!(json["error"]["choices"], serde_json::json!(["default/a", "default/b"]));
-        let message = json["error"]["message"].as_str().unwrap();
-        assert!(message.contains("\"x\"") && message.contains("default/b"), "{message}");
-    }
-
-    #[test]
-    fn grpc_callers_get_a_status_in_the_head() {
-        let response = GatewayError::NoTable.response(Protocol::Grpc);
-        assert_eq!(response.status(), StatusCode::OK);
-        assert_eq!(response.headers()["grpc-status"], "14");
-        assert_eq!(response.headers()[GRPC_KIND_KEY], "no_table");
-        assert_eq!(response.headers()[CONTENT_TYPE], "application/grpc");
-    }
 
     #[test]
     fn a_long_list_is_cut_and_says_so() {
@@ -374,38 +327,5 @@ mod tests {
         }
         let echo = Echo::of_bytes(&[0xff; 5000]).to_string();
         assert!(echo.chars().count() <= MAX_ECHO_CHARS, "{echo}");
-    }
-
-    #[test]
-    fn a_long_model_name_stays_short_in_every_header() {
-        let choices = Arc::new(Choices::default());
-        let error = GatewayError::UnknownModel { model: Echo::new(&"é".repeat(50_000)), choices };
-        let response = error.response(Protocol::Grpc);
-        // Percent-encoding triples the bytes of what is not ASCII.
-        assert!(response.headers()["grpc-message"].len() < 2000);
-    }
-
-    #[tokio::test]
-    async fn overload_is_429_with_retry_after() {
-        let error = GatewayError::Overloaded(Resource::BodyBytes);
-        let response = error.response(Protocol::Http);
-        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
-        assert_eq!(response.headers()[RETRY_AFTER], "1");
-        assert_eq!(json(response).await["error"]["retry_after_s"], 1);
-        let response = error.response(Protocol::Grpc);
-        assert_eq!(response.headers()["grpc-status"], "8");
-        assert_eq!(response.headers()[GRPC_RETRY_AFTER_KEY], "1");
-    }
-
-    #[test]
-    fn refusals_that_pass_soon_say_when_to_retry() {
-        let error = GatewayError::NoEndpoint { route: "default/a".to_owned() };
-        let response = error.response(Protocol::Http);
-        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert_eq!(response.headers()[RETRY_AFTER], "1");
-        assert_eq!(error.response(Protocol::Grpc).headers()[GRPC_RETRY_AFTER_KEY], "1");
-        let error = GatewayError::Operated;
-        assert!(!error.response(Protocol::Http).headers().contains_key(RETRY_AFTER));
-        assert!(!error.response(Protocol::Grpc).headers().contains_key(GRPC_RETRY_AFTER_KEY));
     }
 }

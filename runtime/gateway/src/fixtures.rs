@@ -16,7 +16,7 @@ impl TableText {
             name: name.to_owned(),
             aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
             backends: Vec::new(),
-            policy: Some(wire::Policy { first_byte_timeout_ms: 0, retries: 1 }),
+            policy: Some(wire::Policy { retries: 1, ..Default::default() }),
             task: String::new(),
         });
         self

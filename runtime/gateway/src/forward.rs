@@ -12,66 +12,23 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
-use http_body_util::Full;
+use http::{Response, StatusCode, Version};
 use hyper::body::Incoming;
 use tokio::time::{Instant, timeout_at};
 use tonic::Code;
+use trustformers_api::surfaces::Kind;
 
-use crate::body::{AnswerGuard, Body, RequestContext, RequestRecord, grpc_code};
+use crate::answer_end::EndScan;
+use crate::body::{Body, grpc_code};
+use crate::call::Call;
 use crate::endpoint::{Endpoint, InFlight};
 use crate::error::GatewayError;
 use crate::gateway::Gateway;
 use crate::headers::strip_one_hop;
 use crate::metrics::{Protocol, RetryReason};
-use crate::pool::{Outgoing, SendError, StreamPermit};
+use crate::pool::{PodResponse, SendError, StreamPermit};
+use crate::record::{AnswerGuard, RequestContext, RequestRecord};
 use crate::routing::{Choice, Criteria, Routing};
-
-/// A request, ready to be sent more than once.
-#[derive(Debug)]
-pub(crate) struct Call {
-    /// The caller's protocol.
-    pub(crate) protocol: Protocol,
-    /// The caller's method.
-    pub(crate) method: Method,
-    /// Path and query.
-    pub(crate) path: PathAndQuery,
-    /// The host that the caller addressed, where the request names one.
-    pub(crate) authority: Option<Authority>,
-    /// Headers for the pod.
-    pub(crate) headers: HeaderMap,
-    /// The body.
-    pub(crate) body: Bytes,
-    /// When the request came.
-    pub(crate) arrived: Instant,
-}
-
-impl Call {
-    fn outgoing(&self, endpoint: &Endpoint) -> Outgoing {
-        let mut request = Request::new(Full::new(self.body.clone()));
-        *request.method_mut() = self.method.clone();
-        *request.version_mut() = Version::HTTP_2;
-        *request.headers_mut() = self.headers.clone();
-        let authority = self.authority.clone().or_else(|| {
-            let address = match self.protocol {
-                Protocol::Http => endpoint.spec.id.http,
-                Protocol::Grpc => endpoint.spec.id.grpc,
-            };
-            address.to_string().parse().ok()
-        });
-        let mut parts = http::uri::Parts::default();
-        parts.path_and_query = Some(self.path.clone());
-        if let Some(authority) = authority {
-            parts.scheme = Some(Scheme::HTTP);
-            parts.authority = Some(authority);
-        }
-        // Scheme, authority and path together always make a URI; a path alone does as well.
-        *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
-        request
-    }
-}
 
 /// The route that a request goes to.
 #[derive(Debug, Clone, Copy)]
@@ -97,6 +54,8 @@ enum Failure {
     Connect(String),
     /// The answer never began.
     Reset(String),
+    /// The caller's upload broke off, which ended the attempt.
+    Upload(GatewayError),
     /// The pod declined for a reason that another pod may not have.
     Declined(Box<Declined>),
 }
@@ -114,7 +73,7 @@ impl Failure {
     fn reason(&self) -> RetryReason {
         match self {
             Self::Connect(_) => RetryReason::Connect,
-            Self::Reset(_) => RetryReason::Reset,
+            Self::Reset(_) | Self::Upload(_) => RetryReason::Reset,
             Self::Declined(declined) => declined.reason,
         }
     }
@@ -180,7 +139,7 @@ pub(crate) async fn forward(
         failure: None,
         record: RequestRecord::new(context, Arc::clone(&choice.metrics)),
     };
-    attempts.run(choice, limit.map(|limit| Deadline { at: call.arrived + limit, limit })).await
+    attempts.run(choice, limit.map(|limit| Deadline { at: call.ready_at + limit, limit })).await
 }
 
 impl Attempts<'_> {
@@ -192,6 +151,10 @@ impl Attempts<'_> {
         loop {
             let failure = match within(deadline, self.attempt(&choice)).await {
                 Ok(Ok(answer)) => return Ok(self.respond(answer)),
+                Ok(Err(Failure::Upload(error))) => {
+                    self.record.caller_failed();
+                    return Err(error);
+                }
                 Ok(Err(failure)) => failure,
                 Err(Deadline { limit, .. }) => return self.timed_out(limit),
             };
@@ -221,8 +184,12 @@ impl Attempts<'_> {
         self.record.attempt(choice);
         let in_flight = endpoint.enter();
         let pool = endpoint.pool(self.call.protocol);
-        match pool.send(|| self.call.outgoing(endpoint)).await {
-            Ok((response, permit)) => {
+        let address = match self.call.protocol {
+            Protocol::Http => endpoint.spec.id.http,
+            Protocol::Grpc => endpoint.spec.id.grpc,
+        };
+        match pool.send(|| self.call.outgoing(address)).await {
+            Ok(PodResponse { response, permit }) => {
                 endpoint.connected();
                 let reason = declined(self.call.protocol, &response);
                 let answer = PodAnswer { response, in_flight, permit };
@@ -240,7 +207,10 @@ impl Attempts<'_> {
                 tracing::warn!(pod = endpoint.spec.pod_name, %error, "a pod could not be connected to");
                 Err(Failure::Connect(error.to_string()))
             }
-            Err(error @ SendError::Reset(_)) => Err(Failure::Reset(error.to_string())),
+            Err(error @ (SendError::Reset(_) | SendError::BodyUsed)) => match self.call.body.take_failure() {
+                Some(broken) => Err(Failure::Upload(broken)),
+                None => Err(Failure::Reset(error.to_string())),
+            },
         }
     }
 
@@ -249,7 +219,7 @@ impl Attempts<'_> {
     fn next_choice(&mut self, reason: RetryReason) -> Option<Choice> {
         let repeated =
             reason == RetryReason::Overloaded && std::mem::replace(&mut self.overloaded_before, true);
-        if self.retries_left == 0 || repeated {
+        if self.retries_left == 0 || repeated || !self.call.body.can_be_sent_again() {
             return None;
         }
         self.retries_left -= 1;
@@ -267,17 +237,24 @@ impl Attempts<'_> {
     fn respond(mut self, answer: PodAnswer) -> Response<Body> {
         let (mut parts, body) = answer.response.into_parts();
         strip_one_hop(&mut parts.headers);
-        self.record.head(parts.status, &parts.headers);
+        self.record.head(parts.status);
+        let scan = EndScan::new(self.call.wire, &parts.headers);
         // The caller's connection decides in which version the answer is sent.
         parts.version = Version::default();
-        let guard = AnswerGuard { record: self.record, _in_flight: answer.in_flight, _permit: answer.permit };
-        Response::from_parts(parts, Body::pod(body, guard))
+        let guard =
+            AnswerGuard { record: self.record, _in_flight: answer.in_flight, _permit: Some(answer.permit) };
+        Response::from_parts(parts, Body::pod(body, guard, scan))
     }
 
     /// The deadline passed during an attempt. A pod that declined before said more than the timeout does.
     fn timed_out(mut self, limit: Duration) -> Result<Response<Body>, GatewayError> {
         if matches!(self.failure, Some(Failure::Declined(_))) {
             return self.fail();
+        }
+        // A stream of messages goes on arriving; its pod owes the head all the same.
+        if self.call.body.is_arriving() && self.call.surface.kind != Kind::Bidirectional {
+            self.record.caller_failed();
+            return Err(GatewayError::BodyTimeout { limit });
         }
         self.record.failed();
         Err(GatewayError::FirstByteTimeout { route: self.route, limit_ms: limit.as_millis() })
@@ -299,8 +276,9 @@ impl Attempts<'_> {
                 self.record.failed();
                 Err(GatewayError::Unreachable { route: self.route, attempts, cause })
             }
-            // Not reached: every attempt that gives no answer stores a failure.
-            None => {
+            // Not reached: every attempt that gives no answer stores a failure, and a broken upload ends at
+            // once.
+            Some(Failure::Upload(_)) | None => {
                 self.record.failed();
                 Err(GatewayError::NoEndpoint { route: self.route })
             }

@@ -8,17 +8,27 @@ use arc_swap::ArcSwapOption;
 use prost::Message;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use trustformers_api::BlockingWork;
 use trustformers_api::health::{Health, Verdict};
+use trustformers_api::inference::Models;
 use trustformers_proto::control::v1::RouteTable;
 
 use crate::drain::Drain;
+use crate::feedback::Feedback;
+use crate::headers::TrustedHeaders;
+use crate::hold::Hold;
 use crate::limits::{Bounds, Limits};
 use crate::metrics::Metrics;
+use crate::models;
 use crate::routing::Routing;
 use crate::table::{Table, TableError, Version};
 
 /// A table in its wire format, to be saved on disk.
 pub(crate) type EncodedTable = Option<Arc<Vec<u8>>>;
+
+/// Compressed bodies that are looked into at a time. A decoder takes up to 16 MiB, so that two take 32 MiB
+/// whatever callers send.
+const DECODERS: usize = 2;
 
 /// Shared by all requests.
 #[derive(Debug)]
@@ -31,6 +41,14 @@ pub(crate) struct Gateway {
     pub(crate) limits: Arc<Limits>,
     /// Longest body of one request.
     pub(crate) body_limit_bytes: usize,
+    /// Headers in which a proxy in front of it says who a caller is.
+    pub(crate) trusted: TrustedHeaders,
+    /// Requests that wait for a pod of their model.
+    pub(crate) hold: Hold,
+    /// Looks into compressed bodies.
+    pub(crate) decoding: BlockingWork,
+    /// Scores of answers.
+    pub(crate) feedback: Arc<Feedback>,
     started: Instant,
     routing: ArcSwapOption<Routing>,
     /// Tables are compared and applied one at a time.
@@ -38,8 +56,25 @@ pub(crate) struct Gateway {
     in_force: watch::Sender<Option<Version>>,
     to_save: watch::Sender<EncodedTable>,
     readiness: watch::Sender<Verdict>,
+    /// The models of the table in force.
+    models: watch::Sender<Models>,
     /// Whether the operator has confirmed the table in force since the last connection to it.
     current: AtomicBool,
+}
+
+/// What a gateway is made of.
+#[derive(Debug)]
+pub(crate) struct GatewayParts {
+    /// Every metric.
+    pub(crate) metrics: Metrics,
+    /// Scores of answers.
+    pub(crate) feedback: Feedback,
+    /// Requests that wait for a pod of their model.
+    pub(crate) hold: Hold,
+    /// Longest body of one request.
+    pub(crate) body_limit_bytes: usize,
+    /// Headers in which a proxy in front of it says who a caller is.
+    pub(crate) trusted: TrustedHeaders,
 }
 
 /// The result of applying a table.
@@ -68,13 +103,28 @@ pub(crate) enum Source {
 }
 
 impl Gateway {
-    /// No table, nothing in flight.
+    /// No table, nothing in flight, no header trusted.
+    #[cfg(test)]
     pub(crate) fn new(metrics: Metrics, body_limit_bytes: usize) -> Arc<Self> {
+        let registry = prometheus::Registry::new();
+        let feedback = Feedback::new(&registry).expect("the registry is empty");
+        let hold = Hold::new(&registry).expect("it has none of these names");
+        let trusted = TrustedHeaders::default();
+        Self::with(GatewayParts { metrics, feedback, hold, body_limit_bytes, trusted })
+    }
+
+    /// No table, nothing in flight.
+    pub(crate) fn with(parts: GatewayParts) -> Arc<Self> {
+        let GatewayParts { metrics, feedback, hold, body_limit_bytes, trusted } = parts;
         Arc::new(Self {
             metrics,
             drain: Drain::new(),
             limits: Limits::new(Bounds::default()),
             body_limit_bytes,
+            trusted,
+            hold,
+            decoding: BlockingWork::new(DECODERS),
+            feedback: Arc::new(feedback),
             started: Instant::now(),
             routing: ArcSwapOption::empty(),
             applying: Mutex::default(),
@@ -82,6 +132,7 @@ impl Gateway {
             to_save: watch::Sender::new(None),
             readiness: watch::Sender::new(Verdict::no("no routing table has arrived from the operator yet")),
             current: AtomicBool::new(false),
+            models: watch::Sender::new(Models::from([])),
         })
     }
 
@@ -103,6 +154,11 @@ impl Gateway {
     /// Changes with each table that comes into force.
     pub(crate) fn watch_version(&self) -> watch::Receiver<Option<Version>> {
         self.in_force.subscribe()
+    }
+
+    /// The models of the table in force, now and after each change.
+    pub(crate) fn watch_models(&self) -> watch::Receiver<Models> {
+        self.models.subscribe()
     }
 
     /// Changes with each table that has to be saved on disk.
@@ -166,7 +222,9 @@ impl Gateway {
         };
         let before = self.routing();
         let routing = Routing::build(parsed, received_at, before.as_deref(), &self.metrics);
+        let models = models::of_table(&routing.table, received_at, &self.models.borrow());
         self.routing.store(Some(Arc::new(routing)));
+        self.models.send_replace(models);
         self.in_force.send_replace(Some(offered));
         self.update_readiness();
         if source == Source::Feed {

@@ -9,11 +9,16 @@
 //! | `stack` | the order in which a request is handled, with the reasons: begin reading here |
 //! | `listener`, `connection` | accepted connections, their protocol and their timeouts |
 //! | `limits` | bounds on connections, requests and bytes, in total and for one caller, with the arithmetic |
-//! | `request_body`, `headers`, `error` | a request's body and headers, and errors as answers |
+//! | `wire`, `model_name`, `request_body` | the protocol, the model and the body of a request |
+//! | `call`, `headers` | a request as it goes to pods; who sends it |
+//! | `error`, `error_shape` | errors, and how each protocol writes them |
 //! | [`table`], `routing` | the operator's table, parsed, and the same table joined with live endpoints |
 //! | [`split`], [`balance`], [`eject`] | the pure decisions |
-//! | `forward`, `body`, `endpoint`, `pool` | attempts, the answer, a pod, connections to it |
-//! | `local`, `grpc` | requests that the gateway answers itself |
+//! | `hold` | requests for models without a pod |
+//! | `forward`, `endpoint`, `pool` | attempts, a pod, connections to it |
+//! | `body`, `answer_end`, `late`, `record` | the answer, how it ended, and what is counted of it |
+//! | `websocket`, `websocket_frames` | WebSockets |
+//! | `local`, `services`, `models`, `feedback` | requests that the gateway answers itself |
 //! | `feed`, [`disk`] | where tables come from, and where the last one is saved |
 //! | [`server`], [`drain`] | start and end |
 //! | [`metrics`], [`config`] | metrics and flags |
@@ -28,22 +33,35 @@ pub mod server;
 pub mod split;
 pub mod table;
 
+mod answer_end;
+mod base64_stream;
 mod body;
+mod call;
 mod connection;
 mod endpoint;
 mod error;
+mod error_shape;
 mod feed;
+mod feedback;
 mod forward;
 mod gateway;
-mod grpc;
 mod headers;
+mod hold;
+mod late;
 mod limits;
 mod listener;
 mod local;
+mod model_name;
+mod models;
 mod pool;
+mod record;
 mod request_body;
 mod routing;
+mod services;
 mod stack;
+mod websocket;
+mod websocket_frames;
+mod wire;
 
 #[cfg(test)]
 mod fixtures;

@@ -1,17 +1,21 @@
 //! Bounds on what callers can make the gateway hold.
 //!
-//! Memory at worst, beside the 512 MiB that the chart allows:
+//! Memory at worst:
 //!
 //! | what | bound | memory |
 //! |---|---|---|
 //! | request bodies | 128 MiB | 128 MiB |
-//! | requests in flight | 4096, each with 48 KiB of unsent answer | 192 MiB |
-//! | connections | 4096, each with 16 KiB of unread head | 64 MiB |
+//! | requests in flight | 10,240, each with 24 KiB of unsent answer | 240 MiB |
+//! | connections | 10,240, each with 16 KiB of unread head | 160 MiB |
 //! | listings | 32, each of about 1 MiB | 32 MiB |
+//! | requests that are held | 512, with 16 MiB of bodies | 16 MiB |
+//! | compressed bodies that are looked into | 2, each with 16 MiB | 32 MiB |
 //!
-//! Together 416 MiB; 96 MiB remain for the routing table, the program and the allocator. The 48 KiB of one
-//! answer are the window towards the pod (16 KiB, `pool`), the send buffer towards the caller (16 KiB,
-//! `connection`) and the frame that moves from the one to the other (16 KiB).
+//! Together 608 MiB of the 768 MiB that the chart allows; 160 MiB remain for the routing table, the program
+//! and the allocator. The 24 KiB of one answer are the window towards the pod, whose frames are no longer (8
+//! KiB, `pool`), and the send buffer towards the caller (16 KiB, `connection`). These are the worst of all
+//! callers: 10,240 streams of tokens whose callers read hold some 4 KiB each, and each connection of its own
+//! some 10 KiB.
 //!
 //! Each bound is shared fairly ([`FairBudget`]): one caller gets at most half of it.
 
@@ -23,11 +27,15 @@ use trustformers_api::budget::{Caller, FairBudget, Share};
 /// Bodies of all requests together: 32 of the longest (4 MiB each), or some ten thousand ordinary prompts.
 const BODY_BYTES: usize = 128 << 20;
 /// Requests that wait for a pod or whose answer has not ended. A pod queues 512 and computes 256 at a time,
-/// so this fills five pods; at 2 s per answer it is 2048 requests per second.
-const REQUESTS: usize = 4096;
+/// so this fills thirteen pods; at 2 s per answer it is 5120 requests per second.
+const REQUESTS: usize = 10_240;
 /// Open connections. Proxies use a few; clients that connect directly use one for each HTTP/1.1 request in
 /// flight.
-const CONNECTIONS: usize = 4096;
+const CONNECTIONS: usize = 10_240;
+/// Requests that are held for models without a pod: a second of 512 requests per second.
+const HELD_REQUESTS: usize = 512;
+/// Bodies of those: 32 KiB for each, or four of the longest.
+const HELD_BYTES: usize = 16 << 20;
 /// Answers that list every model or every metric. Each takes some 200 bytes for a model: 1 MiB for 5000
 /// models.
 const LISTINGS: usize = 32;
@@ -46,6 +54,10 @@ pub(crate) enum Resource {
     Connections,
     /// Answers that list every model or every metric.
     Listings,
+    /// Requests that wait for a pod of their model.
+    HeldRequests,
+    /// Bytes of their bodies.
+    HeldBytes,
 }
 
 /// The bound of each resource, for all callers together.
@@ -59,11 +71,22 @@ pub(crate) struct Bounds {
     pub(crate) connections: usize,
     /// Answers that list every model or every metric.
     pub(crate) listings: usize,
+    /// Requests that wait for a pod of their model.
+    pub(crate) held_requests: usize,
+    /// Bytes of their bodies.
+    pub(crate) held_bytes: usize,
 }
 
 impl Default for Bounds {
     fn default() -> Self {
-        Self { body_bytes: BODY_BYTES, requests: REQUESTS, connections: CONNECTIONS, listings: LISTINGS }
+        Self {
+            body_bytes: BODY_BYTES,
+            requests: REQUESTS,
+            connections: CONNECTIONS,
+            listings: LISTINGS,
+            held_requests: HELD_REQUESTS,
+            held_bytes: HELD_BYTES,
+        }
     }
 }
 
@@ -74,6 +97,8 @@ pub(crate) struct Limits {
     requests: Arc<FairBudget>,
     connections: Arc<FairBudget>,
     listings: Arc<FairBudget>,
+    held_requests: Arc<FairBudget>,
+    held_bytes: Arc<FairBudget>,
 }
 
 impl Limits {
@@ -84,6 +109,8 @@ impl Limits {
             requests: FairBudget::new(bounds.requests),
             connections: FairBudget::new(bounds.connections),
             listings: FairBudget::new(bounds.listings),
+            held_requests: FairBudget::new(bounds.held_requests),
+            held_bytes: FairBudget::new(bounds.held_bytes),
         })
     }
 
@@ -98,6 +125,8 @@ impl Limits {
             Resource::Requests => &self.requests,
             Resource::Connections => &self.connections,
             Resource::Listings => &self.listings,
+            Resource::HeldRequests => &self.held_requests,
+            Resource::HeldBytes => &self.held_bytes,
         }
     }
 
@@ -132,13 +161,16 @@ mod tests {
     #[test]
     fn the_bounds_fit_the_memory_limit_of_the_chart() {
         use crate::connection::{HEAD_BYTES, SEND_BUFFER_BYTES};
-        use crate::pool::{FRAME_BYTES, STREAM_WINDOW_BYTES};
+        use crate::pool::STREAM_WINDOW_BYTES;
         let bounds = Bounds::default();
-        let answer_bytes = SEND_BUFFER_BYTES + FRAME_BYTES as usize + STREAM_WINDOW_BYTES as usize;
+        let answer_bytes = SEND_BUFFER_BYTES + STREAM_WINDOW_BYTES as usize;
+        let decoders_bytes = 2 * (16 << 20);
         let sum_bytes = bounds.body_bytes
             + bounds.requests * answer_bytes
             + bounds.connections * HEAD_BYTES
-            + bounds.listings * (1 << 20);
-        assert_eq!(sum_bytes, 416 << 20);
+            + bounds.listings * (1 << 20)
+            + bounds.held_bytes
+            + decoders_bytes;
+        assert_eq!(sum_bytes, 608 << 20);
     }
 }

@@ -103,9 +103,9 @@ mod tests {
     use super::*;
 
     use crate::gateway::Gateway;
-    use crate::grpc::Services;
     use crate::limits::Bounds;
     use crate::metrics::Metrics;
+    use crate::services::Services;
     use crate::stack::Stack;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 

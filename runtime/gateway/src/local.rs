@@ -1,4 +1,4 @@
-//! Answers that the gateway gives from its own state: health, the list of models, metrics.
+//! Answers that the gateway gives from its own state: health, the models, metrics.
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
@@ -7,13 +7,14 @@ use serde_json::{Value, json};
 use trustformers_api::health::{Health, Verdict};
 
 use crate::body::Body;
-use crate::error::GatewayError;
+use crate::error::{Echo, GatewayError};
 use crate::gateway::Gateway;
 use crate::limits::{CallerLimits, Resource};
-use crate::table::Route;
+use crate::models;
+use crate::table::Unknown;
 
-/// A path that the gateway answers itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the gateway answers itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum LocalEndpoint {
     /// 200 while the process runs.
     Live,
@@ -23,37 +24,38 @@ pub(crate) enum LocalEndpoint {
     Ready,
     /// Models and their revisions.
     Models,
+    /// One of them, by any of its names.
+    Model(String),
     /// Prometheus.
     Metrics,
 }
 
 impl LocalEndpoint {
-    /// The endpoint at a path.
-    pub(crate) fn at(path: &str) -> Option<Self> {
-        Some(match path {
-            "/health/live" => Self::Live,
-            "/health" | "/health/ready" => Self::Ready,
-            "/health/startup" => Self::Startup,
-            "/v1/models" => Self::Models,
-            "/metrics" => Self::Metrics,
+    /// What the gateway answers for a row of the table of surfaces.
+    pub(crate) fn of_surface(name: &str) -> Option<Self> {
+        Some(match name {
+            "health_live" => Self::Live,
+            "health" | "health_ready" => Self::Ready,
+            "health_startup" => Self::Startup,
+            "list_models" => Self::Models,
             _ => return None,
         })
     }
 
     /// Whether it is answered on a connection beyond the bound too: the answer is short, or monitoring needs
     /// it.
-    pub(crate) fn is_probe(self) -> bool {
-        self != Self::Models
+    pub(crate) fn is_probe(&self) -> bool {
+        !matches!(self, Self::Models | Self::Model(_))
     }
 }
 
 /// Answers a request for an endpoint.
 ///
 /// # Errors
-/// There is no table, or too many lists are being read.
+/// There is no table, no such model, or too many lists are being read.
 pub(crate) fn answer(
     gateway: &Gateway,
-    endpoint: LocalEndpoint,
+    endpoint: &LocalEndpoint,
     limits: &CallerLimits,
 ) -> Result<Response<Body>, GatewayError> {
     // The long answers have a bound, since slow readers keep them in memory.
@@ -64,8 +66,9 @@ pub(crate) fn answer(
         LocalEndpoint::Ready => health(&gateway.readiness().borrow()),
         LocalEndpoint::Models => {
             let share = share()?;
-            models(gateway)?.map(|body| body.with_share(share))
+            list(gateway)?.map(|body| body.with_share(share))
         }
+        LocalEndpoint::Model(name) => json_answer(&model(gateway, name)?),
         LocalEndpoint::Metrics => {
             let share = share()?;
             metrics(gateway).map(|body| body.with_share(share))
@@ -80,38 +83,26 @@ fn health(verdict: &Verdict) -> Response<Body> {
     with_content_type(status, "application/json", body.into())
 }
 
-/// OpenAI's list shape, with the revisions behind each name. Without a table the list is unknown, which is an
-/// error and not an empty list.
-fn models(gateway: &Gateway) -> Result<Response<Body>, GatewayError> {
+/// Without a table the list is unknown, which is an error and not an empty list.
+fn list(gateway: &Gateway) -> Result<Response<Body>, GatewayError> {
     let routing = gateway.routing().ok_or(GatewayError::NoTable)?;
     let list = routing.models_json.get_or_init(|| {
-        let data: Vec<Value> = routing.table.routes.iter().map(model).collect();
-        json!({"object": "list", "data": data}).to_string().into()
+        models::json_of_table(&routing.table, &gateway.watch_models().borrow()).to_string().into()
     });
     Ok(with_content_type(StatusCode::OK, "application/json", list.clone()))
 }
 
-fn model(route: &Route) -> Value {
-    let revisions: Vec<Value> = route
-        .backends
-        .iter()
-        .map(|backend| {
-            json!({
-                "revision": backend.revision,
-                "digest": backend.digest,
-                "weight": backend.weight,
-                "ready_endpoints": backend.endpoints.len(),
-            })
-        })
-        .collect();
-    json!({
-        "id": route.name,
-        "object": "model",
-        "task": route.task,
-        "aliases": route.aliases,
-        "ready_endpoints": route.endpoint_count(),
-        "revisions": revisions,
-    })
+fn model(gateway: &Gateway, name: &str) -> Result<Value, GatewayError> {
+    let routing = gateway.routing().ok_or(GatewayError::NoTable)?;
+    let found = routing.table.find(name).map_err(|Unknown| {
+        let model = Echo::new(name);
+        if gateway.is_current() {
+            GatewayError::UnknownModel { model, choices: routing.table.choices() }
+        } else {
+            GatewayError::UnknownWhileDisconnected { model }
+        }
+    });
+    Ok(models::json_of_route(routing.route(found?), &gateway.watch_models().borrow()))
 }
 
 fn metrics(gateway: &Gateway) -> Response<Body> {
@@ -120,6 +111,11 @@ fn metrics(gateway: &Gateway) -> Response<Body> {
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     };
     with_content_type(status, prometheus::TEXT_FORMAT, text.into())
+}
+
+/// An answer of JSON.
+pub(crate) fn json_answer(value: &Value) -> Response<Body> {
+    with_content_type(StatusCode::OK, "application/json", value.to_string().into())
 }
 
 fn with_content_type(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body> {

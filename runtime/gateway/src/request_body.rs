@@ -1,24 +1,30 @@
-//! Reads a request's body within bounds and finds the model's name in it.
+//! Reads a request's body within bounds until its model is known.
 //!
-//! The body is buffered in full because a retry has to send it again. The bounds are the length of one body,
-//! the bytes of all bodies and of one caller's bodies (`limits`), the time that a body may take, and a
-//! minimum rate: without the last, stalled uploads could occupy a caller's whole share.
+//! A short body is read to its end, so that it can be sent again if a pod fails. Of a longer one no more is
+//! read than it takes to find the model; its rest then flows from the caller to the pod. So does every stream
+//! of messages.
+//!
+//! The bounds are the length of one body, the bytes of all bodies and of one caller's bodies (`limits`), the
+//! time that a body may take, and a minimum rate: without the last, stalled uploads could occupy a caller's
+//! whole share. A stream of messages has none of them but the first three, and those for its first message
+//! only: it goes on for as long as both sides like, and the pod bounds its messages.
 
-use std::borrow::Cow;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
+use futures::stream;
 use http::HeaderMap;
-use http::header::CONTENT_ENCODING;
-use http_body_util::BodyExt;
-use prost::Message;
-use serde::Deserialize;
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
 use tokio::time::{Instant, timeout_at};
+use trustformers_api::BlockingWork;
 use trustformers_api::budget::Share;
+use trustformers_api::surfaces::Kind;
 
-use crate::error::{Echo, GatewayError};
+use crate::call::{CallBody, LiveSource};
+use crate::error::GatewayError;
 use crate::limits::Resource;
-use crate::metrics::Protocol;
+use crate::model_name::{NameFinder, NamePlace, name_in_encoded_json, name_in_encoded_message};
 
 /// A caller has this long to send a body.
 pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -27,65 +33,247 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// One TCP window of a slow connection. The longest body (4 MiB) needs 140 KiB/s to end in [`BODY_TIMEOUT`],
 /// so this rate (3.2 KiB/s) refuses nothing that could still end in time.
 const PROGRESS_BYTES: usize = 16 << 10;
+/// A longer body is not read to its end here: it is a prompt of some 64 Ki tokens, and of those that are
+/// longer a pod that ends costs the caller another attempt, while each would hold megabytes here.
+const WHOLE_BODY_BYTES: usize = 256 << 10;
 /// After a refusal, this much of the body is read and discarded. Clients that send the whole body before they
 /// look for an answer would see a broken connection instead. 16 of the longest accepted bodies (4 MiB each).
 const DISCARD_BYTES: usize = 64 << 20;
 /// Discarding ends after this time at the latest.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(10);
-/// A gRPC message begins with a flag for compression and a length.
-const FRAME_HEAD_BYTES: usize = 5;
 
-/// A body in memory and its share of the bytes that bodies may take.
+/// How a body is read.
 #[derive(Debug)]
-pub(crate) struct BufferedBody {
-    /// The body as the caller sent it.
-    pub(crate) bytes: Bytes,
-    /// Released when the body is no longer needed.
-    pub(crate) _share: Share,
+pub(crate) struct Reading<'a> {
+    /// Where it names its model.
+    pub(crate) place: NamePlace<'a>,
+    /// The longest body.
+    pub(crate) limit_bytes: usize,
+    /// The share of the bytes that bodies may take.
+    pub(crate) share: Share,
+    /// Runs what decodes compressed bodies.
+    pub(crate) decoding: &'a BlockingWork,
+    /// Whether a rest that no pod reads is read and discarded, as callers over HTTP/1.1 need it.
+    pub(crate) discards_rest: bool,
 }
 
-/// Reads a body to its end.
-pub(crate) async fn read<B>(
-    body: &mut B,
-    limit_bytes: usize,
-    share: Share,
-) -> Result<BufferedBody, GatewayError>
+/// A body whose model is known.
+#[derive(Debug)]
+pub(crate) struct NamedBody {
+    /// The body.
+    pub(crate) body: CallBody,
+    /// The model that it names; empty where it names none.
+    pub(crate) model: String,
+    /// What is held of it. Released when it is no longer needed.
+    pub(crate) share: Share,
+}
+
+/// Reads a body until its model is known, and to its end if it is short. `body` is empty afterwards where its
+/// rest flows on; where the reading fails, it holds what has not been read.
+///
+/// # Errors
+/// A bound is reached, the body broke off, or no name can be found in it.
+pub(crate) async fn read<B>(body: &mut Option<B>, reading: Reading<'_>) -> Result<NamedBody, GatewayError>
 where
-    B: http_body::Body<Data = Bytes, Error = hyper::Error> + Unpin,
+    B: http_body::Body<Data = Bytes, Error = hyper::Error> + Send + Unpin + 'static,
 {
-    // A length that is announced is refused before a byte of it is read.
-    if body.size_hint().lower() > limit_bytes as u64 {
-        return Err(GatewayError::TooLarge { limit_bytes });
-    }
-    let started = Instant::now();
+    let Reading { place, limit_bytes, share, decoding, discards_rest } = reading;
+    let mut finder = NameFinder::new(place)?;
+    let endless = place.surface.kind == Kind::Bidirectional;
     let mut buffer = Buffer { first: Bytes::new(), joined: BytesMut::new(), length: 0, share };
-    let mut interval = Interval { ends: started + PROGRESS_INTERVAL, length_before: 0 };
-    loop {
-        let deadline = interval.ends.min(started + BODY_TIMEOUT);
-        let frame = match timeout_at(deadline, body.frame()).await {
-            Ok(frame) => frame,
-            Err(_elapsed) if Instant::now() >= started + BODY_TIMEOUT => {
-                return Err(GatewayError::BodyTimeout { limit: BODY_TIMEOUT });
-            }
-            Err(_elapsed) => {
-                if buffer.length - interval.length_before < PROGRESS_BYTES {
-                    return Err(GatewayError::BodyStalled);
-                }
-                interval = Interval { ends: interval.ends + PROGRESS_INTERVAL, length_before: buffer.length };
-                continue;
-            }
+    let mut pace = Pace::new(limit_bytes);
+    while let Some(incoming) = body.as_mut() {
+        // A length that is announced is refused before a byte of it is read.
+        if buffer.length as u64 + incoming.size_hint().lower() > limit_bytes as u64 {
+            return Err(GatewayError::TooLarge { limit_bytes });
+        }
+        if finder.is_found() && flows(endless, &buffer, incoming) {
+            let model = finder.found().unwrap_or_default();
+            let Some(source) = body.take() else { break };
+            let pace = (!endless).then_some(pace);
+            let rest =
+                UnreadBody { source: Discarded::new(source, discards_rest), pace, finder: finder.watching() };
+            let NamedBytes { bytes, share } = buffer.finish();
+            return Ok(NamedBody { body: CallBody::live(bytes, rest.into_source()), model, share });
+        }
+        let next = if endless && buffer.length == 0 {
+            // A stream may be opened long before its first message.
+            let data = next_data(incoming).await?;
+            pace = Pace::new(limit_bytes);
+            data
+        } else {
+            pace.next(incoming).await?
         };
-        let Some(frame) = frame else { return Ok(buffer.finish()) };
-        let Ok(data) = frame.map_err(GatewayError::BodyLost)?.into_data() else { continue };
-        buffer.push(data, limit_bytes)?;
+        let Some(data) = next else { break };
+        finder.push(&data)?;
+        buffer.push(data)?;
+        if let Some(message) = finder.take_compressed()? {
+            let fields = finder.fields();
+            let work = move || name_in_encoded_message(&message, fields, limit_bytes);
+            finder.decompressed(decoding.run(work).await.map_err(|error| not_decoded(&error))??);
+        }
     }
+    let NamedBytes { bytes, share } = buffer.finish();
+    let model = if finder.finds_early() {
+        finder.finish()?
+    } else {
+        let (headers, bytes) = (encoding_of(place.headers), bytes.clone());
+        let work = move || name_in_encoded_json(&headers, &bytes, limit_bytes);
+        decoding.run(work).await.map_err(|error| not_decoded(&error))??
+    };
+    Ok(NamedBody { body: CallBody::Whole(bytes), model, share })
 }
 
-/// One interval of the minimum rate.
-struct Interval {
+/// Whether the rest of a body whose name is found is left to flow.
+fn flows<B: http_body::Body>(endless: bool, buffer: &Buffer, incoming: &B) -> bool {
+    let known_bytes = buffer.length as u64 + incoming.size_hint().lower();
+    (endless || known_bytes > WHOLE_BODY_BYTES as u64) && !incoming.is_end_stream()
+}
+
+/// The header that says how a body is encoded, for a job of its own.
+fn encoding_of(headers: &HeaderMap) -> HeaderMap {
+    let encodings = headers.get_all(http::header::CONTENT_ENCODING).iter();
+    encodings.map(|value| (http::header::CONTENT_ENCODING, value.clone())).collect()
+}
+
+fn not_decoded(error: &trustformers_api::ApiError) -> GatewayError {
+    GatewayError::Internal { message: error.message() }
+}
+
+/// The time and the rate of one body.
+#[derive(Debug)]
+struct Pace {
+    started: Instant,
+    /// When the present interval of the minimum rate ends.
     ends: Instant,
     /// Length of the body when the interval began.
     length_before: usize,
+    length: usize,
+    limit_bytes: usize,
+}
+
+impl Pace {
+    fn new(limit_bytes: usize) -> Self {
+        let started = Instant::now();
+        Self { started, ends: started + PROGRESS_INTERVAL, length_before: 0, length: 0, limit_bytes }
+    }
+
+    /// The next bytes of a body; none at its end.
+    async fn next<B>(&mut self, body: &mut B) -> Result<Option<Bytes>, GatewayError>
+    where
+        B: http_body::Body<Data = Bytes, Error = hyper::Error> + Unpin,
+    {
+        loop {
+            let frame = match timeout_at(self.ends.min(self.started + BODY_TIMEOUT), body.frame()).await {
+                Ok(frame) => frame,
+                Err(_elapsed) if Instant::now() >= self.started + BODY_TIMEOUT => {
+                    return Err(GatewayError::BodyTimeout { limit: BODY_TIMEOUT });
+                }
+                Err(_elapsed) => {
+                    if self.length - self.length_before < PROGRESS_BYTES {
+                        return Err(GatewayError::BodyStalled);
+                    }
+                    self.ends += PROGRESS_INTERVAL;
+                    self.length_before = self.length;
+                    continue;
+                }
+            };
+            let Some(frame) = frame else { return Ok(None) };
+            let Ok(data) = frame.map_err(GatewayError::BodyLost)?.into_data() else { continue };
+            self.length += data.len();
+            if self.length > self.limit_bytes {
+                return Err(GatewayError::TooLarge { limit_bytes: self.limit_bytes });
+            }
+            return Ok(Some(data));
+        }
+    }
+}
+
+/// The rest of a body that flows.
+struct UnreadBody<B: http_body::Body<Data = Bytes, Error = hyper::Error> + Send + Unpin + 'static> {
+    source: Discarded<B>,
+    /// None for a stream of messages.
+    pace: Option<Pace>,
+    finder: NameFinder,
+}
+
+impl<B> UnreadBody<B>
+where
+    B: http_body::Body<Data = Bytes, Error = hyper::Error> + Send + Unpin + 'static,
+{
+    async fn next(&mut self) -> Option<Result<Frame<Bytes>, GatewayError>> {
+        let body = self.source.body.as_mut()?;
+        let next = match &mut self.pace {
+            Some(pace) => pace.next(body).await,
+            None => next_data(body).await,
+        };
+        let data = match next {
+            Ok(Some(data)) => data,
+            Ok(None) => {
+                self.source.body = None;
+                return None;
+            }
+            Err(error) => {
+                if !error.discards_body() {
+                    self.source.body = None;
+                }
+                return Some(Err(error));
+            }
+        };
+        Some(self.finder.push(&data).map(|()| Frame::data(data)))
+    }
+
+    fn into_source(self) -> LiveSource {
+        let frames = stream::unfold(self, |mut rest| async move {
+            let next = rest.next().await?;
+            Some((next, rest))
+        });
+        Box::pin(StreamBody::new(frames))
+    }
+}
+
+async fn next_data<B>(body: &mut B) -> Result<Option<Bytes>, GatewayError>
+where
+    B: http_body::Body<Data = Bytes, Error = hyper::Error> + Unpin,
+{
+    while let Some(frame) = body.frame().await {
+        if let Ok(data) = frame.map_err(GatewayError::BodyLost)?.into_data() {
+            return Ok(Some(data));
+        }
+    }
+    Ok(None)
+}
+
+/// A body whose rest is discarded when nobody reads it any more, so that a caller over HTTP/1.1 sees the
+/// answer and no broken connection. HTTP/2 resets the one stream, which callers understand.
+struct Discarded<B: http_body::Body<Data = Bytes, Error = hyper::Error> + Send + Unpin + 'static> {
+    /// None once it has ended.
+    body: Option<B>,
+    discards: bool,
+}
+
+impl<B> Discarded<B>
+where
+    B: http_body::Body<Data = Bytes, Error = hyper::Error> + Send + Unpin + 'static,
+{
+    fn new(body: B, discards: bool) -> Self {
+        Self { body: Some(body), discards }
+    }
+}
+
+impl<B> Drop for Discarded<B>
+where
+    B: http_body::Body<Data = Bytes, Error = hyper::Error> + Send + Unpin + 'static,
+{
+    fn drop(&mut self) {
+        if let Some(body) = self.body.take()
+            && self.discards
+            && !body.is_end_stream()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(discard(body));
+        }
+    }
 }
 
 /// Collects a body. Most bodies come in one piece, which is kept without copying.
@@ -96,12 +284,15 @@ struct Buffer {
     share: Share,
 }
 
+/// Bytes and their share.
+struct NamedBytes {
+    bytes: Bytes,
+    share: Share,
+}
+
 impl Buffer {
-    fn push(&mut self, data: Bytes, limit_bytes: usize) -> Result<(), GatewayError> {
+    fn push(&mut self, data: Bytes) -> Result<(), GatewayError> {
         self.length += data.len();
-        if self.length > limit_bytes {
-            return Err(GatewayError::TooLarge { limit_bytes });
-        }
         if !self.share.try_grow(data.len()) {
             return Err(GatewayError::Overloaded(Resource::BodyBytes));
         }
@@ -114,9 +305,9 @@ impl Buffer {
         Ok(())
     }
 
-    fn finish(self) -> BufferedBody {
+    fn finish(self) -> NamedBytes {
         let bytes = if self.joined.is_empty() { self.first } else { self.joined.freeze() };
-        BufferedBody { bytes, _share: self.share }
+        NamedBytes { bytes, share: self.share }
     }
 }
 
@@ -136,110 +327,27 @@ where
     }
 }
 
-/// Refuses a body whose bytes are encoded, since the model's name can't be read in it.
-pub(crate) fn check_encoding(headers: &HeaderMap) -> Result<(), GatewayError> {
-    let encoded = |value: &&http::HeaderValue| !value.as_bytes().eq_ignore_ascii_case(b"identity");
-    match headers.get_all(CONTENT_ENCODING).iter().find(encoded) {
-        Some(value) => Err(GatewayError::Encoded(Echo::of_bytes(value.as_bytes()))),
-        None => Ok(()),
-    }
-}
-
-/// The model that a body names; empty where it names none.
-pub(crate) fn model_name(
-    protocol: Protocol,
-    headers: &HeaderMap,
-    body: &Bytes,
-) -> Result<String, GatewayError> {
-    match protocol {
-        Protocol::Http => name_in_json(body),
-        Protocol::Grpc => name_in_message(headers, body),
-    }
-}
-
-/// Only the one field; the rest is checked for being JSON and skipped without being stored.
-#[derive(Deserialize)]
-struct NamedInJson<'a> {
-    #[serde(default, borrow)]
-    model: Option<Cow<'a, str>>,
-}
-
-fn name_in_json(body: &Bytes) -> Result<String, GatewayError> {
-    // serde would read an array as the fields in their order, and quote a string in full in its error.
-    if body.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
-        return Err(malformed("expected a JSON object"));
-    }
-    let named: NamedInJson<'_> =
-        serde_json::from_slice(body).map_err(|error| malformed(&format!("as JSON: {error}")))?;
-    Ok(named.model.unwrap_or_default().into_owned())
-}
-
-fn malformed(text: &str) -> GatewayError {
-    GatewayError::Malformed(Echo::new(text))
-}
-
-/// Field 5 of every request of the inference service; decoding skips the others.
-#[derive(Clone, PartialEq, Message)]
-struct NamedInMessage {
-    #[prost(string, tag = "5")]
-    model: String,
-}
-
-fn name_in_message(headers: &HeaderMap, body: &Bytes) -> Result<String, GatewayError> {
-    let mut rest = body.clone();
-    if rest.len() < FRAME_HEAD_BYTES {
-        return Err(malformed("it holds no gRPC message"));
-    }
-    let flag = rest.get_u8();
-    let length = rest.get_u32() as usize;
-    match (flag, headers.get("grpc-encoding")) {
-        (0, _) => {}
-        (1, Some(encoding)) if encoding != "identity" => {
-            return Err(GatewayError::Encoded(Echo::of_bytes(encoding.as_bytes())));
-        }
-        (1, _) => {
-            return Err(malformed("its gRPC message is compressed, but grpc-encoding names no encoding"));
-        }
-        (flag, _) => {
-            return Err(malformed(&format!("it begins with byte {flag}; a gRPC message begins with 0 or 1")));
-        }
-    }
-    if rest.len() < length {
-        let text = format!("its first gRPC message ends after {} of {length} bytes", rest.len());
-        return Err(malformed(&text));
-    }
-    let named = NamedInMessage::decode(rest.slice(..length))
-        .map_err(|error| malformed(&format!("as a gRPC message: {error}")))?;
-    Ok(named.model)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::Arc;
 
     use crate::limits::{Bounds, Limits};
-    use bytes::BufMut;
-    use futures::{StreamExt, stream};
-    use http_body::Frame;
-    use http_body_util::StreamBody;
-    use trustformers_proto::v1::{EmbedRequest, GenerateRequest};
+    use crate::wire::Wire;
+    use futures::StreamExt;
+    use proptest::prelude::*;
+    use trustformers_api::surfaces::{grpc_surface, http_surface};
 
-    fn framed(message: &[u8], flag: u8) -> Bytes {
-        let mut bytes = BytesMut::new();
-        bytes.put_u8(flag);
-        bytes.put_u32(u32::try_from(message.len()).unwrap());
-        bytes.put_slice(message);
-        bytes.freeze()
+    type Frames = stream::BoxStream<'static, Result<Frame<Bytes>, hyper::Error>>;
+    type TestBody = StreamBody<Frames>;
+
+    fn pieces(pieces: Vec<Bytes>) -> Option<TestBody> {
+        let frames = pieces.into_iter().map(|piece| Ok(Frame::data(piece)));
+        Some(StreamBody::new(stream::iter(frames.collect::<Vec<_>>()).boxed()))
     }
 
-    fn pieces(pieces: Vec<&'static str>) -> impl http_body::Body<Data = Bytes, Error = hyper::Error> + Unpin {
-        let frames = pieces.into_iter().map(|piece| Ok(Frame::data(Bytes::from_static(piece.as_bytes()))));
-        StreamBody::new(stream::iter(frames.collect::<Vec<_>>()))
-    }
-
-    fn name(protocol: Protocol, body: &Bytes) -> Result<String, GatewayError> {
-        model_name(protocol, &HeaderMap::new(), body)
+    fn texts(texts: &[&'static str]) -> Option<TestBody> {
+        pieces(texts.iter().map(|text| Bytes::from_static(text.as_bytes())).collect())
     }
 
     fn limits(body_bytes: usize) -> Arc<Limits> {
@@ -250,126 +358,157 @@ mod tests {
         limits.of_caller(address.parse().unwrap()).reserve(Resource::BodyBytes, 0).unwrap()
     }
 
-    #[test]
-    fn the_name_is_found_in_json() {
-        let named =
-            Bytes::from_static(br#" {"prompt": "a \"model\": \"no\"", "model": "de\u0066", "n": [1]}"#);
-        assert_eq!(name(Protocol::Http, &named).unwrap(), "def");
-        for none in [r#"{"prompt": "x"}"#, r#"{"model": null}"#] {
-            assert_eq!(name(Protocol::Http, &Bytes::from_static(none.as_bytes())).unwrap(), "");
-        }
-        for bad in ["", "{", "[\"a\"]", "\"a\"", r#"{"model": 3}"#, r#"{"model": "a", "model": "b"}"#] {
-            let error = name(Protocol::Http, &Bytes::from_static(bad.as_bytes())).unwrap_err();
-            assert_eq!(error.kind(), "invalid_request", "{bad}");
-        }
-    }
-
-    #[test]
-    fn the_name_is_found_in_a_message() {
-        let request = GenerateRequest {
-            prompt: "p".repeat(1000),
-            max_tokens: 3,
-            temperature: 0.5,
-            model: "default/a".to_owned(),
-            seed: Some(1),
-            ..Default::default()
+    /// Reads a body of `path` as one caller.
+    async fn read_as(
+        path: &str,
+        body: &mut Option<TestBody>,
+        limit_bytes: usize,
+        share: Share,
+    ) -> Result<NamedBody, GatewayError> {
+        let decoding = BlockingWork::new(1);
+        let headers = HeaderMap::new();
+        let (surface, wire) = match http_surface("POST", path) {
+            Some(surface) => (surface, Wire::Http),
+            None => (grpc_surface(path).unwrap(), Wire::Grpc),
         };
-        let body = framed(&request.encode_to_vec(), 0);
-        assert_eq!(name(Protocol::Grpc, &body).unwrap(), "default/a");
-        assert_eq!(name(Protocol::Grpc, &framed(&[], 0)).unwrap(), "");
+        let place = NamePlace { surface, wire, path, headers: &headers };
+        let reading = Reading { place, limit_bytes, share, decoding: &decoding, discards_rest: false };
+        read(body, reading).await
     }
 
-    #[test]
-    fn a_malformed_grpc_body_is_the_callers_mistake() {
-        let message = framed(&GenerateRequest::default().encode_to_vec(), 0);
-        let cut_off = framed(&[0; 100], 0).slice(..20);
-        let not_utf8 = framed(&[0x2a, 2, 0xff, 0xfe], 0);
-        for bad in [
-            Bytes::new(),
-            message.slice(..3),
-            cut_off,
-            not_utf8,
-            framed(&[0xff, 0xff], 0),
-            framed(b"", 1),
-            framed(b"", 0x50),
-            Bytes::from_static(b"POST / HTTP/1.1\r\n\r\n"),
-        ] {
-            let error = name(Protocol::Grpc, &bad).unwrap_err();
-            assert_eq!((error.kind(), error.code()), ("invalid_request", tonic::Code::InvalidArgument));
-        }
-        let mut headers = HeaderMap::new();
-        headers.insert("grpc-encoding", "zstd".parse().unwrap());
-        let error = model_name(Protocol::Grpc, &headers, &framed(b"zip", 1)).unwrap_err();
-        assert_eq!(error.kind(), "unsupported_encoding");
-        assert!(error.to_string().contains("zstd"), "{error}");
+    async fn read_json(body: &mut Option<TestBody>, limit: usize) -> Result<NamedBody, GatewayError> {
+        read_as("/v1/generate", body, limit, share(&limits(1 << 30), "192.0.2.1")).await
     }
 
-    #[test]
-    fn the_field_is_where_the_wire_type_has_it() {
-        let request = GenerateRequest { model: "x".to_owned(), ..Default::default() };
-        let expected = NamedInMessage { model: "x".to_owned() }.encode_to_vec();
-        assert_eq!(expected, request.encode_to_vec());
-        let request = EmbedRequest { model: "x".to_owned(), ..Default::default() };
-        assert_eq!(expected, request.encode_to_vec());
-    }
-
-    #[test]
-    fn an_encoded_body_is_refused_by_name() {
-        let mut headers = HeaderMap::new();
-        headers.append(CONTENT_ENCODING, "Identity".parse().unwrap());
-        check_encoding(&headers).unwrap();
-        headers.append(CONTENT_ENCODING, "br".parse().unwrap());
-        let error = check_encoding(&headers).unwrap_err();
-        assert_eq!(error.kind(), "unsupported_encoding");
-        assert!(error.to_string().contains("br"), "{error}");
+    async fn sent(body: &CallBody) -> Bytes {
+        body.attempt().unwrap().collect().await.unwrap().to_bytes()
     }
 
     #[tokio::test]
-    async fn pieces_are_joined_up_to_the_limit() {
+    async fn a_short_body_is_read_whole_up_to_the_limit() {
         let limits = limits(100);
-        let body = read(&mut pieces(vec!["abc", "def", "g"]), 7, share(&limits, "192.0.2.1")).await.unwrap();
-        assert_eq!(body.bytes, "abcdefg");
-        assert_eq!(limits.used(Resource::BodyBytes), 7);
-        drop(body);
+        let share = || share(&limits, "192.0.2.1");
+        let mut body = texts(&[r#"{"mod"#, r#"el":"#, r#""a"}"#]);
+        let read = read_as("/v1/generate", &mut body, 13, share()).await.unwrap();
+        assert!(matches!(read.body, CallBody::Whole(_)) && read.model == "a");
+        assert_eq!(sent(&read.body).await, r#"{"model":"a"}"#);
+        assert_eq!(limits.used(Resource::BodyBytes), 13);
+        drop(read);
         assert_eq!(limits.used(Resource::BodyBytes), 0);
-        let mut long = pieces(vec!["abc", "def", "gh"]);
-        let error = read(&mut long, 7, share(&limits, "192.0.2.1")).await.unwrap_err();
+        let mut long = texts(&[r#"{"model":"#, r#""a"  }"#]);
+        let error = read_as("/v1/generate", &mut long, 13, share()).await.unwrap_err();
         assert_eq!(error.kind(), "too_long");
         assert_eq!(limits.used(Resource::BodyBytes), 0);
     }
 
     #[tokio::test]
+    async fn a_long_body_flows_once_its_model_is_known() {
+        let long = Bytes::from(vec![b'x'; WHOLE_BODY_BYTES]);
+        let text = Bytes::from_static;
+        let rest = vec![long.clone(), text(b"\"}")];
+        let all = [vec![text(br#"{"model": "a", "prompt": ""#)], rest].concat();
+        let mut body = pieces(all.clone());
+        let read = read_json(&mut body, 1 << 20).await.unwrap();
+        assert!(body.is_none() && read.model == "a");
+        let CallBody::Live { first, .. } = &read.body else { panic!("{read:?}") };
+        assert_eq!(first.len(), all[0].len() + long.len());
+        assert_eq!(sent(&read.body).await, all.concat());
+        // Where the name comes last, all of it has to be read.
+        let all = vec![text(br#"{"prompt": ""#), long, text(br#"", "model": "b"}"#)];
+        let mut body = pieces(all.clone());
+        let read = read_json(&mut body, 1 << 20).await.unwrap();
+        assert_eq!(read.model, "b");
+        assert_eq!(sent(&read.body).await, all.concat());
+    }
+
+    #[tokio::test]
+    async fn a_second_name_breaks_off_a_body_that_flows() {
+        let long = Bytes::from(vec![b' '; WHOLE_BODY_BYTES]);
+        let text = Bytes::from_static;
+        let mut body = pieces(vec![text(br#"{"model": "a""#), long, text(br#", "model": "b"}"#)]);
+        let read = read_json(&mut body, 1 << 20).await.unwrap();
+        assert!(read.body.attempt().unwrap().collect().await.is_err());
+        assert_eq!(read.body.take_failure().unwrap().kind(), "invalid_request");
+    }
+
+    #[tokio::test]
+    async fn the_limit_holds_for_a_body_that_flows() {
+        let long = || Bytes::from(vec![b' '; WHOLE_BODY_BYTES]);
+        let mut body = pieces(vec![Bytes::from_static(br#"{"model": "a""#), long(), long()]);
+        let read = read_json(&mut body, WHOLE_BODY_BYTES + 100).await.unwrap();
+        assert!(read.body.attempt().unwrap().collect().await.is_err());
+        assert_eq!(read.body.take_failure().unwrap().kind(), "too_long");
+    }
+
+    #[tokio::test]
+    async fn a_stream_of_messages_flows_from_its_first_message_on() {
+        // Field 2 holds a message whose field 5 is "m".
+        let first = Bytes::from_static(&[0, 0, 0, 0, 5, 0x12, 3, 0x2a, 1, b'm']);
+        let frames = stream::iter([Ok(Frame::data(first.clone()))]).chain(stream::pending()).boxed();
+        let mut body = Some(StreamBody::new(frames));
+        let path = "/trustformers.v1.InferenceService/Session";
+        let read = read_as(path, &mut body, 100, share(&limits(100), "192.0.2.1")).await.unwrap();
+        assert_eq!(read.model, "m");
+        let mut attempt = read.body.attempt().unwrap();
+        assert_eq!(attempt.frame().await.unwrap().unwrap().into_data().unwrap(), first);
+    }
+
+    #[tokio::test]
+    async fn a_body_without_a_name_to_find_is_not_looked_into() {
+        let mut body = texts(&["not JSON"]);
+        let path = "/v2/models/ns/m/infer";
+        let read = read_as(path, &mut body, 100, share(&limits(100), "192.0.2.1")).await.unwrap();
+        assert_eq!((read.model.as_str(), &sent(&read.body).await[..]), ("ns/m", &b"not JSON"[..]));
+    }
+
+    #[tokio::test]
     async fn bodies_of_one_caller_leave_room_for_others() {
         let limits = limits(12);
-        let first = read(&mut pieces(vec!["abcdef"]), 10, share(&limits, "192.0.2.1")).await.unwrap();
-        let error = read(&mut pieces(vec!["a"]), 10, share(&limits, "192.0.2.1")).await.unwrap_err();
-        assert_eq!(error.kind(), "overloaded");
-        assert!(read(&mut pieces(vec!["abc"]), 10, share(&limits, "192.0.2.2")).await.is_ok());
+        let read = async |text: &'static str, address: &str| {
+            read_as("/v2/models/m/infer", &mut texts(&[text]), 10, share(&limits, address)).await
+        };
+        let first = read("abcdef", "192.0.2.1").await.unwrap();
+        assert_eq!(read("a", "192.0.2.1").await.unwrap_err().kind(), "overloaded");
+        assert!(read("abc", "192.0.2.2").await.is_ok());
         drop(first);
-        assert!(read(&mut pieces(vec!["a"]), 10, share(&limits, "192.0.2.1")).await.is_ok());
+        assert!(read("a", "192.0.2.1").await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_stalled_upload_ends_after_one_interval() {
-        let limits = limits(1 << 20);
         let first = stream::iter([Ok(Frame::data(Bytes::from_static(b"{")))]);
-        let mut body = StreamBody::new(first.chain(stream::pending::<Result<Frame<Bytes>, hyper::Error>>()));
+        let mut body = Some(StreamBody::new(first.chain(stream::pending()).boxed()));
         let started = Instant::now();
-        let error = read(&mut body, 10, share(&limits, "192.0.2.1")).await.unwrap_err();
+        let error = read_json(&mut body, 10).await.unwrap_err();
         assert_eq!((error.kind(), started.elapsed()), ("request_timeout", PROGRESS_INTERVAL));
+        assert!(body.is_some(), "what was not read is left to be discarded");
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_upload_that_progresses_ends_at_the_body_timeout() {
-        let limits = limits(1 << 20);
         let endless = stream::unfold((), |()| async {
             tokio::time::sleep(Duration::from_secs(2)).await;
-            Some((Ok::<_, hyper::Error>(Frame::data(Bytes::from(vec![b' '; PROGRESS_BYTES]))), ()))
+            Some((Ok(Frame::data(Bytes::from(vec![b' '; PROGRESS_BYTES]))), ()))
         });
-        let mut body = StreamBody::new(Box::pin(endless));
+        let mut body = Some(StreamBody::new(endless.boxed()));
         let started = Instant::now();
-        let error = read(&mut body, 1 << 20, share(&limits, "192.0.2.1")).await.unwrap_err();
+        let error = read_json(&mut body, 1 << 20).await.unwrap_err();
         assert_eq!((error.kind(), started.elapsed()), ("request_timeout", BODY_TIMEOUT));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_flows_has_the_same_times() {
+        let first = Bytes::from(
+            [&br#"{"model": "a", "prompt": ""#[..], vec![b'x'; WHOLE_BODY_BYTES].as_slice()].concat(),
+        );
+        let frames = stream::iter([Ok(Frame::data(first))]).chain(stream::pending());
+        let mut body = Some(StreamBody::new(frames.boxed()));
+        let read = read_json(&mut body, 1 << 20).await.unwrap();
+        let started = Instant::now();
+        assert!(read.body.attempt().unwrap().collect().await.is_err());
+        assert_eq!(read.body.take_failure().unwrap().kind(), "request_timeout");
+        // The first interval had progress.
+        assert_eq!(started.elapsed(), 2 * PROGRESS_INTERVAL);
     }
 
     #[tokio::test(start_paused = true)]
@@ -385,5 +524,36 @@ mod tests {
         let started = Instant::now();
         discard(StreamBody::new(stream::pending::<Result<Frame<Bytes>, hyper::Error>>())).await;
         assert_eq!(started.elapsed(), DISCARD_TIMEOUT);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn what_is_sent_is_what_came_however_it_was_cut(
+            length in 0_usize..(WHOLE_BODY_BYTES + (64 << 10)),
+            at_the_end in any::<bool>(),
+            cuts in prop::collection::vec(1_usize..100_000, 1..12),
+        ) {
+            let prompt = "x".repeat(length);
+            let text = if at_the_end {
+                format!(r#"{{"prompt": "{prompt}", "model": "m"}}"#)
+            } else {
+                format!(r#"{{"model": "m", "prompt": "{prompt}"}}"#)
+            };
+            let mut left = Bytes::from(text.clone());
+            let mut cut = Vec::new();
+            for length in cuts.into_iter().cycle() {
+                if left.is_empty() {
+                    break;
+                }
+                cut.push(left.split_to(length.min(left.len())));
+            }
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            let found = runtime.block_on(async {
+                let read = read_json(&mut pieces(cut), 1 << 20).await.unwrap();
+                (sent(&read.body).await, read.model)
+            });
+            prop_assert_eq!(found, (Bytes::from(text), "m".to_owned()));
+        }
     }
 }

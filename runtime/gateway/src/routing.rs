@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fastrand::Rng;
-use trustformers_proto::v1::ModelStatus;
 
 use crate::balance::least_of_two;
+use crate::call::CallerRules;
 use crate::endpoint::Endpoint;
 use crate::metrics::{Metrics, RevisionMetrics};
 use crate::split::Split;
@@ -25,9 +25,7 @@ pub(crate) struct Routing {
     pub(crate) table: Table,
     /// When it was received.
     pub(crate) received_at: SystemTime,
-    /// The list of models as gRPC callers get it, made at the first use and shared by all callers.
-    pub(crate) model_statuses: OnceLock<Arc<Vec<ModelStatus>>>,
-    /// The list of models as HTTP callers get it, likewise.
+    /// The list of models as HTTP callers get it, made at the first use and shared by all callers.
     pub(crate) models_json: OnceLock<Bytes>,
     routes: Vec<LiveRoute>,
     endpoints: HashMap<EndpointId, Arc<Endpoint>>,
@@ -108,8 +106,7 @@ impl Routing {
                 .unwrap_or_else(|| Arc::new(AtomicU64::new(fastrand::u64(..) >> 1)));
             routes.push(LiveRoute { backends, split: Split::new(&weights), sequence });
         }
-        let (model_statuses, models_json) = (OnceLock::new(), OnceLock::new());
-        Self { table, received_at, model_statuses, models_json, routes, endpoints }
+        Self { table, received_at, models_json: OnceLock::new(), routes, endpoints }
     }
 
     fn sequence(&self, route: &str) -> Option<Arc<AtomicU64>> {
@@ -120,6 +117,12 @@ impl Routing {
     /// The route at an index that `table.find` gave.
     pub(crate) fn route(&self, index: usize) -> &Route {
         &self.table.routes[index]
+    }
+
+    /// What of a caller's own headers counts on the route at an index that `table.find` gave.
+    pub(crate) fn caller_rules(&self, index: usize) -> CallerRules {
+        let policy = &self.route(index).policy;
+        CallerRules { own_tenant: policy.accept_tenant, own_priority: policy.accept_priority }
     }
 
     /// Takes the next number in the split of a route.

@@ -15,10 +15,12 @@ use crate::config::Settings;
 use crate::connection::ConnectionContext;
 use crate::disk::{TableFile, TableFileError};
 use crate::feed::{FeedSettings, follow};
-use crate::gateway::{EncodedTable, Gateway, Source, TableOutcome};
-use crate::grpc::Services;
+use crate::feedback::Feedback;
+use crate::gateway::{EncodedTable, Gateway, GatewayParts, Source, TableOutcome};
+use crate::hold::Hold;
 use crate::listener::{Acceptor, Reserve};
 use crate::metrics::Metrics;
+use crate::services::Services;
 use crate::stack::Stack;
 
 /// At the end, connections have at least this long to close.
@@ -50,8 +52,8 @@ pub enum StartError {
     #[error(transparent)]
     Registry(#[from] trustformers_telemetry::metrics::MetricsError),
     /// The embedded descriptors can't be read.
-    #[error("gRPC reflection: {0}")]
-    Reflection(#[from] tonic_reflection::server::Error),
+    #[error(transparent)]
+    Reflection(#[from] trustformers_api::grpc::ReflectionError),
 }
 
 /// A gateway that is running.
@@ -76,7 +78,13 @@ pub async fn start(settings: Settings) -> Result<Running, StartError> {
     let endpoint = Endpoint::new(settings.feed.clone())?;
     let registry =
         trustformers_telemetry::metrics::new_registry("trustformers-gateway", env!("CARGO_PKG_VERSION"))?;
-    let gateway = Gateway::new(Metrics::new(registry)?, settings.body_limit_bytes);
+    let gateway = Gateway::with(GatewayParts {
+        feedback: Feedback::new(&registry)?,
+        hold: Hold::new(&registry)?,
+        metrics: Metrics::new(registry)?,
+        body_limit_bytes: settings.body_limit_bytes,
+        trusted: settings.trusted_headers(),
+    });
     // Before the listeners, so that the table is there for the first request.
     resume(&gateway, &file);
 

@@ -79,11 +79,23 @@ pub struct Policy {
     pub first_byte_timeout: Option<Duration>,
     /// More attempts, each on another endpoint, while no byte of the answer has come.
     pub retries: u32,
+    /// How long a request waits for a pod while the route has none; `None`: it is refused at once.
+    pub hold: Option<Duration>,
+    /// Whether callers may name their tenant.
+    pub accept_tenant: bool,
+    /// Whether callers may choose their priority class.
+    pub accept_priority: bool,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { first_byte_timeout: None, retries: 1 }
+        Self {
+            first_byte_timeout: None,
+            retries: 1,
+            hold: None,
+            accept_tenant: false,
+            accept_priority: false,
+        }
     }
 }
 
@@ -278,10 +290,13 @@ fn claim(names: &mut HashMap<String, usize>, alias: &str, index: usize, route: &
 }
 
 fn parse_policy(policy: wire::Policy) -> Policy {
-    let limit_ms = policy.first_byte_timeout_ms;
+    let limit = |limit_ms: u64| (limit_ms > 0).then(|| Duration::from_millis(limit_ms));
     Policy {
-        first_byte_timeout: (limit_ms > 0).then(|| Duration::from_millis(limit_ms)),
+        first_byte_timeout: limit(policy.first_byte_timeout_ms),
         retries: policy.retries,
+        hold: limit(policy.hold_ms),
+        accept_tenant: policy.accept_tenant,
+        accept_priority: policy.accept_priority,
     }
 }
 
@@ -335,7 +350,13 @@ mod tests {
                     grpc_port: 9090,
                 }],
             }],
-            policy: Some(wire::Policy { first_byte_timeout_ms: 1500, retries: 2 }),
+            policy: Some(wire::Policy {
+                first_byte_timeout_ms: 1500,
+                retries: 2,
+                hold_ms: 30_000,
+                accept_tenant: true,
+                accept_priority: false,
+            }),
             task: String::new(),
         }
     }
@@ -358,7 +379,14 @@ mod tests {
         assert_eq!(parsed.find("c"), Err(Unknown));
         assert_eq!(parsed.find(""), Err(Unknown));
         let policy = parsed.routes[0].policy;
-        assert_eq!(policy, Policy { first_byte_timeout: Some(Duration::from_millis(1500)), retries: 2 });
+        let expected = Policy {
+            first_byte_timeout: Some(Duration::from_millis(1500)),
+            retries: 2,
+            hold: Some(Duration::from_secs(30)),
+            accept_tenant: true,
+            accept_priority: false,
+        };
+        assert_eq!(policy, expected);
         let endpoint = &parsed.routes[0].backends[0].endpoints[0];
         assert_eq!(endpoint.id.http, "10.0.0.7:8080".parse().unwrap());
         assert_eq!(endpoint.id.grpc, "10.0.0.7:9090".parse().unwrap());

@@ -43,9 +43,9 @@ pub(crate) fn load(
         .map_err(|problem| LoadError::Tokenizer { path: files.path(TOKENIZER), problem })?;
     let head = head(&config, &sentence, &tokenizer).map_err(|problem| files.wrong(CONFIG, problem))?;
     let stored = files.tensors(progress)?;
-    let weights = bert::weights(&config, &stored).map_err(|problem| files.wrong(WEIGHTS, problem))?;
+    let mut weights = bert::weights(&config, &stored).map_err(|problem| files.wrong(WEIGHTS, problem))?;
     let architecture =
-        bert::resolve(&config, head, &weights).map_err(|problem| files.wrong(WEIGHTS, problem))?;
+        bert::resolve(&config, head, &mut weights).map_err(|problem| files.wrong(WEIGHTS, problem))?;
     let mut facts = facts(&config, &sentence, head, &weights);
     facts.file_bytes = stored.file_bytes() as u64;
     let (template, special) = chat::config::of_checkpoint(files)?;

@@ -149,10 +149,10 @@ impl Model {
         let wrong = |problem| LoadError::gguf(path, problem);
         let gguf = Gguf::parse(bytes).map_err(wrong)?;
         gguf.check_whole().map_err(wrong)?;
-        let weights =
+        let mut weights =
             weights(&gguf, &file).map_err(|problem| LoadError::Weights { path: path.to_owned(), problem })?;
         let name = gguf.metadata.string("general.architecture").map_err(wrong)?;
-        let architecture = match arch::resolve(name, &gguf, &weights) {
+        let architecture = match arch::resolve(name, &gguf, &mut weights) {
             Some(resolved) => resolved.map_err(wrong)?,
             None => {
                 return Err(LoadError::Architecture {

@@ -73,6 +73,13 @@ impl SeededFamily {
     }
 }
 
+/// How a file stores the projections to queries, keys and values of a layer.
+#[derive(Debug, Clone, Copy)]
+enum QkvStorage {
+    Separate,
+    OneTensor,
+}
+
 /// The shape of a seeded model. The default takes about 200 KB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SeededModel {
@@ -140,7 +147,16 @@ impl SeededModel {
             pairs.retain(|(name, _)| name != key);
             pairs.push(((*key).to_owned(), value.clone()));
         }
-        self.file(&pairs)
+        self.file(&pairs, QkvStorage::Separate)
+    }
+
+    /// The bytes of the GGUF file with the queries, keys and values of a layer in one tensor, of the same
+    /// values.
+    ///
+    /// # Panics
+    /// As [`Self::gguf`].
+    pub fn gguf_with_joined_qkv(&self) -> Vec<u8> {
+        self.file(&self.pairs(), QkvStorage::OneTensor)
     }
 
     /// The bytes of the GGUF file without one of its keys.
@@ -150,7 +166,7 @@ impl SeededModel {
     pub fn gguf_without(&self, key: &str) -> Vec<u8> {
         let mut pairs = self.pairs();
         pairs.retain(|(name, _)| name != key);
-        self.file(&pairs)
+        self.file(&pairs, QkvStorage::Separate)
     }
 
     fn pairs(&self) -> Vec<(String, GgufValue)> {
@@ -159,7 +175,7 @@ impl SeededModel {
         pairs
     }
 
-    fn file(&self, pairs: &[(String, GgufValue)]) -> Vec<u8> {
+    fn file(&self, pairs: &[(String, GgufValue)], qkv: QkvStorage) -> Vec<u8> {
         let mut file = GgufWriter::new();
         for (key, value) in pairs {
             file.pair(key, value);
@@ -168,16 +184,8 @@ impl SeededModel {
         self.matrix(&mut file, "token_embd.weight", vocabulary, width);
         for layer in 0..self.layers {
             let name = |part: &str| format!("blk.{layer}.{part}.weight");
-            let kv = self.kv_heads * self.head_dim;
             norm(&mut file, &name("attn_norm"), width);
-            self.matrix(&mut file, &name("attn_q"), width, width);
-            self.matrix(&mut file, &name("attn_k"), kv, width);
-            self.matrix(&mut file, &name("attn_v"), kv, width);
-            if self.family == SeededFamily::Qwen2 {
-                for (part, len) in [("attn_q", width), ("attn_k", kv), ("attn_v", kv)] {
-                    self.bias(&mut file, &format!("blk.{layer}.{part}.bias"), len);
-                }
-            }
+            self.queries_keys_values(&mut file, layer, qkv);
             self.matrix(&mut file, &name("attn_output"), width, width);
             norm(&mut file, &name("ffn_norm"), width);
             self.matrix(&mut file, &name("ffn_gate"), self.feed_forward, width);
@@ -189,6 +197,38 @@ impl SeededModel {
             self.matrix(&mut file, "output.weight", vocabulary, width);
         }
         file.finish()
+    }
+
+    fn queries_keys_values(&self, file: &mut GgufWriter, layer: usize, storage: QkvStorage) {
+        let (width, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let parts = [("attn_q", width), ("attn_k", kv), ("attn_v", kv)];
+        let name = |part: &str, kind: &str| format!("blk.{layer}.{part}.{kind}");
+        let is_biased = self.family == SeededFamily::Qwen2;
+        match storage {
+            QkvStorage::Separate => {
+                for (part, rows) in parts {
+                    self.matrix(file, &name(part, "weight"), rows, width);
+                }
+                for (part, len) in parts.into_iter().filter(|_| is_biased) {
+                    let values = self.bias_values(&name(part, "bias"), len);
+                    file.tensor(&name(part, "bias"), &[len], DType::F32, &store(&values, DType::F32));
+                }
+            }
+            QkvStorage::OneTensor => {
+                let rows = width + 2 * kv;
+                let of_part =
+                    |(part, rows): (&str, usize)| self.matrix_values(&name(part, "weight"), rows, width);
+                let values: Vec<f32> = parts.into_iter().flat_map(of_part).collect();
+                let stored = store(&values, self.dtype);
+                file.tensor(&name("attn_qkv", "weight"), &[width, rows], self.dtype, &stored);
+                if is_biased {
+                    let of_part = |(part, len): (&str, usize)| self.bias_values(&name(part, "bias"), len);
+                    let values: Vec<f32> = parts.into_iter().flat_map(of_part).collect();
+                    let stored = store(&values, DType::F32);
+                    file.tensor(&name("attn_qkv", "bias"), &[rows], DType::F32, &stored);
+                }
+            }
+        }
     }
 
     fn metadata(&self) -> Vec<(String, GgufValue)> {
@@ -213,17 +253,20 @@ impl SeededModel {
         general.into_iter().chain(pairs.map(|(key, value)| (format!("{family}.{key}"), value))).collect()
     }
 
-    fn bias(&self, file: &mut GgufWriter, name: &str, len: usize) {
+    fn bias_values(&self, name: &str, len: usize) -> Vec<f32> {
         let start = self.seed ^ fnv1a(name);
-        let values: Vec<f32> = (0..len as u64).map(|i| element(start, i) * BIAS_SCALE).collect();
-        file.tensor(name, &[len], DType::F32, &store(&values, DType::F32));
+        (0..len as u64).map(|i| element(start, i) * BIAS_SCALE).collect()
     }
 
     fn matrix(&self, file: &mut GgufWriter, name: &str, rows: usize, cols: usize) {
+        let values = self.matrix_values(name, rows, cols);
+        file.tensor(name, &[cols, rows], self.dtype, &store(&values, self.dtype));
+    }
+
+    fn matrix_values(&self, name: &str, rows: usize, cols: usize) -> Vec<f32> {
         let start = self.seed ^ fnv1a(name);
         let scale = SCALE / (cols as f32).sqrt();
-        let values: Vec<f32> = (0..(rows * cols) as u64).map(|i| element(start, i) * scale).collect();
-        file.tensor(name, &[cols, rows], self.dtype, &store(&values, self.dtype));
+        (0..(rows * cols) as u64).map(|i| element(start, i) * scale).collect()
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use crate::{DType, Hyper, KV_BLOCK_TOKENS, Plan, PlanError, StepError, StepInput, StepOutput, Weights};
+use crate::{DType, KvType, Plan, PlanError, StepError, StepInput, StepOutput, Weights};
 
 /// Which kind of device a backend drives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -102,15 +102,20 @@ pub struct Caps {
     pub dtypes: Vec<DType>,
     /// Fused ops it has kernels for.
     pub fused: FusedOps,
-    /// Bytes per element of its key/value cache.
-    pub kv_element_bytes: usize,
+    /// Types in which it can keep a key/value cache; [`KvType::F32`] is always one of them.
+    pub kv_types: Vec<KvType>,
+    /// The type with which long contexts are fastest, of those in `kv_types`.
+    pub fast_kv_type: KvType,
 }
 
 impl Caps {
-    /// Bytes of one cache block (all layers, keys and values, [`KV_BLOCK_TOKENS`] tokens) for a model.
+    /// The type of a cache that nobody chose: f32 in [`Numerics::Exact`], the fastest in `Fast`.
     #[must_use]
-    pub const fn kv_block_bytes(&self, hyper: &Hyper) -> u64 {
-        (hyper.layers * 2 * KV_BLOCK_TOKENS * hyper.kv_heads * hyper.head_dim * self.kv_element_bytes) as u64
+    pub const fn default_kv_type(&self, numerics: Numerics) -> KvType {
+        match numerics {
+            Numerics::Exact => KvType::F32,
+            Numerics::Fast => self.fast_kv_type,
+        }
     }
 }
 
@@ -131,6 +136,8 @@ pub struct LoadSpec<'a> {
     pub plan: &'a Plan,
     /// Blocks of the key/value cache, each of [`KV_BLOCK_TOKENS`] tokens; zero for a plan that uses none.
     pub kv_blocks: usize,
+    /// The type of the cache's elements, one of [`Caps::kv_types`].
+    pub kv_type: KvType,
     /// How closely to follow f32.
     pub numerics: Numerics,
     /// Called after each tensor, on the loading thread.
@@ -141,8 +148,8 @@ impl LoadSpec<'_> {
     /// What [`Backend::estimate`] needs to know of this load.
     #[must_use]
     pub fn estimate_spec(&self) -> EstimateSpec<'_> {
-        let Self { weights, plan, kv_blocks, numerics, progress: _ } = self;
-        EstimateSpec { weights, plan, kv_blocks: *kv_blocks, numerics: *numerics }
+        let Self { weights, plan, kv_blocks, kv_type, numerics, progress: _ } = self;
+        EstimateSpec { weights, plan, kv_blocks: *kv_blocks, kv_type: *kv_type, numerics: *numerics }
     }
 }
 
@@ -155,6 +162,8 @@ pub struct EstimateSpec<'a> {
     pub plan: &'a Plan,
     /// Blocks of the key/value cache.
     pub kv_blocks: usize,
+    /// The type of the cache's elements.
+    pub kv_type: KvType,
     /// How closely to follow f32.
     pub numerics: Numerics,
 }
@@ -219,6 +228,16 @@ pub enum BackendError {
         what: &'static str,
         /// Bytes asked for.
         needed_bytes: u64,
+    },
+    /// A plan for a group of devices, given to one device.
+    #[error(
+        "op {index} of the plan sums over the devices of a group, and {device} is one device; load the undivided plan"
+    )]
+    OneDevice {
+        /// The device.
+        device: String,
+        /// Number of the op.
+        index: usize,
     },
     /// A plan that does not belong to the loaded model.
     #[error("the plan does not belong to the loaded model: {0}")]

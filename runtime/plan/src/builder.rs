@@ -15,6 +15,13 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Value(pub(crate) u32);
 
+impl Value {
+    /// Position in its draft's list of values.
+    pub(crate) const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
 /// The properties of a [`Value`] before the arena is planned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ValueInfo {
@@ -42,7 +49,7 @@ pub(crate) struct Draft {
 
 impl Draft {
     pub(crate) fn info(&self, value: Value) -> ValueInfo {
-        self.values[value.0 as usize]
+        self.values[value.index()]
     }
 
     pub(crate) fn new_value(&mut self, cols: usize, rows: RowSpace) -> Value {
@@ -50,6 +57,21 @@ impl Draft {
         // Four billion values would exhaust memory first.
         Value(u32::try_from(self.values.len() - 1).unwrap_or(u32::MAX))
     }
+}
+
+/// Fuses the forms that the device claims, plans the arena, and makes the plan.
+pub(crate) fn place(
+    mut draft: Draft,
+    fused: &FusedOps,
+    weights: &Weights,
+    hyper: Hyper,
+    limits: Limits,
+) -> Result<Plan, PlanError> {
+    passes::run(&mut draft, fused, weights);
+    let layout = arena::lay_out(&draft, &limits)?;
+    let weight_names: Arc<[String]> = weights.iter().map(|(_, w)| w.name().to_owned()).collect();
+    let ops = draft.ops.iter().map(|op| op.map(|_, value| layout.buf(value))).collect();
+    Ok(Plan { ops, hyper, limits, arena_bytes: layout.bytes, weight_names })
 }
 
 /// Collects a model's ops. The crate's tests have a complete small model.
@@ -126,8 +148,8 @@ impl<'a> PlanBuilder<'a> {
     /// Rotates the heads of `data` in place and returns the same value.
     pub fn rope(&mut self, data: Value, spec: RopeSpec) -> Value {
         let info = self.draft.info(data);
-        let fits =
-            spec.head_dim > 0 && info.cols.is_multiple_of(spec.head_dim) && info.rows == RowSpace::Tokens;
+        let fits = spec.head_dim > 0 && info.cols.is_multiple_of(spec.head_dim);
+        self.check(info.rows != RowSpace::Sequences, "rope", || "a row of a sequence has no position".into());
         self.check(fits, "rope", || format!("{} columns are no whole heads of {}", info.cols, spec.head_dim));
         let dims_ok = spec.dims > 0 && spec.dims.is_multiple_of(2) && spec.dims <= spec.head_dim;
         self.check(dims_ok, "rope", || {
@@ -149,12 +171,13 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::KvWrite { layer, keys, values }, keys);
     }
 
-    /// Causal attention of `query` over the cache of `layer`, which must have been written before in this
-    /// plan.
+    /// Causal attention of `query`, of all rows or of gathered ones, over the cache of `layer`, which must
+    /// have been written before in this plan.
     pub fn attention(&mut self, layer: usize, query: Value, scale: f32) -> Value {
         let Hyper { heads, kv_heads, head_dim, .. } = self.hyper;
         let info = self.draft.info(query);
-        self.check(info.cols == heads * head_dim && info.rows == RowSpace::Tokens, "attention", || {
+        let fits = info.cols == heads * head_dim && info.rows != RowSpace::Sequences;
+        self.check(fits, "attention", || {
             format!("{} columns, {heads} heads of {head_dim} were expected", info.cols)
         });
         self.check_layer("attention", layer);
@@ -166,19 +189,21 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Attention { layer, query, shape, scale, out }, out)
     }
 
-    /// Attention of every row to all rows of its sequence in the step, before and after it. For plans without
-    /// a cache.
+    /// Attention of each row of `query` to all rows of its sequence in the step, before and after it. For
+    /// plans without a cache; `query` may have the first row of each sequence only.
     pub fn encoder_attention(&mut self, query: Value, keys: Value, values: Value, scale: f32) -> Value {
         let Hyper { heads, kv_heads, head_dim, .. } = self.hyper;
         for (value, heads) in [(query, heads), (keys, kv_heads), (values, kv_heads)] {
             let info = self.draft.info(value);
-            let fits = info.cols == heads * head_dim && info.rows == RowSpace::Tokens;
-            self.check(fits, "encoder_attention", || {
+            let rows_fit =
+                info.rows == RowSpace::Tokens || value == query && info.rows == RowSpace::Sequences;
+            self.check(info.cols == heads * head_dim && rows_fit, "encoder_attention", || {
                 format!("{} columns, {heads} heads of {head_dim} were expected", info.cols)
             });
         }
         let shape = AttentionShape { heads, kv_heads, head_dim };
-        let out = self.draft.new_value(heads * head_dim, RowSpace::Tokens);
+        let rows = self.draft.info(query).rows;
+        let out = self.draft.new_value(heads * head_dim, rows);
         self.push(Op::EncoderAttention { query, keys, values, shape, scale, out }, out)
     }
 
@@ -201,11 +226,20 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Add { a, b, out }, out)
     }
 
-    /// Keeps only the rows whose logits are requested.
+    /// Keeps only the rows whose logits are requested. In the last layer only these need queries and what
+    /// follows them; the other rows need keys and values.
     pub fn gather_rows(&mut self, input: Value) -> Value {
         let info = self.draft.info(input);
         self.check(info.rows == RowSpace::Tokens, "gather_rows", || "rows were gathered before".into());
         let out = self.draft.new_value(info.cols, RowSpace::Logits);
+        self.push(Op::GatherRows { input, out }, out)
+    }
+
+    /// Keeps only the first row of each sequence, the one that [`Pooling::Cls`] takes.
+    pub fn gather_first_rows(&mut self, input: Value) -> Value {
+        let info = self.draft.info(input);
+        self.check(info.rows == RowSpace::Tokens, "gather_rows", || "rows were gathered before".into());
+        let out = self.draft.new_value(info.cols, RowSpace::Sequences);
         self.push(Op::GatherRows { input, out }, out)
     }
 
@@ -219,10 +253,13 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Logits { input, weight, out }, out);
     }
 
-    /// One row per sequence, the answer of an encoding plan. `normalise` divides each row by its length.
+    /// One row per sequence, the answer of an encoding plan. `normalise` divides each row by its length. With
+    /// [`Pooling::Cls`] the first rows may have been gathered before.
     pub fn pool(&mut self, input: Value, pooling: Pooling, normalise: bool) {
         let info = self.draft.info(input);
-        self.check(info.rows == RowSpace::Tokens, "pool", || "rows were gathered before".into());
+        let fits =
+            info.rows == RowSpace::Tokens || info.rows == RowSpace::Sequences && pooling == Pooling::Cls;
+        self.check(fits, "pool", || "rows were gathered before".into());
         let out = self.draft.new_value(info.cols, RowSpace::Sequences);
         self.push(Op::Pool { input, pooling, normalise, out }, out);
     }
@@ -241,11 +278,7 @@ impl<'a> PlanBuilder<'a> {
         if let Some(error) = self.first_error {
             return Err(error);
         }
-        passes::run(&mut self.draft, fused, self.weights);
-        let layout = arena::lay_out(&self.draft, &self.limits)?;
-        let weight_names: Arc<[String]> = self.weights.iter().map(|(_, w)| w.name().to_owned()).collect();
-        let ops = self.draft.ops.iter().map(|op| op.map(|_, value| layout.buf(value))).collect();
-        Ok(Plan { ops, hyper: self.hyper, limits: self.limits, arena_bytes: layout.bytes, weight_names })
+        place(self.draft, fused, self.weights, self.hyper, self.limits)
     }
 
     fn push(&mut self, op: Op<Value>, result: Value) -> Value {

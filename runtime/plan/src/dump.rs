@@ -54,6 +54,7 @@ fn operands(plan: &Plan, op: &Op) -> String {
         Op::SiluMul { gate, up, .. } => format!("{} * {}", buf(*gate), buf(*up)),
         Op::Add { a, b, .. } => format!("{} + {}", buf(*a), buf(*b)),
         Op::GatherRows { input, .. } | Op::Gelu { input, .. } => buf(*input),
+        Op::AllReduce { data } => buf(*data),
         Op::Logits { input, weight, .. } => format!("[{}] . {}", plan.weight_name(*weight), buf(*input)),
         Op::Pool { input, pooling, normalise, .. } => {
             let pooling = match pooling {

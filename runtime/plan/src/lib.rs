@@ -8,7 +8,8 @@
 //! The steps from model to answer: [`Weights`] name the tensors, [`PlanBuilder`] collects the ops, [`passes`]
 //! fuse the forms that the backend's [`Caps`] claim, [`arena`] assigns offsets to the buffers, and
 //! [`Backend`] → [`Loaded`] → [`Executable`] run the plan on a [`StepInput`]. [`Backend::estimate`] tells the
-//! memory before a load. The backend [`oracle::Oracle`] defines the right answers: plain loops, one thread.
+//! memory before a load. [`shard`](mod@shard) divides a model among the devices of a group. The backend
+//! [`oracle::Oracle`] defines the right answers: plain loops, one thread.
 //! [`seeded`] is the generator for reproducible weights.
 
 pub mod arena;
@@ -16,12 +17,14 @@ pub mod backend;
 pub mod builder;
 pub mod dtype;
 mod dump;
+pub mod kv;
 pub mod op;
 pub mod oracle;
 pub mod passes;
 pub mod plan;
 pub mod rope;
 pub mod seeded;
+pub mod shard;
 pub mod step;
 pub mod weights;
 
@@ -31,10 +34,11 @@ pub use backend::{
 };
 pub use builder::{PlanBuilder, Value};
 pub use dtype::DType;
+pub use kv::KvType;
 pub use op::{
     Access, Activation, AttentionShape, Buf, Norm, Op, Pooling, RopeLayout, RopeSpec, RowSpace, Segment,
     WeightUse,
 };
 pub use plan::{Hyper, Limits, Plan, PlanError};
 pub use step::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep, StepError, StepInput, StepOutput};
-pub use weights::{MatrixShape, Weight, WeightBytes, WeightError, WeightId, Weights};
+pub use weights::{MatrixShape, Weight, WeightBytes, WeightError, WeightId, WeightView, Weights};

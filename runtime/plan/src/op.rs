@@ -262,11 +262,12 @@ pub enum Op<B = Buf> {
         /// Like `a`.
         out: B,
     },
-    /// `out[i] = input[logits_rows[i]]`: the ops after it compute only the rows whose logits are requested.
+    /// `out[i] = input[token_row(i)]`: the ops after it compute only the rows whose logits are requested, or
+    /// the first row of each sequence. See [`crate::StepInput::token_row`].
     GatherRows {
         /// Tokens × features.
         input: B,
-        /// Logits × features.
+        /// Logits or sequences × features.
         out: B,
     },
     /// `out[i] = weight · input[i]`, returned to the caller as the step's logits. The last op of a generating
@@ -290,6 +291,12 @@ pub enum Op<B = Buf> {
         normalise: bool,
         /// Sequences × width.
         out: B,
+    },
+    /// `data = the sum of data over all devices of a group`, in place. Only [`crate::shard::shard`] makes it;
+    /// a backend of one device refuses it.
+    AllReduce {
+        /// Rows × features.
+        data: B,
     },
 }
 
@@ -315,6 +322,7 @@ impl<B: Copy> Op<B> {
             Self::GatherRows { .. } => "gather_rows",
             Self::Logits { .. } => "logits",
             Self::Pool { .. } => "pool",
+            Self::AllReduce { .. } => "all_reduce",
         }
     }
 
@@ -372,7 +380,8 @@ impl<B: Copy> Op<B> {
             | Self::SiluMul { .. }
             | Self::Add { .. }
             | Self::GatherRows { .. }
-            | Self::Pool { .. } => vec![],
+            | Self::Pool { .. }
+            | Self::AllReduce { .. } => vec![],
         }
     }
 
@@ -432,6 +441,7 @@ impl<B: Copy> Op<B> {
             Self::Pool { input, pooling, normalise, out } => {
                 Op::Pool { input: f(Read, input), pooling, normalise, out: f(Write, out) }
             }
+            Self::AllReduce { data } => Op::AllReduce { data: f(Update, data) },
         }
     }
 }

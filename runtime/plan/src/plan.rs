@@ -160,12 +160,25 @@ impl Plan {
     ) -> Result<(), BackendError> {
         let same_weights = self.weight_names.len() == weights.len()
             && self.weight_names.iter().zip(weights.iter()).all(|(name, (_, weight))| name == weight.name());
+        let is_divided = self.ops.iter().any(|op| matches!(op, Op::AllReduce { .. }));
         let checks = [
+            (!is_divided, "it sums over the devices of a group"),
             (self.hyper == *hyper, "it has other sizes"),
             (self.arena_bytes <= arena_bytes, "it needs a larger arena: load with the largest plan"),
             (same_weights, "it names other weights"),
         ];
         checks.into_iter().find(|(ok, _)| !ok).map_or(Ok(()), |(_, what)| Err(BackendError::Mismatch(what)))
+    }
+
+    /// Refuses a plan that sums over the devices of a group.
+    ///
+    /// # Errors
+    /// [`BackendError::OneDevice`] with the name of the device that was asked.
+    pub fn check_one_device(&self, device: &str) -> Result<(), BackendError> {
+        match self.ops.iter().position(|op| matches!(op, Op::AllReduce { .. })) {
+            Some(index) => Err(BackendError::OneDevice { device: device.to_owned(), index }),
+            None => Ok(()),
+        }
     }
 
     /// A stable text form, one line per op, for golden files and for people.

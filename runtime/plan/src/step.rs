@@ -197,6 +197,36 @@ impl StepInput {
         self.cu_seqlens[sequence] as usize..self.cu_seqlens[sequence + 1] as usize
     }
 
+    /// The step's row of which row `index` of a buffer with these rows is a result; of a sequence the first.
+    #[must_use]
+    pub fn token_row(&self, rows: RowSpace, index: usize) -> usize {
+        match rows {
+            RowSpace::Tokens => index,
+            RowSpace::Logits => self.logits_rows[index] as usize,
+            RowSpace::Sequences => self.cu_seqlens[index] as usize,
+        }
+    }
+
+    /// The rows of one sequence in a buffer with these rows.
+    #[must_use]
+    pub fn rows_within(&self, rows: RowSpace, sequence: usize) -> std::ops::Range<usize> {
+        let own = self.rows_of(sequence);
+        match rows {
+            RowSpace::Tokens => own,
+            RowSpace::Logits => {
+                let before = |row: usize| self.logits_rows.partition_point(|&other| (other as usize) < row);
+                before(own.start)..before(own.end)
+            }
+            RowSpace::Sequences => sequence..sequence + 1,
+        }
+    }
+
+    /// The sequence of one of the step's rows.
+    #[must_use]
+    pub fn sequence_of(&self, row: usize) -> usize {
+        self.cu_seqlens.partition_point(|&first| first as usize <= row).saturating_sub(1)
+    }
+
     /// Block table of one sequence.
     #[must_use]
     pub fn blocks_of(&self, sequence: usize) -> &[u32] {

@@ -1,11 +1,17 @@
 //! The tensors of a model as a plan needs them: a name, a type, a shape and bytes with a shared owner.
 //!
 //! The bytes are a range of a shared source (usually a mapped file), so that a model of several gigabytes is
-//! described without being read. A shape is checked against the bytes once, when the weight is made.
+//! described without being read. A shape is checked against the bytes once, when the weight is made. A weight
+//! may also be a [`WeightView`] of another, which reads the same bytes.
 
-use std::{collections::HashMap, ops::Range, sync::Arc};
+mod view;
+
+use std::{borrow::Cow, collections::HashMap, ops::Range, sync::Arc};
 
 use crate::DType;
+use view::Strip;
+
+pub use view::WeightView;
 
 /// The owner of weight bytes: a mapped file, or a vector in tests.
 pub type WeightBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
@@ -44,6 +50,58 @@ pub enum WeightError {
         end: usize,
         /// Bytes of the source.
         source_len: usize,
+    },
+    /// A view's range is empty or ends outside its tensor.
+    #[error(
+        "view {name} asks for {axis} {start}..{end} of tensor {tensor}, which has {len}; a range has one at least"
+    )]
+    OutOfRange {
+        /// The view's name.
+        name: String,
+        /// The tensor that it is made of.
+        tensor: String,
+        /// `rows` or `columns`.
+        axis: &'static str,
+        /// First row or column.
+        start: usize,
+        /// The one after the last.
+        end: usize,
+        /// How many the tensor has.
+        len: usize,
+    },
+    /// A view's columns begin or end inside a block of a quantised type.
+    #[error(
+        "view {name}: columns {start}..{end} of tensor {tensor} cut blocks of {dtype}, which packs {} at a time", .dtype.block_len()
+    )]
+    CutBlock {
+        /// The view's name.
+        name: String,
+        /// The tensor that it is made of.
+        tensor: String,
+        /// The tensor's element type.
+        dtype: DType,
+        /// First column.
+        start: usize,
+        /// The column after the last.
+        end: usize,
+    },
+    /// A tensor that cannot be read by columns.
+    #[error("view {name}: tensor {tensor} cannot be transposed: {detail}")]
+    Transpose {
+        /// The view's name.
+        name: String,
+        /// The tensor that it is made of.
+        tensor: String,
+        /// Why, and what can be done.
+        detail: String,
+    },
+    /// Tensors that do not make one matrix.
+    #[error("tensors stacked as {name}: {detail}")]
+    Stack {
+        /// Name of the stack.
+        name: String,
+        /// What does not match.
+        detail: String,
     },
     /// Two tensors have one name.
     #[error("tensor {0} occurs twice in the model's files")]
@@ -84,8 +142,8 @@ pub struct Weight {
     dtype: DType,
     rows: usize,
     cols: usize,
-    source: WeightBytes,
-    range: Range<usize>,
+    /// Its rows in order. A tensor of a file has one strip, a stack as many as it has tensors.
+    strips: Vec<Strip>,
 }
 
 impl Weight {
@@ -110,7 +168,9 @@ impl Weight {
             let (start, end) = (range.start, range.end);
             return Err(WeightError::WrongSize { name, dtype, rows, cols, needed, start, end, source_len });
         }
-        Ok(Self { name, dtype, rows, cols, source, range })
+        let block_step = dtype.block_bytes();
+        let strips = vec![Strip { source, rows, start: range.start, row_step: row_bytes, block_step }];
+        Ok(Self { name, dtype, rows, cols, strips })
     }
 
     /// A weight that owns `values` as f32; for tests and small synthetic models.
@@ -151,21 +211,31 @@ impl Weight {
         self.cols
     }
 
-    /// All bytes, row after row.
+    /// Bytes that its values take as they are stored.
     #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        &(*self.source).as_ref()[self.range.clone()]
+    pub const fn stored_bytes(&self) -> u64 {
+        self.rows as u64 * self.row_bytes() as u64
     }
 
-    /// Bytes of one row.
+    /// The stored blocks of one row. They are copied only where a view's blocks do not lie side by side.
     ///
     /// # Panics
     /// When `row` is not below [`Self::rows`].
     #[must_use]
-    pub fn row(&self, row: usize) -> &[u8] {
+    pub fn row(&self, row: usize) -> Cow<'_, [u8]> {
         assert!(row < self.rows, "row {row} of {}, which has {}", self.name, self.rows);
-        let row_bytes = self.cols / self.dtype.block_len() * self.dtype.block_bytes();
-        &self.bytes()[row * row_bytes..(row + 1) * row_bytes]
+        let mut row_in_strip = row;
+        for strip in &self.strips {
+            if row_in_strip < strip.rows {
+                return strip.row(row_in_strip, self.dtype, self.cols);
+            }
+            row_in_strip -= strip.rows;
+        }
+        unreachable!("the strips of {} have all of its rows", self.name)
+    }
+
+    const fn row_bytes(&self) -> usize {
+        self.cols / self.dtype.block_len() * self.dtype.block_bytes()
     }
 
     /// Writes one row as f32 into `out`, which is [`Self::cols`] long.
@@ -173,7 +243,7 @@ impl Weight {
     /// # Panics
     /// When `row` is not below [`Self::rows`] or `out` is not `cols` long.
     pub fn dequantise_row(&self, row: usize, out: &mut [f32]) {
-        self.dtype.dequantise(self.row(row), out);
+        self.dtype.dequantise(&self.row(row), out);
     }
 }
 
@@ -245,10 +315,10 @@ impl Weights {
         self.list.is_empty()
     }
 
-    /// Bytes of all weights as stored.
+    /// Bytes of all weights as stored. Bytes of which there are views count once for each.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
-        self.list.iter().map(|w| w.range.len() as u64).sum()
+        self.list.iter().map(Weight::stored_bytes).sum()
     }
 }
 

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use trustformers_plan::{
-    Backend, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, PlanError, Pooling,
-    RowSpace, SequenceStep, StepError, StepInput, StepOutput, Weight, Weights, oracle::Oracle,
+    Backend, FusedOps, Hyper, KvType, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, PlanError,
+    Pooling, RowSpace, SequenceStep, StepError, StepInput, StepOutput, Weight, Weights, oracle::Oracle,
     seeded::SeededRng,
 };
 
@@ -71,7 +71,14 @@ fn run(fused: &FusedOps, pooling: Pooling, normalise: bool, sequences: &[&[u32]]
     assert!(!plan.uses_cache());
     assert_eq!((plan.answer().rows, plan.answer().cols), (RowSpace::Sequences, 32));
     let numerics = Numerics::Exact;
-    let spec = LoadSpec { weights, plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
+    let spec = LoadSpec {
+        weights,
+        plan: &plan,
+        kv_blocks: 0,
+        kv_type: KvType::F32,
+        numerics,
+        progress: &mut |_| {},
+    };
     let mut loaded = Oracle::new().load(spec).unwrap();
     assert_eq!(loaded.memory().kv_bytes, 0);
     let mut executable = loaded.compile(&plan).unwrap();
@@ -157,7 +164,14 @@ fn layer_norm_follows_its_definition() {
     b.pool(x, Pooling::Cls, false);
     let plan = b.finish(&FusedOps::NONE).unwrap();
     let (weights, numerics) = (Arc::new(weights), Numerics::Exact);
-    let spec = LoadSpec { weights, plan: &plan, kv_blocks: 0, numerics, progress: &mut |_| {} };
+    let spec = LoadSpec {
+        weights,
+        plan: &plan,
+        kv_blocks: 0,
+        kv_type: KvType::F32,
+        numerics,
+        progress: &mut |_| {},
+    };
     let mut executable = Oracle::new().load(spec).unwrap().compile(&plan).unwrap();
     executable.submit(&step(&[&[0]])).unwrap();
     let mut output = StepOutput::new();

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use trustformers_plan::{
-    Backend, BackendError, Executable, FusedOps, Hyper, Limits, LoadSpec, LogitsRows, Numerics, Plan,
+    Backend, BackendError, Executable, FusedOps, Hyper, KvType, Limits, LoadSpec, LogitsRows, Numerics, Plan,
     PlanBuilder, PlanError, RopeLayout, RopeSpec, SequenceStep, StepError, StepInput, StepOutput, Weight,
     Weights, oracle::Oracle, seeded::SeededRng,
 };
@@ -82,6 +82,7 @@ fn executable(fused: &FusedOps) -> Box<dyn Executable> {
         weights: weights.clone(),
         plan: &plan,
         kv_blocks: KV_BLOCKS,
+        kv_type: KvType::F32,
         numerics,
         progress: &mut progress,
     };
@@ -179,12 +180,18 @@ fn a_foreign_or_larger_plan_is_refused() {
     let x = b.gather_rows(x);
     b.logits(x, table);
     let foreign = b.finish(&FusedOps::default()).unwrap();
-    let spec =
-        LoadSpec { weights, plan: &plan, kv_blocks: 1, numerics: Numerics::Exact, progress: &mut |_| {} };
+    let spec = LoadSpec {
+        weights,
+        plan: &plan,
+        kv_blocks: 1,
+        kv_type: KvType::Bf16,
+        numerics: Numerics::Exact,
+        progress: &mut |_| {},
+    };
     let mut loaded = Oracle::new().load(spec).unwrap();
     assert!(matches!(loaded.compile(&foreign), Err(BackendError::Mismatch("it names other weights"))));
     assert_eq!(loaded.memory().arena_bytes, plan.arena_bytes() as u64);
-    assert_eq!(loaded.memory().kv_bytes, 2 * 2 * 16 * 16 * 4);
+    assert_eq!(loaded.memory().kv_bytes, 2 * 2 * 16 * 16 * 2);
 }
 
 #[test]

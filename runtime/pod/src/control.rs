@@ -126,10 +126,15 @@ impl ModelServer {
                 ApiError::UnknownModel { asked: name, choices }
             }
             ControlError::NotLoaded { failure, .. } => not_loaded(&failure, message),
-            ControlError::Unloaded { .. } => ApiError::Unavailable { message, retry_after_s: None },
+            ControlError::Unloaded { .. } => unloaded(&message),
             ControlError::NotServing => ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) },
         }
     }
+}
+
+/// Another caller's unload came in between.
+fn unloaded(message: &str) -> ApiError {
+    ApiError::Conflict { message: format!("{message}; load it again if it is still wanted") }
 }
 
 /// The files or the settings are the caller's, the memory and the device are the server's.
@@ -138,7 +143,8 @@ fn not_loaded(failure: &Failure, message: String) -> ApiError {
         return ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) };
     }
     match failure.reason {
-        "InsufficientMemory" | "Unloaded" => ApiError::Unavailable { message, retry_after_s: None },
+        "InsufficientMemory" => ApiError::Unavailable { message, retry_after_s: None },
+        "Unloaded" => unloaded(&message),
         "InternalError" | "WarmUpFailed" | "NoThread" => ApiError::Internal { message },
         _ => ApiError::InvalidRequest { field: None, message },
     }

@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime};
 
 use trustformers_api::{
-    AnswerSyntax, ApiError, CountRequest, Event, FinishReason, Generation, Logprobs, Prompt, StoppedBy,
-    TokenText, Usage,
+    AnswerSyntax, ApiError, Conversation, CountRequest, Event, FinishReason, Generation, Logprobs, Prompt,
+    StoppedBy, TokenText, ToolChoice, Usage,
 };
 use trustformers_engine::{
     Engine, GenerateError, GenerationEvent, Prompt as EnginePrompt, RequestFault, StopCause, SubmitError,
@@ -40,9 +40,19 @@ pub(crate) fn is_long(request: &Generation) -> bool {
     prompt || request.options.format.is_some()
 }
 
+/// Whether a grammar is compiled for a request: its answer has a format, or must be a call.
+pub(crate) fn has_format(request: &Generation) -> bool {
+    let must_call = |conversation: &Conversation| {
+        matches!(conversation.tool_choice, ToolChoice::Required | ToolChoice::Named(_))
+    };
+    let calls = matches!(&request.prompt, Prompt::Conversation(conversation) if must_call(conversation));
+    calls || request.options.format.is_some()
+}
+
 /// Gives a request to the engine: renders a conversation, tokenises a text, compiles a format.
 pub(crate) fn submit(engine: &Engine, mut request: Generation) -> Result<Submitted, ApiError> {
     let mut visible_tokens = Vec::new();
+    let asked_format = request.options.format.is_some();
     let (prompt, syntax) = match std::mem::take(&mut request.prompt) {
         Prompt::Text(text) => {
             check_length(engine, &text)?;
@@ -62,7 +72,13 @@ pub(crate) fn submit(engine: &Engine, mut request: Generation) -> Result<Submitt
     };
     let mut params = generate_params(request, prompt);
     params.visible_tokens = visible_tokens;
-    let generation = engine.submit(&params).map_err(|error| refused(&error))?;
+    let generation = engine.submit(&params).map_err(|error| match error {
+        // The only grammar that the caller did not write as a format is the one of its functions.
+        SubmitError::Invalid { field: "response_format", why } if !asked_format => {
+            ApiError::field("tools", why)
+        }
+        error => refused(&error),
+    })?;
     Ok(Submitted { generation, syntax })
 }
 

@@ -16,7 +16,7 @@ use trustformers_proto::v1::ModelState;
 
 use crate::failure::Failure;
 use crate::inflight::InflightRequests;
-use crate::load::{Loader, OnProgress};
+use crate::load::{Loader, OnProgress, not_wanted};
 use crate::runner::Runner;
 use crate::spec::ModelSpec;
 use crate::status::ModelStatuses;
@@ -119,7 +119,8 @@ impl ManagedModel {
     pub async fn retire(&self, drain_timeout: Duration) -> bool {
         self.retired.cancel();
         if let Some(task) = self.take_task() {
-            // A load cannot be interrupted. An error means that the task panicked, which its thread reported.
+            // The load ends at its next step, or within a MiB of its files. An error means that the task
+            // panicked, which its thread reported.
             let _ = task.await;
         }
         let all_answered = tokio::time::timeout(drain_timeout, self.inflight.until_idle()).await.is_ok();
@@ -176,7 +177,11 @@ impl ManagedModel {
         statuses: &Arc<ModelStatuses>,
         loader: &Arc<Loader>,
     ) -> Result<(), Failure> {
-        let permit = loader.permit().await;
+        // An unload waits for this task, so that it must not wait for the load of another model.
+        let permit = tokio::select! {
+            permit = loader.permit() => permit,
+            () = self.retired.cancelled() => return Err(not_wanted()),
+        };
         self.check_wanted()?;
         self.sign_of_life();
         statuses.enter(self.id, ModelState::Loading);
@@ -185,7 +190,7 @@ impl ManagedModel {
         let loading = tokio::task::spawn_blocking(move || {
             // Held by the work, so that a load that nothing waits for any more still keeps the next one out.
             let _permit = permit;
-            with.load(&managed.spec, &progress)
+            with.load_while(&managed.spec, &progress, &|| !managed.is_retired())
         });
         let broken = |error| Failure::permanent("InternalError", format!("loading broke off: {error}"));
         let loaded = loading.await.map_err(broken)??;
@@ -212,7 +217,7 @@ impl ManagedModel {
     /// A model that is being unloaded is not loaded any further, and does not become Ready.
     fn check_wanted(&self) -> Result<(), Failure> {
         if self.is_retired() {
-            return Err(Failure::permanent("Unloaded", "it was unloaded before it was loaded"));
+            return Err(not_wanted());
         }
         Ok(())
     }
@@ -375,6 +380,16 @@ mod tests {
         drop(request);
         assert!(unloading.await.unwrap());
         assert!(managed.serving().is_none());
+    }
+
+    #[tokio::test]
+    async fn unloading_a_model_that_waits_for_its_load_does_not_wait_for_the_load_of_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let (managed, statuses, loader) = model_at(&folder.path().join("m.gguf"));
+        let _other_loads = loader.permit().await;
+        managed.spawn(managed.clone().run(statuses, Arc::clone(&loader)));
+        assert!(managed.retire(Duration::from_secs(60)).await);
+        assert!(managed.take_task().is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,6 +4,7 @@
 //! The file is read twice, once for its digest and once by the model's reader. The second time it comes from
 //! the page cache, and in exchange nothing is ever parsed that was not what was pinned.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -82,6 +83,21 @@ impl Loader {
     /// # Errors
     /// Whatever stands in the way, with its reason.
     pub fn load(&self, spec: &ModelSpec, progress: &OnProgress) -> Result<Loaded, Failure> {
+        self.load_while(spec, progress, &|| true)
+    }
+
+    /// [`Self::load`], which ends early once the model is not wanted any more. It asks after every MiB of the
+    /// first pass over the files, and before each further step.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; `Unloaded` where it ended early.
+    pub fn load_while(
+        &self,
+        spec: &ModelSpec,
+        progress: &OnProgress,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<Loaded, Failure> {
+        let check_wanted = || if is_wanted() { Ok(()) } else { Err(not_wanted()) };
         let started = Instant::now();
         let files = spec.source.resolve(&spec.files)?;
         let total = files.total_bytes();
@@ -90,7 +106,12 @@ impl Loader {
             let share = if of == 0 { 0 } else { mul_div(total, done.min(of), of * PASSES) };
             progress(mul_div(total, pass, PASSES) + share, total);
         };
-        let digest = files.digest(&mut |hashed| report(0, hashed.done_bytes, hashed.total_bytes))?;
+        let digest = files.digest_while(&mut |hashed| {
+            report(0, hashed.done_bytes, hashed.total_bytes);
+            if is_wanted() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        check_wanted()?;
+        let digest = digest?;
         if let Some(pin) = &spec.sha256 {
             digest.check_pin(pin)?;
         }
@@ -100,6 +121,7 @@ impl Loader {
             Some(checkpoint) => Model::load_checkpoint(&checkpoint, &mut reading)?,
             None => Model::load(model_file(&files)?, &mut reading)?,
         };
+        check_wanted()?;
         check_task(spec, &model)?;
         if spec.speculation.is_some() && model.task() != Task::Generate {
             let why = format!(
@@ -110,6 +132,7 @@ impl Loader {
         }
         let mut spec = spec.clone();
         spec.engine.speculation = spec.speculation.as_ref().map(speculation).transpose()?;
+        check_wanted()?;
         let read = Instant::now();
         let backend = (self.open_device)(&spec)?;
         let backend = self.memory.admit(&mut spec, &model, backend)?;
@@ -206,6 +229,11 @@ fn speculation(guessing: &SpeculationSpec) -> Result<Speculation, Failure> {
         ..failure
     })?;
     Ok(Speculation::Draft(Arc::new(draft)))
+}
+
+/// Why a load ended early.
+pub(crate) fn not_wanted() -> Failure {
+    Failure::permanent("Unloaded", "it was unloaded before it was loaded")
 }
 
 /// `a * b / c` without overflow on the way.

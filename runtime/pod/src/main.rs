@@ -37,7 +37,7 @@ const QUIET: Duration = Duration::from_secs(2);
 #[command(version, max_term_width = 110)]
 struct Flags {
     /// What to load: a YAML file with model.names, model.revision, model.path and, where wanted, model.files,
-    /// model.sha256, model.task, engine.{device, numerics, contextTokens, maxBatchSize, maxQueue,
+    /// model.sha256, model.task, engine.{device, numerics, kvCache, contextTokens, maxBatchSize, maxQueue,
     /// batchStrategy, maxWaitMs, priority} and drainTimeoutMs.
     #[arg(long, value_name = "FILE", default_value = "/etc/trustformers/pod.yaml")]
     config: PathBuf,

@@ -62,6 +62,8 @@ pub(crate) struct ModelTable {
     inflight: Arc<InflightRequests>,
     loader: OnceLock<Arc<Loader>>,
     next_id: AtomicU64,
+    /// Ids of the models that the process started with are below this one.
+    first_later_id: u64,
     /// Held by whoever makes a new snapshot.
     changing: Mutex<()>,
 }
@@ -116,7 +118,8 @@ impl ModelTable {
             .zip(specs)
             .map(|(id, spec)| Arc::new(ManagedModel::new(spec, id, inflight.part())))
             .collect();
-        let next_id = AtomicU64::new(models.len() as u64);
+        let first_later_id = models.len() as u64;
+        let next_id = AtomicU64::new(first_later_id);
         let snapshot = ModelSnapshot::new(models).map_err(|error| match error {
             ControlError::NameTaken { name } => {
                 SpecError::new("models", format!("{name:?} is the name of two models; give each its own"))
@@ -124,7 +127,15 @@ impl ModelTable {
             other => SpecError::new("models", other),
         })?;
         let current = ArcSwap::from_pointee(snapshot);
-        Ok(Self { current, statuses, inflight, loader: OnceLock::new(), next_id, changing: Mutex::default() })
+        Ok(Self {
+            current,
+            statuses,
+            inflight,
+            loader: OnceLock::new(),
+            next_id,
+            first_later_id,
+            changing: Mutex::default(),
+        })
     }
 
     /// The models now.
@@ -134,6 +145,11 @@ impl ModelTable {
 
     pub(crate) fn statuses(&self) -> &Arc<ModelStatuses> {
         &self.statuses
+    }
+
+    /// Whether a model came while the process ran.
+    pub(crate) fn joined_later(&self, managed: &ManagedModel) -> bool {
+        managed.id >= self.first_later_id
     }
 
     pub(crate) fn inflight(&self) -> &Arc<InflightRequests> {
@@ -264,7 +280,7 @@ impl ModelTable {
         self.loader.get().cloned().ok_or(ControlError::NotServing)
     }
 
-    fn insert(&self, spec: ModelSpec) -> Result<Arc<ManagedModel>, ControlError> {
+    pub(crate) fn insert(&self, spec: ModelSpec) -> Result<Arc<ManagedModel>, ControlError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let managed = Arc::new(ManagedModel::new(spec, id, self.inflight.part()));
         let push = |models: &mut Vec<Arc<ManagedModel>>| {

@@ -13,7 +13,7 @@ use trustformers_api::inference::Models;
 use trustformers_api::model_control::LoadModel;
 use trustformers_api::{
     Answer, ApiError, BlockingWork, CountRequest, EmbedInput, EmbedRequest, Embedded, Generation, Health,
-    Inference, Prompt, TokenText, Verdict,
+    Inference, Prompt, Verdict,
 };
 use trustformers_proto::Task;
 use trustformers_proto::v1::{ModelState, ModelStatus};
@@ -46,6 +46,11 @@ const LONG_REQUESTS: usize = 2;
 /// each), so that four take some 130 MiB; tokenising what fits takes less. Most take less than a millisecond.
 const CONVERSATIONS: usize = 4;
 
+/// Requests with a format that are prepared at a time: rendered and tokenised as above, and their grammar
+/// compiled, which may take seconds. They have places of their own, so that plain requests do not wait for
+/// them. At 32 MiB of text and 140 MiB for its tokens each, some 340 MiB.
+const FORMATTED_REQUESTS: usize = 2;
+
 /// How long an unload waits for answers in flight where nothing else is configured.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -56,8 +61,10 @@ pub struct ModelServer {
     pub(crate) control: ModelControl,
     /// How long an unload may wait for answers in flight.
     pub(crate) drain_timeout: Duration,
-    /// Tokenises long requests and compiles formats.
+    /// Tokenises long requests.
     long_requests: BlockingWork,
+    /// Prepares requests whose answer has a format, and compiles the format.
+    formatted: BlockingWork,
     /// Renders conversations, and tokenises them.
     conversations: BlockingWork,
 }
@@ -76,6 +83,7 @@ impl ModelServer {
             control: ModelControl::default(),
             drain_timeout: DRAIN_TIMEOUT,
             long_requests: BlockingWork::new(LONG_REQUESTS),
+            formatted: BlockingWork::new(FORMATTED_REQUESTS),
             conversations: BlockingWork::new(CONVERSATIONS),
         })
     }
@@ -113,6 +121,7 @@ impl ModelServer {
             return Ok(Arc::clone(only));
         }
         let mut meant = Vec::new();
+        let mut unknown = None;
         for managed in models.models() {
             let status = self.statuses().status(managed.id);
             if Task::from_wire(&status.task) == Some(task) {
@@ -120,12 +129,18 @@ impl ModelServer {
             } else if status.task.is_empty() && status.state() != ModelState::Failed {
                 // The task of a model is known once it is loaded; until then the request may mean this model.
                 let message = format!("{}; name the model, or ask again", describe(&status));
-                return Err(ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) });
+                let error = ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) };
+                if !self.table.joined_later(managed) {
+                    return Err(error);
+                }
+                // Callers that name no model keep being answered while somebody adds another one.
+                unknown = Some(error);
             }
         }
-        match meant[..] {
-            [one] => Ok(Arc::clone(one)),
-            [] => Err(ApiError::ModelRequired { choices: models.choices() }),
+        match (&meant[..], unknown) {
+            ([one], _) => Ok(Arc::clone(one)),
+            ([], Some(error)) => Err(error),
+            ([], None) => Err(ApiError::ModelRequired { choices: models.choices() }),
             _ => {
                 let choices = meant.iter().map(|managed| managed.spec.name().to_owned()).collect();
                 Err(ApiError::ModelRequired { choices })
@@ -179,10 +194,14 @@ impl ModelServer {
         check_revision(&managed, request.revision.as_deref())?;
         let Submitted { generation, syntax } = if generate::is_long(&request) {
             let engine = engine.clone();
-            self.pool(&request.prompt).run(move || generate::submit(&engine, request)).await??
+            let pool =
+                if generate::has_format(&request) { &self.formatted } else { self.pool(&request.prompt) };
+            pool.run(move || generate::submit(&engine, request)).await??
         } else {
             generate::submit(engine, request)?
         };
+        // The tokenizer and what describes the model; the engine with its weights ends without it.
+        let model = Arc::clone(engine.model());
         Ok(Answer {
             id: format!("gen-{}", uuid::Uuid::new_v4().simple()),
             model: managed.spec.name().to_owned(),
@@ -191,18 +210,16 @@ impl ModelServer {
             created_unix_s: generate::now_unix_s(),
             prompt_tokens: u32::try_from(generation.prompt_ids().len()).unwrap_or(u32::MAX),
             syntax,
+            texts: Arc::new(move |ids| generate::texts(&model, ids)),
             events: generation.map(move |event| generate::translate(event, &busy)).boxed(),
         })
     }
 
     async fn count(&self, request: CountRequest) -> Result<u32, ApiError> {
-        let AcquiredModel { serving, busy: _busy, .. } =
+        let AcquiredModel { managed, serving, busy: _busy } =
             self.acquire(request.model.as_deref(), Task::Generate)?;
+        check_revision(&managed, request.revision.as_deref())?;
         self.pool(&request.prompt).run(move || generate::count(&serving.runner, &request)).await?
-    }
-
-    fn texts(&self, model: Option<&str>, ids: &[u32]) -> Result<Vec<TokenText>, ApiError> {
-        generate::texts(self.acquire(model, Task::Generate)?.serving.runner.model(), ids)
     }
 
     async fn encode(&self, request: EmbedRequest) -> Result<Embedded, ApiError> {
@@ -321,14 +338,6 @@ impl Inference for ModelServer {
 
     fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {
         Box::pin(self.count(request))
-    }
-
-    fn token_texts(
-        &self,
-        model: Option<String>,
-        ids: Vec<u32>,
-    ) -> BoxFuture<'_, Result<Vec<TokenText>, ApiError>> {
-        Box::pin(async move { self.texts(model.as_deref(), &ids) })
     }
 
     fn load_model(&self, request: LoadModel) -> BoxFuture<'_, Result<ModelStatus, ApiError>> {
@@ -467,7 +476,7 @@ mod tests {
         let count = u32::try_from(ids.len()).unwrap();
         let mut all = Vec::new();
         for prompt in [conversation.into(), text.into(), Prompt::Tokens(ids)] {
-            let request = CountRequest { model: None, prompt };
+            let request = CountRequest { model: None, revision: None, prompt };
             assert_eq!(server.count_tokens(request.clone()).await, Ok(count));
             let asked = Generation { prompt: request.prompt, ..self::request(None) };
             let answer = server.generate(asked).await.unwrap();
@@ -492,10 +501,11 @@ mod tests {
     async fn tokens_have_their_texts_and_control_tokens_are_spelled() {
         let (server, _folder) = ready(|_| {}).await;
         let ids = serving(&server).runner.model().tokenizer().encode("hello").unwrap();
-        let texts = server.token_texts(None, vec![ids[0], 1]).await.unwrap();
+        let answer = server.generate(request(None)).await.unwrap();
+        let texts = (answer.texts)(&[ids[0], 1]).unwrap();
         let found: Vec<&str> = texts.iter().map(|text| text.text.as_str()).collect();
         assert_eq!((found, texts[0].bytes.as_slice()), (vec!["hello", "<|im_start|>"], b"hello".as_slice()));
-        let error = server.token_texts(None, vec![9999]).await.unwrap_err().to_string();
+        let error = (answer.texts)(&[9999]).unwrap_err().to_string();
         assert!(error.contains("9999 is outside the model's vocabulary"), "{error}");
     }
 
@@ -623,6 +633,23 @@ mod tests {
         );
         assert!(ModelServer::new(vec![spec("a"), spec("a")]).is_err());
         assert!(ModelServer::new(Vec::new()).is_err());
+    }
+
+    #[tokio::test]
+    async fn callers_that_name_no_model_are_answered_while_another_one_loads() {
+        let (server, _folder) = ready(|_| {}).await;
+        let later = server.table.statuses();
+        let spec = ModelSpec::new("later", Source::from_path("/none"));
+        // Its load cannot end before this test does: nothing has begun it.
+        server.table.insert(spec).unwrap();
+        assert!(
+            later.watch().borrow().iter().any(|model| model.task.is_empty()),
+            "it is unknown what it does"
+        );
+        assert!(server.generate(request(None)).await.is_ok());
+        // Only the new one could serve this.
+        let error = server.embed(texts(&["a"], None)).await.unwrap_err();
+        assert!(matches!(error, ApiError::Unavailable { retry_after_s: Some(_), .. }), "{error}");
     }
 
     #[tokio::test]

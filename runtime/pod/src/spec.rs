@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use trustformers_engine::encoder::{BatchStrategy, EncoderConfig, MAX_WAIT_MS};
-use trustformers_engine::{EngineConfig, Numerics};
+use trustformers_engine::{EngineConfig, KvType, Numerics};
 use trustformers_proto::Task;
 use trustformers_proto::pod_config::PodConfig;
 use trustformers_store::Source;
@@ -148,6 +148,10 @@ impl ModelSpec {
             spec.engine.numerics =
                 numerics_of(numerics).map_err(|error| SpecError::new("engine.numerics", error))?;
         }
+        if let Some(kv_cache) = &engine.kv_cache {
+            spec.engine.kv_cache =
+                kv_cache_of(kv_cache).map_err(|error| SpecError::new("engine.kvCache", error))?;
+        }
         spec.engine.context_tokens = engine.context_tokens.map(|tokens| tokens as usize);
         if let Some(size) = engine.max_batch_size {
             spec.set_max_batch_size(size as usize);
@@ -208,6 +212,17 @@ pub fn numerics_of(text: &str) -> Result<Numerics, String> {
     }
 }
 
+/// The type of the KV cache, `f32`, `f16` or `bf16`; none for `auto`.
+///
+/// # Errors
+/// What is allowed, for any other word.
+pub fn kv_cache_of(text: &str) -> Result<Option<KvType>, String> {
+    match text {
+        "auto" => Ok(None),
+        text => text.parse().map(Some).map_err(|error: String| error + "; or \"auto\""),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,7 +235,7 @@ mod tests {
     fn every_setting_of_pod_yaml_reaches_the_engine() {
         let spec = spec(
             "model: {names: [ns/a, a], revision: r1, path: /m, files: ['*.gguf'], sha256: ab, task: embed}\n\
-             engine: {device: cpu, numerics: exact, contextTokens: 64, maxBatchSize: 200, maxQueue: 3, \
+             engine: {device: cpu, numerics: exact, kvCache: bf16, contextTokens: 64, maxBatchSize: 200, maxQueue: 3, \
              batchStrategy: size, maxWaitMs: 7, priority: true}\n",
         )
         .unwrap();
@@ -237,6 +252,7 @@ mod tests {
             (encoder.max_batch_size, encoder.max_queue, encoder.context_tokens, encoder.numerics),
             (200, 3, Some(64), Numerics::Exact)
         );
+        assert_eq!(spec.engine.kv_cache, Some(KvType::Bf16));
         let EngineConfig { numerics, context_tokens, max_batch_size, max_queue, token_budget, .. } =
             spec.engine;
         assert_eq!(
@@ -252,6 +268,7 @@ mod tests {
             ("model: {names: [a], revision: r, path: 'hf://a/b'}", "model.path"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {device: tpu}", "engine.device"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {numerics: best}", "engine.numerics"),
+            ("model: {names: [a], revision: r, path: /m}\nengine: {kvCache: int8}", "engine.kvCache"),
             (
                 "model: {names: [a], revision: r, path: /m}\nengine: {batchStrategy: best}",
                 "engine.batchStrategy",

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use trustformers_api::browser::AllowedOrigins;
-use trustformers_engine::{EngineConfig, Numerics};
+use trustformers_engine::{EngineConfig, KvType, Numerics};
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{self, YamlError};
 use trustformers_runtime::control::{LoadDefaults, ModelControl};
@@ -56,6 +56,7 @@ models:
     # aliases: [chat]      # further names
     # context_tokens: 4096 # longest prompt plus answer; by default the model's own limit, at most 8192
     # numerics: fast       # fast | exact: f32 activations, answers that do not depend on other requests
+    # kv_cache: auto       # auto | f32 | f16 | bf16: the type in which keys and values are cached
     # max_queue: 512       # requests that may wait; one more is answered 429
     # task: generate       # generate | embed: refuses files that are made for another task
     # files: [\"*.gguf\"]    # picks the files of a folder
@@ -190,6 +191,8 @@ pub struct ModelConfig {
     pub device: DeviceChoice,
     /// How closely the device follows f32 arithmetic.
     pub numerics: Numerics,
+    /// The type in which keys and values are cached; none: the device's choice.
+    pub kv_cache: Option<KvType>,
     /// Longest prompt plus answer, in tokens; none: the model's own limit, at most 8192.
     pub context_tokens: Option<u32>,
     /// Sequences or texts that are computed together, 1 to 256; none: those of [`Config::batching`].
@@ -214,6 +217,7 @@ impl ModelConfig {
             task: None,
             device: DeviceChoice::Auto,
             numerics: Numerics::Fast,
+            kv_cache: None,
             context_tokens: None,
             max_batch_size: None,
             max_queue: None,
@@ -246,6 +250,7 @@ impl ModelConfig {
             task,
             device,
             numerics,
+            kv_cache,
             context_tokens,
             max_batch_size,
             max_queue,
@@ -261,6 +266,7 @@ impl ModelConfig {
         spec.device = *device;
         spec.threads = threads;
         spec.engine.numerics = *numerics;
+        spec.engine.kv_cache = *kv_cache;
         spec.engine.context_tokens = context_tokens.map(|tokens| tokens as usize);
         spec.engine.max_queue = max_queue.unwrap_or(spec.engine.max_queue);
         spec.batching = own.unwrap_or_else(|| batching.texts());
@@ -489,13 +495,14 @@ mod tests {
 
     #[test]
     fn every_key_of_a_model_reaches_its_engine() {
-        let text = "models: [{name: a, aliases: [b], path: /a, files: ['*.gguf'], sha256: ab, task: embed, numerics: exact, \
+        let text = "models: [{name: a, aliases: [b], path: /a, files: ['*.gguf'], sha256: ab, task: embed, numerics: exact, kv_cache: bf16, \
              context_tokens: 64, max_batch_size: 200, max_queue: 3, \
              batching: {strategy: size, max_wait_time_ms: 7, enable_priority: true}}]";
         let spec = Config::from_str(text).unwrap().specs(None).unwrap().remove(0);
         assert_eq!(spec.names, ["a", "b"]);
         assert_eq!(spec.files, ["*.gguf"]);
         assert_eq!((spec.sha256.as_deref(), spec.task), (Some("ab"), Some(Task::Embed)));
+        assert_eq!(spec.engine.kv_cache, Some(KvType::Bf16));
         let encoder = spec.encoder_config();
         assert_eq!(
             (encoder.strategy, encoder.max_wait_ms, encoder.priority),
@@ -526,6 +533,7 @@ mod tests {
             "  max_wait_time_ms: 10\n",
             "  device: auto\n",
             "  numerics: fast\n",
+            "  kv_cache: auto\n",
             "  max_queue: 512\n",
         ] {
             assert!(printed.contains(line), "{line} {printed}");
@@ -588,6 +596,7 @@ mod tests {
             ("models: [{name: a, path: /a, context_tokens: 0}]".into(), "models[0].context_tokens: 0"),
             ("models: [{name: a, path: /a, max_queue: 0}]".into(), "models[0].max_queue: 0"),
             ("models: [{name: a, path: /a, numerics: best}]".into(), "models[0].numerics: \"best\""),
+            ("models: [{name: a, path: /a, kv_cache: int8}]".into(), "models[0].kv_cache: \"int8\""),
             ("models: [{name: a, path: /a, task: dance}]".into(), "models[0].task: \"dance\""),
             (
                 "models: [{name: a, path: /a, batching: {max_wait_time_ms: 0}}]".into(),

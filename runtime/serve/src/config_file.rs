@@ -9,10 +9,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use trustformers_api::browser::AllowedOrigins;
 use trustformers_api::nearest;
-use trustformers_engine::Numerics;
+use trustformers_engine::{KvType, Numerics};
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{Document, UnknownKey, keys_of};
-use trustformers_runtime::spec::{SpeculationSpec, TextBatching, numerics_of};
+use trustformers_runtime::spec::{SpeculationSpec, TextBatching, kv_cache_of, numerics_of};
 use trustformers_store::Source;
 
 use crate::config::{
@@ -78,6 +78,7 @@ struct ModelSection {
     task: Option<Task>,
     device: Option<String>,
     numerics: Option<String>,
+    kv_cache: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     context_tokens: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -237,6 +238,7 @@ impl ModelSection {
             task,
             device,
             numerics,
+            kv_cache,
             context_tokens,
             max_batch_size,
             max_queue,
@@ -253,6 +255,7 @@ impl ModelSection {
             task: *task,
             device: Some(device.to_string()),
             numerics: Some(numerics_word(*numerics).to_owned()),
+            kv_cache: Some(kv_cache.map_or("auto", KvType::name).to_owned()),
             context_tokens: *context_tokens,
             max_batch_size: *max_batch_size,
             max_queue: *max_queue,
@@ -379,6 +382,9 @@ fn model(index: usize, section: ModelSection) -> Result<ModelConfig, ConfigError
     }
     if let Some(text) = section.numerics {
         model.numerics = numerics_of(&text).map_err(|error| wrong(&at("numerics"), error))?;
+    }
+    if let Some(text) = section.kv_cache {
+        model.kv_cache = kv_cache_of(&text).map_err(|error| wrong(&at("kv_cache"), error))?;
     }
     if section.context_tokens == Some(0) || section.max_queue == Some(0) {
         let key = if section.max_queue == Some(0) { "max_queue" } else { "context_tokens" };

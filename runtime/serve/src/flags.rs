@@ -131,6 +131,9 @@ pub(crate) struct DeviceFlags {
     /// fast: activations may be quantised. exact: f32 activations, the same alone or batched.
     #[arg(long, value_name = "fast|exact", default_value = "fast")]
     pub(crate) numerics: String,
+    /// The type in which keys and values are cached. auto: what the device is fastest with; f32 in exact.
+    #[arg(long, value_name = "auto|f32|f16|bf16", default_value = "auto")]
+    pub(crate) kv_cache: String,
     /// Threads of the CPU device; by default as many as the process may use.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,

@@ -18,7 +18,7 @@ use trustformers_engine::Numerics;
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{Document, UnknownKey, keys_of};
 use trustformers_runtime::device::DeviceChoice;
-use trustformers_runtime::spec::TextBatching;
+use trustformers_runtime::spec::{TextBatching, kv_cache_of};
 
 use crate::config::{ConfigError, ModelConfig, check_batch_size, wrong};
 use crate::config_source::SourceOverrides;
@@ -190,7 +190,7 @@ fn refuse_pod(place: &str, pod: PodSettings) -> Result<(), ConfigError> {
 }
 
 fn honour_runtime(place: &str, runtime: Runtime, config: &mut ModelConfig) -> Result<(), ConfigError> {
-    let Runtime { device, numerics, context_tokens, batching, image, env, resources } = runtime;
+    let Runtime { device, numerics, kv_cache, context_tokens, batching, image, env, resources } = runtime;
     let at = |field: &str| format!("{place}.runtime.{field}");
     refuse_if(image.is_some(), &at("image"), "there is no container")?;
     refuse_if(!env.is_empty(), &at("env"), "there is no container; set the variables of this process")?;
@@ -217,6 +217,7 @@ fn honour_runtime(place: &str, runtime: Runtime, config: &mut ModelConfig) -> Re
         trustformers_crds::Numerics::Fast => Numerics::Fast,
         trustformers_crds::Numerics::Exact => Numerics::Exact,
     };
+    config.kv_cache = kv_cache_of(kv_cache.as_str()).map_err(|error| wrong(&at("kvCache"), error))?;
     config.context_tokens = context_tokens;
     config.max_batch_size = Some(size);
     config.max_queue = Some(max_queue as usize);
@@ -255,6 +256,7 @@ fn drain_timeout_ms(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use trustformers_engine::KvType;
     use trustformers_proto::yaml;
 
     fn manifest(spec: &str) -> String {
@@ -273,7 +275,7 @@ mod tests {
     #[test]
     fn every_field_that_one_process_honours_reaches_the_model() {
         let spec = "{task: embed, source: {uri: 'file:///m', files: ['*.gguf'], sha256: ab}, \
-             runtime: {device: cpu, numerics: exact, contextTokens: 64, \
+             runtime: {device: cpu, numerics: exact, kvCache: f16, contextTokens: 64, \
              batching: {strategy: size, maxBatchSize: 2, maxWaitMs: 7, maxQueue: 3, priority: true}}, \
              traffic: {drainTimeout: 1m30s}}";
         let ServedModel { config, drain_timeout_ms } = served(spec).unwrap();
@@ -284,6 +286,7 @@ mod tests {
             task: Some(Task::Embed),
             device: DeviceChoice::Cpu,
             numerics: Numerics::Exact,
+            kv_cache: Some(KvType::F16),
             context_tokens: Some(64),
             max_batch_size: Some(2),
             max_queue: Some(3),

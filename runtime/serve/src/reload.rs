@@ -92,6 +92,8 @@ fn steps(old: &Config, new: &Config, states: &BTreeMap<String, ModelState>) -> V
         match (before.get(name), states.get(name)) {
             // It serves or will serve as it is configured.
             (Some(present), Some(state)) if present == model && *state != ModelState::Failed => {}
+            // It was unloaded over the API, and the configuration says nothing new about it.
+            (Some(present), None) if present == model => {}
             (Some(_), Some(ModelState::Ready)) => then.push(Step::Replace(model.clone())),
             // What does not serve has nothing to lose.
             (Some(_), Some(_)) => {
@@ -267,11 +269,12 @@ mod tests {
                 Step::Add(model("failed")),
                 Step::Add(model("loading")),
                 Step::Add(model("new")),
-                Step::Add(model("unloaded")),
                 Step::Replace(model("changed")),
             ]
         );
-        assert_eq!(steps(&old, &old, &BTreeMap::from([("same".to_owned(), ModelState::Warming)])).len(), 5);
+        assert_eq!(steps(&old, &old, &BTreeMap::from([("same".to_owned(), ModelState::Warming)])), []);
+        let changed = config("{name: unloaded, path: /f2}");
+        assert_eq!(steps(&old, &changed, &BTreeMap::new()), [Step::Add(changed.models[0].clone())]);
     }
 
     #[test]

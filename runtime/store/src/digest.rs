@@ -6,8 +6,9 @@
 
 use std::fmt;
 use std::fmt::Write as _;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
@@ -73,7 +74,7 @@ impl fmt::Display for Digest {
 pub(crate) fn hash_files(
     files: &[ModelFile],
     total_bytes: u64,
-    progress: &mut dyn FnMut(HashProgress),
+    progress: &mut dyn FnMut(HashProgress) -> ControlFlow<()>,
 ) -> Result<Digest, StoreError> {
     let mut done_bytes = 0;
     let mut lines = Vec::with_capacity(files.len());
@@ -81,7 +82,7 @@ pub(crate) fn hash_files(
     for file in files {
         let digest = hash_file(&file.path, &mut |bytes| {
             done_bytes += bytes;
-            progress(HashProgress { done_bytes, total_bytes });
+            progress(HashProgress { done_bytes, total_bytes })
         })?;
         lines.push(format!("{digest}  {}\n", file.name));
         only = Some(digest);
@@ -97,8 +98,15 @@ pub(crate) fn hash_files(
     Ok(Digest::of(hasher))
 }
 
-fn hash_file(path: &Path, read_bytes: &mut dyn FnMut(u64)) -> Result<Digest, StoreError> {
-    let mut file = File::open(path).map_err(|error| StoreError::io(path, error))?;
+/// Reads a file of the length that it has when it is opened. One that grows all the time would never end.
+fn hash_file(path: &Path, read_bytes: &mut dyn FnMut(u64) -> ControlFlow<()>) -> Result<Digest, StoreError> {
+    let io = |error| StoreError::io(path, error);
+    // Before it is opened: opening a pipe waits for its other end.
+    if !fs::metadata(path).map_err(io)?.is_file() {
+        return Err(StoreError::NotAFile { path: path.to_owned() });
+    }
+    let mut file = File::open(path).map_err(io)?;
+    let mut left_bytes = file.metadata().map_err(io)?.len();
     let mut hasher = Sha256::new();
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
@@ -106,7 +114,12 @@ fn hash_file(path: &Path, read_bytes: &mut dyn FnMut(u64)) -> Result<Digest, Sto
             Ok(0) => return Ok(Digest::of(hasher)),
             Ok(count) => {
                 hasher.update(&chunk[..count]);
-                read_bytes(count as u64);
+                left_bytes = left_bytes
+                    .checked_sub(count as u64)
+                    .ok_or_else(|| StoreError::Changed { path: path.to_owned() })?;
+                if read_bytes(count as u64).is_break() {
+                    return Err(StoreError::Stopped);
+                }
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) => return Err(StoreError::io(path, error)),
@@ -159,6 +172,32 @@ mod tests {
         assert!(seen.len() >= 2 && seen.is_sorted_by_key(|progress| progress.done_bytes));
         let total_bytes = resolved.total_bytes();
         assert_eq!(seen.last(), Some(&HashProgress { done_bytes: total_bytes, total_bytes }));
+    }
+
+    #[test]
+    fn reading_ends_where_nobody_wants_the_digest_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("m.gguf"), vec![7; 3 * CHUNK_BYTES]).unwrap();
+        let resolved = Source::from_path(folder.path()).resolve(&[]).unwrap();
+        let mut calls = 0;
+        let stopped = resolved.digest_while(&mut |_| {
+            calls += 1;
+            ControlFlow::Break(())
+        });
+        assert!(matches!(stopped, Err(StoreError::Stopped)));
+        assert_eq!(calls, 1);
+    }
+
+    #[test]
+    fn a_file_that_grows_while_it_is_read_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        fs::write(&path, vec![7; CHUNK_BYTES]).unwrap();
+        let grow = |_: u64| {
+            fs::write(&path, vec![7; 2 * CHUNK_BYTES]).unwrap();
+            ControlFlow::Continue(())
+        };
+        assert!(matches!(hash_file(&path, &mut { grow }), Err(StoreError::Changed { .. })));
     }
 
     #[test]

@@ -32,6 +32,21 @@ pub enum StoreError {
         /// Where it was looked for.
         path: PathBuf,
     },
+    /// The path is neither a file nor a folder: a pipe, a socket or a device, which may never end.
+    #[error("{} is neither a file nor a folder (a pipe, a socket or a device); name the model's file or folder", path.display())]
+    NotAFile {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// The file changed while it was read.
+    #[error("{} became longer while it was read; load it again once it is written completely", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Whoever wanted the digest wants it no more.
+    #[error("reading was stopped")]
+    Stopped,
     /// A pattern cannot be read.
     #[error("files: the pattern {pattern:?} cannot be read: {why}")]
     InvalidPattern {
@@ -147,7 +162,9 @@ impl StoreError {
             Self::NothingMatches { .. } | Self::NoModelFile { .. } => "ModelFileNotFound",
             Self::SeveralModelFiles { .. } => "SeveralModelFiles",
             Self::OtherWeights { .. } => "UnsupportedModel",
-            Self::TooManyFiles { .. } | Self::NameNotUtf8 { .. } => "InvalidSource",
+            Self::TooManyFiles { .. } | Self::NameNotUtf8 { .. } | Self::NotAFile { .. } => "InvalidSource",
+            Self::Changed { .. } => "SourceChanged",
+            Self::Stopped => "Unloaded",
             Self::DigestMismatch { .. } => "DigestMismatch",
             Self::Io { .. } => "SourceUnreadable",
         }
@@ -156,7 +173,11 @@ impl StoreError {
     /// Whether the same attempt may succeed later without a change by the user. A missing permission
     /// stays missing; a short failure of a network volume passes.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() != io::ErrorKind::PermissionDenied)
+        match self {
+            Self::Io { source, .. } => source.kind() != io::ErrorKind::PermissionDenied,
+            Self::Changed { .. } => true,
+            _ => false,
+        }
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {

@@ -5,6 +5,7 @@
 //! pattern that picks nothing is a slip.
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use globset::GlobBuilder;
@@ -55,6 +56,9 @@ impl Source {
         if meta.is_dir() {
             return if patterns.is_empty() { only_model_file(root) } else { matching(root, patterns) };
         }
+        if !meta.is_file() {
+            return Err(StoreError::NotAFile { path: root.to_owned() });
+        }
         if !patterns.is_empty() {
             return Err(StoreError::PatternsForFile { path: root.to_owned() });
         }
@@ -79,6 +83,20 @@ impl Resolved {
     /// # Errors
     /// A file that cannot be read or has gone.
     pub fn digest(&self, progress: &mut dyn FnMut(HashProgress)) -> Result<Digest, StoreError> {
+        self.digest_while(&mut |hashed| {
+            progress(hashed);
+            ControlFlow::Continue(())
+        })
+    }
+
+    /// [`Self::digest`], which ends early where `progress` says so.
+    ///
+    /// # Errors
+    /// As [`Self::digest`], and [`StoreError::Stopped`].
+    pub fn digest_while(
+        &self,
+        progress: &mut dyn FnMut(HashProgress) -> ControlFlow<()>,
+    ) -> Result<Digest, StoreError> {
         hash_files(&self.files, self.total_bytes(), progress)
     }
 }
@@ -254,6 +272,19 @@ mod tests {
         let source = Source::from_path(folder.path().join("any.name"));
         assert_eq!(source.resolve(&[]).unwrap().files()[0].name, "any.name");
         assert!(matches!(source.resolve(&["*".into()]), Err(StoreError::PatternsForFile { .. })));
+    }
+
+    #[test]
+    fn what_may_never_end_is_refused_before_it_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("m.gguf");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for path in [socket.as_path(), Path::new("/dev/zero")] {
+            let error = Source::from_path(path).resolve(&[]).unwrap_err();
+            assert!(matches!(error, StoreError::NotAFile { .. }), "{error}");
+        }
+        // In a folder it is no file to pick.
+        assert!(matches!(picked(&folder, &[]), Err(StoreError::NoModelFile { .. })));
     }
 
     #[test]

@@ -52,6 +52,10 @@ impl Health for Scripted {
     }
 }
 
+fn text() -> TokenText {
+    TokenText { text: "a".into(), bytes: b"a".to_vec() }
+}
+
 impl Inference for Scripted {
     fn generate(&self, _: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
         let finished = Event::Finished {
@@ -70,6 +74,7 @@ impl Inference for Scripted {
                 created_unix_s: 0,
                 prompt_tokens: 1,
                 syntax: AnswerSyntax::default(),
+                texts: Arc::new(|ids| Ok(ids.iter().map(|_| text()).collect())),
                 events,
             })
         })
@@ -94,15 +99,6 @@ impl Inference for Scripted {
 
     fn count_tokens(&self, _: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {
         Box::pin(async { Ok(1) })
-    }
-
-    fn token_texts(
-        &self,
-        _: Option<String>,
-        ids: Vec<u32>,
-    ) -> BoxFuture<'_, Result<Vec<TokenText>, ApiError>> {
-        let text = |_| TokenText { text: "a".into(), bytes: b"a".to_vec() };
-        Box::pin(async move { Ok(ids.into_iter().map(text).collect()) })
     }
 
     fn watch_models(&self) -> watch::Receiver<Models> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::ConfigMap;
-use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS};
+use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, KvCache};
 use trustformers_proto::pod_config::{FILE_NAME, PodConfig, PodConfigError, PodEngine, PodModel};
 
 use super::meta;
@@ -31,6 +31,7 @@ fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
     let runtime = &model.runtime;
     let batching = &runtime.batching;
     let strategy = Some(batching.strategy).filter(|strategy| *strategy != BatchStrategy::default());
+    let kv_cache = Some(runtime.kv_cache).filter(|kv_cache| *kv_cache != KvCache::default());
     PodConfig {
         model: PodModel {
             names: vec![format!("{}/{}", model.namespace, model.name), model.name.clone()],
@@ -43,6 +44,7 @@ fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
         engine: PodEngine {
             device: Some(runtime.device.as_str().to_owned()),
             numerics: Some(runtime.numerics.as_str().to_owned()),
+            kv_cache: kv_cache.map(|kv_cache| kv_cache.as_str().to_owned()),
             context_tokens: runtime.context_tokens,
             max_batch_size: Some(batching.max_batch_size),
             max_queue: Some(batching.max_queue),

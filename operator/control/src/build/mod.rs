@@ -159,7 +159,7 @@ mod tests {
     fn a_model_from_a_claim_with_every_setting() {
         insta::assert_snapshot!(yaml(
             "{task: embed, source: {uri: 'pvc://weights/smol/v2', files: ['*.gguf'], sha256: ab}, \
-             runtime: {device: cpu, numerics: exact, contextTokens: 64, \
+             runtime: {device: cpu, numerics: exact, kvCache: bf16, contextTokens: 64, \
              batching: {strategy: size, maxBatchSize: 2, maxWaitMs: 7, maxQueue: 3, priority: true}, image: 'my/runtime:1', \
              env: [{name: RUST_LOG, value: debug}], resources: {requests: {cpu: 1, memory: 1Gi}, limits: {nvidia.com/gpu: 1}}}, \
              scaling: {replicas: 3}, traffic: {drainTimeout: 90s}, disruption: {maxUnavailable: 2}, \

@@ -128,8 +128,10 @@ impl MessageWriter {
     fn finish(&mut self, ending: &Ending) -> Vec<Frame> {
         let (reason, sequence) = match (ending.reason, &ending.stopped_by) {
             (ChatFinish::Length, _) => ("max_tokens", None),
-            (_, Some(StoppedBy::Text(text))) => ("stop_sequence", Some(text)),
+            // A stop text may follow a complete call in the same answer; the call is what the client waits
+            // for.
             (ChatFinish::ToolCalls, _) => ("tool_use", None),
+            (_, Some(StoppedBy::Text(text))) => ("stop_sequence", Some(text)),
             (ChatFinish::Stop, _) => ("end_turn", None),
         };
         let usage = usage_json(ending.usage.prompt_tokens, ending.usage.completion_tokens);

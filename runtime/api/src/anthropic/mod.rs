@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::chat_answer::{ChatAnswer, ask, ask_whole};
 use crate::error::{ApiError, ErrorShape};
 use crate::field_names::{FieldName, in_protocol};
-use crate::fields::Defaults;
+use crate::fields::{Defaults, Generation};
 use crate::inference::CountRequest;
 use crate::sse_frames::{Frame, SseBody};
 use crate::{Api, request_body};
@@ -69,7 +69,7 @@ async fn whole(mut answer: ChatAnswer, hide_thinking: bool) -> Result<Response, 
 }
 
 fn in_stream(answer: ChatAnswer, hide_thinking: bool) -> Response {
-    let ChatAnswer { head, events } = answer;
+    let ChatAnswer { head, events, .. } = answer;
     let mut writer = MessageWriter::new(&head, hide_thinking);
     let start = writer.start();
     let frames = events.flat_map(move |event| {
@@ -85,8 +85,9 @@ async fn count_tokens(State(api): State<Api>, request: Request) -> Result<Respon
     let (head, body) = request.into_parts();
     let bytes = request_body::read(&head, body).await?;
     let parsed = api.parse(bytes, |bytes| parse(bytes, Purpose::Count)).await?;
-    let generation = parsed.asked.check(&DEFAULTS)?;
-    let counted = CountRequest { model: generation.model, prompt: generation.prompt };
+    let generation = parsed.asked.with_headers(&head.headers)?.check(&DEFAULTS)?;
+    let Generation { model, revision, prompt, .. } = generation;
+    let counted = CountRequest { model, revision, prompt };
     let input_tokens = api.inference.count_tokens(counted).await?;
     Ok(Json(json!({"input_tokens": input_tokens})).into_response())
 }

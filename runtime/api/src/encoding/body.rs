@@ -73,7 +73,7 @@ fn decode(encoding: ContentEncoding, compressed: &[u8], mut share: Share) -> Res
     }
 }
 
-fn reader(encoding: ContentEncoding, compressed: &[u8]) -> io::Result<Box<dyn Read + '_>> {
+pub(super) fn reader(encoding: ContentEncoding, compressed: &[u8]) -> io::Result<Box<dyn Read + '_>> {
     if compressed.is_empty() {
         return Ok(Box::new(io::empty()));
     }
@@ -96,7 +96,7 @@ fn has_zlib_frame(bytes: &[u8]) -> bool {
         if first & 0x0f == 8 && u16::from_be_bytes([*first, *second]).is_multiple_of(31))
 }
 
-fn broken(encoding: ContentEncoding, error: &io::Error) -> ApiError {
+pub(super) fn broken(encoding: ContentEncoding, error: &io::Error) -> ApiError {
     let name = encoding.as_str();
     let message = format!("the body is not what content-encoding: {name} says ({error})");
     ApiError::InvalidRequest { field: None, message }

@@ -13,6 +13,8 @@
 //! answer is compressed whole too, because the budget of unread answers counts its bytes. Only JSON that is
 //! complete is compressed: never a stream of tokens.
 
+use std::io::{self, Read};
+
 use axum::http::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
 use axum::http::{HeaderMap, HeaderValue};
 
@@ -27,6 +29,35 @@ pub(crate) use body::decode_body;
 
 /// What bodies of requests may be encoded with, as `Accept-Encoding` of a refusal lists it.
 pub(crate) const ACCEPTED_ENCODINGS: &str = "gzip, deflate, br, zstd";
+
+/// Decodes what `content-encoding` says of bytes, piece by piece, for a server that passes the body on and
+/// has to look into it. None where they are not encoded.
+///
+/// # Errors
+/// An encoding that is not supported; bytes that cannot be what it says.
+pub fn decoder<'a>(headers: &HeaderMap, bytes: &'a [u8]) -> Result<Option<Box<dyn Read + 'a>>, ApiError> {
+    let Some(encoding) = ContentEncoding::of_body(headers)? else { return Ok(None) };
+    body::reader(encoding, bytes).map(Some).map_err(|error| body::broken(encoding, &error))
+}
+
+/// Whether the headers say that a body is encoded, in a way that is supported.
+///
+/// # Errors
+/// An encoding that is not supported.
+pub fn is_encoded(headers: &HeaderMap) -> Result<bool, ApiError> {
+    ContentEncoding::of_body(headers).map(|encoding| encoding.is_some())
+}
+
+/// Decodes one message of gRPC whose encoding has this name. None where the name is not known.
+///
+/// # Errors
+/// The decoder could not be made.
+pub fn message_decoder<'a>(name: &str, bytes: &'a [u8]) -> io::Result<Option<Box<dyn Read + 'a>>> {
+    match ContentEncoding::named(name) {
+        Some(encoding) => body::reader(encoding, bytes).map(Some),
+        None => Ok(None),
+    }
+}
 
 /// A way to compress a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -113,7 +113,7 @@ impl ApiError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
             headers.insert(RETRY_AFTER_MS, HeaderValue::from(u64::from(seconds) * 1000));
         }
-        if self.is_the_callers() {
+        if self.is_lasting() {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         if matches!(self, Self::UnsupportedEncoding { .. }) {
@@ -122,9 +122,13 @@ impl ApiError {
         response
     }
 
-    /// Whether the request itself is at fault, so that sending it again cannot help.
-    fn is_the_callers(&self) -> bool {
-        self.status().is_client_error() && !matches!(self, Self::Overloaded { .. })
+    /// Whether sending the request again cannot help: it is at fault itself, or the server stays as it is
+    /// until somebody changes it.
+    fn is_lasting(&self) -> bool {
+        match self {
+            Self::Unavailable { retry_after_s, .. } => retry_after_s.is_none(),
+            _ => self.status().is_client_error() && !matches!(self, Self::Overloaded { .. }),
+        }
     }
 
     /// The field at fault.
@@ -158,6 +162,7 @@ impl ApiError {
             | Self::ModelRequired { .. }
             | Self::WrongTask { .. }
             | Self::MethodNotAllowed { .. }
+            | Self::Conflict { .. }
             | Self::UnsupportedEncoding { .. } => "invalid_request_error",
             Self::UnknownModel { .. } | Self::UnknownRevision { .. } | Self::UnknownRoute { .. } => {
                 "not_found_error"

@@ -22,11 +22,13 @@ pub(crate) fn every_kind() -> Vec<(ApiError, u16, Code)> {
         ),
         (ApiError::UnknownRoute { path: text() }, 404, Code::NotFound),
         (ApiError::MethodNotAllowed { method: text(), path: text() }, 405, Code::Unimplemented),
+        (ApiError::Conflict { message: text() }, 409, Code::Aborted),
         (ApiError::TooLong { message: text() }, 413, Code::OutOfRange),
         (ApiError::UnsupportedEncoding { encoding: text() }, 415, Code::Unimplemented),
         (ApiError::Overloaded { message: text(), retry_after_s: 2 }, 429, Code::ResourceExhausted),
         (ApiError::Unavailable { message: text(), retry_after_s: None }, 503, Code::Unavailable),
-        (ApiError::Timeout { message: text() }, 504, Code::DeadlineExceeded),
+        (ApiError::Unavailable { message: text(), retry_after_s: Some(2) }, 503, Code::Unavailable),
+        (ApiError::Timeout { message: text() }, 408, Code::DeadlineExceeded),
         (ApiError::Internal { message: text() }, 500, Code::Internal),
     ]
 }
@@ -137,7 +139,12 @@ pub(crate) fn assert_in_shape(error: &ApiError, shape: ErrorShape, answer: &Answ
     let header = |name: &str| headers.get(name).map(|value| value.to_str().unwrap().parse::<u64>().unwrap());
     assert_eq!((header("retry-after"), header("retry-after-ms")), (seconds, seconds.map(|s| s * 1000)));
     let callers = status.is_client_error() && kind != "overloaded";
-    assert_eq!(headers.get("x-should-retry").is_some_and(|value| value == "false"), callers, "{kind}");
+    let lasting = kind == "unavailable" && seconds.is_none();
+    assert_eq!(
+        headers.get("x-should-retry").is_some_and(|value| value == "false"),
+        callers || lasting,
+        "{kind}"
+    );
 }
 
 #[tokio::test]

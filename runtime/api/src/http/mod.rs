@@ -8,7 +8,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 
 use crate::error::ApiError;
-use crate::{Api, anthropic, embed, encoding, health, openai, openapi, responses, websocket};
+use crate::{Api, answer_end, anthropic, embed, encoding, health, openai, openapi, responses, websocket};
 
 pub(crate) mod generate;
 mod layer;
@@ -35,6 +35,7 @@ pub fn router(api: Api) -> Router {
         .layer(from_fn_with_state(api.clone(), encoding::decode_body))
         .layer(from_fn(layer::identify_and_shape))
         .layer(from_fn_with_state(api, encoding::compress_answer))
+        .layer(from_fn(answer_end::report_end))
 }
 
 /// The routes that have a state, without the layers of [`router`].

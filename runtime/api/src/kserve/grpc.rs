@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::http::HeaderMap;
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use prost::Message as _;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 use trustformers_proto::inference::grpc_inference_service_server::{
@@ -22,7 +23,9 @@ use super::infer::prepare;
 use super::messages;
 use super::metadata;
 use crate::echo::echo;
+use crate::grpc::decoded_share;
 use crate::inference::Models;
+use crate::limits::CallerLimits;
 use crate::{Api, ApiError, MAX_BODY_BYTES};
 
 /// The full name of the service.
@@ -128,6 +131,7 @@ impl GrpcInferenceService for Api {
         &self,
         request: Request<ModelInferRequest>,
     ) -> Result<Response<ModelInferResponse>, Status> {
+        let _share = decoded_share(&request)?;
         let (metadata, _, message) = request.into_parts();
         let parsed = messages::parse(message)?.outside_a_stream()?;
         let whole = prepare(&models(self), parsed.request, metadata.as_ref())?.answer(self).await?;
@@ -142,26 +146,38 @@ impl GrpcInferenceService for Api {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let (metadata, _, requests) = request.into_parts();
+        let (metadata, extensions, requests) = request.into_parts();
         let headers = Arc::new(metadata.into_headers());
+        let limits = extensions.get::<CallerLimits>().cloned().unwrap_or_default();
         let api = self.clone();
         // When the server ends, no further request is read, and those that were are answered.
         let closed = self.closing.clone().cancelled_owned();
         let answers = requests.take_until(closed).map(move |message| match message {
-            Ok(message) => answers_to(api.clone(), message, Arc::clone(&headers)),
+            Ok(message) => answers_to(api.clone(), message, Arc::clone(&headers), &limits),
             Err(status) => futures::stream::once(async { Err(status) }).boxed(),
         });
         Ok(Response::new(answers.flatten_unordered(MAX_STREAM_REQUESTS).boxed()))
     }
 }
 
-/// The answers to one request of a stream. A failure is an answer, too: the stream goes on.
+/// The answers to one request of a stream. A failure is an answer, too: the stream goes on. The listener
+/// counts the bytes of a message until it is complete; from then on they count here, with the answer, until
+/// it ends.
 fn answers_to(
     api: Api,
     message: ModelInferRequest,
     headers: Arc<HeaderMap>,
+    limits: &CallerLimits,
 ) -> BoxStream<'static, Result<ModelStreamInferResponse, Status>> {
     let (model, id) = (message.model_name.clone(), message.id.clone());
+    let shares = limits.request_bytes(message.encoded_len()).and_then(|bytes| Ok((bytes, limits.answer()?)));
+    let shares = match shares {
+        Ok(shares) => shares,
+        Err(error) => {
+            let failure = messages::write_failure(&error, &model, &id);
+            return futures::stream::once(async { Ok(failure) }).boxed();
+        }
+    };
     let failure = move |error: &ApiError| messages::write_failure(error, &model, &id);
     let started = async move {
         let parsed = messages::parse(message)?;
@@ -176,6 +192,7 @@ fn answers_to(
         Err(error) => futures::stream::once(async { Err(error) }).boxed(),
     });
     let messages = written.flat_map(move |part| {
+        let _held_until_the_answer_ends = &shares;
         let messages = part.unwrap_or_else(|error| vec![failure(&error)]);
         futures::stream::iter(messages.into_iter().map(Ok))
     });

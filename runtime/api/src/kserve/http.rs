@@ -493,7 +493,7 @@ mod tests {
         let fake = Fake::with(Script::tokens(&["a"]).then_hangs()).with_task(Task::Generate);
         let body = r#"{"text_input": "Hi", "timeout": 2000000}"#;
         let whole = post(&fake, "/v2/models/fake/generate", body).await;
-        assert_eq!(whole.status, StatusCode::GATEWAY_TIMEOUT);
+        assert_eq!(whole.status, StatusCode::REQUEST_TIMEOUT);
         let stream = post(&fake, "/v2/models/fake/generate_stream", body).await;
         let text = String::from_utf8(stream.body).unwrap();
         assert!(

@@ -224,6 +224,10 @@ impl InputTensor {
     /// # Errors
     /// More elements than a machine can count.
     pub(crate) fn count(&self) -> Result<usize, ApiError> {
+        // Without any element the other lengths say nothing, however large they are.
+        if self.shape.contains(&0) {
+            return Ok(0);
+        }
         let product = self.shape.iter().try_fold(1u64, |product, length| product.checked_mul(*length));
         product.and_then(|product| usize::try_from(product).ok()).ok_or_else(|| {
             self.error(format!("shape {} has more elements than can be counted", shape_text(&self.shape)))

@@ -234,7 +234,8 @@ fn check_schema_format(object: &Map<String, Value>) -> Result<(), ApiError> {
     const KNOWN: &[&str] = &["name", "description", "schema", "strict"];
     let at = |name: &str| format!("response_format.json_schema.{name}");
     let format = object.get("response_format").and_then(Value::as_object);
-    let Some(inner) = format.and_then(|format| format.get("json_schema")) else { return Ok(()) };
+    let inner = format.and_then(|format| format.get("json_schema")).filter(|inner| !inner.is_null());
+    let Some(inner) = inner else { return Ok(()) };
     let Some(inner) = inner.as_object() else {
         let why = format!(
             "expected an object such as {{\"name\": \"x\", \"schema\": {{}}}}, found {}",
@@ -258,7 +259,7 @@ fn check_schema_format(object: &Map<String, Value>) -> Result<(), ApiError> {
             format!("expected true or false, found {}", found(other)),
         ));
     }
-    match inner.get("schema") {
+    match given("schema") {
         Some(schema) if schema.is_object() || schema.is_boolean() => Ok(()),
         Some(other) => {
             Err(ApiError::field(&at("schema"), format!("expected a JSON schema, found {}", found(other))))

@@ -53,6 +53,9 @@ pub(crate) async fn completions(State(api): State<Api>, request: Request) -> Res
     let CompletionRequest { prompts, asked, delivery, echo } = api.parse(bytes, parse).await?;
     let checked = asked.with_headers(&head.headers)?.check(&COMPLETION_DEFAULTS)?;
     let shared = Generation { prompt: Prompt::default(), ..checked };
+    if !delivery.stream {
+        chat_answer::check_whole(&shared, prompts.len() * delivery.choices as usize)?;
+    }
     let echoed = if echo { prompts.clone() } else { Vec::new() };
     let requests = prompts.into_iter().flat_map(move |prompt| {
         chat_answer::choices(Generation { prompt, ..shared.clone() }, delivery.choices)
@@ -60,7 +63,7 @@ pub(crate) async fn completions(State(api): State<Api>, request: Request) -> Res
     let answer = chat_answer::ask(&api, requests).await?;
     let mut texts = Vec::new();
     for prompt in echoed {
-        let text = echo_of(&api, &answer.head.model, prompt).await?;
+        let text = echo_of(&answer, prompt)?;
         texts.extend(std::iter::repeat_n(text, delivery.choices as usize));
     }
     texts.resize(answer.head.prompt_tokens.len(), String::new());
@@ -147,11 +150,11 @@ fn not_empty(field: &str, prompt: Prompt) -> Result<Prompt, ApiError> {
 }
 
 /// The text of a prompt, which `echo` puts before the answer.
-async fn echo_of(api: &Api, model: &str, prompt: Prompt) -> Result<String, ApiError> {
+fn echo_of(answer: &ChatAnswer, prompt: Prompt) -> Result<String, ApiError> {
     match prompt {
         Prompt::Text(text) => Ok(text),
         Prompt::Tokens(ids) => {
-            let texts = api.inference.token_texts(Some(model.to_owned()), ids).await?;
+            let texts = (answer.texts)(&ids)?;
             let bytes: Vec<u8> = texts.into_iter().flat_map(|token| token.bytes).collect();
             Ok(String::from_utf8_lossy(&bytes).into_owned())
         }

@@ -148,10 +148,16 @@ impl EarlierCall {
     }
 }
 
+/// The parameter that holds arguments which are no JSON.
+const UNREADABLE: &str = "unreadable_arguments";
+
 /// The arguments of a call as an object. Clients send them as JSON text; some send an empty text for none.
+/// Text that is no JSON is what is left of a call that was cut, as by `max_tokens`: a client repeats it in
+/// every further request, so that the model is shown the text, as the only parameter, and the conversation
+/// goes on.
 ///
 /// # Errors
-/// [`ApiError::InvalidRequest`] that names `field`, where they are no object.
+/// [`ApiError::InvalidRequest`] that names `field`, where they are JSON but no object.
 pub(crate) fn arguments_object(
     field: &str,
     arguments: Option<Value>,
@@ -159,8 +165,10 @@ pub(crate) fn arguments_object(
     let parsed = match arguments {
         None | Some(Value::Null) => return Ok(Map::new()),
         Some(Value::String(text)) if text.trim().is_empty() => return Ok(Map::new()),
-        Some(Value::String(text)) => serde_json::from_str(&text)
-            .map_err(|error| ApiError::field(field, format!("the text is not JSON ({error})")))?,
+        Some(Value::String(text)) => match serde_json::from_str(&text) {
+            Ok(parsed) => parsed,
+            Err(_) => return Ok(Map::from_iter([(UNREADABLE.to_owned(), Value::String(text))])),
+        },
         Some(value) => value,
     };
     match parsed {
@@ -422,7 +430,6 @@ mod tests {
                 "messages[0].tool_calls[0].function.name",
                 "is missing",
             ),
-            (assistant(call(&json!("{"))), arguments, "not JSON"),
             (assistant(call(&json!("[1]"))), arguments, "found [1]"),
         ] {
             let error = read(json!([message])).unwrap_err();

@@ -29,7 +29,7 @@ pub(super) trait ChunkWriter: Send + 'static {
 
 /// The response that streams an answer.
 pub(super) fn response(answer: ChatAnswer, delivery: Delivery, mut writer: impl ChunkWriter) -> Response {
-    let ChatAnswer { head, events } = answer;
+    let ChatAnswer { head, events, .. } = answer;
     let mut unfinished = head.prompt_tokens.len();
     let mut usage = UsageSum::new(delivery.choices);
     let first = writer.first_chunks();

@@ -285,6 +285,45 @@ async fn a_model_that_must_not_call_sees_no_tools_and_calls_none() {
 }
 
 #[tokio::test]
+async fn log_probabilities_that_would_be_too_long_are_refused_before_any_work() {
+    let fake = Fake::with(Script::tokens(&["a"]));
+    let asks = |choices: u32, max_tokens: u32, more: Value| {
+        let mut body =
+            chat(json!({"n": choices, "max_tokens": max_tokens, "logprobs": true, "top_logprobs": 20}));
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let reply = send(&fake, CHAT, &asks(16, 4000, json!({}))).await;
+    assert_eq!(reply.status, StatusCode::BAD_REQUEST, "{}", reply.text);
+    assert!(
+        reply.json()["error"]["message"].as_str().unwrap().contains("choices may take"),
+        "{}",
+        reply.text
+    );
+    assert_eq!(fake.running(), 0, "what was admitted was cancelled");
+    for body in
+        [asks(16, 1000, json!({})), asks(1, 1_000_000, json!({})), asks(16, 4000, json!({"stream": true}))]
+    {
+        assert_eq!(send(&fake, CHAT, &body).await.status, StatusCode::OK);
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_was_cut_may_stay_in_the_conversation() {
+    let fake = Fake::with(Script::tokens(&["a"]));
+    let call = json!({"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": \"b"}});
+    let messages = json!([
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "the arguments are no JSON"},
+    ]);
+    let reply = send(&fake, CHAT, &json!({"model": "fake", "messages": messages})).await;
+    assert_eq!(reply.status, StatusCode::OK, "{}", reply.text);
+    let shown = &conversation(&fake).messages[1]["tool_calls"][0]["function"]["arguments"];
+    assert_eq!(*shown, json!({"unreadable_arguments": "{\"a\": \"b"}));
+}
+
+#[tokio::test]
 async fn allowed_tools_leave_only_those() {
     let mut tools = weather();
     tools.as_array_mut().unwrap().push(json!({"type": "function", "function": {"name": "time"}}));

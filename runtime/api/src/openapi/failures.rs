@@ -17,10 +17,14 @@ pub(super) struct DescribedFailure {
 
 const INVALID: DescribedFailure =
     DescribedFailure { status: 400, what: "The request is wrong: the message names the field." };
-const FORBIDDEN: DescribedFailure =
-    DescribedFailure { status: 403, what: "The server's owner decides this, not its callers." };
+const FORBIDDEN: DescribedFailure = DescribedFailure {
+    status: 403,
+    what: "Whoever runs the server does not allow this, or not to pages of this origin.",
+};
 const UNKNOWN: DescribedFailure =
     DescribedFailure { status: 404, what: "No model has this name, or not this revision." };
+const CONFLICT: DescribedFailure =
+    DescribedFailure { status: 409, what: "Another request unloaded the model meanwhile." };
 const TOO_LONG: DescribedFailure =
     DescribedFailure { status: 413, what: "The body or the prompt is too long." };
 const ENCODING: DescribedFailure =
@@ -32,12 +36,14 @@ const OVERLOADED_ANTHROPIC: DescribedFailure =
 const INTERNAL: DescribedFailure = DescribedFailure { status: 500, what: "A fault of the server." };
 const UNAVAILABLE: DescribedFailure =
     DescribedFailure { status: 503, what: "The model is not ready, or the server is ending." };
-const TIMEOUT: DescribedFailure =
-    DescribedFailure { status: 504, what: "No answer came in the time allowed." };
+const TIMEOUT: DescribedFailure = DescribedFailure {
+    status: 408,
+    what: "The answer was not complete in the time that the request allows.",
+};
 
 /// The errors that a surface may answer.
 pub(super) fn of(surface: &Surface, has_body: bool) -> Vec<DescribedFailure> {
-    let mut found = vec![INTERNAL];
+    let mut found = vec![INTERNAL, FORBIDDEN];
     let names_model = matches!(surface.model, ModelPlace::JsonField | ModelPlace::PathSegment);
     if has_body || names_model || surface.task.is_some() {
         found.push(INVALID);
@@ -54,7 +60,7 @@ pub(super) fn of(surface: &Surface, has_body: bool) -> Vec<DescribedFailure> {
         found.extend([overloaded, UNAVAILABLE, TIMEOUT]);
     }
     if has_body && names_model && !surface.idempotent {
-        found.push(FORBIDDEN);
+        found.push(CONFLICT);
     }
     found
 }

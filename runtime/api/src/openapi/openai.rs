@@ -11,9 +11,7 @@ use super::schema::{
 };
 use crate::chat_answer::MAX_CHOICES;
 use crate::openai::chat::EFFORTS;
-
-/// Most tools of a request.
-const MAX_TOOLS: usize = 128;
+use crate::tools::MAX_TOOLS;
 
 /// The operations.
 pub(super) fn operations() -> Vec<Operation> {

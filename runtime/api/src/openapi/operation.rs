@@ -214,7 +214,7 @@ pub(super) fn shared_parameters() -> Value {
 
 fn response(surface: &Surface, answer: &DescribedAnswer) -> Value {
     let mut headers = json!({"x-request-id": {"$ref": "#/components/headers/x-request-id"}});
-    if surface.task.is_some() && surface.model != ModelPlace::FirstMessage {
+    if surface.task.is_some() && !matches!(surface.model, ModelPlace::FirstMessage { .. }) {
         for name in [REVISION_HEADER, DIGEST_HEADER] {
             headers[name] = json!({"$ref": format!("#/components/headers/{name}")});
         }

@@ -76,7 +76,7 @@ async fn whole(mut answer: ChatAnswer, settings: String) -> Result<Response, Api
 /// The events, then `[DONE]`, which OpenAI leaves out and the Open Responses specification requires. After a
 /// failure it does not follow, so that a client which waits for it knows that the answer is not complete.
 fn in_stream(answer: ChatAnswer, settings: String) -> Response {
-    let ChatAnswer { head, events } = answer;
+    let ChatAnswer { head, events, .. } = answer;
     let mut writer = ResponseWriter::new(settings, &head);
     let start = writer.start();
     let events = events.flat_map(move |event| {

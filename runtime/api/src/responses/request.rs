@@ -111,7 +111,14 @@ const MAX_LABEL_CHARS: usize = 512;
 /// The longest name of a label, in characters.
 const MAX_LABEL_KEY_CHARS: usize = 64;
 
+/// Most bytes of the settings that an answer repeats: a stream repeats them in three events, so an answer is
+/// at most 768 KiB longer than its text. Instructions and tools of that length exceed most contexts.
+const MAX_SETTINGS_BYTES: usize = 256 * 1024;
+/// Longest name of a user, in characters, as at OpenAI: each answer repeats it.
+const MAX_USER_CHARS: usize = 512;
+
 /// A request.
+#[derive(Debug)]
 pub(super) struct CreateRequest {
     /// What is asked of the model.
     pub(super) asked: Asked,
@@ -142,6 +149,14 @@ pub(super) fn parse(bytes: &[u8]) -> Result<CreateRequest, ApiError> {
     settings["reasoning"] = reasoning.listed;
     settings["top_logprobs"] = json!(logprobs.unwrap_or(0));
     let settings = join_objects(&settings.to_string(), &format!("{{\"tools\":{}}}", tools.listed));
+    if settings.len() > MAX_SETTINGS_BYTES {
+        let why = format!(
+            "and the other settings that the answer repeats (tools, text) have {} bytes of JSON, more than \
+             {MAX_SETTINGS_BYTES}: shorten them, or move text to input",
+            settings.len()
+        );
+        return Err(body.error("instructions", why));
+    }
     let conversation = Conversation {
         messages: messages(&body)?,
         tools: tools.tools,
@@ -176,9 +191,9 @@ fn settings(body: &ObjectAt<'_>) -> Result<Value, ApiError> {
         "top_p": number(body, "top_p", 1),
         "presence_penalty": number(body, "presence_penalty", 0),
         "frequency_penalty": number(body, "frequency_penalty", 0),
-        "safety_identifier": body.text("safety_identifier")?,
-        "prompt_cache_key": body.text("prompt_cache_key")?,
-        "user": body.text("user")?,
+        "safety_identifier": user(body, "safety_identifier")?,
+        "prompt_cache_key": user(body, "prompt_cache_key")?,
+        "user": user(body, "user")?,
         "truncation": "disabled",
         "store": false,
         "background": false,
@@ -186,6 +201,15 @@ fn settings(body: &ObjectAt<'_>) -> Result<Value, ApiError> {
         "conversation": null,
         "service_tier": "default",
     }))
+}
+
+/// Who the user is, in one of the fields for it.
+fn user<'a>(body: &ObjectAt<'a>, key: &str) -> Result<Option<&'a str>, ApiError> {
+    let name = body.text(key)?;
+    match name.filter(|name| name.chars().count() > MAX_USER_CHARS) {
+        Some(_) => Err(body.error(key, format!("is longer than {MAX_USER_CHARS} characters: shorten it"))),
+        None => Ok(name),
+    }
 }
 
 /// The labels of an answer, within OpenAI's bounds: each answer repeats them.
@@ -432,6 +456,27 @@ mod tests {
             assert_eq!(conversation(&request).tools.len(), offered);
             assert_eq!(settings_of(&request)["tools"].as_array().unwrap().len(), 1);
         }
+    }
+
+    #[test]
+    fn what_an_answer_repeats_is_bounded() {
+        let long = "x".repeat(MAX_USER_CHARS + 1);
+        for key in ["user", "safety_identifier", "prompt_cache_key"] {
+            let error = read(&json!({"input": "a", key: long})).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{key}: is longer than 512 characters")), "{error}");
+            read(&json!({"input": "a", key: long[1..]})).unwrap();
+        }
+        for (key, value) in [
+            ("instructions", json!("x".repeat(MAX_SETTINGS_BYTES))),
+            (
+                "tools",
+                json!([{"type": "function", "name": "f", "description": "x".repeat(MAX_SETTINGS_BYTES)}]),
+            ),
+        ] {
+            let error = read(&json!({"input": "a", key: value})).unwrap_err().to_string();
+            assert!(error.starts_with("instructions: and the other settings"), "{error}");
+        }
+        read(&json!({"input": "x".repeat(2 * MAX_SETTINGS_BYTES)})).unwrap();
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! The functions of a request, and the types of their parameters.
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::check::name_of;
 
-/// How deep a schema is followed for the types of a parameter: references may lead in a circle.
-const MAX_SCHEMA_DEPTH: usize = 8;
+/// Schemas that are looked at for the types of one parameter, at some 100 ns each: a millisecond. A parameter
+/// with more may have any type, as one without a schema.
+const MAX_SCHEMAS: usize = 10_000;
 
 /// The functions that an answer may call.
 #[derive(Debug, Default)]
@@ -69,17 +72,32 @@ impl ToolFunction {
 }
 
 impl SchemaTypes {
-    /// The types that a schema within `root` allows; none where it names none.
+    /// The types that a schema within `root` allows; none where it names none. Each reference is followed
+    /// once, wherever it stands, so that schemas which refer to each other take no longer than their text.
     pub(super) fn of(schema: &Value, root: &Value) -> Self {
         let mut types = Self::default();
-        types.add(schema, root, 0);
+        let mut followed = HashSet::new();
+        let mut waiting = vec![schema];
+        let mut looked_at = 0;
+        while let Some(schema) = waiting.pop() {
+            looked_at += 1;
+            if looked_at > MAX_SCHEMAS {
+                return Self::default();
+            }
+            types.add(schema);
+            for keyword in ["anyOf", "oneOf", "allOf"] {
+                waiting.extend(schema.get(keyword).and_then(Value::as_array).into_iter().flatten());
+            }
+            let target = schema.get("$ref").and_then(Value::as_str).and_then(|text| text.strip_prefix('#'));
+            if let Some(pointer) = target.filter(|pointer| followed.insert(*pointer)) {
+                waiting.extend(root.pointer(pointer));
+            }
+        }
         types
     }
 
-    fn add(&mut self, schema: &Value, root: &Value, depth: usize) {
-        if depth > MAX_SCHEMA_DEPTH {
-            return;
-        }
+    /// The types that a schema names itself.
+    fn add(&mut self, schema: &Value) {
         match schema.get("type") {
             Some(Value::String(name)) => self.add_name(name),
             Some(Value::Array(names)) => {
@@ -89,15 +107,6 @@ impl SchemaTypes {
                 let listed = schema.get("enum").and_then(Value::as_array).into_iter().flatten();
                 listed.chain(schema.get("const")).for_each(|value| self.add_value(value));
             }
-        }
-        for keyword in ["anyOf", "oneOf", "allOf"] {
-            for schema in schema.get(keyword).and_then(Value::as_array).into_iter().flatten() {
-                self.add(schema, root, depth + 1);
-            }
-        }
-        let target = schema.get("$ref").and_then(Value::as_str).and_then(|text| text.strip_prefix('#'));
-        if let Some(target) = target.and_then(|pointer| root.pointer(pointer)) {
-            self.add(target, root, depth + 1);
         }
     }
 
@@ -179,6 +188,27 @@ mod tests {
         ] {
             assert_eq!(typed(&schema, text), expected, "{schema} {text}");
         }
+    }
+
+    #[test]
+    fn schemas_that_refer_to_each_other_take_no_longer_than_their_text() {
+        // Each of 200 definitions refers 20 times to itself and to the next: a walk of all paths never ends.
+        let mut definitions = serde_json::Map::new();
+        for index in 0..200 {
+            let mut choices = vec![json!({"$ref": format!("#/$defs/d{index}")}); 20];
+            choices.push(json!({"$ref": format!("#/$defs/d{}", index + 1)}));
+            definitions.insert(format!("d{index}"), json!({"anyOf": choices}));
+        }
+        definitions.insert("d200".to_owned(), json!({"type": "integer"}));
+        let root = json!({"$defs": definitions});
+        let types = SchemaTypes::of(&json!({"$ref": "#/$defs/d0"}), &root);
+        assert_eq!(types, SchemaTypes { number: true, ..SchemaTypes::default() });
+    }
+
+    #[test]
+    fn a_schema_with_too_many_parts_may_have_any_type() {
+        let choices = vec![json!({"type": "integer"}); MAX_SCHEMAS + 1];
+        assert_eq!(SchemaTypes::of(&json!({"anyOf": choices}), &Value::Null), SchemaTypes::default());
     }
 
     #[test]

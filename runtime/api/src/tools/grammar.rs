@@ -7,11 +7,14 @@
 
 mod values;
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 
 use super::check::name_of;
 use super::syntax::CallSyntax;
 use crate::conversation::{Conversation, ToolChoice};
+use crate::echo::echo;
 use crate::error::ApiError;
 use values::ValueRules;
 
@@ -40,6 +43,9 @@ pub fn call_grammar(syntax: CallSyntax, conversation: &Conversation) -> Result<O
         let function = DeclaredFunction { index, name, parameters: parameters(&field, tool)?, field };
         let call = form.call(&function, &mut rules)?;
         rules.add(&format!("call_{index}"), &call);
+        if rules.is_full() {
+            return Err(ApiError::field(&function.field, too_large(name)));
+        }
         calls.push(format!("call_{index}"));
     }
     if calls.is_empty() {
@@ -170,20 +176,42 @@ impl CallForm {
     }
 }
 
+/// Most bytes of the rules of all calls: what the engine takes as a grammar. Rules are only added while they
+/// have fewer, and the schemas of a request are at most as long as its body, so that writing them takes no
+/// more than one body more.
+const MAX_RULE_BYTES: usize = 256 * 1024;
+
+fn too_large(name: &str) -> String {
+    format!(
+        "the grammar of a required call, with {:?} in it, has more than {MAX_RULE_BYTES} bytes; shorten the schema, \
+         offer fewer tools, or let the model decide (\"tool_choice\": \"auto\")",
+        echo(name)
+    )
+}
+
 /// Rules of a grammar, one a line.
 #[derive(Debug, Default)]
 struct LarkRules {
     text: String,
+    /// Rules that several parameters share.
+    shared: BTreeSet<String>,
 }
 
 impl LarkRules {
+    /// Whether there are more rules than a grammar may have; none is added then.
+    fn is_full(&self) -> bool {
+        self.text.len() > MAX_RULE_BYTES
+    }
+
     fn add(&mut self, name: &str, body: &str) {
-        self.text.push_str(&format!("{name}: {body}\n"));
+        if !self.is_full() {
+            self.text.push_str(&format!("{name}: {body}\n"));
+        }
     }
 
     /// Adds a rule that is given whole, once.
     fn add_once(&mut self, rule: &str) {
-        if !self.text.lines().any(|line| line == rule) {
+        if !self.is_full() && self.shared.insert(rule.to_owned()) {
             self.text.push_str(rule);
             self.text.push('\n');
         }
@@ -191,7 +219,9 @@ impl LarkRules {
 
     /// A rule for JSON that a schema describes; its name.
     fn json(&mut self, name: &str, schema: &Value) -> String {
-        self.add(name, &format!("%json {schema}"));
+        if !self.is_full() {
+            self.add(name, &format!("%json {schema}"));
+        }
         name.to_owned()
     }
 }
@@ -303,6 +333,29 @@ mod tests {
             r#"call_0: "<start_function_call>call:f0{" args_0_first_0 "}<end_function_call>""#,
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn rules_beyond_the_bound_are_refused_by_name_before_they_are_written() {
+        let description = "x".repeat(100_000);
+        let mut properties = serde_json::Map::new();
+        for index in 0..2_000 {
+            properties.insert(format!("p{index}"), json!({"$ref": "#/$defs/large"}));
+        }
+        let definitions = json!({"large": {"type": "integer", "description": description}});
+        let parameters = json!({"properties": properties, "$defs": definitions});
+        for syntax in [CallSyntax::QwenXml, CallSyntax::Gemma4] {
+            let mut rules = LarkRules::default();
+            let field = "tools[0].function.parameters".to_owned();
+            let function = DeclaredFunction { index: 0, name: "f", parameters: parameters.clone(), field };
+            CallForm::of(syntax).call(&function, &mut rules).unwrap();
+            assert!(rules.is_full() && rules.text.len() < MAX_RULE_BYTES + 200_000, "{}", rules.text.len());
+            let conversation = conversation(std::slice::from_ref(&parameters), ToolChoice::Required, false);
+            let error = call_grammar(syntax, &conversation).unwrap_err();
+            let ApiError::InvalidRequest { field: Some(field), message } = error else { panic!("{error:?}") };
+            assert_eq!(field, "tools[0].function.parameters");
+            assert!(message.contains("262144 bytes"), "{message}");
         }
     }
 

@@ -24,7 +24,7 @@ mod splitter;
 pub mod syntax;
 mod xml_call;
 
-pub use check::{check_choice, check_tools};
+pub use check::{MAX_TOOLS, check_choice, check_tools};
 pub use grammar::call_grammar;
 pub use parser::{AnswerParser, Part};
 pub use syntax::{AnswerSyntax, CallSyntax, ReasoningSyntax};

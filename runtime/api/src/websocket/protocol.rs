@@ -100,8 +100,15 @@ fn command(mut fields: BTreeMap<String, Box<RawValue>>) -> Result<Command, ApiEr
             return Err(ApiError::field("type", message));
         }
     };
-    if fields.get("stream").is_some_and(|stream| stream.get() == "false") {
-        return Err(ApiError::field("stream", "answers come as a stream here: leave it out"));
+    match fields.get("stream").map(|stream| stream.get()) {
+        None | Some("true" | "null") => {}
+        Some("false") => {
+            return Err(ApiError::field("stream", "answers come as a stream here: leave it out"));
+        }
+        Some(other) => {
+            let why = format!("expected true, or nothing, found {}", echo(other));
+            return Err(ApiError::field("stream", why));
+        }
     }
     let written = to_raw_value(&true).and_then(|stream| {
         fields.insert("stream".to_owned(), stream);
@@ -206,6 +213,12 @@ mod tests {
             (r#"{"id":"a","type":"generat"}"#, Some("a"), "type: there is no \"generat\""),
             (r#"{"id":"a","type":"cancel","reason":"x"}"#, Some("a"), "reason: cancel takes"),
             (r#"{"id":"a","type":"chat","stream":false}"#, Some("a"), "stream: answers come"),
+            (
+                r#"{"id":"a","type":"chat","stream":0}"#,
+                Some("a"),
+                "stream: expected true, or nothing, found 0",
+            ),
+            (r#"{"id":"a","type":"chat","stream":"true"}"#, Some("a"), "stream: expected true"),
         ] {
             let unreadable = read(text).unwrap_err();
             assert_eq!(unreadable.id.as_deref(), id, "{text}");

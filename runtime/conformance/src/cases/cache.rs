@@ -1,18 +1,48 @@
-//! Blocks are reused without being cleared: NaNs that an earlier sequence left in one must not matter.
+//! The cache: its types, and blocks that are reused without being cleared, so that NaNs which an earlier
+//! sequence left in one must not matter.
 
 use std::sync::Arc;
 
 use trustformers_plan::{
-    DType, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, RopeLayout, SequenceStep, Weight, WeightId,
-    Weights,
+    Backend, DType, FusedOps, KvType, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, RopeLayout,
+    SequenceStep, Weight, WeightId, Weights, oracle::Oracle,
 };
 
-use crate::compare::{same_bits, wrong};
-use crate::harness::run;
+use crate::compare::{ROUNDED_KV_COSINE, alike, same_bits, wrong};
+use crate::harness::{LoadCase, decode, load_plan, run};
 use crate::models::{DECODER_LIMITS, Decoder, VOCABULARY, named};
 use crate::{CaseError, Open};
 
+/// Each type of the cache that the backend claims gives the answer of the oracle with a cache of that type,
+/// and F32 is one of them.
+pub(super) fn types(open: Open<'_>) -> Result<(), CaseError> {
+    let caps = open()?.caps().clone();
+    if !caps.kv_types.contains(&KvType::F32) || !caps.kv_types.contains(&caps.fast_kv_type) {
+        return wrong(format!("F32 and {} must be among the types {:?}", caps.fast_kv_type, caps.kv_types));
+    }
+    let decoder = Decoder { dtype: DType::F32, mixed_with: None, layout: RopeLayout::Neox, biased: true };
+    let weights = decoder.weights()?;
+    for kv_type in caps.kv_types {
+        let answers = |backend: &mut dyn Backend, fused: FusedOps| -> Result<Vec<Vec<f32>>, CaseError> {
+            let plan = decoder.plan(&weights, &fused)?;
+            let weights = Arc::clone(&weights);
+            let case = LoadCase { weights, plan, kv_type, numerics: Numerics::Exact };
+            decode(&mut *load_plan(backend, &case)?)
+        };
+        let want = answers(&mut Oracle::new(), FusedOps::NONE)?;
+        let got = answers(&mut *open()?, caps.fused)?;
+        alike(&format!("a cache of {kv_type}"), &got, &want, ROUNDED_KV_COSINE)?;
+        let again = answers(&mut *open()?, FusedOps::NONE)?;
+        alike(&format!("a cache of {kv_type}, unfused"), &again, &want, ROUNDED_KV_COSINE)?;
+    }
+    Ok(())
+}
+
 pub(super) fn poison(open: Open<'_>) -> Result<(), CaseError> {
+    open()?.caps().kv_types.iter().try_for_each(|kv_type| poison_in(open, *kv_type))
+}
+
+fn poison_in(open: Open<'_>, kv_type: KvType) -> Result<(), CaseError> {
     let decoder = Decoder { dtype: DType::F32, mixed_with: None, layout: RopeLayout::Neox, biased: false };
     let width = decoder.hyper().width;
     let mut weights = Weights::clone(&*decoder.weights()?);
@@ -40,6 +70,7 @@ pub(super) fn poison(open: Open<'_>) -> Result<(), CaseError> {
         weights: Arc::clone(&weights),
         plan: &plain,
         kv_blocks: 2,
+        kv_type,
         numerics,
         progress: &mut |_| {},
     };

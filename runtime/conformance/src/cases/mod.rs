@@ -5,6 +5,8 @@ mod cache;
 mod fused;
 mod numerics;
 mod order;
+mod pruned;
+mod views;
 
 use crate::{CaseError, Open};
 
@@ -31,8 +33,13 @@ pub const ALL: &[Case] = &[
     Case { name: "decoder/draft_tokens", run: batch_invariance::draft_tokens },
     Case { name: "decoder/prefix", run: batch_invariance::prefix },
     Case { name: "encoder/batch_invariance", run: batch_invariance::encoder },
+    Case { name: "decoder/pruned", run: pruned::decoder },
+    Case { name: "encoder/pruned", run: pruned::encoder },
+    Case { name: "weights/views", run: views::decoder },
+    Case { name: "cache/types", run: cache::types },
     Case { name: "cache/poison", run: cache::poison },
     Case { name: "order/steps", run: order::steps },
     Case { name: "order/plans", run: order::plans },
+    Case { name: "order/groups", run: order::groups },
     Case { name: "order/memory", run: order::memory },
 ];

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use trustformers_plan::{
-    BackendError, DType, LoadSpec, LogitsRows, Numerics, PlanBuilder, RopeLayout, SequenceStep, StepInput,
-    StepOutput, Weight, Weights,
+    BackendError, DType, FusedOps, KvType, LoadSpec, LogitsRows, Numerics, PlanBuilder, RopeLayout,
+    SequenceStep, StepInput, StepOutput, Weight, Weights, shard::shard,
 };
 
 use crate::compare::wrong;
@@ -57,14 +57,48 @@ pub(super) fn plans(open: Open<'_>) -> Result<(), CaseError> {
     b.logits(x, table);
     let foreign = b.finish(&backend.caps().fused)?;
     let numerics = Numerics::Exact;
-    let spec = LoadSpec { weights, plan: &plan, kv_blocks: 1, numerics, progress: &mut |_| {} };
+    let spec = LoadSpec {
+        weights,
+        plan: &plan,
+        kv_blocks: 1,
+        kv_type: KvType::F32,
+        numerics,
+        progress: &mut |_| {},
+    };
     let compiled = backend.load(spec)?.compile(&foreign).map(drop);
     expect("a plan of other weights", compiled, |e| matches!(e, BackendError::Mismatch(_)))
 }
 
-/// Progress never falls and ends at the total; the memory report and the estimate are right; a cache that
-/// cannot fit is refused.
+/// A device that is not a group refuses a plan that sums over devices.
+pub(super) fn groups(open: Open<'_>) -> Result<(), CaseError> {
+    let mut backend = open()?;
+    let weights = DECODER.weights()?;
+    let plan = DECODER.plan(&weights, &FusedOps::NONE)?;
+    let shards = match shard(&plan, &weights, 2, &backend.caps().fused) {
+        Ok(shards) => shards,
+        Err(error) => return wrong(format!("the decoder cannot be divided: {error}")),
+    };
+    let spec = LoadSpec {
+        weights: Arc::clone(&shards[0].weights),
+        plan: &shards[0].plan,
+        kv_blocks: 1,
+        kv_type: KvType::F32,
+        numerics: Numerics::Exact,
+        progress: &mut |_| {},
+    };
+    let estimated = backend.estimate(&spec.estimate_spec()).map(drop);
+    let is_group = |error: &BackendError| matches!(error, BackendError::OneDevice { .. });
+    expect("an estimate for a plan of a group", estimated, is_group)?;
+    expect("a plan of a group", backend.load(spec).map(drop), is_group)
+}
+
+/// Progress never falls and ends at the total; the memory report and the estimate are right, with each type
+/// of the cache; a cache that cannot fit is refused.
 pub(super) fn memory(open: Open<'_>) -> Result<(), CaseError> {
+    open()?.caps().kv_types.iter().try_for_each(|kv_type| memory_of(open, *kv_type))
+}
+
+fn memory_of(open: Open<'_>, kv_type: KvType) -> Result<(), CaseError> {
     let mut backend = open()?;
     let weights = DECODER.weights()?;
     let plan = DECODER.plan(&weights, &backend.caps().fused)?;
@@ -74,6 +108,7 @@ pub(super) fn memory(open: Open<'_>) -> Result<(), CaseError> {
         weights: Arc::clone(&weights),
         plan: &plan,
         kv_blocks: KV_BLOCKS,
+        kv_type,
         numerics,
         progress: &mut |progress| reported.push((progress.done_bytes, progress.total_bytes)),
     };
@@ -83,7 +118,7 @@ pub(super) fn memory(open: Open<'_>) -> Result<(), CaseError> {
     if !reported.is_sorted() || !all {
         return wrong(format!("progress fell or did not end at the total: {reported:?}"));
     }
-    let kv_bytes = KV_BLOCKS as u64 * backend.caps().kv_block_bytes(plan.hyper());
+    let kv_bytes = KV_BLOCKS as u64 * kv_type.block_bytes(plan.hyper());
     if memory.kv_bytes != kv_bytes || memory.arena_bytes < plan.arena_bytes() as u64 {
         return wrong(format!("{memory:?}: the cache takes {kv_bytes}, the arena {}", plan.arena_bytes()));
     }
@@ -98,8 +133,14 @@ pub(super) fn memory(open: Open<'_>) -> Result<(), CaseError> {
             return wrong(format!("{what}: {estimated} bytes were estimated, {taken} are reported"));
         }
     }
-    let huge =
-        LoadSpec { weights, plan: &plan, kv_blocks: usize::MAX / 1024, numerics, progress: &mut |_| {} };
+    let huge = LoadSpec {
+        weights,
+        plan: &plan,
+        kv_blocks: usize::MAX / 1024,
+        kv_type,
+        numerics,
+        progress: &mut |_| {},
+    };
     let refused = backend.load(huge).map(drop);
     expect("a cache larger than any memory", refused, |e| matches!(e, BackendError::OutOfMemory { .. }))
 }

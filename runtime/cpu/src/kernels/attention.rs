@@ -7,15 +7,17 @@
 //! elements and positions. So the result does not depend on how work is split or batched.
 //!
 //! Cache layout per layer: `[KV block][kv head]`, then keys `[element][slot]` (sixteen positions are the
-//! lanes of a score) and values `[slot][element]`, so that both are read forward.
+//! lanes of a score) and values `[slot][element]`, so that both are read forward. Elements are f32, f16 or
+//! bf16 ([`super::kv`]); all arithmetic is f32.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
 
 use std::ops::Range;
 
-use trustformers_plan::{AttentionShape, KV_BLOCK_TOKENS};
+use trustformers_plan::{AttentionShape, KV_BLOCK_TOKENS, KvType};
 
 use super::{
+    kv::{KvElement, cache_index},
     rows::exp,
     simd::{LANES, Simd},
 };
@@ -28,8 +30,6 @@ const CHUNK_BLOCKS: usize = CHUNK_TOKENS / KV_BLOCK_TOKENS;
 pub(crate) const TILE: usize = 12;
 /// Queries of a tile with 16 registers.
 const SMALL_TILE: usize = 3;
-
-const _: () = assert!(KV_BLOCK_TOKENS == LANES, "sixteen positions of a KV block are the lanes of a score");
 
 /// One query.
 #[derive(Clone, Copy)]
@@ -45,8 +45,9 @@ pub(crate) struct Query {
 pub(crate) struct Attend<'a> {
     pub(crate) shape: AttentionShape,
     pub(crate) scale: f32,
-    /// The layer's cache.
-    pub(crate) cache: *const f32,
+    /// The layer's cache, and the type of its elements.
+    pub(crate) cache: *const u8,
+    pub(crate) kv_type: KvType,
     pub(crate) table: &'a [u32],
     pub(crate) kv_head: usize,
     /// At most [`TILE`], in the order of their positions.
@@ -57,19 +58,16 @@ pub(crate) struct Attend<'a> {
 
 impl Attend<'_> {
     /// Chunks that the last query attends to.
+    #[cfg(test)]
     pub(crate) fn chunks(&self) -> usize {
         self.queries.last().map_or(0, |query| query.positions.div_ceil(CHUNK_TOKENS))
     }
 
     /// Keys of a KV block; its values follow after `head_dim * 16`.
-    fn keys(&self, block: usize) -> *const f32 {
-        self.cache.wrapping_add(cache_index(&self.shape, self.table[block] as usize, self.kv_head))
+    fn keys<K: KvElement>(&self, block: usize) -> *const K {
+        let index = cache_index(&self.shape, self.table[block] as usize, self.kv_head);
+        self.cache.cast::<K>().wrapping_add(index)
     }
-}
-
-/// First value of a KV block's key/value head in its layer.
-pub(crate) const fn cache_index(shape: &AttentionShape, block: usize, kv_head: usize) -> usize {
-    (block * shape.kv_heads + kv_head) * 2 * KV_BLOCK_TOKENS * shape.head_dim
 }
 
 /// Values of one query's partial result: maximum, sum, and the weighted sum of values.
@@ -86,10 +84,10 @@ pub(crate) const fn chunk_len(shape: &AttentionShape) -> usize {
 /// result of a chunk after a query's positions is undefined.
 ///
 /// # Safety
-/// The tier's instructions exist; the table's blocks lie in the cache; queries, scratch and `out` are as
-/// large as said.
+/// The tier's instructions exist; the table's blocks lie in the cache, whose elements are `K`; queries,
+/// scratch and `out` are as large as said.
 #[inline(always)]
-pub(crate) unsafe fn tile<S: Simd>(a: &Attend<'_>, chunks: Range<usize>, out: *mut f32) {
+pub(crate) unsafe fn tile<S: Simd, K: KvElement>(a: &Attend<'_>, chunks: Range<usize>, out: *mut f32) {
     let most = if S::WIDE { TILE } else { SMALL_TILE };
     let mut first = 0;
     while first < a.queries.len() {
@@ -98,18 +96,18 @@ pub(crate) unsafe fn tile<S: Simd>(a: &Attend<'_>, chunks: Range<usize>, out: *m
             let out = out.add(first * partial_len(&a.shape));
             let (chunks, queries) = (chunks.clone(), &a.queries[first..]);
             first += match queries.len().min(most) {
-                1 => query_tile::<S, 1>(a, queries, chunks, out),
-                2 => query_tile::<S, 2>(a, queries, chunks, out),
-                3 => query_tile::<S, 3>(a, queries, chunks, out),
-                4 => query_tile::<S, 4>(a, queries, chunks, out),
-                5 => query_tile::<S, 5>(a, queries, chunks, out),
-                6 => query_tile::<S, 6>(a, queries, chunks, out),
-                7 => query_tile::<S, 7>(a, queries, chunks, out),
-                8 => query_tile::<S, 8>(a, queries, chunks, out),
-                9 => query_tile::<S, 9>(a, queries, chunks, out),
-                10 => query_tile::<S, 10>(a, queries, chunks, out),
-                11 => query_tile::<S, 11>(a, queries, chunks, out),
-                _ => query_tile::<S, TILE>(a, queries, chunks, out),
+                1 => query_tile::<S, K, 1>(a, queries, chunks, out),
+                2 => query_tile::<S, K, 2>(a, queries, chunks, out),
+                3 => query_tile::<S, K, 3>(a, queries, chunks, out),
+                4 => query_tile::<S, K, 4>(a, queries, chunks, out),
+                5 => query_tile::<S, K, 5>(a, queries, chunks, out),
+                6 => query_tile::<S, K, 6>(a, queries, chunks, out),
+                7 => query_tile::<S, K, 7>(a, queries, chunks, out),
+                8 => query_tile::<S, K, 8>(a, queries, chunks, out),
+                9 => query_tile::<S, K, 9>(a, queries, chunks, out),
+                10 => query_tile::<S, K, 10>(a, queries, chunks, out),
+                11 => query_tile::<S, K, 11>(a, queries, chunks, out),
+                _ => query_tile::<S, K, TILE>(a, queries, chunks, out),
             };
         }
     }
@@ -117,7 +115,7 @@ pub(crate) unsafe fn tile<S: Simd>(a: &Attend<'_>, chunks: Range<usize>, out: *m
 
 /// Computes the first `H` queries.
 #[inline(always)]
-unsafe fn query_tile<S: Simd, const H: usize>(
+unsafe fn query_tile<S: Simd, K: KvElement, const H: usize>(
     a: &Attend<'_>,
     queries: &[Query],
     chunks: Range<usize>,
@@ -134,7 +132,7 @@ unsafe fn query_tile<S: Simd, const H: usize>(
             let first = chunk * CHUNK_TOKENS;
             let counts: [usize; H] =
                 std::array::from_fn(|h| queries[h].positions.saturating_sub(first).min(CHUNK_TOKENS));
-            one_chunk::<S, H>(a, chunk * CHUNK_BLOCKS, &counts, out.add(i * chunk_len(&a.shape)));
+            one_chunk::<S, K, H>(a, chunk * CHUNK_BLOCKS, &counts, out.add(i * chunk_len(&a.shape)));
         }
     }
     H
@@ -142,7 +140,7 @@ unsafe fn query_tile<S: Simd, const H: usize>(
 
 /// Computes one chunk, of which the queries attend to `counts` positions, in rising order.
 #[inline(always)]
-unsafe fn one_chunk<S: Simd, const H: usize>(
+unsafe fn one_chunk<S: Simd, K: KvElement, const H: usize>(
     a: &Attend<'_>,
     first_block: usize,
     counts: &[usize; H],
@@ -156,9 +154,9 @@ unsafe fn one_chunk<S: Simd, const H: usize>(
         while i < blocks {
             // As many sums as fit in registers and hide the latency of a multiplication.
             i += match blocks - i {
-                4.. if H <= 3 && S::WIDE => scores::<S, H, 4>(a, first_block + i, &mut shares, i),
-                2.. => scores::<S, H, 2>(a, first_block + i, &mut shares, i),
-                _ => scores::<S, H, 1>(a, first_block + i, &mut shares, i),
+                4.. if H <= 3 && S::WIDE => scores::<S, K, H, 4>(a, first_block + i, &mut shares, i),
+                2.. => scores::<S, K, H, 2>(a, first_block + i, &mut shares, i),
+                _ => scores::<S, K, H, 1>(a, first_block + i, &mut shares, i),
             };
         }
         for h in 0..H {
@@ -173,10 +171,10 @@ unsafe fn one_chunk<S: Simd, const H: usize>(
         let (mut at, dim) = (0, a.shape.head_dim);
         while at < dim {
             at += match (dim - at) / LANES {
-                4.. if H <= 6 && S::WIDE => mix::<S, H, 4>(a, &chunk, at, out),
-                2.. => mix::<S, H, 2>(a, &chunk, at, out),
-                1 => mix::<S, H, 1>(a, &chunk, at, out),
-                _ => mix_one::<H>(a, &chunk, at, out),
+                4.. if H <= 6 && S::WIDE => mix::<S, K, H, 4>(a, &chunk, at, out),
+                2.. => mix::<S, K, H, 2>(a, &chunk, at, out),
+                1 => mix::<S, K, H, 1>(a, &chunk, at, out),
+                _ => mix_one::<K, H>(a, &chunk, at, out),
             };
         }
     }
@@ -184,20 +182,20 @@ unsafe fn one_chunk<S: Simd, const H: usize>(
 
 /// Scores of `B` KV blocks.
 #[inline(always)]
-unsafe fn scores<S: Simd, const H: usize, const B: usize>(
+unsafe fn scores<S: Simd, K: KvElement, const H: usize, const B: usize>(
     a: &Attend<'_>,
     first_block: usize,
     shares: &mut [[f32; CHUNK_TOKENS]; H],
     at: usize,
 ) -> usize {
-    let keys: [*const f32; B] = std::array::from_fn(|b| a.keys(first_block + b));
+    let keys: [*const K; B] = std::array::from_fn(|b| a.keys(first_block + b));
     // SAFETY: keys are `head_dim` rows of sixteen; queries lie interleaved.
     unsafe {
         let mut sums = [[S::splat(0.0); B]; H];
         for d in 0..a.shape.head_dim {
             let mut key = [S::splat(0.0); B];
             for b in 0..B {
-                key[b] = S::load(keys[b].add(d * LANES));
+                key[b] = K::load::<S>(keys[b].add(d * LANES));
             }
             for h in 0..H {
                 let query = S::splat(*a.scratch.add(d * H + h));
@@ -254,7 +252,7 @@ struct ChunkShares<'a, const H: usize> {
 /// `Σ share · value` of `16 · W` elements; slots of positions that a query does not attend to are not used
 /// for it, because they may hold NaNs.
 #[inline(always)]
-unsafe fn mix<S: Simd, const H: usize, const W: usize>(
+unsafe fn mix<S: Simd, K: KvElement, const H: usize, const W: usize>(
     a: &Attend<'_>,
     chunk: &ChunkShares<'_, H>,
     at: usize,
@@ -267,12 +265,12 @@ unsafe fn mix<S: Simd, const H: usize, const W: usize>(
         let mut sums = [[S::splat(0.0); W]; H];
         let mut t = 0;
         while t < counts[H - 1] {
-            let values = a.keys(first_block + t / KV_BLOCK_TOKENS).add(dim * KV_BLOCK_TOKENS + at);
+            let values = a.keys::<K>(first_block + t / KV_BLOCK_TOKENS).add(dim * KV_BLOCK_TOKENS + at);
             let end = (t + KV_BLOCK_TOKENS).min(counts[H - 1]);
             for slot in 0..end - t {
                 let mut value = [S::splat(0.0); W];
                 for w in 0..W {
-                    value[w] = S::load(values.add(slot * dim + w * LANES));
+                    value[w] = K::load::<S>(values.add(slot * dim + w * LANES));
                 }
                 if t + slot < counts[0] {
                     for h in 0..H {
@@ -305,7 +303,7 @@ unsafe fn mix<S: Simd, const H: usize, const W: usize>(
 
 /// One element, for heads that are no whole number of vectors.
 #[inline(always)]
-unsafe fn mix_one<const H: usize>(
+unsafe fn mix_one<K: KvElement, const H: usize>(
     a: &Attend<'_>,
     chunk: &ChunkShares<'_, H>,
     at: usize,
@@ -316,10 +314,11 @@ unsafe fn mix_one<const H: usize>(
     for h in 0..H {
         let mut sum = 0.0;
         for t in 0..counts[h] {
-            let values = a.keys(first_block + t / KV_BLOCK_TOKENS);
+            let values = a.keys::<K>(first_block + t / KV_BLOCK_TOKENS);
             let slot = t % KV_BLOCK_TOKENS;
             // SAFETY: element `at` of the slot exists.
-            sum += shares[h][t] * unsafe { *values.add(dim * KV_BLOCK_TOKENS + slot * dim + at) };
+            let value = unsafe { *values.add(dim * KV_BLOCK_TOKENS + slot * dim + at) };
+            sum += shares[h][t] * value.number();
         }
         // SAFETY: the partial has room for every element.
         unsafe { *out.add(h * partial_len(&a.shape) + 2 + at) = sum };

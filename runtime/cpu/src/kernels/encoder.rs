@@ -19,7 +19,7 @@ use super::{
 /// Positions whose scores are computed together: two vectors.
 const SCORE_POSITIONS: usize = 2 * LANES;
 /// Rows of a tile with 32 registers.
-const TILE: usize = 8;
+pub(crate) const TILE: usize = 8;
 
 /// The parameters of a layer norm.
 #[derive(Clone, Copy)]
@@ -121,11 +121,13 @@ pub(crate) unsafe fn gelu_of<S: Simd>(x: S::F) -> S::F {
     }
 }
 
-/// The query heads of one key/value head of one sequence. Pointers are row 0's first value of the first head,
-/// with the distance to the next row.
+/// The query heads of one key/value head of one sequence, for some of its rows. Pointers are the first value
+/// of the first row and head, with the distance to the next row; keys and values begin with the sequence.
 pub(crate) struct EncoderAttend {
-    /// Rows of the sequence.
+    /// Rows of the sequence: keys and values.
     pub(crate) len: usize,
+    /// Rows that attend to them.
+    pub(crate) rows: usize,
     pub(crate) head_dim: usize,
     /// Query heads, side by side.
     pub(crate) heads: usize,
@@ -160,8 +162,8 @@ struct HeadLayout {
 /// Computes all rows and heads.
 ///
 /// # Safety
-/// The tier's instructions exist; the pointers cover `len` rows; the scratch space is large enough; no other
-/// thread uses it or the outputs.
+/// The tier's instructions exist; the pointers cover `len` and `rows` rows; the scratch space is large
+/// enough; no other thread uses it or the outputs.
 #[inline(always)]
 pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend) {
     // SAFETY: tiles end at the last row.
@@ -169,8 +171,8 @@ pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend) {
         let layout = lay_out(a);
         for head in 0..a.heads {
             let mut row = 0;
-            while row < a.len {
-                row += match (S::WIDE, a.len - row) {
+            while row < a.rows {
+                row += match (S::WIDE, a.rows - row) {
                     (true, TILE..) => tile::<S, TILE, 2>(a, &layout, row, head),
                     (_, 4..) if S::WIDE => tile::<S, 4, 2>(a, &layout, row, head),
                     (_, 4..) => tile::<S, 4, 1>(a, &layout, row, head),
@@ -186,7 +188,7 @@ pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend) {
 unsafe fn lay_out(a: &EncoderAttend) -> HeadLayout {
     let (dim, padded) = (a.head_dim, a.len.next_multiple_of(SCORE_POSITIONS));
     let width = dim.next_multiple_of(LANES);
-    // SAFETY: keys, values and scores are adjacent in the scratch space; rows are below `len`.
+    // SAFETY: keys, values and scores are adjacent in the scratch space; positions are below `len`.
     unsafe {
         let keys = a.scratch;
         let values = keys.add(padded * dim);

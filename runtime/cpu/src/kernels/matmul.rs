@@ -11,7 +11,7 @@
 //! * [`int8`]: activations have one scale per row and weights one per feature; sums are integers over all
 //!   columns.
 //! * [`bf16`]: weights are bf16 and activations were rounded to it; sums are f32.
-//! * [`tiles`]: the last three on tile registers.
+//! * [`tiles`]: the last three on tile registers, and block-scaled weights that become bf16 for many rows.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
 
@@ -107,6 +107,12 @@ pub(crate) enum Input<'a> {
         allow(dead_code, reason = "no other processor's tier multiplies them yet")
     )]
     Bf16(&'a Bf16Rows),
+    /// Rows of prompts, for weights of blocks that become bf16 first; see [`tiles::panels`].
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "no other processor's tier multiplies them yet")
+    )]
+    Panels(&'a Bf16Rows),
 }
 
 /// What follows the bias.
@@ -137,6 +143,8 @@ pub(crate) struct MatMul<'a> {
     /// Below [`Self::units_of`].
     pub(crate) units: Range<usize>,
     pub(crate) rows: usize,
+    /// The output row of each row, where they are not the first ones in order.
+    pub(crate) row_map: Option<&'a [u32]>,
     pub(crate) input: Input<'a>,
     pub(crate) target: Target<'a>,
     /// [`scratch_len`] values that only this thread uses.
@@ -217,6 +225,7 @@ unsafe fn biased<S: Simd>(sum: S::F, bias: Option<&[f32]>, group: usize) -> S::F
 /// Stores one row of a group and adds the residual. Features after the matrix's last are dropped.
 #[inline(always)]
 unsafe fn store<S: Simd>(job: &MatMul<'_>, group: usize, row: usize, sum: S::F) {
+    let row = job.row_map.map_or(row, |map| map[row] as usize);
     let first = group * LANES;
     let features = LANES.min(job.matrix.rows - first);
     // SAFETY: only existing features are read and written.

@@ -4,7 +4,9 @@
 //! instructions. A model holds a [`Kernels`], selected once at load.
 
 pub(crate) mod attention;
+pub(crate) mod choice;
 pub(crate) mod encoder;
+pub(crate) mod kv;
 pub(crate) mod matmul;
 pub(crate) mod quantise;
 pub(crate) mod rows;
@@ -16,11 +18,14 @@ mod x86;
 mod tests;
 
 use attention::Attend;
+use choice::{PromptProducts, TileChoice, TileRule};
 use encoder::{EncoderAttend, LayerNorm};
 use matmul::MatMul;
 use quantise::{Bf16Rows, BlockScaledRows, Int8Rows, Layout};
 
-use crate::Tier;
+use trustformers_plan::KvType;
+
+use crate::{Tier, pack::Form};
 
 /// One tier's kernels; their contracts are those of the generic functions they instantiate.
 #[derive(Clone, Copy)]
@@ -29,6 +34,10 @@ pub(crate) struct Kernels {
     pub(crate) matmul: unsafe fn(&MatMul<'_>),
     /// Whether it loads stacked rows into tile registers.
     has_tiles: bool,
+    /// Whether it is used for [`matmul::Input::Panels`].
+    has_panels: bool,
+    /// When it does.
+    pub(crate) tiles: TileChoice,
     /// [`BlockScaledRows::fill`]
     pub(crate) quantise: unsafe fn(&BlockScaledRows, usize, *const f32),
     /// [`Int8Rows::fill`]
@@ -95,12 +104,24 @@ macro_rules! projections {
     };
 }
 
+/// Attention over a cache of one type under a tier's instructions.
+macro_rules! attention {
+    ($name:ident, $lanes:ty, $element:ty $(, $features:literal)?) => {
+        $(#[target_feature(enable = $features)])?
+        unsafe fn $name(a: &Attend<'_>, chunks: std::ops::Range<usize>, out: *mut f32) {
+            // SAFETY: the caller's contract is the same.
+            unsafe { attention::tile::<$lanes, $element>(a, chunks, out) }
+        }
+    };
+}
+
 /// Entry points of one tier: every kernel with the tier's lanes, under the tier's instructions.
 macro_rules! tier {
     ($table:ident, $lanes:ty $(, $features:literal)?) => {
         mod $table {
             use super::{
-                Attend, BlockScaledRows, EncoderAttend, Int8Rows, Kernels, LayerNorm, MatMul, attention, encoder, matmul, rows,
+                Attend, BlockScaledRows, EncoderAttend, Int8Rows, Kernels, KvType, LayerNorm, MatMul, TileChoice, attention,
+                encoder, kv, matmul, rows,
             };
             use crate::{kernels::matmul::{Input, Rows}, pack::Form};
 
@@ -159,10 +180,18 @@ macro_rules! tier {
                 // SAFETY: the caller's contract is the same.
                 unsafe { rows::add(a, b, out, len) }
             }
-            $(#[target_feature(enable = $features)])?
+            attention!(attend_f32, $lanes, f32 $(, $features)?);
+            attention!(attend_f16, $lanes, kv::HalfElement $(, $features)?);
+            attention!(attend_bf16, $lanes, kv::Bf16Element $(, $features)?);
             unsafe fn attend(a: &Attend<'_>, chunks: std::ops::Range<usize>, out: *mut f32) {
                 // SAFETY: the caller's contract is the same.
-                unsafe { attention::tile::<$lanes>(a, chunks, out) }
+                unsafe {
+                    match a.kv_type {
+                        KvType::F32 => attend_f32(a, chunks, out),
+                        KvType::F16 => attend_f16(a, chunks, out),
+                        KvType::Bf16 => attend_bf16(a, chunks, out),
+                    }
+                }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn merge(partials: *const f32, stride: usize, chunks: usize, out: *mut f32, dim: usize) {
@@ -187,7 +216,7 @@ macro_rules! tier {
             }
 
             pub(super) const TABLE: Kernels = Kernels {
-                matmul, has_tiles: false, quantise, quantise_int8, quantise_bf16: None, rms_norm, silu_mul, add, attend,
+                matmul, has_tiles: false, has_panels: false, tiles: TileChoice::NEVER, quantise, quantise_int8, quantise_bf16: None, rms_norm, silu_mul, add, attend,
                 merge, layer_norm, gelu, encoder_attend,
             };
         }
@@ -242,8 +271,8 @@ mod avx512_bf16 {
 #[cfg(target_arch = "x86_64")]
 mod amx {
     use super::{
-        Bf16Rows, BlockScaledRows, Int8Rows, Kernels, Layout, MatMul, avx512_bf16, avx512_vnni, matmul,
-        matmul::Input,
+        Bf16Rows, BlockScaledRows, Int8Rows, Kernels, Layout, MatMul, TileChoice, TileRule, avx512_bf16,
+        avx512_vnni, matmul, matmul::Input,
     };
     use crate::pack::Form;
 
@@ -256,6 +285,13 @@ mod amx {
     }
     on_tiles!(int8, &Int8Rows, matmul::tiles::int8);
     on_tiles!(bf16, &Bf16Rows, matmul::tiles::bf16);
+    on_tiles!(panels_q8, &Bf16Rows, matmul::tiles::panels::<matmul::Q8>);
+    on_tiles!(panels_q4, &Bf16Rows, matmul::tiles::panels::<matmul::Q4>);
+    on_tiles!(panels_q5, &Bf16Rows, matmul::tiles::panels::<matmul::Q5>);
+    on_tiles!(panels_q4_min, &Bf16Rows, matmul::tiles::panels::<matmul::Q4Min>);
+    on_tiles!(panels_q4_k, &Bf16Rows, matmul::tiles::panels::<matmul::Q4K>);
+    on_tiles!(panels_q5_k, &Bf16Rows, matmul::tiles::panels::<matmul::Q5K>);
+    on_tiles!(panels_q6_k, &Bf16Rows, matmul::tiles::panels::<matmul::Q6K>);
     on_tiles!(q8, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q8>);
     on_tiles!(q4, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q4>);
     on_tiles!(q5, &BlockScaledRows, matmul::tiles::block_scaled::<matmul::Q5>);
@@ -269,6 +305,16 @@ mod amx {
         unsafe {
             match job.input {
                 Input::Bf16(x) => bf16(job, x),
+                Input::Panels(x) => match job.matrix.form {
+                    Form::Q8 => panels_q8(job, x),
+                    Form::Q4 => panels_q4(job, x),
+                    Form::Q5 => panels_q5(job, x),
+                    Form::Q4Min => panels_q4_min(job, x),
+                    Form::Q4K => panels_q4_k(job, x),
+                    Form::Q5K => panels_q5_k(job, x),
+                    Form::Q6K => panels_q6_k(job, x),
+                    form => unreachable!("{form:?} has no blocks to become bf16"),
+                },
                 Input::Int8(x) if x.layout() == Layout::Stacked => int8(job, x),
                 Input::BlockScaled(x) if x.layout() == Layout::Stacked => match job.matrix.form {
                     Form::Q8 => q8(job, x),
@@ -288,25 +334,49 @@ mod amx {
     pub(super) const TABLE: Kernels = Kernels {
         matmul,
         has_tiles: true,
+        tiles: TileChoice::by(TileRule::Measured),
         quantise_bf16: avx512_bf16::TABLE.quantise_bf16,
         ..avx512_vnni::TABLE
     };
 }
 
-/// Rows are stacked from this number on. By count of instructions (`docs/performance.md`): sixteen rows of a
-/// block take 88 cycles on vectors, so eight take 44; a product on tile registers takes 24 to 32 cycles for
-/// any number of rows, and unpacking its weights some 12.
-const LEAST_STACKED_ROWS: usize = 8;
-
 impl Kernels {
-    /// The layout of `rows` [`BlockScaledRows`].
-    pub(crate) const fn block_scaled_layout(&self, rows: usize) -> Layout {
-        if self.has_tiles && rows >= LEAST_STACKED_ROWS { Layout::Stacked } else { Layout::Interleaved }
+    /// The layout of `rows` [`BlockScaledRows`] for weights of a form.
+    pub(crate) fn block_scaled_layout(&self, form: Form, rows: usize) -> Layout {
+        if self.tiles.uses_tiles(form, rows) { Layout::Stacked } else { Layout::Interleaved }
     }
 
-    /// The layout of [`Int8Rows`].
-    pub(crate) const fn int8_layout(&self) -> Layout {
-        if self.has_tiles { Layout::Stacked } else { Layout::Interleaved }
+    /// The layout of `rows` [`Int8Rows`].
+    pub(crate) fn int8_layout(&self, rows: usize) -> Layout {
+        self.block_scaled_layout(Form::Int8, rows)
+    }
+
+    /// The choice in the description of a device: the fewest rows on tile registers, of all forms.
+    pub(crate) fn described(&self) -> String {
+        match self.tiles.least_rows() {
+            Some(rows) => format!(", tiles from {rows} rows"),
+            None => String::new(),
+        }
+    }
+
+    /// The same kernels, chosen by a rule.
+    pub(crate) fn chosen_by(self, rule: TileRule) -> Self {
+        let tiles = match rule {
+            _ if !self.has_tiles => TileChoice::NEVER,
+            TileRule::Measured => TileChoice::measured(&self),
+            rule => TileChoice::by(rule),
+        };
+        Self { tiles, ..self }
+    }
+
+    /// Whether it multiplies rows of prompts by weights that become bf16 ([`matmul::Input::Panels`]).
+    pub(crate) const fn has_panels(&self) -> bool {
+        self.has_panels
+    }
+
+    /// The same kernels, with these products of prompts.
+    pub(crate) fn with_prompts(self, products: PromptProducts) -> Self {
+        Self { has_panels: self.has_tiles && products == PromptProducts::Panels, ..self }
     }
 
     /// Values of scratch memory that projections of at most `cols` columns need.

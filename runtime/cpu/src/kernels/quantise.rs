@@ -367,9 +367,8 @@ impl Bf16Rows {
 }
 
 /// The nearest bf16's bits, without a branch.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "as above"))]
 #[inline(always)]
-fn bf16_bits(x: f32) -> u16 {
+pub(crate) fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();
     let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
     // Rounding must not turn a NaN into infinity.

@@ -39,6 +39,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Sixteen halves.
     unsafe fn load_half(p: *const u16) -> Self::F;
+    /// Sixteen bf16.
+    unsafe fn load_upper(p: *const u16) -> Self::F;
     /// The first of each of sixteen pairs of bf16, or the second.
     unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F;
     /// Sixteen bytes as numbers.
@@ -146,6 +148,12 @@ impl Simd for Scalar {
         // SAFETY: the caller's pointer has sixteen values.
         let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
         bits.map(half_to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_upper(p: *const u16) -> Self::F {
+        // SAFETY: the caller's pointer has sixteen values.
+        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F {

@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use proptest::prelude::*;
-use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, Weight, seeded::SeededRng};
+use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, KvType, Weight, seeded::SeededRng};
 
 use super::{
     Kernels,
-    attention::{Attend, CHUNK_TOKENS, Query, TILE, cache_index, chunk_len, partial_len},
+    attention::{Attend, CHUNK_TOKENS, Query, TILE, chunk_len, partial_len},
+    kv::{Bf16Element, CacheSlot, HalfElement, KvElement, cache_index},
 };
-use crate::{CpuBackend, CpuConfig, Tier};
+use crate::{CpuBackend, CpuConfig, Tier, TileRule};
 
 /// Random rows and stored matrices.
 struct Samples(SeededRng);
@@ -76,7 +77,13 @@ fn has_amx() -> bool {
 #[test]
 fn tile_registers_pass_the_suite() {
     if has_amx() {
-        let config = CpuConfig { tier: Some(Tier::Amx), threads: Some(2) };
+        // Eight rows and more: a measurement would take long where the instructions are interpreted.
+        let config = CpuConfig {
+            tier: Some(Tier::Amx),
+            tiles: TileRule::From(8),
+            threads: Some(2),
+            ..CpuConfig::default()
+        };
         let outcome = trustformers_conformance::check(&|| Ok(Box::new(CpuBackend::new(config)?)));
         assert!(outcome.is_ok(), "{:?}", outcome.unwrap_err());
     }
@@ -120,28 +127,62 @@ proptest! {
     fn attention_follows_its_definition(
         seed in any::<u64>(), positions in 1usize..300, kv_heads in 1usize..4, group in 1usize..7, dim in 1usize..70,
     ) {
+        let recipe = AttentionRecipe {
+            seed,
+            positions,
+            shape: AttentionShape { heads: kv_heads * group, kv_heads, head_dim: dim },
+        };
+        recipe.check::<f32>(KvType::F32)?;
+        recipe.check::<HalfElement>(KvType::F16)?;
+        recipe.check::<Bf16Element>(KvType::Bf16)?;
+    }
+}
+
+/// The parameters of a case of attention.
+#[derive(Debug, Clone, Copy)]
+struct AttentionRecipe {
+    seed: u64,
+    positions: usize,
+    shape: AttentionShape,
+}
+
+impl AttentionRecipe {
+    /// Compares every tier with the definition, over a cache of elements `K`.
+    fn check<K: KvElement>(self, kv_type: KvType) -> Result<(), TestCaseError> {
+        let Self { seed, positions, shape } = self;
+        let AttentionShape { kv_heads, head_dim: dim, .. } = shape;
+        let group = shape.heads / kv_heads;
         let mut samples = Samples::new(seed);
-        let shape = AttentionShape { heads: kv_heads * group, kv_heads, head_dim: dim };
         let blocks = positions.div_ceil(KV_BLOCK_TOKENS);
         // Blocks in falling order, and NaN in every slot without a position.
         let table: Vec<u32> = (0..blocks as u32).rev().collect();
-        let mut cache = vec![f32::NAN; cache_index(&shape, blocks, 0)];
-        let (keys, values) = (samples.floats(positions * kv_heads * dim), samples.floats(positions * kv_heads * dim));
+        let mut cache = vec![K::nearest(f32::NAN); cache_index(&shape, blocks, 0)];
+        let mut rounded = || -> Vec<f32> {
+            let floats = samples.floats(positions * kv_heads * dim);
+            floats.into_iter().map(|v| kv_type.rounded(v)).collect()
+        };
+        let (keys, values) = (rounded(), rounded());
         for p in 0..positions {
-            for h in 0..kv_heads {
-                let base = cache_index(&shape, table[p / KV_BLOCK_TOKENS] as usize, h);
+            for kv_head in 0..kv_heads {
+                let (block, slot) = (table[p / KV_BLOCK_TOKENS] as usize, p % KV_BLOCK_TOKENS);
+                let place = CacheSlot { cache: cache.as_mut_ptr().cast(), kv_head, block, slot };
+                let (key, value) = place.of::<K>(&shape);
                 for d in 0..dim {
-                    let from = (p * kv_heads + h) * dim + d;
-                    cache[base + d * KV_BLOCK_TOKENS + p % KV_BLOCK_TOKENS] = keys[from];
-                    cache[base + dim * KV_BLOCK_TOKENS + p % KV_BLOCK_TOKENS * dim + d] = values[from];
+                    let from = (p * kv_heads + kv_head) * dim + d;
+                    // SAFETY: the block is one of the cache's.
+                    unsafe {
+                        *key.add(d * KV_BLOCK_TOKENS) = K::nearest(keys[from]);
+                        *value.add(d) = K::nearest(values[from]);
+                    }
                 }
             }
         }
         // Several rows; the last attends to all positions.
         let rows = 1 + samples.0.next_u8() as usize % positions.min(9);
         let query: Vec<f32> = samples.floats(rows * shape.heads * dim).iter().map(|v| v * 4.0).collect();
+        let cache = cache.as_ptr().cast();
+        let case = AttentionCase { shape, cache, kv_type, table: &table, query: &query, rows, positions };
         for tier in tiers() {
-            let case = AttentionCase { shape, cache: &cache, table: &table, query: &query, rows, positions };
             let run = |kv_head, first, count| case.tile(tier, kv_head, first..first + count);
             for kv_head in 0..kv_heads {
                 for first in (0..rows * group).step_by(TILE) {
@@ -150,22 +191,28 @@ proptest! {
                     for (i, together) in together.iter().enumerate() {
                         let (row, head) = ((first + i) / group, kv_head * group + (first + i) % group);
                         let own = &query[row * shape.heads * dim..(row + 1) * shape.heads * dim];
-                        let want = attention_of(head, own, &Cached { keys: &keys, values: &values, shape, positions: positions - rows + row + 1 });
-                        for (got, want) in together.iter().zip(want) {
-                            prop_assert!((f64::from(*got) - want).abs() < 1e-5, "{tier} {row} {head}: {got} for {want}");
+                        let positions = positions - rows + row + 1;
+                        let cached = Cached { keys: &keys, values: &values, shape, positions };
+                        for (got, want) in together.iter().zip(attention_of(head, own, &cached)) {
+                            prop_assert!(
+                                (f64::from(*got) - want).abs() < 1e-5,
+                                "{tier} {kv_type} {row} {head}: {got} for {want}"
+                            );
                         }
                         prop_assert_eq!(&run(kv_head, first + i, 1)[0], together, "{} alone", tier);
                     }
                 }
             }
         }
+        Ok(())
     }
 }
 
 /// A sequence of `positions` positions, of whose last `rows` the queries are given.
 struct AttentionCase<'a> {
     shape: AttentionShape,
-    cache: &'a [f32],
+    cache: *const u8,
+    kv_type: KvType,
     table: &'a [u32],
     query: &'a [f32],
     rows: usize,
@@ -175,7 +222,7 @@ struct AttentionCase<'a> {
 impl AttentionCase<'_> {
     /// Queries `range` of a key/value head through a tier's kernels, all chunks merged.
     fn tile(&self, tier: Tier, kv_head: usize, range: std::ops::Range<usize>) -> Vec<Vec<f32>> {
-        let Self { ref shape, cache, table, query, rows, positions } = *self;
+        let Self { ref shape, cache, kv_type, table, query, rows, positions } = *self;
         let (kernels, group, dim) = (Kernels::of(tier), shape.heads / shape.kv_heads, shape.head_dim);
         let count = range.len();
         let queries: Vec<Query> = range
@@ -188,7 +235,8 @@ impl AttentionCase<'_> {
         let attend = Attend {
             shape: *shape,
             scale: 0.5,
-            cache: cache.as_ptr(),
+            cache,
+            kv_type,
             table,
             kv_head,
             queries: &queries,

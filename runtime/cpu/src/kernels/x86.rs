@@ -35,6 +35,12 @@ unsafe fn bf16_256(pairs: __m256i, second: bool) -> __m256 {
     })
 }
 
+/// Eight bf16 as f32.
+#[inline(always)]
+unsafe fn upper_256(halves: __m128i) -> __m256 {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+}
+
 /// Two products of at most 15 * 127 cannot saturate the 16-bit sums.
 #[inline(always)]
 unsafe fn dot_u4_256(acc: __m256i, w: __m256i, x: i32) -> __m256i {
@@ -104,6 +110,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_half(p: *const u16) -> Self::F {
         [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
+    }
+    #[inline(always)]
+    unsafe fn load_upper(p: *const u16) -> Self::F {
+        [upper_256(_mm_loadu_si128(p.cast())), upper_256(_mm_loadu_si128(p.add(8).cast()))]
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F {
@@ -262,6 +272,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     unsafe fn load_half(p: *const u16) -> Self::F {
         _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_upper(p: *const u16) -> Self::F {
+        let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16, second: bool) -> Self::F {

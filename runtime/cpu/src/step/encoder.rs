@@ -3,7 +3,10 @@
 use trustformers_plan::{AttentionShape, Buf, Pooling, WeightId};
 
 use super::{Step, ThreadContext};
-use crate::kernels::encoder::{EncoderAttend, LayerNorm};
+use crate::{
+    kernels::encoder::{EncoderAttend, LayerNorm, TILE},
+    pool::{Dealer, Pieces},
+};
 
 /// The operands of a [`trustformers_plan::Op::EncoderAttention`].
 pub(super) struct EncoderAttention {
@@ -65,29 +68,43 @@ impl Step<'_> {
         }
     }
 
-    /// A unit of work is a key/value head of a sequence. Each thread computes every n-th unit, so that one
-    /// long sequence is spread over the threads.
+    /// A unit of work is a key/value head of a sequence, and its pieces are tiles of rows, whose cost grows
+    /// with the length of the sequence. A thread that has some of a unit's rows lays out its keys and values
+    /// for itself, so that no thread waits for another.
     pub(super) fn encoder_attention(&self, a: &EncoderAttention, thread: ThreadContext<'_>) {
         let AttentionShape { heads, kv_heads, head_dim } = a.shape;
         let group = heads / kv_heads;
         let scratch = self.shared.scratch.threads[thread.number].encoder.ptr();
-        for unit in (thread.number..self.input.sequences() * kv_heads).step_by(self.threads) {
+        let asking = |sequence: usize| self.input.rows_within(a.query.rows, sequence);
+        let cost_of = |unit: usize| {
+            let sequence = unit / kv_heads;
+            Pieces { count: asking(sequence).len().div_ceil(TILE), cost: self.input.rows_of(sequence).len() }
+        };
+        let units = 0..self.input.sequences() * kv_heads;
+        let mut dealer = Dealer::new(units.clone().map(|unit| cost_of(unit).work()).sum(), self.threads);
+        for unit in units {
+            let tiles = dealer.deal(cost_of(unit), thread.number).pieces;
+            if tiles.is_empty() {
+                continue;
+            }
             let (sequence, kv_head) = (unit / kv_heads, unit % kv_heads);
-            let rows = self.input.rows_of(sequence);
-            let at = |buf: Buf, head: usize| self.at(buf, rows.start).wrapping_add(head * head_dim);
+            let (rows, own) = (self.input.rows_of(sequence), asking(sequence));
+            let own = own.start + tiles.start * TILE..own.end.min(own.start + tiles.end * TILE);
+            let at = |buf: Buf, row: usize, head: usize| self.at(buf, row).wrapping_add(head * head_dim);
             let first = kv_head * group;
             // SAFETY: see the parent module; the heads' outputs are this thread's, and so is the scratch
             // space.
             unsafe {
                 (self.shared.kernels.encoder_attend)(&EncoderAttend {
                     len: rows.len(),
+                    rows: own.len(),
                     head_dim,
                     heads: group,
                     scale: a.scale,
-                    query: (at(a.query, first), a.query.stride),
-                    keys: (at(a.keys, kv_head), a.keys.stride),
-                    values: (at(a.values, kv_head), a.values.stride),
-                    out: (at(a.out, first), a.out.stride),
+                    query: (at(a.query, own.start, first), a.query.stride),
+                    keys: (at(a.keys, rows.start, kv_head), a.keys.stride),
+                    values: (at(a.values, rows.start, kv_head), a.values.stride),
+                    out: (at(a.out, own.start, first), a.out.stride),
                     scratch,
                 });
             }
@@ -102,7 +119,10 @@ impl Step<'_> {
         for sequence in self.my_share(self.input.sequences(), thread) {
             let rows = match pooling {
                 Pooling::Mean | Pooling::Max => self.input.rows_of(sequence),
-                Pooling::Cls => self.input.rows_of(sequence).take(1).fold(0..0, |_, row| row..row + 1),
+                Pooling::Cls => {
+                    let first = self.input.rows_within(input.rows, sequence).start;
+                    first..first + 1
+                }
             };
             // SAFETY: see the parent module; the sequence's row is this thread's.
             let out = unsafe { std::slice::from_raw_parts_mut(self.at(out, sequence), out.cols) };

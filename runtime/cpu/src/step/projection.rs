@@ -1,12 +1,15 @@
 //! Projections: norm and quantisation of the input, products, and the epilogue before they are stored.
 
-use trustformers_plan::{Activation, Buf, Norm, Numerics, Segment};
+use trustformers_plan::{Activation, Buf, Norm, Numerics, RowSpace, Segment};
 
-use super::{PRIVATE_ROWS, Step, ThreadContext};
+use super::{
+    PRIVATE_ROWS, Step, ThreadContext,
+    prompts::{PromptRows, RowPlace},
+};
 use crate::{
     kernels::{
         matmul::{self, Input, MatMul, Rows, Target},
-        quantise::{Bf16Rows, BlockScaledRows, Int8Rows},
+        quantise::{Bf16Rows, BlockScaledRows, Int8Rows, Layout},
     },
     pack::{Form, Packed},
     pool::Aborted,
@@ -75,22 +78,49 @@ impl Step<'_> {
                 let residual =
                     p.residual.map(|r| (self.at(r, 0).wrapping_add(first_col).cast_const(), r.stride));
                 let ptr = self.at(p.out, 0).wrapping_add(first_col);
-                // SAFETY: see the parent module; the units' outputs are this thread's.
-                unsafe {
-                    (self.shared.kernels.matmul)(&MatMul {
-                        matrix,
-                        units: units.start - first_unit..units.end - first_unit,
-                        rows,
-                        input: self.input_for(matrix, &inputs),
-                        target: Target { ptr, stride: p.out.stride, bias, activation, residual },
-                        scratch: self.shared.scratch.threads[thread.number].matmul.ptr(),
-                    });
-                }
+                let job = MatMul {
+                    matrix,
+                    units: units.start - first_unit..units.end - first_unit,
+                    rows,
+                    row_map: None,
+                    input: self.input_for(matrix, &inputs),
+                    target: Target { ptr, stride: p.out.stride, bias, activation, residual },
+                    scratch: self.shared.scratch.threads[thread.number].matmul.ptr(),
+                };
+                self.multiply(p, &inputs, job);
             }
             first_unit = end;
             first_col += matrix.rows;
         }
         Ok(())
+    }
+
+    /// Computes this thread's units for all rows: those of prompts apart from the others, where they are.
+    fn multiply(&self, p: &Projection<'_>, inputs: &Inputs, job: MatMul<'_>) {
+        let kernel = self.shared.kernels.matmul;
+        let Some(rows) = self.prompt_rows_of(p) else {
+            // SAFETY: see the parent module; the units' outputs are this thread's.
+            return unsafe { kernel(&job) };
+        };
+        let prompts = Some(&rows.prompts[..]);
+        // SAFETY: as above; the rows of each list were quantised in their order.
+        unsafe {
+            if !rows.others.is_empty() {
+                let others = Some(&rows.others[..]);
+                kernel(&MatMul { rows: rows.others.len(), row_map: others, units: job.units.clone(), ..job });
+            }
+            let input = Input::Panels(&inputs.bf16);
+            kernel(&MatMul { rows: rows.prompts.len(), row_map: prompts, input, ..job });
+        }
+    }
+
+    /// The rows of the step in two lists, where some are parts of prompts that this projection computes
+    /// apart.
+    fn prompt_rows_of(&self, p: &Projection<'_>) -> Option<&PromptRows> {
+        let has_blocks =
+            || p.segments.iter().all(|s| self.wants_block_scaled(&self.shared.matrices[&s.weight]));
+        let applies = p.out.rows == RowSpace::Tokens && !self.prompt_rows.prompts.is_empty() && has_blocks();
+        applies.then_some(self.prompt_rows)
     }
 
     fn wants_block_scaled(&self, matrix: &Packed) -> bool {
@@ -111,18 +141,31 @@ impl Step<'_> {
         }
     }
 
-    /// Norms and quantises the input. Each thread does few rows for itself; many rows are shared among the
-    /// threads.
-    fn inputs(&self, p: &Projection<'_>, rows: usize, thread: ThreadContext<'_>) -> Result<Inputs, Aborted> {
+    /// The forms of the input that a projection needs.
+    fn wanted(&self, p: &Projection<'_>) -> Wanted {
         let any = |which: &dyn Fn(&Packed) -> bool| {
             p.segments.iter().any(|segment| which(&self.shared.matrices[&segment.weight]))
         };
-        let wanted = Wanted {
+        Wanted {
             block_scaled: any(&|m| self.wants_block_scaled(m)),
             int8: any(&|m| m.form == Form::Int8),
-            bf16: any(&|m| self.wants_bf16(m)),
+            bf16: any(&|m| self.wants_bf16(m)) || self.prompt_rows_of(p).is_some(),
             floats: any(&|m| m.form != Form::Int8 && !self.wants_block_scaled(m) && !self.wants_bf16(m)),
-        };
+        }
+    }
+
+    /// The layout of a projection's rows that are quantised by blocks: that of its first matrix, because both
+    /// layouts give the same bits.
+    fn block_scaled_layout(&self, p: &Projection<'_>, rows: usize) -> Layout {
+        let mut forms = p.segments.iter().map(|segment| self.shared.matrices[&segment.weight].form);
+        let form = forms.find(|form| form.has_block_scales());
+        form.map_or(Layout::Interleaved, |form| self.shared.kernels.block_scaled_layout(form, rows))
+    }
+
+    /// Norms and quantises the input. Each thread does few rows for itself; many rows are shared among the
+    /// threads.
+    fn inputs(&self, p: &Projection<'_>, rows: usize, thread: ThreadContext<'_>) -> Result<Inputs, Aborted> {
+        let wanted = self.wanted(p);
         let (scratch, private, cols) = (&self.shared.scratch, rows <= PRIVATE_ROWS, p.input.cols);
         let own = &scratch.threads[thread.number];
         let memory = if private { &own.quantised } else { &scratch.quantised };
@@ -131,6 +174,10 @@ impl Step<'_> {
         let kernels = &self.shared.kernels;
         let int8_at = if wanted.block_scaled { BlockScaledRows::bytes(rows, cols) } else { 0 };
         let bf16_at = int8_at + if wanted.int8 { Int8Rows::bytes(rows, cols) } else { 0 };
+        // Rows of prompts are not quantised by blocks.
+        let prompts = self.prompt_rows_of(p);
+        let block_scaled_rows = prompts.map_or(rows, |rows| rows.others.len());
+        let layout = self.block_scaled_layout(p, block_scaled_rows);
         // SAFETY: the load sized the memory for the widest projection and the largest step.
         let inputs = unsafe {
             let memory = memory.ptr().cast::<u8>();
@@ -139,8 +186,8 @@ impl Step<'_> {
                     Some(_) => Rows { ptr: normed.ptr(), stride: cols },
                     None => Rows { ptr: self.at(p.input, 0), stride: p.input.stride },
                 },
-                block_scaled: BlockScaledRows::new(memory, cols, kernels.block_scaled_layout(rows)),
-                int8: Int8Rows::new(memory.add(int8_at), cols, kernels.int8_layout()),
+                block_scaled: BlockScaledRows::new(memory, cols, layout),
+                int8: Int8Rows::new(memory.add(int8_at), cols, kernels.int8_layout(rows)),
                 bf16: Bf16Rows::new(memory.wrapping_add(bf16_at), cols),
             }
         };
@@ -149,6 +196,8 @@ impl Step<'_> {
         }
         for row in if private { 0..rows } else { self.my_share(rows, thread) } {
             let mut input = self.at(p.input, row).cast_const();
+            let place = prompts.map_or(RowPlace { is_prompt: false, index: row }, |rows| rows.place(row));
+            let is_rounded = wanted.bf16 && place.is_prompt == prompts.is_some();
             // SAFETY: see the parent module; the row is this thread's, in its own memory or its share of the
             // common one.
             unsafe {
@@ -157,17 +206,17 @@ impl Step<'_> {
                     (kernels.rms_norm)(input, &self.shared.vectors[&norm.weight], norm.eps, out);
                     input = out;
                 }
-                if wanted.block_scaled {
-                    (kernels.quantise)(&inputs.block_scaled, row, input);
-                    if row + 1 == rows {
-                        inputs.block_scaled.end(rows);
+                if wanted.block_scaled && !place.is_prompt {
+                    (kernels.quantise)(&inputs.block_scaled, place.index, input);
+                    if place.index + 1 == block_scaled_rows {
+                        inputs.block_scaled.end(block_scaled_rows);
                     }
                 }
                 if wanted.int8 {
                     (kernels.quantise_int8)(&inputs.int8, row, input);
                 }
-                if let Some(quantise) = kernels.quantise_bf16.filter(|_| wanted.bf16) {
-                    quantise(&inputs.bf16, row, input);
+                if let Some(quantise) = kernels.quantise_bf16.filter(|_| is_rounded) {
+                    quantise(&inputs.bf16, place.index, input);
                 }
             }
         }

@@ -109,6 +109,7 @@ fn logits(model: &Model, numerics: Numerics, ids: &[u32]) -> Result<Vec<Vec<f32>
         weights: Arc::clone(model.weights()),
         plan: &plan,
         kv_blocks: blocks.len(),
+        kv_type: backend.caps().default_kv_type(numerics),
         numerics,
         progress: &mut |_| {},
     };

@@ -15,7 +15,7 @@ use crate::faults::{DeviceFault, ModelFault, RequestFault, StepFault, refused_se
 use crate::metrics::GaugeGuard;
 use crate::scheduling::admission::InflightGuard;
 use crate::scheduling::priority::Priority;
-use crate::scheduling::tenants::Tenant;
+use crate::scheduling::tenants::{Tenant, TenantId};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -23,8 +23,8 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 use trustformers_model::Model;
 use trustformers_plan::{
-    Backend, BackendError, Executable, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics, SequenceStep,
-    StepError, StepInput, StepOutput,
+    Backend, BackendError, Executable, KvType, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics,
+    SequenceStep, StepError, StepInput, StepOutput,
 };
 
 /// A request on its way to the device thread.
@@ -79,6 +79,7 @@ impl EncoderStart {
             weights: Arc::clone(self.model.weights()),
             plan: &plan,
             kv_blocks: 0,
+            kv_type: KvType::F32,
             numerics: self.numerics,
             progress: &mut self.progress,
         })?;
@@ -114,6 +115,7 @@ struct TextRef {
 #[derive(Debug)]
 struct PendingRequest {
     job: EncodeJob,
+    tenant: TenantId,
     /// One row for each text, empty until the first step.
     values: Vec<f32>,
     remaining_texts: usize,
@@ -182,15 +184,15 @@ impl EncoderDevice {
         if job.caller.series.is_some() {
             self.batcher.record_arrival(arrived);
         }
-        self.batcher.request_arrived(&job.tenant);
+        let tenant = self.batcher.request_arrived(&job.tenant);
         let request = self.next_request;
         self.next_request += 1;
         for (index, ids) in job.texts.iter().enumerate() {
-            let text = NewText { arrived, class: job.class, tenant: &job.tenant, tokens: ids.len() };
+            let text = NewText { arrived, class: job.class, tenant, tokens: ids.len() };
             self.batcher.push(text, TextRef { request, index });
         }
         let remaining_texts = job.texts.len();
-        let pending = PendingRequest { job, values: Vec::new(), remaining_texts, started: None };
+        let pending = PendingRequest { job, tenant, values: Vec::new(), remaining_texts, started: None };
         self.requests.insert(request, pending);
     }
 
@@ -201,7 +203,7 @@ impl EncoderDevice {
         requests.retain(|_, request| {
             let gone = request.job.caller.reply.is_closed();
             if gone {
-                batcher.request_ended(&request.job.tenant);
+                batcher.request_ended(request.tenant);
                 if let Some(series) = &request.job.caller.series {
                     series.cancelled.inc();
                 }
@@ -311,7 +313,7 @@ impl EncoderDevice {
             if request.remaining_texts == 0
                 && let Some(done) = self.requests.remove(&text.request)
             {
-                self.batcher.request_ended(&done.job.tenant);
+                self.batcher.request_ended(done.tenant);
                 done.answer(width);
             }
         }
@@ -330,7 +332,7 @@ impl EncoderDevice {
     fn fail(&mut self, request: u64, error: EncodeError) {
         let Some(failed) = self.requests.remove(&request) else { return };
         self.batcher.retain(|text| text.request != request);
-        self.batcher.request_ended(&failed.job.tenant);
+        self.batcher.request_ended(failed.tenant);
         failed.fail(error);
     }
 

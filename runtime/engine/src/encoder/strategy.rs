@@ -22,7 +22,7 @@
 use super::estimate::{Arrivals, StepTimes};
 use crate::scheduling::priority::Priority;
 use crate::scheduling::queue::{HasQueueKey, Queue, QueueKey};
-use crate::scheduling::tenants::{Tenant, Tenants};
+use crate::scheduling::tenants::{Tenant, TenantId, Tenants};
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
@@ -100,11 +100,11 @@ pub(crate) enum Decision {
 
 /// A text that arrives.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct NewText<'a> {
+pub(crate) struct NewText {
     pub(crate) arrived: Moment,
     pub(crate) class: Priority,
     /// A tenant whose request was counted by [`Batcher::request_arrived`].
-    pub(crate) tenant: &'a Tenant,
+    pub(crate) tenant: TenantId,
     /// Its length, at most [`BatchRules::max_tokens`].
     pub(crate) tokens: usize,
 }
@@ -168,20 +168,20 @@ impl<T> Batcher<T> {
     }
 
     /// Counts a request of this tenant. Its texts follow.
-    pub(crate) fn request_arrived(&mut self, tenant: &Tenant) {
-        self.tenants.request_arrived(tenant);
+    pub(crate) fn request_arrived(&mut self, tenant: &Tenant) -> TenantId {
+        self.tenants.request_arrived(tenant)
     }
 
     /// Counts the end of a request of this tenant, for whatever reason.
-    pub(crate) fn request_ended(&mut self, tenant: &Tenant) {
+    pub(crate) fn request_ended(&mut self, tenant: TenantId) {
         self.tenants.request_ended(tenant);
     }
 
     /// Adds a text.
-    pub(crate) fn push(&mut self, text: NewText<'_>, item: T) {
+    pub(crate) fn push(&mut self, text: NewText, item: T) {
         let NewText { arrived, class, tenant, tokens } = text;
         let class = if self.rules.by_class { class } else { Priority::Normal };
-        let key = QueueKey { class, tenant: Tenant::clone(tenant), arrival: self.arrived_texts, aged: false };
+        let key = QueueKey { class, tenant, arrival: self.arrived_texts, aged: false };
         self.arrived_texts += 1;
         self.texts += 1;
         self.tokens += tokens;
@@ -247,7 +247,7 @@ impl<T> Batcher<T> {
             tokens += text.tokens;
             self.texts -= 1;
             self.tokens -= text.tokens;
-            self.tenants.charge(&text.key.tenant, text.tokens);
+            self.tenants.charge(text.key.tenant, text.tokens);
             batch.push(text.item);
         }
     }

@@ -9,15 +9,15 @@ use crate::device_thread::{self, OnProgress, Shared};
 use crate::estimate;
 use crate::faults::{DeviceFault, StepFault, refused_sequence};
 use crate::metrics::ModelMetrics;
-use crate::prefix_cache::{BlockPool, blocks_for};
+use crate::prefix_cache::{BlockPool, BlockTable, blocks_for};
 use crate::request::GenerateError;
 use crate::sampling::Scratch;
 use crate::scheduling::preemption::{
     Candidate, Requester, Shortage, select_victim, select_victim_for_growth,
 };
-use crate::scheduling::queue::{AGED_SHARE, HasQueueKey, Queue, QueueKey};
+use crate::scheduling::queue::{AGED_SHARE, HasQueueKey, NextInQueue, Queue, QueueKey};
 use crate::scheduling::rows::{PromptPacer, RowAllocation, RowBudget, RowRequest};
-use crate::scheduling::tenants::{Tenant, Tenants};
+use crate::scheduling::tenants::{TenantId, Tenants};
 use crate::speculation::{DraftModel, DraftTokens, Proposer, RowLimits};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -56,6 +56,7 @@ impl GenerationStart {
             weights: Arc::clone(self.model.weights()),
             plan: &plan,
             kv_blocks: sizes.kv_blocks,
+            kv_type: sizes.kv_type,
             numerics: self.numerics,
             progress: &mut self.progress,
         })?;
@@ -166,9 +167,9 @@ impl GenerationDevice {
     }
 
     fn enqueue(&mut self, job: GenerationJob) {
-        self.tenants.request_arrived(&job.tenant);
+        let tenant = self.tenants.request_arrived(&job.tenant);
         let draft = self.proposer.as_ref().map_or_else(DraftTokens::disabled, Proposer::new_sequence);
-        self.waiting.push(Sequence::new(job, self.arrivals, draft));
+        self.waiting.push(Sequence::new(job, tenant, self.arrivals, draft));
         self.arrivals += 1;
     }
 
@@ -180,7 +181,7 @@ impl GenerationDevice {
                 return true;
             }
             sequence.count_cancelled();
-            tenants.request_ended(&sequence.queue_key().tenant);
+            tenants.request_ended(sequence.queue_key().tenant);
             false
         };
         waiting.retain(&mut retain);
@@ -193,7 +194,7 @@ impl GenerationDevice {
         let limit = self.sizes.max_batch_size + self.sizes.max_queue;
         while self.waiting.len() + self.running.len() > limit {
             let Some(mut last) = self.waiting.remove_least_urgent(Sequence::has_no_output) else { return };
-            self.tenants.request_ended(&last.queue_key().tenant);
+            self.tenants.request_ended(last.queue_key().tenant);
             last.refuse(self.shared.retry_after());
         }
     }
@@ -209,32 +210,27 @@ impl GenerationDevice {
     fn admit(&mut self) {
         let mut preemptions_left = self.sizes.max_batch_size;
         loop {
-            let running_of = |tenant: &Tenant| {
-                self.running.iter().filter(|sequence| sequence.queue_key().tenant == *tenant).count()
+            let running_of = |tenant: TenantId| {
+                self.running.iter().filter(|sequence| sequence.queue_key().tenant == tenant).count()
             };
             let aged = self.running.iter().filter(|sequence| sequence.queue_key().aged).count();
             let may_age = aged < self.sizes.max_batch_size.div_ceil(AGED_SHARE);
             let Some(next) = self.waiting.select_next(&self.tenants, running_of, may_age) else { return };
-            let Some(sequence) = self.waiting.peek(&next) else { return };
-            let blocks = self.pool.match_prefix(sequence.cacheable_prefix());
-            let own = blocks_for(sequence.tokens().len());
-            let promised: usize = self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum();
-            let short = (own - blocks.ids().len() + promised).saturating_sub(self.pool.available());
-            let shortage = if self.running.len() >= self.sizes.max_batch_size {
-                Some(Shortage::Batch)
-            } else if short > 0 && !self.running.is_empty() {
-                Some(Shortage::Blocks { short, own })
-            } else {
-                None
+            // The cached prefix is looked up only where the batch has room: a full batch would look it up in
+            // every step.
+            let is_full = self.running.len() >= self.sizes.max_batch_size;
+            let found = if is_full { Err(Shortage::Batch) } else { self.find_blocks(&next) };
+            let blocks = match found {
+                Ok(blocks) => blocks,
+                Err(shortage) => {
+                    let requester = Requester { class: next.class(), tenant: next.tenant() };
+                    let victim = select_victim(requester, shortage, &self.candidates());
+                    let Some(index) = victim.filter(|_| preemptions_left > 0) else { return };
+                    preemptions_left -= 1;
+                    self.preempt(index);
+                    continue;
+                }
             };
-            if let Some(shortage) = shortage {
-                let requester = Requester { class: next.class(), tenant: next.tenant() };
-                let victim = select_victim(requester, shortage, &self.candidates());
-                let Some(index) = victim.filter(|_| preemptions_left > 0) else { return };
-                preemptions_left -= 1;
-                self.preempt(index);
-                continue;
-            }
             let Some(mut sequence) = self.waiting.pop(&next) else { return };
             if next.is_aged() {
                 sequence.mark_aged();
@@ -244,6 +240,19 @@ impl GenerationDevice {
             let at = self.running.partition_point(|other| other.queue_key().rank() < rank);
             self.running.insert(at, sequence);
         }
+    }
+
+    /// The cached blocks of the next sequence, where the cache has room for the rest of it.
+    fn find_blocks(&self, next: &NextInQueue) -> Result<BlockTable, Shortage> {
+        let (prefix, tokens) = match self.waiting.peek(next) {
+            Some(sequence) => (sequence.cacheable_prefix(), sequence.tokens().len()),
+            None => (&[][..], 0),
+        };
+        let blocks = self.pool.match_prefix(prefix);
+        let own = blocks_for(tokens);
+        let promised: usize = self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum();
+        let short = (own - blocks.ids().len() + promised).saturating_sub(self.pool.available());
+        if short > 0 && !self.running.is_empty() { Err(Shortage::Blocks { short, own }) } else { Ok(blocks) }
     }
 
     fn candidates(&self) -> Vec<Candidate<'_>> {
@@ -277,8 +286,8 @@ impl GenerationDevice {
                 RowRequest {
                     demand: sequence.demand(),
                     rank: sequence.queue_key().rank(),
-                    usage: tenants.usage(tenant),
-                    underserved: *aged || precedes_class || tenants.is_underserved(tenant),
+                    usage: tenants.usage(*tenant),
+                    underserved: *aged || precedes_class || tenants.is_underserved(*tenant),
                 }
             }));
             let alone = running.len() == 1 && self.waiting.is_empty();
@@ -353,12 +362,12 @@ impl GenerationDevice {
             first_row += count;
             let outcome = sequence.step_done(rows, logits, scratch, tokenizer);
             // Rejected draft tokens are not charged.
-            tenants.charge(&sequence.queue_key().tenant, sequence.cached() - cached_before);
+            tenants.charge(sequence.queue_key().tenant, sequence.cached() - cached_before);
             if outcome == StepOutcome::ModelBroken {
                 pool.invalidate();
             }
             if outcome != StepOutcome::Running {
-                tenants.request_ended(&sequence.queue_key().tenant);
+                tenants.request_ended(sequence.queue_key().tenant);
             }
             outcome == StepOutcome::Running
         });
@@ -405,7 +414,7 @@ impl GenerationDevice {
             let ends = refused.contains(&index);
             index += 1;
             if ends {
-                tenants.request_ended(&sequence.queue_key().tenant);
+                tenants.request_ended(sequence.queue_key().tenant);
                 sequence.fail_refused(refusal);
             }
             !ends
@@ -419,7 +428,7 @@ impl GenerationDevice {
         self.shared.step_failed();
         self.pool.invalidate();
         for mut sequence in self.running.drain(..) {
-            self.tenants.request_ended(&sequence.queue_key().tenant);
+            self.tenants.request_ended(sequence.queue_key().tenant);
             sequence.fail(fault.clone().into());
         }
     }

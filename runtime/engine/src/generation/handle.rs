@@ -21,7 +21,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use trustformers_model::Model;
-use trustformers_plan::{Backend, LoadProgress, MemoryReport, Numerics};
+use trustformers_plan::{Backend, KvType, LoadProgress, MemoryReport, Numerics};
 
 /// Prompt tokens of the warm-up generation: enough to run the batched kernels.
 const WARM_UP_PROMPT_TOKENS: usize = 32;
@@ -50,6 +50,8 @@ pub struct EngineInfo {
     pub token_budget: usize,
     /// KV blocks of 16 tokens.
     pub kv_blocks: usize,
+    /// The type in which keys and values are cached.
+    pub kv_type: KvType,
     /// Bytes that the model takes on the device, by purpose.
     pub memory: MemoryReport,
 }
@@ -143,6 +145,7 @@ impl Engine {
             max_queue: sizes.max_queue,
             token_budget: sizes.token_budget,
             kv_blocks: sizes.kv_blocks,
+            kv_type: sizes.kv_type,
             memory,
         };
         let inner = EngineInner {

@@ -12,7 +12,7 @@ use crate::scheduling::admission::InflightGuard;
 use crate::scheduling::priority::Priority;
 use crate::scheduling::queue::{HasQueueKey, QueueKey};
 use crate::scheduling::rows::RowDemand;
-use crate::scheduling::tenants::Tenant;
+use crate::scheduling::tenants::{Tenant, TenantId};
 use crate::speculation::{DraftFeed, DraftTokens};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -73,10 +73,10 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// The job with the number `arrival`.
-    pub(crate) fn new(job: GenerationJob, arrival: u64, draft: DraftTokens) -> Self {
+    /// The job with the number `arrival`, of a tenant that was counted.
+    pub(crate) fn new(job: GenerationJob, tenant: TenantId, arrival: u64, draft: DraftTokens) -> Self {
         Self {
-            key: QueueKey { class: job.class, tenant: Arc::clone(&job.tenant), arrival, aged: false },
+            key: QueueKey { class: job.class, tenant, arrival, aged: false },
             tokens: job.prompt.to_vec(),
             blocks: None,
             cached: 0,

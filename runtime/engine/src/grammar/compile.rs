@@ -72,6 +72,8 @@ impl Compiler {
     /// Takes milliseconds, and some hundred the first time.
     pub(super) fn compile(&self, grammar: &Grammar) -> Result<Compiled, SubmitError> {
         let invalid = |why: String| SubmitError::Invalid { field: "response_format", why };
+        // What is made once for the model is not the request's time.
+        self.state.factory().map_err(invalid)?;
         let Some(permit) = CompilePermits::acquire(&self.permits, MAX_COMPILE_TIME) else {
             let what = "the compiler for structured output of this model";
             return Err(SubmitError::Busy { what, retry_after: MAX_COMPILE_TIME });
@@ -106,10 +108,15 @@ fn failed(kind: &str) -> String {
 }
 
 impl CompilerState {
+    /// The vocabulary as the compiler needs it, made by the first request.
+    fn factory(&self) -> Result<&Factory, String> {
+        self.factory.get_or_init(|| factory(&self.model)).as_ref().map_err(Clone::clone)
+    }
+
     fn compile(&self, grammar: &Grammar) -> Result<Compiled, String> {
         let kind = grammar.kind();
         let Described { top, paths, limit_digits } = described(grammar)?;
-        let factory = self.factory.get_or_init(|| factory(&self.model)).as_ref().map_err(Clone::clone)?;
+        let factory = self.factory()?;
         let explain = |message: &str| explained(kind, message, &paths);
         let mut parser =
             factory.parsers.create_parser(top).map_err(|error| explain(&format!("{error:#}")))?;

@@ -7,7 +7,7 @@
 
 use super::priority::Priority;
 use super::queue::QueueKey;
-use super::tenants::Tenant;
+use super::tenants::TenantId;
 
 /// A running sequence that could be preempted.
 #[derive(Debug, Clone, Copy)]
@@ -19,9 +19,9 @@ pub(crate) struct Candidate<'a> {
 
 /// The request that needs room.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Requester<'a> {
+pub(crate) struct Requester {
     pub(crate) class: Priority,
-    pub(crate) tenant: &'a Tenant,
+    pub(crate) tenant: TenantId,
 }
 
 /// Why a request cannot run now.
@@ -36,7 +36,7 @@ pub(crate) enum Shortage {
 /// The sequence to preempt for a request, as an index of `running`. `None` where the policy allows no
 /// preemption, or where all allowed preemptions together would not make enough room.
 pub(crate) fn select_victim(
-    requester: Requester<'_>,
+    requester: Requester,
     shortage: Shortage,
     running: &[Candidate<'_>],
 ) -> Option<usize> {
@@ -59,18 +59,18 @@ pub(crate) fn select_victim(
         Shortage::Batch => 1,
         Shortage::Blocks { own, .. } => own,
     };
-    let held_by = |tenant: &Tenant| -> usize {
-        running.iter().filter(|candidate| candidate.key.tenant == *tenant).map(amount).sum()
+    let held_by = |tenant: TenantId| -> usize {
+        running.iter().filter(|candidate| candidate.key.tenant == tenant).map(amount).sum()
     };
     let own = held_by(tenant) + needed;
     let has_more = |candidate: &&Candidate<'_>| {
         candidate.key.class == class
             && !candidate.key.aged
-            && candidate.key.tenant != *tenant
-            && held_by(&candidate.key.tenant) >= own + amount(candidate)
+            && candidate.key.tenant != tenant
+            && held_by(candidate.key.tenant) >= own + amount(candidate)
     };
-    let most = running.iter().filter(has_more).map(|candidate| held_by(&candidate.key.tenant)).max()?;
-    last(running, |candidate| has_more(&candidate) && held_by(&candidate.key.tenant) == most)
+    let most = running.iter().filter(has_more).map(|candidate| held_by(candidate.key.tenant)).max()?;
+    last(running, |candidate| has_more(&candidate) && held_by(candidate.key.tenant) == most)
 }
 
 /// The sequence to preempt where the running ones need more blocks than there are: of the lowest class, of
@@ -81,17 +81,17 @@ pub(crate) fn select_victim_for_growth(running: &[Candidate<'_>]) -> Option<usiz
     let level = |candidate: &Candidate<'_>| (!candidate.key.aged, candidate.key.class);
     let others = || running.iter().filter(|candidate| candidate.key.rank() != first);
     let lowest = others().map(level).max()?;
-    let sequences_of = |tenant: &Tenant| {
-        others().filter(|candidate| level(candidate) == lowest && candidate.key.tenant == *tenant).count()
+    let sequences_of = |tenant: TenantId| {
+        others().filter(|candidate| level(candidate) == lowest && candidate.key.tenant == tenant).count()
     };
     let most = others()
         .filter(|candidate| level(candidate) == lowest)
-        .map(|candidate| sequences_of(&candidate.key.tenant))
+        .map(|candidate| sequences_of(candidate.key.tenant))
         .max()?;
     last(running, |candidate| {
         candidate.key.rank() != first
             && level(candidate) == lowest
-            && sequences_of(&candidate.key.tenant) == most
+            && sequences_of(candidate.key.tenant) == most
     })
 }
 
@@ -109,7 +109,7 @@ mod tests {
     fn keys(all: &[(Priority, &str)]) -> Vec<QueueKey> {
         let key = |(arrival, (class, tenant)): (u64, &(Priority, &str))| QueueKey {
             class: *class,
-            tenant: (*tenant).into(),
+            tenant: TenantId::of_letter(tenant),
             arrival,
             aged: false,
         };
@@ -122,7 +122,7 @@ mod tests {
     }
 
     fn victim(class: Priority, tenant: &str, shortage: Shortage, running: &[Candidate<'_>]) -> Option<usize> {
-        select_victim(Requester { class, tenant: &tenant.into() }, shortage, running)
+        select_victim(Requester { class, tenant: TenantId::of_letter(tenant) }, shortage, running)
     }
 
     #[test]

@@ -8,9 +8,8 @@
 //! oldest request.
 
 use super::priority::Priority;
-use super::tenants::{Tenant, Tenants};
+use super::tenants::{TenantId, Tenants};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 
 /// Most admissions from higher classes while a request of a class waits, by class.
 pub(crate) const MAX_BYPASSES: [usize; 3] = [usize::MAX, 8, 16];
@@ -20,10 +19,10 @@ pub(crate) const MAX_BYPASSES: [usize; 3] = [usize::MAX, 8, 16];
 pub(crate) const AGED_SHARE: usize = 4;
 
 /// What decides the order of requests.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct QueueKey {
     pub(crate) class: Priority,
-    pub(crate) tenant: Tenant,
+    pub(crate) tenant: TenantId,
     /// Its number in the order of arrival.
     pub(crate) arrival: u64,
     /// It was bypassed too often: it belongs to the highest class and precedes all others there.
@@ -51,11 +50,11 @@ pub(crate) trait HasQueueKey {
 }
 
 /// The choice of [`Queue::select_next`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NextInQueue {
     /// The class it waits in.
     class: Priority,
-    tenant: Tenant,
+    tenant: TenantId,
     /// The request, or its class, was bypassed too often.
     aged: bool,
 }
@@ -66,8 +65,8 @@ impl NextInQueue {
         if self.aged { Priority::High } else { self.class }
     }
 
-    pub(crate) fn tenant(&self) -> &Tenant {
-        &self.tenant
+    pub(crate) fn tenant(&self) -> TenantId {
+        self.tenant
     }
 
     pub(crate) fn is_aged(&self) -> bool {
@@ -78,7 +77,7 @@ impl NextInQueue {
 #[derive(Debug)]
 struct ClassQueue<T> {
     /// Each tenant's requests, the oldest first; no list is empty.
-    tenants: BTreeMap<Tenant, VecDeque<T>>,
+    tenants: BTreeMap<TenantId, VecDeque<T>>,
     /// Admissions from higher classes since the last one from this class, while a request waited here.
     bypass_count: usize,
 }
@@ -87,21 +86,24 @@ struct ClassQueue<T> {
 #[derive(Debug)]
 pub(crate) struct Queue<T> {
     classes: [ClassQueue<T>; 3],
+    /// Requests in all of them.
+    len: usize,
 }
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Self { classes: [(); 3].map(|()| ClassQueue { tenants: BTreeMap::new(), bypass_count: 0 }) }
+        let classes = [(); 3].map(|()| ClassQueue { tenants: BTreeMap::new(), bypass_count: 0 });
+        Self { classes, len: 0 }
     }
 }
 
 impl<T: HasQueueKey> Queue<T> {
     pub(crate) fn len(&self) -> usize {
-        self.classes.iter().flat_map(|class| class.tenants.values()).map(VecDeque::len).sum()
+        self.len
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.classes.iter().all(|class| class.tenants.is_empty())
+        self.len == 0
     }
 
     /// The oldest request of each tenant in each class.
@@ -112,10 +114,11 @@ impl<T: HasQueueKey> Queue<T> {
     /// Adds a request, before those of its tenant and class that arrived after it.
     pub(crate) fn push(&mut self, item: T) {
         let key = item.queue_key();
-        let (class, tenant, rank) = (key.class, Arc::clone(&key.tenant), key.rank());
+        let (class, tenant, rank) = (key.class, key.tenant, key.rank());
         let requests = self.classes[class as usize].tenants.entry(tenant).or_default();
         let at = requests.partition_point(|other| other.queue_key().rank() < rank);
         requests.insert(at, item);
+        self.len += 1;
     }
 
     /// Selects the next request. `running` gives the number of running requests of a tenant: among tenants
@@ -124,7 +127,7 @@ impl<T: HasQueueKey> Queue<T> {
     pub(crate) fn select_next(
         &self,
         tenants: &Tenants,
-        running: impl Fn(&Tenant) -> usize,
+        running: impl Fn(TenantId) -> usize,
         may_age: bool,
     ) -> Option<NextInQueue> {
         let waiting = |class: &Priority| !self.classes[*class as usize].tenants.is_empty();
@@ -142,9 +145,9 @@ impl<T: HasQueueKey> Queue<T> {
         let candidates = self.classes[class as usize].tenants.iter();
         let (tenant, _) = candidates.min_by_key(|(tenant, requests)| {
             let oldest = requests.front().map_or(0, |item| item.queue_key().arrival);
-            (!was_preempted(requests), tenants.served_tokens(tenant), running(tenant), oldest)
+            (!was_preempted(requests), tenants.served_tokens(**tenant), running(**tenant), oldest)
         })?;
-        Some(NextInQueue { class, tenant: Arc::clone(tenant), aged: aged.is_some() })
+        Some(NextInQueue { class, tenant: *tenant, aged: aged.is_some() })
     }
 
     /// The selected request.
@@ -157,6 +160,7 @@ impl<T: HasQueueKey> Queue<T> {
         let tenants = &mut self.classes[next.class as usize].tenants;
         let requests = tenants.get_mut(&next.tenant)?;
         let item = requests.pop_front();
+        self.len -= usize::from(item.is_some());
         if requests.is_empty() {
             tenants.remove(&next.tenant);
         }
@@ -183,9 +187,10 @@ impl<T: HasQueueKey> Queue<T> {
             let found = removable
                 .max_by_key(|(_, requests, newest)| (requests.len(), requests[*newest].queue_key().arrival));
             let Some((tenant, _, newest)) = found else { continue };
-            let tenant = Arc::clone(tenant);
+            let tenant = *tenant;
             let requests = class.tenants.get_mut(&tenant)?;
             let item = requests.remove(newest);
+            self.len -= usize::from(item.is_some());
             if requests.is_empty() {
                 class.tenants.remove(&tenant);
             }
@@ -201,9 +206,11 @@ impl<T: HasQueueKey> Queue<T> {
 
     /// Removes the requests for which `keep` is false.
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
+        self.len = 0;
         for class in &mut self.classes {
             class.tenants.retain(|_, requests| {
                 requests.retain(&mut keep);
+                self.len += requests.len();
                 !requests.is_empty()
             });
         }
@@ -227,7 +234,7 @@ mod tests {
     }
 
     fn key(class: Priority, tenant: &str, arrival: u64) -> QueueKey {
-        QueueKey { class, tenant: tenant.into(), arrival, aged: false }
+        QueueKey { class, tenant: TenantId::of_letter(tenant), arrival, aged: false }
     }
 
     /// Removes the next request; gives its number and whether it was aged.
@@ -298,27 +305,28 @@ mod tests {
         for tenant in ["a", "b"] {
             tenants.request_arrived(&tenant.into());
         }
-        tenants.charge(&"b".into(), 9);
+        tenants.charge(TenantId::of_letter("b"), 9);
         let popped = [(); 3].map(|()| pop_next(&mut queue, &tenants));
         assert_eq!(popped, [(3, true), (1, false), (2, false)]);
     }
 
     #[test]
     fn the_least_served_tenant_is_next_then_the_one_that_runs_least() {
+        let [a, b] = ["a", "b"].map(TenantId::of_letter);
         let mut tenants = Tenants::default();
         let mut queue = Queue::default();
         for (arrival, tenant) in (0..).zip(["a", "a", "b", "c"]) {
             queue.push(key(Priority::Normal, tenant, arrival));
             tenants.request_arrived(&tenant.into());
         }
-        tenants.charge(&"a".into(), 5);
-        tenants.charge(&"b".into(), 5);
-        tenants.charge(&"c".into(), 6);
-        let next = queue.select_next(&tenants, |tenant| usize::from(&**tenant == "a"), true).unwrap();
-        assert_eq!((&**next.tenant(), queue.peek(&next).unwrap().arrival), ("b", 2));
+        tenants.charge(TenantId::of_letter("a"), 5);
+        tenants.charge(TenantId::of_letter("b"), 5);
+        tenants.charge(TenantId::of_letter("c"), 6);
+        let next = queue.select_next(&tenants, |tenant| usize::from(tenant == a), true).unwrap();
+        assert_eq!((next.tenant(), queue.peek(&next).unwrap().arrival), (b, 2));
         let next = queue.select_next(&tenants, |_| 0, true).unwrap();
         assert_eq!(queue.pop(&next).unwrap().arrival, 0);
-        tenants.charge(&"a".into(), 5);
+        tenants.charge(TenantId::of_letter("a"), 5);
         assert_eq!(pop_next(&mut queue, &tenants).0, 2);
         assert_eq!(pop_next(&mut queue, &tenants).0, 3);
     }

@@ -92,6 +92,7 @@ impl DraftModel {
             weights: Arc::clone(model.weights()),
             plan: &plan,
             kv_blocks: sizes.kv_blocks,
+            kv_type: sizes.kv_type,
             numerics,
             progress: &mut |_| {},
         })?;

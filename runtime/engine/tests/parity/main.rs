@@ -158,6 +158,7 @@ fn logits(
         weights: Arc::clone(model.weights()),
         plan: &plan,
         kv_blocks: blocks.len(),
+        kv_type: backend.caps().default_kv_type(numerics),
         numerics,
         progress: &mut |_| {},
     };

@@ -8,12 +8,16 @@
 mod drain;
 mod feed;
 mod grpc;
+mod held;
 mod hostile;
 mod operator;
 mod pods;
 mod retry;
 mod routing;
+mod scripted;
 mod streams;
+mod surfaces;
+mod websockets;
 
 use std::future::Future;
 use std::net::SocketAddr;

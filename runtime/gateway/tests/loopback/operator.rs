@@ -30,7 +30,7 @@ impl TableBuilder {
             name: format!("default/{name}"),
             aliases: vec![format!("default/{name}"), name.to_owned()],
             backends: Vec::new(),
-            policy: Some(wire::Policy { first_byte_timeout_ms: 0, retries: 1 }),
+            policy: Some(wire::Policy { retries: 1, ..wire::Policy::default() }),
             task: String::new(),
         });
         self
@@ -44,7 +44,21 @@ impl TableBuilder {
 
     /// Sets the last route's policy.
     pub(crate) fn policy(mut self, first_byte_timeout_ms: u64, retries: u32) -> Self {
-        self.0.routes.last_mut().unwrap().policy = Some(wire::Policy { first_byte_timeout_ms, retries });
+        let policy = self.0.routes.last_mut().unwrap().policy.as_mut().unwrap();
+        (policy.first_byte_timeout_ms, policy.retries) = (first_byte_timeout_ms, retries);
+        self
+    }
+
+    /// The last route holds requests this long while it has no pod.
+    pub(crate) fn hold(mut self, hold_ms: u64) -> Self {
+        self.0.routes.last_mut().unwrap().policy.as_mut().unwrap().hold_ms = hold_ms;
+        self
+    }
+
+    /// Callers of the last route may name their tenant and choose their priority class.
+    pub(crate) fn accepting_caller_headers(mut self) -> Self {
+        let policy = self.0.routes.last_mut().unwrap().policy.as_mut().unwrap();
+        (policy.accept_tenant, policy.accept_priority) = (true, true);
         self
     }
 

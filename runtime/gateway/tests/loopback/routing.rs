@@ -55,18 +55,17 @@ async fn without_a_name_the_path_decides_on_the_model() {
     let choices = async |path: &str| {
         let (status, body) = send(path).await;
         assert_eq!(
-            (status, &json(&body)["error"]["type"]),
+            (status, &json(&body)["error"]["code"]),
             (StatusCode::BAD_REQUEST, &"model_required".into())
         );
         json(&body)["error"]["choices"].clone()
     };
-    assert_eq!(choices("/v1/rerank").await, serde_json::json!(["default/g", "default/e", "default/new"]));
     scene.publish(table(2).route("f").task("embed")).await;
     assert_eq!(choices("/v1/embeddings").await, serde_json::json!(["default/e", "default/f"]));
 }
 
 #[tokio::test]
-async fn unknown_paths_below_v1_go_to_the_only_model() {
+async fn path_and_query_reach_the_pod_and_its_status_the_caller() {
     let pod = Pod::start(|head, body| async move {
         let text = format!("{} {}", head.uri.path_and_query().unwrap(), body.len());
         Ok(full(StatusCode::IM_A_TEAPOT, text))
@@ -105,6 +104,7 @@ async fn headers_name_the_caller_without_those_of_one_hop() {
     assert_eq!(head.headers["x-forwarded-for"], "198.51.100.9, 127.0.0.1");
     assert_eq!(head.headers["x-request-id"], "id-7");
     assert_eq!(head.headers["authorization"], "Bearer t");
+    assert_eq!(head.headers["x-trustformers-report-end"], "1");
     assert!(!head.headers.contains_key("x-secret") && !head.headers.contains_key("connection"));
     assert_eq!(head.uri.authority().unwrap(), "models.example");
     assert_eq!(head.version, http::Version::HTTP_2);
@@ -203,6 +203,13 @@ async fn local_endpoints_show_the_state() {
     assert_eq!(model["aliases"], serde_json::json!(["default/a", "a"]));
     assert_eq!(model["task"], "generate");
     assert_eq!(model["ready_endpoints"], 1);
+    assert_eq!((&model["owned_by"], &model["state"]), (&"trustformers".into(), &"ready".into()));
+    assert!(model["created"].as_u64().unwrap() > 1_600_000_000);
+    for path in ["/v1/models/a", "/v1/models/default/a", "/openai/v1/models/default%2Fa"] {
+        assert_eq!(json(&scene.get(path).await.1), *model, "{path}");
+    }
+    let (status, body) = scene.get("/v1/models/other").await;
+    assert_eq!((status, &json(&body)["error"]["code"]), (StatusCode::NOT_FOUND, &"model_not_found".into()));
     let second =
         serde_json::json!({"revision": "r2", "digest": "digest-r2", "weight": 10, "ready_endpoints": 0});
     assert_eq!(model["revisions"][1], second);
@@ -235,9 +242,9 @@ async fn unserved_paths_and_methods_are_refused_with_a_reason() {
     };
     for (method, path, body, status, kind) in [
         ("GET", "/elsewhere", "", 404, "unknown_route"),
+        ("POST", "/v1/rerank", "{}", 404, "unknown_route"),
         ("POST", "/", "{}", 404, "unknown_route"),
         ("GET", "/v1/generate", "", 405, "method_not_allowed"),
-        ("POST", "/v1/models", "{}", 405, "method_not_allowed"),
         ("POST", "/v1/models/load", "{}", 403, "operated"),
         ("POST", "/v1/generate", "{", 400, "invalid_request"),
     ] {

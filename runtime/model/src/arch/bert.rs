@@ -110,7 +110,7 @@ fn plain_name(name: &str) -> String {
 pub(crate) fn resolve(
     config: &BertConfig,
     head: Head,
-    weights: &Weights,
+    weights: &mut Weights,
 ) -> Result<Box<dyn Architecture>, TensorProblem> {
     let mut tensors = TensorFinder::new(weights);
     let width = config.hidden_size;
@@ -183,8 +183,13 @@ impl Architecture for Bert {
         let sum = plan.add(words, positions);
         let sum = plan.add_row(sum, self.types);
         let mut stream = plan.layer_norm(sum, self.norm.weight, self.norm.bias, self.eps);
-        for layer in &self.layers {
-            let attended = self.attention(&mut plan, stream, layer);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let all = stream;
+            // Of the last layer only the first row of each text is read; the others give keys and values.
+            if index + 1 == self.layers.len() && self.head.pooling == Pooling::Cls {
+                stream = plan.gather_first_rows(stream);
+            }
+            let attended = self.attention(&mut plan, EncoderRows { asking: stream, all }, layer);
             let sum = plan.add(attended, stream);
             let normed = self.norm(&mut plan, sum, layer.attention_norm);
             let fed = feed_forward(&mut plan, normed, layer);
@@ -196,11 +201,21 @@ impl Architecture for Bert {
     }
 }
 
+/// The rows of an encoder's layer.
+#[derive(Debug, Clone, Copy)]
+struct EncoderRows {
+    /// Those that attend.
+    asking: Value,
+    /// All of them, for keys and values.
+    all: Value,
+}
+
 impl Bert {
-    fn attention(&self, plan: &mut PlanBuilder<'_>, stream: Value, layer: &EncoderLayer) -> Value {
-        let query = dense(plan, stream, layer.query);
-        let key = dense(plan, stream, layer.key);
-        let value = dense(plan, stream, layer.value);
+    fn attention(&self, plan: &mut PlanBuilder<'_>, input: EncoderRows, layer: &EncoderLayer) -> Value {
+        let EncoderRows { asking, all } = input;
+        let query = dense(plan, asking, layer.query);
+        let key = dense(plan, all, layer.key);
+        let value = dense(plan, all, layer.value);
         let mixed = plan.encoder_attention(query, key, value, 1.0 / (self.hyper.head_dim as f32).sqrt());
         dense(plan, mixed, layer.attention_output)
     }

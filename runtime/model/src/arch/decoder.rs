@@ -7,8 +7,9 @@ use super::tensors::TensorFinder;
 use super::{ArchSizes, Architecture};
 use crate::gguf::GgufProblem;
 use crate::model::PlanRequest;
+use std::ops::Range;
 use trustformers_plan::{
-    Hyper, Plan, PlanBuilder, PlanError, RopeLayout, RopeSpec, Value, WeightId, Weights,
+    Hyper, Plan, PlanBuilder, PlanError, RopeLayout, RopeSpec, Value, WeightId, WeightView, Weights,
 };
 
 /// The base of rotary frequencies where a file has no key for it, as in the first Llama.
@@ -156,22 +157,62 @@ fn layer(
     // Sizes are below 2³¹ each, so their products fit 64 bits.
     let (query, kv) = (heads * head_dim, kv_heads * head_dim);
     let attention_norm = tensors.vector(&name("attn_norm"), width)?;
-    let mut projection = |part: &str, rows: usize| -> Result<Projection, GgufProblem> {
-        let weight = tensors.matrix(&name(part), rows, width)?;
-        let bias = family.qkv_bias.then(|| tensors.vector(&format!("blk.{index}.{part}.bias"), rows));
-        Ok(Projection { weight, bias: bias.transpose()? })
-    };
+    let mut attention = AttentionTensors::find(index, family, hyper, tensors)?;
     Ok(DecoderLayer {
         attention_norm,
-        query: projection("attn_q", query)?,
-        key: projection("attn_k", kv)?,
-        value: projection("attn_v", kv)?,
+        query: attention.projection("attn_q", 0..query)?,
+        key: attention.projection("attn_k", query..query + kv)?,
+        value: attention.projection("attn_v", query + kv..query + 2 * kv)?,
         attention_output: tensors.matrix(&name("attn_output"), width, query)?,
         feed_forward_norm: tensors.vector(&name("ffn_norm"), width)?,
         gate: tensors.matrix(&name("ffn_gate"), feed_forward, width)?,
         up: tensors.matrix(&name("ffn_up"), feed_forward, width)?,
         down: tensors.matrix(&name("ffn_down"), width, feed_forward)?,
     })
+}
+
+/// The projections to queries, keys and values, which files store as three tensors or, one after the other,
+/// as the rows of one.
+struct AttentionTensors<'t, 'a> {
+    tensors: &'t mut TensorFinder<'a>,
+    layer: usize,
+    width: usize,
+    is_biased: bool,
+    /// Where one tensor holds all three.
+    whole: Option<Projection>,
+}
+
+impl<'t, 'a> AttentionTensors<'t, 'a> {
+    fn find(
+        layer: usize,
+        family: &Family,
+        hyper: &Hyper,
+        tensors: &'t mut TensorFinder<'a>,
+    ) -> Result<Self, GgufProblem> {
+        let Hyper { width, heads, kv_heads, head_dim, .. } = *hyper;
+        let (rows, is_biased) = ((heads + 2 * kv_heads) * head_dim, family.qkv_bias);
+        let whole = match tensors.optional_matrix(&format!("blk.{layer}.attn_qkv.weight"), rows, width)? {
+            Some(weight) => {
+                let bias = is_biased.then(|| tensors.vector(&format!("blk.{layer}.attn_qkv.bias"), rows));
+                Some(Projection { weight, bias: bias.transpose()? })
+            }
+            None => None,
+        };
+        Ok(Self { tensors, layer, width, is_biased, whole })
+    }
+
+    /// The projection of that name; `rows` are its rows where one tensor holds all three.
+    fn projection(&mut self, part: &str, rows: Range<usize>) -> Result<Projection, GgufProblem> {
+        let name = |kind: &str| format!("blk.{}.{part}.{kind}", self.layer);
+        if let Some(Projection { weight, bias }) = self.whole {
+            let weight = self.tensors.part(weight, name("weight"), &WeightView::Rows(rows.clone()))?;
+            let bias = bias.map(|bias| self.tensors.part(bias, name("bias"), &WeightView::Cols(rows)));
+            return Ok(Projection { weight, bias: bias.transpose()? });
+        }
+        let weight = self.tensors.matrix(&name("weight"), rows.len(), self.width)?;
+        let bias = self.is_biased.then(|| self.tensors.vector(&name("bias"), rows.len()));
+        Ok(Projection { weight, bias: bias.transpose()? })
+    }
 }
 
 impl Architecture for Decoder {
@@ -185,29 +226,41 @@ impl Architecture for Decoder {
         let mut plan = PlanBuilder::new(weights, hyper, request.limits);
         let mut stream = plan.embed(self.embedding);
         for (index, layer) in self.layers.iter().enumerate() {
-            let attended = self.attention(&mut plan, stream, index, layer);
+            let input = plan.rms_norm(stream, layer.attention_norm, self.eps);
+            // Every row's keys and values are cached. After that all ops work row by row, so of the last
+            // layer only the rows that need logits are computed.
+            let is_last = index + 1 == self.layers.len();
+            let asking = if is_last {
+                stream = plan.gather_rows(stream);
+                plan.rms_norm(stream, layer.attention_norm, self.eps)
+            } else {
+                input
+            };
+            let attended = self.attention(&mut plan, DecoderRows { index, input, asking }, layer);
             stream = plan.add(stream, attended);
             let fed = self.feed_forward(&mut plan, stream, layer);
             stream = plan.add(stream, fed);
         }
-        // Norms work row by row, so only the rows that need logits get the last norm.
-        let last = plan.gather_rows(stream);
-        let last = plan.rms_norm(last, self.output_norm, self.eps);
+        let last = plan.rms_norm(stream, self.output_norm, self.eps);
         plan.logits(last, self.output);
         plan.finish(&request.fused)
     }
 }
 
+/// The normed rows of a decoder's layer.
+#[derive(Debug, Clone, Copy)]
+struct DecoderRows {
+    index: usize,
+    /// All rows, for keys and values.
+    input: Value,
+    /// The rows that attend.
+    asking: Value,
+}
+
 impl Decoder {
-    fn attention(
-        &self,
-        plan: &mut PlanBuilder<'_>,
-        stream: Value,
-        index: usize,
-        layer: &DecoderLayer,
-    ) -> Value {
-        let input = plan.rms_norm(stream, layer.attention_norm, self.eps);
-        let query = project(plan, input, layer.query);
+    fn attention(&self, plan: &mut PlanBuilder<'_>, input: DecoderRows, layer: &DecoderLayer) -> Value {
+        let DecoderRows { index, input, asking } = input;
+        let query = project(plan, asking, layer.query);
         let key = project(plan, input, layer.key);
         let value = project(plan, input, layer.value);
         let query = plan.rope(query, self.rope);

@@ -49,13 +49,13 @@ pub(crate) fn supported() -> String {
     ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
-/// Checks a file's keys and tensors against the architecture of that name; `None` when there is none. Every
-/// tensor and every key of the architecture must be used: one that is not used means that the model computes
-/// something else.
+/// Checks a file's keys and tensors against the architecture of that name; `None` when there is none. Adds
+/// views of tensors that hold several of the architecture's matrices. Every tensor and every key of the
+/// architecture must be used: one that is not used means that the model computes something else.
 pub(crate) fn resolve(
     name: &str,
     gguf: &Gguf,
-    weights: &Weights,
+    weights: &mut Weights,
 ) -> Option<Result<Box<dyn Architecture>, GgufProblem>> {
     let (_, resolve) = ARCHITECTURES.iter().find(|(known, _)| *known == name)?;
     let keys = ArchKeys::new(&gguf.metadata, name);

@@ -55,6 +55,47 @@ mod tests {
     }
 
     #[test]
+    fn queries_keys_and_values_may_lie_in_one_tensor() {
+        for dtype in [DType::F32, DType::Q8_0] {
+            let tiny = SeededModel { dtype, head_dim: 16, feed_forward: 32, ..TINY };
+            let (apart, joined) = (load(tiny.gguf()).unwrap(), load(tiny.gguf_with_joined_qkv()).unwrap());
+            assert_eq!(joined.facts().parameters, apart.facts().parameters);
+            let dump = |model: &Model| {
+                let limits = Limits { rows: 8, sequences: 2, logits_rows: 2 };
+                let request = PlanRequest { context_tokens: 32, limits, fused: FusedOps::ALL };
+                model.plan(&request).unwrap().dump()
+            };
+            assert_eq!(dump(&joined), dump(&apart));
+            assert!(apart.weights().find("blk.0.attn_qkv.weight").is_none());
+            for (_, expected) in apart.weights().iter() {
+                let found = joined.weights().get(joined.weights().find(expected.name()).unwrap());
+                assert_eq!((found.rows(), found.cols()), (expected.rows(), expected.cols()));
+                for row in 0..found.rows() {
+                    assert_eq!(found.row(row), expected.row(row), "row {row} of {}", expected.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_tensor_beside_its_parts_or_of_another_size_is_refused_by_name() {
+        let rename = |from: &[u8], to: &[u8]| {
+            assert_eq!(from.len(), to.len());
+            let mut file = TINY.gguf_with_joined_qkv();
+            let at = file.windows(from.len()).position(|window| window == from).unwrap();
+            file[at..at + to.len()].copy_from_slice(to);
+            load(file).unwrap_err()
+        };
+        let error = rename(b"blk.0.ffn_up.weight", b"blk.0.attn_q.weight");
+        assert!(
+            error.starts_with("tiny.gguf: tensor blk.0.attn_q.weight: it was expected inside blk.0.attn_qkv")
+        );
+        assert!(error.contains("occurs twice"), "{error}");
+        let error = rename(b"qwen2.attention.head_count_kv", b"qwen2.attention.head_count_kz");
+        assert!(error.starts_with("tiny.gguf: tensor blk.0.attn_qkv.weight: it is 16 x 8"), "{error}");
+    }
+
+    #[test]
     fn missing_biases_and_unsupported_keys_are_named() {
         let mut file = TINY.gguf();
         let name = b"blk.0.attn_k.bias";

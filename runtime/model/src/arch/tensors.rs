@@ -2,7 +2,7 @@
 
 use crate::gguf::Gguf;
 use thiserror::Error;
-use trustformers_plan::{DType, WeightId, Weights};
+use trustformers_plan::{DType, WeightId, WeightView, Weights};
 
 /// A tensor that an architecture cannot work with.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -16,18 +16,18 @@ pub struct TensorProblem {
 
 /// Looks tensors up and records which were used.
 pub(crate) struct TensorFinder<'a> {
-    weights: &'a Weights,
+    weights: &'a mut Weights,
     /// The file, where it has more rows of a tensor than the weights do.
     file: Option<&'a Gguf>,
     used: Vec<bool>,
 }
 
 impl<'a> TensorFinder<'a> {
-    pub(super) fn new(weights: &'a Weights) -> Self {
-        Self { weights, file: None, used: vec![false; weights.len()] }
+    pub(super) fn new(weights: &'a mut Weights) -> Self {
+        Self { used: vec![false; weights.len()], weights, file: None }
     }
 
-    pub(super) fn of_file(file: &'a Gguf, weights: &'a Weights) -> Self {
+    pub(super) fn of_file(file: &'a Gguf, weights: &'a mut Weights) -> Self {
         Self { file: Some(file), ..Self::new(weights) }
     }
 
@@ -74,6 +74,22 @@ impl<'a> TensorFinder<'a> {
                 ),
             }),
         }
+    }
+
+    /// Adds a part of a tensor to the weights, under the name that the part has where files store it alone.
+    pub(super) fn part(
+        &mut self,
+        whole: WeightId,
+        name: String,
+        view: &WeightView,
+    ) -> Result<WeightId, TensorProblem> {
+        let part = self.weights.get(whole).view(name.as_str(), view);
+        let id = part.and_then(|part| self.weights.push(part)).map_err(|problem| {
+            let why = format!("it was expected inside {}: {problem}", self.weights.get(whole).name());
+            TensorProblem { name, why }
+        })?;
+        self.used.push(true);
+        Ok(id)
     }
 
     /// Rows of a tensor.

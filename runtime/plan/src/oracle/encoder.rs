@@ -57,8 +57,8 @@ impl Step<'_> {
         for s in 0..self.input.sequences() {
             let rows = self.input.rows_of(s);
             let (keys, values): (Vec<_>, Vec<_>) =
-                rows.clone().map(|r| (self.row(keys, r).to_vec(), self.row(values, r).to_vec())).unzip();
-            for r in rows {
+                rows.map(|r| (self.row(keys, r).to_vec(), self.row(values, r).to_vec())).unzip();
+            for r in self.input.rows_within(query.rows, s) {
                 let mut mixed = vec![0.0; query.cols];
                 for h in 0..heads {
                     let kv = h / (heads / kv_heads) * head_dim..(h / (heads / kv_heads) + 1) * head_dim;
@@ -83,7 +83,11 @@ impl Step<'_> {
         for s in 0..self.input.sequences() {
             let rows = self.input.rows_of(s);
             let mut pooled: Vec<f64> = match pooling {
-                Pooling::Cls => self.row(input, rows.start).iter().map(|v| f64::from(*v)).collect(),
+                Pooling::Cls => self
+                    .row(input, self.input.rows_within(input.rows, s).start)
+                    .iter()
+                    .map(|v| f64::from(*v))
+                    .collect(),
                 Pooling::Mean => {
                     let sum = |c: usize| rows.clone().map(|r| f64::from(self.row(input, r)[c])).sum::<f64>();
                     (0..out.cols).map(|c| sum(c) / rows.len() as f64).collect()

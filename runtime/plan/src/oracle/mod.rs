@@ -5,15 +5,23 @@
 //! the batch. The code is written to be read and is fast enough for tests with small models.
 
 mod encoder;
+mod group;
 mod ops;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    borrow::Cow,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use half::{bf16, f16};
 
 use crate::{
     Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec, Executable, FusedOps, Hyper,
-    KV_BLOCK_TOKENS, LoadProgress, LoadSpec, Loaded, MemoryReport, Op, Plan, RopeSpec, StepInput, StepOutput,
-    Weights, rope::RopeTable,
+    KV_BLOCK_TOKENS, KvType, LoadProgress, LoadSpec, Loaded, MemoryReport, Op, Plan, RopeSpec, StepInput,
+    StepOutput, Weights, rope::RopeTable,
 };
+
+pub use group::OracleGroup;
 
 /// The backend. It claims no fused op, so plans for it are unfused; it runs fused ones too.
 #[derive(Debug)]
@@ -32,7 +40,8 @@ impl Oracle {
                 memory_bytes: u64::MAX,
                 dtypes: DType::ALL.to_vec(),
                 fused: FusedOps::default(),
-                kv_element_bytes: size_of::<f32>(),
+                kv_types: KvType::ALL.to_vec(),
+                fast_kv_type: KvType::F32,
             },
         }
     }
@@ -50,12 +59,14 @@ impl Backend for Oracle {
     }
 
     fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
-        Ok(memory(&self.caps, spec.plan.hyper(), spec.kv_blocks, spec.plan.arena_bytes()))
+        spec.plan.check_one_device(&self.caps.description)?;
+        Ok(memory(spec.plan.hyper(), spec.kv_blocks, spec.kv_type, spec.plan.arena_bytes()))
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
+        spec.plan.check_one_device(&self.caps.description)?;
         let hyper = *spec.plan.hyper();
-        let cache = KvCache::new(&hyper, spec.kv_blocks)?;
+        let cache = KvCache::new(&hyper, spec.kv_blocks, spec.kv_type)?;
         let arena = zeros("the arena", spec.plan.arena_bytes() / size_of::<f32>())?;
         // Weights are read where they are stored, so the load is complete at once.
         let total_bytes = spec.weights.stored_bytes();
@@ -65,6 +76,7 @@ impl Backend for Oracle {
             hyper,
             memory: Arc::new(Mutex::new(Memory { arena, cache })),
             kv_blocks: spec.kv_blocks,
+            kv_type: spec.kv_type,
             arena_bytes: spec.plan.arena_bytes(),
         }))
     }
@@ -81,41 +93,47 @@ struct OracleModel {
     hyper: Hyper,
     memory: Arc<Mutex<Memory>>,
     kv_blocks: usize,
+    kv_type: KvType,
     arena_bytes: usize,
 }
 
 impl Loaded for OracleModel {
     fn memory(&self) -> MemoryReport {
-        memory(&Oracle::new().caps, &self.hyper, self.kv_blocks, self.arena_bytes)
+        memory(&self.hyper, self.kv_blocks, self.kv_type, self.arena_bytes)
     }
 
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
         plan.check_loaded(&self.hyper, self.arena_bytes, &self.weights)?;
-        let mut ropes: Vec<(RopeSpec, RopeTable)> = Vec::new();
-        for op in plan.ops() {
-            if let Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } = op
-                && !ropes.iter().any(|(own, _)| own == spec)
-            {
-                ropes.push((*spec, RopeTable::new(spec, self.hyper.context)));
-            }
-        }
         Ok(Box::new(OracleExecutable {
             plan: plan.clone(),
             weights: self.weights.clone(),
             memory: self.memory.clone(),
             kv_blocks: self.kv_blocks,
-            ropes,
+            ropes: rope_tables(plan),
             finished: None,
         }))
     }
 }
 
+/// A table for each rotation of a plan.
+fn rope_tables(plan: &Plan) -> Vec<(RopeSpec, RopeTable)> {
+    let mut tables: Vec<(RopeSpec, RopeTable)> = Vec::new();
+    for op in plan.ops() {
+        if let Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } = op
+            && !tables.iter().any(|(own, _)| own == spec)
+        {
+            tables.push((*spec, RopeTable::new(spec, plan.hyper().context)));
+        }
+    }
+    tables
+}
+
 /// What a model takes: weights are read where they are stored.
-fn memory(caps: &Caps, hyper: &Hyper, kv_blocks: usize, arena_bytes: usize) -> MemoryReport {
+fn memory(hyper: &Hyper, kv_blocks: usize, kv_type: KvType, arena_bytes: usize) -> MemoryReport {
     MemoryReport {
         weights_bytes: 0,
         arena_bytes: arena_bytes as u64,
-        kv_bytes: (kv_blocks as u64).saturating_mul(caps.kv_block_bytes(hyper)),
+        kv_bytes: (kv_blocks as u64).saturating_mul(kv_type.block_bytes(hyper)),
         other_bytes: 0,
     }
 }
@@ -155,16 +173,31 @@ impl Executable for OracleExecutable {
 /// Keys and values of every layer, in blocks of [`KV_BLOCK_TOKENS`] positions.
 struct KvCache {
     /// `[layer][keys, values][block][slot][kv_heads * head_dim]`
-    values: Vec<f32>,
+    values: KvValues,
+    kv_type: KvType,
     blocks: usize,
     width: usize,
 }
 
+/// The elements of a cache, in memory of their own size.
+enum KvValues {
+    Floats(Vec<f32>),
+    /// The bits of f16 or bf16.
+    Halves(Vec<u16>),
+}
+
 impl KvCache {
-    fn new(hyper: &Hyper, blocks: usize) -> Result<Self, BackendError> {
+    fn new(hyper: &Hyper, blocks: usize, kv_type: KvType) -> Result<Self, BackendError> {
         let width = hyper.kv_heads * hyper.head_dim;
-        let values = zeros("the key/value cache", hyper.layers * 2 * blocks * KV_BLOCK_TOKENS * width)?;
-        Ok(Self { values, blocks, width })
+        let len =
+            [hyper.layers, 2, blocks, KV_BLOCK_TOKENS, width].into_iter().try_fold(1, usize::checked_mul);
+        let what = "the key/value cache";
+        let len = len.ok_or(BackendError::OutOfMemory { what, needed_bytes: u64::MAX })?;
+        let values = match kv_type {
+            KvType::F32 => KvValues::Floats(zeros(what, len)?),
+            KvType::F16 | KvType::Bf16 => KvValues::Halves(zeros(what, len)?),
+        };
+        Ok(Self { values, kv_type, blocks, width })
     }
 
     /// First index of one position's keys (`side` 0) or values (`side` 1).
@@ -174,16 +207,43 @@ impl KvCache {
         row * self.width
     }
 
-    fn slice(&self, layer: usize, side: usize, table: &[u32], position: usize) -> &[f32] {
+    /// Keys or values of one position.
+    fn read(&self, layer: usize, side: usize, table: &[u32], position: usize) -> Cow<'_, [f32]> {
         let start = self.index(layer, side, table, position);
-        &self.values[start..start + self.width]
+        match &self.values {
+            KvValues::Floats(values) => Cow::Borrowed(&values[start..start + self.width]),
+            KvValues::Halves(bits) => {
+                let bits = bits[start..start + self.width].iter();
+                Cow::Owned(match self.kv_type {
+                    KvType::F16 => bits.map(|bits| f16::from_bits(*bits).to_f32()).collect(),
+                    KvType::F32 | KvType::Bf16 => bits.map(|bits| bf16::from_bits(*bits).to_f32()).collect(),
+                })
+            }
+        }
+    }
+
+    /// Writes keys or values whose first index is `start`.
+    fn write(&mut self, start: usize, row: &[f32]) {
+        let kv_type = self.kv_type;
+        match &mut self.values {
+            KvValues::Floats(values) => values[start..start + row.len()].copy_from_slice(row),
+            KvValues::Halves(bits) => {
+                for (bits, v) in bits[start..].iter_mut().zip(row) {
+                    let rounded = kv_type.rounded(*v);
+                    *bits = match kv_type {
+                        KvType::F16 => f16::from_f32(rounded).to_bits(),
+                        KvType::F32 | KvType::Bf16 => bf16::from_f32(rounded).to_bits(),
+                    };
+                }
+            }
+        }
     }
 }
 
-fn zeros(what: &'static str, len: usize) -> Result<Vec<f32>, BackendError> {
+fn zeros<T: Clone + Default>(what: &'static str, len: usize) -> Result<Vec<T>, BackendError> {
     let mut values = Vec::new();
-    let needed_bytes = (len as u64).saturating_mul(size_of::<f32>() as u64);
+    let needed_bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
     values.try_reserve_exact(len).map_err(|_| BackendError::OutOfMemory { what, needed_bytes })?;
-    values.resize(len, 0.0);
+    values.resize(len, T::default());
     Ok(values)
 }

@@ -75,8 +75,8 @@ impl Step<'_> {
             Op::SiluMul { gate, up, out } => self.zip(gate, up, out, silu_mul),
             Op::Add { a, b, out } => self.zip(a, b, out, |a, b| a + b),
             Op::GatherRows { input, out } => {
-                for (i, &row) in self.input.logits_rows.iter().enumerate() {
-                    let values = self.row(input, row as usize).to_vec();
+                for i in 0..self.rows(out) {
+                    let values = self.row(input, self.input.token_row(out.rows, i)).to_vec();
                     self.store(out, i, &values);
                 }
             }
@@ -86,6 +86,7 @@ impl Step<'_> {
                 self.matmul(&rows, &[Segment { weight, bias: None }], &epilogue, out);
             }
             Op::Pool { input, pooling, normalise, out } => self.pool(input, pooling, normalise, out),
+            Op::AllReduce { .. } => unreachable!("one device refuses the plan; a group adds between steps"),
         }
     }
 
@@ -182,8 +183,9 @@ impl Step<'_> {
     fn rope(&mut self, data: Buf, spec: &RopeSpec) {
         // `compile` makes a table for every spec of the plan.
         let Some((_, table)) = self.ropes.iter().find(|(own, _)| own == spec) else { return };
-        for r in 0..self.input.rows() {
-            let (cos, sin) = table.at(self.input.positions[r] as usize);
+        for r in 0..self.rows(data) {
+            let position = self.input.positions[self.input.token_row(data.rows, r)];
+            let (cos, sin) = table.at(position as usize);
             let mut values = self.row(data, r).to_vec();
             for head in values.chunks_exact_mut(spec.head_dim) {
                 for i in 0..spec.dims / 2 {
@@ -207,7 +209,7 @@ impl Step<'_> {
                     let row = self.row(buf, r).to_vec();
                     let position = self.input.positions[r] as usize;
                     let start = self.memory.cache.index(layer, side, self.input.blocks_of(s), position);
-                    self.memory.cache.values[start..start + row.len()].copy_from_slice(&row);
+                    self.memory.cache.write(start, &row);
                 }
             }
         }
@@ -215,31 +217,31 @@ impl Step<'_> {
 
     fn attention(&mut self, layer: usize, query: Buf, heads: &Heads, out: Buf) {
         let Heads { shape: AttentionShape { heads, kv_heads, head_dim }, scale } = *heads;
-        for s in 0..self.input.sequences() {
-            let table = self.input.blocks_of(s);
-            for r in self.input.rows_of(s) {
-                let positions = self.input.positions[r] as usize + 1;
-                let mut values = vec![0.0; query.cols];
-                for h in 0..heads {
-                    let kv = h / (heads / kv_heads) * head_dim..(h / (heads / kv_heads) + 1) * head_dim;
-                    let q = &self.row(query, r)[h * head_dim..(h + 1) * head_dim];
-                    let score = |p| {
-                        f64::from(dot(q, &self.memory.cache.slice(layer, 0, table, p)[kv.clone()]) * scale)
-                    };
-                    let scores: Vec<f64> = (0..positions).map(score).collect();
-                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    let shares: Vec<f64> = scores.iter().map(|v| (v - largest).exp()).collect();
-                    let total: f64 = shares.iter().sum();
-                    let mut mixed = vec![0.0f64; head_dim];
-                    for (p, share) in shares.iter().enumerate() {
-                        let v = &self.memory.cache.slice(layer, 1, table, p)[kv.clone()];
-                        mixed.iter_mut().zip(v).for_each(|(m, &v)| *m += share * f64::from(v));
-                    }
-                    let head = &mut values[h * head_dim..(h + 1) * head_dim];
-                    head.iter_mut().zip(mixed).for_each(|(o, m)| *o = (m / total) as f32);
+        for i in 0..self.rows(query) {
+            let row = self.input.token_row(query.rows, i);
+            let table = self.input.blocks_of(self.input.sequence_of(row));
+            let (cache, positions) = (&self.memory.cache, self.input.positions[row] as usize + 1);
+            let cached =
+                |side| -> Vec<_> { (0..positions).map(|p| cache.read(layer, side, table, p)).collect() };
+            let (cached_keys, cached_values) = (cached(0), cached(1));
+            let mut values = vec![0.0; query.cols];
+            for h in 0..heads {
+                let kv = h / (heads / kv_heads) * head_dim..(h / (heads / kv_heads) + 1) * head_dim;
+                let q = &self.row(query, i)[h * head_dim..(h + 1) * head_dim];
+                let scores: Vec<f64> =
+                    cached_keys.iter().map(|k| f64::from(dot(q, &k[kv.clone()]) * scale)).collect();
+                let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let shares: Vec<f64> = scores.iter().map(|v| (v - largest).exp()).collect();
+                let total: f64 = shares.iter().sum();
+                let mut mixed = vec![0.0f64; head_dim];
+                for (share, v) in shares.iter().zip(&cached_values) {
+                    mixed.iter_mut().zip(&v[kv.clone()]).for_each(|(m, &v)| *m += share * f64::from(v));
                 }
-                self.store(out, r, &values);
+                let head = &mut values[h * head_dim..(h + 1) * head_dim];
+                head.iter_mut().zip(mixed).for_each(|(o, m)| *o = (m / total) as f32);
             }
+            drop((cached_keys, cached_values));
+            self.store(out, i, &values);
         }
     }
 }

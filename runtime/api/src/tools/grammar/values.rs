@@ -38,6 +38,9 @@ impl ValueRules<'_> {
         let root = &function.parameters;
         let mut body = Vec::new();
         for (number, declared) in declared_parameters(function)?.iter().enumerate() {
+            if self.rules.is_full() {
+                break;
+            }
             if declared.name.contains(['<', '>', '\n']) {
                 return Err(ApiError::field(
                     &format!("{}.properties", function.field),
@@ -66,8 +69,15 @@ impl ValueRules<'_> {
             self.rules.add_once(&format!("text[suffix={}]: /(.|\\n)*/", literal(end)));
             return "text".to_owned();
         }
-        let value = self.rules.json(&format!("{rule}_json"), &standalone(nested));
+        let value = self.json_value(rule, nested);
         format!("{value} {}", literal(end))
+    }
+
+    /// A rule for a value that is JSON, with the definitions that it refers to; its name. They are copied
+    /// only while there is room for rules.
+    fn json_value(&mut self, rule: &str, nested: Nested<'_>) -> String {
+        let name = format!("{rule}_json");
+        if self.rules.is_full() { name } else { self.rules.json(&name, &standalone(nested)) }
     }
 
     /// The arguments of a function in Gemma's notation, without their braces.
@@ -84,6 +94,9 @@ impl ValueRules<'_> {
             return literal("");
         }
         for (number, member) in declared.iter().enumerate() {
+            if self.rules.is_full() {
+                break;
+            }
             let value_rule = format!("{rule}_{number}");
             let nested = Nested { schema: member.schema, depth: parent.depth + 1, ..parent };
             let value = self.value(&value_rule, nested);
@@ -117,7 +130,7 @@ impl ValueRules<'_> {
         if nested.depth >= MAX_VALUE_DEPTH || types == SchemaTypes::default() {
             self.any()
         } else if scalar {
-            self.rules.json(&format!("{rule}_json"), &standalone(nested))
+            self.json_value(rule, nested)
         } else if only(SchemaTypes { string: true, ..SchemaTypes::default() }) {
             self.text()
         } else if only(SchemaTypes { array: true, ..SchemaTypes::default() }) {

@@ -40,6 +40,7 @@ impl EncoderCase {
             std::slice::from_raw_parts_mut(scratch.ptr(), scratch_len(self.len, dim)).fill(f32::NAN);
             (Kernels::of(tier).encoder_attend)(&EncoderAttend {
                 len: self.len,
+                rows: self.len,
                 head_dim: dim,
                 heads,
                 scale: 0.5,

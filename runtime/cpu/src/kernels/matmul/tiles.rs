@@ -2,13 +2,19 @@
 //!
 //! Integer products are exact, and the float operations after them have the order of [`super::int8`] and
 //! [`super::block_scaled`]. So the bits are those of the tier without tiles, and either can compute a row,
-//! depending on the number of rows. (Weights converted to bf16 would need no scaling by block, but the
-//! conversion rounds them, and the sums would differ from those of a single row.) For the same reason this
-//! module multiplies bf16 rows of any number.
+//! depending on the number of rows. Weights converted to bf16 need no scaling by block, but the conversion
+//! rounds them, and the sums differ from those of a single row: only long parts of prompts are computed so
+//! ([`panels`]). For the same reason this module multiplies bf16 rows of any number by bf16 weights.
 
-use std::arch::x86_64::{_mm512_set1_epi8, _mm512_storeu_si512, _mm512_sub_epi8};
+use std::arch::x86_64::{
+    __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512, _mm512_or_si512, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_srli_epi32, _mm512_storeu_si512, _mm512_sub_epi8,
+};
 
-use super::{MatMul, Side, exact, finish, forms::Quant};
+use super::{
+    MatMul, Side, exact, finish,
+    forms::{Quant, Quants, Unpack},
+};
 use crate::{
     amx::{BLOCKS, Operands, TILE_ROWS, Tiles, WHOLE},
     kernels::{
@@ -37,11 +43,23 @@ const PRODUCT_LEN: usize = TILE_ROWS * LANES;
 /// Bytes of one block's weights as signed bytes.
 const PANEL_BLOCK_BYTES: usize = BLOCK_COLS * LANES;
 
-/// Values of scratch memory that [`block_scaled`] needs after the sums: two blocks' products, and the weights
-/// of both groups.
+/// Bytes of one block's weights as bf16.
+const PANEL_BLOCK_BF16_BYTES: usize = BLOCK_COLS * LANES * size_of::<u16>();
+
+/// Values of scratch memory that these kernels need after the sums: two blocks' products, or a block of
+/// floats; and the weights of both groups, at most as bf16.
 pub(crate) const fn scratch_len(cols: usize) -> usize {
-    2 * PRODUCT_LEN + 2 * cols.div_ceil(BLOCK_COLS) * PANEL_BLOCK_BYTES / size_of::<f32>()
+    2 * PRODUCT_LEN + 2 * cols.div_ceil(BLOCK_COLS) * PANEL_BLOCK_BF16_BYTES / size_of::<f32>()
 }
+
+const _: () =
+    assert!(2 * PRODUCT_LEN >= BLOCK_COLS * LANES, "a block of floats fits in the products' memory");
+
+/// Bytes of the rows that [`panels`] multiplies before the next unit's weights are unpacked: half of a
+/// second-level cache of 2 MiB.
+const PANEL_ROWS_BYTES: usize = 1 << 20;
+/// Fewest of these rows: unpacking a weight costs as much as multiplying it by some tens of rows.
+const LEAST_PANEL_ROWS: usize = 4 * PRODUCT_ROWS;
 
 /// Computes a share of a projection of stacked [`Int8Rows`].
 ///
@@ -53,7 +71,7 @@ pub(crate) unsafe fn int8(job: &MatMul<'_>, x: &Int8Rows) {
     // value are multiplied by; sums, scales and rows exist.
     unsafe {
         let tiles = Tiles::configure(&WHOLE);
-        for (unit, row, count) in products(job) {
+        for (unit, row, count) in products(job, STRIP_ROWS) {
             let (first, row_stride_bytes) = x.stacked(row);
             let second = if count > TILE_ROWS { x.stacked(row + TILE_ROWS).0 } else { first };
             let sides = job.sides(unit);
@@ -87,7 +105,7 @@ pub(crate) unsafe fn bf16(job: &MatMul<'_>, x: &Bf16Rows) {
     // SAFETY: the rows' memory is whole tiles and whole blocks of columns; sums and rows exist.
     unsafe {
         let tiles = Tiles::configure(&WHOLE);
-        for (unit, row, count) in products(job) {
+        for (unit, row, count) in products(job, panel_strip(x)) {
             let second = if count > TILE_ROWS { row + TILE_ROWS } else { row };
             tiles.bf16(&Operands {
                 rows: [x.row(row).cast(), x.row(second).cast()],
@@ -101,11 +119,91 @@ pub(crate) unsafe fn bf16(job: &MatMul<'_>, x: &Bf16Rows) {
     }
 }
 
-/// Every unit of a share with every [`PRODUCT_ROWS`] rows: the unit, the first row, and how many there are.
-fn products(job: &MatMul<'_>) -> impl Iterator<Item = (usize, usize, usize)> {
+/// Computes a share of a projection of rows of prompts: a unit's weights become bf16, rounded once, and are
+/// multiplied by [`Bf16Rows`], so that no sum is scaled by block. The bits differ from those of
+/// [`block_scaled`], so rows that must not depend on the size of a step are not computed here.
+///
+/// # Safety
+/// As [`bf16`]; the scratch memory has [`scratch_len`] values after the sums.
+#[inline(always)]
+pub(crate) unsafe fn panels<Q: Quant>(job: &MatMul<'_>, x: &Bf16Rows) {
+    let blocks = job.matrix.blocks();
+    let (row_bytes, strip) = (x.stride() * size_of::<u16>(), panel_strip(x));
+    // SAFETY: the scratch memory has room; groups have the blocks; the rows' memory is whole tiles and whole
+    // blocks of columns.
+    unsafe {
+        let tiles = Tiles::configure(&WHOLE);
+        let floats = job.scratch.add(exact::STRIP_ROWS * 2 * LANES);
+        let panel = floats.add(2 * PRODUCT_LEN).cast::<u8>();
+        let panels = [panel, panel.add(blocks * PANEL_BLOCK_BF16_BYTES)];
+        for first in (0..job.rows).step_by(strip) {
+            let end = job.rows.min(first + strip);
+            for unit in job.units.clone() {
+                let sides = job.sides(unit);
+                for g in 0..2 {
+                    unpack_to_bf16::<Q>(&sides[g], blocks, floats, panels[g]);
+                }
+                for row in (first..end).step_by(PRODUCT_ROWS) {
+                    let count = PRODUCT_ROWS.min(end - row);
+                    let second = if count > TILE_ROWS { row + TILE_ROWS } else { row };
+                    tiles.bf16(&Operands {
+                        rows: [x.row(row).cast(), x.row(second).cast()],
+                        row_stride_bytes: row_bytes,
+                        weights: panels.map(<*mut u8>::cast_const),
+                        steps: blocks,
+                        sums: job.sums(0),
+                    });
+                    finish::<Lanes>(job, unit, row, count);
+                }
+            }
+        }
+    }
+}
+
+/// Rows of a strip of [`Bf16Rows`]: all units are computed for them before the next strip.
+fn panel_strip(x: &Bf16Rows) -> usize {
+    let row_bytes = x.stride() * size_of::<u16>();
+    (PANEL_ROWS_BYTES / row_bytes / PRODUCT_ROWS * PRODUCT_ROWS).max(LEAST_PANEL_ROWS)
+}
+
+/// Unpacks a group's weights to bf16 in pairs of columns per feature.
+#[inline(always)]
+unsafe fn unpack_to_bf16<Q: Quant>(side: &Side, blocks: usize, floats: *mut f32, panel: *mut u8) {
+    for b in 0..blocks {
+        // SAFETY: the block exists; `floats` has room for a block, the panel for all.
+        unsafe {
+            Quants::<Q>::block::<Lanes>(side.values, side.scales, b, BLOCK_COLS, floats);
+            for pair in 0..BLOCK_COLS / 2 {
+                let column = |c: usize| _mm512_castps_si512(Lanes::load(floats.add(c * LANES)));
+                let (even, odd) = (rounded(column(2 * pair)), rounded(column(2 * pair + 1)));
+                let both = _mm512_or_si512(
+                    _mm512_srli_epi32::<16>(even),
+                    _mm512_and_si512(odd, _mm512_set1_epi32(-1 << 16)),
+                );
+                let to = panel.add(b * PANEL_BLOCK_BF16_BYTES + pair * 2 * LANES * size_of::<u16>());
+                _mm512_storeu_si512(to.cast(), both);
+            }
+        }
+    }
+}
+
+/// The bits of floats that are rounded to bf16, in their upper halves; the lower halves are undefined.
+/// Weights are finite, so that no NaN is made an infinity.
+#[inline(always)]
+unsafe fn rounded(bits: __m512i) -> __m512i {
+    // SAFETY: arithmetic only.
+    unsafe {
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)))
+    }
+}
+
+/// Every unit of a share with every [`PRODUCT_ROWS`] rows, strip by strip: the unit, the first row, and how
+/// many there are.
+fn products(job: &MatMul<'_>, strip: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     let (rows, units) = (job.rows, job.units.clone());
-    (0..rows).step_by(STRIP_ROWS).flat_map(move |first| {
-        let end = rows.min(first + STRIP_ROWS);
+    (0..rows).step_by(strip).flat_map(move |first| {
+        let end = rows.min(first + strip);
         let starts = (first..end).step_by(PRODUCT_ROWS);
         units
             .clone()

@@ -9,6 +9,7 @@ use crate::{
     Tier,
     kernels::{
         Kernels,
+        choice::TileRule,
         matmul::{Activation, Input, MatMul, Rows, Target},
         quantise::{Bf16Rows, BlockScaledRows, Int8Rows},
     },
@@ -23,11 +24,17 @@ enum Mode {
     BlockScaled,
     Int8,
     Bf16,
+    /// Blocks of weights that become bf16, on tile registers only.
+    Panels,
 }
 
 impl Mode {
     fn is_available_on(self, tier: Tier) -> bool {
-        self != Self::Bf16 || Kernels::of(tier).quantise_bf16.is_some()
+        match self {
+            Self::Exact | Self::BlockScaled | Self::Int8 => true,
+            Self::Bf16 => Kernels::of(tier).quantise_bf16.is_some(),
+            Self::Panels => tier == Tier::Amx,
+        }
     }
 }
 
@@ -66,11 +73,18 @@ impl ProjectionCase<'_> {
     }
 
     fn run(&self, tier: Tier) -> Vec<f32> {
-        let (kernels, cols, features) = (Kernels::of(tier), self.cols(), self.features());
+        self.run_with(tier, Kernels::of(tier))
+    }
+
+    fn run_with(&self, tier: Tier, kernels: Kernels) -> Vec<f32> {
+        let (cols, features) = (self.cols(), self.features());
         let packed = self.weights.map(|weight| {
             let form = if self.mode == Mode::Int8 { Form::Int8 } else { Form::of(weight.dtype()) };
             let mut store = Store::new("test", Packed::bytes_of(form, features, cols)).unwrap();
-            Packed::new(weight, form, &mut store)
+            let packed = Packed::empty(form, weight, &mut store);
+            // SAFETY: no other thread has the matrix.
+            unsafe { packed.fill(0..packed.groups(), weight) };
+            packed
         });
         let scratch = SharedF32::new("test", kernels.matmul_scratch_len(cols)).unwrap();
         let bytes = BlockScaledRows::bytes(self.rows, cols)
@@ -90,9 +104,9 @@ impl ProjectionCase<'_> {
         let mut out = vec![7.5f32; self.rows * stride];
         // SAFETY: all memory has the sizes that the kernels are given.
         unsafe {
-            let blocks =
-                BlockScaledRows::new(memory.ptr().cast(), cols, kernels.block_scaled_layout(self.rows));
-            let int8 = Int8Rows::new(memory.ptr().cast(), cols, kernels.int8_layout());
+            let layout = kernels.block_scaled_layout(packed[0].form, self.rows);
+            let blocks = BlockScaledRows::new(memory.ptr().cast(), cols, layout);
+            let int8 = Int8Rows::new(memory.ptr().cast(), cols, kernels.int8_layout(self.rows));
             let halves = Bf16Rows::new(memory.ptr().cast(), cols);
             for r in 0..self.rows {
                 let row = self.x[r * cols..].as_ptr();
@@ -100,7 +114,7 @@ impl ProjectionCase<'_> {
                     Mode::Exact => {}
                     Mode::BlockScaled => (kernels.quantise)(&blocks, r, row),
                     Mode::Int8 => (kernels.quantise_int8)(&int8, r, row),
-                    Mode::Bf16 => (kernels.quantise_bf16.unwrap())(&halves, r, row),
+                    Mode::Bf16 | Mode::Panels => (kernels.quantise_bf16.unwrap())(&halves, r, row),
                 }
             }
             if self.mode == Mode::BlockScaled {
@@ -113,11 +127,13 @@ impl ProjectionCase<'_> {
                     matrix: &packed[0],
                     units,
                     rows: self.rows,
+                    row_map: None,
                     input: match self.mode {
                         Mode::Exact => Input::Floats(Rows { ptr: self.x.as_ptr(), stride: cols }),
                         Mode::BlockScaled => Input::BlockScaled(&blocks),
                         Mode::Int8 => Input::Int8(&int8),
                         Mode::Bf16 => Input::Bf16(&halves),
+                        Mode::Panels => Input::Panels(&halves),
                     },
                     target: Target {
                         ptr: out.as_mut_ptr().add(1),
@@ -142,7 +158,7 @@ impl ProjectionCase<'_> {
             Mode::Exact => self.x.to_vec(),
             Mode::BlockScaled => self.x.chunks(32).flat_map(rounded).collect(),
             Mode::Int8 => self.x.chunks(self.cols()).flat_map(rounded).collect(),
-            Mode::Bf16 => self.x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect(),
+            Mode::Bf16 | Mode::Panels => self.x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect(),
         };
         let sums = [0, 1].map(|i| self.sums(i, &x));
         let mut out = Vec::new();
@@ -166,6 +182,9 @@ impl ProjectionCase<'_> {
             weight.dequantise_row(f, &mut stored);
             if self.mode == Mode::Int8 {
                 stored = rounded(&stored);
+            }
+            if self.mode == Mode::Panels {
+                stored.iter_mut().for_each(|w| *w = bf16::from_f32(*w).to_f32());
             }
             let bias =
                 if self.epilogue == Epilogue::Nothing { 0.0 } else { f64::from(self.biases[which][f]) };
@@ -210,8 +229,9 @@ impl ProjectionCase<'_> {
     /// Tile registers give the bits of vectors where sums are integers, and values near the definition
     /// elsewhere.
     fn check_tiles(&self) -> Result<(), TestCaseError> {
-        let got = self.run(Tier::Amx);
-        if self.mode == Mode::Bf16 {
+        let kernels = Kernels::of(Tier::Amx).chosen_by(TileRule::Always);
+        let got = self.run_with(Tier::Amx, kernels);
+        if matches!(self.mode, Mode::Bf16 | Mode::Panels) {
             return self.is_as_expected(Tier::Amx, &got, 4e-6);
         }
         let bits = |out: Vec<f32>| out.into_iter().map(f32::to_bits).collect::<Vec<_>>();
@@ -243,7 +263,7 @@ impl Recipe {
         let mut samples = Samples::new(self.seed);
         let mode = match self.mode {
             Mode::BlockScaled | Mode::Bf16 if dtype == DType::BF16 => Mode::Bf16,
-            Mode::BlockScaled if !Form::of(dtype).has_block_scales() => Mode::Exact,
+            Mode::BlockScaled | Mode::Panels if !Form::of(dtype).has_block_scales() => Mode::Exact,
             Mode::Bf16 => Mode::Exact,
             mode => mode,
         };
@@ -310,9 +330,9 @@ fn tiles_give_the_bits_of_vectors() {
     if !has_amx() {
         return;
     }
-    let modes = [Mode::BlockScaled, Mode::Int8, Mode::Bf16];
+    let modes = [Mode::BlockScaled, Mode::Int8, Mode::Bf16, Mode::Panels];
     let each = modes.into_iter().flat_map(|mode| DType::ALL.map(|dtype| (mode, dtype)));
-    let sizes = [(1, 3, 33), (8, 2, 16), (15, 1, 40), (16, 5, 17), (17, 4, 64), (33, 3, 20), (65, 9, 50)];
+    let sizes = [(1, 3, 33), (8, 2, 16), (15, 1, 40), (16, 5, 17), (17, 4, 64), (33, 3, 20), (165, 9, 50)];
     for (i, (mode, dtype)) in each.enumerate() {
         for (j, (rows, blocks, features)) in sizes.into_iter().enumerate() {
             let epilogue = EPILOGUES[(i + j) % EPILOGUES.len()];

@@ -22,7 +22,7 @@ fn trained(strategy: BatchStrategy, fixed_us: u64) -> Batcher<usize> {
 
 /// A text without a tenant.
 fn push(batcher: &mut Batcher<usize>, at_us: u64, class: Priority, tokens: usize, item: usize) {
-    let text = NewText { arrived: us(at_us), class, tenant: &Tenant::from(""), tokens };
+    let text = NewText { arrived: us(at_us), class, tenant: TenantId::NONE, tokens };
     batcher.push(text, item);
 }
 
@@ -33,11 +33,16 @@ fn request(batcher: &mut Batcher<usize>, at_us: u64, item: usize) {
 }
 
 /// Texts of 10 tokens each, of a request of this tenant.
-fn list(batcher: &mut Batcher<usize>, class: Priority, tenant: &str, items: std::ops::Range<usize>) {
-    let tenant = Tenant::from(tenant);
-    batcher.request_arrived(&tenant);
-    let text = NewText { arrived: us(0), class, tenant: &tenant, tokens: 10 };
+fn list(
+    batcher: &mut Batcher<usize>,
+    class: Priority,
+    tenant: &str,
+    items: std::ops::Range<usize>,
+) -> TenantId {
+    let tenant = batcher.request_arrived(&Tenant::from(tenant));
+    let text = NewText { arrived: us(0), class, tenant, tokens: 10 };
     items.for_each(|item| batcher.push(text, item));
+    tenant
 }
 
 fn next_batch(batcher: &mut Batcher<usize>) -> Vec<usize> {
@@ -208,18 +213,17 @@ fn many_texts_leave_room_for_other_tenants() {
     let mut batcher = Batcher::new(rules(BatchStrategy::Dynamic));
     list(&mut batcher, Priority::Normal, "long", 0..100);
     assert_eq!(next_batch(&mut batcher), [0, 1, 2, 3]);
-    list(&mut batcher, Priority::Normal, "short", 200..201);
+    let short = list(&mut batcher, Priority::Normal, "short", 200..201);
     // Both start at the same count, so the older one is first; then the other tenant is next.
     assert_eq!(next_batch(&mut batcher), [4, 200, 5, 6]);
-    batcher.request_ended(&"short".into());
+    batcher.request_ended(short);
     list(&mut batcher, Priority::Normal, "other", 300..400);
     assert_eq!(next_batch(&mut batcher), [7, 300, 8, 301]);
     // Tenants are charged by tokens: the one with long texts has fewer of them in a step.
     let mut batcher = Batcher::new(BatchRules { max_texts: 16, ..rules(BatchStrategy::Dynamic) });
     list(&mut batcher, Priority::Normal, "short", 0..100);
-    let long = Tenant::from("long");
-    batcher.request_arrived(&long);
-    let text = NewText { arrived: us(0), class: Priority::Normal, tenant: &long, tokens: 40 };
+    let tenant = batcher.request_arrived(&Tenant::from("long"));
+    let text = NewText { arrived: us(0), class: Priority::Normal, tenant, tokens: 40 };
     (200..300).for_each(|item| batcher.push(text, item));
     assert_eq!(next_batch(&mut batcher), [0, 200, 1, 2, 3, 4]);
     // A class precedes all tenants of the next one.

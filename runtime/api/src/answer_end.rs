@@ -1,0 +1,275 @@
+//! How an answer ended, for the gateway in front of this server: HTTP trailers behind the body.
+//!
+//! The head of an answer is sent before its end is known, so a stream that fails has a head of success. A
+//! gateway that counts outcomes and tokens asks for trailers with [`REPORT_HEADER`]; no other client sees
+//! them.
+//!
+//! The answer itself is taken apart nowhere: a wrapper of `Inference` sees the events of the models, and a
+//! layer adds what it saw to the body of the same request.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use axum::body::{Body, Bytes};
+use axum::extract::Request;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::middleware::Next;
+use axum::response::Response;
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::sync::watch;
+use trustformers_proto::v1;
+
+use crate::error::ApiError;
+use crate::fields::Generation;
+use crate::health::{Health, Verdict};
+use crate::inference::{Answer, CountRequest, Event, Inference, Models};
+use crate::model_control::LoadModel;
+use crate::{EmbedRequest, Embedded};
+
+/// Header of a request whose answer shall end with the trailers below, over HTTP/2.
+pub const REPORT_HEADER: &str = "x-trustformers-report-end";
+/// Trailer: [`END_OK`], or the kind of the error that ended the answer after its head.
+pub const END_TRAILER: &str = "x-trustformers-end";
+/// The value of [`END_TRAILER`] for an answer that is complete.
+pub const END_OK: &str = "ok";
+/// Trailer: tokens of the prompts of the request.
+pub const PROMPT_TOKENS_TRAILER: &str = "x-trustformers-prompt-tokens";
+/// Trailer: tokens that were produced for the request.
+pub const COMPLETION_TOKENS_TRAILER: &str = "x-trustformers-completion-tokens";
+
+tokio::task_local! {
+    /// Where the end of the request that this task handles is noted.
+    static END: SharedEnd;
+}
+
+type SharedEnd = Arc<Mutex<AnswerEnd>>;
+
+/// What is known of the end of an answer.
+#[derive(Debug, Default)]
+struct AnswerEnd {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    /// The kind of the error that ended it.
+    failure: Option<&'static str>,
+    /// Whether a model has answered at all.
+    began: bool,
+}
+
+impl AnswerEnd {
+    /// The trailers, where a model has answered.
+    fn trailers(&self) -> Option<HeaderMap> {
+        if !self.began {
+            return None;
+        }
+        Some(HeaderMap::from_iter([
+            (HeaderName::from_static(END_TRAILER), HeaderValue::from_static(self.failure.unwrap_or(END_OK))),
+            (HeaderName::from_static(PROMPT_TOKENS_TRAILER), HeaderValue::from(self.prompt_tokens)),
+            (HeaderName::from_static(COMPLETION_TOKENS_TRAILER), HeaderValue::from(self.completion_tokens)),
+        ]))
+    }
+
+    fn event(&mut self, event: &Result<Event, ApiError>) {
+        match event {
+            Ok(Event::Token { .. }) => self.completion_tokens += 1,
+            Ok(Event::Finished { .. }) => {}
+            Err(error) => self.failure = Some(error.kind()),
+        }
+    }
+}
+
+fn lock(end: &Mutex<AnswerEnd>) -> MutexGuard<'_, AnswerEnd> {
+    end.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The end of the request that is being handled, where somebody wants to know it.
+fn current() -> Option<SharedEnd> {
+    END.try_with(Arc::clone).ok()
+}
+
+/// A server of models that notes how its answers end.
+pub(crate) struct ReportingInference(pub(crate) Arc<dyn Inference>);
+
+impl Health for ReportingInference {
+    fn liveness(&self) -> Verdict {
+        self.0.liveness()
+    }
+    fn startup(&self) -> Verdict {
+        self.0.startup()
+    }
+    fn readiness(&self) -> watch::Receiver<Verdict> {
+        self.0.readiness()
+    }
+}
+
+impl Inference for ReportingInference {
+    fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
+        let answering = self.0.generate(request);
+        let Some(end) = current() else { return answering };
+        Box::pin(async move {
+            let mut answer = answering.await?;
+            {
+                let mut end = lock(&end);
+                end.began = true;
+                end.prompt_tokens = end.prompt_tokens.saturating_add(answer.prompt_tokens);
+            }
+            answer.events = answer.events.inspect(move |event| lock(&end).event(event)).boxed();
+            Ok(answer)
+        })
+    }
+
+    fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>> {
+        let embedding = self.0.embed(request);
+        let Some(end) = current() else { return embedding };
+        Box::pin(async move {
+            let embedded = embedding.await?;
+            let mut end = lock(&end);
+            end.began = true;
+            end.prompt_tokens = end.prompt_tokens.saturating_add(embedded.tokens);
+            drop(end);
+            Ok(embedded)
+        })
+    }
+
+    fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {
+        self.0.count_tokens(request)
+    }
+
+    fn load_model(&self, request: LoadModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        self.0.load_model(request)
+    }
+
+    fn unload_model(&self, model: String) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        self.0.unload_model(model)
+    }
+
+    fn watch_models(&self) -> watch::Receiver<Models> {
+        self.0.watch_models()
+    }
+}
+
+/// Ends the answer with trailers where the request asks for them. It belongs outside every layer that takes
+/// bodies apart.
+pub(crate) async fn report_end(mut request: Request, next: Next) -> Response {
+    if request.headers_mut().remove(REPORT_HEADER).is_none() {
+        return next.run(request).await;
+    }
+    let end = SharedEnd::default();
+    let response = END.scope(Arc::clone(&end), next.run(request)).await;
+    if response.body().is_end_stream() {
+        return response;
+    }
+    response.map(|inner| Body::new(ReportedBody { inner, end, ended: false }))
+}
+
+/// A body with trailers behind it.
+struct ReportedBody {
+    inner: Body,
+    end: SharedEnd,
+    ended: bool,
+}
+
+impl HttpBody for ReportedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let told = match std::task::ready!(Pin::new(&mut self.inner).poll_frame(context)) {
+            Some(Ok(frame)) => match frame.into_trailers() {
+                Ok(trailers) => Some(trailers),
+                Err(data) => return Poll::Ready(Some(Ok(data))),
+            },
+            Some(Err(error)) => {
+                self.ended = true;
+                return Poll::Ready(Some(Err(error)));
+            }
+            None => None,
+        };
+        self.ended = true;
+        let ours = lock(&self.end).trailers();
+        let trailers = match (told, ours) {
+            (Some(mut told), Some(ours)) => {
+                told.extend(ours);
+                Some(told)
+            }
+            (one, other) => one.or(other),
+        };
+        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::{Fake, Script};
+    use http_body_util::BodyExt;
+    use serde_json::json;
+    use tower::ServiceExt;
+
+    /// The trailers of an answer; none where it has none.
+    async fn trailers(script: Script, path: &str, ask: bool) -> Option<Vec<(String, String)>> {
+        let field = if path.ends_with("embeddings") { "input" } else { "prompt" };
+        let body = json!({field: "Hi"});
+        let mut request = Request::post(path);
+        if ask {
+            request = request.header(REPORT_HEADER, "1");
+        }
+        let request = request.body(Body::from(body.to_string())).unwrap();
+        let response = crate::http::router(Fake::with(script).api()).oneshot(request).await.unwrap();
+        let collected = response.into_body().collect().await.unwrap();
+        let trailers = collected.trailers()?.clone();
+        let mut found: Vec<(String, String)> = trailers
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
+            .collect();
+        found.sort();
+        Some(found)
+    }
+
+    fn expected(end: &str, prompt: u32, completion: u32) -> Option<Vec<(String, String)>> {
+        let all = [
+            (COMPLETION_TOKENS_TRAILER, completion.to_string()),
+            (END_TRAILER, end.to_owned()),
+            (PROMPT_TOKENS_TRAILER, prompt.to_string()),
+        ];
+        Some(all.map(|(name, value)| (name.to_owned(), value)).to_vec())
+    }
+
+    #[tokio::test]
+    async fn the_trailers_tell_tokens_and_how_a_stream_failed() {
+        let failing = || {
+            Script::tokens(&["a", "b"]).then_fails(ApiError::Unavailable {
+                message: "the engine ended".to_owned(),
+                retry_after_s: None,
+            })
+        };
+        let whole = || Script::tokens(&["a", "b", "c"]);
+        assert_eq!(trailers(whole(), "/v1/generate", true).await, expected(END_OK, 3, 3));
+        assert_eq!(trailers(whole(), "/v1/generate/stream", true).await, expected(END_OK, 3, 3));
+        assert_eq!(trailers(failing(), "/v1/generate/stream", true).await, expected("unavailable", 3, 2));
+        assert_eq!(trailers(whole(), "/v1/embeddings", true).await, expected(END_OK, 3, 0));
+    }
+
+    #[tokio::test]
+    async fn nobody_else_gets_trailers() {
+        assert_eq!(trailers(Script::tokens(&["a"]), "/v1/generate", false).await, None);
+        let refused = Script::refused(ApiError::field("prompt", "no"));
+        assert_eq!(trailers(refused, "/v1/generate", true).await, None);
+    }
+}

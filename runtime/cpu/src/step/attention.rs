@@ -1,0 +1,169 @@
+//! Attention over the cache. Tiles of queries are dealt to the threads by their work, which grows with the
+//! number of positions, so that one long sequence does not make the other threads wait. A thread's share may
+//! end inside a tile; then each thread computes some chunks of positions, and a barrier precedes the merge.
+//! The bits do not depend on where that is: see [`crate::kernels::attention`].
+
+use std::ops::Range;
+
+use trustformers_plan::{AttentionShape, Buf};
+
+use super::{Step, ThreadContext};
+use crate::{
+    kernels::attention::{Attend, CHUNK_TOKENS, Query, TILE, chunk_len, partial_len},
+    pool::{Aborted, Dealer, Dealt, Pieces},
+};
+
+/// The operands of a [`trustformers_plan::Op::Attention`].
+pub(super) struct Attention {
+    pub(super) layer: usize,
+    pub(super) query: Buf,
+    pub(super) shape: AttentionShape,
+    pub(super) scale: f32,
+    pub(super) out: Buf,
+}
+
+/// Queries of one sequence that share a key/value head. Query `q` of a sequence is head `q % group` of its
+/// row `q / group`.
+#[derive(Clone)]
+struct Tile {
+    sequence: usize,
+    /// The first of the sequence's rows in the buffer of queries.
+    first_row: usize,
+    kv_head: usize,
+    queries: Range<usize>,
+}
+
+/// What reading the keys and values of a chunk costs, in queries that are computed with them.
+const READING_COST: usize = 4;
+
+/// An unused entry of a tile's queries.
+const NO_QUERY: Query = Query { ptr: std::ptr::null(), positions: 0 };
+
+impl Step<'_> {
+    pub(super) fn attention(&self, a: &Attention, thread: ThreadContext<'_>) -> Result<(), Aborted> {
+        let mut split_tiles = 0;
+        self.deal_tiles(a, thread, |tile, Dealt { pieces, is_split }| {
+            let partials = if is_split {
+                split_tiles += 1;
+                self.split_partials(a, split_tiles - 1)
+            } else {
+                self.shared.scratch.threads[thread.number].partials.ptr()
+            };
+            if pieces.is_empty() {
+                return;
+            }
+            let mut queries = [NO_QUERY; TILE];
+            let attend = self.attend(a, &tile, &mut queries, thread);
+            // SAFETY: see the parent module. The partials are this thread's: its own memory, or these chunks
+            // of the common one. The queries of a tile that is not split are its own too.
+            unsafe {
+                let out = partials.add(pieces.start * chunk_len(&a.shape));
+                (self.shared.kernels.attend)(&attend, pieces, out);
+                if !is_split {
+                    tile.queries.clone().for_each(|query| self.merge(a, &tile, query, partials));
+                }
+            }
+        });
+        if split_tiles == 0 {
+            return Ok(());
+        }
+        thread.barrier.wait()?;
+        let (mut split_tiles, mut count) = (0, 0);
+        self.deal_tiles(a, thread, |tile, dealt| {
+            if !dealt.is_split {
+                return;
+            }
+            let partials = self.split_partials(a, split_tiles);
+            split_tiles += 1;
+            for query in tile.queries.clone() {
+                if count % self.threads == thread.number {
+                    // SAFETY: the barrier lies between the partials' writing and this; the head is this
+                    // thread's.
+                    unsafe { self.merge(a, &tile, query, partials) };
+                }
+                count += 1;
+            }
+        });
+        Ok(())
+    }
+
+    /// Calls `each` with every tile and this thread's chunks of it.
+    fn deal_tiles(&self, a: &Attention, thread: ThreadContext<'_>, mut each: impl FnMut(Tile, Dealt)) {
+        let cost_of = |tile: &Tile| {
+            let (row, _) = self.query(a, tile, tile.queries.end - 1);
+            let pieces = (self.position(a.query, row) + 1).div_ceil(CHUNK_TOKENS);
+            Pieces { count: pieces, cost: READING_COST + tile.queries.len() }
+        };
+        let total = self.tiles(a).map(|tile| cost_of(&tile).work()).sum();
+        let mut dealer = Dealer::new(total, self.threads);
+        for tile in self.tiles(a) {
+            let dealt = dealer.deal(cost_of(&tile), thread.number);
+            each(tile, dealt);
+        }
+    }
+
+    /// The partial results of the `index`-th tile that is split. Each thread's share begins in one tile at
+    /// most, so there are fewer of these than threads.
+    fn split_partials(&self, a: &Attention, index: usize) -> *mut f32 {
+        let tile_len = self.shared.hyper.context.div_ceil(CHUNK_TOKENS) * chunk_len(&a.shape);
+        self.shared.scratch.partials.ptr().wrapping_add(index * tile_len)
+    }
+
+    fn tiles(&self, a: &Attention) -> impl Iterator<Item = Tile> {
+        let (AttentionShape { heads, kv_heads, .. }, space) = (a.shape, a.query.rows);
+        (0..self.input.sequences()).flat_map(move |sequence| {
+            let rows = self.input.rows_within(space, sequence);
+            let (first_row, queries) = (rows.start, rows.len() * (heads / kv_heads));
+            (0..kv_heads).flat_map(move |kv_head| {
+                (0..queries).step_by(TILE).map(move |first| {
+                    let queries = first..queries.min(first + TILE);
+                    Tile { sequence, first_row, kv_head, queries }
+                })
+            })
+        })
+    }
+
+    /// Row (of the buffer of queries) and head of a tile's query.
+    fn query(&self, a: &Attention, tile: &Tile, query: usize) -> (usize, usize) {
+        let group = a.shape.heads / a.shape.kv_heads;
+        (tile.first_row + query / group, tile.kv_head * group + query % group)
+    }
+
+    fn attend<'a>(
+        &'a self,
+        a: &Attention,
+        tile: &Tile,
+        queries: &'a mut [Query; TILE],
+        thread: ThreadContext<'_>,
+    ) -> Attend<'a> {
+        for (entry, query) in queries.iter_mut().zip(tile.queries.clone()) {
+            let (row, head) = self.query(a, tile, query);
+            let ptr = self.at(a.query, row).wrapping_add(head * a.shape.head_dim).cast_const();
+            *entry = Query { ptr, positions: self.position(a.query, row) + 1 };
+        }
+        Attend {
+            shape: a.shape,
+            scale: a.scale,
+            cache: self.layer_cache(a.layer),
+            kv_type: self.shared.kv_type,
+            table: self.input.blocks_of(tile.sequence),
+            kv_head: tile.kv_head,
+            queries: &queries[..tile.queries.len()],
+            scratch: self.shared.scratch.threads[thread.number].queries.ptr(),
+        }
+    }
+
+    /// # Safety
+    /// `partials` are all chunks of the tile; no other thread writes the query's head.
+    unsafe fn merge(&self, a: &Attention, tile: &Tile, query: usize, partials: *const f32) {
+        let (row, head) = self.query(a, tile, query);
+        let chunks = (self.position(a.query, row) + 1).div_ceil(CHUNK_TOKENS);
+        let dim = a.shape.head_dim;
+        // SAFETY: as above, and see the parent module.
+        unsafe {
+            let from = partials.add((query - tile.queries.start) * partial_len(&a.shape));
+            let out = self.at(a.out, row).add(head * dim);
+            (self.shared.kernels.merge)(from, chunk_len(&a.shape), chunks, out, dim);
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! `POST /v1/feedback {"request_id", "score", "metric"?}`: what a caller thinks of an answer.
+//!
+//! A score belongs to the route and the revision that answered, so the gateway remembers the ids of the last
+//! answers. The id is the `x-request-id` of the answer, which a caller may choose. A score counts once for
+//! each answer and metric: sending it again changes nothing.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use prometheus::{GaugeVec, IntCounterVec, Opts, Registry};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::error::{Echo, GatewayError};
+use crate::metrics::RevisionMetrics;
+use crate::request_body::BODY_TIMEOUT;
+
+/// Answers that are remembered: at 100 requests per second, those of eleven minutes. Each takes some 300
+/// bytes with an id of the longest length (128 bytes), 20 MiB together.
+const REMEMBERED_ANSWERS: usize = 65_536;
+/// Metrics that one answer may be scored in.
+const METRICS_OF_ANSWER: usize = 4;
+/// Metrics that scores have names for. Each makes two series for each revision.
+const METRIC_NAMES: usize = 16;
+/// The longest name of a metric.
+const MAX_METRIC_BYTES: usize = 64;
+/// The metric of a score without one.
+const DEFAULT_METRIC: &str = "score";
+/// The largest score, and the smallest with its sign: sums of them keep six digits behind the point.
+const MAX_SCORE: f64 = 1e6;
+/// The longest body: an id, a number and a name.
+const BODY_BYTES: usize = 4 << 10;
+
+/// A score as a caller sends it.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Score {
+    request_id: String,
+    score: f64,
+    #[serde(default)]
+    metric: Option<String>,
+}
+
+/// The answers that are remembered, and the sums of their scores.
+#[derive(Debug)]
+pub(crate) struct Feedback {
+    answers: Mutex<Answers>,
+    count: IntCounterVec,
+    sum: GaugeVec,
+}
+
+#[derive(Debug, Default)]
+struct Answers {
+    by_id: HashMap<Arc<str>, RememberedAnswer>,
+    /// The oldest first. An id that came again stands here twice; its entry has the number of the last time.
+    order: VecDeque<Remembering>,
+    next_number: u64,
+    /// Every name of a metric that a score had.
+    metrics: Vec<Arc<str>>,
+}
+
+#[derive(Debug)]
+struct Remembering {
+    number: u64,
+    id: Arc<str>,
+}
+
+#[derive(Debug)]
+struct RememberedAnswer {
+    number: u64,
+    revision: Arc<RevisionMetrics>,
+    /// The metrics that it was scored in.
+    scored: Vec<Arc<str>>,
+}
+
+impl Feedback {
+    /// Remembers nothing yet.
+    ///
+    /// # Errors
+    /// When the registry has a collector of one of these names already.
+    pub(crate) fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let labels = &["route", "revision", "metric"];
+        let count = Opts::new("trustformers_gateway_feedback_total", "Scores of answers, by metric.");
+        let sum = Opts::new("trustformers_gateway_feedback_score_sum", "Sum of the scores, by metric.");
+        let feedback = Self {
+            answers: Mutex::default(),
+            count: IntCounterVec::new(count, labels)?,
+            sum: GaugeVec::new(sum, labels)?,
+        };
+        registry.register(Box::new(feedback.count.clone()))?;
+        registry.register(Box::new(feedback.sum.clone()))?;
+        Ok(feedback)
+    }
+
+    fn answers(&self) -> MutexGuard<'_, Answers> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An answer of this revision has ended well.
+    pub(crate) fn remember(&self, request_id: &str, revision: &Arc<RevisionMetrics>) {
+        let id: Arc<str> = request_id.into();
+        let mut answers = self.answers();
+        let number = answers.next_number;
+        answers.next_number += 1;
+        answers.order.push_back(Remembering { number, id: Arc::clone(&id) });
+        let answer = RememberedAnswer { number, revision: Arc::clone(revision), scored: Vec::new() };
+        answers.by_id.insert(id, answer);
+        if answers.order.len() > REMEMBERED_ANSWERS
+            && let Some(oldest) = answers.order.pop_front()
+            && answers.by_id.get(&oldest.id).is_some_and(|answer| answer.number == oldest.number)
+        {
+            answers.by_id.remove(&oldest.id);
+        }
+    }
+
+    /// Counts a score. Gives what the caller is told.
+    ///
+    /// # Errors
+    /// The score or the metric is out of bounds, or the answer is not remembered.
+    pub(crate) fn count(&self, score: &Score) -> Result<Value, GatewayError> {
+        let Score { request_id, score, metric } = score;
+        let malformed = |text: &str| GatewayError::Malformed(Echo::new(text));
+        if !score.is_finite() || score.abs() > MAX_SCORE {
+            return Err(malformed(&format!("score: expected a number from -{MAX_SCORE} to {MAX_SCORE}")));
+        }
+        let metric = metric.as_deref().unwrap_or(DEFAULT_METRIC);
+        let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+        if !(1..=MAX_METRIC_BYTES).contains(&metric.len()) || !metric.bytes().all(is_name) {
+            let expected = format!("metric: expected 1 to {MAX_METRIC_BYTES} letters, digits and _");
+            return Err(malformed(&expected));
+        }
+        let mut guard = self.answers();
+        let answers = &mut *guard;
+        let unknown = || GatewayError::UnknownRequest { id: Echo::new(request_id) };
+        let answer = answers.by_id.get_mut(request_id.as_str()).ok_or_else(unknown)?;
+        let revision = Arc::clone(&answer.revision);
+        let counted = !answer.scored.iter().any(|scored| &**scored == metric);
+        if counted {
+            if answer.scored.len() == METRICS_OF_ANSWER {
+                let text = format!("metric: an answer is scored in at most {METRICS_OF_ANSWER} metrics");
+                return Err(malformed(&text));
+            }
+            let known = answers.metrics.iter().find(|known| &***known == metric).cloned();
+            let name = match known {
+                Some(name) => name,
+                None if answers.metrics.len() < METRIC_NAMES => {
+                    let name: Arc<str> = metric.into();
+                    answers.metrics.push(Arc::clone(&name));
+                    name
+                }
+                None => {
+                    let known: Vec<&str> = answers.metrics.iter().map(|known| &**known).collect();
+                    let text = format!("metric: use one of {}", known.join(", "));
+                    return Err(malformed(&text));
+                }
+            };
+            answer.scored.push(name);
+            let labels = &[revision.route.as_str(), revision.revision.as_str(), metric];
+            self.count.with_label_values(labels).inc();
+            self.sum.with_label_values(labels).add(*score);
+        }
+        Ok(json!({"request_id": request_id, "revision": revision.revision, "counted": counted}))
+    }
+}
+
+/// Reads a score.
+///
+/// # Errors
+/// The body is too long, too slow, or no score.
+pub(crate) async fn read(body: Incoming) -> Result<Score, GatewayError> {
+    let reading = Limited::new(body, BODY_BYTES).collect();
+    let Ok(read) = timeout(BODY_TIMEOUT, reading).await else {
+        return Err(GatewayError::BodyTimeout { limit: BODY_TIMEOUT });
+    };
+    let body = read.map_err(|error| {
+        let too_long = error.downcast_ref::<http_body_util::LengthLimitError>().is_some();
+        if too_long {
+            GatewayError::TooLarge { limit_bytes: BODY_BYTES }
+        } else {
+            GatewayError::Malformed(Echo::new(&format!("it broke off: {error}")))
+        }
+    })?;
+    serde_json::from_slice(&body.to_bytes()).map_err(|error| {
+        let text = format!("expected {{\"request_id\", \"score\", \"metric\"?}}: {error}");
+        GatewayError::Malformed(Echo::new(&text))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+    use crate::table::Version;
+
+    fn revision() -> (Feedback, Arc<RevisionMetrics>) {
+        let registry = Registry::new();
+        let feedback = Feedback::new(&registry).unwrap();
+        let metrics = Metrics::new(registry).unwrap();
+        let version = Version { term: 1, counter: 1 };
+        let series = metrics.in_force(version, [("d/a", "r1")].into_iter());
+        (feedback, Arc::clone(&series[&("d/a".to_owned(), "r1".to_owned())]))
+    }
+
+    fn score(id: &str, score: f64, metric: Option<&str>) -> Score {
+        Score { request_id: id.to_owned(), score, metric: metric.map(str::to_owned) }
+    }
+
+    #[test]
+    fn a_score_counts_once_for_its_answer_and_metric() {
+        let (feedback, revision) = revision();
+        feedback.remember("id-1", &revision);
+        for (metric, counted) in [(None, true), (None, false), (Some("tone"), true), (Some("score"), false)] {
+            let told = feedback.count(&score("id-1", 0.5, metric)).unwrap();
+            assert_eq!((&told["counted"], &told["revision"]), (&counted.into(), &"r1".into()), "{metric:?}");
+        }
+        let labels = &["d/a", "r1", "score"];
+        assert_eq!(feedback.count.with_label_values(labels).get(), 1);
+        assert!((feedback.sum.with_label_values(labels).get() - 0.5).abs() < 1e-9);
+        assert_eq!(feedback.count(&score("id-2", 1.0, None)).unwrap_err().kind(), "unknown_request");
+    }
+
+    #[test]
+    fn scores_and_metrics_have_bounds() {
+        let (feedback, revision) = revision();
+        feedback.remember("id-1", &revision);
+        for bad in [
+            score("id-1", f64::NAN, None),
+            score("id-1", 2e6, None),
+            score("id-1", 1.0, Some("")),
+            score("id-1", 1.0, Some("a b")),
+            score("id-1", 1.0, Some(&"a".repeat(65))),
+        ] {
+            assert_eq!(feedback.count(&bad).unwrap_err().kind(), "invalid_request", "{bad:?}");
+        }
+        for index in 0..METRIC_NAMES {
+            let id = format!("id-{}", index / METRICS_OF_ANSWER);
+            if index % METRICS_OF_ANSWER == 0 {
+                feedback.remember(&id, &revision);
+            }
+            feedback.count(&score(&id, 1.0, Some(&format!("m{index}")))).unwrap();
+        }
+        assert!(feedback.count(&score("id-0", 1.0, Some("m9"))).is_err(), "an answer in more metrics");
+        feedback.remember("more", &revision);
+        let error = feedback.count(&score("more", 1.0, Some("new"))).unwrap_err();
+        assert!(error.to_string().contains("m15"), "{error}");
+        assert!(feedback.count(&score("more", 1.0, Some("m3"))).is_ok());
+    }
+
+    #[test]
+    fn the_oldest_answers_are_forgotten_and_an_id_that_came_again_is_not() {
+        let (feedback, revision) = revision();
+        feedback.remember("twice", &revision);
+        feedback.remember("once", &revision);
+        for index in 0..REMEMBERED_ANSWERS - 2 {
+            feedback.remember(&format!("id-{index}"), &revision);
+        }
+        feedback.remember("twice", &revision);
+        assert!(feedback.count(&score("twice", 1.0, None)).is_ok());
+        assert!(feedback.count(&score("once", 1.0, None)).is_ok());
+        feedback.remember("new", &revision);
+        assert!(feedback.count(&score("once", 1.0, None)).is_err());
+        assert!(feedback.count(&score("twice", 1.0, None)).is_ok());
+        assert_eq!(feedback.answers().by_id.len(), REMEMBERED_ANSWERS);
+    }
+}

@@ -1,0 +1,186 @@
+//! What is counted of one request, and what lasts as long as its answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use trustformers_api::budget::Share;
+
+use crate::answer_end::{AnswerEnd, EndOutcome, EndUsage};
+use crate::drain::DrainGuard;
+use crate::endpoint::InFlight;
+use crate::feedback::Feedback;
+use crate::metrics::{CodeClass, Protocol, RevisionMetrics};
+use crate::pool::StreamPermit;
+use crate::routing::Choice;
+
+/// What lasts as long as a pod's answer. Dropping it without [`AnswerGuard::ended`] says that the caller
+/// left.
+#[derive(Debug)]
+pub(crate) struct AnswerGuard {
+    /// Counted when the answer has ended.
+    pub(crate) record: RequestRecord,
+    /// The endpoint's count.
+    pub(crate) _in_flight: InFlight,
+    /// The stream's permit on its connection; none on a connection of its own.
+    pub(crate) _permit: Option<StreamPermit>,
+}
+
+impl AnswerGuard {
+    /// The first bytes of the answer's body have arrived.
+    pub(crate) fn first_data(&mut self) {
+        self.record.first_data = Some(self.record.arrived.elapsed());
+    }
+
+    /// The answer has ended.
+    pub(crate) fn ended(mut self, end: &AnswerEnd) {
+        self.record.ended(end);
+    }
+}
+
+/// How one request went. It is counted when it is dropped, which is when the request has ended. A request
+/// without an end was cancelled by its caller.
+#[derive(Debug)]
+pub(crate) struct RequestRecord {
+    /// Series of the revision of the last attempt.
+    metrics: Arc<RevisionMetrics>,
+    protocol: Protocol,
+    arrived: Instant,
+    request_id: String,
+    /// Name of the pod of the last attempt.
+    pod: String,
+    /// Attempts so far.
+    pub(crate) attempts: u32,
+    /// From the request to the head of the answer.
+    first_byte: Option<Duration>,
+    /// From the request to the first bytes of the answer's body.
+    first_data: Option<Duration>,
+    usage: Option<EndUsage>,
+    class: Option<CodeClass>,
+    /// The class of the head; the end may change it.
+    head: CodeClass,
+    feedback: Arc<Feedback>,
+    _share: Share,
+    _drain: DrainGuard,
+}
+
+/// A request that is being handled.
+#[derive(Debug)]
+pub(crate) struct RequestContext {
+    /// The caller's protocol.
+    pub(crate) protocol: Protocol,
+    /// When the request came.
+    pub(crate) arrived: Instant,
+    /// Its id in logs.
+    pub(crate) request_id: String,
+    /// Its share of the requests in flight.
+    pub(crate) share: Share,
+    /// The drain's count.
+    pub(crate) drain: DrainGuard,
+    /// Remembers answers, so that their callers can score them.
+    pub(crate) feedback: Arc<Feedback>,
+}
+
+impl RequestRecord {
+    /// A request that goes to a pod of this revision.
+    pub(crate) fn new(context: RequestContext, metrics: Arc<RevisionMetrics>) -> Self {
+        metrics.in_flight().inc();
+        Self {
+            metrics,
+            protocol: context.protocol,
+            arrived: context.arrived,
+            request_id: context.request_id,
+            pod: String::new(),
+            attempts: 0,
+            first_byte: None,
+            first_data: None,
+            usage: None,
+            class: None,
+            head: CodeClass::Server,
+            feedback: context.feedback,
+            _share: context.share,
+            _drain: context.drain,
+        }
+    }
+
+    /// The series that the request counts in.
+    pub(crate) fn metrics(&self) -> &Arc<RevisionMetrics> {
+        &self.metrics
+    }
+
+    /// An attempt begins.
+    pub(crate) fn attempt(&mut self, choice: &Choice) {
+        self.attempts += 1;
+        self.answered_by(choice);
+    }
+
+    /// The caller gets the answer of this pod, which counts for its revision.
+    pub(crate) fn answered_by(&mut self, choice: &Choice) {
+        choice.endpoint.spec.pod_name.clone_into(&mut self.pod);
+        if !Arc::ptr_eq(&self.metrics, &choice.metrics) {
+            self.metrics.in_flight().dec();
+            choice.metrics.in_flight().inc();
+            self.metrics = Arc::clone(&choice.metrics);
+        }
+    }
+
+    /// The head of the answer that the caller gets has arrived.
+    pub(crate) fn head(&mut self, status: http::StatusCode) {
+        let first_byte = self.arrived.elapsed();
+        self.first_byte = Some(first_byte);
+        self.metrics.first_byte(first_byte);
+        self.head = CodeClass::of_http(status);
+    }
+
+    /// The answer has ended.
+    fn ended(&mut self, end: &AnswerEnd) {
+        self.usage = end.usage;
+        self.class = Some(match &end.outcome {
+            EndOutcome::Complete => self.head,
+            EndOutcome::Failed { .. } => CodeClass::Server,
+            EndOutcome::Grpc(code) => CodeClass::of_grpc(*code),
+            // A gRPC answer without a status was cut between the pod and this gateway.
+            EndOutcome::NoStatus | EndOutcome::Reset => CodeClass::Broken,
+        });
+        if end.outcome == EndOutcome::Reset {
+            tracing::warn!(pod = self.pod, "a pod broke off in the middle of an answer");
+        }
+    }
+
+    /// The caller did not send what it began to send.
+    pub(crate) fn caller_failed(&mut self) {
+        self.class = Some(CodeClass::Caller);
+    }
+
+    /// No pod gave an answer.
+    pub(crate) fn failed(&mut self) {
+        self.class = Some(CodeClass::Server);
+    }
+}
+
+impl Drop for RequestRecord {
+    fn drop(&mut self) {
+        let class = self.class.unwrap_or(CodeClass::Cancelled);
+        let took = self.arrived.elapsed();
+        if class == CodeClass::Success {
+            self.feedback.remember(&self.request_id, &self.metrics);
+        }
+        self.metrics.in_flight().dec();
+        self.metrics.ended(self.protocol, class, took);
+        tracing::debug!(
+            request_id = self.request_id,
+            protocol = <&str>::from(self.protocol),
+            route = self.metrics.route,
+            revision = self.metrics.revision,
+            pod = self.pod,
+            attempts = self.attempts,
+            code = <&str>::from(class),
+            prompt_tokens = self.usage.map(|usage| usage.prompt_tokens),
+            completion_tokens = self.usage.map(|usage| usage.completion_tokens),
+            first_data_ms = self.first_data.map(|first_data| first_data.as_secs_f64() * 1e3),
+            first_byte_ms = self.first_byte.map(|first_byte| first_byte.as_secs_f64() * 1e3),
+            duration_ms = took.as_secs_f64() * 1e3,
+            "request"
+        );
+    }
+}

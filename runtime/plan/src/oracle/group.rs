@@ -1,0 +1,111 @@
+//! Several oracles as the devices of a group: each runs its share, and sums over devices are made between
+//! ops.
+
+use std::sync::Arc;
+
+use super::{KvCache, Memory, memory, ops::Step, rope_tables, zeros};
+use crate::{
+    BackendError, Buf, Executable, KvType, MemoryReport, Op, Plan, RopeSpec, StepInput, StepOutput, Weights,
+    rope::RopeTable, shard::Shard,
+};
+
+/// A divided model on as many oracles as it has shards.
+pub struct OracleGroup {
+    devices: Vec<Device>,
+    kv_blocks: usize,
+    kv_type: KvType,
+    finished: Option<Vec<f32>>,
+}
+
+struct Device {
+    plan: Plan,
+    weights: Arc<Weights>,
+    memory: Memory,
+    ropes: Vec<(RopeSpec, RopeTable)>,
+}
+
+impl OracleGroup {
+    /// Loads each shard on a device with a cache of `kv_blocks` blocks.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`] where a cache or an arena cannot be allocated, and
+    /// [`BackendError::Mismatch`] for shards of different plans, or for none.
+    pub fn load(shards: &[Shard], kv_blocks: usize, kv_type: KvType) -> Result<Self, BackendError> {
+        let is_one_plan = shards.first().is_some_and(|first| shards.iter().all(|s| s.plan == first.plan));
+        if !is_one_plan {
+            return Err(BackendError::Mismatch("the devices of a group run one plan"));
+        }
+        let load = |Shard { plan, weights }: &Shard| {
+            let cache = KvCache::new(plan.hyper(), kv_blocks, kv_type)?;
+            let arena = zeros("the arena", plan.arena_bytes() / size_of::<f32>())?;
+            let ropes = rope_tables(plan);
+            Ok(Device {
+                plan: plan.clone(),
+                weights: weights.clone(),
+                memory: Memory { arena, cache },
+                ropes,
+            })
+        };
+        let devices = shards.iter().map(load).collect::<Result<_, BackendError>>()?;
+        Ok(Self { devices, kv_blocks, kv_type, finished: None })
+    }
+
+    /// What each device takes.
+    #[must_use]
+    pub fn memory(&self) -> Vec<MemoryReport> {
+        let of = |device: &Device| {
+            memory(device.plan.hyper(), self.kv_blocks, self.kv_type, device.plan.arena_bytes())
+        };
+        self.devices.iter().map(of).collect()
+    }
+
+    /// Adds up what the devices have in a buffer; all of them receive the sum.
+    fn all_reduce(&mut self, input: &StepInput, data: Buf) {
+        let mut sums: Vec<Vec<f64>> = Vec::new();
+        for device in &mut self.devices {
+            let rows = device.step(input).all_rows(data);
+            sums.resize_with(rows.len(), || vec![0.0; data.cols]);
+            for (sum, value) in sums.iter_mut().flatten().zip(rows.iter().flatten()) {
+                *sum += f64::from(*value);
+            }
+        }
+        for device in &mut self.devices {
+            let mut step = device.step(input);
+            for (r, row) in sums.iter().enumerate() {
+                let row: Vec<f32> = row.iter().map(|sum| *sum as f32).collect();
+                step.store(data, r, &row);
+            }
+        }
+    }
+}
+
+impl Device {
+    fn step<'a>(&'a mut self, input: &'a StepInput) -> Step<'a> {
+        Step { input, weights: &self.weights, ropes: &self.ropes, memory: &mut self.memory }
+    }
+}
+
+impl Executable for OracleGroup {
+    fn submit(&mut self, input: &StepInput) -> Result<(), BackendError> {
+        if self.finished.is_some() {
+            return Err(BackendError::Order("submit before the last step was awaited"));
+        }
+        let plan = self.devices[0].plan.clone();
+        input.validate(&plan, self.kv_blocks)?;
+        for op in plan.ops() {
+            if let Op::AllReduce { data } = op {
+                self.all_reduce(input, *data);
+            } else {
+                self.devices.iter_mut().for_each(|device| device.step(input).run(op));
+            }
+        }
+        self.finished = Some(self.devices[0].step(input).read(plan.answer()));
+        Ok(())
+    }
+
+    fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
+        output.values = self.finished.take().ok_or(BackendError::Order("wait without submit"))?;
+        output.width = self.devices[0].plan.answer().cols;
+        Ok(())
+    }
+}
