@@ -1,7 +1,7 @@
 # The tasks of this repository. Each target is a script below e2e/ that can be read and run alone.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-engine test-clients fuzz cluster-up cluster-down cluster-status kubectl images models report bench-cpu fmt lint audit release
+.PHONY: help demo demo-down test test-engine test-overload test-clients fuzz cluster-up cluster-down cluster-status kubectl images models report bench-cpu bench-gateway fmt lint audit release
 
 NODES ?= 1
 export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG BENCH_ROUNDS BENCH_ONLY CLIENTS
@@ -23,6 +23,9 @@ test: ## every stage: lints, unit tests, parity, engine, scenarios on a two-node
 
 test-engine: ## memory, classes, fairness and quality of the engine against objectives; 15 minutes on an idle machine
 	@e2e/tasks/test-engine.sh
+
+test-overload: ## four times as many requests as a server can answer, for a minute, on an idle machine [OVERLOAD_SECONDS=60]
+	@e2e/tasks/test-overload.sh $${OVERLOAD_SECONDS:-60}
 
 test-clients: ## clients of OpenAI, Anthropic, KServe, gRPC and WebSocket, unchanged, against trustformers-serve [CLIENTS=curl,grpcio]
 	@e2e/tasks/test-clients.sh $${CLIENTS:+--only $$CLIENTS}
@@ -53,6 +56,9 @@ report: ## time to first token, image sizes, decode speed, the times of the last
 
 bench-cpu: ## our runtime beside llama.cpp, ONNX Runtime and torch on this processor, as ratios [BENCH_ROUNDS=3] [BENCH_ONLY=minilm]
 	@e2e/bench/run.sh
+
+bench-gateway: ## the gateway beside Envoy and nginx before one mock pod: latency, processor time, memory
+	@e2e/bench/gateway.sh
 
 fmt: ## formats the code
 	@cargo fmt --all

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{self, YamlError};
 
-use crate::{InferenceModelStatus, PodSettings, Runtime, Source};
+use crate::{InferenceModelStatus, PodSettings, Rollout, Runtime, Source, Traffic};
 
 /// Longest name of an InferenceModel. Names of its children add at most 18 characters, and the name of a
 /// Service has at most 63: 45 + 18 = 63.
@@ -53,6 +53,27 @@ pub const MAX_NAME_CHARS: usize = 45;
         description = "The revision that serves"
     ),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(
+        name = "Candidate",
+        type_ = "string",
+        json_path = ".status.candidate.revision",
+        description = "The revision that is rolled out",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Weight",
+        type_ = "integer",
+        json_path = ".status.candidate.weight",
+        description = "Percent of the requests that the candidate gets",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Rollout",
+        type_ = "string",
+        json_path = ".status.rollout.phase",
+        description = "Where the rollout is",
+        priority = 1
+    ),
     printcolumn(name = "URL", type_ = "string", json_path = ".status.url"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(
@@ -88,6 +109,10 @@ pub struct InferenceModelSpec {
     /// How many pods serve it.
     #[serde(default)]
     pub scaling: Scaling,
+
+    /// How it moves to another source or to other settings of the engine.
+    #[serde(default)]
+    pub rollout: Rollout,
 
     /// How gateways handle its requests.
     #[serde(default)]
@@ -125,49 +150,6 @@ fn default_replicas() -> i32 {
 impl Default for Scaling {
     fn default() -> Self {
         Self { replicas: default_replicas() }
-    }
-}
-
-/// How gateways handle the model's requests.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Traffic {
-    /// From a request's arrival to the first byte of its response, such as `60s`, `1m30s` or `500ms`. A
-    /// response that is not streamed starts when it is complete.
-    #[serde(default = "default_timeout")]
-    #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h))+$"))]
-    pub timeout: String,
-
-    /// Further attempts, each on another pod, while no byte of the response has arrived.
-    #[serde(default = "default_retries")]
-    #[schemars(range(min = 0, max = 10), extend("format" = "int64"))]
-    pub retries: u32,
-
-    /// How long the requests of a pod that shuts down may take to finish.
-    #[serde(default = "default_drain_timeout")]
-    #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h))+$"))]
-    pub drain_timeout: String,
-}
-
-fn default_timeout() -> String {
-    "60s".to_owned()
-}
-
-fn default_retries() -> u32 {
-    2
-}
-
-fn default_drain_timeout() -> String {
-    "60s".to_owned()
-}
-
-impl Default for Traffic {
-    fn default() -> Self {
-        Self {
-            timeout: default_timeout(),
-            retries: default_retries(),
-            drain_timeout: default_drain_timeout(),
-        }
     }
 }
 
@@ -238,6 +220,7 @@ mod tests {
         let spec = &schema()["properties"]["spec"]["properties"];
         assert_eq!(spec["scaling"]["default"], serde_json::to_value(Scaling::default()).unwrap());
         assert_eq!(spec["runtime"]["default"], serde_json::to_value(Runtime::default()).unwrap());
+        assert_eq!(spec["rollout"]["default"], serde_json::to_value(Rollout::default()).unwrap());
         assert_eq!(spec["traffic"]["default"], serde_json::to_value(Traffic::default()).unwrap());
         assert_eq!(spec["scaling"]["properties"]["replicas"]["default"], 1);
         assert_eq!(spec["runtime"]["properties"]["batching"]["properties"]["maxQueue"]["default"], 512);

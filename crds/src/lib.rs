@@ -8,21 +8,28 @@
 
 mod inference_model;
 mod quantity;
+mod rollout;
 mod runtime;
 mod scheduling;
 mod source;
 mod status;
+mod traffic;
 
 pub use inference_model::{
-    Disruption, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Scaling, Traffic, crd_yaml,
+    Disruption, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Scaling, crd_yaml,
 };
 pub use quantity::Quantity;
+pub use rollout::{
+    CandidateRevision, ConsumedCommands, RetiringRevision, Rollout, RolloutDecision, RolloutFailure,
+    RolloutPlacement, RolloutStatus, RolloutStep,
+};
 pub use runtime::{
     BatchStrategy, Batching, DEFAULT_MAX_WAIT_MS, Device, EnvVar, KvCache, Numerics, Resources, Runtime,
 };
 pub use scheduling::{PodSettings, Toleration, TolerationEffect, TolerationOperator, TopologySpread};
-pub use source::Source;
+pub use source::{ClaimCache, EmptyDirCache, OciAccess, SecretRef, Source, SourceCache};
 pub use status::{Condition, InferenceModelStatus, Loading, Phase, StableRevision};
+pub use traffic::{CircuitBreaker, HashOn, HealthCheck, Hold, LoadBalancing, RetryBudget, Traffic};
 
 /// API group of the resources.
 pub const GROUP: &str = "serving.trustformers.dev";

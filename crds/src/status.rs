@@ -4,6 +4,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
+use crate::{CandidateRevision, RolloutDecision, RolloutStatus};
+
 /// The state of the model as the operator observed it last.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -24,7 +26,7 @@ pub struct InferenceModelStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<String>,
 
-    /// Number of pods.
+    /// Number of pods of the stable revision. Pods of a revision that is rolled out do not count.
     #[serde(default)]
     pub replicas: i32,
 
@@ -48,12 +50,29 @@ pub struct InferenceModelStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stable: Option<StableRevision>,
 
+    /// The revision that is rolled out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub candidate: Option<CandidateRevision>,
+
+    /// The revision before the stable one, while its pods are ready for an undo.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<StableRevision>,
+
+    /// The state of the rollout, or of the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutStatus>,
+
+    /// The last decisions about rollouts, the newest last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 10), extend("x-kubernetes-list-type" = "atomic"))]
+    pub history: Vec<RolloutDecision>,
+
     /// Progress of the load, while a pod loads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<Loading>,
 
-    /// `Serving`, `Ready`, `Progressing`, `Degraded`, and `BareName` if another model owns this one's bare
-    /// name.
+    /// `Serving`, `Ready`, `Progressing`, `Degraded`, `RolloutHealthy` if there was a rollout, and `BareName`
+    /// if another model owns this one's bare name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 16),

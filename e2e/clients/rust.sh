@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # With --workspace the same features are chosen as in the tests, so nothing is compiled twice.
-cargo build --quiet --locked --profile ci --workspace --example course-08-grpc >&2
+# TRUSTFORMERS_BUILT=1: it is there already.
+[ -n "${TRUSTFORMERS_BUILT:-}" ] || cargo build --quiet --locked --profile ci --workspace --example course-08-grpc >&2
 if found=$(TRUSTFORMERS_GRPC=http://$2 TRUSTFORMERS_MODEL=$3 "${CARGO_TARGET_DIR:-target}/ci/examples/course-08-grpc" 2>&1) && [ -n "$found" ]; then
   echo "PASS rust: generate, by the client of examples/course"
 else

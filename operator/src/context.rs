@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -25,6 +25,8 @@ use trustformers_crds::{InferenceModel, InferenceModelStatus};
 use trustformers_proto::v1::ModelStatus;
 
 use crate::children::Children;
+use crate::feed::FeedState;
+use crate::feed::counts::GatewaySums;
 use crate::metrics::Metrics;
 
 /// Requests for reconciles that wait to be coalesced. One entry takes about 200 bytes: 1024 × 200 B = 200 kB.
@@ -97,10 +99,14 @@ pub struct Context {
     pub pods: Store<Pod>,
     /// What the operator made for them.
     pub children: Children,
+    /// What gateways have counted.
+    pub counts: GatewaySums,
     /// Reports of pods, by UID of the pod. The observer removes those of pods that it does not observe.
     reports: Mutex<BTreeMap<String, PodReport>>,
     /// Causes from Events about pods, by UID of the pod. The observer removes those of pods that are gone.
     pod_events: Mutex<BTreeMap<String, Cause>>,
+    /// The feed of this lead: which tables gateways have.
+    pub feed: OnceLock<Arc<FeedState>>,
     memories: Mutex<HashMap<ModelKey, Memory>>,
     /// Stored models that cannot be decoded, each with the error.
     unreadable: Mutex<BTreeMap<ModelKey, Unreadable>>,
@@ -150,8 +156,10 @@ impl Context {
             models,
             pods,
             children: Children::default(),
+            counts: GatewaySums::default(),
             reports: Mutex::default(),
             pod_events: Mutex::default(),
+            feed: OnceLock::new(),
             memories: Mutex::default(),
             unreadable: Mutex::default(),
             queue: sender,
@@ -207,8 +215,14 @@ impl Context {
         let progressed_at = previous
             .filter(|previous| previous.model.loaded_bytes == model.loaded_bytes)
             .map_or_else(Timestamp::now, |previous| previous.progressed_at);
-        let without_progress =
-            |model: &ModelStatus| ModelStatus { loaded_bytes: 0, total_bytes: 0, ..model.clone() };
+        let without_progress = |model: &ModelStatus| {
+            let mut model = ModelStatus { loaded_bytes: 0, total_bytes: 0, ..model.clone() };
+            for slot in &mut model.slots {
+                (slot.loaded_bytes, slot.total_bytes) = (0, 0);
+                (slot.bytes_per_second, slot.eta_ms) = (0, None);
+            }
+            model
+        };
         let changed =
             previous.is_none_or(|previous| without_progress(&previous.model) != without_progress(&model));
         reports.insert(uid.to_owned(), PodReport { model, restarts, progressed_at });

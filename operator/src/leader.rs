@@ -33,6 +33,8 @@ const RETRY: Duration = Duration::from_millis(500);
 pub async fn lead(term: u64, new: NewContext, leaderships: watch::Sender<Option<Leadership>>) {
     let NewContext { context, writers, queue } = new;
     let feed = Arc::new(FeedState::new(term));
+    // The context is new, so it has no feed yet.
+    let _ = context.feed.set(Arc::clone(&feed));
     let ended = CancellationToken::new();
     let _ends = ended.clone().drop_guard();
     let _withdraws = Withdraw(leaderships.clone());

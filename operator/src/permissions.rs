@@ -126,7 +126,7 @@ mod tests {
                 stored["metadata"]["resourceVersion"] = json!("9");
                 stored["metadata"]["name"] = stored["metadata"]["name"].as_str().unwrap_or("chat").into();
                 if stored["kind"] == "Deployment" {
-                    stored["status"] = json!({"replicas": 1, "updatedReplicas": 1});
+                    stored["status"] = json!({"replicas": 0, "updatedReplicas": 0});
                 }
                 (StatusCode::OK, stored)
             }
@@ -137,7 +137,7 @@ mod tests {
         let text = format!(
             "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
              metadata: {{name: chat, namespace: team, uid: u1, generation: {generation}}}\n\
-             spec: {{source: {{uri: 'oci://localhost/m:{generation}'}}, pod: {pod}}}\n"
+             spec: {{source: {{uri: 'oci://localhost/m:{generation}'}}, scaling: {{replicas: 0}}, pod: {pod}}}\n"
         );
         Arc::new(serde_yaml::from_str(&text).unwrap())
     }
@@ -153,7 +153,8 @@ mod tests {
         context.complete().await.unwrap();
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
         tasks.shutdown().await;
-        // Children are created, and deleted when they are no longer needed.
+        // Children are created, and deleted when they are no longer needed: the pool of the first revision
+        // has no pod.
         reconcile(model(1, "{}"), Arc::clone(&context)).await.unwrap();
         reconcile(model(2, "{serviceAccountName: puller}"), Arc::clone(&context)).await.unwrap();
         // An Event, two times.

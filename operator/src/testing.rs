@@ -136,6 +136,6 @@ fn requests_beyond_the_permissions_are_refused() {
         "/apis/coordination.k8s.io/v1/namespaces/team/leases/trustformers-operator"
     ));
     assert!(!permitted(Method::GET, "/api/v1/namespaces/team/secrets/s"));
-    assert!(!permitted(Method::DELETE, "/apis/apps/v1/namespaces/team/deployments/chat"));
+    assert!(!permitted(Method::DELETE, "/api/v1/namespaces/team/services/chat"));
     assert!(!permitted(Method::PATCH, "/api/v1/namespaces/team/pods/p"));
 }

@@ -21,6 +21,7 @@ use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 use trustformers_control::kinds::{CHILDREN, ChildKind};
+use trustformers_control::rollout::{RolloutState, observe};
 use trustformers_control::routes::ModelKey;
 use trustformers_control::{causes, names};
 use trustformers_crds::InferenceModel;
@@ -116,6 +117,10 @@ fn is_own_write(context: &Context, key: &ModelKey, model: &InferenceModel) -> bo
     let memory = context.memory(key, model.metadata.uid.as_deref().unwrap_or_default());
     model.metadata.deletion_timestamp.is_none()
         && memory.generation == model.metadata.generation
+        && observe::commands(model.metadata.annotations.as_ref()).iter().all(|(command, text)| {
+            // A command that was followed or refused is in the status.
+            model.status.as_ref().is_some_and(|status| RolloutState::of(status).has_consumed(*command, text))
+        })
         && memory.written.is_some_and(|written| Some(&written.status) == model.status.as_ref())
 }
 

@@ -1,7 +1,10 @@
-//! Wire types: the gRPC services, generated from `proto/`, the configuration file of a pod, and the [`Task`]
-//! words that all of them share.
+//! Wire types: the gRPC services, generated from `proto/`, the configuration file of a pod, the [`Task`]
+//! words that all of them share, and the buckets of latencies in reports.
 
 pub mod bounded_codec;
+pub mod buckets;
+pub mod latency;
+mod outcome;
 pub mod pod_config;
 mod task;
 pub mod yaml;

@@ -33,8 +33,11 @@ pub struct PodModel {
     pub names: Vec<String>,
     /// The revision this configuration stands for; echoed in the model's status.
     pub revision: String,
-    /// Folder or file with the model, as mounted in the pod.
+    /// Folder or file with the model, as mounted in the pod; with `fetch` also the address of one elsewhere.
     pub path: String,
+    /// How the model is fetched, where `path` is an address such as `hf://org/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fetch: Option<PodFetch>,
     /// Globs below `path` that pick the model's files; empty picks what the folder holds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<String>,
@@ -44,6 +47,23 @@ pub struct PodModel {
     /// The task that the files must serve; default: the task that the files state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<Task>,
+}
+
+/// Where fetched files go, and what they are fetched with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodFetch {
+    /// Folder of the cache, as mounted in the pod. Several pods may share it.
+    pub cache_dir: String,
+    /// Branch, tag or commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// Folder with the credentials, as mounted in the pod: each file is one, by its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_dir: Option<String>,
+    /// Size in bytes that the cache does not exceed while it holds files that no pod uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_cache_bytes: Option<u64>,
 }
 
 /// Settings of the engine; each default is the engine's own.
@@ -130,7 +150,7 @@ impl PodConfig {
 mod tests {
     use super::*;
 
-    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\nengine: {device: cpu, numerics: exact, kvCache: f16, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\n";
+    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  fetch: {cacheDir: /c, revision: v1, secretDir: /s, maxCacheBytes: 9}\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\nengine: {device: cpu, numerics: exact, kvCache: f16, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\n";
 
     #[test]
     fn what_is_written_is_read_back() {

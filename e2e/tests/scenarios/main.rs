@@ -2,6 +2,8 @@
 //! given, what happens, and what the result must be. The harness is the crate's library.
 
 mod s10_repair;
+mod s11_clients;
+mod s12_rollout;
 mod s1_install;
 mod s2_first_token;
 mod s3_delete;

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::Service};
-use kube::{Api, ResourceExt};
+use kube::{Api, ResourceExt, api::ListParams};
 use serde_json::{Value, json};
 use trustformers_e2e::{
     model::{SMOLLM2, condition, status_text},
@@ -25,10 +25,12 @@ async fn manual_changes_are_reverted() -> Result<()> {
             .await?;
 
         // When: somebody sets a variable. Then: it is removed.
-        kubectl(scenario, &["set", "env", "deployment/fixed", "A=B"]).await?;
         let deployments = Api::<Deployment>::namespaced(scenario.cluster.client.clone(), &scenario.namespace);
+        let all = deployments.list(&ListParams::default()).await?;
+        let pool = all.items.first().context("the model has no Deployment")?.name_any();
+        kubectl(scenario, &["set", "env", &format!("deployment/{pool}"), "A=B"]).await?;
         let removed = Until::new("the variable is removed", 15);
-        removed.polled(|| async { Ok(has_no_env(&deployments.get("fixed").await?).then_some(())) }).await?;
+        removed.polled(|| async { Ok(has_no_env(&deployments.get(&pool).await?).then_some(())) }).await?;
 
         // When: somebody changes the label by which the operator watches the Service. Then: it is changed
         // back.

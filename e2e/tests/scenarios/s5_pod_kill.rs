@@ -1,4 +1,4 @@
-//! One of two pods is killed: its own streams end, and no other request is affected.
+//! One of two pods is killed: its own requests end, and no other one is affected.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -68,12 +68,21 @@ async fn a_killed_pod_breaks_only_its_own_streams() -> Result<()> {
             assert!(!tokens.is_empty() && quiet.tokens.starts_with(tokens), "{failure}");
         }
 
-        // And: the second pod becomes ready again, and no request failed meanwhile.
+        // And: the second pod becomes ready again. Of the short requests at most those that ran on the killed
+        // pod failed: perhaps one of them ended it, so that none is sent to the other pod.
         restarted(scenario, victim).await?;
         models.ready("pair", 90).await?;
         let requests = steady.stop().await?;
         let failed: Vec<_> = requests.iter().filter_map(|it| it.as_ref().err()).collect();
-        assert!(failed.is_empty(), "{} of {} requests failed: {failed:?}", failed.len(), requests.len());
+        let at_once = 2; // Three a second, each of a third of a second or less.
+        assert!(
+            failed.len() <= at_once,
+            "{} of {} requests failed: {failed:?}",
+            failed.len(),
+            requests.len()
+        );
+        // Clients repeat what is refused so.
+        assert!(failed.iter().all(|it| matches!(it.status(), Some(502 | 503))), "{failed:?}");
         assert!(requests.len() >= 5, "only {} requests were made", requests.len());
         Ok(())
     })

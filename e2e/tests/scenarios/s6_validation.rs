@@ -14,7 +14,7 @@ use trustformers_e2e::{
 async fn mistakes_are_refused_by_name() -> Result<()> {
     run("mistakes", async |scenario| {
         // A scheme that is not supported: the message lists those that are.
-        let output = apply(scenario, "m", r#"{source: {uri: "hf://org/name"}}"#).await?;
+        let output = apply(scenario, "m", r#"{source: {uri: "ftp://org/name"}}"#).await?;
         assert!(
             !output.success && output.stderr.contains("oci://") && output.stderr.contains("pvc://"),
             "{output:?}"
@@ -41,6 +41,19 @@ async fn mistakes_are_refused_by_name() -> Result<()> {
                 !output.success && output.stderr.contains(&format!("spec.runtime.batching.{field}")),
                 "{output:?}"
             );
+        }
+
+        // Traffic settings that contradict each other, with the way out.
+        for (traffic, expected) in [
+            ("timeout: 5s, attemptTimeout: 6s", "make it shorter"),
+            ("hashOn: {header: x-user-id}", "ConsistentHash"),
+            ("circuitBreaker: {consecutiveFailures: 0}", "set consecutiveFailures or failurePercent"),
+            ("healthCheck: {interval: 1s, timeout: 2s}", "spec.traffic.healthCheck"),
+            ("loadBalancing: Best", "spec.traffic.loadBalancing"),
+        ] {
+            let spec = format!("{{source: {{uri: \"{SMOLLM2}\"}}, traffic: {{{traffic}}}}}");
+            let output = apply(scenario, "m", &spec).await?;
+            assert!(!output.success && output.stderr.contains(expected), "{traffic}: {output:?}");
         }
 
         // Labels and annotations by which Services select pods of the release.

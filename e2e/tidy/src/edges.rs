@@ -18,7 +18,8 @@ pub const ARROWS: &[Arrow] = &[
     ("trustformers-plan", &[]),
     ("trustformers-telemetry", &[]),
     ("trustformers-store", &[]),
-    ("trustformers-control", &["trustformers-crds", "trustformers-proto"]),
+    ("trustformers-stats", &[]),
+    ("trustformers-control", &["trustformers-crds", "trustformers-proto", "trustformers-stats"]),
     ("trustformers-operator", &["trustformers-control", "trustformers-telemetry"]),
     ("trustformers-cpu", &["trustformers-plan"]),
     ("trustformers-conformance", &["trustformers-plan"]),
@@ -45,11 +46,13 @@ pub const ARROWS: &[Arrow] = &[
 /// Edges that only tests may have: from, to, reason.
 pub const TEST_ARROWS: &[(&str, &str, &str)] = &[
     ("trustformers-cpu", "trustformers-conformance", "every backend runs the one suite"),
+    ("trustformers-engine", "trustformers-conformance", "its device with late answers tests steps ahead"),
     (
         "trustformers-engine",
         "trustformers-cpu",
         "parity with the reference outputs needs a backend that is fast enough",
     ),
+    ("trustformers-serve", "trustformers-gateway", "one trace goes through the gateway and a server"),
 ];
 
 /// Packages whose name does not follow from their folder, each with the name it has.

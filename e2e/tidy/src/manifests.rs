@@ -11,10 +11,14 @@ use crate::tree::File;
 /// Package fields that are the workspace's.
 const INHERITED: &[&str] = &["version", "edition", "rust-version", "license", "repository", "publish"];
 
-/// Dependencies that only generated code mentions: package, dependency, where it is used.
+/// Dependencies that only code outside of the package mentions: package, dependency, where it is used.
 pub const USED_UNSEEN: &[(&str, &str, &str)] = &[
     ("trustformers-proto", "prost", "code that tonic-prost-build generates"),
     ("trustformers-proto", "tonic-prost", "code that tonic-prost-build generates"),
+    ("trustformers-runtime", "opentelemetry-proto", "the collector of telemetry's tests"),
+    ("trustformers-runtime", "prost", "the collector of telemetry's tests"),
+    ("trustformers-serve", "axum", "the collector of telemetry's tests"),
+    ("trustformers-serve", "opentelemetry-proto", "the collector of telemetry's tests"),
 ];
 
 /// A line of a manifest with the section that it stands in.

@@ -12,19 +12,46 @@ use serde_json::{Value, json};
 use crate::kinds::ChildKind;
 use crate::names;
 
-/// Lists whose items server-side apply merges by key, with their keys. All other lists are replaced as a
-/// whole. Container ports have `containerPort` and Service ports have `port`.
-const KEYED_LISTS: &[(&str, &[&str])] = &[
-    ("containers", &["name"]),
-    ("env", &["name"]),
-    ("imagePullSecrets", &["name"]),
-    ("initContainers", &["name"]),
-    ("ownerReferences", &["uid"]),
-    ("ports", &["containerPort", "port", "protocol"]),
-    ("topologySpreadConstraints", &["topologyKey", "whenUnsatisfiable"]),
-    ("volumeMounts", &["mountPath"]),
-    ("volumes", &["name"]),
+/// A list whose items server-side apply merges by key. All other lists are replaced as a whole.
+struct KeyedList {
+    /// The kinds that have it; empty: every kind.
+    kinds: &'static [&'static str],
+    /// Where it is: names of fields, `*` for an item of a list above it.
+    path: &'static str,
+    keys: &'static [&'static str],
+}
+
+/// The kinds with a template of pods in `spec.template`.
+const WITH_PODS: &[&str] = &["DaemonSet", "Deployment", "Job", "ReplicaSet", "StatefulSet"];
+
+const fn of_pods(path: &'static str, keys: &'static [&'static str]) -> KeyedList {
+    KeyedList { kinds: WITH_PODS, path, keys }
+}
+
+/// Every keyed list of the kinds that the operator makes, as the API's `x-kubernetes-list-map-keys` say. One
+/// field name means different lists: `ports` of a container has other keys than that of a Service, and
+/// `imagePullSecrets` of a ServiceAccount is replaced as a whole.
+const KEYED_LISTS: &[KeyedList] = &[
+    KeyedList { kinds: &[], path: "metadata/ownerReferences", keys: &["uid"] },
+    KeyedList { kinds: &["Service"], path: "spec/ports", keys: &["port", "protocol"] },
+    of_pods("spec/template/spec/imagePullSecrets", &["name"]),
+    of_pods("spec/template/spec/topologySpreadConstraints", &["topologyKey", "whenUnsatisfiable"]),
+    of_pods("spec/template/spec/volumes", &["name"]),
+    of_pods("spec/template/spec/containers", &["name"]),
+    of_pods("spec/template/spec/containers/*/env", &["name"]),
+    of_pods("spec/template/spec/containers/*/ports", &["containerPort", "protocol"]),
+    of_pods("spec/template/spec/containers/*/volumeMounts", &["mountPath"]),
+    of_pods("spec/template/spec/initContainers", &["name"]),
+    of_pods("spec/template/spec/initContainers/*/env", &["name"]),
+    of_pods("spec/template/spec/initContainers/*/ports", &["containerPort", "protocol"]),
+    of_pods("spec/template/spec/initContainers/*/volumeMounts", &["mountPath"]),
 ];
+
+/// Where in an object of a kind two values are compared.
+struct Comparison<'a> {
+    kind: &'a str,
+    path: Vec<&'a str>,
+}
 
 /// Whether the stored object has everything that the desired object sets. It may have more: defaults of the
 /// API server, and list items of other field managers.
@@ -32,36 +59,64 @@ const KEYED_LISTS: &[(&str, &[&str])] = &[
 /// A field that is no longer desired is not found here. The hash in the annotation, which is part of the
 /// desired object, changes with it.
 #[must_use]
-pub fn covers(stored: &Value, desired: &Value) -> bool {
-    field_covers("", stored, desired)
+pub fn covers(kind: &ChildKind, stored: &Value, desired: &Value) -> bool {
+    Comparison { kind: kind.kind, path: Vec::new() }.covers(stored, desired)
 }
 
-fn field_covers(field: &str, stored: &Value, desired: &Value) -> bool {
-    match (stored, desired) {
-        (Value::Object(stored), Value::Object(desired)) => {
-            desired.iter().all(|(key, value)| match stored.get(key) {
-                Some(stored) => field_covers(key, stored, value),
-                None => is_empty(value),
-            })
+impl<'a> Comparison<'a> {
+    fn covers(&mut self, stored: &'a Value, desired: &'a Value) -> bool {
+        match (stored, desired) {
+            (Value::Object(stored), Value::Object(desired)) => {
+                desired.iter().all(|(key, value)| match stored.get(key) {
+                    Some(stored) => self.covers_below(key, stored, value),
+                    None => is_empty(value),
+                })
+            }
+            (Value::Array(stored), Value::Array(desired)) => self.covers_list(stored, desired),
+            (Value::String(stored), Value::String(desired)) => {
+                stored == desired
+                    || quantity(stored)
+                        .zip(quantity(desired))
+                        .is_some_and(|(one, other)| same_amount(one, other))
+            }
+            _ => stored == desired,
         }
-        (Value::Array(stored), Value::Array(desired)) => list_covers(field, stored, desired),
-        (Value::String(stored), Value::String(desired)) => {
-            stored == desired
-                || quantity(stored).zip(quantity(desired)).is_some_and(|(one, other)| same_amount(one, other))
-        }
-        _ => stored == desired,
+    }
+
+    fn covers_below(&mut self, segment: &'a str, stored: &'a Value, desired: &'a Value) -> bool {
+        self.path.push(segment);
+        let covers = self.covers(stored, desired);
+        self.path.pop();
+        covers
+    }
+
+    fn covers_list(&mut self, stored: &'a [Value], desired: &'a [Value]) -> bool {
+        let Some(keys) = self.keys() else {
+            return stored.len() == desired.len()
+                && stored.iter().zip(desired).all(|(one, other)| self.covers_below("*", one, other));
+        };
+        let same_item = |one: &Value, other: &Value| keys.iter().all(|key| same_key(one, other, key));
+        desired.iter().all(|item| {
+            stored
+                .iter()
+                .any(|candidate| same_item(candidate, item) && self.covers_below("*", candidate, item))
+        })
+    }
+
+    /// The keys of the list at the present path, if it has any.
+    fn keys(&self) -> Option<&'static [&'static str]> {
+        let is_here = |list: &&KeyedList| {
+            (list.kinds.is_empty() || list.kinds.contains(&self.kind))
+                && list.path.split('/').eq(self.path.iter().copied())
+        };
+        KEYED_LISTS.iter().find(is_here).map(|list| list.keys)
     }
 }
 
-fn list_covers(field: &str, stored: &[Value], desired: &[Value]) -> bool {
-    let Some((_, keys)) = KEYED_LISTS.iter().find(|(list, _)| *list == field) else {
-        return stored.len() == desired.len()
-            && stored.iter().zip(desired).all(|(one, other)| field_covers("", one, other));
-    };
-    let same_item = |one: &Value, other: &Value| keys.iter().all(|key| one.get(key) == other.get(key));
-    desired.iter().all(|item| {
-        stored.iter().any(|candidate| same_item(candidate, item) && field_covers("", candidate, item))
-    })
+/// Whether two items have the same value of a key. The API server takes a port without a protocol as TCP.
+fn same_key(one: &Value, other: &Value, key: &str) -> bool {
+    let is_tcp = |item: &Value| item.get(key).is_none_or(|protocol| protocol == "TCP");
+    one.get(key) == other.get(key) || (key == "protocol" && is_tcp(one) && is_tcp(other))
 }
 
 /// What the API server omits from what it stores.
@@ -231,45 +286,90 @@ pub fn removal(resource_version: &str, fields: &[FieldPath]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kinds::{DEPLOYMENT, SERVICE};
+    use crate::kinds::{CONFIG_MAP, DEPLOYMENT, SERVICE, SERVICE_ACCOUNT};
+
+    /// A Deployment with these fields of its pods.
+    fn deployment(pods: &Value) -> Value {
+        json!({"spec": {"template": {"spec": pods}}})
+    }
+
+    fn pods_cover(stored: &Value, desired: &Value) -> bool {
+        covers(&DEPLOYMENT, &deployment(stored), &deployment(desired))
+    }
 
     #[test]
     fn additions_of_the_api_server_are_no_drift() {
-        let stored = json!({"spec": {"replicas": 1, "paused": false, "env": [{"name": "a", "more": 1}]}});
-        assert!(covers(&stored, &json!({"spec": {"replicas": 1, "env": [{"name": "a", "value": ""}]}})));
-        assert!(!covers(&stored, &json!({"spec": {"replicas": 2}})));
-        assert!(!covers(&stored, &json!({"spec": {"env": [{"name": "a"}, {"name": "b"}]}})));
-        assert!(!covers(&stored, &json!({"spec": {"other": true}})));
+        let container = |env: Value| json!({"containers": [{"name": "runtime", "env": env}]});
+        let stored = container(json!([{"name": "a", "more": 1}]));
+        assert!(pods_cover(&stored, &container(json!([{"name": "a", "value": ""}]))));
+        assert!(!pods_cover(&stored, &container(json!([{"name": "a"}, {"name": "b"}]))));
+        let stored = json!({"spec": {"replicas": 1, "paused": false}});
+        assert!(covers(&DEPLOYMENT, &stored, &json!({"spec": {"replicas": 1}})));
+        assert!(!covers(&DEPLOYMENT, &stored, &json!({"spec": {"replicas": 2}})));
+        assert!(!covers(&DEPLOYMENT, &stored, &json!({"spec": {"other": true}})));
     }
 
     #[test]
     fn list_items_of_other_managers_are_no_drift() {
         let desired = json!({"containers": [{"name": "runtime", "image": "i"}]});
         let injected = json!({"containers": [{"name": "proxy"}, {"name": "runtime", "image": "i"}]});
-        assert!(covers(&injected, &desired));
+        assert!(pods_cover(&injected, &desired));
         let changed = json!({"containers": [{"name": "proxy"}, {"name": "runtime", "image": "other"}]});
-        assert!(!covers(&changed, &desired));
-        assert!(!covers(&json!({"containers": [{"name": "proxy"}]}), &desired));
+        assert!(!pods_cover(&changed, &desired));
+        assert!(!pods_cover(&json!({"containers": [{"name": "proxy"}]}), &desired));
     }
 
     #[test]
     fn lists_without_keys_are_compared_as_a_whole() {
-        let desired = json!({"tolerations": [{"key": "gpu"}], "args": ["--config"]});
-        assert!(covers(&desired, &desired));
-        let longer = json!({"tolerations": [{"key": "gpu"}, {"key": "b"}], "args": ["--config"]});
-        assert!(!covers(&longer, &desired));
-        assert!(!covers(&json!({"tolerations": [{"key": "gpu"}], "args": ["--config", "x"]}), &desired));
+        let desired =
+            json!({"tolerations": [{"key": "gpu"}], "containers": [{"name": "r", "args": ["--config"]}]});
+        assert!(pods_cover(&desired, &desired));
+        let longer =
+            json!({"tolerations": [{"key": "gpu"}, {"key": "b"}], "containers": desired["containers"]});
+        assert!(!pods_cover(&longer, &desired));
+        let args = json!({"tolerations": [{"key": "gpu"}], "containers": [{"name": "r", "args": ["--config", "x"]}]});
+        assert!(!pods_cover(&args, &desired));
+    }
+
+    /// The same name of a field means a keyed list in one kind and at one path, and another list elsewhere.
+    #[test]
+    fn the_keys_of_a_list_depend_on_its_kind_and_path() {
+        let (own, more) = (json!([{"name": "a"}]), json!([{"name": "a"}, {"name": "b"}]));
+        let at = |pointer: &[&str], list: &Value| {
+            pointer.iter().rev().fold(list.clone(), |below, field| json!({*field: below}))
+        };
+        let pods = ["spec", "template", "spec"];
+        for (kind, path, is_keyed) in [
+            (&DEPLOYMENT, &[&pods[..], &["imagePullSecrets"]].concat()[..], true),
+            (&SERVICE_ACCOUNT, &["imagePullSecrets"], false),
+            (&DEPLOYMENT, &[&pods[..], &["volumes"]].concat(), true),
+            (&CONFIG_MAP, &[&pods[..], &["volumes"]].concat(), false),
+            (&DEPLOYMENT, &["spec", "env"], false),
+        ] {
+            let covered = covers(kind, &at(path, &more), &at(path, &own));
+            assert_eq!(covered, is_keyed, "{} {path:?}", kind.kind);
+        }
+        // Two ports of a Service may have one target; two of a container differ in the port or the protocol.
+        let ports = |list: Value| json!({"spec": {"ports": list}});
+        let (desired, other) = (json!({"port": 80, "name": "http"}), json!({"port": 80, "protocol": "UDP"}));
+        let stored = json!({"port": 80, "protocol": "TCP", "name": "http", "nodePort": 3});
+        assert!(covers(&SERVICE, &ports(json!([other, stored])), &ports(json!([desired]))));
+        assert!(!covers(&SERVICE, &ports(json!([other])), &ports(json!([desired]))));
+        let container = |list: Value| json!({"containers": [{"name": "r", "ports": list}]});
+        let (own, injected) = (json!({"containerPort": 1, "name": "a"}), json!({"containerPort": 2}));
+        assert!(pods_cover(&container(json!([injected, own])), &container(json!([own]))));
     }
 
     #[test]
     fn quantities_are_equal_by_amount() {
+        let same = |one: &str, other: &str| covers(&CONFIG_MAP, &json!(one), &json!(other));
         for (one, other) in
             [("1", "1000m"), ("1Gi", "1024Mi"), ("1k", "1000"), ("+2", "2"), ("1e3", "1k"), ("0.3", "300m")]
         {
-            assert!(covers(&json!(one), &json!(other)), "{one} {other}");
+            assert!(same(one, other), "{one} {other}");
         }
-        assert!(!covers(&json!("1"), &json!("2")));
-        assert!(!covers(&json!("one"), &json!("two")));
+        assert!(!same("1", "2"));
+        assert!(!same("one", "two"));
     }
 
     /// A Deployment after `kubectl set env A=B C=D`, with a sidecar that another manager injected.

@@ -3,7 +3,7 @@
 //! Events follow from the difference of two statuses, so that a restarted operator repeats none of them. A
 //! cause that only changes its wording, such as a count of nodes or the name of a pod, publishes none.
 
-use trustformers_crds::{Condition, InferenceModelStatus};
+use trustformers_crds::{Condition, InferenceModelStatus, RolloutDecision};
 
 /// An Event to publish about a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +34,15 @@ pub fn between(before: &InferenceModelStatus, after: &InferenceModelStatus) -> V
         && find(before, "Progressing").is_none_or(|old| old.reason != step.reason)
     {
         notes.push(note(false, &step.reason, &step.message));
+    }
+    let newest = before.history.iter().map(|one| &one.time.0).max();
+    let is_new = |one: &&RolloutDecision| {
+        newest.is_none_or(|newest| one.time.0 >= *newest) && !before.history.contains(one)
+    };
+    for one in after.history.iter().filter(is_new).filter(|one| one.decision != "Passed") {
+        let warning = matches!(one.decision.as_str(), "RolledBack" | "Held" | "Replaced");
+        let text = format!("revision {}: {}: {}", one.revision, one.reason, one.message);
+        notes.push(note(warning, &one.decision, &text));
     }
     if let Some(ready) = changed(before, after, "Ready", "True") {
         notes.push(note(false, "Ready", &ready.message));

@@ -40,6 +40,8 @@ pub struct Gates {
     /// Each start of a pod (UID, restarts) in the table, with the first table since which it has been in
     /// every one.
     listed: BTreeMap<(String, u32), u64>,
+    /// Each route and revision with requests, with the last table that gave it some.
+    routed: BTreeMap<(String, String), u64>,
     gateways: BTreeMap<String, Gateway>,
 }
 
@@ -88,7 +90,14 @@ impl Gates {
     /// The state of a leader that starts to lead.
     #[must_use]
     pub fn new(term: u64) -> Self {
-        Self { term, found_since: None, counter: 0, listed: BTreeMap::new(), gateways: BTreeMap::new() }
+        Self {
+            term,
+            found_since: None,
+            counter: 0,
+            listed: BTreeMap::new(),
+            routed: BTreeMap::new(),
+            gateways: BTreeMap::new(),
+        }
     }
 
     /// Records that gateways can find this leader from now on.
@@ -112,6 +121,14 @@ impl Gates {
             (start, since)
         });
         self.listed = now_listed.collect();
+        // Revisions of models that are gone, and those that no gateway can route to any more.
+        let oldest = self.gateways.values().map(|gateway| gateway.acknowledged).min().unwrap_or(0);
+        self.routed.retain(|_, last| *last >= oldest);
+        for route in routes {
+            for backend in route.backends.iter().filter(|one| one.weight > 0 && !one.endpoints.is_empty()) {
+                self.routed.insert((route.name.clone(), backend.revision.clone()), self.counter);
+            }
+        }
         TableVersion { term: self.term, counter: self.counter }
     }
 
@@ -139,6 +156,20 @@ impl Gates {
                 .values()
                 .filter(|gateway| !gateway.draining && now.saturating_sub(gateway.reported) < LEFT_OUT)
                 .all(|gateway| gateway.acknowledged >= *since && now.saturating_sub(gateway.reported) < FRESH)
+    }
+
+    /// Whether no gateway that counts sends requests to this revision of the route any more.
+    #[must_use]
+    pub fn is_unrouted(&self, route: &str, revision: &str, now: Duration) -> bool {
+        // Tables of an earlier leader may have given it requests: one of this leader must be in force.
+        let last = self.routed.get(&(route.to_owned(), revision.to_owned())).copied().unwrap_or(0);
+        self.settled().is_some_and(|settled| now >= settled)
+            && last < self.counter
+            && self
+                .gateways
+                .values()
+                .filter(|gateway| !gateway.draining && now.saturating_sub(gateway.reported) < LEFT_OUT)
+                .all(|gateway| gateway.acknowledged > last)
     }
 
     /// The change that the gate of `pod` needs, if any.
@@ -202,10 +233,10 @@ mod tests {
         let model = RouteModel {
             key: ("team".to_owned(), "chat".to_owned()),
             created: None,
-            first_byte_timeout: S,
-            retries: 0,
+            policy: Default::default(),
             stored_digest: None,
             stored_task: None,
+            rollout: None,
         };
         routes(&[model], pods, &BTreeMap::new())
     }
@@ -213,6 +244,31 @@ mod tests {
     fn report(gates: &mut Gates, instance: &str, counter: u64, at: Duration) -> bool {
         let acknowledged = Some(TableVersion { term: gates.term, counter });
         gates.report(Report { instance: instance.to_owned(), acknowledged, draining: false }, at)
+    }
+
+    #[test]
+    fn a_revision_is_unrouted_when_every_gateway_has_a_table_without_requests_for_it() {
+        let mut gates = found(1);
+        let pod =
+            |name: &str, revision: &str| PodView { revision: revision.to_owned(), ..view("chat", name) };
+        gates.publish(&table(&[pod("a", "r1"), pod("b", "r2")]));
+        assert!(!gates.is_unrouted("team/chat", "r2", 10 * S));
+        gates.publish(&table(&[pod("a", "r1")]));
+        for instance in ["g1", "g2"] {
+            report(&mut gates, instance, 1, 9 * S);
+        }
+        report(&mut gates, "g1", 2, 10 * S);
+        assert!(!gates.is_unrouted("team/chat", "r2", 10 * S), "one gateway has the first table");
+        report(&mut gates, "g2", 2, 10 * S);
+        assert!(gates.is_unrouted("team/chat", "r2", 10 * S));
+        assert!(!gates.is_unrouted("team/chat", "r1", 10 * S));
+        // A new leader does not know what the tables of the one before say.
+        let mut gates = found(2);
+        gates.publish(&table(&[pod("a", "r1")]));
+        report(&mut gates, "g1", 0, 10 * S);
+        assert!(!gates.is_unrouted("team/chat", "r2", 10 * S));
+        report(&mut gates, "g1", 1, 10 * S);
+        assert!(gates.is_unrouted("team/chat", "r2", 10 * S));
     }
 
     #[test]

@@ -8,10 +8,10 @@
 use std::fmt::Write as _;
 
 use sha2::{Digest, Sha256};
-use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, KvCache};
+use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, KvCache, OciAccess};
 use trustformers_proto::Task;
 
-use crate::validate::ValidatedModel;
+use crate::validate::{CacheVolume, Mount, ValidatedModel};
 
 /// Hex digits of a hash in names and labels: 40 bits are enough to distinguish the few revisions of one
 /// model.
@@ -58,6 +58,8 @@ pub fn revision(model: &ValidatedModel) -> String {
     let kv_cache = Some(model.runtime.kv_cache).filter(|kv_cache| *kv_cache != KvCache::default());
     lines.add_if("runtime.kvCache", kv_cache.map(KvCache::as_str));
     lines.add_if("runtime.batching.priority", batching.priority.then_some("true"));
+    lines.add_if("source.revision", model.source.revision.as_deref());
+    lines.add_if("source.oci", is_pulled(model).then_some("Pull"));
     short(&lines.0)
 }
 
@@ -96,7 +98,20 @@ pub fn pool(model: &ValidatedModel) -> String {
     lines.add_if("pod.priorityClassName", pod.priority_class_name.as_deref());
     lines.add_if("pod.runtimeClassName", pod.runtime_class_name.as_deref());
     lines.add_if("pod.serviceAccountName", pod.service_account_name.as_deref());
+    lines.add_if("source.secretRef", model.source.secret_ref.as_ref().map(|secret| secret.name.as_str()));
+    if let Mount::Fetched(cache) = &model.mount {
+        match cache {
+            CacheVolume::EmptyDir { size_limit } => {
+                lines.add("source.cache.emptyDir", size_limit.as_deref().unwrap_or_default());
+            }
+            CacheVolume::Claim(name) => lines.add("source.cache.pvc", name),
+        }
+    }
     short(&lines.0)
+}
+
+fn is_pulled(model: &ValidatedModel) -> bool {
+    model.source.oci == Some(OciAccess::Pull)
 }
 
 fn operator(operator: trustformers_crds::TolerationOperator) -> &'static str {
@@ -164,6 +179,7 @@ mod tests {
             "{source: {uri: 'oci://y'}}",
             "{source: {uri: 'oci://x', sha256: aa}}",
             "{source: {uri: 'oci://x', files: [a]}}",
+            "{source: {uri: 'oci://x', oci: Pull}}",
             "{source: {uri: 'oci://x'}, runtime: {numerics: exact}}",
             "{source: {uri: 'oci://x'}, runtime: {contextTokens: 64}}",
             "{source: {uri: 'oci://x'}, runtime: {kvCache: f16}}",
@@ -183,5 +199,18 @@ mod tests {
         assert_eq!(pool(&valid("chat", "{source: {uri: 'oci://y'}, scaling: {replicas: 3}}")), base);
         assert_ne!(pool(&valid("chat", "{source: {uri: 'oci://x'}, runtime: {image: other}}")), base);
         assert_ne!(pool(&valid("chat", "{source: {uri: 'oci://x'}, pod: {nodeSelector: {a: b}}}")), base);
+        let fetched = [
+            "uri: 'hf://a/b'",
+            "uri: 'hf://a/b', secretRef: {name: s}",
+            "uri: 'hf://a/b', cache: {emptyDir: {sizeLimit: 9Gi}}",
+            "uri: 'hf://a/b', cache: {pvc: {claimName: c}}",
+        ];
+        let mut pools: Vec<String> =
+            fetched.iter().map(|source| pool(&valid("chat", &format!("{{source: {{{source}}}}}")))).collect();
+        pools.push(base);
+        let count = pools.len();
+        pools.sort_unstable();
+        pools.dedup();
+        assert_eq!(pools.len(), count, "what is mounted makes the pod");
     }
 }

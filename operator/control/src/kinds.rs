@@ -76,7 +76,7 @@ pub const DEPLOYMENT: ChildKind = ChildKind {
     version: "v1",
     kind: "Deployment",
     plural: "deployments",
-    prune: false,
+    prune: true,
     conflicts: true,
     exclusive: &["spec", "template", "spec", "containers", crate::names::CONTAINER],
 };

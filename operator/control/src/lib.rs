@@ -6,6 +6,7 @@
 
 pub mod build;
 pub mod causes;
+pub mod counts;
 pub mod drift;
 pub mod duration;
 pub mod events;
@@ -15,6 +16,8 @@ pub mod kinds;
 pub mod lease;
 pub mod names;
 pub mod pods;
+pub mod rollout;
 pub mod routes;
 pub mod status;
+pub mod traffic;
 pub mod validate;

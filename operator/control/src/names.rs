@@ -18,6 +18,15 @@ pub const LEADER_LABEL: &str = "serving.trustformers.dev/leader";
 pub const APPLIED_ANNOTATION: &str = "serving.trustformers.dev/applied";
 /// Annotation of a pod template with the hash of the settings that make the pod.
 pub const POOL_ANNOTATION: &str = "serving.trustformers.dev/pool";
+/// Annotation of a pod with its capacity relative to the other pods of its model: a number from 1 to 1000.
+pub const WEIGHT_ANNOTATION: &str = "serving.trustformers.dev/weight";
+/// Annotation of a model that aborts the rollout of the revision in its value: `REVISION` or
+/// `REVISION/NONCE`.
+pub const ABORT_ANNOTATION: &str = "serving.trustformers.dev/abort";
+/// Annotation that returns to the revision before the one in its value.
+pub const UNDO_ANNOTATION: &str = "serving.trustformers.dev/undo";
+/// Annotation that skips the remaining steps of the rollout of the revision in its value.
+pub const PROMOTE_ANNOTATION: &str = "serving.trustformers.dev/promote";
 /// Readiness gate of every model pod: true when every gateway has the pod in its table.
 pub const ROUTABLE_GATE: &str = "serving.trustformers.dev/routable";
 /// Name of the container in a model's pod.
@@ -51,10 +60,16 @@ pub fn revision_labels(model: &str, revision: &str) -> BTreeMap<String, String> 
     labels
 }
 
-/// Selector of the pods of `model`, as text.
+/// Name of the Deployment whose pods load one revision of `model`.
 #[must_use]
-pub fn pod_selector(model: &str) -> String {
-    format!("{MODEL_LABEL}={model}")
+pub fn deployment(model: &str, revision: &str) -> String {
+    format!("{model}-{revision}")
+}
+
+/// Selector of the pods of one revision of `model`, as text.
+#[must_use]
+pub fn revision_selector(model: &str, revision: &str) -> String {
+    format!("{MODEL_LABEL}={model},{REVISION_LABEL}={revision}")
 }
 
 /// Name of the ConfigMap with the configuration of the pods of one revision. The hash covers the whole file,

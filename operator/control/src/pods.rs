@@ -1,6 +1,7 @@
 //! What the control plane needs of a pod, read from the stored object.
 
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
+use k8s_openapi::jiff::Timestamp;
 
 use crate::causes::{self, Cause};
 use crate::names;
@@ -20,6 +21,8 @@ pub struct PodView {
     pub revision: String,
     /// Its address, if it has one.
     pub address: Option<String>,
+    /// Its capacity relative to the other pods of its model.
+    pub weight: u32,
     /// How often kubelet restarted its container.
     pub restarts: u32,
     /// Whether its container runs, ready or not.
@@ -28,6 +31,8 @@ pub struct PodView {
     pub containers_ready: bool,
     /// Whether Kubernetes counts it as ready: containers and readiness gate.
     pub ready: bool,
+    /// Since when no node takes it.
+    pub unschedulable_since: Option<Timestamp>,
     /// Whether it is being deleted.
     pub deleting: bool,
     /// Whether it ended and does not run again.
@@ -61,10 +66,14 @@ impl PodView {
             model: label(names::MODEL_LABEL)?,
             revision: label(names::REVISION_LABEL)?,
             address: status.and_then(|status| status.pod_ip.clone()).filter(|ip| !ip.is_empty()),
+            weight: weight(pod),
             restarts: causes::restarts(pod),
             running: causes::runs(pod),
             containers_ready: is_true(pod, "ContainersReady"),
             ready: is_true(pod, "Ready"),
+            unschedulable_since: condition(pod, "PodScheduled")
+                .filter(|one| one.status == "False" && one.reason.as_deref() != Some("SchedulingGated"))
+                .and_then(|one| one.last_transition_time.as_ref().map(|time| time.0)),
             deleting: pod.metadata.deletion_timestamp.is_some(),
             ended: matches!(phase, "Succeeded" | "Failed"),
             gate: condition(pod, names::ROUTABLE_GATE).map(|gate| StoredGate {
@@ -99,6 +108,13 @@ fn acknowledged_restarts(gate: &PodCondition) -> Option<u32> {
     gate.message.as_deref()?.rsplit_once(": ")?.1.parse().ok()
 }
 
+/// The weight that the pod's annotation says; 1 where it says nothing that can be read.
+fn weight(pod: &Pod) -> u32 {
+    let annotation = pod.metadata.annotations.as_ref().and_then(|all| all.get(names::WEIGHT_ANNOTATION));
+    let weight = annotation.and_then(|weight| weight.parse().ok());
+    weight.filter(|weight| (1..=1000).contains(weight)).unwrap_or(1)
+}
+
 fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<&'a PodCondition> {
     pod.status.as_ref()?.conditions.as_ref()?.iter().find(|one| one.type_ == kind)
 }
@@ -120,10 +136,12 @@ pub(crate) mod tests {
             model: model.to_owned(),
             revision: "r1".to_owned(),
             address: Some("10.0.0.1".to_owned()),
+            weight: 1,
             restarts: 0,
             running: true,
             containers_ready: true,
             ready: true,
+            unschedulable_since: None,
             deleting: false,
             ended: false,
             gate: None,
@@ -159,6 +177,15 @@ pub(crate) mod tests {
         };
         assert_eq!(gate(&open_message(3)), Some(StoredGate { open: true, restarts: Some(3) }));
         assert_eq!(gate("words"), Some(StoredGate { open: true, restarts: None }));
+    }
+
+    #[test]
+    fn the_weight_is_a_number_in_an_annotation() {
+        let weight_of = |text: &str| {
+            let pod = format!("metadata: {{annotations: {{serving.trustformers.dev/weight: '{text}'}}}}");
+            weight(&serde_yaml::from_str(&pod).unwrap())
+        };
+        assert_eq!(["3", "1000", "0", "1001", "much"].map(weight_of), [3, 1000, 1, 1, 1]);
     }
 
     #[test]

@@ -5,7 +5,6 @@
 //! what is stored, so a new leader's first table equals its predecessor's last one.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
@@ -13,26 +12,27 @@ use trustformers_crds::InferenceModel;
 use trustformers_proto::control::v1::{Backend, Endpoint, Policy, Route};
 
 use crate::pods::PodView;
-use crate::{duration, names};
+use crate::rollout::{RolloutState, observe, plan};
+use crate::{names, traffic};
 
 /// Namespace and name of a model.
 pub type ModelKey = (String, String);
 
 /// What the table needs to know of a model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RouteModel {
     /// Namespace and name.
     pub key: ModelKey,
     /// Creation time: the older of two models keeps a bare name.
     pub created: Option<Timestamp>,
-    /// From a request's arrival to the first byte of its response.
-    pub first_byte_timeout: Duration,
-    /// Further attempts while no byte of the response has arrived.
-    pub retries: u32,
+    /// How gateways handle its requests.
+    pub policy: Policy,
     /// The digest in its status, with the revision that the digest belongs to.
     pub stored_digest: Option<(String, String)>,
     /// The task of its spec, or else of its status.
     pub stored_task: Option<String>,
+    /// Its stored rollout, with the model's replicas; none before a revision has served.
+    pub rollout: Option<(RolloutState, u32)>,
 }
 
 /// What a pod reported that its route shows.
@@ -44,8 +44,12 @@ pub struct Loaded {
     pub task: String,
 }
 
-/// Timeout of a model whose stored timeout cannot be read, or that cannot be read at all.
-const FALLBACK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout of a model whose stored settings cannot be read, or that cannot be read at all. It has no retries.
+const FALLBACK_TIMEOUT_MS: u64 = 60_000;
+
+fn fallback_policy() -> Policy {
+    Policy { first_byte_timeout_ms: FALLBACK_TIMEOUT_MS, ..Policy::default() }
+}
 
 impl RouteModel {
     /// The route of a stored model whose spec cannot be read: its pods go on serving.
@@ -54,10 +58,10 @@ impl RouteModel {
         Some(Self {
             key: (metadata.namespace.clone()?, metadata.name.clone()?),
             created: metadata.creation_timestamp.as_ref().map(|time| time.0),
-            first_byte_timeout: FALLBACK_TIMEOUT,
-            retries: 0,
+            policy: fallback_policy(),
             stored_digest: None,
             stored_task: None,
+            rollout: None,
         })
     }
 
@@ -68,14 +72,16 @@ impl RouteModel {
         Some(Self {
             key: (model.metadata.namespace.clone()?, model.metadata.name.clone()?),
             created: model.metadata.creation_timestamp.as_ref().map(|time| time.0),
-            first_byte_timeout: duration::parse(&model.spec.traffic.timeout).unwrap_or(FALLBACK_TIMEOUT),
-            retries: model.spec.traffic.retries,
+            policy: traffic::policy(&model.spec.traffic).unwrap_or_else(|_| fallback_policy()),
             stored_digest: stable.and_then(|stable| Some((stable.revision.clone(), stable.digest.clone()?))),
             stored_task: model
                 .spec
                 .task
                 .map(|task| task.as_str().to_owned())
                 .or_else(|| model.status.as_ref()?.task.clone()),
+            rollout: model.status.as_ref().filter(|status| status.stable.is_some()).map(|status| {
+                (RolloutState::of(status), u32::try_from(model.spec.scaling.replicas).unwrap_or(0))
+            }),
         })
     }
 }
@@ -126,11 +132,8 @@ pub fn routes(models: &[RouteModel], pods: &[PodView], loaded: &BTreeMap<String,
                 aliases,
                 task: task.cloned().unwrap_or_default(),
                 backends: backends(model, pods, loaded),
-                policy: Some(Policy {
-                    first_byte_timeout_ms: u64::try_from(model.first_byte_timeout.as_millis()).unwrap_or(0),
-                    retries: model.retries,
-                    ..Policy::default()
-                }),
+                policy: Some(model.policy.clone()),
+                ..Route::default()
             }
         })
         .collect();
@@ -138,12 +141,30 @@ pub fn routes(models: &[RouteModel], pods: &[PodView], loaded: &BTreeMap<String,
     routes
 }
 
-/// One backend for each revision. Every pod gets the same share.
+/// The share of each revision by the stored rollout; empty if pods share the requests evenly.
+fn shares(model: &RouteModel, by_revision: &BTreeMap<&str, Vec<&PodView>>) -> BTreeMap<String, u32> {
+    let Some((state, replicas)) = &model.rollout else { return BTreeMap::new() };
+    let routable = |revision: &str| {
+        let pods = by_revision.get(revision).into_iter().flatten();
+        u32::try_from(pods.filter(|pod| observe::is_routable(pod)).count()).unwrap_or(u32::MAX)
+    };
+    let split = plan::split(state, *replicas, &routable);
+    split.into_iter().map(|one| (one.revision, one.weight)).collect()
+}
+
+/// One backend for each revision. Without a rollout every pod gets the same share.
 fn backends(model: &RouteModel, pods: Vec<&PodView>, loaded: &BTreeMap<String, Loaded>) -> Vec<Backend> {
     let mut by_revision: BTreeMap<&str, Vec<&PodView>> = BTreeMap::new();
     for pod in pods {
         by_revision.entry(&pod.revision).or_default().push(pod);
     }
+    // A single revision takes all requests, whatever its rollout says.
+    let shares = if by_revision.len() > 1 { shares(model, &by_revision) } else { BTreeMap::new() };
+    let weight = |revision: &str, pods: usize| match shares.get(revision) {
+        Some(share) => *share,
+        None if shares.is_empty() => u32::try_from(pods).unwrap_or(u32::MAX),
+        None => 0,
+    };
     let backend = |(revision, mut pods): (&str, Vec<&PodView>)| {
         pods.sort_by(|one, other| one.name.cmp(&other.name));
         let reported = pods.iter().find_map(|pod| loaded.get(&pod.uid)).map(|loaded| &loaded.digest);
@@ -151,8 +172,9 @@ fn backends(model: &RouteModel, pods: Vec<&PodView>, loaded: &BTreeMap<String, L
         Backend {
             revision: revision.to_owned(),
             digest: reported.or(stored).cloned().unwrap_or_default(),
-            weight: u32::try_from(pods.len()).unwrap_or(u32::MAX),
+            weight: weight(revision, pods.len()),
             endpoints: pods.into_iter().map(endpoint).collect(),
+            ..Backend::default()
         }
     };
     by_revision.into_iter().map(backend).collect()
@@ -166,6 +188,7 @@ fn endpoint(pod: &PodView) -> Endpoint {
         address: pod.address.clone().unwrap_or_default(),
         http_port: u32::from(names::HTTP_PORT),
         grpc_port: u32::from(names::GRPC_PORT),
+        weight: pod.weight,
     }
 }
 
@@ -173,15 +196,16 @@ fn endpoint(pod: &PodView) -> Endpoint {
 mod tests {
     use super::*;
     use crate::pods::tests::view;
+    use trustformers_proto::control::v1::BalanceBy;
 
     fn model(namespace: &str, name: &str, created: i64) -> RouteModel {
         RouteModel {
             key: (namespace.to_owned(), name.to_owned()),
             created: Timestamp::from_second(created).ok(),
-            first_byte_timeout: Duration::from_secs(60),
-            retries: 2,
+            policy: fallback_policy(),
             stored_digest: None,
             stored_task: None,
+            rollout: None,
         }
     }
 
@@ -196,8 +220,7 @@ mod tests {
     #[test]
     fn a_model_without_pods_has_a_route_without_backends() {
         let routes = routes(&[model("team", "chat", 1)], &[], &BTreeMap::new());
-        let policy = Policy { first_byte_timeout_ms: 60_000, retries: 2, ..Policy::default() };
-        assert_eq!(routes[0].policy, Some(policy));
+        assert_eq!(routes[0].policy, Some(fallback_policy()));
         assert!(routes[0].backends.is_empty());
     }
 
@@ -220,6 +243,51 @@ mod tests {
             })
             .collect();
         assert_eq!(backends, [("r0", "", 1, vec!["old"]), ("r1", "d1", 2, vec!["a", "b"])]);
+    }
+
+    #[test]
+    fn a_model_whose_traffic_cannot_be_read_keeps_a_route_without_retries() {
+        let read = |traffic: &str| {
+            let text = format!(
+                "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
+                 metadata: {{name: chat, namespace: team}}\n\
+                 spec: {{source: {{uri: 'oci://x'}}, traffic: {traffic}}}\n"
+            );
+            RouteModel::of(&serde_yaml::from_str(&text).unwrap()).unwrap().policy
+        };
+        assert_eq!(read("{timeout: 900h}"), fallback_policy());
+        let good = read("{timeout: 5s, loadBalancing: RoundRobin}");
+        assert_eq!((good.first_byte_timeout_ms, good.retries), (5000, 2));
+        assert_eq!(good.load_balancing.unwrap().by(), BalanceBy::RoundRobin);
+    }
+
+    #[test]
+    fn a_stored_rollout_gives_the_shares() {
+        let stored = |candidate: &str| {
+            let text = format!(
+                "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
+                 metadata: {{name: chat, namespace: team}}\n\
+                 spec: {{source: {{uri: 'oci://x'}}, scaling: {{replicas: 2}}}}\n\
+                 status: {{stable: {{revision: r0}}, {candidate}}}\n"
+            );
+            RouteModel::of(&serde_yaml::from_str(&text).unwrap()).unwrap()
+        };
+        let candidate = "candidate: {revision: r1, weight: 5, step: 0, since: '2026-01-01T00:00:00Z'}, rollout: \
+                         {phase: Shifting, placement: Surge, since: '2026-01-01T00:00:00Z', base: 2, attempt: 1}";
+        let old = |name: &str| PodView { revision: "r0".to_owned(), ..view("chat", name) };
+        let weights = |model: &RouteModel, pods: &[PodView]| {
+            let routes = routes(std::slice::from_ref(model), pods, &BTreeMap::new());
+            let backends = routes[0].backends.iter();
+            backends.map(|one| (one.revision.clone(), one.weight)).collect::<Vec<_>>()
+        };
+        let pods = [old("a"), old("b"), view("chat", "c")];
+        let pair = |old: u32, new: u32| vec![("r0".to_owned(), old), ("r1".to_owned(), new)];
+        assert_eq!(weights(&stored(candidate), &pods), pair(9_500, 500));
+        // Gateways have not acknowledged the candidate's pod yet: they list it, and send it nothing.
+        let waits = PodView { ready: false, ..view("chat", "c") };
+        assert_eq!(weights(&stored(candidate), &[old("a"), old("b"), waits]), pair(10_000, 0));
+        // Nothing is rolled out: a pod of another revision, which is about to end, gets nothing.
+        assert_eq!(weights(&stored(""), &pods), pair(10_000, 0));
     }
 
     #[test]

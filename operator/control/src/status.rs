@@ -10,12 +10,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use trustformers_crds::{Condition, InferenceModelStatus, Loading, Phase, StableRevision};
+use trustformers_crds::{Condition, InferenceModelStatus, Loading, Phase};
 use trustformers_proto::v1::{ModelState, ModelStatus};
 
 use crate::causes::{self, Cause};
 use crate::names;
 use crate::pods::PodView;
+use crate::rollout::{RolloutPhase, RolloutState};
 use crate::routes::ModelKey;
 use crate::validate::ValidatedModel;
 
@@ -53,6 +54,8 @@ pub struct StatusInputs<'a> {
     pub reports: &'a BTreeMap<String, PodReport>,
     /// The model that owns this one's bare name, if it is another.
     pub name_owner: Option<&'a ModelKey>,
+    /// The rollout as it is stored.
+    pub rollout: &'a RolloutState,
     /// Where callers reach the gateway.
     pub url: &'a str,
     /// The present time.
@@ -67,6 +70,7 @@ struct Facts<'a> {
     cause: Option<Cause>,
     step: LoadStep,
     revision: &'a str,
+    rollout: &'a RolloutState,
 }
 
 /// The state of the slowest pod of the desired revision.
@@ -110,13 +114,15 @@ pub fn status(
     previous: &InferenceModelStatus,
 ) -> InferenceModelStatus {
     let facts = facts(model, revision, inputs);
-    let serving_digest = digest(inputs, revision);
-    let stable = if facts.complete && facts.desired > 0 {
-        Some(StableRevision { revision: revision.to_owned(), digest: serving_digest.clone() })
-    } else {
-        previous.stable.clone()
-    };
-    let loaded = serving_digest.or_else(|| stable.as_ref().and_then(|stable| stable.digest.clone()));
+    let stored = with_rollout(inputs, previous);
+    // Until a revision has served with all its pods, the one of the spec is reported.
+    let main = stored.stable.as_ref().map_or(revision, |stable| &stable.revision);
+    let loaded = stored
+        .stable
+        .as_ref()
+        .map_or_else(|| digest(inputs, revision), |stable| stable.digest.clone())
+        .or_else(|| previous.digest.clone().filter(|_| stored.stable.is_none()));
+    let main_pods = || inputs.pods.iter().filter(|pod| pod.counts() && pod.revision == main);
     let mut conditions =
         Conditions { previous, now: inputs.now, generation: model.generation, list: Vec::new() };
     describe(&facts, inputs.name_owner, model, &mut conditions);
@@ -124,18 +130,36 @@ pub fn status(
         observed_generation: Some(model.generation),
         phase: Some(phase(&facts)),
         url: Some(inputs.url.to_owned()),
-        selector: Some(names::pod_selector(&model.name)),
-        replicas: count(inputs.pods.iter().filter(|pod| pod.counts())),
-        ready_replicas: i32::try_from(facts.serving).unwrap_or(i32::MAX),
+        selector: Some(names::revision_selector(&model.name, main)),
+        replicas: count(main_pods()),
+        ready_replicas: count(main_pods().filter(|pod| pod.ready)),
         device: device(inputs).or_else(|| previous.device.clone().filter(|_| facts.serving > 0)),
         task: task(inputs, revision)
             .or_else(|| model.task.map(|task| task.as_str().to_owned()))
             .or_else(|| previous.task.clone()),
         digest: loaded,
-        stable,
         loading: loading(inputs, revision),
         conditions: conditions.list,
+        ..stored
     }
+}
+
+/// The parts of the status that store the rollout, with the digests that pods reported.
+fn with_rollout(inputs: StatusInputs<'_>, previous: &InferenceModelStatus) -> InferenceModelStatus {
+    let mut stored = InferenceModelStatus {
+        stable: previous.stable.clone(),
+        candidate: previous.candidate.clone(),
+        previous: previous.previous.clone(),
+        ..InferenceModelStatus::default()
+    };
+    inputs.rollout.store(&mut stored);
+    for one in [&mut stored.stable, &mut stored.previous].into_iter().flatten() {
+        one.digest = digest(inputs, &one.revision).or_else(|| one.digest.take());
+    }
+    if let Some(one) = &mut stored.candidate {
+        one.digest = digest(inputs, &one.revision).or_else(|| one.digest.take());
+    }
+    stored
 }
 
 /// What the status of a model that could not be reconciled is computed from.
@@ -173,20 +197,41 @@ pub fn refused(refusal: Refusal<'_>, previous: &InferenceModelStatus) -> Inferen
     }
 }
 
-fn facts<'a>(model: &ValidatedModel, revision: &'a str, inputs: StatusInputs<'_>) -> Facts<'a> {
+fn facts<'a>(model: &ValidatedModel, revision: &'a str, inputs: StatusInputs<'a>) -> Facts<'a> {
     let desired = usize::try_from(model.replicas).unwrap_or(0);
     let live = || inputs.pods.iter().filter(|pod| pod.counts());
     let serving = live().filter(|pod| pod.ready).count();
     let current = live().filter(|pod| pod.ready && pod.revision == revision).count();
     let rolled_out = inputs.deployment.is_some_and(|deployment| is_rolled_out(deployment, model.replicas));
+    let rollout = inputs.rollout;
+    let is_stable = rollout.stable.as_ref().is_some_and(|stable| stable.revision == revision);
+    let pods = live().filter(|pod| pod.revision == revision).count();
     Facts {
         desired,
         serving,
-        complete: rolled_out && current >= desired && live().count() == desired,
-        cause: cause(inputs, revision),
+        complete: is_stable
+            && rollout.candidate.is_none()
+            && rolled_out
+            && current >= desired
+            && pods == desired,
+        cause: rollout_cause(rollout, revision).or_else(|| cause(inputs, revision)),
         step: step(inputs, revision),
         revision,
+        rollout,
     }
+}
+
+/// The cause of a revision that was rolled back, or that waits for a person.
+fn rollout_cause(rollout: &RolloutState, revision: &str) -> Option<Cause> {
+    let is_refused = rollout.refused.as_deref() == Some(revision) || rollout.held;
+    let decision = rollout.history.iter().rev().find(|one| one.revision == revision);
+    is_refused.then(|| Cause {
+        reason: decision.map_or_else(|| rollout.reason.clone(), |one| one.reason.clone()),
+        message: match decision {
+            Some(one) => format!("revision {revision}: {}", one.message),
+            None => rollout.message.clone(),
+        },
+    })
 }
 
 /// Whether the Deployment's controller has observed the present template and all pods have it.
@@ -257,6 +302,7 @@ fn describe(
     let (reason, message) = match (&facts.cause, facts.desired) {
         (_, 0) => stopped,
         (Some(cause), _) => (cause.reason.as_str(), cause.message.as_str()),
+        (None, _) if shifts(facts.rollout) => (facts.rollout.reason.as_str(), facts.rollout.message.as_str()),
         (None, _) => (facts.step.reason(), facts.step.message()),
     };
     conditions.set_serving(facts.serving, reason, message);
@@ -275,6 +321,10 @@ fn describe(
         }
         _ => conditions.set("Degraded", false, "AsExpected", "no problem found"),
     }
+    if facts.rollout.attempt > 0 {
+        let RolloutState { reason, message, .. } = facts.rollout;
+        conditions.set("RolloutHealthy", is_healthy(facts.rollout), reason, message);
+    }
     if let Some((namespace, name)) = name_owner {
         let message = format!(
             "the older model {namespace}/{name} owns the name {name}; callers use {}/{} for this one",
@@ -282,6 +332,22 @@ fn describe(
         );
         conditions.set("BareName", false, "Taken", &message);
     }
+}
+
+/// Whether the rollout itself says what it waits for, and not its pods.
+fn shifts(rollout: &RolloutState) -> bool {
+    use RolloutPhase::{Admitted, Loading, Placing, Shifting, Verifying, Warming};
+    let waits_for_pods = matches!(rollout.phase, Placing | Loading | Warming);
+    match rollout.phase {
+        Admitted | Shifting | Verifying => true,
+        _ => rollout.candidate.is_some() && !(waits_for_pods && is_healthy(rollout)),
+    }
+}
+
+fn is_healthy(rollout: &RolloutState) -> bool {
+    rollout.refused.is_none()
+        && !rollout.held
+        && !matches!(rollout.reason.as_str(), "NoCapacity" | "Unschedulable" | "CannotLoadInPlace")
 }
 
 /// The digest that pods of the revision with a loaded model reported.

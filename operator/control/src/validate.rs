@@ -9,12 +9,15 @@ use std::time::Duration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
 use trustformers_crds::{
-    BatchStrategy, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, PodSettings, Runtime, Source,
+    BatchStrategy, EmptyDirCache, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, OciAccess, PodSettings,
+    Runtime, Source, SourceCache,
 };
 use trustformers_proto::Task;
 
 use crate::duration::{self, DurationError};
 use crate::names;
+use crate::rollout::RolloutPolicy;
+use crate::traffic::{self, TrafficConflict, TrafficError};
 
 /// Where the model's files are mounted from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +34,20 @@ pub enum Mount {
         /// Path below the claim's root; empty is the root.
         path: String,
     },
+    /// Nothing: the pod fetches the files into a cache.
+    Fetched(CacheVolume),
+}
+
+/// The volume of a cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CacheVolume {
+    /// A directory that lives as long as its pod.
+    EmptyDir {
+        /// The size at which kubelet evicts the pod.
+        size_limit: Option<String>,
+    },
+    /// A claim that pods share.
+    Claim(String),
 }
 
 /// A model whose spec can be honoured.
@@ -54,10 +71,8 @@ pub struct ValidatedModel {
     pub runtime: Runtime,
     /// Number of pods.
     pub replicas: i32,
-    /// From a request's arrival to the first byte of its response.
-    pub first_byte_timeout: Duration,
-    /// Further attempts while no byte of the response has arrived.
-    pub retries: u32,
+    /// How it moves to another revision.
+    pub rollout: RolloutPolicy,
     /// How long requests may take to finish when a pod ends.
     pub drain_timeout: Duration,
     /// Serving pods that evictions may remove at the same time.
@@ -79,12 +94,29 @@ pub enum ValidateError {
     )]
     NameTooLong(usize),
     /// The URI's scheme, or what follows it, is not supported.
-    #[error("spec.source.uri: {0:?} is not supported; use oci://IMAGE or pvc://CLAIM[/PATH]")]
+    #[error(
+        "spec.source.uri: {0:?} is not supported; use oci://IMAGE, pvc://CLAIM[/PATH], hf://ORG/NAME, s3://BUCKET/KEY, \
+         gs://BUCKET/KEY, az://CONTAINER/KEY or https://HOST/FILE"
+    )]
     Source(String),
+    /// A field of the source that its scheme cannot honour.
+    #[error("spec.source.{field}: {why}")]
+    SourceField {
+        /// Field below `spec.source`.
+        field: &'static str,
+        /// What to do.
+        why: &'static str,
+    },
     /// A duration cannot be read.
-    #[error("spec.traffic.{field}: {cause}")]
-    Duration {
-        /// Field below `spec.traffic`.
+    #[error(transparent)]
+    Duration(#[from] TrafficError),
+    /// Fields of `spec.traffic` do not fit together.
+    #[error(transparent)]
+    Traffic(#[from] TrafficConflict),
+    /// A duration of the rollout cannot be read.
+    #[error("spec.rollout.{field}: {cause}")]
+    RolloutDuration {
+        /// Field below `spec.rollout`.
         field: &'static str,
         /// What is wrong with it.
         cause: DurationError,
@@ -131,20 +163,20 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
         return Err(ValidateError::EnvTwice(twice.name.clone()));
     }
     check_strategy(spec)?;
-    let time =
-        |field, text: &str| duration::parse(text).map_err(|cause| ValidateError::Duration { field, cause });
+    traffic::check_conflicts(&traffic::policy(&spec.traffic)?)?;
+    let time = |field, text: &str| duration::parse(text).map_err(|cause| TrafficError { field, cause });
     Ok(ValidatedModel {
         name,
         namespace,
         generation: meta.generation.unwrap_or(0),
         owner,
         task: spec.task,
-        mount: mount(&spec.source.uri)?,
+        mount: mount(&spec.source)?,
         source: spec.source.clone(),
         runtime: spec.runtime.clone(),
         replicas: spec.scaling.replicas,
-        first_byte_timeout: time("timeout", &spec.traffic.timeout)?,
-        retries: spec.traffic.retries,
+        rollout: RolloutPolicy::of(&spec.rollout)
+            .map_err(|(field, cause)| ValidateError::RolloutDuration { field, cause })?,
         drain_timeout: time("drainTimeout", &spec.traffic.drain_timeout)?,
         max_unavailable: spec.disruption.max_unavailable,
         pod: spec.pod.clone(),
@@ -175,10 +207,36 @@ fn check_keys(field: &'static str, map: &BTreeMap<String, String>) -> Result<(),
     }
 }
 
-fn mount(uri: &str) -> Result<Mount, ValidateError> {
+/// Schemes that pods fetch.
+const FETCHED_SCHEMES: [&str; 5] = ["hf", "s3", "gs", "az", "https"];
+
+fn mount(source: &Source) -> Result<Mount, ValidateError> {
+    let uri = source.uri.as_str();
     let refused = || ValidateError::Source(uri.to_owned());
+    let (scheme, rest) = uri.split_once("://").ok_or_else(refused)?;
+    let is_pulled = source.oci == Some(OciAccess::Pull);
+    let wrong = |field, why| Err(ValidateError::SourceField { field, why });
+    if source.revision.is_some() && scheme != "hf" {
+        return wrong("revision", "only hf:// has branches, tags and commits; remove it");
+    }
+    if source.oci.is_some() && scheme != "oci" {
+        return wrong("oci", "it says how oci:// is read; remove it");
+    }
+    let is_fetched = FETCHED_SCHEMES.contains(&scheme) || (scheme == "oci" && is_pulled);
+    let fits = !rest.is_empty() && !rest.contains(char::is_whitespace);
+    if is_fetched {
+        let mount = Mount::Fetched(cache_volume(source.cache.as_ref())?);
+        return fits.then_some(mount).ok_or_else(refused);
+    }
+    for (field, is_set) in [("secretRef", source.secret_ref.is_some()), ("cache", source.cache.is_some())] {
+        if is_set {
+            return wrong(
+                field,
+                "it is for files that the pod fetches; for oci:// set oci: Pull, else remove it",
+            );
+        }
+    }
     if let Some(reference) = uri.strip_prefix("oci://") {
-        let fits = !reference.is_empty() && !reference.contains(char::is_whitespace);
         return fits.then(|| Mount::Image { reference: reference.to_owned() }).ok_or_else(refused);
     }
     let rest = uri.strip_prefix("pvc://").ok_or_else(refused)?;
@@ -188,6 +246,19 @@ fn mount(uri: &str) -> Result<Mount, ValidateError> {
         return Err(refused());
     }
     Ok(Mount::Claim { claim: claim.to_owned(), path: path.to_owned() })
+}
+
+fn cache_volume(cache: Option<&SourceCache>) -> Result<CacheVolume, ValidateError> {
+    let Some(SourceCache { empty_dir, pvc }) = cache else {
+        return Ok(CacheVolume::EmptyDir { size_limit: None });
+    };
+    match (empty_dir, pvc) {
+        (Some(EmptyDirCache { size_limit }), None) => {
+            Ok(CacheVolume::EmptyDir { size_limit: size_limit.as_ref().map(|limit| limit.0.clone()) })
+        }
+        (None, Some(claim)) => Ok(CacheVolume::Claim(claim.claim_name.clone())),
+        _ => Err(ValidateError::SourceField { field: "cache", why: "give one of emptyDir and pvc" }),
+    }
 }
 
 #[cfg(test)]
@@ -223,14 +294,40 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn fetched_sources_have_a_cache_and_fields_that_others_refuse() {
+        let cache = |spec: &str| valid("chat", spec).mount;
+        let empty_dir = |size_limit: Option<&str>| {
+            Mount::Fetched(CacheVolume::EmptyDir { size_limit: size_limit.map(str::to_owned) })
+        };
+        assert_eq!(cache("{source: {uri: 'hf://a/b', revision: v1}}"), empty_dir(None));
+        assert_eq!(cache("{source: {uri: 'oci://r/a:v1', oci: Pull}}"), empty_dir(None));
+        let limited = "{source: {uri: 's3://a/b', cache: {emptyDir: {sizeLimit: 9Gi}}}}";
+        assert_eq!(cache(limited), empty_dir(Some("9Gi")));
+        let shared = "{source: {uri: 'https://a/b', secretRef: {name: s}, cache: {pvc: {claimName: c}}}}";
+        assert_eq!(cache(shared), Mount::Fetched(CacheVolume::Claim("c".to_owned())));
+        for (fields, field) in [
+            ("uri: 's3://a/b', revision: v1", "revision"),
+            ("uri: 'hf://a/b', oci: Pull", "oci"),
+            ("uri: 'pvc://a', secretRef: {name: s}", "secretRef"),
+            ("uri: 'oci://a', oci: ImageVolume, cache: {emptyDir: {}}", "cache"),
+            ("uri: 'hf://a/b', cache: {}", "cache"),
+        ] {
+            let error = error(&format!("{{source: {{{fields}}}}}"));
+            assert!(error.to_string().starts_with(&format!("spec.source.{field}: ")), "{error}");
+        }
+    }
+
+    #[test]
     fn errors_name_the_field_and_the_next_step() {
-        for uri in ["hf://a/b", "oci://", "pvc://", "pvc://c/../d", "pvc://c//d"] {
+        for uri in ["ftp://a/b", "hf://", "oci://", "pvc://", "pvc://c/../d", "pvc://c//d"] {
             let error = error(&format!("{{source: {{uri: '{uri}'}}}}"));
             assert!(matches!(error, ValidateError::Source(_)), "{uri}");
-            assert!(error.to_string().contains("oci://IMAGE or pvc://CLAIM"), "{error}");
+            assert!(error.to_string().contains("oci://IMAGE, pvc://CLAIM"), "{error}");
         }
         let late = error("{source: {uri: 'oci://x'}, traffic: {timeout: 900h}}");
         assert!(late.to_string().contains("spec.traffic.timeout"), "{late}");
+        let slow = error("{source: {uri: 'oci://x'}, traffic: {timeout: 5s, attemptTimeout: 6s}}");
+        assert!(slow.to_string().contains("spec.traffic.attemptTimeout"), "{slow}");
         let twice = error("{source: {uri: 'oci://x'}, runtime: {env: [{name: A}, {name: A}]}}");
         assert_eq!(<&str>::from(&twice), "EnvTwice");
         let window =

@@ -1,10 +1,13 @@
 //! The route feed: sends tables to gateways, receives their acknowledgements, and writes the readiness gates
 //! of pods.
 //!
+//! What gateways report of their requests is summed in [`counts::GatewaySums`].
+//!
 //! Three tasks of the leader share one [`FeedState`]: `publish` creates tables, `service` sends them to
 //! gateways and receives reports, `gates` writes readiness gates. `trustformers_control::gate` decides what
 //! counts as acknowledged.
 
+pub mod counts;
 pub mod gates;
 pub mod identity;
 pub mod publish;
@@ -63,6 +66,13 @@ impl FeedState {
     #[must_use]
     pub fn change(&self, pod: &PodView) -> Option<GateChange> {
         self.lock().change(pod, self.now())
+    }
+
+    /// Whether no gateway sends requests to this revision of the route any more.
+    #[must_use]
+    pub fn is_unrouted(&self, route: &str, revision: &str) -> bool {
+        let now = self.now();
+        self.lock().is_unrouted(route, revision, now)
     }
 
     /// How many gateways there are.

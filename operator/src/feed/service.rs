@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
+use trustformers_control::counts::Reported;
 use trustformers_control::gate::Report;
 use trustformers_proto::control::v1::route_service_server::RouteService;
 use trustformers_proto::control::v1::{GatewayReport, RouteTable};
@@ -74,10 +75,13 @@ async fn receive_reports(leadership: Leadership, mut reports: Streaming<GatewayR
             message = reports.message() => message,
         };
         let Ok(Some(message)) = message else { return };
-        let GatewayReport { instance, acknowledged, draining } = message;
+        let GatewayReport { instance, acknowledged, draining, process, counts, held } = message;
         if instance.is_empty() {
             tracing::warn!("a gateway reports without an instance; its stream is ignored");
             return;
+        }
+        if !process.is_empty() {
+            leadership.context.counts.record(&process, Reported { counts: &counts, held: &held });
         }
         if leadership.feed.report(Report { instance, acknowledged, draining }) {
             leadership.context.gates_changed.notify_one();

@@ -14,10 +14,11 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 use tower::service_fn;
+use trustformers_control::counts::SeriesKey;
 use trustformers_control::gate::{LEFT_OUT, SETTLE};
 use trustformers_proto::control::v1::route_service_client::RouteServiceClient;
 use trustformers_proto::control::v1::route_service_server::RouteServiceServer;
-use trustformers_proto::control::v1::{GatewayReport, TableVersion};
+use trustformers_proto::control::v1::{GatewayReport, Outcome, OutcomeCount, RevisionCounts, TableVersion};
 
 use super::identity::FeedAuthenticator;
 use super::service::{Feed, Leadership};
@@ -82,7 +83,7 @@ async fn watch_routes(
 }
 
 fn report(acknowledged: Option<TableVersion>) -> GatewayReport {
-    GatewayReport { instance: "g1".to_owned(), acknowledged, draining: false }
+    GatewayReport { instance: "g1".to_owned(), acknowledged, ..GatewayReport::default() }
 }
 
 #[tokio::test]
@@ -112,6 +113,38 @@ async fn only_a_leader_serves_tables_until_its_lead_ends() {
     running.leadership.send_replace(None);
     ended.cancel();
     assert_eq!(tables.message().await.unwrap_err().code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn reports_are_summed_over_processes_and_a_repeated_one_counts_once() {
+    let running = serve(FeedAuthenticator::Open).await;
+    let (client, _requests) = api(|_| json!({}));
+    let (context, _writers) = context(client);
+    let (feed, ended) = (Arc::new(FeedState::new(4)), CancellationToken::new());
+    let leadership = Leadership { feed, context: Arc::clone(&context), ended };
+    running.leadership.send_replace(Some(leadership));
+    let counted = |attempts, answered| RevisionCounts {
+        route: "team/chat".to_owned(),
+        revision: "r1".to_owned(),
+        series: 1,
+        attempts,
+        outcomes: vec![OutcomeCount { outcome: Outcome::Ok.into(), count: answered }],
+        ..RevisionCounts::default()
+    };
+    // Each with its own stream: a container that restarts keeps the instance, and a stream that opens again
+    // begins with what was reported before.
+    let sent =
+        [("one", counted(10, 8)), ("one", counted(10, 8)), ("two", counted(3, 3)), ("one", counted(12, 12))];
+    for (stream, (process, counts)) in sent.into_iter().enumerate() {
+        let (reports, _tables) = watch_routes(running.address, None).await.unwrap();
+        let (instance, process) = (format!("g{stream}"), process.to_owned());
+        let report = GatewayReport { instance, process, counts: vec![counts], ..GatewayReport::default() };
+        reports.send(report).await.unwrap();
+        context.gates_changed.notified().await;
+    }
+    let key = SeriesKey { route: "team/chat".to_owned(), revision: "r1".to_owned() };
+    let sums = context.counts.of(&key);
+    assert_eq!((sums.attempts, sums.outcomes.of(Outcome::Ok), context.counts.in_flight(&key)), (15, 15, 0));
 }
 
 #[tokio::test]

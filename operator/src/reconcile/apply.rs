@@ -10,10 +10,11 @@ use std::sync::Arc;
 use k8s_openapi::api::apps::v1::Deployment;
 use kube::Api;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
-use serde_json::Value;
+use serde_json::{Value, json};
 use trustformers_control::build::{Desired, DesiredObject};
 use trustformers_control::drift::{FieldPath, covers, removal};
-use trustformers_control::kinds::{ChildKind, DEPLOYMENT};
+use trustformers_control::kinds::{CONFIG_MAP, ChildKind, DEPLOYMENT};
+use trustformers_control::rollout::PoolSize;
 use trustformers_control::{names, status};
 
 use super::fetch::Observed;
@@ -21,8 +22,8 @@ use crate::children::Child;
 use crate::context::Context;
 use crate::watchers::resource;
 
-/// ConfigMaps of earlier revisions that stay while a rollout is not complete, besides those that pods have
-/// mounted: a pod that an old ReplicaSet replaces needs its ConfigMap again.
+/// Earlier ConfigMaps that stay while a Deployment replaces its pods, besides those that pods have mounted: a
+/// pod that an old ReplicaSet replaces needs its ConfigMap again.
 const SPARE_CONFIG_MAPS: usize = 2;
 
 /// Why an object could not be applied. Metrics use the variant's name.
@@ -84,15 +85,21 @@ impl ApplyError {
 pub struct Applied {
     /// Hash of what the pods load.
     pub revision: String,
-    /// The Deployment.
+    /// The Deployment of that revision, if it should exist.
     pub deployment: Option<Deployment>,
 }
 
-/// Applies the desired objects, and deletes children that are no longer needed.
+/// Applies the desired objects, scales the pods of other revisions, and deletes children that are no longer
+/// needed.
 ///
 /// # Errors
 /// The first object that the API server did not accept.
-pub async fn apply(context: &Context, desired: &Desired, observed: &Observed) -> Result<Applied, ApplyError> {
+pub async fn apply(
+    context: &Context,
+    desired: &Desired,
+    observed: &Observed,
+    pools: &[PoolSize],
+) -> Result<Applied, ApplyError> {
     let mut deployment = None;
     for object in &desired.objects {
         let writer = ChildWriter::new(context, observed, object);
@@ -102,7 +109,10 @@ pub async fn apply(context: &Context, desired: &Desired, observed: &Observed) ->
             deployment = serde_json::from_value(child.object.clone()).ok();
         }
     }
-    prune(context, desired, observed, deployment.as_ref()).await?;
+    for pool in pools.iter().filter(|pool| pool.pool != desired.revision) {
+        scale(context, observed, pool).await?;
+    }
+    prune(context, desired, observed, pools, deployment.as_ref()).await?;
     Ok(Applied { revision: desired.revision.clone(), deployment })
 }
 
@@ -145,7 +155,7 @@ impl<'a> ChildWriter<'a> {
             None => Ownership::Absent,
         };
         match (ownership, cached) {
-            (Ownership::Own(_), Some(child)) if covers(&child.object, object) => Ok(child),
+            (Ownership::Own(_), Some(child)) if covers(kind, &child.object, object) => Ok(child),
             (Ownership::Own(uid), _) => self.patch(Some(&uid)).await,
             (Ownership::Absent | Ownership::Unowned, _) => match self.patch(None).await {
                 Err(ApplyError::Request { cause, .. }) if is_conflict(&cause) => self.resolve(&cause).await,
@@ -268,18 +278,46 @@ fn message(error: &kube::Error) -> String {
     }
 }
 
+/// Scales the Deployment of a revision that the spec does not describe any more. Nothing else of it is
+/// written: its pods stay as they were made.
+async fn scale(context: &Context, observed: &Observed, pool: &PoolSize) -> Result<(), ApplyError> {
+    let is_pool = |child: &&Arc<Child>| {
+        child.kind == &DEPLOYMENT && child.label(names::REVISION_LABEL) == Some(pool.pool.as_str())
+    };
+    // If it is gone, its revision has no pods, and the rollout goes on from that.
+    let Some(child) = observed.children.iter().find(is_pool) else { return Ok(()) };
+    if child.object["spec"]["replicas"] == json!(pool.replicas) {
+        return Ok(());
+    }
+    let body = json!({"metadata": {"uid": child.uid}, "spec": {"replicas": pool.replicas}});
+    let params = PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() };
+    let object = format!("{} {}", child.kind.kind, child.name);
+    match api(context, child.kind, &child.namespace).patch(&child.name, &params, &Patch::Merge(&body)).await {
+        Ok(stored) => {
+            context.metrics.count_write(child.kind.kind);
+            let stored = Child::of(child.kind, stored).ok_or(ApplyError::Incomplete { object })?;
+            context.children.insert(stored);
+            Ok(())
+        }
+        // It is gone, or another object has its name.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+        Err(error) => Err(ApplyError::of(object, error)),
+    }
+}
+
 /// Deletes children that are no longer needed.
 async fn prune(
     context: &Context,
     desired: &Desired,
     observed: &Observed,
+    pools: &[PoolSize],
     deployment: Option<&Deployment>,
 ) -> Result<(), ApplyError> {
-    let complete = deployment.is_some_and(|deployment| {
+    let complete = deployment.is_none_or(|deployment| {
         let replicas = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(0);
         status::is_rolled_out(deployment, replicas)
     });
-    for child in unneeded(desired, observed, complete) {
+    for child in unneeded(desired, observed, pools, complete) {
         let this_one = Preconditions { uid: Some(child.uid.clone()), ..Preconditions::default() };
         let params = DeleteParams::default().preconditions(this_one);
         match api(context, child.kind, &child.namespace).delete(&child.name, &params).await {
@@ -295,25 +333,40 @@ async fn prune(
     Ok(())
 }
 
-/// The children that are neither desired nor needed by a pod. Until the rollout is complete, ReplicaSets of
-/// earlier revisions may replace pods: the ConfigMaps of the stable revision and the newest others stay.
-fn unneeded<'a>(desired: &Desired, observed: &'a Observed, complete: bool) -> Vec<&'a Child> {
+/// The children that are neither desired nor needed by a pod or a pool. While the Deployment replaces its
+/// pods, an earlier ReplicaSet of it may replace some too: the newest ConfigMaps stay.
+fn unneeded<'a>(
+    desired: &Desired,
+    observed: &'a Observed,
+    pools: &[PoolSize],
+    complete: bool,
+) -> Vec<&'a Child> {
     let is_desired =
         |child: &Child| desired.objects.iter().any(|one| one.kind == child.kind && one.name == child.name);
-    let stable = observed.previous.stable.as_ref().map(|stable| stable.revision.as_str());
-    let children = observed.children.iter().map(|child| &**child);
-    let mut candidates: Vec<&Child> = children
-        .filter(|child| child.kind.prune && !is_desired(child) && !observed.mounted.contains(&child.name))
-        .collect();
-    if complete {
-        return candidates;
-    }
-    candidates.retain(|child| {
+    let of_pool = |child: &Child| {
         let revision = child.label(names::REVISION_LABEL);
-        revision.is_some() && revision != stable
-    });
+        pools.iter().any(|pool| Some(pool.pool.as_str()) == revision)
+    };
+    // A Deployment is needed by its pool, and the ConfigMap in its template with it.
+    let is_needed = |child: &Child| match child.kind {
+        kind if kind == &DEPLOYMENT => of_pool(child),
+        kind if kind == &CONFIG_MAP => {
+            observed.mounted.contains(&child.name)
+                || of_pool(child) && child.label(names::REVISION_LABEL) != Some(desired.revision.as_str())
+        }
+        _ => false,
+    };
+    let children = observed.children.iter().map(|child| &**child);
+    let unneeded: Vec<&Child> =
+        children.filter(|child| child.kind.prune && !is_desired(child) && !is_needed(child)).collect();
+    if complete {
+        return unneeded;
+    }
+    let (mut candidates, mut others): (Vec<&Child>, Vec<&Child>) =
+        unneeded.into_iter().partition(|child| child.kind == &CONFIG_MAP);
     // Times in this format sort like text; the newest comes first.
     let created = |child: &Child| child.object["metadata"]["creationTimestamp"].as_str().map(str::to_owned);
     candidates.sort_by_key(|child| std::cmp::Reverse(created(child)));
-    candidates.split_off(SPARE_CONFIG_MAPS.min(candidates.len()))
+    others.extend(candidates.split_off(SPARE_CONFIG_MAPS.min(candidates.len())));
+    others
 }

@@ -7,6 +7,7 @@
 
 pub mod apply;
 pub mod fetch;
+pub mod rollout;
 pub mod status;
 
 #[cfg(test)]
@@ -23,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use trustformers_control::build::{BuildError, build};
 use trustformers_control::causes::Cause;
+use trustformers_control::hash;
 use trustformers_control::validate::{ValidateError, validate};
 use trustformers_crds::InferenceModel;
 
@@ -155,9 +157,18 @@ async fn steps(
     observed: &fetch::Observed,
 ) -> Result<Option<Duration>, ReconcileError> {
     let valid = validate(model)?;
-    let desired = build(&valid, &context.settings.platform)?;
-    let applied = apply::apply(context, &desired, observed).await?;
-    Ok(status::report(context, &valid, &applied, observed).await?)
+    let revision = hash::revision(&valid);
+    let plan = rollout::plan(context, model, &valid, observed, &revision);
+    let mut after_write = None;
+    if plan.store_first {
+        status::store_rollout(context, model, observed, &plan.state).await?;
+        after_write = Some(fetch::fetch(context, model)?);
+    }
+    let observed = after_write.as_ref().unwrap_or(observed);
+    let desired = build(&valid, &context.settings.platform, plan.replicas(&revision))?;
+    let applied = apply::apply(context, &desired, observed, &plan.pools).await?;
+    let wait = status::report(context, &valid, &applied, observed, &plan.state).await?;
+    Ok(wait.into_iter().chain(plan.wait).min())
 }
 
 /// An invalid spec waits for an edit. Other failures are retried, each time after twice the pause.

@@ -10,13 +10,14 @@ use kube::{Resource, ResourceExt};
 use serde_json::json;
 use tokio::time::Instant;
 use trustformers_control::causes::Cause;
+use trustformers_control::rollout::RolloutState;
 use trustformers_control::status::{Refusal, StatusInputs, refused, status};
 use trustformers_control::validate::ValidatedModel;
 use trustformers_control::{events, names};
 use trustformers_crds::{GROUP, InferenceModel, InferenceModelStatus, VERSION};
 
 use super::apply::Applied;
-use super::fetch::Observed;
+use super::fetch::{self, Observed};
 use crate::context::{Context, WrittenStatus};
 use crate::recorder;
 
@@ -29,6 +30,9 @@ pub enum StatusError {
     /// The request failed.
     #[error("the status could not be written: {0}")]
     Request(Box<kube::Error>),
+    /// The model changed since it was read, so that the step may be another one.
+    #[error("the model changed while a step of its rollout was stored")]
+    Changed,
 }
 
 /// A change of status to write.
@@ -36,6 +40,8 @@ struct Change<'a> {
     observed: &'a Observed,
     generation: Option<i64>,
     after: InferenceModelStatus,
+    /// The resource version that the model must have.
+    version: Option<String>,
 }
 
 /// Writes what was applied and what pods report. If only the progress changed and must wait, returns for how
@@ -48,17 +54,39 @@ pub async fn report(
     valid: &ValidatedModel,
     applied: &Applied,
     observed: &Observed,
+    rollout: &RolloutState,
 ) -> Result<Option<Duration>, StatusError> {
     let inputs = StatusInputs {
         deployment: applied.deployment.as_ref(),
         pods: &observed.pods,
         reports: &observed.reports,
         name_owner: observed.name_owner.as_ref(),
+        rollout,
         url: &context.settings.gateway_url,
         now: now(),
     };
     let after = status(valid, &applied.revision, inputs, &observed.previous);
-    write(context, Change { observed, generation: Some(valid.generation), after }).await
+    let change = Change { observed, generation: Some(valid.generation), after, version: None };
+    write(context, change).await
+}
+
+/// Stores a step of the rollout, before it is acted on.
+///
+/// # Errors
+/// When the API server does not accept it, or the model has changed since it was read.
+pub async fn store_rollout(
+    context: &Context,
+    model: &InferenceModel,
+    observed: &Observed,
+    rollout: &RolloutState,
+) -> Result<(), StatusError> {
+    let mut after = observed.previous.clone();
+    rollout.store(&mut after);
+    let written = observed.written.as_ref().and_then(|written| written.version);
+    // The cache may not show the operator's last write yet.
+    let version = written.max(fetch::version(model)).map(|version| version.to_string());
+    let change = Change { observed, generation: model.metadata.generation, after, version };
+    write(context, change).await.map(|_| ())
 }
 
 /// Writes why the model could not be reconciled, and what its pods do meanwhile.
@@ -74,7 +102,7 @@ pub async fn refuse(
     let generation = model.metadata.generation;
     let refusal = Refusal { generation: generation.unwrap_or(0), cause, pods: &observed.pods, now: now() };
     let after = refused(refusal, &observed.previous);
-    write(context, Change { observed, generation, after }).await.map(|_| ())
+    write(context, Change { observed, generation, after, version: None }).await.map(|_| ())
 }
 
 /// The present time in whole seconds, as it is stored: a status that is read back equals the one that was
@@ -85,7 +113,7 @@ pub(crate) fn now() -> Timestamp {
 }
 
 async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>, StatusError> {
-    let Change { observed, generation, after } = change;
+    let Change { observed, generation, after, version } = change;
     let remember = |change: WrittenStatus| {
         context.remember(&observed.key, &observed.uid, |memory| {
             memory.generation = generation;
@@ -103,12 +131,16 @@ async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>
     // A response that cannot be decoded is no reason to fail: the status is written.
     let api = Api::<DeserializeGuard<InferenceModel>>::namespaced(context.client.clone(), namespace);
     // With the UID, the API server refuses a status about an earlier object of the same name.
-    let body = json!({
+    let mut body = json!({
         "apiVersion": format!("{GROUP}/{VERSION}"),
         "kind": InferenceModel::kind(&()),
         "metadata": {"name": name, "uid": observed.uid},
         "status": after,
     });
+    let is_conditional = version.is_some();
+    if let Some(version) = version {
+        body["metadata"]["resourceVersion"] = json!(version);
+    }
     // The watch may deliver the new status before the response arrives.
     remember(WrittenStatus { status: after.clone(), version: None, at });
     let params = PatchParams::apply(names::MANAGER).force();
@@ -117,6 +149,11 @@ async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>
             context.metrics.count_write("InferenceModelStatus");
             let version = stored.resource_version().and_then(|version| version.parse().ok());
             remember(WrittenStatus { status: after.clone(), version, at });
+        }
+        Err(kube::Error::Api(status)) if status.code == 409 && is_conditional => {
+            context
+                .remember(&observed.key, &observed.uid, |memory| memory.written = observed.written.clone());
+            return Err(StatusError::Changed);
         }
         // The model was deleted meanwhile: it needs no status.
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => return Ok(None),
@@ -136,8 +173,18 @@ async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>
 fn progress_wait(observed: &Observed, after: &InferenceModelStatus, now: Instant) -> Option<Duration> {
     let before = &observed.stored;
     let written = observed.written.as_ref()?;
-    let both_load = before.loading.is_some() && after.loading.is_some();
-    let only_progress = InferenceModelStatus { loading: before.loading.clone(), ..after.clone() } == *before;
+    let both_load = before.loading.is_some() == after.loading.is_some();
+    let mut progress = InferenceModelStatus { loading: before.loading.clone(), ..after.clone() };
+    // The figures of a rollout that waits are progress too.
+    if let (Some(rollout), Some(earlier)) = (&mut progress.rollout, &before.rollout) {
+        rollout.message.clone_from(&earlier.message);
+    }
+    for (condition, earlier) in progress.conditions.iter_mut().zip(&before.conditions) {
+        if after.rollout.is_some() && condition.type_ == earlier.type_ {
+            condition.message.clone_from(&earlier.message);
+        }
+    }
+    let only_progress = progress == *before;
     let wait =
         PROGRESS_INTERVAL.checked_sub(now.duration_since(written.at)).filter(|wait| !wait.is_zero())?;
     (both_load && only_progress).then_some(wait)

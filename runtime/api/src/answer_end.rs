@@ -1,4 +1,5 @@
-//! How an answer ended, for the gateway in front of this server: HTTP trailers behind the body.
+//! How an answer ended, for the gateway in front of this server: HTTP trailers behind the body; and how many
+//! requests of all gateways are in flight here, in the head.
 //!
 //! The head of an answer is sent before its end is known, so a stream that fails has a head of success. A
 //! gateway that counts outcomes and tokens asks for trailers with [`REPORT_HEADER`]; no other client sees
@@ -8,11 +9,12 @@
 //! layer adds what it saw to the body of the same request.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use axum::body::{Body, Bytes};
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -26,7 +28,7 @@ use crate::error::ApiError;
 use crate::fields::Generation;
 use crate::health::{Health, Verdict};
 use crate::inference::{Answer, CountRequest, Event, Inference, Models};
-use crate::model_control::LoadModel;
+use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use crate::{EmbedRequest, Embedded};
 
 /// Header of a request whose answer shall end with the trailers below, over HTTP/2.
@@ -40,12 +42,37 @@ pub const PROMPT_TOKENS_TRAILER: &str = "x-trustformers-prompt-tokens";
 /// Trailer: tokens that were produced for the request.
 pub const COMPLETION_TOKENS_TRAILER: &str = "x-trustformers-completion-tokens";
 
+/// Header of such an answer: requests of all gateways that are in flight here, this one included. A gateway
+/// knows only its own, and balances better with all of them.
+pub const LOAD_HEADER: &str = "x-trustformers-load";
+
 tokio::task_local! {
     /// Where the end of the request that this task handles is noted.
     static END: SharedEnd;
 }
 
 type SharedEnd = Arc<Mutex<AnswerEnd>>;
+
+/// Requests of gateways that are in flight.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct GatewayLoad(Arc<AtomicUsize>);
+
+/// Counts one of them until dropped.
+#[derive(Debug)]
+struct GatewayRequest(GatewayLoad);
+
+impl GatewayLoad {
+    fn enter(&self) -> GatewayRequest {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        GatewayRequest(self.clone())
+    }
+}
+
+impl Drop for GatewayRequest {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
 
 /// What is known of the end of an answer.
 #[derive(Debug, Default)]
@@ -141,8 +168,16 @@ impl Inference for ReportingInference {
         self.0.load_model(request)
     }
 
-    fn unload_model(&self, model: String) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
-        self.0.unload_model(model)
+    fn unload_model(&self, request: UnloadModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        self.0.unload_model(request)
+    }
+
+    fn swap_model(&self, request: SwapModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        self.0.swap_model(request)
+    }
+
+    fn rollback_model(&self, request: RollbackModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        self.0.rollback_model(request)
     }
 
     fn watch_models(&self) -> watch::Receiver<Models> {
@@ -150,18 +185,25 @@ impl Inference for ReportingInference {
     }
 }
 
-/// Ends the answer with trailers where the request asks for them. It belongs outside every layer that takes
-/// bodies apart.
-pub(crate) async fn report_end(mut request: Request, next: Next) -> Response {
+/// Ends the answer with trailers, and tells the load in its head, where the request asks for it. It belongs
+/// outside every layer that takes bodies apart.
+pub(crate) async fn report_end(
+    State(load): State<GatewayLoad>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     if request.headers_mut().remove(REPORT_HEADER).is_none() {
         return next.run(request).await;
     }
+    let in_flight = load.enter();
     let end = SharedEnd::default();
-    let response = END.scope(Arc::clone(&end), next.run(request)).await;
+    let mut response = END.scope(Arc::clone(&end), next.run(request)).await;
+    let count = load.0.load(Ordering::Acquire);
+    response.headers_mut().insert(HeaderName::from_static(LOAD_HEADER), HeaderValue::from(count));
     if response.body().is_end_stream() {
         return response;
     }
-    response.map(|inner| Body::new(ReportedBody { inner, end, ended: false }))
+    response.map(|inner| Body::new(ReportedBody { inner, end, ended: false, _in_flight: in_flight }))
 }
 
 /// A body with trailers behind it.
@@ -169,6 +211,7 @@ struct ReportedBody {
     inner: Body,
     end: SharedEnd,
     ended: bool,
+    _in_flight: GatewayRequest,
 }
 
 impl HttpBody for ReportedBody {
@@ -264,6 +307,27 @@ mod tests {
         assert_eq!(trailers(whole(), "/v1/generate/stream", true).await, expected(END_OK, 3, 3));
         assert_eq!(trailers(failing(), "/v1/generate/stream", true).await, expected("unavailable", 3, 2));
         assert_eq!(trailers(whole(), "/v1/embeddings", true).await, expected(END_OK, 3, 0));
+    }
+
+    #[tokio::test]
+    async fn the_head_tells_how_many_requests_of_gateways_are_in_flight() {
+        let router = crate::http::router(Fake::with(Script::tokens(&["a"])).api());
+        let send = async |reported: bool| {
+            let mut request = Request::post("/v1/generate/stream");
+            if reported {
+                request = request.header(REPORT_HEADER, "1");
+            }
+            let request = request.body(Body::from(r#"{"prompt": "Hi"}"#)).unwrap();
+            router.clone().oneshot(request).await.unwrap()
+        };
+        let load = |response: &Response| response.headers().get(LOAD_HEADER).cloned();
+        let (one, two) = (send(true).await, send(true).await);
+        assert_eq!((load(&one).unwrap(), load(&two).unwrap()), ("1".parse().unwrap(), "2".parse().unwrap()));
+        assert_eq!(load(&send(false).await), None);
+        // Read to its end, or left.
+        two.into_body().collect().await.unwrap();
+        drop(one);
+        assert_eq!(load(&send(true).await).unwrap(), "1");
     }
 
     #[tokio::test]

@@ -52,6 +52,8 @@ pub fn panicked(payload: &(dyn Any + Send)) -> ApiError {
     let cause = (payload.downcast_ref::<&str>().copied())
         .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("a panic without a text");
+    // A panic about a text may quote it, and texts of requests are never logged.
+    let cause = cause.split(['`', '"']).next().unwrap_or_default();
     tracing::error!(id, cause, "a request made the server panic; the panic was contained");
     ApiError::Internal {
         message: format!("the server failed on this request; its log has the cause under {id}"),

@@ -5,6 +5,7 @@
 //! | `invalid_request` | 400 | INVALID_ARGUMENT | no |
 //! | `model_required` | 400 | INVALID_ARGUMENT | no |
 //! | `wrong_task` | 400 | INVALID_ARGUMENT | no |
+//! | `unauthenticated` | 401 + `WWW-Authenticate` | UNAUTHENTICATED | no |
 //! | `forbidden` | 403 | PERMISSION_DENIED | no |
 //! | `unknown_model`, `unknown_revision`, `unknown_route` | 404 | NOT_FOUND | no |
 //! | `conflict` | 409 | ABORTED | no |
@@ -67,6 +68,12 @@ pub enum ApiError {
         model: String,
         /// The task that the model serves.
         task: Task,
+    },
+    /// The request does not show who sends it.
+    #[error("{message}")]
+    Unauthenticated {
+        /// What is missing or refused, and what to send.
+        message: String,
     },
     /// The request asks for something that this server does not do for its callers.
     #[error("{message}")]
@@ -215,6 +222,7 @@ impl ApiError {
             Self::InvalidRequest { .. } | Self::ModelRequired { .. } | Self::WrongTask { .. } => {
                 StatusCode::BAD_REQUEST
             }
+            Self::Unauthenticated { .. } => StatusCode::UNAUTHORIZED,
             Self::Forbidden { .. } => StatusCode::FORBIDDEN,
             Self::UnknownModel { .. } | Self::UnknownRevision { .. } | Self::UnknownRoute { .. } => {
                 StatusCode::NOT_FOUND
@@ -236,6 +244,7 @@ impl ApiError {
             Self::InvalidRequest { .. } | Self::ModelRequired { .. } | Self::WrongTask { .. } => {
                 Code::InvalidArgument
             }
+            Self::Unauthenticated { .. } => Code::Unauthenticated,
             Self::Forbidden { .. } => Code::PermissionDenied,
             Self::UnknownModel { .. } | Self::UnknownRevision { .. } | Self::UnknownRoute { .. } => {
                 Code::NotFound

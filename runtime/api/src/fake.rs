@@ -12,7 +12,7 @@ use crate::health::{Health, Verdict};
 use crate::inference::{
     Answer, CountRequest, Event, FinishReason, Inference, Logprobs, Models, StoppedBy, TokenText, Usage,
 };
-use crate::model_control::LoadModel;
+use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use crate::tools::AnswerSyntax;
 use crate::{Api, ApiError, EmbedRequest, Embedded, Generation, PoolingMode, Prompt};
 
@@ -67,6 +67,7 @@ pub(crate) struct Fake {
     last_embedding: Arc<Mutex<Option<EmbedRequest>>>,
     last_count: Arc<Mutex<Option<CountRequest>>>,
     last_load: Arc<Mutex<Option<LoadModel>>>,
+    last_change: Arc<Mutex<String>>,
     models: Arc<watch::Sender<Models>>,
     ready: Arc<watch::Sender<Verdict>>,
     closing: CancellationToken,
@@ -99,6 +100,7 @@ impl Fake {
             last_embedding: Arc::default(),
             last_count: Arc::default(),
             last_load: Arc::default(),
+            last_change: Arc::default(),
             models: Arc::new(watch::Sender::new(vec![model].into())),
             ready: Arc::new(watch::Sender::new(Verdict::yes("ready"))),
             closing: CancellationToken::new(),
@@ -135,6 +137,16 @@ impl Fake {
 
     pub(crate) fn last_load(&self) -> LoadModel {
         self.last_load.lock().unwrap().clone().unwrap()
+    }
+
+    /// The last swap or rollback, as text.
+    pub(crate) fn last_change(&self) -> String {
+        self.last_change.lock().unwrap().clone()
+    }
+
+    fn changed(&self, request: &dyn std::fmt::Debug) -> v1::ModelStatus {
+        *self.last_change.lock().unwrap() = format!("{request:?}");
+        self.models.borrow()[0].clone()
     }
 
     pub(crate) fn running(&self) -> usize {
@@ -273,10 +285,19 @@ impl Inference for Fake {
         })
     }
 
+    fn swap_model(&self, request: SwapModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        Box::pin(std::future::ready(Ok(self.changed(&request))))
+    }
+
+    fn rollback_model(&self, request: RollbackModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        Box::pin(std::future::ready(Ok(self.changed(&request))))
+    }
+
     /// Knows the model that it serves. It stays.
-    fn unload_model(&self, asked: String) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+    fn unload_model(&self, request: UnloadModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
         let models = self.models.borrow().clone();
         Box::pin(async move {
+            let asked = request.model;
             let found = models.iter().find(|model| model.name == asked).cloned();
             let mut model = found.ok_or(ApiError::UnknownModel { asked, choices: Vec::new() })?;
             model.set_state(v1::ModelState::Unloaded);

@@ -40,7 +40,7 @@ use crate::fields::{Asked, GRPC_DEFAULTS, Generation};
 use crate::health::GrpcHealth;
 use crate::inference::{Answer, Event, StoppedBy};
 use crate::limits::CallerLimits;
-use crate::model_control::{self, LoadModel};
+use crate::model_control::{self, LoadModel, RollbackModel, SwapModel, UnloadModel};
 use crate::surfaces::{Kind, grpc_surface};
 use crate::{Api, ApiError, MAX_BODY_BYTES, kserve};
 
@@ -84,6 +84,7 @@ pub enum ReflectionError {
 /// Only if the compiled-in descriptors were broken, which the tests rule out.
 pub fn router(api: Api) -> Result<Router, ReflectionError> {
     let health = GrpcHealth::new(api.inference.clone(), SERVICES, api.closing.clone());
+    let load = api.gateway_load.clone();
     let inference = InferenceServiceServer::new(api.clone()).max_decoding_message_size(MAX_BODY_BYTES);
     let plain = Routes::new(compressible!(inference))
         .add_service(compressible!(ModelServiceServer::new(api.clone())))
@@ -96,7 +97,13 @@ pub fn router(api: Api) -> Result<Router, ReflectionError> {
         .layer(from_fn(compress_where_asked))
         .layer(map_response(with_kind));
     let web = plain.clone().layer(GrpcWebLayer::new());
-    Ok(plain.layer(from_fn_with_state(web, by_content_type)).layer(from_fn(report_end)))
+    Ok(plain.layer(from_fn_with_state(web, by_content_type)).layer(from_fn_with_state(load, report_end)))
+}
+
+/// `ModelService` alone, for a port on which models are changed.
+pub fn model_router(api: Api) -> Router {
+    let models = ModelServiceServer::new(api).max_decoding_message_size(MAX_BODY_BYTES);
+    Routes::new(models).into_axum_router().layer(map_response(with_kind))
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {
@@ -330,7 +337,7 @@ impl ModelService for Api {
         let _share = decoded_share(&request)?;
         model_control::check_no_browser(request.metadata().as_ref())?;
         let asked = LoadModel::from_proto(request.into_inner())?;
-        let model = self.load_until_closing(asked).await?;
+        let model = self.until_closing(self.inference.load_model(asked)).await?;
         Ok(Response::new(v1::LoadModelResponse { model: Some(model) }))
     }
 
@@ -340,9 +347,31 @@ impl ModelService for Api {
     ) -> Result<Response<v1::UnloadModelResponse>, Status> {
         let _share = decoded_share(&request)?;
         model_control::check_no_browser(request.metadata().as_ref())?;
-        let name = model_control::check_model(request.into_inner().model)?;
-        let model = self.unload_until_closing(name).await?;
+        let asked = UnloadModel::from_proto(request.into_inner())?;
+        let model = self.until_closing(self.inference.unload_model(asked)).await?;
         Ok(Response::new(v1::UnloadModelResponse { model: Some(model) }))
+    }
+
+    async fn swap_model(
+        &self,
+        request: Request<v1::SwapModelRequest>,
+    ) -> Result<Response<v1::SwapModelResponse>, Status> {
+        let _share = decoded_share(&request)?;
+        model_control::check_no_browser(request.metadata().as_ref())?;
+        let asked = SwapModel::from_proto(request.into_inner())?;
+        let model = self.until_closing(self.inference.swap_model(asked)).await?;
+        Ok(Response::new(v1::SwapModelResponse { model: Some(model) }))
+    }
+
+    async fn rollback_model(
+        &self,
+        request: Request<v1::RollbackModelRequest>,
+    ) -> Result<Response<v1::RollbackModelResponse>, Status> {
+        let _share = decoded_share(&request)?;
+        model_control::check_no_browser(request.metadata().as_ref())?;
+        let asked = RollbackModel::from_proto(request.into_inner())?;
+        let model = self.until_closing(self.inference.rollback_model(asked)).await?;
+        Ok(Response::new(v1::RollbackModelResponse { model: Some(model) }))
     }
 }
 
@@ -712,7 +741,7 @@ mod tests {
         let loaded = client.load_model(request).await.unwrap().into_inner().model.unwrap();
         assert_eq!((loaded.name.as_str(), loaded.state()), ("a", v1::ModelState::Ready));
         assert_eq!(fake.last_load().path, "/m");
-        let unload = |model: &str| v1::UnloadModelRequest { model: model.into() };
+        let unload = |model: &str| v1::UnloadModelRequest { model: model.into(), ..Default::default() };
         let unloaded = client.unload_model(unload("fake")).await.unwrap().into_inner().model.unwrap();
         assert_eq!(unloaded.state(), v1::ModelState::Unloaded);
         let status = client.load_model(v1::LoadModelRequest::default()).await.unwrap_err();

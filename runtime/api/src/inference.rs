@@ -15,7 +15,7 @@ use crate::embed::{EmbedRequest, Embedded};
 use crate::error::ApiError;
 use crate::fields::Generation;
 use crate::health::Health;
-use crate::model_control::{LoadModel, not_changed_here};
+use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel, not_changed_here};
 use crate::revision::answer_headers;
 use crate::tools::AnswerSyntax;
 
@@ -43,7 +43,8 @@ pub trait Inference: Health {
     /// Any [`ApiError`].
     fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>>;
 
-    /// Loads a model and waits until it is ready. Dropping the future does not stop the load.
+    /// Loads a model, or another revision of one, and waits until it is ready. Dropping the future does not
+    /// stop the load.
     ///
     /// # Errors
     /// Any [`ApiError`]; a model that could not be loaded left nothing behind. A server whose models do not
@@ -52,12 +53,28 @@ pub trait Inference: Health {
         Box::pin(async { Err(not_changed_here()) })
     }
 
-    /// Unloads a model by one of its names and waits until its answers in flight have ended and its memory is
-    /// free. Dropping the future does not stop it.
+    /// Unloads a model, or one of its versions, and waits until its answers in flight have ended and its
+    /// memory is free. Dropping the future does not stop it.
     ///
     /// # Errors
     /// As for [`Inference::load_model`].
-    fn unload_model(&self, _model: String) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+    fn unload_model(&self, _request: UnloadModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        Box::pin(async { Err(not_changed_here()) })
+    }
+
+    /// Lets another version answer for a model.
+    ///
+    /// # Errors
+    /// As for [`Inference::load_model`]; `Conflict` where the versions of the model do not allow it.
+    fn swap_model(&self, _request: SwapModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
+        Box::pin(async { Err(not_changed_here()) })
+    }
+
+    /// Lets the version before the last swap answer again.
+    ///
+    /// # Errors
+    /// As for [`Inference::swap_model`].
+    fn rollback_model(&self, _request: RollbackModel) -> BoxFuture<'_, Result<v1::ModelStatus, ApiError>> {
         Box::pin(async { Err(not_changed_here()) })
     }
 

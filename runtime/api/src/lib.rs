@@ -90,6 +90,8 @@ mod websocket;
 
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+mod test_client;
 
 pub use contain::BlockingWork;
 pub use conversation::{Conversation, Prompt, ToolChoice};
@@ -121,6 +123,8 @@ pub struct Api {
     large_bodies: BlockingWork,
     /// Counts the requests of the Open Inference Protocol.
     kserve_counts: Arc<kserve::Statistics>,
+    /// Requests of gateways, over HTTP and gRPC.
+    gateway_load: answer_end::GatewayLoad,
 }
 
 /// Large bodies that are parsed, decoded or compressed at a time. A body of 4 MiB in the smallest JSON values
@@ -132,6 +136,12 @@ impl Api {
     pub fn new(inference: Arc<dyn Inference>, closing: CancellationToken) -> Self {
         let large_bodies = BlockingWork::new(LARGE_BODIES);
         let inference = Arc::new(answer_end::ReportingInference(inference));
-        Self { inference, closing, large_bodies, kserve_counts: Arc::default() }
+        Self {
+            inference,
+            closing,
+            large_bodies,
+            kserve_counts: Arc::default(),
+            gateway_load: answer_end::GatewayLoad::default(),
+        }
     }
 }

@@ -70,12 +70,20 @@ impl CallerLimits {
         self.limits.request_bytes.try_acquire(self.caller, bytes).ok_or_else(too_many_request_bytes)
     }
 
+    /// A share for bytes of an answer beside its send buffer, which are held until it is read.
+    ///
+    /// # Errors
+    /// [`ApiError::Overloaded`] where the caller would hold more than what is left for the others.
+    pub(crate) fn answer_bytes(&self, bytes: usize) -> Result<Share, ApiError> {
+        self.limits.answer_bytes.try_acquire(self.caller, bytes).ok_or_else(too_many_answers)
+    }
+
     /// A share for an answer that its client reads as it comes, of [`SEND_BUFFER_BYTES`].
     ///
     /// # Errors
     /// [`ApiError::Overloaded`] where the caller would hold more than what is left for the others.
     pub(crate) fn answer(&self) -> Result<Share, ApiError> {
-        self.limits.answer_bytes.try_acquire(self.caller, SEND_BUFFER_BYTES).ok_or_else(too_many_answers)
+        self.answer_bytes(SEND_BUFFER_BYTES)
     }
 }
 

@@ -11,7 +11,7 @@ pub const REVISION_HEADER: &str = "x-trustformers-revision";
 pub const DIGEST_HEADER: &str = "x-trustformers-digest";
 
 /// The longest name of a revision. Kubernetes' names have at most 253 characters.
-const MAX_REVISION_BYTES: usize = 256;
+pub(crate) const MAX_REVISION_BYTES: usize = 256;
 
 /// The revision that headers or metadata ask for.
 ///

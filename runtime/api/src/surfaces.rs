@@ -242,6 +242,8 @@ pub const SURFACES: &[Surface] = &[
     get("get_model", "/v1/models/{model}").names(IN_PATH).errors(OPENAI),
     post("load_model", "/v1/models/load").names(JSON).not_idempotent(),
     post("unload_model", "/v1/models/unload").names(JSON).not_idempotent(),
+    post("swap_model", "/v1/models/swap").names(JSON).not_idempotent(),
+    post("rollback_model", "/v1/models/rollback").names(JSON).not_idempotent(),
     get("stream", "/v1/stream").asks(GENERATE, FIRST_JSON).kind(Kind::Upgrade).not_idempotent(),
     get("openapi", "/openapi.json"),
     get("health", "/health"),
@@ -299,6 +301,8 @@ pub const SURFACES: &[Surface] = &[
     grpc("grpc_watch_models", MODELS, "WatchModels").kind(Kind::ServerStream),
     grpc("grpc_load_model", MODELS, "LoadModel").names(FIELD_5).not_idempotent(),
     grpc("grpc_unload_model", MODELS, "UnloadModel").names(FIELD_5).not_idempotent(),
+    grpc("grpc_swap_model", MODELS, "SwapModel").names(FIELD_5).not_idempotent(),
+    grpc("grpc_rollback_model", MODELS, "RollbackModel").names(FIELD_5).not_idempotent(),
     grpc("grpc_health", HEALTH, "Check"),
     // gRPC: KServe v2.
     grpc("kserve_grpc_live", KSERVE, "ServerLive"),

@@ -16,12 +16,16 @@
 //! * a sequence gives the same bits alone, batched, in chunks and after a shared prefix
 //!   (`decoder/batch_invariance`, `decoder/prefix`, `encoder/batch_invariance`);
 //! * draft tokens that are verified in one step get the bits of one step each, in `fast` too
-//!   (`decoder/draft_tokens`);
+//!   (`decoder/draft_tokens`), where the device claims it;
 //! * rows whose results nobody reads may be left out of the last layer: the others keep their bits
 //!   (`decoder/pruned`, `encoder/pruned`);
 //! * each claimed type of the cache gives the answer of the oracle with that type (`cache/types`);
 //! * a reused block shows nothing of an earlier sequence (`cache/poison`);
-//! * invalid steps and plans are refused with the right error, and the next step works (`order/…`);
+//! * the device chooses the tokens that the reference chooses from its logits, and gives them to the next
+//!   step itself (`sample/choices`, `sample/slots`);
+//! * as many steps are in flight as the device claims (`sample/flight`);
+//! * invalid steps, samples and plans are refused with the right error, and the next step works (`order/…`,
+//!   `sample/order`);
 //! * the memory report and the estimate before the load are right (`order/memory`).
 
 #![forbid(unsafe_code)]
@@ -29,6 +33,7 @@
 pub mod cases;
 pub mod compare;
 pub mod harness;
+pub mod late;
 pub mod models;
 pub mod seeds;
 

@@ -4,11 +4,13 @@
 
 use std::{borrow::Cow, sync::Arc};
 
+use trustformers_conformance::late::{LateOracle, LateTime};
 use trustformers_conformance::{Fault, Open, check};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Numerics, Plan,
-    StepInput, StepOutput, Weight, WeightView, Weights,
+    Backend, BackendError, Caps, DType, EstimateSpec, Executable, FusedOps, KvType, LoadSpec, Loaded,
+    MemoryReport, Numerics, Plan, SampleInput, SampleSpec, StepInput, StepOutput, Weight, WeightView,
+    Weights,
 };
 
 /// The fault of a backend.
@@ -30,6 +32,8 @@ enum Flaw {
     Underestimating,
     /// It takes the rows of a weight that is stored transposed in another order.
     Transposing,
+    /// It chooses the best token, whatever it is asked for.
+    Greedy,
     /// It claims no type.
     Typeless,
 }
@@ -84,6 +88,17 @@ impl Executable for FlawedExecutable {
         self.inner.submit(input)
     }
 
+    fn sample(&mut self, input: &SampleInput) -> Result<(), BackendError> {
+        if self.flaw != Flaw::Greedy {
+            return self.inner.sample(input);
+        }
+        let mut greedy = SampleInput::new();
+        for row in 0..input.len() {
+            greedy.push(&SampleSpec::greedy(input.row(row).logits_row));
+        }
+        self.inner.sample(&greedy)
+    }
+
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
         match self.inner.wait(output) {
             Err(_) if self.flaw == Flaw::Eager => return Ok(()),
@@ -119,10 +134,18 @@ fn transposes_rotated(weights: &Weights) -> Weights {
     rotated
 }
 
+fn claim_little(caps: &mut Caps) {
+    caps.dtypes.retain(|dtype| [DType::F32, DType::Q4_1].contains(dtype));
+    (caps.kv_types, caps.fast_kv_type, caps.fused) = (vec![KvType::F32], KvType::F32, FusedOps::NONE);
+}
+
+/// The cases that the backend fails. It claims little, because each claim costs runs of a model and the
+/// faults do not depend on them.
 fn faults(flaw: Flaw) -> Vec<&'static str> {
     let open: Open<'_> = &move || {
         let oracle = Oracle::new();
         let mut caps = oracle.caps().clone();
+        claim_little(&mut caps);
         if flaw == Flaw::Typeless {
             caps.dtypes.clear();
         }
@@ -134,6 +157,12 @@ fn faults(flaw: Flaw) -> Vec<&'static str> {
 #[test]
 fn the_oracle_passes() {
     check(&|| Ok(Box::new(Oracle::new()))).unwrap();
+}
+
+#[test]
+fn a_device_with_late_answers_passes() {
+    let late = || LateOracle::new(LateTime::new(5000, 0)).claiming(claim_little);
+    check(&|| Ok(Box::new(late()))).unwrap();
 }
 
 // One test for each fault: each runs the whole suite, and tests run side by side.
@@ -180,6 +209,11 @@ fn an_estimate_that_is_too_small_is_found() {
 #[test]
 fn a_view_in_another_order_is_found() {
     assert_eq!(faults(Flaw::Transposing), ["weights/views"]);
+}
+
+#[test]
+fn another_choice_of_tokens_is_found() {
+    assert_eq!(faults(Flaw::Greedy), ["sample/choices"]);
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! Measures steps of models with synthetic weights: decode, decode with a long context, eight sequences, and
 //! prefill.
 //!
-//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [unfused] [deep | load]
-//! [THREADS]`.
-//! `deep` measures long contexts instead: a sequence at depth 4096, and four of which one is long. `load`
-//! measures loading instead, beside loading on one thread. MODEL is `smollm2` (the default: SmolLM2-135M,
-//! Q4_1), `smollm2-bf16`, `qwen-0.5b` or `qwen-1.5b` (with the mixed types of their Q4_K_M files). `all`
-//! measures every tier in both numerics instead of the best tier in fast numerics, and `unfused` adds plans
+//! `cargo run --profile ci -p trustformers-cpu --example steps -- [MODEL] [all] [unfused]
+//! [deep | sample | load] [THREADS]`.
+//! `sample` measures steps of 32 sequences whose tokens are chosen: on all threads from where the logits are,
+//! and from a copy of them on one thread. `deep` measures long contexts instead: a sequence at depth 4096,
+//! and four of which one is long. `load` measures loading instead, beside loading on one thread. MODEL is
+//! `smollm2` (the default: SmolLM2-135M, Q4_1), `smollm2-wide` (the same with a vocabulary of 151,936),
+//! `smollm2-bf16`, `qwen-0.5b` or `qwen-1.5b` (with the mixed types of their Q4_K_M files). `all` measures
+//! every tier in both numerics instead of the best tier in fast numerics, and `unfused` adds plans
 //! without fused ops. Decoding reads all repacked weights once per step, so the speed is printed with the
 //! time that reading this much memory takes at the bandwidth measured in the same run. All entries run
 //! alternately for [`ROUNDS`] rounds, so that other load on the machine affects all of them. It prints the
@@ -16,8 +18,9 @@ use std::{hint::black_box, sync::Arc, time::Instant};
 
 use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
 use trustformers_plan::{
-    Backend, DType, Executable, FusedOps, Hyper, KV_BLOCK_TOKENS, Limits, LoadSpec, LogitsRows, Numerics,
-    Plan, PlanBuilder, RopeLayout, RopeSpec, SequenceStep, StepInput, StepOutput, Weight, Weights,
+    Backend, DType, Executable, Filters, FusedOps, Hyper, KV_BLOCK_TOKENS, Limits, LoadSpec, LogitsRows,
+    Numerics, Plan, PlanBuilder, RopeLayout, RopeSpec, SampleInput, SampleScratch, SampleSpec, SequenceStep,
+    StepInput, StepOutput, Weight, Weights, sample,
 };
 
 type AnyError = Box<dyn std::error::Error>;
@@ -55,8 +58,9 @@ const SMOLLM2: Shape = Shape {
     down: [DType::Q4_1; 2],
 };
 
-const SHAPES: [Shape; 4] = [
+const SHAPES: [Shape; 5] = [
     SMOLLM2,
+    Shape { name: "smollm2-wide", hyper: Hyper { vocab: 151_936, ..SMOLLM2.hyper }, ..SMOLLM2 },
     Shape {
         name: "smollm2-bf16",
         head: DType::BF16,
@@ -179,18 +183,51 @@ fn plan(shape: &Shape, weights: &Weights, fused: &FusedOps) -> Result<Plan, AnyE
 /// Measurements of each entry.
 const ROUNDS: usize = 7;
 
-/// Seconds of one step, the fastest of `times` in this round.
-fn seconds(e: &mut dyn Executable, input: &StepInput, times: usize) -> Result<f64, AnyError> {
-    let mut output = StepOutput::new();
+/// Who chooses the tokens of a step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ChosenBy {
+    Nobody,
+    /// The caller's thread, from a copy of the logits.
+    Caller,
+    /// The backend.
+    Device,
+}
+
+/// Seconds of one step, the fastest of its times in this round.
+fn seconds(e: &mut dyn Executable, measure: &Measure) -> Result<f64, AnyError> {
+    let (mut output, mut scratch) = (StepOutput::new(), SampleScratch::default());
+    let sample = sample_of(measure.input.logits_rows.len());
     let mut best = f64::MAX;
-    for _ in 0..times {
+    for _ in 0..measure.times {
         let start = Instant::now();
-        e.submit(input)?;
+        e.submit(&measure.input)?;
+        if measure.chosen_by == ChosenBy::Device {
+            e.sample(&sample)?;
+        }
         e.wait(&mut output)?;
+        if measure.chosen_by == ChosenBy::Caller {
+            let choice = |row| sample::choose(output.row(row), &sample.row(row), &mut scratch);
+            output.choices = (0..sample.len()).map(choice).collect();
+        }
         best = best.min(start.elapsed().as_secs_f64());
     }
     black_box(&output);
     Ok(best)
+}
+
+/// Every other token the best one, the rest drawn from the best that have nine tenths of the probability.
+fn sample_of(rows: usize) -> SampleInput {
+    let mut sample = SampleInput::new();
+    for row in 0..rows {
+        let drawn = SampleSpec {
+            temperature: 0.7,
+            filters: Filters { top_p: 0.9, ..Filters::NONE },
+            uniform: (row * 37 % 100) as f64 / 100.0,
+            ..SampleSpec::greedy(row)
+        };
+        sample.push(&if row % 2 == 0 { drawn } else { SampleSpec::greedy(row) });
+    }
+    sample
 }
 
 fn step(sequences: usize, rows: usize, cached_tokens: usize) -> StepInput {
@@ -254,11 +291,23 @@ struct Measure {
     tokens: f64,
     /// Steps of a round, of which the fastest counts.
     times: usize,
+    chosen_by: ChosenBy,
 }
 
 /// The measures of a run.
-fn measures(deep: bool) -> Vec<Measure> {
-    let measure = |what, input, tokens, times| Measure { what, input, tokens, times };
+fn measures(deep: bool, sampled: bool) -> Vec<Measure> {
+    let measure = |what, input, tokens, times| {
+        let chosen_by = ChosenBy::Nobody;
+        Measure { what, input, tokens, times, chosen_by }
+    };
+    if sampled {
+        let of = |what, chosen_by| Measure { chosen_by, ..measure(what, step(32, 1, 100), 32.0, 6) };
+        return vec![
+            of("32 sequences", ChosenBy::Nobody),
+            of("chosen by the caller", ChosenBy::Caller),
+            of("chosen by the device", ChosenBy::Device),
+        ];
+    }
     if deep {
         return vec![
             measure("at 4096", step(1, 1, 4096), 1.0, 4),
@@ -373,14 +422,14 @@ fn main() -> Result<(), AnyError> {
     if has("load") {
         return print_load_times(&shape, &weights, threads);
     }
-    let measures = measures(has("deep"));
+    let measures = measures(has("deep"), has("sample"));
     let wanted = Wanted { all: has("all"), unfused: has("unfused"), threads };
     let (mut entries, weight_bytes) = entries(&shape, &weights, &wanted, measures.len())?;
     let bandwidth = read_bandwidth(weight_bytes, threads.unwrap_or(2));
     for _ in 0..ROUNDS {
         for entry in &mut entries {
             for (measure, list) in measures.iter().zip(&mut entry.seconds) {
-                list.push(seconds(&mut *entry.executable, &measure.input, measure.times)?);
+                list.push(seconds(&mut *entry.executable, measure)?);
             }
         }
     }

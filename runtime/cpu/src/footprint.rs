@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use trustformers_plan::{
     Activation, AttentionShape, BackendError, EstimateSpec, KV_BLOCK_TOKENS, MemoryReport, Numerics, Op,
-    RopeSpec, Segment, WeightId, WeightUse, rope::RopeTable,
+    Plan, RopeSpec, SampleScratch, Segment, WeightId, WeightUse, rope::RopeTable,
 };
 
 use crate::{
@@ -43,8 +43,8 @@ pub(crate) struct Footprint {
     pub(crate) ropes: Vec<RopeSpec>,
     rope_bytes: u64,
     pub(crate) scratch: ScratchSizes,
-    /// Bytes of the largest answer, for which each executable has room.
-    pub(crate) answer_bytes: u64,
+    /// Bytes that an executable takes to choose tokens, on all threads together.
+    pub(crate) sampling_bytes: u64,
 }
 
 /// Sizes of the intermediate results that are no buffers of the plan, in f32 values.
@@ -126,7 +126,7 @@ impl Footprint {
             arena_len: plan.arena_bytes() / size_of::<f32>(),
             rope_bytes: ropes.iter().map(|spec| RopeTable::bytes_of(spec, hyper.context)).sum(),
             ropes,
-            answer_bytes: (plan.answer_len() * size_of::<f32>()) as u64,
+            sampling_bytes: sampling_bytes(plan, threads),
         })
     }
 
@@ -136,7 +136,7 @@ impl Footprint {
             weights_bytes: (self.packed_bytes + self.vector_bytes) as u64,
             arena_bytes: SharedF32::bytes_of(self.arena_len),
             kv_bytes: SharedF32::bytes_of(self.cache_bytes.div_ceil(size_of::<f32>())),
-            other_bytes: self.scratch.bytes() + self.answer_bytes + self.rope_bytes,
+            other_bytes: self.scratch.bytes() + self.sampling_bytes + self.rope_bytes,
         }
     }
 }
@@ -223,6 +223,17 @@ fn forms(spec: &EstimateSpec<'_>) -> Result<BTreeMap<WeightId, Form>, BackendErr
     }
     let uses = plan.ops().iter().flat_map(Op::weights);
     Ok(uses.filter(|(_, how)| *how == WeightUse::Matrix).map(|(id, _)| (id, form(id))).collect())
+}
+
+/// Bytes of the memory in which an executable of a plan with logits chooses tokens.
+fn sampling_bytes(plan: &Plan, threads: usize) -> u64 {
+    let scratches = sampling_threads(plan, threads) as u64;
+    scratches * SampleScratch::bytes_of(plan.answer().cols)
+}
+
+/// How many threads choose tokens at a time, at most one for each row of logits.
+pub(crate) fn sampling_threads(plan: &Plan, threads: usize) -> usize {
+    threads.min(plan.limits().logits_rows)
 }
 
 /// The segments of a projection; none of other ops.

@@ -17,6 +17,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod arbiter;
+mod executable;
 mod footprint;
 mod hazards;
 mod kernels;
@@ -25,17 +27,18 @@ mod memory;
 mod model;
 mod pack;
 mod pool;
+mod shared_pool;
 mod step;
 mod tier;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use trustformers_plan::{
     Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec, FusedOps, KvType, LoadSpec, Loaded,
     MemoryReport,
 };
 
-use crate::{footprint::Footprint, kernels::Kernels, model::CpuModel, pool::Pool};
+use crate::{footprint::Footprint, kernels::Kernels, model::CpuModel, pool::Pool, shared_pool::SharedPool};
 pub use kernels::choice::{PromptProducts, TileRule};
 pub use tier::Tier;
 
@@ -55,12 +58,13 @@ pub struct CpuConfig {
 /// Most threads: more would not make steps faster on any supported machine.
 const MAX_THREADS: usize = 1024;
 
-/// The processor as a device. Its threads serve every model loaded on it, one step at a time.
+/// The processor as a device. Its threads serve every model loaded on it, one step at a time, and fair by
+/// time.
 pub struct CpuBackend {
     caps: Caps,
     tier: Tier,
     kernels: Kernels,
-    pool: Arc<Mutex<Pool>>,
+    pool: Arc<SharedPool>,
 }
 
 impl CpuBackend {
@@ -95,8 +99,10 @@ impl CpuBackend {
             fused: FusedOps::ALL,
             kv_types: KvType::ALL.to_vec(),
             fast_kv_type: tier.fast_kv_type(),
+            steps_in_flight: 1,
+            rows_are_invariant: true,
         };
-        Ok(Self { caps, tier, kernels, pool: Arc::new(Mutex::new(pool)) })
+        Ok(Self { caps, tier, kernels, pool: SharedPool::new(pool) })
     }
 
     /// The tier in use.
@@ -119,11 +125,10 @@ impl Backend for CpuBackend {
     }
 
     fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
-        let threads = self.pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
-        Ok(Footprint::of(spec, &self.kernels, threads)?.report())
+        Ok(Footprint::of(spec, &self.kernels, self.pool.threads())?.report())
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
-        Ok(Box::new(CpuModel::load(spec, self.kernels, self.pool.clone())?))
+        Ok(Box::new(CpuModel::load(spec, self.kernels, &self.pool)?))
     }
 }

@@ -1,25 +1,24 @@
-//! A model on the processor: repacked weights, cache, arena and scratch space, and the executables that share
-//! them.
+//! A model on the processor: repacked weights, cache, arena and scratch space, which its executables share.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, atomic::AtomicU64},
 };
 
 use trustformers_plan::{
     Activation, BackendError, Executable, Hyper, KvType, Limits, LoadProgress, LoadSpec, Loaded,
-    MemoryReport, Numerics, Op, Plan, RopeSpec, Segment, StepInput, StepOutput, Weight, WeightId, WeightUse,
-    Weights, rope::RopeTable,
+    MemoryReport, Numerics, Op, Plan, RopeSpec, Segment, Weight, WeightId, WeightUse, Weights,
+    rope::RopeTable,
 };
 
 use crate::{
+    executable::CpuExecutable,
     footprint::{Footprint, ScratchSizes, segments},
-    hazards,
     kernels::Kernels,
     memory::{SharedF32, Store},
     pack::{GROUP_ROWS, Packed},
-    pool::{Pool, share},
-    step::{Step, prompts::PromptRows},
+    pool::share,
+    shared_pool::{PoolClient, SharedPool},
 };
 
 /// What all executables of a model share.
@@ -40,8 +39,10 @@ pub(crate) struct ModelState {
     pub(crate) cache: SharedF32,
     pub(crate) arena: SharedF32,
     arena_bytes: usize,
-    /// Bytes of the loaded plan's largest answer, for which each executable has room.
-    answer_bytes: u64,
+    /// Steps that any executable of the model has begun: each overwrites the arena.
+    pub(crate) steps: AtomicU64,
+    /// Bytes that an executable takes to choose tokens.
+    sampling_bytes: u64,
     pub(crate) scratch: Scratch,
 }
 
@@ -106,16 +107,18 @@ impl Scratch {
 /// A loaded model.
 pub(crate) struct CpuModel {
     shared: Arc<ModelState>,
-    pool: Arc<Mutex<Pool>>,
+    pool: Arc<PoolClient>,
 }
 
 impl CpuModel {
     pub(crate) fn load(
         spec: LoadSpec<'_>,
         kernels: Kernels,
-        pool: Arc<Mutex<Pool>>,
+        shared_pool: &Arc<SharedPool>,
     ) -> Result<Self, BackendError> {
-        let threads = pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
+        // Its own client: the time of the load does not count against the steps.
+        let pool = PoolClient::new(shared_pool.clone());
+        let threads = pool.threads();
         let footprint = Footprint::of(&spec.estimate_spec(), &kernels, threads)?;
         let LoadSpec { weights, plan, kv_blocks, kv_type, numerics, progress } = spec;
         let hyper = *plan.hyper();
@@ -131,7 +134,8 @@ impl CpuModel {
             cache: SharedF32::untouched("the key/value cache", footprint.cache_bytes)?,
             arena: SharedF32::new("the arena", footprint.arena_len)?,
             arena_bytes: plan.arena_bytes(),
-            answer_bytes: footprint.answer_bytes,
+            steps: AtomicU64::new(0),
+            sampling_bytes: footprint.sampling_bytes,
             scratch: Scratch::new(&footprint.scratch)?,
             weights,
             matrices,
@@ -140,7 +144,7 @@ impl CpuModel {
             ropes: footprint.ropes.iter().map(rope_table).collect(),
         };
         on_all_threads(&pool, |number, threads| shared.cache.touch(threads, number))?;
-        let model = Self { shared: Arc::new(shared), pool };
+        let model = Self { shared: Arc::new(shared), pool: PoolClient::new(shared_pool.clone()) };
         tracing::info!(memory = ?model.memory(), %kv_type, threads, ?numerics, "model loaded");
         Ok(model)
     }
@@ -158,7 +162,7 @@ struct Repacked {
 fn repack(
     weights: &Weights,
     footprint: &Footprint,
-    pool: &Mutex<Pool>,
+    pool: &PoolClient,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Repacked, BackendError> {
     let mut repacked = Repacked { matrices: HashMap::new(), vectors: HashMap::new(), biases: HashMap::new() };
@@ -190,7 +194,7 @@ fn repack(
 }
 
 /// Repacks a matrix on all threads.
-fn fill(packed: &Packed, weight: &Weight, pool: &Mutex<Pool>) -> Result<(), BackendError> {
+fn fill(packed: &Packed, weight: &Weight, pool: &PoolClient) -> Result<(), BackendError> {
     on_all_threads(pool, |number, threads| {
         // SAFETY: the matrix is new, and the threads' shares of its groups are disjoint.
         unsafe { packed.fill(share(packed.groups(), threads, number), weight) };
@@ -199,8 +203,8 @@ fn fill(packed: &Packed, weight: &Weight, pool: &Mutex<Pool>) -> Result<(), Back
 
 /// Calls `job` on each thread of the pool with its number and the number of threads. The pool is free for
 /// steps of other models between two calls.
-fn on_all_threads(pool: &Mutex<Pool>, job: impl Fn(usize, usize) + Sync) -> Result<(), BackendError> {
-    let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
+fn on_all_threads(pool: &PoolClient, job: impl Fn(usize, usize) + Sync) -> Result<(), BackendError> {
+    let mut pool = pool.acquire();
     let threads = pool.threads();
     let run = pool.run(&|number, _| {
         job(number, threads);
@@ -241,7 +245,7 @@ impl Loaded for CpuModel {
             arena_bytes: shared.arena.bytes(),
             kv_bytes: shared.cache.bytes(),
             other_bytes: shared.scratch.bytes()
-                + shared.answer_bytes
+                + shared.sampling_bytes
                 + shared.ropes.iter().map(|(_, table)| table.bytes()).sum::<u64>(),
         }
     }
@@ -261,69 +265,6 @@ impl Loaded for CpuModel {
                 return Err(BackendError::Mismatch("it uses weights that the loaded plan did not"));
             }
         }
-        Ok(Box::new(CpuExecutable {
-            barriers: hazards::barriers(plan.ops()),
-            plan: plan.clone(),
-            shared: self.shared.clone(),
-            pool: self.pool.clone(),
-            row_sequences: Vec::new(),
-            prompt_rows: PromptRows::default(),
-            answer: StepOutput::with_room_for(plan).values,
-            finished: false,
-        }))
-    }
-}
-
-/// A plan that runs on the pool. It holds the pool's lock for a whole step, so that executables can share
-/// memory.
-struct CpuExecutable {
-    plan: Plan,
-    barriers: Vec<bool>,
-    shared: Arc<ModelState>,
-    pool: Arc<Mutex<Pool>>,
-    row_sequences: Vec<u32>,
-    prompt_rows: PromptRows,
-    answer: Vec<f32>,
-    finished: bool,
-}
-
-impl Executable for CpuExecutable {
-    fn submit(&mut self, input: &StepInput) -> Result<(), BackendError> {
-        if self.finished {
-            return Err(BackendError::Order("submit before the last step was awaited"));
-        }
-        input.validate(&self.plan, self.shared.kv_blocks)?;
-        self.row_sequences.clear();
-        for sequence in 0..input.sequences() {
-            self.row_sequences.extend(input.rows_of(sequence).map(|_| sequence as u32));
-        }
-        let has_panels = self.shared.numerics == Numerics::Fast && self.shared.kernels.has_panels();
-        self.prompt_rows.list(input, has_panels);
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let step = Step {
-            shared: &self.shared,
-            plan: &self.plan,
-            barriers: &self.barriers,
-            input,
-            row_sequences: &self.row_sequences,
-            prompt_rows: &self.prompt_rows,
-            threads: pool.threads(),
-        };
-        pool.run(&|number, barrier| step.run(number, barrier))
-            .map_err(|_| BackendError::Device("a kernel panicked; its message is in the log".into()))?;
-        self.answer.clear();
-        step.read_answer(&mut self.answer);
-        self.finished = true;
-        Ok(())
-    }
-
-    fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
-        if !std::mem::take(&mut self.finished) {
-            return Err(BackendError::Order("wait without submit"));
-        }
-        output.width = self.plan.answer().cols;
-        // The caller's previous buffer receives the answer of the next step.
-        std::mem::swap(&mut self.answer, &mut output.values);
-        Ok(())
+        Ok(Box::new(CpuExecutable::new(plan.clone(), self.shared.clone(), self.pool.clone())))
     }
 }

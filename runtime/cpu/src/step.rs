@@ -33,6 +33,8 @@ pub(crate) struct Step<'a> {
     pub(crate) plan: &'a Plan,
     pub(crate) barriers: &'a [bool],
     pub(crate) input: &'a StepInput,
+    /// The token of each row.
+    pub(crate) ids: &'a [u32],
     pub(crate) row_sequences: &'a [u32],
     pub(crate) prompt_rows: &'a PromptRows,
     pub(crate) threads: usize,
@@ -58,18 +60,9 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Appends the step's answer; the caller's thread calls it after all threads have ended.
-    pub(crate) fn read_answer(&self, values: &mut Vec<f32>) {
-        let out = self.plan.answer();
-        for row in 0..self.rows(out) {
-            // SAFETY: the row lies in the arena, and no thread runs any more.
-            values.extend_from_slice(unsafe { std::slice::from_raw_parts(self.at(out, row), out.cols) });
-        }
-    }
-
     fn op(&self, op: &Op, thread: ThreadContext<'_>) -> Result<(), Aborted> {
         match *op {
-            Op::Embed { table, out } => self.embed(table, &self.input.tokens, out, thread),
+            Op::Embed { table, out } => self.embed(table, self.ids, out, thread),
             Op::EmbedPositions { table, out } => self.embed(table, &self.input.positions, out, thread),
             Op::AddRow { input, weight, out } => self.add_row(input, weight, out, thread),
             Op::RmsNorm { input, weight, eps, out } => {
@@ -124,7 +117,8 @@ impl Step<'_> {
         Ok(())
     }
 
-    fn rows(&self, buf: Buf) -> usize {
+    /// Rows of a buffer in this step.
+    pub(crate) fn rows(&self, buf: Buf) -> usize {
         match buf.rows {
             RowSpace::Tokens => self.input.rows(),
             RowSpace::Logits => self.input.logits_rows.len(),

@@ -6,6 +6,7 @@
 
 use crate::generation::ANSWER_BUFFER_BYTES;
 use crate::grammar::DEFAULT_GRAMMAR_MEMORY_BYTES;
+use crate::request::MAX_LOGIT_BIASES;
 use crate::speculation::MAX_VERIFY_ROWS;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +39,22 @@ pub enum Speculation {
     /// The tokens of a smaller model with the same vocabulary, on the same device. It takes memory for its
     /// weights and a share of the KV memory.
     Draft(Arc<Model>),
+}
+
+/// Where the costs of draft tokens come from, which decide how many are worth it.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum SpeculationCosts {
+    /// From the times of steps: speculation ends where it loses.
+    #[default]
+    Measured,
+    /// Given, in steps of the model without draft tokens: for devices whose times say nothing, such as the
+    /// reference backend, and for tests that must not depend on a clock.
+    Assumed {
+        /// A further row of a step.
+        row: f64,
+        /// A step of the draft model.
+        draft_step: f64,
+    },
 }
 
 /// Settings of one engine.
@@ -75,6 +92,8 @@ pub struct EngineConfig {
     pub numerics: Numerics,
     /// How draft tokens are proposed. `None`: no speculation.
     pub speculation: Option<Speculation>,
+    /// What draft tokens cost.
+    pub speculation_costs: SpeculationCosts,
 }
 
 impl Default for EngineConfig {
@@ -92,6 +111,7 @@ impl Default for EngineConfig {
             kv_cache: None,
             numerics: Numerics::Fast,
             speculation: None,
+            speculation_costs: SpeculationCosts::Measured,
         }
     }
 }
@@ -171,22 +191,17 @@ impl EngineConfig {
     /// - the bound on all unread events: 32 MiB;
     /// - the ids of each request in flight, 4 bytes for each token of its context, twice (prompt and
     ///   sequence);
-    /// - one row of logits for each sequence and draft row, 4 bytes for each token of the vocabulary, of the
-    ///   draft model as well;
-    /// - the sampler's copy of one row and its candidates, 4 and 12 bytes for each token of the vocabulary.
+    /// - what a step's choices depend on, for each sequence and draft row: a mask of one bit for each token
+    ///   of the vocabulary, and 8 bytes for each bias and for each token of the context that has a count.
     #[must_use]
     pub fn answer_bytes(&self, facts: &ModelFacts) -> u64 {
         let context_tokens = self.context_tokens.unwrap_or(facts.context_tokens.min(DEFAULT_CONTEXT_TOKENS));
         let in_flight = self.max_batch_size + self.max_queue + MAX_DISPLACING;
-        let logits_rows = self.max_batch_size
-            + match self.speculation {
-                None => 0,
-                Some(Speculation::Ngram) => MAX_VERIFY_ROWS,
-                Some(Speculation::Draft(_)) => MAX_VERIFY_ROWS + self.max_batch_size,
-            };
+        let rows = self.max_batch_size + if self.speculation.is_some() { MAX_VERIFY_ROWS } else { 0 };
         let id_bytes = (in_flight as u64) * (context_tokens as u64) * 4 * 2;
-        let row_bytes = facts.vocabulary as u64 * 4;
-        ANSWER_BUFFER_BYTES as u64 + id_bytes + logits_rows as u64 * row_bytes + 4 * row_bytes
+        let mask_bytes = facts.vocabulary.div_ceil(32) as u64 * 4;
+        let row_bytes = mask_bytes + (MAX_LOGIT_BIASES + context_tokens) as u64 * 8;
+        ANSWER_BUFFER_BYTES as u64 + id_bytes + rows as u64 * row_bytes
     }
 
     /// The type of the KV cache on a device.
@@ -357,11 +372,11 @@ mod tests {
         let model = Model::from_bytes(std::path::Path::new("seeded.gguf"), file).unwrap();
         let (facts, config) = (model.facts(), EngineConfig::default());
         let ids = (32 + 512 + 16) * 256 * 4 * 2;
-        let row = facts.vocabulary as u64 * 4;
-        assert_eq!(config.answer_bytes(facts), (32 << 20) + ids + (32 + 4) * row);
+        let row = facts.vocabulary.div_ceil(32) as u64 * 4 + (256 + MAX_LOGIT_BIASES as u64) * 8;
+        assert_eq!(config.answer_bytes(facts), (32 << 20) + ids + 32 * row);
         let drafted =
             EngineConfig { speculation: Some(Speculation::Draft(Arc::new(model))), ..config.clone() };
         let Some(Speculation::Draft(draft)) = &drafted.speculation else { unreachable!() };
-        assert_eq!(drafted.answer_bytes(draft.facts()), config.answer_bytes(draft.facts()) + (8 + 32) * row);
+        assert_eq!(drafted.answer_bytes(draft.facts()), config.answer_bytes(draft.facts()) + 8 * row);
     }
 }

@@ -87,7 +87,7 @@ impl From<BackendError> for StepFault {
 /// The sequence of the step that a refusal is about; `None` where it is about the step as a whole.
 pub(crate) fn refused_sequence(refusal: &StepError, input: &StepInput) -> Option<usize> {
     match *refusal {
-        StepError::Token { row, .. } | StepError::Position { row, .. } => {
+        StepError::Token { row, .. } | StepError::Slot { row, .. } | StepError::Position { row, .. } => {
             (0..input.sequences()).find(|sequence| input.rows_of(*sequence).contains(&row))
         }
         StepError::Context { sequence, .. }

@@ -45,7 +45,7 @@ mod sampling;
 mod scheduling;
 mod speculation;
 
-pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, Speculation, StartError};
+pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, Speculation, SpeculationCosts, StartError};
 pub use device_thread::Heartbeat;
 pub use estimate::DeviceEstimate;
 pub use faults::{DeviceFault, ModelFault, RequestFault};
@@ -53,9 +53,10 @@ pub use generation::{Engine, EngineInfo, Generation};
 pub use grammar::{DEFAULT_GRAMMAR_MEMORY_BYTES, max_grammar_bytes};
 pub use metrics::EngineMetrics;
 pub use request::{
-    FinishReason, GenerateError, GenerateParams, GenerationEvent, Grammar, MAX_GRAMMAR_BYTES,
-    MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_TENANT_BYTES,
-    MIN_REPETITION_PENALTY, Prompt, StopCause, SubmitError, Timings, TokenLogprobs,
+    FinishReason, GenerateError, GenerateParams, GenerationEvent, GenerationObserver, GenerationOutcome,
+    GenerationProgress, Grammar, MAX_GRAMMAR_BYTES, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES,
+    MAX_STOP_TOKENS, MAX_STOPS, MAX_TENANT_BYTES, MIN_REPETITION_PENALTY, Prompt, StopCause, SubmitError,
+    Timings, TokenLogprobs,
 };
 pub use scheduling::priority::Priority;
 pub use trustformers_plan::{KvType, LoadProgress, MemoryReport, Numerics};

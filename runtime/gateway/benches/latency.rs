@@ -107,12 +107,14 @@ fn table(server: SocketAddr) -> wire::RouteTable {
         address: server.ip().to_string(),
         http_port: u32::from(server.port()),
         grpc_port: u32::from(server.port()),
+        ..wire::Endpoint::default()
     };
     let backend = wire::Backend {
         revision: "r1".to_owned(),
         digest: String::new(),
         weight: 1,
         endpoints: (0..4).map(endpoint).collect(),
+        ..wire::Backend::default()
     };
     let route = wire::Route {
         name: "default/a".to_owned(),
@@ -120,6 +122,7 @@ fn table(server: SocketAddr) -> wire::RouteTable {
         backends: vec![backend],
         policy: Some(wire::Policy { first_byte_timeout_ms: 60_000, retries: 1, ..wire::Policy::default() }),
         task: "generate".to_owned(),
+        ..wire::Route::default()
     };
     wire::RouteTable { version: Some(wire::TableVersion { term: 1, counter: 1 }), routes: vec![route] }
 }

@@ -17,6 +17,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use tonic::Code;
 use trustformers_api::budget::Share;
+use trustformers_telemetry::traces::SpanGuard;
 
 use crate::answer_end::EndScan;
 use crate::connection::ActiveRequest;
@@ -34,6 +35,8 @@ pub(crate) struct Body {
     _share: Option<Share>,
     /// The connection is not idle before the answer has ended.
     _active: Option<ActiveRequest>,
+    /// Ends with the answer.
+    _span: SpanGuard,
 }
 
 #[derive(Debug)]
@@ -80,7 +83,7 @@ impl Body {
     }
 
     fn of(kind: BodyKind) -> Self {
-        Self { kind, _share: None, _active: None }
+        Self { kind, _share: None, _active: None, _span: SpanGuard::default() }
     }
 
     /// Releases the share when the answer has ended.
@@ -88,9 +91,9 @@ impl Body {
         Self { _share: Some(share), ..self }
     }
 
-    /// Keeps the request active until the answer has ended.
-    pub(crate) fn with_active(self, active: ActiveRequest) -> Self {
-        Self { _active: Some(active), ..self }
+    /// Keeps the request active, and its span open, until the answer has ended.
+    pub(crate) fn with_active(self, active: ActiveRequest, span: SpanGuard) -> Self {
+        Self { _active: Some(active), _span: span, ..self }
     }
 }
 
@@ -159,6 +162,7 @@ impl Passing {
             self.guard.first_data();
         }
         self.scan.data(data);
+        self.guard.data(data);
     }
 }
 

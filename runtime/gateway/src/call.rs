@@ -17,6 +17,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::Instant;
 use trustformers_api::Priority;
 use trustformers_api::surfaces::Surface;
+use trustformers_telemetry::traces::Trace;
 
 use crate::body::BoxError;
 use crate::error::GatewayError;
@@ -51,17 +52,20 @@ pub(crate) struct Call {
     /// When it could be sent: its model is known, and it is not held any more. What its caller or the missing
     /// pod took before is no pod's fault.
     pub(crate) ready_at: Instant,
+    /// The span of the request.
+    pub(crate) trace: Trace,
 }
 
 impl Call {
-    /// The request of one attempt on the pod at an address. None where an earlier attempt has taken the rest
-    /// of a live body, so that no other pod can get the request.
-    pub(crate) fn outgoing(&self, address: SocketAddr) -> Option<Outgoing> {
+    /// The request of one attempt on the pod at an address, as a part of the attempt's span. None where an
+    /// earlier attempt has taken the rest of a live body, so that no other pod can get the request.
+    pub(crate) fn outgoing(&self, address: SocketAddr, attempt: &Trace) -> Option<Outgoing> {
         let mut request = Request::new(self.body.attempt()?);
         *request.method_mut() = self.method.clone();
         *request.version_mut() = Version::HTTP_2;
         // The sender consumes it, and a retry needs it again: a copy of the map without its texts.
         *request.headers_mut() = self.headers.clone();
+        attempt.inject(request.headers_mut());
         let authority = self.authority.clone().or_else(|| address.to_string().parse().ok());
         let mut parts = http::uri::Parts::default();
         parts.path_and_query = Some(self.path.clone());
@@ -73,6 +77,14 @@ impl Call {
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
         Some(request)
     }
+}
+
+/// A request of the gateway's own for a path of the pod at an address.
+pub(crate) fn outgoing_check(address: SocketAddr, path: &'static str) -> Option<Outgoing> {
+    let mut request = Request::new(CallBody::Whole(Bytes::new()).attempt()?);
+    *request.version_mut() = Version::HTTP_2;
+    *request.uri_mut() = format!("http://{address}{path}").parse().ok()?;
+    Some(request)
 }
 
 /// Who sends a request, as the gateway believes it.
@@ -128,6 +140,17 @@ impl CallBody {
                 rest.is_unread().then(|| OutgoingBody { first, rest: Rest::Waiting(rest.clone()) })
             }
         }
+    }
+
+    /// Its first bytes, no more than `bytes`.
+    pub(crate) fn prefix(&self, bytes: usize) -> &[u8] {
+        let (Self::Whole(first) | Self::Live { first, .. }) = self;
+        &first[..first.len().min(bytes)]
+    }
+
+    /// Whether all of it is here.
+    pub(crate) fn is_whole(&self) -> bool {
+        matches!(self, Self::Whole(_))
     }
 
     /// Whether another attempt can send it.

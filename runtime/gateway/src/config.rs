@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use trustformers_api::MAX_BODY_BYTES;
 use trustformers_telemetry::logs::LogFormat;
+use trustformers_telemetry::traces::TraceFlags;
 
 use crate::headers::TrustedHeaders;
 use crate::limits::MAX_BODY_LIMIT_BYTES;
@@ -60,6 +61,10 @@ pub struct Settings {
     /// The same for the priority class: high, normal or low.
     #[arg(long, value_name = "NAME")]
     pub priority_header: Option<http::HeaderName>,
+
+    /// What is traced.
+    #[command(flatten)]
+    pub traces: TraceFlags,
 
     /// Format of log lines: text or json.
     #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text)]

@@ -49,6 +49,12 @@ impl Ejection {
         }
     }
 
+    /// When the pause ends; `None` where there is none.
+    #[must_use]
+    pub fn until(&self) -> Option<Duration> {
+        self.until
+    }
+
     /// Whether the endpoint is left out at `now`.
     #[must_use]
     pub fn is_ejected(&self, now: Duration) -> bool {

@@ -20,6 +20,7 @@ use trustformers_proto::control::v1::route_service_client::RouteServiceClient;
 use trustformers_proto::control::v1::{GatewayReport, RouteTable};
 
 use crate::gateway::{Gateway, Source, TableOutcome};
+use crate::metrics::ChangedCounts;
 
 /// How often a report is sent when nothing changes.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -33,8 +34,12 @@ const PING_TIMEOUT: Duration = Duration::from_secs(3);
 /// An endpoint takes about 100 bytes on the wire, so this is some hundred thousand endpoints.
 const TABLE_LIMIT_BYTES: usize = 64 << 20;
 /// Reports that wait for the network: one of each cause that can come at once (start, table, drain, second).
-/// If the queue is full the report is dropped, since the next second's report has the same content.
+/// If the queue is full no report is made, since the next second's report has the same content.
 const REPORTS_WAITING: usize = 4;
+/// Bytes of counts in one report. A series has 1 KB as a rule (two histograms of 60 buckets, of 6 bytes each,
+/// and its names), so that this is 1,000 of them; at most 20 KB (736 buckets of 12 bytes, twice). The last
+/// one may go beyond it, and the operator takes 4 MiB. All reports that wait have 4 MiB together.
+const COUNTS_BYTES: usize = 1 << 20;
 /// The first pause before another attempt to connect; jitter makes it 25 ms to 50 ms.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 /// The longest pause; jitter makes it 0.5 s to 1 s. It is short because of the new leader's six seconds.
@@ -140,6 +145,8 @@ async fn session(
         .map_err(|cause| FeedError::Connect { address: address.clone(), cause })?;
     let (reports, sent) = mpsc::channel(REPORTS_WAITING);
     let session = Session { settings, gateway, reports };
+    // The operator may be another one, and the last reports of the stream before may be lost.
+    gateway.metrics.report_all();
     session.report();
     let mut request = Request::new(ReceiverStream::new(sent));
     if let Some(token) = token {
@@ -178,14 +185,25 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
+    /// Sends a report, and further ones while sums are left that it has no room for.
     fn report(&self) {
-        let report = GatewayReport {
-            instance: self.settings.instance.clone(),
-            acknowledged: self.gateway.version().map(Into::into),
-            draining: self.gateway.drain.is_draining(),
-        };
-        // A full queue means that the network is stalled; see REPORTS_WAITING.
-        let _sent_or_repeated = self.reports.try_send(report);
+        loop {
+            // A full queue means that the network is stalled; see REPORTS_WAITING. What is not sent now stays
+            // marked as changed.
+            let Ok(room) = self.reports.try_reserve() else { return };
+            let ChangedCounts { counts, has_more } = self.gateway.metrics.changed_counts(COUNTS_BYTES);
+            room.send(GatewayReport {
+                instance: self.settings.instance.clone(),
+                acknowledged: self.gateway.version().map(Into::into),
+                draining: self.gateway.drain.is_draining(),
+                process: self.gateway.process.clone(),
+                counts,
+                held: self.gateway.hold.held(),
+            });
+            if !has_more {
+                return;
+            }
+        }
     }
 
     async fn run(

@@ -5,11 +5,10 @@
 //! each answer and metric: sending it again changes nothing.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use prometheus::{GaugeVec, IntCounterVec, Opts, Registry};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -44,12 +43,10 @@ pub(crate) struct Score {
     metric: Option<String>,
 }
 
-/// The answers that are remembered, and the sums of their scores.
-#[derive(Debug)]
+/// The answers that are remembered.
+#[derive(Debug, Default)]
 pub(crate) struct Feedback {
     answers: Mutex<Answers>,
-    count: IntCounterVec,
-    sum: GaugeVec,
 }
 
 #[derive(Debug, Default)]
@@ -71,30 +68,13 @@ struct Remembering {
 #[derive(Debug)]
 struct RememberedAnswer {
     number: u64,
-    revision: Arc<RevisionMetrics>,
+    /// A score comes too late once the series of the revision are over.
+    revision: Weak<RevisionMetrics>,
     /// The metrics that it was scored in.
     scored: Vec<Arc<str>>,
 }
 
 impl Feedback {
-    /// Remembers nothing yet.
-    ///
-    /// # Errors
-    /// When the registry has a collector of one of these names already.
-    pub(crate) fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let labels = &["route", "revision", "metric"];
-        let count = Opts::new("trustformers_gateway_feedback_total", "Scores of answers, by metric.");
-        let sum = Opts::new("trustformers_gateway_feedback_score_sum", "Sum of the scores, by metric.");
-        let feedback = Self {
-            answers: Mutex::default(),
-            count: IntCounterVec::new(count, labels)?,
-            sum: GaugeVec::new(sum, labels)?,
-        };
-        registry.register(Box::new(feedback.count.clone()))?;
-        registry.register(Box::new(feedback.sum.clone()))?;
-        Ok(feedback)
-    }
-
     fn answers(&self) -> MutexGuard<'_, Answers> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -106,7 +86,7 @@ impl Feedback {
         let number = answers.next_number;
         answers.next_number += 1;
         answers.order.push_back(Remembering { number, id: Arc::clone(&id) });
-        let answer = RememberedAnswer { number, revision: Arc::clone(revision), scored: Vec::new() };
+        let answer = RememberedAnswer { number, revision: Arc::downgrade(revision), scored: Vec::new() };
         answers.by_id.insert(id, answer);
         if answers.order.len() > REMEMBERED_ANSWERS
             && let Some(oldest) = answers.order.pop_front()
@@ -136,7 +116,7 @@ impl Feedback {
         let answers = &mut *guard;
         let unknown = || GatewayError::UnknownRequest { id: Echo::new(request_id) };
         let answer = answers.by_id.get_mut(request_id.as_str()).ok_or_else(unknown)?;
-        let revision = Arc::clone(&answer.revision);
+        let revision = answer.revision.upgrade().ok_or_else(unknown)?;
         let counted = !answer.scored.iter().any(|scored| &**scored == metric);
         if counted {
             if answer.scored.len() == METRICS_OF_ANSWER {
@@ -157,10 +137,8 @@ impl Feedback {
                     return Err(malformed(&text));
                 }
             };
+            revision.scored(&name, *score);
             answer.scored.push(name);
-            let labels = &[revision.route.as_str(), revision.revision.as_str(), metric];
-            self.count.with_label_values(labels).inc();
-            self.sum.with_label_values(labels).add(*score);
         }
         Ok(json!({"request_id": request_id, "revision": revision.revision, "counted": counted}))
     }
@@ -194,14 +172,18 @@ mod tests {
     use super::*;
     use crate::metrics::Metrics;
     use crate::table::Version;
+    use prometheus::Registry;
+    use trustformers_proto::control::v1::FeedbackSum;
 
-    fn revision() -> (Feedback, Arc<RevisionMetrics>) {
-        let registry = Registry::new();
-        let feedback = Feedback::new(&registry).unwrap();
-        let metrics = Metrics::new(registry).unwrap();
+    fn metrics() -> (Metrics, Arc<RevisionMetrics>) {
+        let metrics = Metrics::new(Registry::new()).unwrap();
         let version = Version { term: 1, counter: 1 };
         let series = metrics.in_force(version, [("d/a", "r1")].into_iter());
-        (feedback, Arc::clone(&series[&("d/a".to_owned(), "r1".to_owned())]))
+        (metrics, Arc::clone(&series[&("d/a".to_owned(), "r1".to_owned())]))
+    }
+
+    fn revision() -> (Feedback, Arc<RevisionMetrics>) {
+        (Feedback::default(), metrics().1)
     }
 
     fn score(id: &str, score: f64, metric: Option<&str>) -> Score {
@@ -210,16 +192,21 @@ mod tests {
 
     #[test]
     fn a_score_counts_once_for_its_answer_and_metric() {
-        let (feedback, revision) = revision();
+        let (feedback, (metrics, revision)) = (Feedback::default(), metrics());
         feedback.remember("id-1", &revision);
         for (metric, counted) in [(None, true), (None, false), (Some("tone"), true), (Some("score"), false)] {
             let told = feedback.count(&score("id-1", 0.5, metric)).unwrap();
             assert_eq!((&told["counted"], &told["revision"]), (&counted.into(), &"r1".into()), "{metric:?}");
         }
-        let labels = &["d/a", "r1", "score"];
-        assert_eq!(feedback.count.with_label_values(labels).get(), 1);
-        assert!((feedback.sum.with_label_values(labels).get() - 0.5).abs() < 1e-9);
+        let reported = metrics.changed_counts(usize::MAX).counts.remove(0).feedback;
+        let sum = |metric: &str| FeedbackSum { metric: metric.to_owned(), count: 1, sum: 0.5 };
+        assert_eq!(reported, [sum("score"), sum("tone")]);
+        let text = metrics.encode(None).unwrap();
+        let line = r#"trustformers_gateway_feedback_total{metric="tone",revision="r1",route="d/a"} 1"#;
+        assert!(text.contains(line), "{text}");
         assert_eq!(feedback.count(&score("id-2", 1.0, None)).unwrap_err().kind(), "unknown_request");
+        drop((metrics, revision));
+        assert_eq!(feedback.count(&score("id-1", 1.0, Some("late"))).unwrap_err().kind(), "unknown_request");
     }
 
     #[test]

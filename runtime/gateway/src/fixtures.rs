@@ -17,7 +17,7 @@ impl TableText {
             aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
             backends: Vec::new(),
             policy: Some(wire::Policy { retries: 1, ..Default::default() }),
-            task: String::new(),
+            ..Default::default()
         });
         self
     }
@@ -29,6 +29,7 @@ impl TableText {
             digest: format!("digest of {revision}"),
             weight,
             endpoints: endpoints.to_vec(),
+            ..Default::default()
         });
         self
     }
@@ -47,5 +48,6 @@ pub(crate) fn endpoint_at(pod: &str, number: u8) -> wire::Endpoint {
         address: format!("192.0.2.{number}"),
         http_port: 8080,
         grpc_port: 9090,
+        ..Default::default()
     }
 }

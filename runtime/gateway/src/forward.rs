@@ -2,8 +2,12 @@
 //!
 //! A retry happens only before any byte of an answer has come, so that a caller never sees two beginnings,
 //! and only on an endpoint that was not tried yet. Generating text changes nothing in a pod, so a request
-//! that was lost on the way can be sent again. A full queue causes one retry: if two pods are full, the
-//! caller gets the 429.
+//! whose stream was reset can be sent again. One whose connection broke can't: perhaps the request ended the
+//! pod, and would end the next one as well. A full queue causes one retry: if two pods are full, the caller
+//! gets the 429.
+//!
+//! Retries wait (`retry`), but not the first one after a pod that was not reached or that is not ready: such
+//! a pod did nothing, and the next one has nothing to do with it.
 //!
 //! If every attempt fails, the caller gets the failure that says most: a pod's 429 before its 503 before a
 //! connection that broke off before one that was not made.
@@ -12,13 +16,17 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Response, StatusCode, Version};
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderMap, HeaderValue, Response, StatusCode, Version};
 use hyper::body::Incoming;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tonic::Code;
+use trustformers_api::answer_end::LOAD_HEADER;
 use trustformers_api::surfaces::Kind;
+use trustformers_proto::control::v1::Outcome;
 
-use crate::answer_end::EndScan;
+use crate::answer_end::{EndOutcome, EndScan};
+use crate::attempt::{AnswerShape, Attempt};
 use crate::body::{Body, grpc_code};
 use crate::call::Call;
 use crate::endpoint::{Endpoint, InFlight};
@@ -26,17 +34,27 @@ use crate::error::GatewayError;
 use crate::gateway::Gateway;
 use crate::headers::strip_one_hop;
 use crate::metrics::{Protocol, RetryReason};
+use crate::outcome;
+use crate::policy::{PREFIX_BYTES, Policy};
 use crate::pool::{PodResponse, SendError, StreamPermit};
 use crate::record::{AnswerGuard, RequestContext, RequestRecord};
-use crate::routing::{Choice, Criteria, Routing};
+use crate::retry::{self, RetryRules};
+use crate::routing::{Choice, Criteria, Routing, SplitKey};
+use crate::session::GrpcSession;
+use crate::wire::Wire;
+
+/// The row of the table of surfaces whose calls have requests of their own.
+const SESSION: &str = "grpc_session";
 
 /// The route that a request goes to.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Target<'a> {
     /// The table in force.
     pub(crate) routing: &'a Routing,
     /// The route's index in it.
     pub(crate) route: usize,
+    /// Decides the request's revision.
+    pub(crate) key: SplitKey,
 }
 
 /// An answer that has begun, and what lasts as long as it does.
@@ -52,8 +70,12 @@ struct PodAnswer {
 enum Failure {
     /// No pod was reached.
     Connect(String),
-    /// The answer never began.
+    /// The attempt's time passed.
+    Timeout(Duration),
+    /// The stream ended before an answer; the pod lives.
     Reset(String),
+    /// The connection ended before an answer.
+    Lost(String),
     /// The caller's upload broke off, which ended the attempt.
     Upload(GatewayError),
     /// The pod declined for a reason that another pod may not have.
@@ -73,7 +95,8 @@ impl Failure {
     fn reason(&self) -> RetryReason {
         match self {
             Self::Connect(_) => RetryReason::Connect,
-            Self::Reset(_) | Self::Upload(_) => RetryReason::Reset,
+            Self::Timeout(_) => RetryReason::Timeout,
+            Self::Reset(_) | Self::Lost(_) | Self::Upload(_) => RetryReason::Reset,
             Self::Declined(declined) => declined.reason,
         }
     }
@@ -82,10 +105,16 @@ impl Failure {
     fn rank(&self) -> u8 {
         match self.reason() {
             RetryReason::Connect => 0,
-            RetryReason::Reset => 1,
-            RetryReason::Unavailable => 2,
-            RetryReason::Overloaded => 3,
+            RetryReason::Timeout => 1,
+            RetryReason::Reset => 2,
+            RetryReason::Unavailable => 3,
+            RetryReason::Overloaded => 4,
         }
+    }
+
+    /// Whether no other pod may get the request.
+    fn is_final(&self) -> bool {
+        matches!(self, Self::Lost(_) | Self::Upload(_))
     }
 }
 
@@ -94,6 +123,8 @@ impl Failure {
 struct Deadline {
     at: Instant,
     limit: Duration,
+    /// Whether it is that of one attempt, after which another may follow.
+    of_attempt: bool,
 }
 
 /// The attempts of one request.
@@ -101,13 +132,17 @@ struct Attempts<'a> {
     gateway: &'a Gateway,
     call: &'a Call,
     route: String,
-    sequence: u64,
+    key: SplitKey,
+    hash: Option<u64>,
+    policy: Policy,
     retries_left: u32,
     overloaded_before: bool,
     tried: Vec<Arc<Endpoint>>,
     /// The failure that says most, so far.
     failure: Option<Failure>,
     record: RequestRecord,
+    /// The attempt that runs. It is here and not in its future, which the deadline drops.
+    current: Option<Attempt>,
 }
 
 /// Forwards a request to a pod of the target.
@@ -120,26 +155,36 @@ pub(crate) async fn forward(
     call: &Call,
     context: RequestContext,
 ) -> Result<Response<Body>, GatewayError> {
-    let Target { routing, route: index } = target;
+    let Target { routing, route: index, key } = target;
     let route = routing.route(index);
-    let sequence = routing.next_sequence(index);
-    let criteria = Criteria { sequence, revision: None, tried: &[], now: gateway.now() };
+    let policy = route.policy.clone();
+    // A gRPC message has lengths in front, which change with the whole prompt.
+    let prefix = (call.protocol == Protocol::Http).then(|| call.body.prefix(PREFIX_BYTES));
+    let hash = policy.balance.hash_of(&call.headers, prefix);
+    let criteria = Criteria { key: &key, hash, revision: None, tried: &[] };
     let Some(choice) = routing.choose(index, &criteria) else {
         return Err(GatewayError::NoEndpoint { route: route.name.clone() });
     };
-    let limit = route.policy.first_byte_timeout;
+    if let Some(rules) = &policy.retry {
+        routing.retry_budget(index).request(gateway.now(), rules);
+    }
+    let deadline = policy.first_byte_timeout;
+    let deadline = deadline.map(|limit| Deadline { at: call.ready_at + limit, limit, of_attempt: false });
     let attempts = Attempts {
         gateway,
         call,
         route: route.name.clone(),
-        sequence,
-        retries_left: route.policy.retries,
+        key,
+        hash,
+        retries_left: policy.retries,
+        policy,
         overloaded_before: false,
         tried: Vec::new(),
         failure: None,
         record: RequestRecord::new(context, Arc::clone(&choice.metrics)),
+        current: None,
     };
-    attempts.run(choice, limit.map(|limit| Deadline { at: call.ready_at + limit, limit })).await
+    attempts.run(choice, deadline).await
 }
 
 impl Attempts<'_> {
@@ -149,21 +194,32 @@ impl Attempts<'_> {
         deadline: Option<Deadline>,
     ) -> Result<Response<Body>, GatewayError> {
         loop {
-            let failure = match within(deadline, self.attempt(&choice)).await {
+            let limit = self.attempt_deadline(deadline);
+            let failure = match within(limit, self.attempt(&choice)).await {
                 Ok(Ok(answer)) => return Ok(self.respond(answer)),
                 Ok(Err(Failure::Upload(error))) => {
-                    self.record.caller_failed();
+                    self.record.failed(Outcome::CallerError);
                     return Err(error);
                 }
                 Ok(Err(failure)) => failure,
-                Err(Deadline { limit, .. }) => return self.timed_out(limit),
+                Err(Deadline { limit, of_attempt, .. }) => {
+                    if !self.waits_for_caller() {
+                        choice.timed_out(limit);
+                    }
+                    if !of_attempt {
+                        return self.timed_out(limit);
+                    }
+                    self.ended(Outcome::Timeout);
+                    Failure::Timeout(limit)
+                }
             };
-            let reason = failure.reason();
+            let (reason, is_final) = (failure.reason(), failure.is_final());
             if self.failure.as_ref().is_none_or(|best| failure.rank() >= best.rank()) {
                 self.failure = Some(failure);
             }
             self.tried.push(Arc::clone(&choice.endpoint));
-            match self.next_choice(reason) {
+            let next = if is_final { None } else { self.next_choice(reason, deadline).await };
+            match next {
                 Some(next) => {
                     self.record.metrics().retried(reason);
                     tracing::debug!(
@@ -178,23 +234,48 @@ impl Attempts<'_> {
         }
     }
 
+    /// The earlier of the request's time and the attempt's. A body that is still arriving has only the
+    /// former, since its pod can't answer yet.
+    fn attempt_deadline(&self, deadline: Option<Deadline>) -> Option<Deadline> {
+        let limit = self.policy.attempt_timeout.filter(|_| self.call.body.is_whole());
+        let of_attempt = limit.map(|limit| Deadline { at: Instant::now() + limit, limit, of_attempt: true });
+        deadline.into_iter().chain(of_attempt).min_by_key(|deadline| deadline.at)
+    }
+
     /// One attempt on one endpoint.
     async fn attempt(&mut self, choice: &Choice) -> Result<PodAnswer, Failure> {
         let endpoint = &choice.endpoint;
+        let span = self.call.trace.call("attempt");
+        span.set("trustformers.pod", endpoint.spec.pod_name.clone());
         self.record.attempt(choice);
-        let in_flight = endpoint.enter();
+        self.current = Some(Attempt::begin(&choice.metrics));
+        let mut in_flight = choice.enter();
         let pool = endpoint.pool(self.call.protocol);
         let address = match self.call.protocol {
             Protocol::Http => endpoint.spec.id.http,
             Protocol::Grpc => endpoint.spec.id.grpc,
         };
-        match pool.send(|| self.call.outgoing(address)).await {
+        match pool.send(|| self.call.outgoing(address, &span)).await {
             Ok(PodResponse { response, permit }) => {
                 endpoint.connected();
+                endpoint.reported(response.headers());
                 let reason = declined(self.call.protocol, &response);
+                let outcome = outcome_of_head(self.call.protocol, &response);
+                if outcome.is_failure() {
+                    in_flight.ended(true);
+                } else {
+                    in_flight.answered(reason.is_none() && response.status().is_success());
+                }
+                if reason == Some(RetryReason::Unavailable)
+                    && let Some(pause) = retry_after(response.headers())
+                {
+                    endpoint.declined_for(pause);
+                }
                 let answer = PodAnswer { response, in_flight, permit };
                 match reason {
                     Some(reason) => {
+                        span.fail(<&str>::from(reason));
+                        self.ended(outcome);
                         let choice = choice.clone();
                         Err(Failure::Declined(Box::new(Declined { answer, reason, choice })))
                     }
@@ -202,62 +283,134 @@ impl Attempts<'_> {
                 }
             }
             Err(SendError::Connect(error)) => {
-                endpoint.connect_failed(self.gateway.now());
+                self.ended(Outcome::ConnectFailed);
+                endpoint.connect_failed();
+                in_flight.ended(true);
                 choice.metrics.connect_failed();
+                span.fail("connect");
                 tracing::warn!(pod = endpoint.spec.pod_name, %error, "a pod could not be connected to");
                 Err(Failure::Connect(error.to_string()))
             }
-            Err(error @ (SendError::Reset(_) | SendError::BodyUsed)) => match self.call.body.take_failure() {
-                Some(broken) => Err(Failure::Upload(broken)),
-                None => Err(Failure::Reset(error.to_string())),
-            },
+            Err(error) => {
+                span.fail("reset");
+                if let Some(broken) = self.call.body.take_failure() {
+                    self.ended(Outcome::CallerError);
+                    return Err(Failure::Upload(broken));
+                }
+                self.ended(Outcome::ResetBefore);
+                if !matches!(error, SendError::BodyUsed) {
+                    in_flight.ended(true);
+                }
+                let cause = error.to_string();
+                let lost = matches!(error, SendError::Lost(_));
+                Err(if lost { Failure::Lost(cause) } else { Failure::Reset(cause) })
+            }
+        }
+    }
+
+    /// The attempt that runs has ended without an answer to pass on.
+    fn ended(&mut self, outcome: Outcome) {
+        if let Some(attempt) = self.current.take() {
+            attempt.end(outcome, None);
         }
     }
 
     /// Another endpoint, if a retry is allowed. It comes from the newest table, which may lack the one that
     /// failed.
-    fn next_choice(&mut self, reason: RetryReason) -> Option<Choice> {
+    async fn next_choice(&mut self, reason: RetryReason, deadline: Option<Deadline>) -> Option<Choice> {
         let repeated =
             reason == RetryReason::Overloaded && std::mem::replace(&mut self.overloaded_before, true);
         if self.retries_left == 0 || repeated || !self.call.body.can_be_sent_again() {
             return None;
         }
         self.retries_left -= 1;
+        if let Some(rules) = self.policy.retry {
+            self.wait_to_retry(&rules, reason, deadline).await?;
+        }
         let routing = self.gateway.routing()?;
         let index = routing.table.find(&self.route).ok()?;
         let criteria = Criteria {
-            sequence: self.sequence,
+            key: &self.key,
+            hash: self.hash,
             revision: Some(&self.record.metrics().revision),
             tried: &self.tried,
-            now: self.gateway.now(),
         };
         routing.choose(index, &criteria)
+    }
+
+    /// Waits in front of a retry. None where there is no other endpoint, no budget or no time for one. The
+    /// borrow is mutable because a stored answer of a pod is not `Sync`.
+    async fn wait_to_retry(
+        &mut self,
+        rules: &RetryRules,
+        reason: RetryReason,
+        deadline: Option<Deadline>,
+    ) -> Option<()> {
+        {
+            let routing = self.gateway.routing()?;
+            let index = routing.table.find(&self.route).ok()?;
+            if !routing.has_untried(index, &self.tried) {
+                return None;
+            }
+            if !routing.retry_budget(index).try_retry(self.gateway.now(), rules) {
+                tracing::debug!(route = self.route, "the route's budget for retries is used up");
+                return None;
+            }
+        }
+        let attempts = self.record.attempts;
+        if attempts == 1 && matches!(reason, RetryReason::Connect | RetryReason::Unavailable) {
+            return Some(());
+        }
+        let until = Instant::now() + retry::delay(rules, attempts, &mut fastrand::Rng::new());
+        if deadline.is_some_and(|deadline| deadline.at <= until) {
+            return None;
+        }
+        sleep_until(until).await;
+        Some(())
     }
 
     fn respond(mut self, answer: PodAnswer) -> Response<Body> {
         let (mut parts, body) = answer.response.into_parts();
         strip_one_hop(&mut parts.headers);
+        parts.headers.remove(LOAD_HEADER);
         self.record.head(parts.status);
         let scan = EndScan::new(self.call.wire, &parts.headers);
+        if let Some(attempt) = &mut self.current {
+            attempt.head(shape(self.call, &parts.headers));
+        }
         // The caller's connection decides in which version the answer is sent.
         parts.version = Version::default();
-        let guard =
-            AnswerGuard { record: self.record, _in_flight: answer.in_flight, _permit: Some(answer.permit) };
+        let is_session = self.call.surface.name == SESSION && self.call.wire == Wire::Grpc;
+        let session = is_session.then(|| GrpcSession::new(self.record.metrics()));
+        let guard = AnswerGuard {
+            record: self.record,
+            session,
+            attempt: self.current,
+            in_flight: answer.in_flight,
+            _permit: Some(answer.permit),
+        };
         Response::from_parts(parts, Body::pod(body, guard, scan))
     }
 
     /// The deadline passed during an attempt. A pod that declined before said more than the timeout does.
     fn timed_out(mut self, limit: Duration) -> Result<Response<Body>, GatewayError> {
+        let is_arriving = self.waits_for_caller();
+        let outcome = if is_arriving { Outcome::CallerError } else { Outcome::Timeout };
+        self.ended(outcome);
         if matches!(self.failure, Some(Failure::Declined(_))) {
             return self.fail();
         }
-        // A stream of messages goes on arriving; its pod owes the head all the same.
-        if self.call.body.is_arriving() && self.call.surface.kind != Kind::Bidirectional {
-            self.record.caller_failed();
+        self.record.failed(outcome);
+        if is_arriving {
             return Err(GatewayError::BodyTimeout { limit });
         }
-        self.record.failed();
         Err(GatewayError::FirstByteTimeout { route: self.route, limit_ms: limit.as_millis() })
+    }
+
+    /// Whether the caller is still sending what the pod needs. A stream of messages goes on arriving; its pod
+    /// owes the head all the same.
+    fn waits_for_caller(&self) -> bool {
+        self.call.body.is_arriving() && self.call.surface.kind != Kind::Bidirectional
     }
 
     /// No attempt is left: the caller gets the failure that says most.
@@ -268,21 +421,36 @@ impl Attempts<'_> {
                 self.record.answered_by(&declined.choice);
                 Ok(self.respond(declined.answer))
             }
-            Some(Failure::Reset(cause)) => {
-                self.record.failed();
+            Some(Failure::Timeout(limit)) => {
+                self.record.failed(Outcome::Timeout);
+                Err(GatewayError::FirstByteTimeout { route: self.route, limit_ms: limit.as_millis() })
+            }
+            Some(Failure::Reset(cause) | Failure::Lost(cause)) => {
+                self.record.failed(Outcome::ResetBefore);
                 Err(GatewayError::BadUpstream { route: self.route, attempts, cause })
             }
             Some(Failure::Connect(cause)) => {
-                self.record.failed();
+                self.record.failed(Outcome::ConnectFailed);
                 Err(GatewayError::Unreachable { route: self.route, attempts, cause })
             }
             // Not reached: every attempt that gives no answer stores a failure, and a broken upload ends at
             // once.
             Some(Failure::Upload(_)) | None => {
-                self.record.failed();
+                self.record.failed(Outcome::Unavailable);
                 Err(GatewayError::NoEndpoint { route: self.route })
             }
         }
+    }
+}
+
+/// What the times of an answer with these headers say.
+fn shape(call: &Call, headers: &HeaderMap) -> AnswerShape {
+    let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    match call.surface.kind {
+        Kind::Bidirectional | Kind::Upgrade => AnswerShape::Session,
+        Kind::ServerStream => AnswerShape::Stream,
+        Kind::Unary | Kind::BodyDecides if kind.starts_with(b"text/event-stream") => AnswerShape::Stream,
+        Kind::Unary | Kind::BodyDecides => AnswerShape::Whole,
     }
 }
 
@@ -299,6 +467,18 @@ fn declined(protocol: Protocol, response: &Response<Incoming>) -> Option<RetryRe
         Some(Code::ResourceExhausted) => Some(RetryReason::Overloaded),
         _ => None,
     }
+}
+
+/// The outcome of an answer, as far as its head tells it.
+fn outcome_of_head(protocol: Protocol, response: &Response<Incoming>) -> Outcome {
+    let code = grpc_code(response.headers()).filter(|_| protocol == Protocol::Grpc);
+    outcome::of_answer(response.status(), &code.map_or(EndOutcome::Complete, EndOutcome::Grpc))
+}
+
+/// How long the pod wants to be left alone. A date is not looked at: our pods write seconds.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_secs(seconds))
 }
 
 /// Runs a future up to a deadline, which is the error when it has passed.

@@ -12,6 +12,8 @@ use trustformers_api::BlockingWork;
 use trustformers_api::health::{Health, Verdict};
 use trustformers_api::inference::Models;
 use trustformers_proto::control::v1::RouteTable;
+use trustformers_telemetry::traces::Traces;
+use uuid::Uuid;
 
 use crate::drain::Drain;
 use crate::feedback::Feedback;
@@ -49,6 +51,10 @@ pub(crate) struct Gateway {
     pub(crate) decoding: BlockingWork,
     /// Scores of answers.
     pub(crate) feedback: Arc<Feedback>,
+    /// Makes the spans of requests.
+    pub(crate) traces: Traces,
+    /// A random id of this process, for reports.
+    pub(crate) process: String,
     started: Instant,
     routing: ArcSwapOption<Routing>,
     /// Tables are compared and applied one at a time.
@@ -67,14 +73,14 @@ pub(crate) struct Gateway {
 pub(crate) struct GatewayParts {
     /// Every metric.
     pub(crate) metrics: Metrics,
-    /// Scores of answers.
-    pub(crate) feedback: Feedback,
     /// Requests that wait for a pod of their model.
     pub(crate) hold: Hold,
     /// Longest body of one request.
     pub(crate) body_limit_bytes: usize,
     /// Headers in which a proxy in front of it says who a caller is.
     pub(crate) trusted: TrustedHeaders,
+    /// Makes the spans of requests.
+    pub(crate) traces: Traces,
 }
 
 /// The result of applying a table.
@@ -107,15 +113,15 @@ impl Gateway {
     #[cfg(test)]
     pub(crate) fn new(metrics: Metrics, body_limit_bytes: usize) -> Arc<Self> {
         let registry = prometheus::Registry::new();
-        let feedback = Feedback::new(&registry).expect("the registry is empty");
-        let hold = Hold::new(&registry).expect("it has none of these names");
+        let hold = Hold::new(&registry).expect("the registry is empty");
         let trusted = TrustedHeaders::default();
-        Self::with(GatewayParts { metrics, feedback, hold, body_limit_bytes, trusted })
+        let traces = Traces::off();
+        Self::with(GatewayParts { metrics, hold, body_limit_bytes, trusted, traces })
     }
 
     /// No table, nothing in flight.
     pub(crate) fn with(parts: GatewayParts) -> Arc<Self> {
-        let GatewayParts { metrics, feedback, hold, body_limit_bytes, trusted } = parts;
+        let GatewayParts { metrics, hold, body_limit_bytes, trusted, traces } = parts;
         Arc::new(Self {
             metrics,
             drain: Drain::new(),
@@ -124,7 +130,9 @@ impl Gateway {
             trusted,
             hold,
             decoding: BlockingWork::new(DECODERS),
-            feedback: Arc::new(feedback),
+            feedback: Arc::default(),
+            process: Uuid::new_v4().to_string(),
+            traces,
             started: Instant::now(),
             routing: ArcSwapOption::empty(),
             applying: Mutex::default(),

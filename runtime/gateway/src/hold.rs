@@ -2,19 +2,23 @@
 //! drained for another revision, or while the first one starts.
 //!
 //! What waits is bounded by number and bytes, both shared fairly between callers and apart from what serves
-//! other models (`limits`), and by the route's time. Every table wakes all of them. A caller that leaves
-//! takes its request with it, because its future is dropped.
+//! other models (`limits`), by a number of the route's own, and by the route's time. Every table wakes all of
+//! them. A caller that leaves takes its request with it, because its future is dropped.
 
 use std::sync::Arc;
 
+use http::HeaderMap;
+use prometheus::core::Collector;
+use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 use tokio::time::{Instant, timeout_at};
 use trustformers_api::budget::Share;
+use trustformers_proto::control::v1::HeldRequests;
 
 use crate::error::GatewayError;
 use crate::gateway::Gateway;
-use crate::limits::{CallerLimits, Resource};
-use crate::routing::Routing;
+use crate::limits::{CallerLimits, HELD_REQUESTS_OF_ROUTE, Resource};
+use crate::routing::{Routing, SplitKey};
 use crate::table::Route;
 
 /// How many requests are held: the demand for routes that nothing serves.
@@ -56,19 +60,33 @@ impl Hold {
         Ok(hold)
     }
 
-    fn enter(
-        &self,
-        limits: &CallerLimits,
-        route: &str,
-        body_bytes: usize,
-    ) -> Result<HeldRequest, GatewayError> {
-        let reserve = |resource, amount| limits.reserve(resource, amount).map_err(GatewayError::Overloaded);
+    /// How many requests are held now, by route.
+    pub(crate) fn held(&self) -> Vec<HeldRequests> {
+        let families = self.now.collect();
+        let gauges = families.iter().flat_map(MetricFamily::get_metric);
+        let counted = gauges.filter_map(|gauge| {
+            let route = gauge.get_label().first()?.value().to_owned();
+            // A gauge of integers, written as a float.
+            let count = gauge.get_gauge().get_value() as u64;
+            (count > 0).then_some(HeldRequests { route, count })
+        });
+        counted.collect()
+    }
+
+    fn enter(&self, waiting: &Waiting<'_>, route: &Route) -> Result<HeldRequest, GatewayError> {
+        let reserve =
+            |resource, amount| waiting.limits.reserve(resource, amount).map_err(GatewayError::Overloaded);
         let (requests, bytes) =
-            (reserve(Resource::HeldRequests, 1)?, reserve(Resource::HeldBytes, body_bytes)?);
-        let now = self.now.with_label_values(&[route]);
+            (reserve(Resource::HeldRequests, 1)?, reserve(Resource::HeldBytes, waiting.body_bytes)?);
+        let now = self.now.with_label_values(&[route.name.as_str()]);
         now.inc();
-        self.total.with_label_values(&[route]).inc();
-        Ok(HeldRequest { now, _requests: requests, _bytes: bytes })
+        let held = HeldRequest { now, _requests: requests, _bytes: bytes };
+        let of_route = route.policy.hold_requests.map_or(HELD_REQUESTS_OF_ROUTE, |most| most as usize);
+        if usize::try_from(held.now.get()).is_ok_and(|now| now > of_route) {
+            return Err(GatewayError::Overloaded(Resource::HeldRequests));
+        }
+        self.total.with_label_values(&[route.name.as_str()]).inc();
+        Ok(held)
     }
 }
 
@@ -79,6 +97,8 @@ pub(crate) struct RoutePlace {
     pub(crate) routing: Arc<Routing>,
     /// The route's index in it.
     pub(crate) route: usize,
+    /// Decides the request's backend.
+    pub(crate) key: SplitKey,
 }
 
 /// What a request that may be held brings.
@@ -87,10 +107,12 @@ pub(crate) struct Waiting<'a> {
     pub(crate) limits: &'a CallerLimits,
     /// Bytes of its body that are kept meanwhile.
     pub(crate) body_bytes: usize,
+    /// Its headers, which may decide its backend.
+    pub(crate) headers: &'a HeaderMap,
 }
 
-/// Finds a request's route in the newest table. Where the route has no pod and says that requests are held,
-/// waits for a table in which it has.
+/// Finds a request's route in the newest table. Where the route has no pod for the request and says that
+/// requests are held, waits for a table in which it has.
 ///
 /// # Errors
 /// What `find` says of a table; a bound is reached; the route's time has passed.
@@ -101,16 +123,20 @@ pub(crate) async fn find_served(
 ) -> Result<RoutePlace, GatewayError> {
     // Before the first look, so that no table is missed.
     let mut tables = gateway.watch_version();
-    let look = || {
+    // A request has one number, however many tables it sees.
+    let mut numbered = None;
+    let mut look = || {
         let routing = gateway.routing().ok_or(GatewayError::NoTable)?;
         let route = find(&routing)?;
-        Ok::<_, GatewayError>(RoutePlace { routing, route })
+        let sequence = *numbered.get_or_insert_with(|| routing.next_sequence(route));
+        let key = routing.split_key(route, waiting.headers, sequence);
+        Ok::<_, GatewayError>(RoutePlace { routing, route, key })
     };
     let place = look()?;
-    let Some(limit) = time_to_hold(place.route()) else { return Ok(place) };
+    let Some(limit) = place.time_to_hold() else { return Ok(place) };
     let began = Instant::now();
     let name = place.route().name.clone();
-    let _held = gateway.hold.enter(waiting.limits, &name, waiting.body_bytes)?;
+    let _held = gateway.hold.enter(&waiting, place.route())?;
     drop(place);
     tracing::debug!(route = name, "a request is held until a pod serves its model");
     loop {
@@ -122,7 +148,7 @@ pub(crate) async fn find_served(
             }
         }
         let place = look()?;
-        if time_to_hold(place.route()).is_none() {
+        if place.time_to_hold().is_none() {
             return Ok(place);
         }
     }
@@ -133,13 +159,12 @@ impl RoutePlace {
     pub(crate) fn route(&self) -> &Route {
         self.routing.route(self.route)
     }
-}
 
-/// How long a request for this route is held. None where it is not: the route has a pod, or its requests are
-/// refused without one.
-fn time_to_hold(route: &Route) -> Option<std::time::Duration> {
-    let served = route.backends.iter().any(|backend| backend.weight > 0 && !backend.endpoints.is_empty());
-    route.policy.hold.filter(|_| !served)
+    /// How long the request is held. None where it is not: it has a pod, or the route's requests are refused
+    /// without one.
+    fn time_to_hold(&self) -> Option<std::time::Duration> {
+        self.route().policy.hold.filter(|_| !self.routing.is_served(self.route, &self.key))
+    }
 }
 
 #[cfg(test)]
@@ -177,7 +202,8 @@ mod tests {
         limits: &CallerLimits,
         body_bytes: usize,
     ) -> Result<RoutePlace, GatewayError> {
-        let waiting = Waiting { limits, body_bytes };
+        let headers = HeaderMap::new();
+        let waiting = Waiting { limits, body_bytes, headers: &headers };
         find_served(gateway, waiting, |routing| routing.table.find("a").map_err(|_| GatewayError::NoTable))
             .await
     }
@@ -234,6 +260,20 @@ mod tests {
         assert_eq!(demand(&gateway), [2, 3]);
         drop((waiting, third));
         assert_eq!(demand(&gateway), [0, 3]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_route_has_a_bound_of_its_own() {
+        let (gateway, limits) = (gateway(), limits(Bounds::default()));
+        let mut table = table(1, 0, HOLD);
+        table.routes[0].policy.as_mut().unwrap().hold_requests = 2;
+        gateway.apply(table, Source::Feed).unwrap();
+        let mut waiting: Vec<_> = (0..2).map(|_| Box::pin(find(&gateway, &limits, 0))).collect();
+        assert!(waiting.iter_mut().all(|one| one.as_mut().now_or_never().is_none()));
+        let third = find(&gateway, &limits, 0).now_or_never().unwrap().unwrap_err();
+        assert_eq!((third.kind(), demand(&gateway)), ("overloaded", [2, 2]));
+        drop(waiting.pop());
+        assert!(Box::pin(find(&gateway, &limits, 0)).as_mut().now_or_never().is_none());
     }
 
     #[tokio::test(start_paused = true)]

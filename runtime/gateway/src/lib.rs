@@ -12,32 +12,43 @@
 //! | `wire`, `model_name`, `request_body` | the protocol, the model and the body of a request |
 //! | `call`, `headers` | a request as it goes to pods; who sends it |
 //! | `error`, `error_shape` | errors, and how each protocol writes them |
-//! | [`table`], `routing` | the operator's table, parsed, and the same table joined with live endpoints |
-//! | [`split`], [`balance`], [`eject`] | the pure decisions |
+//! | [`table`], [`policy`], `routing` | the operator's table, parsed and joined with live endpoints |
+//! | [`split`], [`balance`], [`eject`], [`breaker`], [`retry`], [`ewma`] | the pure decisions |
+//! | [`health`] | asks pods whether they are ready |
 //! | `hold` | requests for models without a pod |
 //! | `forward`, `endpoint`, `pool` | attempts, a pod, connections to it |
-//! | `body`, `answer_end`, `late`, `record` | the answer, how it ended, and what is counted of it |
-//! | `websocket`, `websocket_frames` | WebSockets |
+//! | `body`, `answer_end`, `late` | the answer, and how it ended |
+//! | `attempt`, `outcome`, `record`, `counts` | what is counted of attempts and requests, and reported |
+//! | `websocket`, `websocket_frames`, `websocket_relay` | WebSockets |
+//! | `session` | the requests within a WebSocket or a `Session` |
 //! | `local`, `services`, `models`, `feedback` | requests that the gateway answers itself |
+//! | `trace` | the spans of requests |
 //! | `feed`, [`disk`] | where tables come from, and where the last one is saved |
 //! | [`server`], [`drain`] | start and end |
 //! | [`metrics`], [`config`] | metrics and flags |
 
 pub mod balance;
+pub mod breaker;
 pub mod config;
 pub mod disk;
 pub mod drain;
 pub mod eject;
+pub mod ewma;
+pub mod health;
 pub mod metrics;
+pub mod policy;
+pub mod retry;
 pub mod server;
 pub mod split;
 pub mod table;
 
 mod answer_end;
+mod attempt;
 mod base64_stream;
 mod body;
 mod call;
 mod connection;
+mod counts;
 mod endpoint;
 mod error;
 mod error_shape;
@@ -53,14 +64,18 @@ mod listener;
 mod local;
 mod model_name;
 mod models;
+mod outcome;
 mod pool;
 mod record;
 mod request_body;
 mod routing;
 mod services;
+mod session;
 mod stack;
+mod trace;
 mod websocket;
 mod websocket_frames;
+mod websocket_relay;
 mod wire;
 
 #[cfg(test)]

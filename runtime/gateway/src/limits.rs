@@ -34,6 +34,9 @@ const REQUESTS: usize = 10_240;
 const CONNECTIONS: usize = 10_240;
 /// Requests that are held for models without a pod: a second of 512 requests per second.
 const HELD_REQUESTS: usize = 512;
+/// The most of them for one route whose policy says nothing, so that a model without a pod leaves room for
+/// others.
+pub(crate) const HELD_REQUESTS_OF_ROUTE: usize = HELD_REQUESTS / 2;
 /// Bodies of those: 32 KiB for each, or four of the longest.
 const HELD_BYTES: usize = 16 << 20;
 /// Answers that list every model or every metric. Each takes some 200 bytes for a model: 1 MiB for 5000

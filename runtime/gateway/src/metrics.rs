@@ -1,20 +1,30 @@
 //! What the gateway counts.
 //!
 //! The series of a revision are looked up once, when a table that names it comes into force, and then only
-//! incremented: a request costs no lookup. When a revision leaves the table, its series are removed, so that
-//! `/metrics` stays as small as the table, no matter how many rollouts a gateway sees.
+//! incremented: a request costs no lookup. They outlive the table: a revision that left it keeps its series
+//! for [`SERIES_KEPT`], and until its last request has ended and was reported. So nothing that was counted is
+//! lost, and `/metrics` is as long as the table and the rollouts of an hour.
+
+mod series;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-};
-
+use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prost::Message;
 use strum::IntoStaticStr;
+use tokio::time::Instant;
+use trustformers_proto::control::v1::{Outcome, RevisionCounts};
 
 use crate::table::Version;
+
+pub use series::RevisionMetrics;
+use series::ScoreFamilies;
+
+/// The series of a revision that no table names are kept for this long: longer than Prometheus needs to read
+/// them once more, and than a rollout is likely to come back to its revision.
+const SERIES_KEPT: Duration = Duration::from_secs(3600);
 
 /// Upper ends of the latency buckets in seconds: from a cached classification to a long generation.
 const BUCKETS_SECONDS: [f64; 16] =
@@ -58,36 +68,20 @@ pub enum CodeClass {
 impl CodeClass {
     const ALL: [Self; 5] = [Self::Success, Self::Caller, Self::Server, Self::Cancelled, Self::Broken];
 
-    /// The class of an HTTP status.
+    /// The class of an outcome.
     #[must_use]
-    pub fn of_http(status: http::StatusCode) -> Self {
-        if status.is_server_error() {
-            Self::Server
-        } else if status.is_client_error() {
-            Self::Caller
-        } else {
-            Self::Success
-        }
-    }
-
-    /// The class of a gRPC status code: that of HTTP's status for the same cause.
-    #[must_use]
-    pub fn of_grpc(code: tonic::Code) -> Self {
-        use tonic::Code;
-        match code {
-            Code::Ok => Self::Success,
-            Code::Cancelled => Self::Cancelled,
-            Code::InvalidArgument
-            | Code::NotFound
-            | Code::AlreadyExists
-            | Code::PermissionDenied
-            | Code::ResourceExhausted
-            | Code::FailedPrecondition
-            | Code::Aborted
-            | Code::OutOfRange
-            | Code::Unauthenticated => Self::Caller,
-            Code::Unknown | Code::DeadlineExceeded | Code::Unimplemented | Code::Internal => Self::Server,
-            Code::Unavailable | Code::DataLoss => Self::Server,
+    pub fn of(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Ok => Self::Success,
+            Outcome::CallerError | Outcome::Overloaded => Self::Caller,
+            Outcome::Cancelled => Self::Cancelled,
+            Outcome::ResetInStream => Self::Broken,
+            Outcome::Unspecified
+            | Outcome::PodError
+            | Outcome::Unavailable
+            | Outcome::ConnectFailed
+            | Outcome::ResetBefore
+            | Outcome::Timeout => Self::Server,
         }
     }
 }
@@ -104,54 +98,39 @@ pub enum RetryReason {
     Unavailable,
     /// The pod's queue was full.
     Overloaded,
+    /// The attempt's time passed without the head of an answer.
+    Timeout,
 }
 
 impl RetryReason {
-    const ALL: [Self; 4] = [Self::Connect, Self::Reset, Self::Unavailable, Self::Overloaded];
+    const ALL: [Self; 5] = [Self::Connect, Self::Reset, Self::Unavailable, Self::Overloaded, Self::Timeout];
 }
 
-/// The series of one revision of one route.
+/// The series of a revision, and whether a table still names it.
 #[derive(Debug)]
-pub struct RevisionMetrics {
-    /// The route's name.
-    pub route: String,
-    /// The revision.
-    pub revision: String,
-    requests: [[IntCounter; 5]; 2],
-    retries: [IntCounter; 4],
-    in_flight: IntGauge,
-    connect_errors: IntCounter,
-    duration: Histogram,
-    first_byte: Histogram,
+struct RegisteredSeries {
+    metrics: Arc<RevisionMetrics>,
+    /// Since when no table names it.
+    left: Option<Instant>,
 }
 
-impl RevisionMetrics {
-    /// A request of this revision ended.
-    pub fn ended(&self, protocol: Protocol, code: CodeClass, duration: Duration) {
-        self.requests[protocol as usize][code as usize].inc();
-        self.duration.observe(duration.as_secs_f64());
+impl RegisteredSeries {
+    /// Whether nobody can miss it at `now`.
+    fn is_over(&self, now: Instant) -> bool {
+        self.left.is_some_and(|left| now.duration_since(left) >= SERIES_KEPT)
+            // Requests that run hold it.
+            && Arc::strong_count(&self.metrics) == 1
+            && !self.metrics.sums.is_changed()
     }
+}
 
-    /// The head of an answer came this long behind its request.
-    pub fn first_byte(&self, duration: Duration) {
-        self.first_byte.observe(duration.as_secs_f64());
-    }
-
-    /// A request of this revision is retried on another endpoint.
-    pub fn retried(&self, reason: RetryReason) {
-        self.retries[reason as usize].inc();
-    }
-
-    /// An endpoint of this revision could not be connected to.
-    pub fn connect_failed(&self) {
-        self.connect_errors.inc();
-    }
-
-    /// The gauge of requests in flight.
-    #[must_use]
-    pub fn in_flight(&self) -> &IntGauge {
-        &self.in_flight
-    }
+/// Sums to report, and whether more of them wait.
+#[derive(Debug)]
+pub(crate) struct ChangedCounts {
+    /// Whole series.
+    pub(crate) counts: Vec<RevisionCounts>,
+    /// Whether further series have changed.
+    pub(crate) has_more: bool,
 }
 
 /// Every metric of the gateway.
@@ -159,19 +138,31 @@ impl RevisionMetrics {
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
+    attempts: IntCounterVec,
     retries: IntCounterVec,
     in_flight: IntGaugeVec,
     connect_errors: IntCounterVec,
     duration: HistogramVec,
     first_byte: HistogramVec,
+    first_token: HistogramVec,
+    tokens: IntCounterVec,
+    scores: ScoreFamilies,
     refused: IntCounterVec,
     table_term: IntGauge,
     table_counter: IntGauge,
     table_age: IntGauge,
     tables_refused: IntCounterVec,
     feed_connected: IntGauge,
-    /// The series of the table in force, by route and revision.
-    series: Mutex<HashMap<(String, String), Arc<RevisionMetrics>>>,
+    /// By route and revision.
+    series: Mutex<SeriesTable>,
+}
+
+/// All series.
+#[derive(Debug, Default)]
+struct SeriesTable {
+    registered: HashMap<(String, String), RegisteredSeries>,
+    /// The number of the next one.
+    next_number: u64,
 }
 
 impl Metrics {
@@ -181,17 +172,20 @@ impl Metrics {
     /// When the registry has a collector of one of these names already.
     pub fn new(registry: Registry) -> Result<Self, prometheus::Error> {
         let of_revision = &["route", "revision"][..];
+        let with = |label| vec!["route", "revision", label];
         let metrics = Self {
             requests: IntCounterVec::new(
                 Opts::new("trustformers_gateway_requests_total", "Requests that ended, by outcome."),
                 &["route", "revision", "protocol", "code"],
             )?,
-            retries: IntCounterVec::new(
-                Opts::new("trustformers_gateway_retries_total", "Retries on another endpoint, by cause."),
-                &["route", "revision", "reason"],
+            attempts: counters("trustformers_gateway_attempts_total", ATTEMPTS_HELP, &with("outcome"))?,
+            retries: counters(
+                "trustformers_gateway_retries_total",
+                "Retries on another endpoint, by cause.",
+                &with("reason"),
             )?,
             in_flight: IntGaugeVec::new(
-                Opts::new("trustformers_gateway_in_flight", "Requests sent to a pod that have not ended."),
+                Opts::new("trustformers_gateway_in_flight", "Attempts on a pod that have not ended."),
                 of_revision,
             )?,
             connect_errors: IntCounterVec::new(
@@ -203,11 +197,19 @@ impl Metrics {
                 "trustformers_gateway_first_byte_seconds",
                 "From a request to the head of its answer, which a pod sends with the first token.",
             )?,
-            refused: IntCounterVec::new(
-                Opts::new(
-                    "trustformers_gateway_refused_total",
-                    "Requests refused before any attempt, by cause.",
-                ),
+            first_token: histogram(
+                "trustformers_gateway_first_token_seconds",
+                "From an attempt to the first bytes of its stream.",
+            )?,
+            tokens: counters(
+                "trustformers_gateway_tokens_total",
+                "Tokens of the answers that tell them, by kind.",
+                &with("kind"),
+            )?,
+            scores: ScoreFamilies::new()?,
+            refused: counters(
+                "trustformers_gateway_refused_total",
+                "Requests refused before any attempt, by cause.",
                 &["reason", "protocol"],
             )?,
             table_term: IntGauge::new("trustformers_gateway_table_term", "Term of the table in force.")?,
@@ -219,11 +221,9 @@ impl Metrics {
                 "trustformers_gateway_table_age_seconds",
                 "Time since the table in force was received.",
             )?,
-            tables_refused: IntCounterVec::new(
-                Opts::new(
-                    "trustformers_gateway_tables_refused_total",
-                    "Routing tables that did not come into force, by cause.",
-                ),
+            tables_refused: counters(
+                "trustformers_gateway_tables_refused_total",
+                "Routing tables that did not come into force, by cause.",
                 &["reason"],
             )?,
             feed_connected: IntGauge::new(
@@ -241,11 +241,15 @@ impl Metrics {
         let Self {
             registry,
             requests,
+            attempts,
             retries,
             in_flight,
             connect_errors,
             duration,
             first_byte,
+            first_token,
+            tokens,
+            scores,
             refused,
             table_term,
             table_counter,
@@ -254,10 +258,13 @@ impl Metrics {
             feed_connected,
             series: _,
         } = self;
-        for counters in [requests, retries, connect_errors, refused, tables_refused] {
+        let scored = &scores.count;
+        let all = [requests, attempts, retries, connect_errors, tokens, scored, refused, tables_refused];
+        for counters in all {
             registry.register(Box::new(counters.clone()))?;
         }
-        for histograms in [duration, first_byte] {
+        registry.register(Box::new(scores.sum.clone()))?;
+        for histograms in [duration, first_byte, first_token] {
             registry.register(Box::new(histograms.clone()))?;
         }
         for gauge in [table_term, table_counter, table_age, feed_connected] {
@@ -280,7 +287,7 @@ impl Metrics {
     }
 
     /// A table came into force that names these routes and revisions. Returns the series of each, and removes
-    /// those of every other.
+    /// those that no table names for [`SERIES_KEPT`].
     pub fn in_force<'a>(
         &self,
         version: Version,
@@ -288,20 +295,57 @@ impl Metrics {
     ) -> HashMap<(String, String), Arc<RevisionMetrics>> {
         self.table_term.set(i64::try_from(version.term).unwrap_or(i64::MAX));
         self.table_counter.set(i64::try_from(version.counter).unwrap_or(i64::MAX));
-        let mut registered = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        let SeriesTable { registered, next_number } = &mut *table;
         let mut named = HashMap::new();
         for (route, revision) in revisions {
             let key = (route.to_owned(), revision.to_owned());
-            let series =
-                registered.remove(&key).unwrap_or_else(|| Arc::new(self.new_series(route, revision)));
-            // Two backends of one route may share a revision; both then use the one entry.
-            named.entry(key).or_insert(series);
+            let series = registered.entry(key.clone()).or_insert_with(|| {
+                *next_number += 1;
+                let metrics = Arc::new(RevisionMetrics::new(self, *next_number, route, revision));
+                RegisteredSeries { metrics, left: None }
+            });
+            series.left = None;
+            named.insert(key, Arc::clone(&series.metrics));
         }
-        for (route, revision) in registered.keys() {
-            self.remove_series(route, revision);
-        }
-        registered.clone_from(&named);
+        let now = Instant::now();
+        registered.retain(|key, series| {
+            if !named.contains_key(key) {
+                series.left.get_or_insert(now);
+            }
+            let is_over = series.is_over(now);
+            if is_over {
+                series.metrics.remove_from(self);
+            }
+            !is_over
+        });
         named
+    }
+
+    /// Every series is in the next reports.
+    pub(crate) fn report_all(&self) {
+        let table = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        for series in table.registered.values() {
+            series.metrics.sums.set_changed();
+        }
+    }
+
+    /// The series that have changed since they were reported, up to about `limit_bytes` of them.
+    pub(crate) fn changed_counts(&self, limit_bytes: usize) -> ChangedCounts {
+        let table = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = ChangedCounts { counts: Vec::new(), has_more: false };
+        let mut bytes = 0;
+        for series in table.registered.values() {
+            if bytes >= limit_bytes {
+                changed.has_more = true;
+                break;
+            }
+            if let Some(counts) = series.metrics.take_changed() {
+                bytes += counts.encoded_len();
+                changed.counts.push(counts);
+            }
+        }
+        changed
     }
 
     /// A request was refused before any attempt.
@@ -318,43 +362,13 @@ impl Metrics {
     pub fn feed_connected(&self, connected: bool) {
         self.feed_connected.set(i64::from(connected));
     }
+}
 
-    fn new_series(&self, route: &str, revision: &str) -> RevisionMetrics {
-        let of_revision = &[route, revision];
-        RevisionMetrics {
-            route: route.to_owned(),
-            revision: revision.to_owned(),
-            requests: Protocol::ALL.map(|protocol| {
-                CodeClass::ALL.map(|code| {
-                    self.requests.with_label_values(&[route, revision, protocol.into(), code.into()])
-                })
-            }),
-            retries: RetryReason::ALL
-                .map(|reason| self.retries.with_label_values(&[route, revision, reason.into()])),
-            in_flight: self.in_flight.with_label_values(of_revision),
-            connect_errors: self.connect_errors.with_label_values(of_revision),
-            duration: self.duration.with_label_values(of_revision),
-            first_byte: self.first_byte.with_label_values(of_revision),
-        }
-    }
+const ATTEMPTS_HELP: &str =
+    "Attempts on pods that ended, by outcome; a request that was retried has several.";
 
-    /// A series that does not exist is not an error, since the result is the same.
-    fn remove_series(&self, route: &str, revision: &str) {
-        let of_revision = &[route, revision];
-        for protocol in Protocol::ALL {
-            for code in CodeClass::ALL {
-                let labels = &[route, revision, protocol.into(), code.into()];
-                let _removed = self.requests.remove_label_values(labels);
-            }
-        }
-        for reason in RetryReason::ALL {
-            let _removed = self.retries.remove_label_values(&[route, revision, reason.into()]);
-        }
-        let _removed = self.in_flight.remove_label_values(of_revision);
-        let _removed = self.connect_errors.remove_label_values(of_revision);
-        let _removed = self.duration.remove_label_values(of_revision);
-        let _removed = self.first_byte.remove_label_values(of_revision);
-    }
+fn counters(name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+    IntCounterVec::new(Opts::new(name, help), labels)
 }
 
 fn histogram(name: &str, help: &str) -> Result<HistogramVec, prometheus::Error> {
@@ -375,11 +389,14 @@ mod tests {
         let metrics = Metrics::new(Registry::new()).unwrap();
         let series = metrics.in_force(version(7), [("default/a", "r1")].into_iter());
         let series = &series[&("default/a".to_owned(), "r1".to_owned())];
-        series.ended(Protocol::Grpc, CodeClass::Server, Duration::from_millis(3));
+        series.ended(Protocol::Grpc, Outcome::PodError, Duration::from_millis(3));
+        series.attempt_began();
+        series.attempt_ended(Outcome::ResetBefore);
         series.retried(RetryReason::Connect);
         let text = metrics.encode(Some(Duration::from_secs(9))).unwrap();
         for line in [
             r#"trustformers_gateway_requests_total{code="5xx",protocol="grpc",revision="r1",route="default/a"} 1"#,
+            r#"trustformers_gateway_attempts_total{outcome="reset_before",revision="r1",route="default/a"} 1"#,
             r#"trustformers_gateway_retries_total{reason="connect",revision="r1",route="default/a"} 1"#,
             r#"trustformers_gateway_duration_seconds_count{revision="r1",route="default/a"} 1"#,
             "trustformers_gateway_table_counter 7",
@@ -389,23 +406,77 @@ mod tests {
         }
     }
 
-    #[test]
-    fn only_the_series_of_removed_revisions_disappear() {
+    fn only_series(metrics: &Metrics, counter: u64, revisions: &[&str]) -> Arc<RevisionMetrics> {
+        let named = revisions.iter().map(|revision| ("default/a", *revision));
+        let mut series = metrics.in_force(version(counter), named);
+        series.remove(&("default/a".to_owned(), revisions[0].to_owned())).unwrap()
+    }
+
+    fn reported(metrics: &Metrics) -> Vec<(String, u64, u64)> {
+        let counts = metrics.changed_counts(usize::MAX).counts.into_iter();
+        let mut reported: Vec<_> =
+            counts.map(|counts| (counts.revision, counts.series, counts.attempts)).collect();
+        reported.sort();
+        reported
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn series_outlive_their_table_until_nobody_can_miss_them() {
         let metrics = Metrics::new(Registry::new()).unwrap();
-        let both = [("default/a", "r1"), ("default/a", "r2")];
-        let first = metrics.in_force(version(1), both.into_iter());
-        for series in first.values() {
-            series.ended(Protocol::Http, CodeClass::Success, Duration::from_millis(1));
+        let has = |revision: &str| metrics.encode(None).unwrap().contains(&format!("\"{revision}\""));
+        let r1 = only_series(&metrics, 1, &["r1", "r2"]);
+        r1.attempt_began();
+        // It leaves the table while a request runs, and comes back with its counts.
+        let r2 = only_series(&metrics, 2, &["r2"]);
+        let again = only_series(&metrics, 3, &["r1", "r2"]);
+        assert!(Arc::ptr_eq(&r1, &again));
+        again.attempt_ended(Outcome::Ok);
+        assert_eq!(reported(&metrics), [("r1".to_owned(), 1, 1)]);
+        drop(again);
+        only_series(&metrics, 4, &["r2"]);
+        tokio::time::advance(SERIES_KEPT).await;
+        r1.attempt_began();
+        r1.attempt_ended(Outcome::Ok);
+        only_series(&metrics, 5, &["r2"]);
+        assert!(has("r1"), "a request holds it");
+        drop(r1);
+        only_series(&metrics, 6, &["r2"]);
+        assert!(has("r1"), "it is not reported");
+        assert_eq!(reported(&metrics), [("r1".to_owned(), 1, 2)]);
+        drop(r2);
+        only_series(&metrics, 7, &["r2"]);
+        assert!(!has("r1") && has("r2"));
+        // What begins anew has another number.
+        only_series(&metrics, 8, &["r1"]).attempt_began();
+        assert_eq!(reported(&metrics), [("r1".to_owned(), 3, 1)]);
+    }
+
+    #[test]
+    fn reports_are_cut_and_lose_nothing() {
+        let metrics = Metrics::new(Registry::new()).unwrap();
+        let names: Vec<String> = (0..50).map(|index| format!("r{index:02}")).collect();
+        let revisions = names.iter().map(|name| ("default/a", name.as_str()));
+        let series = metrics.in_force(version(1), revisions);
+        assert!(reported(&metrics).is_empty());
+        metrics.report_all();
+        let (mut found, mut reports) = (Vec::new(), 0);
+        loop {
+            let changed = metrics.changed_counts(100);
+            reports += 1;
+            found.extend(changed.counts.into_iter().map(|counts| counts.revision));
+            if !changed.has_more {
+                break;
+            }
         }
-        let second = metrics.in_force(version(2), both[1..].iter().copied());
-        second[&("default/a".to_owned(), "r2".to_owned())].ended(
-            Protocol::Http,
-            CodeClass::Success,
-            Duration::from_millis(1),
+        found.sort();
+        assert_eq!(found, names);
+        assert!(reports > 5, "{reports}");
+        series[&("default/a".to_owned(), "r07".to_owned())].scored(&"tone".into(), 0.5);
+        let changed = metrics.changed_counts(100).counts;
+        assert_eq!(
+            (changed.len(), changed[0].revision.as_str(), changed[0].feedback[0].count),
+            (1, "r07", 1)
         );
-        let text = metrics.encode(None).unwrap();
-        assert!(!text.contains("\"r1\""), "{text}");
-        assert!(text.contains(r#"code="2xx",protocol="http",revision="r2",route="default/a"} 2"#), "{text}");
     }
 
     #[test]
@@ -416,7 +487,5 @@ mod tests {
         for (index, reason) in RetryReason::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, index);
         }
-        assert_eq!(CodeClass::of_http(http::StatusCode::TOO_MANY_REQUESTS), CodeClass::Caller);
-        assert_eq!(CodeClass::of_grpc(tonic::Code::ResourceExhausted), CodeClass::Caller);
     }
 }

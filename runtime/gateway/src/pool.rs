@@ -74,9 +74,12 @@ pub(crate) enum SendError {
     /// There is no connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// The connection or the stream ended first.
-    #[error("the connection ended before an answer: {0}")]
+    /// The stream ended first; its connection is there, so the pod lives.
+    #[error("the pod reset the request: {0}")]
     Reset(hyper::Error),
+    /// The connection ended first, perhaps because the request ended the pod.
+    #[error("the connection ended before an answer: {0}")]
+    Lost(hyper::Error),
     /// The rest of a live body was taken by an earlier attempt.
     #[error("what the caller uploads was sent to another pod")]
     BodyUsed,
@@ -172,7 +175,7 @@ impl Pool {
                 let unsent = error.take_message();
                 let error = error.into_error();
                 if unsent.is_none() && !was_not_processed(&error) {
-                    return Err(SendError::Reset(error));
+                    return Err(broken_off(error));
                 }
                 lease.permit.0.exhausted.store(true, Ordering::Release);
                 unsent
@@ -183,7 +186,7 @@ impl Pool {
         let request = unsent.or_else(make).ok_or(SendError::BodyUsed)?;
         match lease.sender.send_request(request).await {
             Ok(response) => Ok(PodResponse { response, permit: lease.permit }),
-            Err(error) => Err(SendError::Reset(error)),
+            Err(error) => Err(broken_off(error)),
         }
     }
 }
@@ -366,6 +369,13 @@ impl Connection {
         self.usage.used_at_ms.store(now_ms, Ordering::Relaxed);
         Lease { sender: self.sender.clone(), permit: StreamPermit(Arc::clone(&self.usage)) }
     }
+}
+
+/// What a request without an answer says of its pod.
+fn broken_off(error: hyper::Error) -> SendError {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<h2::Error>());
+    let pod_lives = cause.is_some_and(h2::Error::is_reset) || was_not_processed(&error);
+    if pod_lives { SendError::Reset(error) } else { SendError::Lost(error) }
 }
 
 /// Whether the pod has declared that it did not process this stream: it refused the stream, or its GOAWAY

@@ -3,16 +3,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::StatusCode;
 use tokio::time::Instant;
 use trustformers_api::budget::Share;
+use trustformers_proto::control::v1::Outcome;
 
 use crate::answer_end::{AnswerEnd, EndOutcome, EndUsage};
+use crate::attempt::Attempt;
 use crate::drain::DrainGuard;
 use crate::endpoint::InFlight;
 use crate::feedback::Feedback;
 use crate::metrics::{CodeClass, Protocol, RevisionMetrics};
+use crate::outcome;
 use crate::pool::StreamPermit;
 use crate::routing::Choice;
+use crate::session::GrpcSession;
 
 /// What lasts as long as a pod's answer. Dropping it without [`AnswerGuard::ended`] says that the caller
 /// left.
@@ -20,8 +25,12 @@ use crate::routing::Choice;
 pub(crate) struct AnswerGuard {
     /// Counted when the answer has ended.
     pub(crate) record: RequestRecord,
+    /// The same of its last attempt; none where that was counted before, since the pod declined.
+    pub(crate) attempt: Option<Attempt>,
+    /// The requests of a gRPC `Session`.
+    pub(crate) session: Option<GrpcSession>,
     /// The endpoint's count.
-    pub(crate) _in_flight: InFlight,
+    pub(crate) in_flight: InFlight,
     /// The stream's permit on its connection; none on a connection of its own.
     pub(crate) _permit: Option<StreamPermit>,
 }
@@ -30,11 +39,31 @@ impl AnswerGuard {
     /// The first bytes of the answer's body have arrived.
     pub(crate) fn first_data(&mut self) {
         self.record.first_data = Some(self.record.arrived.elapsed());
+        if let Some(attempt) = &self.attempt {
+            attempt.first_data();
+        }
+    }
+
+    /// These bytes of the answer's body have arrived.
+    pub(crate) fn data(&mut self, bytes: &[u8]) {
+        if let Some(session) = &mut self.session {
+            session.data(bytes);
+        }
     }
 
     /// The answer has ended.
     pub(crate) fn ended(mut self, end: &AnswerEnd) {
-        self.record.ended(end);
+        if let Some(session) = self.session.take()
+            && matches!(end.outcome, EndOutcome::Reset | EndOutcome::NoStatus)
+        {
+            session.reset();
+        }
+        let outcome = self.record.ended(end);
+        // The circuit breaker's word.
+        self.in_flight.ended(outcome.is_failure());
+        if let Some(attempt) = self.attempt.take() {
+            attempt.end(outcome, end.usage);
+        }
     }
 }
 
@@ -56,9 +85,9 @@ pub(crate) struct RequestRecord {
     /// From the request to the first bytes of the answer's body.
     first_data: Option<Duration>,
     usage: Option<EndUsage>,
-    class: Option<CodeClass>,
-    /// The class of the head; the end may change it.
-    head: CodeClass,
+    outcome: Option<Outcome>,
+    /// The status of the head; the end may say another thing.
+    status: StatusCode,
     feedback: Arc<Feedback>,
     _share: Share,
     _drain: DrainGuard,
@@ -84,7 +113,6 @@ pub(crate) struct RequestContext {
 impl RequestRecord {
     /// A request that goes to a pod of this revision.
     pub(crate) fn new(context: RequestContext, metrics: Arc<RevisionMetrics>) -> Self {
-        metrics.in_flight().inc();
         Self {
             metrics,
             protocol: context.protocol,
@@ -95,8 +123,8 @@ impl RequestRecord {
             first_byte: None,
             first_data: None,
             usage: None,
-            class: None,
-            head: CodeClass::Server,
+            outcome: None,
+            status: StatusCode::OK,
             feedback: context.feedback,
             _share: context.share,
             _drain: context.drain,
@@ -117,56 +145,42 @@ impl RequestRecord {
     /// The caller gets the answer of this pod, which counts for its revision.
     pub(crate) fn answered_by(&mut self, choice: &Choice) {
         choice.endpoint.spec.pod_name.clone_into(&mut self.pod);
-        if !Arc::ptr_eq(&self.metrics, &choice.metrics) {
-            self.metrics.in_flight().dec();
-            choice.metrics.in_flight().inc();
-            self.metrics = Arc::clone(&choice.metrics);
-        }
+        self.metrics = Arc::clone(&choice.metrics);
     }
 
     /// The head of the answer that the caller gets has arrived.
-    pub(crate) fn head(&mut self, status: http::StatusCode) {
+    pub(crate) fn head(&mut self, status: StatusCode) {
         let first_byte = self.arrived.elapsed();
         self.first_byte = Some(first_byte);
         self.metrics.first_byte(first_byte);
-        self.head = CodeClass::of_http(status);
+        self.status = status;
     }
 
-    /// The answer has ended.
-    fn ended(&mut self, end: &AnswerEnd) {
+    /// The answer has ended. Gives how.
+    fn ended(&mut self, end: &AnswerEnd) -> Outcome {
         self.usage = end.usage;
-        self.class = Some(match &end.outcome {
-            EndOutcome::Complete => self.head,
-            EndOutcome::Failed { .. } => CodeClass::Server,
-            EndOutcome::Grpc(code) => CodeClass::of_grpc(*code),
-            // A gRPC answer without a status was cut between the pod and this gateway.
-            EndOutcome::NoStatus | EndOutcome::Reset => CodeClass::Broken,
-        });
+        let outcome = outcome::of_answer(self.status, &end.outcome);
+        self.outcome = Some(outcome);
         if end.outcome == EndOutcome::Reset {
             tracing::warn!(pod = self.pod, "a pod broke off in the middle of an answer");
         }
+        outcome
     }
 
-    /// The caller did not send what it began to send.
-    pub(crate) fn caller_failed(&mut self) {
-        self.class = Some(CodeClass::Caller);
-    }
-
-    /// No pod gave an answer.
-    pub(crate) fn failed(&mut self) {
-        self.class = Some(CodeClass::Server);
+    /// The request ends without an answer.
+    pub(crate) fn failed(&mut self, outcome: Outcome) {
+        self.outcome = Some(outcome);
     }
 }
 
 impl Drop for RequestRecord {
     fn drop(&mut self) {
-        let class = self.class.unwrap_or(CodeClass::Cancelled);
+        let outcome = self.outcome.unwrap_or(Outcome::Cancelled);
         let took = self.arrived.elapsed();
-        if class == CodeClass::Success {
+        if outcome == Outcome::Ok {
             self.feedback.remember(&self.request_id, &self.metrics);
         }
-        self.metrics.in_flight().dec();
-        self.metrics.ended(self.protocol, class, took);
+        self.metrics.ended(self.protocol, outcome, took);
         tracing::debug!(
             request_id = self.request_id,
             protocol = <&str>::from(self.protocol),
@@ -174,7 +188,8 @@ impl Drop for RequestRecord {
             revision = self.metrics.revision,
             pod = self.pod,
             attempts = self.attempts,
-            code = <&str>::from(class),
+            code = <&str>::from(CodeClass::of(outcome)),
+            outcome = outcome.as_str(),
             prompt_tokens = self.usage.map(|usage| usage.prompt_tokens),
             completion_tokens = self.usage.map(|usage| usage.completion_tokens),
             first_data_ms = self.first_data.map(|first_data| first_data.as_secs_f64() * 1e3),

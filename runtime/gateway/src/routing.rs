@@ -10,12 +10,18 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fastrand::Rng;
+use http::HeaderMap;
+use trustformers_proto::buckets::{BUCKETS, BucketOwners};
 
-use crate::balance::least_of_two;
+use crate::balance::{self, Balance, Candidate, slow_start_factor};
+use crate::breaker::{Admission, BreakerRules};
 use crate::call::CallerRules;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, InFlight};
+use crate::health::HealthRules;
 use crate::metrics::{Metrics, RevisionMetrics};
-use crate::split::Split;
+use crate::policy::{BalanceRules, SplitBy};
+use crate::retry::RetryBudget;
+use crate::split::{Split, bucket_of};
 use crate::table::{EndpointId, Route, Table};
 
 /// A table with its endpoints.
@@ -35,29 +41,70 @@ pub(crate) struct Routing {
 struct LiveRoute {
     backends: Vec<LiveBackend>,
     split: Split,
-    /// The next sequence number of the split; it continues from table to table.
+    /// By bucket of users the index of the backend that owns it; `u16::MAX` where none does.
+    owners: Option<Box<[u16]>>,
+    balance: BalanceRules,
+    breaker: Option<BreakerRules>,
+    counters: RouteCounters,
+}
+
+/// What of a route outlives a table.
+#[derive(Debug, Clone)]
+struct RouteCounters {
+    /// The next sequence number of the split.
     sequence: Arc<AtomicU64>,
+    retries: Arc<RetryBudget>,
+}
+
+impl Default for RouteCounters {
+    fn default() -> Self {
+        // Gateways start at different positions of the split, so that their sum is exact sooner.
+        let sequence = Arc::new(AtomicU64::new(fastrand::u64(..) >> 1));
+        Self { sequence, retries: Arc::default() }
+    }
 }
 
 #[derive(Debug)]
 struct LiveBackend {
     weight: u32,
+    /// Whether it takes its share of the split: it has an endpoint, or its requests wait for one.
+    takes_share: bool,
     metrics: Arc<RevisionMetrics>,
-    endpoints: Vec<Arc<Endpoint>>,
+    members: Vec<Member>,
+    /// Number of its next choice, for round robin.
+    sequence: AtomicU64,
+}
+
+/// An endpoint of a backend.
+#[derive(Debug)]
+struct Member {
+    endpoint: Arc<Endpoint>,
+    weight: u32,
+}
+
+/// What decides which backend of its route a request gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SplitKey {
+    /// The request's number in the split.
+    sequence: u64,
+    /// The bucket of its user, where the split is by user and the request names one.
+    bucket: Option<u16>,
+    /// The revision that it demands and may demand.
+    forced: Option<String>,
 }
 
 /// What decides where a request goes.
 #[derive(Debug)]
 pub(crate) struct Criteria<'a> {
-    /// The request's number in the split.
-    pub(crate) sequence: u64,
+    /// Decides the backend of the first attempt.
+    pub(crate) key: &'a SplitKey,
+    /// The key of the consistent hash, where the route balances by one and the request has it.
+    pub(crate) hash: Option<u64>,
     /// The revision that an earlier attempt chose; it stays the first choice while it has an endpoint to
     /// offer.
     pub(crate) revision: Option<&'a str>,
     /// Endpoints of earlier attempts.
     pub(crate) tried: &'a [Arc<Endpoint>],
-    /// Time on the gateway's clock.
-    pub(crate) now: Duration,
 }
 
 /// Where a request goes.
@@ -67,6 +114,24 @@ pub(crate) struct Choice {
     pub(crate) endpoint: Arc<Endpoint>,
     /// The series of its revision.
     pub(crate) metrics: Arc<RevisionMetrics>,
+    breaker: Option<BreakerRules>,
+    /// Whether the attempt is the probe of the endpoint's breaker.
+    probe: bool,
+}
+
+impl Choice {
+    /// Counts the attempt on the endpoint. Every choice is entered, since it may be a probe.
+    pub(crate) fn enter(&self) -> InFlight {
+        self.endpoint.enter(self.breaker, self.probe)
+    }
+
+    /// The attempt ran out of its time, after its count was dropped.
+    pub(crate) fn timed_out(&self, limit: Duration) {
+        self.endpoint.observe(limit);
+        if let Some(rules) = &self.breaker {
+            self.endpoint.count(rules, true, self.probe);
+        }
+    }
 }
 
 impl Routing {
@@ -91,27 +156,49 @@ impl Routing {
                     let endpoint = endpoints.entry(spec.id.clone()).or_insert_with(|| {
                         existing.map_or_else(|| Arc::new(Endpoint::new(spec.clone())), Arc::clone)
                     });
-                    Arc::clone(endpoint)
+                    Member { endpoint: Arc::clone(endpoint), weight: spec.weight }
                 });
                 let members: Vec<_> = members.collect();
                 let metrics = Arc::clone(&series[&(route.name.clone(), backend.revision.clone())]);
-                // A revision without pods gets no share, since its requests could only fail.
-                let weight = if members.is_empty() { 0 } else { backend.weight };
-                backends.push(LiveBackend { weight, metrics, endpoints: members });
+                backends.push(LiveBackend {
+                    weight: backend.weight,
+                    takes_share: !members.is_empty() || backend.keeps_share,
+                    metrics,
+                    members,
+                    sequence: AtomicU64::new(fastrand::u64(..) >> 1),
+                });
             }
-            let weights: Vec<u32> = backends.iter().map(|backend| backend.weight).collect();
-            let sequence = before
-                .and_then(|before| before.sequence(&route.name))
-                // Gateways start at different positions of the split, so that their sum is exact sooner.
-                .unwrap_or_else(|| Arc::new(AtomicU64::new(fastrand::u64(..) >> 1)));
-            routes.push(LiveRoute { backends, split: Split::new(&weights), sequence });
+            let counters = before.and_then(|before| before.counters(&route.name)).unwrap_or_default();
+            routes.push(LiveRoute::new(route, backends, counters));
         }
-        Self { table, received_at, models_json: OnceLock::new(), routes, endpoints }
+        let routing = Self { table, received_at, models_json: OnceLock::new(), routes, endpoints };
+        routing.forget_checks();
+        routing
     }
 
-    fn sequence(&self, route: &str) -> Option<Arc<AtomicU64>> {
+    fn counters(&self, route: &str) -> Option<RouteCounters> {
         let index = self.table.find(route).ok()?;
-        (self.table.routes[index].name == route).then(|| Arc::clone(&self.routes[index].sequence))
+        (self.table.routes[index].name == route).then(|| self.routes[index].counters.clone())
+    }
+
+    /// Endpoints that no route checks any more count as ready again.
+    fn forget_checks(&self) {
+        for (live, route) in self.routes.iter().zip(&self.table.routes) {
+            if route.policy.health.is_none() {
+                live.members().for_each(|member| member.endpoint.is_not_checked());
+            }
+        }
+    }
+
+    /// The endpoints whose routes say that they are checked.
+    pub(crate) fn checked_endpoints(&self) -> Vec<CheckedEndpoint> {
+        let routes = self.routes.iter().zip(&self.table.routes);
+        let checked = routes.filter_map(|(live, route)| Some((live, route.policy.health?)));
+        let endpoints = checked.flat_map(|(live, rules)| {
+            live.members()
+                .map(move |member| CheckedEndpoint { endpoint: Arc::clone(&member.endpoint), rules })
+        });
+        endpoints.collect()
     }
 
     /// The route at an index that `table.find` gave.
@@ -127,25 +214,57 @@ impl Routing {
 
     /// Takes the next number in the split of a route.
     pub(crate) fn next_sequence(&self, route: usize) -> u64 {
-        self.routes[route].sequence.fetch_add(1, Ordering::Relaxed)
+        self.routes[route].counters.sequence.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Chooses an endpoint that was not tried. Ejected endpoints come last: a request goes to another
+    /// The retries of a route.
+    pub(crate) fn retry_budget(&self, route: usize) -> &RetryBudget {
+        &self.routes[route].counters.retries
+    }
+
+    /// What decides the backend of a request with these headers and this number.
+    pub(crate) fn split_key(&self, route: usize, headers: &HeaderMap, sequence: u64) -> SplitKey {
+        let rule = &self.table.routes[route].split;
+        let forced = rule.forced.as_ref().and_then(|forced| {
+            let named = headers.get(&forced.header)?.to_str().ok()?;
+            forced.revisions.iter().find(|revision| *revision == named).cloned()
+        });
+        let bucket = match &rule.by {
+            SplitBy::Request | SplitBy::Percentage => None,
+            SplitBy::User { header, salt, .. } => {
+                headers.get(header).map(|user| bucket_of(salt, user.as_bytes()))
+            }
+        };
+        // A number that is drawn makes each choice independent of the others.
+        let sequence = if rule.by == SplitBy::Percentage { fastrand::u64(..) } else { sequence };
+        SplitKey { sequence, bucket, forced }
+    }
+
+    /// Whether the backend of a request has a pod.
+    pub(crate) fn is_served(&self, route: usize, key: &SplitKey) -> bool {
+        let route = &self.routes[route];
+        route.assigned(key).is_some_and(|index| !route.backends[index].members.is_empty())
+    }
+
+    /// Whether there is an endpoint that was not tried.
+    pub(crate) fn has_untried(&self, route: usize, tried: &[Arc<Endpoint>]) -> bool {
+        let backends = self.routes[route].backends.iter().filter(|backend| backend.weight > 0);
+        backends.flat_map(|backend| &backend.members).any(|member| !is_tried(&member.endpoint, tried))
+    }
+
+    /// Chooses an endpoint that was not tried. Those that are left out come last: a request goes to another
     /// revision before it goes to a pod that refuses connections, and to such a pod before it fails.
     pub(crate) fn choose(&self, route: usize, criteria: &Criteria<'_>) -> Option<Choice> {
         let route = &self.routes[route];
-        let earlier = criteria.revision.and_then(|revision| {
-            route
-                .backends
-                .iter()
-                .position(|backend| backend.metrics.revision == revision && backend.weight > 0)
-        });
-        let first = earlier.or_else(|| route.split.choose(criteria.sequence))?;
-        let others =
-            (0..route.backends.len()).filter(|&index| index != first && route.backends[index].weight > 0);
-        let order: Vec<usize> = std::iter::once(first).chain(others).collect();
-        [false, true].into_iter().find_map(|with_ejected| {
-            order.iter().find_map(|&index| pick(&route.backends[index], criteria, with_ejected))
+        let earlier = criteria.revision.and_then(|revision| route.backend_of(revision));
+        let first = earlier.or_else(|| route.assigned(criteria.key))?;
+        let others = || {
+            let has_share = move |&index: &usize| index != first && route.backends[index].weight > 0;
+            (0..route.backends.len()).filter(has_share)
+        };
+        [false, true].into_iter().find_map(|with_left_out| {
+            let mut order = std::iter::once(first).chain(others());
+            order.find_map(|index| route.pick(index, criteria, with_left_out))
         })
     }
 
@@ -156,16 +275,117 @@ impl Routing {
     }
 }
 
-fn pick(backend: &LiveBackend, criteria: &Criteria<'_>, with_ejected: bool) -> Option<Choice> {
-    let candidates: Vec<&Arc<Endpoint>> = backend
-        .endpoints
-        .iter()
-        .filter(|endpoint| !criteria.tried.iter().any(|tried| tried.spec.id == endpoint.spec.id))
-        .filter(|endpoint| with_ejected || !endpoint.is_ejected(criteria.now))
-        .collect();
-    let loads: Vec<usize> = candidates.iter().map(|endpoint| endpoint.load()).collect();
-    let chosen = least_of_two(&loads, &mut Rng::new())?;
-    Some(Choice { endpoint: Arc::clone(candidates[chosen]), metrics: Arc::clone(&backend.metrics) })
+/// An endpoint whose route says that it is checked.
+#[derive(Debug)]
+pub(crate) struct CheckedEndpoint {
+    /// The endpoint.
+    pub(crate) endpoint: Arc<Endpoint>,
+    /// How it is checked.
+    pub(crate) rules: HealthRules,
+}
+
+fn is_tried(endpoint: &Endpoint, tried: &[Arc<Endpoint>]) -> bool {
+    tried.iter().any(|tried| tried.spec.id == endpoint.spec.id)
+}
+
+impl LiveRoute {
+    fn new(route: &Route, backends: Vec<LiveBackend>, counters: RouteCounters) -> Self {
+        // Without this, the share of a revision without pods could only fail.
+        let share = |backend: &LiveBackend| if backend.takes_share { backend.weight } else { 0 };
+        let weights: Vec<u32> = backends.iter().map(share).collect();
+        let owners = match &route.split.by {
+            SplitBy::Request | SplitBy::Percentage => None,
+            SplitBy::User { owners, .. } => Some(live_owners(owners, &backends)),
+        };
+        Self {
+            backends,
+            split: Split::new(&weights),
+            owners,
+            balance: route.policy.balance.clone(),
+            breaker: route.policy.breaker,
+            counters,
+        }
+    }
+
+    fn members(&self) -> impl Iterator<Item = &Member> {
+        self.backends.iter().flat_map(|backend| &backend.members)
+    }
+
+    /// The backend of a revision, where it takes requests.
+    fn backend_of(&self, revision: &str) -> Option<usize> {
+        self.backends.iter().position(|backend| backend.metrics.revision == revision && backend.takes_share)
+    }
+
+    /// The backend that the split gives to a request.
+    fn assigned(&self, key: &SplitKey) -> Option<usize> {
+        if let Some(forced) = key.forced.as_deref().and_then(|revision| self.backend_of(revision)) {
+            return Some(forced);
+        }
+        let Some(bucket) = key.bucket else { return self.split.choose(key.sequence) };
+        let owner = self.owners.as_ref().and_then(|owners| owners.get(usize::from(bucket)));
+        let owner = owner.map(|&owner| usize::from(owner));
+        let takes_share = |&owner: &usize| self.backends.get(owner).is_some_and(|owner| owner.takes_share);
+        // The users of a revision that has no pods are shared by the others; each keeps what it gets.
+        owner.filter(takes_share).or_else(|| self.split.choose(u64::from(bucket)))
+    }
+
+    fn pick(&self, index: usize, criteria: &Criteria<'_>, with_left_out: bool) -> Option<Choice> {
+        let backend = &self.backends[index];
+        let breaker = self.breaker;
+        let mut members: Vec<&Member> = backend
+            .members
+            .iter()
+            .filter(|member| !is_tried(&member.endpoint, criteria.tried))
+            .filter(|member| with_left_out || !member.endpoint.is_left_out(breaker.as_ref()))
+            .collect();
+        let balance = Balance {
+            algorithm: self.balance.algorithm,
+            sequence: backend.sequence.fetch_add(1, Ordering::Relaxed),
+            key: criteria.hash,
+        };
+        let mut rng = Rng::new();
+        loop {
+            let candidates: Vec<Candidate> = members.iter().map(|member| self.candidate(member)).collect();
+            let chosen = balance::choose(&candidates, balance, &mut rng)?;
+            let Member { endpoint, .. } = members[chosen];
+            let choice = |probe| Choice {
+                endpoint: Arc::clone(endpoint),
+                metrics: Arc::clone(&backend.metrics),
+                breaker,
+                probe,
+            };
+            let Some(rules) = breaker.filter(|_| endpoint.admission() != Admission::Closed) else {
+                return Some(choice(false));
+            };
+            let probe = endpoint.start_probe(&rules);
+            if probe || with_left_out {
+                return Some(choice(probe));
+            }
+            // Another request has just become the probe.
+            members.swap_remove(chosen);
+        }
+    }
+
+    fn candidate(&self, member: &Member) -> Candidate {
+        let Member { endpoint, weight } = member;
+        let slow_start = self.balance.slow_start;
+        let factor = if slow_start.is_zero() { 1.0 } else { slow_start_factor(endpoint.age(), slow_start) };
+        let by_latency = self.balance.algorithm == balance::Algorithm::LatencyEwma;
+        Candidate {
+            load: endpoint.load(),
+            weight: f64::from(*weight) * factor,
+            latency_ms: if by_latency { endpoint.latency_ms() } else { None },
+            identity: endpoint.identity,
+        }
+    }
+}
+
+/// By bucket the index of the backend that owns it. Revisions without a backend own none.
+fn live_owners(owners: &BucketOwners, backends: &[LiveBackend]) -> Box<[u16]> {
+    let index_of: HashMap<&str, u16> =
+        backends.iter().zip(0..).map(|(backend, index)| (backend.metrics.revision.as_str(), index)).collect();
+    let owner = |bucket| owners.owner(bucket).and_then(|revision| index_of.get(revision)).copied();
+    (0..BUCKETS).map(|bucket| owner(bucket).unwrap_or(u16::MAX)).collect()
 }
 
 #[cfg(test)]
@@ -184,8 +404,13 @@ mod tests {
         Routing::build(Table::parse(text.wire()).unwrap(), SystemTime::now(), before, metrics)
     }
 
-    fn criteria(sequence: u64) -> Criteria<'static> {
-        Criteria { sequence, revision: None, tried: &[], now: Duration::ZERO }
+    fn key(sequence: u64) -> SplitKey {
+        SplitKey { sequence, bucket: None, forced: None }
+    }
+
+    fn chosen(routing: &Routing, sequence: u64) -> Option<Choice> {
+        let criteria = Criteria { key: &key(sequence), hash: None, revision: None, tried: &[] };
+        routing.choose(0, &criteria)
     }
 
     fn two_revisions(counter: u64) -> TableText {
@@ -203,7 +428,7 @@ mod tests {
         for counter in 2..=6 {
             for _ in 0..2 {
                 let sequence = routing.next_sequence(0);
-                let choice = routing.choose(0, &criteria(sequence)).unwrap();
+                let choice = chosen(&routing, sequence).unwrap();
                 *counts.entry(choice.metrics.revision.clone()).or_insert(0) += 1;
             }
             routing = build(&metrics, &two_revisions(counter), Some(&routing));
@@ -217,7 +442,7 @@ mod tests {
         let metrics = metrics();
         let one = build(&metrics, &two_revisions(1), None);
         let id = Table::parse(two_revisions(1).wire()).unwrap().routes[0].backends[0].endpoints[0].id.clone();
-        let _in_flight = one.endpoint(&id).unwrap().enter();
+        let _in_flight = one.endpoint(&id).unwrap().enter(None, false);
         let two = build(&metrics, &two_revisions(2), Some(&one));
         assert_eq!(two.endpoint(&id).unwrap().load(), 1);
         let mut restarted = two_revisions(3).wire();
@@ -234,18 +459,18 @@ mod tests {
         let mut tried = Vec::new();
         let mut revisions = Vec::new();
         for _ in 0..3 {
-            let criteria = Criteria { sequence: 0, revision: Some("r1"), tried: &tried, now: Duration::ZERO };
+            let criteria = Criteria { key: &key(0), hash: None, revision: Some("r1"), tried: &tried };
             let choice = routing.choose(0, &criteria).unwrap();
             revisions.push(choice.metrics.revision.clone());
             tried.push(choice.endpoint);
         }
         assert_eq!(revisions, ["r1", "r1", "r2"]);
-        let criteria = Criteria { sequence: 0, revision: Some("r1"), tried: &tried, now: Duration::ZERO };
+        let criteria = Criteria { key: &key(0), hash: None, revision: Some("r1"), tried: &tried };
         assert!(routing.choose(0, &criteria).is_none());
     }
 
-    #[test]
-    fn ejected_endpoints_come_last_but_before_failure() {
+    #[tokio::test(start_paused = true)]
+    async fn ejected_endpoints_come_last_but_before_failure() {
         let metrics = metrics();
         let text = TableText::new(1, 1).route("default/a", &[]).backend(
             "r1",
@@ -253,15 +478,15 @@ mod tests {
             &[endpoint_at("p1", 1), endpoint_at("p2", 2)],
         );
         let routing = build(&metrics, &text, None);
-        let ejected = routing.choose(0, &criteria(0)).unwrap().endpoint;
-        ejected.connect_failed(Duration::ZERO);
+        let ejected = chosen(&routing, 0).unwrap().endpoint;
+        ejected.connect_failed();
         for sequence in 0..50 {
-            let choice = routing.choose(0, &criteria(sequence)).unwrap();
+            let choice = chosen(&routing, sequence).unwrap();
             assert_ne!(choice.endpoint.spec.id, ejected.spec.id);
         }
-        let other = routing.choose(0, &criteria(0)).unwrap().endpoint;
-        other.connect_failed(Duration::ZERO);
-        assert!(routing.choose(0, &criteria(0)).is_some());
+        let other = chosen(&routing, 0).unwrap().endpoint;
+        other.connect_failed();
+        assert!(chosen(&routing, 0).is_some());
     }
 
     #[test]
@@ -273,9 +498,9 @@ mod tests {
             .backend("r2", 50, &[]);
         let routing = build(&metrics, &text, None);
         for sequence in 0..100 {
-            assert_eq!(routing.choose(0, &criteria(sequence)).unwrap().metrics.revision, "r1");
+            assert_eq!(chosen(&routing, sequence).unwrap().metrics.revision, "r1");
         }
         let empty = TableText::new(1, 2).route("default/a", &[]).backend("r1", 1, &[]);
-        assert!(build(&metrics, &empty, None).choose(0, &criteria(0)).is_none());
+        assert!(chosen(&build(&metrics, &empty, None), 0).is_none());
     }
 }

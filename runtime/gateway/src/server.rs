@@ -10,13 +10,14 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Endpoint;
+use trustformers_telemetry::traces::{TraceError, Traces};
 
 use crate::config::Settings;
 use crate::connection::ConnectionContext;
 use crate::disk::{TableFile, TableFileError};
 use crate::feed::{FeedSettings, follow};
-use crate::feedback::Feedback;
 use crate::gateway::{EncodedTable, Gateway, GatewayParts, Source, TableOutcome};
+use crate::health;
 use crate::hold::Hold;
 use crate::listener::{Acceptor, Reserve};
 use crate::metrics::Metrics;
@@ -51,6 +52,9 @@ pub enum StartError {
     /// The registry could not be created.
     #[error(transparent)]
     Registry(#[from] trustformers_telemetry::metrics::MetricsError),
+    /// Nothing can be traced.
+    #[error(transparent)]
+    Traces(#[from] TraceError),
     /// The embedded descriptors can't be read.
     #[error(transparent)]
     Reflection(#[from] trustformers_api::grpc::ReflectionError),
@@ -79,11 +83,11 @@ pub async fn start(settings: Settings) -> Result<Running, StartError> {
     let registry =
         trustformers_telemetry::metrics::new_registry("trustformers-gateway", env!("CARGO_PKG_VERSION"))?;
     let gateway = Gateway::with(GatewayParts {
-        feedback: Feedback::new(&registry)?,
         hold: Hold::new(&registry)?,
         metrics: Metrics::new(registry)?,
         body_limit_bytes: settings.body_limit_bytes,
         trusted: settings.trusted_headers(),
+        traces: Traces::start_where(settings.traces.options("trustformers-gateway")?.as_ref())?,
     });
     // Before the listeners, so that the table is there for the first request.
     resume(&gateway, &file);
@@ -105,6 +109,7 @@ pub async fn start(settings: Settings) -> Result<Running, StartError> {
     let instance = settings.instance.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
     let feed = FeedSettings { endpoint, token_file: settings.feed_token_file, instance };
     background.spawn(follow(feed, Arc::clone(gateway), stop.clone()));
+    background.spawn(health::run(Arc::clone(gateway), stop.clone()));
     background.spawn(save_tables(gateway.watch_tables_to_save(), file, stop.clone()));
     let acceptor = Acceptor {
         context: ConnectionContext { stack, drain: Arc::clone(&gateway.drain), stop: stop.clone() },
@@ -158,6 +163,7 @@ impl Running {
         let close_by = deadline.max(Instant::now() + CLOSE_TIMEOUT);
         let _late = timeout_at(close_by, self.connections.wait()).await;
         let _late = timeout_at(close_by, self.background.wait()).await;
+        self.gateway.traces.shutdown().await;
         cut
     }
 }

@@ -5,6 +5,26 @@
 //! weight: a 5 % step is 5 of 100, never "about 5". Inside such a run a stride close to the golden ratio
 //! distributes the numbers, so that the shares are nearly exact after a few requests too, instead of coming
 //! in blocks.
+//!
+//! Where a route is split by user, the user alone decides: a salted hash gives one of 10,000 buckets, and the
+//! table says who owns the bucket.
+
+use sha2::{Digest, Sha256};
+use trustformers_proto::buckets::BUCKETS;
+
+/// The bucket of a user. The salt makes the buckets of one split independent of those of another.
+#[must_use]
+pub fn bucket_of(salt: &str, user: &[u8]) -> u16 {
+    let mut hash = Sha256::new();
+    // The length in front keeps a salt and a user apart.
+    hash.update((salt.len() as u64).to_be_bytes());
+    hash.update(salt.as_bytes());
+    hash.update(user);
+    let digest = hash.finalize();
+    let first = digest.iter().take(8).fold(0_u64, |number, &byte| number << 8 | u64::from(byte));
+    // Of 2^64 values some buckets get one more than others: a difference of one in 10^15.
+    (first % u64::from(BUCKETS)) as u16
+}
 
 /// The weights of one route, prepared for choices.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,6 +143,54 @@ mod tests {
             // 5.1 expected; independent draws would give 12 and more somewhere.
             assert!((4..=7).contains(&first), "numbers {start}..{}: {first} of 100", start + 100);
         }
+    }
+
+    #[test]
+    fn every_prefix_is_within_one_and_a_half_of_its_share() {
+        for weights in [vec![90_u32, 10], vec![50, 50], vec![95, 5], vec![1, 99]] {
+            let split = Split::new(&weights);
+            let total = f64::from(weights.iter().sum::<u32>());
+            let mut counts = vec![0.0; weights.len()];
+            for sequence in 0..2000_u64 {
+                counts[split.choose(sequence).unwrap()] += 1.0;
+                for (count, &weight) in counts.iter().zip(&weights) {
+                    let expected = (sequence + 1) as f64 * f64::from(weight) / total;
+                    let off: f64 = count - expected;
+                    assert!(off.abs() < 1.5, "{weights:?} after {}: {off}", sequence + 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn users_are_shared_by_the_weights_and_only_those_that_must_move_do() {
+        use trustformers_proto::buckets::{BucketOwners, RevisionWeight};
+        let weights = |control: u32, treatment: u32| {
+            [("control", control), ("treatment", treatment)]
+                .map(|(revision, weight)| RevisionWeight { revision: revision.into(), weight })
+        };
+        let users: Vec<u16> =
+            (0..40_000).map(|user| bucket_of("salt", format!("user-{user}").as_bytes())).collect();
+        let share = |owners: &BucketOwners| {
+            let of_treatment = users.iter().filter(|&&bucket| owners.owner(bucket) == Some("treatment"));
+            of_treatment.count() as f64 / users.len() as f64
+        };
+        let mut owners = BucketOwners::with_weights(&weights(90, 10)).unwrap();
+        assert!((share(&owners) - 0.1).abs() < 0.005, "{}", share(&owners));
+        for treatment in [20, 50, 100] {
+            let next = owners.changed_to(&weights(100 - treatment, treatment)).unwrap();
+            for &bucket in &users {
+                let (before, after) = (owners.owner(bucket), next.owner(bucket));
+                assert!(before == after || after == Some("treatment"), "bucket {bucket} flipped back");
+            }
+            let expected = f64::from(treatment) / 100.0;
+            assert!((share(&next) - expected).abs() < 0.01, "{} at {treatment}", share(&next));
+            owners = next;
+        }
+        // Another salt distributes them anew.
+        let same = (0..40_000)
+            .filter(|user| bucket_of("other", format!("user-{user}").as_bytes()) == users[*user as usize]);
+        assert!(same.count() < 30);
     }
 
     #[test]

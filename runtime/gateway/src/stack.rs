@@ -27,6 +27,7 @@ use tokio::time::{Instant, sleep};
 use trustformers_api::surfaces::{
     HttpMethod, Kind, LiteralRows, ModelPlace, Surface, grpc_surface, method_of_path,
 };
+use trustformers_telemetry::traces::Trace;
 
 use crate::body::Body;
 use crate::call::Call;
@@ -47,6 +48,7 @@ use crate::request_body::{self, NamedBody, Reading};
 use crate::routing::Routing;
 use crate::services::Services;
 use crate::table::{NameRequired, Unknown};
+use crate::trace;
 use crate::websocket::{self, SocketRequest};
 use crate::wire::Wire;
 
@@ -84,6 +86,8 @@ struct Arrival {
     caller: IpAddr,
     /// Told once the model is known.
     named: Arc<Notify>,
+    /// The span of the request.
+    trace: Trace,
 }
 
 impl Stack {
@@ -105,6 +109,7 @@ impl Stack {
         let gateway = Arc::clone(&self.gateway);
         let handler = handler(&self.rows, &request, wire).and_then(|handler| admitted(handler, &peer));
         let reserved = peer.share.is_none();
+        let span = trace::request_span(&gateway.traces, traced_surface(&handler), &request);
         let outcome = match handler {
             Ok(RequestHandler::Services(surface)) => {
                 self.services.answer(request, surface, &peer.limits).await
@@ -123,7 +128,8 @@ impl Stack {
                 let arrived = Instant::now();
                 let named = Arc::new(Notify::new());
                 let caller = peer.ip;
-                let arrival = Arrival { surface, wire, arrived, id: id.clone(), caller, named };
+                let trace = (*span).clone();
+                let arrival = Arrival { surface, wire, arrived, id: id.clone(), caller, named, trace };
                 self.piped(peer, arrival, request).await
             }
             Err(error) => {
@@ -133,7 +139,8 @@ impl Stack {
             }
         };
         let mut response = outcome.unwrap_or_else(|error| {
-            tracing::debug!(request_id = ?id, %error, "request refused");
+            // Messages may repeat what the caller sent.
+            tracing::debug!(request_id = ?id, kind = error.kind(), "request refused");
             error.response(FailedRequest { wire, path: &path, id: &id })
         });
         // 11
@@ -147,7 +154,8 @@ impl Stack {
         if closing && version < Version::HTTP_2 {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        response.map(|body| body.with_active(active))
+        trace::note_status(&span, response.status());
+        response.map(|body| body.with_active(active, span))
     }
 
     /// Answers the handshake of a WebSocket.
@@ -264,7 +272,7 @@ impl Stack {
             return Err(GatewayError::NoTable.into());
         }
         // 6
-        let Arrival { surface, wire, .. } = arrival;
+        let Arrival { surface, wire, trace, .. } = arrival;
         let path = parts.uri.path();
         let reading = Reading {
             place: NamePlace { surface, wire, path, headers: &parts.headers },
@@ -276,9 +284,9 @@ impl Stack {
         let NamedBody { body, model, share } = request_body::read(body, reading).await?;
         arrival.named.notify_one();
         // 7
-        let waiting = Waiting { limits: &peer.limits, body_bytes: share.units() };
+        let waiting = Waiting { limits: &peer.limits, body_bytes: share.units(), headers: &parts.headers };
         let find = |routing: &Routing| find_route(gateway, routing, &model, surface);
-        let RoutePlace { routing, route } = find_served(gateway, waiting, find).await?;
+        let RoutePlace { routing, route, key } = find_served(gateway, waiting, find).await?;
         // 8
         let rules = routing.caller_rules(route);
         let caller = gateway.trusted.caller(&parts.headers, arrival.caller, rules);
@@ -296,9 +304,10 @@ impl Stack {
             headers: forwarded(parts.headers, forwarding),
             body,
             ready_at: Instant::now(),
+            trace,
         };
         // 9
-        let target = Target { routing: &routing, route };
+        let target = Target { routing: &routing, route, key };
         let forwarding = forward(gateway, target, &call, context).await;
         drop(share);
         forwarding.map_err(|error| {
@@ -406,6 +415,14 @@ fn handler(
     }
 }
 
+/// The surface of a request that a pod answers.
+fn traced_surface(handler: &Result<RequestHandler, GatewayError>) -> Option<&'static Surface> {
+    match handler {
+        Ok(RequestHandler::Pod(surface) | RequestHandler::Upgrade(surface)) => Some(surface),
+        _ => None,
+    }
+}
+
 /// Who answers for a row of the table of surfaces.
 fn of_surface(surface: &'static Surface, path: &str) -> Result<RequestHandler, GatewayError> {
     if let Some(endpoint) = LocalEndpoint::of_surface(surface.name) {
@@ -415,7 +432,8 @@ fn of_surface(surface: &'static Surface, path: &str) -> Result<RequestHandler, G
         "get_model" => {
             name_in_path(surface, path).map(|name| RequestHandler::Local(LocalEndpoint::Model(name)))
         }
-        "load_model" | "unload_model" | "grpc_load_model" | "grpc_unload_model" => {
+        "load_model" | "unload_model" | "swap_model" | "rollback_model" => Err(GatewayError::Operated),
+        "grpc_load_model" | "grpc_unload_model" | "grpc_swap_model" | "grpc_rollback_model" => {
             Err(GatewayError::Operated)
         }
         "kserve_all_statistics" => {

@@ -9,12 +9,12 @@ use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
 use trustformers_proto::Task;
 use trustformers_proto::control::v1 as wire;
 
 use crate::error::Choices;
+use crate::policy::{Policy, PolicyError, SplitRule};
 
 /// Orders tables: the lease term first, then the counter of that term's leader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,6 +57,8 @@ pub struct EndpointSpec {
     pub pod_name: String,
     /// Identity and addresses.
     pub id: EndpointId,
+    /// Capacity relative to the other endpoints of its backend.
+    pub weight: u32,
 }
 
 /// The pods of one revision.
@@ -70,33 +72,8 @@ pub struct Backend {
     pub weight: u32,
     /// Pods that serve requests.
     pub endpoints: Vec<EndpointSpec>,
-}
-
-/// Timeouts and retries of a route.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Policy {
-    /// From the request's arrival to the head of the answer; `None` is no limit.
-    pub first_byte_timeout: Option<Duration>,
-    /// More attempts, each on another endpoint, while no byte of the answer has come.
-    pub retries: u32,
-    /// How long a request waits for a pod while the route has none; `None`: it is refused at once.
-    pub hold: Option<Duration>,
-    /// Whether callers may name their tenant.
-    pub accept_tenant: bool,
-    /// Whether callers may choose their priority class.
-    pub accept_priority: bool,
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self {
-            first_byte_timeout: None,
-            retries: 1,
-            hold: None,
-            accept_tenant: false,
-            accept_priority: false,
-        }
-    }
+    /// Whether its share is held while it has no pod, instead of going to the other backends.
+    pub keeps_share: bool,
 }
 
 /// One model that callers can name.
@@ -108,8 +85,10 @@ pub struct Route {
     pub aliases: Vec<String>,
     /// Revisions and their shares.
     pub backends: Vec<Backend>,
-    /// Timeouts and retries.
+    /// Timeouts, retries and balancing.
     pub policy: Policy,
+    /// Which request gets which revision.
+    pub split: SplitRule,
     /// What the model does; `None` where the operator does not say, or says a task of a newer version.
     pub task: Option<Task>,
 }
@@ -157,6 +136,14 @@ pub enum TableError {
         value: String,
         /// The values that can be used.
         expected: &'static str,
+    },
+    /// The policy or the split of a route can't be used.
+    #[error("route {route}: {cause}")]
+    Policy {
+        /// The route's name.
+        route: String,
+        /// Which field, and why.
+        cause: PolicyError,
     },
 }
 
@@ -220,9 +207,13 @@ impl Table {
                 .into_iter()
                 .map(|backend| parse_backend(backend, &route.name))
                 .collect::<Result<_, _>>()?;
-            let policy = route.policy.map_or_else(Policy::default, parse_policy);
+            let refused = |cause| TableError::Policy { route: route.name.clone(), cause };
+            let policy = route.policy.as_ref().map_or_else(|| Ok(Policy::default()), Policy::parse);
+            let policy = policy.map_err(refused)?;
+            let split = route.split.map_or_else(|| Ok(SplitRule::default()), SplitRule::parse);
+            let split = split.map_err(refused)?;
             let task = Task::from_wire(&route.task);
-            routes.push(Route { name: route.name, aliases, backends, policy, task });
+            routes.push(Route { name: route.name, aliases, backends, policy, split, task });
         }
         let longest_name = names.keys().map(String::len).max().unwrap_or(0);
         let choices = Arc::new(routes.iter().map(|route| route.name.as_str()).collect());
@@ -289,24 +280,19 @@ fn claim(names: &mut HashMap<String, usize>, alias: &str, index: usize, route: &
     owner == index && !alias.is_empty()
 }
 
-fn parse_policy(policy: wire::Policy) -> Policy {
-    let limit = |limit_ms: u64| (limit_ms > 0).then(|| Duration::from_millis(limit_ms));
-    Policy {
-        first_byte_timeout: limit(policy.first_byte_timeout_ms),
-        retries: policy.retries,
-        hold: limit(policy.hold_ms),
-        accept_tenant: policy.accept_tenant,
-        accept_priority: policy.accept_priority,
-    }
-}
-
 fn parse_backend(backend: wire::Backend, route: &str) -> Result<Backend, TableError> {
     let endpoints = backend
         .endpoints
         .into_iter()
         .map(|endpoint| parse_endpoint(endpoint, route))
         .collect::<Result<_, _>>()?;
-    Ok(Backend { revision: backend.revision, digest: backend.digest, weight: backend.weight, endpoints })
+    Ok(Backend {
+        revision: backend.revision,
+        digest: backend.digest,
+        weight: backend.weight,
+        endpoints,
+        keeps_share: backend.keeps_share,
+    })
 }
 
 fn parse_endpoint(endpoint: wire::Endpoint, route: &str) -> Result<EndpointSpec, TableError> {
@@ -326,7 +312,7 @@ fn parse_endpoint(endpoint: wire::Endpoint, route: &str) -> Result<EndpointSpec,
     let http = port("http_port", endpoint.http_port)?;
     let grpc = port("grpc_port", endpoint.grpc_port)?;
     let id = EndpointId { pod_uid: endpoint.pod_uid, restart_count: endpoint.restart_count, http, grpc };
-    Ok(EndpointSpec { pod_name: endpoint.pod_name, id })
+    Ok(EndpointSpec { pod_name: endpoint.pod_name, id, weight: endpoint.weight.max(1) })
 }
 
 #[cfg(test)]
@@ -348,16 +334,12 @@ mod tests {
                     address: "10.0.0.7".to_owned(),
                     http_port: 8080,
                     grpc_port: 9090,
+                    ..Default::default()
                 }],
+                ..Default::default()
             }],
-            policy: Some(wire::Policy {
-                first_byte_timeout_ms: 1500,
-                retries: 2,
-                hold_ms: 30_000,
-                accept_tenant: true,
-                accept_priority: false,
-            }),
-            task: String::new(),
+            policy: Some(wire::Policy { first_byte_timeout_ms: 1500, retries: 2, ..Default::default() }),
+            ..Default::default()
         }
     }
 
@@ -378,15 +360,7 @@ mod tests {
         }
         assert_eq!(parsed.find("c"), Err(Unknown));
         assert_eq!(parsed.find(""), Err(Unknown));
-        let policy = parsed.routes[0].policy;
-        let expected = Policy {
-            first_byte_timeout: Some(Duration::from_millis(1500)),
-            retries: 2,
-            hold: Some(Duration::from_secs(30)),
-            accept_tenant: true,
-            accept_priority: false,
-        };
-        assert_eq!(policy, expected);
+        assert_eq!(parsed.routes[0].policy.retries, 2);
         let endpoint = &parsed.routes[0].backends[0].endpoints[0];
         assert_eq!(endpoint.id.http, "10.0.0.7:8080".parse().unwrap());
         assert_eq!(endpoint.id.grpc, "10.0.0.7:9090".parse().unwrap());
@@ -450,6 +424,10 @@ mod tests {
         bad.backends[0].endpoints[0].grpc_port = 70_000;
         let text = Table::parse(table(vec![bad])).unwrap_err().to_string();
         assert!(text.contains("grpc_port") && text.contains("70000"), "{text}");
+        let mut bad = route("default/a", &[]);
+        bad.split = Some(wire::Split { by: wire::SplitBy::User.into(), ..Default::default() });
+        let text = Table::parse(table(vec![bad])).unwrap_err().to_string();
+        assert!(text.contains("route default/a: user_header"), "{text}");
     }
 
     #[test]

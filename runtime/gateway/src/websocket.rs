@@ -26,25 +26,28 @@ use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use trustformers_api::budget::Share;
 use trustformers_api::surfaces::Surface;
+use trustformers_proto::control::v1::Outcome;
 
-use crate::answer_end::{AnswerEnd, EndOutcome};
+use crate::attempt::Attempt;
 use crate::body::Body;
 use crate::connection::Peer;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, InFlight};
 use crate::error::{Echo, GatewayError};
 use crate::gateway::Gateway;
 use crate::headers::{Forwarding, forwarded};
 use crate::hold::{RoutePlace, Waiting, find_served};
 use crate::limits::Resource;
 use crate::model_name::NameFinder;
+use crate::outcome;
 use crate::pool::{self, ConnectError};
 use crate::record::{AnswerGuard, RequestContext, RequestRecord};
-use crate::routing::{Criteria, Routing};
+use crate::routing::{Choice, Criteria, Routing};
+use crate::session::SessionAttempts;
 use crate::stack::find_route;
 use crate::websocket_frames::{
-    BINARY, CLOSE, FrameHead, PING, PONG, ProtocolViolation, ServerFrames, TEXT, close_frame, server_frame,
-    unmask,
+    BINARY, CLOSE, FrameHead, PING, PONG, ProtocolViolation, TEXT, close_frame, server_frame, unmask,
 };
+use crate::websocket_relay::{PASS_BYTES, PodSocket, pass_both_ways};
 
 /// A pod has this long to accept a connection and the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -52,10 +55,6 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 /// The time in which something must come after a ping.
 const PONG_TIMEOUT: Duration = Duration::from_secs(10);
-/// After the caller has ended its side, the pod has this long to end its own.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes that pass at a time, in each direction.
-const PASS_BYTES: usize = 8 << 10;
 /// The length of a key: 16 bytes in base64.
 const KEY_CHARS: usize = 24;
 
@@ -236,9 +235,9 @@ impl SocketRequest {
             drain: gateway.drain.enter(),
             feedback: Arc::clone(&gateway.feedback),
         };
-        let waiting = Waiting { limits: &self.peer.limits, body_bytes: 0 };
+        let waiting = Waiting { limits: &self.peer.limits, body_bytes: 0, headers: &self.headers };
         let find = |routing: &Routing| find_route(gateway, routing, model, self.surface);
-        let RoutePlace { routing, route } = find_served(gateway, waiting, find).await?;
+        let RoutePlace { routing, route, key } = find_served(gateway, waiting, find).await?;
         let name = routing.route(route).name.clone();
         let rules = routing.caller_rules(route);
         let caller = gateway.trusted.caller(&self.headers, self.peer.ip, rules);
@@ -249,13 +248,13 @@ impl SocketRequest {
             request_id: self.request_id.clone(),
         };
         let headers = self.handshake_headers(forwarded(self.headers.clone(), forwarding));
-        let sequence = routing.next_sequence(route);
         let mut tried: Vec<Arc<Endpoint>> = Vec::new();
         let mut context = Some(context);
         let mut record: Option<RequestRecord> = None;
         let mut failure = None;
         for _ in 0..=routing.route(route).policy.retries {
-            let criteria = Criteria { sequence, revision: None, tried: &tried, now: gateway.now() };
+            let hash = routing.route(route).policy.balance.hash_of(&self.headers, None);
+            let criteria = Criteria { key: &key, hash, revision: None, tried: &tried };
             let Some(choice) = routing.choose(route, &criteria) else { break };
             if let Some(context) = context.take() {
                 record = Some(RequestRecord::new(context, Arc::clone(&choice.metrics)));
@@ -263,33 +262,60 @@ impl SocketRequest {
             if let Some(record) = &mut record {
                 record.attempt(&choice);
             }
-            let in_flight = choice.endpoint.enter();
-            match timeout(HANDSHAKE_TIMEOUT, connect(&choice.endpoint, &self.path, &headers)).await {
-                Ok(Ok(socket)) => {
+            match self.attempted(&choice, &headers).await {
+                Ok(opened) => {
                     let Some(mut record) = record.take() else { break };
-                    choice.endpoint.connected();
                     record.head(StatusCode::SWITCHING_PROTOCOLS);
-                    let guard = AnswerGuard { record, _in_flight: in_flight, _permit: None };
-                    return Ok(PodSocket { socket, guard });
+                    let guard = AnswerGuard {
+                        record,
+                        attempt: Some(opened.attempt),
+                        session: None,
+                        in_flight: opened.in_flight,
+                        _permit: None,
+                    };
+                    let attempts = SessionAttempts::new(&choice.metrics);
+                    return Ok(PodSocket { socket: opened.socket, guard, attempts });
                 }
-                Ok(Err(error)) => {
-                    if matches!(error, HandshakeError::Connect(_)) {
-                        choice.endpoint.connect_failed(gateway.now());
-                    }
-                    failure = Some(error.to_string());
-                }
-                Err(_elapsed) => failure = Some("no answer to the handshake in time".to_owned()),
+                Err(failed) => failure = Some(failed),
             }
             tried.push(choice.endpoint);
         }
         match (record, failure) {
-            (Some(mut record), Some(cause)) => {
-                record.failed();
+            (Some(mut record), Some(FailedHandshake { outcome, cause })) => {
+                record.failed(outcome);
                 let attempts = record.attempts;
                 Err(GatewayError::Unreachable { route: name, attempts, cause })
             }
             _ => Err(GatewayError::NoEndpoint { route: name }),
         }
+    }
+
+    /// One attempt on one pod.
+    async fn attempted(&self, choice: &Choice, headers: &HeaderMap) -> Result<Opened, FailedHandshake> {
+        let attempt = Attempt::begin(&choice.metrics);
+        let mut in_flight = choice.enter();
+        let failed = match timeout(HANDSHAKE_TIMEOUT, connect(&choice.endpoint, &self.path, headers)).await {
+            Ok(Ok(socket)) => {
+                choice.endpoint.connected();
+                in_flight.answered(true);
+                return Ok(Opened { socket, attempt, in_flight });
+            }
+            Ok(Err(error)) => {
+                if matches!(error, HandshakeError::Connect(_)) {
+                    choice.endpoint.connect_failed();
+                    choice.metrics.connect_failed();
+                }
+                FailedHandshake { outcome: error.outcome(), cause: error.to_string() }
+            }
+            Err(_elapsed) => {
+                let cause = "no answer to the handshake in time".to_owned();
+                FailedHandshake { outcome: Outcome::Timeout, cause }
+            }
+        };
+        // A full pod works.
+        in_flight.ended(failed.outcome.is_failure());
+        attempt.end(failed.outcome, None);
+        Err(failed)
     }
 
     /// The headers of the handshake with a pod.
@@ -434,6 +460,33 @@ enum HandshakeError {
     Declined(StatusCode),
 }
 
+impl HandshakeError {
+    fn outcome(&self) -> Outcome {
+        match self {
+            Self::Connect(_) => Outcome::ConnectFailed,
+            Self::Broken(_) => Outcome::ResetBefore,
+            Self::Declined(status) => match outcome::of_status(*status) {
+                // It is no handshake, and no error either.
+                Outcome::Ok => Outcome::PodError,
+                outcome => outcome,
+            },
+        }
+    }
+}
+
+/// A WebSocket to a pod, as it was opened.
+struct Opened {
+    socket: Upgraded,
+    attempt: Attempt,
+    in_flight: InFlight,
+}
+
+/// Why the last pod that was tried did not become the other side.
+struct FailedHandshake {
+    outcome: Outcome,
+    cause: String,
+}
+
 async fn connect(
     endpoint: &Endpoint,
     path: &PathAndQuery,
@@ -462,75 +515,6 @@ async fn connect(
         return Err(HandshakeError::Declined(response.status()));
     }
     Ok(hyper::upgrade::on(response).await?)
-}
-
-/// The WebSocket to a pod.
-struct PodSocket {
-    socket: Upgraded,
-    guard: AnswerGuard,
-}
-
-/// How a direction ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Passed {
-    /// The sender ended it, or broke off.
-    Ended,
-    /// The receiver takes no more.
-    Refused,
-}
-
-/// Passes bytes from one side to the other until either ends.
-async fn pass<R, W>(from: &mut R, to: &mut W, mut seen: impl FnMut(&[u8])) -> Passed
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    let mut buffer = vec![0; PASS_BYTES];
-    loop {
-        let Ok(length @ 1..) = from.read(&mut buffer).await else { return Passed::Ended };
-        seen(&buffer[..length]);
-        if to.write_all(&buffer[..length]).await.is_err() || to.flush().await.is_err() {
-            return Passed::Refused;
-        }
-    }
-}
-
-/// Passes bytes both ways until the WebSocket ends, and counts how.
-async fn pass_both_ways<S: AsyncRead + AsyncWrite + Unpin>(caller: S, pod: PodSocket, first: Vec<u8>) {
-    let PodSocket { socket, mut guard } = pod;
-    let (mut from_caller, mut to_caller) = tokio::io::split(caller);
-    let (mut from_pod, mut to_pod) = tokio::io::split(TokioIo::new(socket));
-    let mut frames = ServerFrames::default();
-    let mut has_data = false;
-    let passed = {
-        let upwards = async {
-            if to_pod.write_all(&first).await.is_ok() {
-                pass(&mut from_caller, &mut to_pod, |_| {}).await;
-            }
-            let _closed = to_pod.shutdown().await;
-        };
-        let downwards = pass(&mut from_pod, &mut to_caller, |bytes| {
-            if !std::mem::replace(&mut has_data, true) {
-                guard.first_data();
-            }
-            frames.push(bytes);
-        });
-        tokio::pin!(upwards, downwards);
-        tokio::select! {
-            passed = &mut downwards => Some(passed),
-            () = &mut upwards => timeout(CLOSE_TIMEOUT, downwards).await.ok(),
-        }
-    };
-    if frames.is_closed() {
-        guard.ended(&AnswerEnd { outcome: EndOutcome::Complete, usage: None });
-    } else if passed == Some(Passed::Ended) {
-        if frames.is_between_frames() {
-            let _told = to_caller.write_all(&close_frame(1012, "the pod broke off; connect again")).await;
-        }
-        guard.ended(&AnswerEnd { outcome: EndOutcome::Reset, usage: None });
-    }
-    // Otherwise the caller has left, which dropping the guard counts.
-    let _closed = to_caller.shutdown().await;
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The frames of WebSocket (RFC 6455, section 5), as far as a proxy has to know them.
 
+use crate::session::MAX_MESSAGE_BYTES;
+
 /// A message goes on in the next frame of this kind.
 pub(crate) const CONTINUATION: u8 = 0x0;
 /// Text.
@@ -109,25 +111,36 @@ pub(crate) fn close_frame(code: u16, reason: &str) -> Vec<u8> {
     server_frame(CLOSE, &payload)
 }
 
-/// Follows the frames that a server sends, to know where one ends and whether the connection was closed.
+/// Follows the frames that a server sends, to know its messages, where a frame ends, and whether the
+/// connection was closed.
 #[derive(Debug, Default)]
 pub(crate) struct ServerFrames {
     /// The beginning of a head that is not complete.
     head: Vec<u8>,
     /// Bytes that are left of the payload.
     left: u64,
+    /// Whether the frame belongs to a message, and is its last.
+    of_message: bool,
+    is_last: bool,
+    /// What came of the message.
+    message: Vec<u8>,
+    /// Whether it is longer than what is looked into.
+    is_long: bool,
     closed: bool,
     violated: bool,
 }
 
 impl ServerFrames {
-    /// Takes the next bytes that the server sends.
-    pub(crate) fn push(&mut self, mut bytes: &[u8]) {
+    /// Takes the next bytes that the server sends. Gives each message that ends in them and that is not too
+    /// long.
+    pub(crate) fn push(&mut self, mut bytes: &[u8], mut found: impl FnMut(&[u8])) {
         while !bytes.is_empty() && !self.violated {
             if self.left > 0 {
-                let length = self.left.min(bytes.len() as u64);
-                self.left -= length;
-                bytes = &bytes[usize::try_from(length).unwrap_or(bytes.len())..];
+                let length = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
+                let (payload, rest) = bytes.split_at(length);
+                self.left -= length as u64;
+                bytes = rest;
+                self.payload(payload, &mut found);
                 continue;
             }
             let before = self.head.len();
@@ -136,13 +149,32 @@ impl ServerFrames {
             match FrameHead::read(&self.head) {
                 Ok(None) => bytes = &bytes[room..],
                 Ok(Some(head)) => {
-                    self.closed |= head.opcode == CLOSE;
-                    self.left = head.payload_bytes;
                     bytes = &bytes[head.head_bytes - before..];
                     self.head.clear();
+                    self.closed |= head.opcode == CLOSE;
+                    self.left = head.payload_bytes;
+                    (self.of_message, self.is_last) = (head.opcode < CLOSE, head.is_last);
+                    self.payload(b"", &mut found);
                 }
                 Err(ProtocolViolation) => self.violated = true,
             }
+        }
+    }
+
+    fn payload(&mut self, payload: &[u8], found: &mut impl FnMut(&[u8])) {
+        if !self.of_message {
+            return;
+        }
+        self.is_long |= self.message.len() + payload.len() > MAX_MESSAGE_BYTES;
+        if !self.is_long {
+            self.message.extend_from_slice(payload);
+        }
+        if self.left == 0 && self.is_last {
+            if !self.is_long {
+                found(&self.message);
+            }
+            self.message.clear();
+            self.is_long = false;
         }
     }
 
@@ -197,21 +229,34 @@ mod tests {
     #[test]
     fn the_frames_of_a_server_are_followed_however_they_are_cut() {
         let text = server_frame(TEXT, &[b'x'; 300]);
-        let all = [text.clone(), server_frame(PING, b""), close_frame(1001, "the server ends")].concat();
+        let mut begin = server_frame(TEXT, b"be");
+        begin[0] &= 0x7f;
+        let long = server_frame(TEXT, &[b'y'; MAX_MESSAGE_BYTES + 1]);
+        let open = [
+            text.clone(),
+            begin,
+            server_frame(PING, b"p"),
+            server_frame(CONTINUATION, b"gin"),
+            long,
+            server_frame(TEXT, b""),
+        ]
+        .concat();
+        let all = [open.clone(), close_frame(1001, "the server ends")].concat();
         for piece in [1, 3, 100, all.len()] {
-            let mut frames = ServerFrames::default();
+            let (mut frames, mut messages) = (ServerFrames::default(), Vec::new());
             assert!(frames.is_between_frames());
-            for piece in all[..text.len() + 2].chunks(piece) {
-                frames.push(piece);
+            for piece in open.chunks(piece) {
+                frames.push(piece, |message| messages.push(message.to_vec()));
             }
             assert!(!frames.is_closed() && frames.is_between_frames(), "{piece}");
-            for piece in all[text.len() + 2..].chunks(piece) {
-                frames.push(piece);
+            for piece in all[open.len()..].chunks(piece) {
+                frames.push(piece, |message| messages.push(message.to_vec()));
             }
             assert!(frames.is_closed() && frames.is_between_frames(), "{piece}");
+            assert_eq!(messages, [vec![b'x'; 300], b"begin".to_vec(), Vec::new()], "{piece}");
         }
         let mut cut = ServerFrames::default();
-        cut.push(&text[..50]);
+        cut.push(&text[..50], |_| {});
         assert!(!cut.is_between_frames());
     }
 }

@@ -7,7 +7,7 @@ use crate::checkpoint::{
 };
 use crate::error::{LoadError, TokenizerProblem};
 use crate::model::{EmbeddingFacts, Model, ModelFacts, TextPreparation};
-use crate::source::ReadProgress;
+use crate::source::OnRead;
 use crate::tokenizer::Tokenizer;
 use serde::Deserialize;
 use std::sync::Arc;
@@ -24,10 +24,7 @@ struct ModelType {
 const ARCHITECTURE: &str = "bert";
 
 /// Reads and checks the checkpoint.
-pub(crate) fn load(
-    files: &CheckpointFiles,
-    progress: &mut dyn FnMut(ReadProgress),
-) -> Result<Model, LoadError> {
+pub(crate) fn load(files: &CheckpointFiles, progress: &mut OnRead<'_>) -> Result<Model, LoadError> {
     let ModelType { model_type } = files.json(CONFIG)?;
     if model_type != ARCHITECTURE {
         let supported = format!("{ARCHITECTURE} in a folder; others as a .gguf file");

@@ -19,6 +19,9 @@ pub enum LoadError {
         /// The operating system's message.
         source: std::io::Error,
     },
+    /// The caller asked to end before the file was read.
+    #[error("reading was ended before the model was read")]
+    Stopped,
     /// The path is neither a file nor a folder.
     #[error(
         "{}: it is neither a file nor a folder; give the path of one .gguf file, or of a folder with config.json and \

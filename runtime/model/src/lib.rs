@@ -29,6 +29,6 @@ pub use detokenizer::Detokenizer;
 pub use error::{LoadError, TokenizerProblem};
 pub use foreign::ForeignFile;
 pub use model::{EmbeddingFacts, Model, ModelFacts, PlanRequest};
-pub use source::ReadProgress;
+pub use source::{OnRead, ReadProgress};
 pub use tokenizer::{EncodedText, Tokenizer};
 pub use trustformers_proto::Task;

@@ -5,9 +5,10 @@ use crate::chat::{ChatError, ChatTemplate, SpecialTokens};
 use crate::checkpoint::CheckpointFiles;
 use crate::error::{LoadError, TokenizerProblem};
 use crate::gguf::Gguf;
-use crate::source::{self, ReadProgress};
+use crate::source::{self, OnRead, ReadProgress};
 use crate::tokenizer::{EncodedText, Tokenizer, rows_with_token};
 use std::borrow::Cow;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use trustformers_plan::{
@@ -118,20 +119,31 @@ impl Model {
     /// The first problem of a file, by name; [`LoadError::is_transient`] separates failing storage from bad
     /// content.
     pub fn load(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Result<Self, LoadError> {
+        Self::load_while(path, &mut |read| {
+            progress(read);
+            ControlFlow::Continue(())
+        })
+    }
+
+    /// [`Self::load`], which ends early where `progress` says so.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and [`LoadError::Stopped`].
+    pub fn load_while(path: &Path, progress: &mut OnRead<'_>) -> Result<Self, LoadError> {
         if path.is_dir() {
-            return Self::load_checkpoint(&CheckpointFiles::of_folder(path)?, progress);
+            return Self::load_checkpoint_while(&CheckpointFiles::of_folder(path)?, progress);
         }
         let file = source::open(path, progress)?;
         Self::from_bytes(path, file)
     }
 
-    /// Reads and checks a checkpoint. Reads no other files than these.
+    /// Reads and checks a checkpoint, as [`Self::load_while`] does. Reads no other files than these.
     ///
     /// # Errors
-    /// As [`Self::load`].
-    pub fn load_checkpoint(
+    /// As [`Self::load_while`].
+    pub fn load_checkpoint_while(
         files: &CheckpointFiles,
-        progress: &mut dyn FnMut(ReadProgress),
+        progress: &mut OnRead<'_>,
     ) -> Result<Self, LoadError> {
         crate::encoder::load(files, progress)
     }

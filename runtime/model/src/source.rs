@@ -6,8 +6,11 @@
 
 use crate::error::LoadError;
 use memmap2::Mmap;
-use std::fs::File;
+use rustix::fs::OFlags;
+use std::fs::{File, OpenOptions};
 use std::io::Read;
+use std::ops::ControlFlow;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use trustformers_plan::WeightBytes;
@@ -24,18 +27,33 @@ pub struct ReadProgress {
     pub total_bytes: u64,
 }
 
-/// Reads and maps a file.
-pub(crate) fn open(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Result<WeightBytes, LoadError> {
-    let io = |action, source| LoadError::Io { path: path.to_owned(), action, source };
-    let mut file = File::open(path).map_err(|error| io("opened", error))?;
-    let about = file.metadata().map_err(|error| io("opened", error))?;
+/// Called after each chunk that was read; says whether to go on.
+pub type OnRead<'a> = dyn FnMut(ReadProgress) -> ControlFlow<()> + 'a;
+
+/// Opens a regular file and gives its size in bytes. It never waits: opening a pipe would otherwise wait for
+/// its other end. On regular files the flag has no effect.
+pub(crate) fn open_file(path: &Path) -> Result<(File, u64), LoadError> {
+    let io = |source| LoadError::Io { path: path.to_owned(), action: "opened", source };
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(io)?;
+    let about = file.metadata().map_err(io)?;
     if !about.is_file() {
         return Err(LoadError::NotAFile { path: path.to_owned() });
     }
-    let total_bytes = about.len();
+    Ok((file, about.len()))
+}
+
+/// Reads and maps a file.
+pub(crate) fn open(path: &Path, progress: &mut OnRead<'_>) -> Result<WeightBytes, LoadError> {
+    let io = |action, source| LoadError::Io { path: path.to_owned(), action, source };
+    let (mut file, total_bytes) = open_file(path)?;
+    let mut report = |bytes| match progress(ReadProgress { bytes, total_bytes }) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(LoadError::Stopped),
+    };
     let mut chunk = vec![0; CHUNK_BYTES];
     let mut bytes = 0;
-    progress(ReadProgress { bytes, total_bytes });
+    report(bytes)?;
     loop {
         let count = file.read(&mut chunk).map_err(|error| io("read", error))?;
         if count == 0 {
@@ -43,7 +61,7 @@ pub(crate) fn open(path: &Path, progress: &mut dyn FnMut(ReadProgress)) -> Resul
         }
         // The file may grow while it is read; the progress still ends at the total.
         bytes = (bytes + count as u64).min(total_bytes);
-        progress(ReadProgress { bytes, total_bytes });
+        report(bytes)?;
     }
     if total_bytes == 0 {
         // An empty file cannot be mapped; the parser says what is wrong with it.
@@ -67,7 +85,11 @@ mod tests {
         let content: Vec<u8> = (0..3_000_000_u32).map(|i| (i % 251) as u8).collect();
         file.write_all(&content).unwrap();
         let mut seen = Vec::new();
-        let source = open(file.path(), &mut |p| seen.push(p)).unwrap();
+        let source = open(file.path(), &mut |p| {
+            seen.push(p);
+            ControlFlow::Continue(())
+        })
+        .unwrap();
         assert_eq!((*source).as_ref(), content);
         assert!(seen.len() > 3 && seen.is_sorted_by_key(|p| p.bytes));
         assert_eq!(seen[0].bytes, 0);
@@ -76,11 +98,29 @@ mod tests {
     }
 
     #[test]
+    fn reading_ends_where_nobody_wants_the_model_any_more() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&vec![7; 3 * CHUNK_BYTES]).unwrap();
+        let mut calls = 0;
+        let stopped = open(file.path(), &mut |read| {
+            calls += 1;
+            if read.bytes == 0 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        assert!(matches!(stopped, Err(LoadError::Stopped)));
+        assert_eq!(calls, 2, "it stops after the first chunk");
+    }
+
+    #[test]
     fn other_paths_than_files_are_named() {
         let folder = tempfile::tempdir().unwrap();
-        let error = open(folder.path(), &mut |_| {}).err().unwrap();
-        assert!(matches!(error, LoadError::NotAFile { .. }) && !error.is_transient());
-        let error = open(&folder.path().join("absent.gguf"), &mut |_| {}).err().unwrap();
+        let pipe = folder.path().join("pipe.gguf");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+        let opened = |path: &Path| open(path, &mut |_| ControlFlow::Continue(()));
+        for path in [folder.path(), &pipe] {
+            let error = opened(path).err().unwrap();
+            assert!(matches!(error, LoadError::NotAFile { .. }) && !error.is_transient());
+        }
+        let error = opened(&folder.path().join("absent.gguf")).err().unwrap();
         assert!(
             error.is_transient() && error.to_string().contains("absent.gguf: cannot be opened"),
             "{error}"

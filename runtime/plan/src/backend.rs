@@ -1,13 +1,18 @@
-//! The boundary between a plan and a device: a few calls at load, two per step, none per op.
+//! The boundary between a plan and a device: a few calls at load, three per step, none per op.
 //!
 //! `estimate` tells the memory that a load will take. `load` repacks or uploads the weights and allocates,
-//! `compile` makes a plan executable, `submit` starts a step, and `wait` returns its answer. With two calls
-//! per step a scheduler can prepare step *n + 1* while step *n* runs. A CUDA executable replays a graph, a
-//! Vulkan one resubmits a command buffer, and a CPU one loops over the ops.
+//! `compile` makes a plan executable, `submit` starts a step, `sample` chooses tokens from its logits on the
+//! device, and `wait` returns its answer. A CUDA executable replays a graph, a Vulkan one resubmits a command
+//! buffer, and a CPU one loops over the ops.
+//!
+//! A device that runs beside the host has two steps in flight ([`Caps::steps_in_flight`]). The host submits
+//! step *n + 1* before it has the answer of step *n*: its tokens are then the rows of the sample of step *n*
+//! ([`crate::Token::Sampled`]). While step *n + 1* runs, the host reads the choices of step *n* and prepares
+//! the sample of step *n + 1* with them, masks and penalties included.
 
 use std::sync::Arc;
 
-use crate::{DType, KvType, Plan, PlanError, StepError, StepInput, StepOutput, Weights};
+use crate::{DType, KvType, Plan, PlanError, SampleInput, StepError, StepInput, StepOutput, Weights};
 
 /// Which kind of device a backend drives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -106,6 +111,12 @@ pub struct Caps {
     pub kv_types: Vec<KvType>,
     /// The type with which long contexts are fastest, of those in `kv_types`.
     pub fast_kv_type: KvType,
+    /// Steps that one executable takes before the first of them is awaited: 2 for a device that runs beside
+    /// the host, 1 for a device that computes a step while it is submitted.
+    pub steps_in_flight: usize,
+    /// Whether in [`Numerics::Fast`] a row of few has the bits that it has alone, as draft tokens need it to
+    /// leave every answer as it is.
+    pub rows_are_invariant: bool,
 }
 
 impl Caps {
@@ -284,15 +295,28 @@ pub trait Loaded: Send {
 }
 
 /// A plan that can run.
+///
+/// Steps are computed in the order in which they are submitted. `submit`, then at most one `sample` of that
+/// step, then the next `submit`: a sample reads logits that the next step overwrites.
 pub trait Executable: Send {
     /// Checks the step and starts it; a CPU may compute all of it here.
     ///
     /// # Errors
     /// [`BackendError::Step`] when the step is invalid (nothing was computed, the next may be submitted),
-    /// [`BackendError::Order`] when a submitted step was not awaited yet.
+    /// [`BackendError::Order`] when [`Caps::steps_in_flight`] steps were not awaited yet.
     fn submit(&mut self, input: &StepInput) -> Result<(), BackendError>;
 
-    /// Waits for the submitted step and writes its answer.
+    /// Chooses tokens from the logits of the step that was submitted last, exactly as
+    /// [`crate::sample::choose`] does. The logits of this step then stay on the device, those of rows without
+    /// a choice too.
+    ///
+    /// # Errors
+    /// [`BackendError::Step`] when a row does not exist, [`BackendError::Order`] when no step is in flight or
+    /// the last one was sampled already.
+    fn sample(&mut self, input: &SampleInput) -> Result<(), BackendError>;
+
+    /// Waits for the oldest step in flight and writes its answer: the choices of a step that was sampled,
+    /// otherwise all values.
     ///
     /// # Errors
     /// [`BackendError::Order`] without a submitted step, [`BackendError::Device`] when it failed.

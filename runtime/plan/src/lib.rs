@@ -7,9 +7,9 @@
 //!
 //! The steps from model to answer: [`Weights`] name the tensors, [`PlanBuilder`] collects the ops, [`passes`]
 //! fuse the forms that the backend's [`Caps`] claim, [`arena`] assigns offsets to the buffers, and
-//! [`Backend`] → [`Loaded`] → [`Executable`] run the plan on a [`StepInput`]. [`Backend::estimate`] tells the
-//! memory before a load. [`shard`](mod@shard) divides a model among the devices of a group. The backend
-//! [`oracle::Oracle`] defines the right answers: plain loops, one thread.
+//! [`Backend`] → [`Loaded`] → [`Executable`] run the plan on a [`StepInput`]. [`mod@sample`] chooses tokens.
+//! [`Backend::estimate`] tells the memory before a load. [`shard`](mod@shard) divides a model among the
+//! devices of a group. The backend [`oracle::Oracle`] defines the right answers: plain loops, one thread.
 //! [`seeded`] is the generator for reproducible weights.
 
 pub mod arena;
@@ -23,6 +23,7 @@ pub mod oracle;
 pub mod passes;
 pub mod plan;
 pub mod rope;
+pub mod sample;
 pub mod seeded;
 pub mod shard;
 pub mod step;
@@ -40,5 +41,11 @@ pub use op::{
     WeightUse,
 };
 pub use plan::{Hyper, Limits, Plan, PlanError};
-pub use step::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep, StepError, StepInput, StepOutput};
+pub use sample::{
+    ChosenToken, Filters, Penalties, SampleFault, SampleInput, SampleResult, SampleScratch, SampleSpec,
+    TokenCount, TokenLogprobs,
+};
+pub use step::{
+    KV_BLOCK_TOKENS, LogitsRows, SampledStep, SequenceStep, StepError, StepInput, StepOutput, Token,
+};
 pub use weights::{MatrixShape, Weight, WeightBytes, WeightError, WeightId, WeightView, Weights};

@@ -125,13 +125,6 @@ impl Plan {
         self.ops.iter().find_map(Op::answer).expect("the builder refuses a plan without an answer")
     }
 
-    /// Values of the largest answer.
-    #[must_use]
-    pub fn answer_len(&self) -> usize {
-        let answer = self.answer();
-        self.limits.of(answer.rows) * answer.cols
-    }
-
     /// Bytes of the arena, which holds all buffers.
     #[must_use]
     pub const fn arena_bytes(&self) -> usize {

@@ -4,10 +4,31 @@
 //! staging buffer at a fixed address. [`StepInput::validate`] checks it once per step; kernels then rely on
 //! every id, position and block number.
 
-use crate::{Plan, RowSpace};
+use crate::{Plan, RowSpace, SampleResult};
 
 /// Tokens in one block of the paged key/value cache.
 pub const KV_BLOCK_TOKENS: usize = 16;
+
+/// The token of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Token {
+    /// This id.
+    Id(u32),
+    /// What the latest [`crate::Executable::sample`] chooses for its row with this index. The host does not
+    /// know it yet.
+    Sampled(u32),
+}
+
+impl Token {
+    /// The id, where the host knows it.
+    #[must_use]
+    pub const fn id(self) -> Option<u32> {
+        match self {
+            Self::Id(id) => Some(id),
+            Self::Sampled(_) => None,
+        }
+    }
+}
 
 /// Which of a sequence's rows give logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,11 +55,22 @@ pub struct SequenceStep<'a> {
     pub logits: LogitsRows,
 }
 
+/// One row of a sequence whose token the device chooses, and which gives logits.
+#[derive(Debug, Clone, Copy)]
+pub struct SampledStep<'a> {
+    /// The row of the latest sample that chooses the token.
+    pub slot: u32,
+    /// Tokens that the cache holds already; also the token's position.
+    pub cached_tokens: usize,
+    /// Cache blocks, as in [`SequenceStep::blocks`].
+    pub blocks: &'a [u32],
+}
+
 /// One step's rows; reuse it with [`StepInput::clear`] so that steps do not allocate.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StepInput {
-    /// Token id of each row.
-    pub tokens: Vec<u32>,
+    /// Token of each row.
+    pub tokens: Vec<Token>,
     /// Position of each row in its sequence.
     pub positions: Vec<u32>,
     /// Rows of sequence `s` are `cu_seqlens[s]..cu_seqlens[s + 1]`; starts with 0 unless the step is empty.
@@ -81,6 +113,24 @@ pub enum StepError {
         token: u32,
         /// Size of the vocabulary.
         vocab: usize,
+    },
+    /// A token of a row that the latest sample does not have.
+    #[error("row {row}: its token is row {slot} of the latest sample, which has {slots}")]
+    Slot {
+        /// The row.
+        row: usize,
+        /// The sample's row.
+        slot: u32,
+        /// Rows of the latest sample.
+        slots: usize,
+    },
+    /// A sample of a row that the step does not have, or of rows that do not rise.
+    #[error("a sample has row {row} of logits, which is outside the {rows} of the step or does not rise")]
+    SampleRow {
+        /// The row of logits.
+        row: usize,
+        /// Rows of logits of the step.
+        rows: usize,
     },
     /// A sequence is longer than the model's context.
     #[error("sequence {sequence}: {tokens} tokens exceed the context of {context}")]
@@ -153,30 +203,46 @@ impl StepInput {
     /// Removes all rows and keeps the memory.
     pub fn clear(&mut self) {
         let Self { tokens, positions, cu_seqlens, context_lens, blocks, cu_blocks, logits_rows } = self;
-        for list in [tokens, positions, cu_seqlens, context_lens, blocks, cu_blocks, logits_rows] {
+        tokens.clear();
+        for list in [positions, cu_seqlens, context_lens, blocks, cu_blocks, logits_rows] {
             list.clear();
         }
     }
 
     /// Adds one sequence's rows. [`Self::validate`] finds wrong content, not this method.
     pub fn push_sequence(&mut self, step: SequenceStep<'_>) {
-        if self.cu_seqlens.is_empty() {
-            self.cu_seqlens.push(0);
-            self.cu_blocks.push(0);
-        }
-        let first_row = self.tokens.len();
-        self.tokens.extend_from_slice(step.tokens);
-        self.positions.extend((0..step.tokens.len()).map(|i| saturating(step.cached_tokens + i)));
-        self.cu_seqlens.push(saturating(self.tokens.len()));
-        self.context_lens.push(saturating(step.cached_tokens + step.tokens.len()));
-        self.blocks.extend_from_slice(step.blocks);
-        self.cu_blocks.push(saturating(self.blocks.len()));
+        let first_row = self.rows();
+        self.tokens.extend(step.tokens.iter().copied().map(Token::Id));
+        self.end_sequence(step.cached_tokens, first_row, step.blocks);
         let rows = first_row..self.tokens.len();
         match step.logits {
             LogitsRows::None => {}
             LogitsRows::Last => self.logits_rows.extend(rows.last().map(saturating)),
             LogitsRows::All => self.logits_rows.extend(rows.map(saturating)),
         }
+    }
+
+    /// Adds one row of a sequence whose token the latest sample chooses. [`Self::validate`] and
+    /// [`Self::resolve`] find wrong content.
+    pub fn push_sampled(&mut self, step: SampledStep<'_>) {
+        let row = self.rows();
+        self.tokens.push(Token::Sampled(step.slot));
+        self.end_sequence(step.cached_tokens, row, step.blocks);
+        self.logits_rows.push(saturating(row));
+    }
+
+    /// Adds the lists of a sequence whose tokens are there, from `first_row` on.
+    fn end_sequence(&mut self, cached_tokens: usize, first_row: usize, blocks: &[u32]) {
+        if self.cu_seqlens.is_empty() {
+            self.cu_seqlens.push(0);
+            self.cu_blocks.push(0);
+        }
+        let rows = self.tokens.len() - first_row;
+        self.positions.extend((0..rows).map(|i| saturating(cached_tokens + i)));
+        self.cu_seqlens.push(saturating(self.tokens.len()));
+        self.context_lens.push(saturating(cached_tokens + rows));
+        self.blocks.extend_from_slice(blocks);
+        self.cu_blocks.push(saturating(self.blocks.len()));
     }
 
     /// Rows of the step.
@@ -233,14 +299,34 @@ impl StepInput {
         &self.blocks[self.cu_blocks[sequence] as usize..self.cu_blocks[sequence + 1] as usize]
     }
 
-    /// Checks everything that kernels rely on, for this plan and a cache of `kv_blocks` blocks.
+    /// Writes the id of each row: its own, or that of the latest sample, whose choices are `sampled`.
+    ///
+    /// # Errors
+    /// [`StepError::Slot`] for a row that the sample does not have.
+    pub fn resolve(&self, sampled: &[u32], ids: &mut Vec<u32>) -> Result<(), StepError> {
+        ids.clear();
+        for (row, token) in self.tokens.iter().enumerate() {
+            ids.push(match *token {
+                Token::Id(id) => id,
+                Token::Sampled(slot) => {
+                    let slots = sampled.len();
+                    *sampled.get(slot as usize).ok_or(StepError::Slot { row, slot, slots })?
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Checks everything that kernels rely on, for this plan and a cache of `kv_blocks` blocks, except the
+    /// tokens of samples ([`Self::resolve`]).
     ///
     /// # Errors
     /// The first [`StepError`] found.
     pub fn validate(&self, plan: &Plan, kv_blocks: usize) -> Result<(), StepError> {
         self.validate_lists(plan)?;
         let hyper = plan.hyper();
-        for (row, &token) in self.tokens.iter().enumerate() {
+        let ids = self.tokens.iter().enumerate().filter_map(|(row, token)| Some((row, token.id()?)));
+        for (row, token) in ids {
             if token as usize >= hyper.vocab {
                 return Err(StepError::Token { row, token, vocab: hyper.vocab });
             }
@@ -344,8 +430,10 @@ fn offsets_are_valid(offsets: &[u32], ranges: usize, total: usize, min_step: u32
 /// The answer of one step; reuse it so that steps do not allocate.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutput {
+    /// The choices of a step that was sampled, in the order of the [`crate::SampleInput`].
+    pub choices: Vec<SampleResult>,
     /// Row after row, each `width` long: logits in the order of [`StepInput::logits_rows`], or one row per
-    /// sequence.
+    /// sequence. None of a step that was sampled: its logits stay on the device.
     pub values: Vec<f32>,
     /// Values per row.
     pub width: usize,
@@ -356,16 +444,6 @@ impl StepOutput {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
-    }
-
-    /// No rows, and room for the largest answer of a plan. All its pages are written now, so that steps
-    /// neither allocate nor touch new memory.
-    #[must_use]
-    pub fn with_room_for(plan: &Plan) -> Self {
-        // The system would map pages of zeros only when they are written.
-        let mut values = vec![f32::NAN; plan.answer_len()];
-        values.clear();
-        Self { values, width: 0 }
     }
 
     /// How many rows there are.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use trustformers_plan::{
     Backend, BackendError, Executable, FusedOps, Hyper, KvType, Limits, LoadSpec, LogitsRows, Numerics, Plan,
-    PlanBuilder, PlanError, RopeLayout, RopeSpec, SequenceStep, StepError, StepInput, StepOutput, Weight,
-    Weights, oracle::Oracle, seeded::SeededRng,
+    PlanBuilder, PlanError, RopeLayout, RopeSpec, SequenceStep, StepError, StepInput, StepOutput, Token,
+    Weight, Weights, oracle::Oracle, seeded::SeededRng,
 };
 
 const HYPER: Hyper =
@@ -218,7 +218,7 @@ fn invalid_steps_are_refused_with_their_reason() {
         f(&mut input);
         check(&input)
     };
-    assert_eq!(change(|i| i.tokens[1] = 48), StepError::Token { row: 1, token: 48, vocab: 48 });
+    assert_eq!(change(|i| i.tokens[1] = Token::Id(48)), StepError::Token { row: 1, token: 48, vocab: 48 });
     assert_eq!(change(|i| i.positions[1] = 15), StepError::Position { row: 1, got: 15, expected: 16 });
     assert_eq!(
         change(|i| i.context_lens[1] = 65),

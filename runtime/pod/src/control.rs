@@ -4,7 +4,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use trustformers_api::model_control::LoadModel;
+use trustformers_api::model_control::{LoadModel, Probe, RollbackModel, SwapModel, SwapSource, UnloadModel};
 use trustformers_api::{ApiError, Inference};
 use trustformers_proto::v1::{ModelState, ModelStatus};
 use trustformers_store::Source;
@@ -14,7 +14,9 @@ use crate::failure::Failure;
 use crate::generate::RETRY_AFTER_S;
 use crate::model_table::ControlError;
 use crate::models::ModelServer;
-use crate::spec::{ModelSpec, TextBatching, numerics_of};
+use crate::probe::{DEFAULT_PROBE_TOKENS, GoldenProbe};
+use crate::slots::{SwapTarget, VersionFilter};
+use crate::spec::{FetchSpec, ModelSpec, TextBatching, kv_cache_of, numerics_of};
 
 /// Most sequences or texts that are computed together.
 const MAX_BATCH_SIZE: u32 = 256;
@@ -40,6 +42,8 @@ pub struct LoadDefaults {
     pub max_batch_size: Option<usize>,
     /// How texts are gathered.
     pub batching: TextBatching,
+    /// How sources of other machines are fetched. None: a request may not make the process fetch.
+    pub fetch: Option<FetchSpec>,
 }
 
 impl ModelServer {
@@ -52,12 +56,37 @@ impl ModelServer {
         self.table.add(spec)
     }
 
-    /// Adds a model and waits until it is ready. The load goes on when the future is dropped.
+    /// Adds a model, or loads another revision of one beside it, and waits until it is ready. The load goes
+    /// on when the future is dropped, and the same request joins it.
     ///
     /// # Errors
-    /// As for [`ModelServer::add`], and why it could not be loaded; nothing of it is left then.
+    /// As for [`ModelServer::add`], a model whose slots are in use, and why it could not be loaded. Nothing
+    /// is left of a new model then; a revision of another one stays Failed in its slot until the next load.
     pub async fn load(&self, spec: ModelSpec) -> Result<ModelStatus, ControlError> {
-        self.table.load(spec).await
+        self.table.load(spec, self.drain_timeout).await
+    }
+
+    /// Lets another version answer for a model. Requests that have begun are answered by the version that
+    /// began them. The version before stays loaded for a rollback, until another load needs its slot or its
+    /// memory. Asking for the version that answers already changes nothing.
+    ///
+    /// # Errors
+    /// No such model or version, a version that is not ready, or another current digest than is expected.
+    pub fn swap(
+        &self,
+        model: &str,
+        target: &SwapTarget,
+        expected_digest: Option<&str>,
+    ) -> Result<ModelStatus, ControlError> {
+        self.table.swap(model, target, expected_digest, self.drain_timeout)
+    }
+
+    /// Lets the version before the last swap answer again.
+    ///
+    /// # Errors
+    /// No such model, no such version, or another current digest than is expected.
+    pub fn rollback(&self, model: &str, expected_digest: Option<&str>) -> Result<ModelStatus, ControlError> {
+        self.table.rollback(model, expected_digest)
     }
 
     /// Loads a model beside the one of the same first name, which it then replaces. What the old one has
@@ -76,15 +105,28 @@ impl ModelServer {
     /// # Errors
     /// No model has this name.
     pub async fn unload(&self, name: &str) -> Result<ModelStatus, ControlError> {
-        let unloading = self.table.unload(name, self.drain_timeout)?;
+        self.unload_version(name, &VersionFilter::default()).await
+    }
+
+    /// As [`ModelServer::unload`], of one version of a model, which must not be the one that answers. One
+    /// that is not there is unloaded already.
+    ///
+    /// # Errors
+    /// No model has this name, or the version answers for it.
+    pub async fn unload_version(
+        &self,
+        name: &str,
+        version: &VersionFilter,
+    ) -> Result<ModelStatus, ControlError> {
+        let unloading = self.table.unload(name, version, self.drain_timeout)?;
         // It cannot fail but by a panic, whose message is in the log, or because the process ends.
         unloading.await.map_err(|_| ControlError::NotServing)
     }
 
     /// The state of the model that answers to a name; none where there is no such model.
     pub fn state_of(&self, name: &str) -> Option<ModelState> {
-        let managed = self.table.snapshot().named(name).cloned()?;
-        Some(self.statuses().status(managed.id).state())
+        let current = self.table.snapshot().named(name)?.model.current.id;
+        Some(self.statuses().status(current).state())
     }
 
     /// Sets who decides which models are loaded, and how long an unload may wait for answers in flight.
@@ -107,14 +149,50 @@ impl ModelServer {
         Err(ApiError::Forbidden { message })
     }
 
+    /// # Errors
+    /// Callers of the API may not change the models.
+    pub(crate) fn check_allowed(&self) -> Result<(), ApiError> {
+        self.load_defaults().map(|_| ())
+    }
+
     pub(crate) async fn load_asked(&self, request: LoadModel) -> Result<ModelStatus, ApiError> {
-        let spec = spec_of(request, self.load_defaults()?)?;
+        let defaults = self.load_defaults()?;
+        self.load_with(request, defaults).await
+    }
+
+    pub(crate) async fn load_with(
+        &self,
+        request: LoadModel,
+        defaults: &LoadDefaults,
+    ) -> Result<ModelStatus, ApiError> {
+        let spec = spec_of(request, defaults)?;
         self.load(spec).await.map_err(|error| self.refused(error))
     }
 
-    pub(crate) async fn unload_asked(&self, model: &str) -> Result<ModelStatus, ApiError> {
-        self.load_defaults()?;
-        self.unload(model).await.map_err(|error| self.refused(error))
+    pub(crate) async fn unload_with(&self, request: UnloadModel) -> Result<ModelStatus, ApiError> {
+        let UnloadModel { model, digest, revision } = request;
+        let unloaded = self.unload_version(&model, &VersionFilter { digest, revision }).await;
+        unloaded.map_err(|error| self.refused(error))
+    }
+
+    pub(crate) fn swap_with(&self, request: SwapModel) -> Result<ModelStatus, ApiError> {
+        let SwapModel { model, to, expected_digest } = request;
+        let target = match to {
+            SwapSource::Digest(digest) => {
+                SwapTarget::Version(VersionFilter { digest: Some(digest), revision: None })
+            }
+            SwapSource::Revision(revision) => {
+                SwapTarget::Version(VersionFilter { digest: None, revision: Some(revision) })
+            }
+            SwapSource::OtherModel(name) => SwapTarget::OtherModel(name),
+        };
+        let swapped = self.swap(&model, &target, expected_digest.as_deref());
+        swapped.map_err(|error| self.refused(error))
+    }
+
+    pub(crate) fn rollback_with(&self, request: &RollbackModel) -> Result<ModelStatus, ApiError> {
+        let RollbackModel { model, expected_digest } = request;
+        self.rollback(model, expected_digest.as_deref()).map_err(|error| self.refused(error))
     }
 
     fn refused(&self, error: ControlError) -> ApiError {
@@ -127,6 +205,7 @@ impl ModelServer {
             }
             ControlError::NotLoaded { failure, .. } => not_loaded(&failure, message),
             ControlError::Unloaded { .. } => unloaded(&message),
+            ControlError::Refused { .. } => ApiError::Conflict { message },
             ControlError::NotServing => ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) },
         }
     }
@@ -145,28 +224,47 @@ fn not_loaded(failure: &Failure, message: String) -> ApiError {
     match failure.reason {
         "InsufficientMemory" => ApiError::Unavailable { message, retry_after_s: None },
         "Unloaded" => unloaded(&message),
-        "InternalError" | "WarmUpFailed" | "NoThread" => ApiError::Internal { message },
+        "InternalError" | "WarmUpFailed" | "NotFinite" | "NoThread" => ApiError::Internal { message },
         _ => ApiError::InvalidRequest { field: None, message },
     }
 }
 
 fn spec_of(request: LoadModel, defaults: &LoadDefaults) -> Result<ModelSpec, ApiError> {
-    let LoadModel { name, path, files, sha256, task, device, numerics, context_tokens, max_batch_size } =
-        request;
-    let source = Source::from_str(&path).map_err(|error| ApiError::field("path", error.to_string()))?;
-    let mut spec = ModelSpec::new(name, source);
-    spec.files = files;
-    spec.sha256 = sha256;
-    spec.task = task;
+    let LoadModel { name, path, files, sha256, task, revision, device, numerics, kv_cache, .. } = &request;
+    let source = Source::from_str(path).map_err(|error| ApiError::field("path", error.to_string()))?;
+    if source.remote().is_some() && defaults.fetch.is_none() {
+        // Callers must not choose what this process fetches, and with whose credentials.
+        let why = format!("{source} cannot be fetched for a request; name it in the configuration");
+        return Err(ApiError::field("path", why));
+    }
+    let mut spec = ModelSpec::new(name.clone(), source);
+    spec.fetch.clone_from(&defaults.fetch);
+    spec.files.clone_from(files);
+    spec.sha256.clone_from(sha256);
+    spec.task = *task;
+    spec.revision = revision.clone().unwrap_or_default();
     spec.threads = defaults.threads;
     spec.batching = defaults.batching;
     if let Some(device) = device {
-        let choice = DeviceChoice::from_str(&device);
+        let choice = DeviceChoice::from_str(device);
         spec.device = choice.map_err(|error| ApiError::field("device", error.to_string()))?;
     }
     if let Some(numerics) = numerics {
-        spec.engine.numerics = numerics_of(&numerics).map_err(|error| ApiError::field("numerics", error))?;
+        spec.engine.numerics = numerics_of(numerics).map_err(|error| ApiError::field("numerics", error))?;
     }
+    if let Some(kv_cache) = kv_cache {
+        spec.engine.kv_cache = kv_cache_of(kv_cache).map_err(|error| ApiError::field("kv_cache", error))?;
+    }
+    set_sizes(&mut spec, &request, defaults)?;
+    spec.probe = request.probe.map(golden_probe).transpose()?;
+    Ok(spec)
+}
+
+/// How many sequences, texts and tokens there may be, and in which order.
+fn set_sizes(spec: &mut ModelSpec, request: &LoadModel, defaults: &LoadDefaults) -> Result<(), ApiError> {
+    let LoadModel {
+        context_tokens, max_batch_size, max_queue, batch_strategy, max_wait_ms, priority, ..
+    } = request;
     spec.engine.context_tokens = context_tokens.map(|tokens| tokens as usize);
     if let Some(size) = max_batch_size.filter(|size| *size > MAX_BATCH_SIZE) {
         return Err(ApiError::field("max_batch_size", format!("{size} is not within 1 to {MAX_BATCH_SIZE}")));
@@ -174,5 +272,24 @@ fn spec_of(request: LoadModel, defaults: &LoadDefaults) -> Result<ModelSpec, Api
     if let Some(size) = max_batch_size.map(|size| size as usize).or(defaults.max_batch_size) {
         spec.set_max_batch_size(size);
     }
-    Ok(spec)
+    if let Some(length) = max_queue {
+        spec.engine.max_queue = *length as usize;
+    }
+    if let Some(strategy) = batch_strategy {
+        let parsed = strategy.parse();
+        spec.batching.strategy = parsed.map_err(|error| ApiError::field("batch_strategy", error))?;
+    }
+    if let Some(max_wait_ms) = max_wait_ms {
+        let set = spec.batching.set_max_wait_ms(*max_wait_ms);
+        set.map_err(|error| ApiError::field("max_wait_ms", error))?;
+    }
+    spec.batching.priority = priority.unwrap_or(spec.batching.priority);
+    Ok(())
+}
+
+fn golden_probe(probe: Probe) -> Result<GoldenProbe, ApiError> {
+    let Probe { prompt, max_tokens, text, tokens_sha256 } = probe;
+    let max_tokens = max_tokens.unwrap_or(DEFAULT_PROBE_TOKENS);
+    let checked = GoldenProbe { prompt, max_tokens, text, tokens_sha256 }.check();
+    checked.map_err(|error| ApiError::field(&error.field, error.message))
 }

@@ -1,7 +1,7 @@
 //! Why a model could not be loaded: one word for machines, one sentence for people, and whether to try again.
 
 use trustformers_engine::encoder::EncodeError;
-use trustformers_engine::{GenerateError, StartError};
+use trustformers_engine::{GenerateError, ModelFault, StartError};
 use trustformers_model::{LoadError, TokenizerProblem};
 use trustformers_store::StoreError;
 
@@ -44,6 +44,7 @@ impl From<LoadError> for Failure {
     fn from(error: LoadError) -> Self {
         let reason = match &error {
             LoadError::Io { .. } => "SourceUnreadable",
+            LoadError::Stopped => "Unloaded",
             LoadError::NotAFile { .. } => "InvalidSource",
             LoadError::Gguf(wrong) if wrong.problem.is_unsupported() => "UnsupportedModel",
             LoadError::Gguf(_) => "MalformedModel",
@@ -80,14 +81,20 @@ impl From<StartError> for Failure {
 
 impl From<GenerateError> for Failure {
     fn from(error: GenerateError) -> Self {
-        Self::permanent("WarmUpFailed", format!("the warm-up generation failed: {error}"))
+        let is_broken = matches!(error, GenerateError::Model(ModelFault::NotFinite));
+        Self::permanent(warm_up_reason(is_broken), format!("the warm-up generation failed: {error}"))
     }
 }
 
 impl From<EncodeError> for Failure {
     fn from(error: EncodeError) -> Self {
-        Self::permanent("WarmUpFailed", format!("the warm-up texts could not be encoded: {error}"))
+        let is_broken = matches!(error, EncodeError::Model(ModelFault::NotFinite));
+        Self::permanent(warm_up_reason(is_broken), format!("the warm-up texts could not be encoded: {error}"))
     }
+}
+
+fn warm_up_reason(is_broken: bool) -> &'static str {
+    if is_broken { "NotFinite" } else { "WarmUpFailed" }
 }
 
 #[cfg(test)]

@@ -11,11 +11,13 @@ use trustformers_engine::{
     TokenLogprobs,
 };
 use trustformers_model::{Model, TokenizerProblem};
+use trustformers_telemetry::traces::Trace;
 
 use crate::conversation::{control_tokens, render};
 use crate::inflight::InflightGuard;
 use crate::params::generate_params;
 use crate::runner::Runner;
+use crate::trace::PhaseSpans;
 
 /// Seconds after which a refused caller may try again: a small model frees a place within one.
 pub(crate) const RETRY_AFTER_S: u32 = 1;
@@ -50,7 +52,8 @@ pub(crate) fn has_format(request: &Generation) -> bool {
 }
 
 /// Gives a request to the engine: renders a conversation, tokenises a text, compiles a format.
-pub(crate) fn submit(engine: &Engine, mut request: Generation) -> Result<Submitted, ApiError> {
+pub(crate) fn submit(engine: &Engine, mut request: Generation, trace: &Trace) -> Result<Submitted, ApiError> {
+    let preparing = trace.child("prepare");
     let mut visible_tokens = Vec::new();
     let asked_format = request.options.format.is_some();
     let (prompt, syntax) = match std::mem::take(&mut request.prompt) {
@@ -72,13 +75,14 @@ pub(crate) fn submit(engine: &Engine, mut request: Generation) -> Result<Submitt
     };
     let mut params = generate_params(request, prompt);
     params.visible_tokens = visible_tokens;
-    let generation = engine.submit(&params).map_err(|error| match error {
+    let generation = engine.submit_observed(&params, PhaseSpans::of(trace)).map_err(|error| match error {
         // The only grammar that the caller did not write as a format is the one of its functions.
         SubmitError::Invalid { field: "response_format", why } if !asked_format => {
             ApiError::field("tools", why)
         }
         error => refused(&error),
     })?;
+    drop(preparing);
     Ok(Submitted { generation, syntax })
 }
 

@@ -14,15 +14,24 @@
 //! | [`runner`] | the engine of a model's task |
 //! | [`failure`] | why that failed, and whether to try again |
 //! | [`status`] | the states of all models, published |
-//! | [`lifecycle`] | one model from Pending to Ready or Failed, and its end |
-//! | [`model_table`] | the models of the process: added, replaced and unloaded while the others serve |
-//! | [`control`] | who may load and unload them |
+//! | [`liveness`] | whether a restart would help |
+//! | [`lifecycle`] | one version of a model from Pending to Ready or Failed, and its end |
+//! | [`probe`] | the prompt whose answer is known, asked before a model may serve |
+//! | [`slots`] | which changes of a model's two versions are allowed: pure functions |
+//! | [`model_table`] | the models of the process: added and unloaded while the others serve |
+//! | `version_table` | the versions of a model: loaded beside the one that answers, swapped and rolled back |
+//! | `load_rate` | how fast a load goes |
+//! | [`control`] | who may load, swap and unload them |
+//! | [`admin`] | the port on which the operator does, with its token |
 //! | [`models`] | the `Inference` over all of them |
 //! | [`params`], [`embed`], `generate` | translation between the API and the engines |
 //! | `conversation` | from a conversation to a prompt, by the model's chat template |
 //! | [`inflight`] | requests in flight and the time of the last arrival |
+//! | [`metrics_compat`] | the figures under the names of another server |
+//! | `trace` | the spans of a generation's phases |
 //! | [`process`] | listeners, signals, drain: the whole life of the process |
 
+pub mod admin;
 pub mod control;
 mod conversation;
 pub mod device;
@@ -31,12 +40,20 @@ pub mod failure;
 mod generate;
 pub mod inflight;
 pub mod lifecycle;
+pub mod liveness;
 pub mod load;
+mod load_rate;
 mod memory;
+pub mod metrics_compat;
+mod model_files;
 pub mod model_table;
 pub mod models;
 pub mod params;
+pub mod probe;
 pub mod process;
 pub mod runner;
+pub mod slots;
 pub mod spec;
 pub mod status;
+mod trace;
+mod version_table;

@@ -1,14 +1,15 @@
-//! Takes one model from Pending to Ready or Failed, in the background.
+//! Takes one version of a model from Pending to Ready or Failed, in the background.
 //!
-//! Each model has its own task, and no request waits for it. A transient failure (a slow volume) is retried
+//! Each version has its own task, and no request waits for it. A transient failure (a slow volume) is retried
 //! with growing pauses. A permanent failure (a wrong digest, a malformed file) becomes the state Failed and
 //! stays, because a restart would only hide it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -27,13 +28,17 @@ const RETRY_MOST: Duration = Duration::from_secs(30);
 /// Progress is published at most this often, so that watchers over the network are not flooded.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
-/// One model and what serves it.
+/// One version of a model and what serves it. A model has at most two.
 pub struct ManagedModel {
     /// What is to be loaded.
     pub spec: ModelSpec,
     /// Its id in the statuses.
     pub id: u64,
     serving: ArcSwapOption<Serving>,
+    /// Whether it was Ready, so that it may answer; it then answers until it is unloaded.
+    warm: AtomicBool,
+    /// How its load ended, once it has.
+    outcome: watch::Sender<Option<Result<(), Failure>>>,
     inflight: Arc<InflightRequests>,
     /// Cancelled once no request finds the model any more.
     retired: CancellationToken,
@@ -59,6 +64,8 @@ impl ManagedModel {
             spec,
             id,
             serving: ArcSwapOption::empty(),
+            warm: AtomicBool::new(false),
+            outcome: watch::Sender::new(None),
             inflight,
             retired: CancellationToken::new(),
             loading: Mutex::default(),
@@ -67,9 +74,41 @@ impl ManagedModel {
         }
     }
 
-    /// The engine, once the model is on its device; whether requests may come is decided by its status.
+    /// The engine, once the model is on its device, which may be before it is warm.
     pub fn serving(&self) -> Option<Arc<Serving>> {
         self.serving.load_full()
+    }
+
+    /// The engine, where it may answer requests.
+    pub fn answering(&self) -> Option<Arc<Serving>> {
+        if self.warm.load(Ordering::Acquire) { self.serving() } else { None }
+    }
+
+    /// sha256 of its files; empty until known.
+    pub fn digest(&self) -> String {
+        self.serving().map(|serving| serving.digest.clone()).unwrap_or_default()
+    }
+
+    /// Notes how the load ended. What waits for it is answered.
+    pub fn settle(&self, outcome: Result<(), Failure>) {
+        self.outcome.send_replace(Some(outcome));
+    }
+
+    /// Waits until the load has ended, one way or the other.
+    ///
+    /// # Errors
+    /// Why it was not loaded.
+    pub async fn outcome(&self) -> Result<(), Failure> {
+        let mut outcome = self.outcome.subscribe();
+        let settled = async {
+            // The channel cannot close while this value lives.
+            let settled = outcome.wait_for(Option::is_some).await.ok()?;
+            settled.clone()
+        };
+        tokio::select! {
+            settled = settled => settled.unwrap_or_else(|| Err(not_wanted())),
+            () = self.retired.cancelled() => Err(not_wanted()),
+        }
     }
 
     /// The requests that it is answering.
@@ -80,6 +119,11 @@ impl ManagedModel {
     /// Whether the model is being unloaded: no further request may begin.
     pub fn is_retired(&self) -> bool {
         self.retired.is_cancelled()
+    }
+
+    /// Waits until the model is being unloaded.
+    pub async fn until_retired(&self) {
+        self.retired.cancelled().await;
     }
 
     /// Time since loading last gave a sign of life.
@@ -108,6 +152,11 @@ impl ManagedModel {
         if let Some(task) = self.take_task() {
             task.abort();
         }
+        self.outcome.send_if_modified(|outcome| {
+            let is_open = outcome.is_none();
+            outcome.get_or_insert_with(|| Err(not_wanted()));
+            is_open
+        });
         if let Some(serving) = self.serving() {
             serving.runner.stop().await;
         }
@@ -141,7 +190,7 @@ impl ManagedModel {
         let mut wait = RETRY_FIRST;
         while !self.is_retired() {
             match self.run_once(&statuses, &loader).await {
-                Ok(()) => return,
+                Ok(()) => return self.settle(Ok(())),
                 Err(_) if self.is_retired() => return,
                 Err(failure) if failure.transient => {
                     tracing::warn!(model = self.spec.name(), reason = failure.reason, "{failure}");
@@ -152,7 +201,10 @@ impl ManagedModel {
                     }
                     wait = (wait * 2).min(RETRY_MOST);
                 }
-                Err(failure) => return statuses.failed(self.id, &failure),
+                Err(failure) => {
+                    statuses.failed(self.id, &failure);
+                    return self.settle(Err(failure));
+                }
             }
         }
     }
@@ -168,6 +220,7 @@ impl ManagedModel {
     ) -> Result<(), Failure> {
         self.sign_of_life();
         self.attempt(statuses, loader).await?;
+        self.warm.store(true, Ordering::Release);
         statuses.enter(self.id, ModelState::Ready);
         Ok(())
     }
@@ -200,7 +253,14 @@ impl ManagedModel {
             digest: loaded.digest.to_string(),
         })));
         statuses.enter(self.id, ModelState::Warming);
-        match loaded.runner.warm_up().await {
+        let warmed = async {
+            let took = loaded.runner.warm_up().await?;
+            if let Some(probe) = &self.spec.probe {
+                loaded.runner.check_golden(probe).await?;
+            }
+            Ok::<_, Failure>(took)
+        };
+        match warmed.await {
             Ok(took) => {
                 loader.note_warm_up(&self.spec, took);
                 self.check_wanted()
@@ -244,7 +304,7 @@ mod tests {
     use trustformers_plan::oracle::Oracle;
     use trustformers_plan::{
         Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan,
-        StepInput, StepOutput,
+        SampleInput, StepInput, StepOutput,
     };
     use trustformers_store::Source;
 
@@ -332,6 +392,9 @@ mod tests {
     impl Executable for Broken<dyn Executable> {
         fn submit(&mut self, _: &StepInput) -> Result<(), BackendError> {
             Err(BackendError::Device("it is broken".into()))
+        }
+        fn sample(&mut self, input: &SampleInput) -> Result<(), BackendError> {
+            self.inner.sample(input)
         }
         fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
             self.inner.wait(output)

@@ -1,23 +1,26 @@
 //! From files to an engine: resolve, digest, pin, read, put on the device. Blocking; run it on a thread of
 //! its own.
 //!
-//! The file is read twice, once for its digest and once by the model's reader. The second time it comes from
-//! the page cache, and in exchange nothing is ever parsed that was not what was pinned.
+//! A file is read twice, once for its digest (while it is fetched, or where it lies) and once by the model's
+//! reader. The second time it comes from the page cache, and in exchange nothing is ever parsed that was not
+//! what was pinned.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use prometheus::{GaugeVec, Opts, Registry};
+use prometheus::{GaugeVec, IntCounterVec, Opts, Registry};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use trustformers_engine::{LoadProgress, Speculation};
 use trustformers_model::{CheckpointFiles, Model, ReadProgress};
 use trustformers_proto::Task;
-use trustformers_store::{Digest, Resolved};
+use trustformers_store::{Digest, Fetched, Resolved, Source};
 
 use crate::device::OpenDevice;
 use crate::failure::Failure;
 use crate::memory::MemoryBudget;
+use crate::model_files::{self, Listener, ModelFiles, WantedFiles};
 use crate::runner::{Runner, RunnerMetrics};
 use crate::spec::{ModelSpec, SpeculationSpec};
 use crate::status::LoadedFacts;
@@ -35,9 +38,12 @@ pub struct Loader {
     open_device: OpenDevice,
     runners: RunnerMetrics,
     seconds: GaugeVec,
+    swaps: IntCounterVec,
     memory: MemoryBudget,
     /// One load at a time: two at once would only share the same disk and cores.
     one_load: Arc<Mutex<()>>,
+    /// By the names of their models.
+    cached_files: std::sync::Mutex<HashMap<String, Fetched>>,
 }
 
 /// A model on its device, not warmed up yet.
@@ -74,8 +80,15 @@ impl Loader {
         );
         let seconds = GaugeVec::new(options, &["model", "phase"])?;
         registry.register(Box::new(seconds.clone()))?;
+        let options = Opts::new(
+            "trustformers_model_swaps_total",
+            "Swaps of a model's versions, by result: swapped, rolled_back, refused.",
+        );
+        let swaps = IntCounterVec::new(options, &["model", "result"])?;
+        registry.register(Box::new(swaps.clone()))?;
         let runners = RunnerMetrics::register(registry)?;
-        Ok(Self { open_device, runners, seconds, memory: MemoryBudget::default(), one_load: Arc::default() })
+        let (memory, one_load, cached_files) = (MemoryBudget::default(), Arc::default(), Default::default());
+        Ok(Self { open_device, runners, seconds, swaps, memory, one_load, cached_files })
     }
 
     /// Loads a model.
@@ -87,7 +100,7 @@ impl Loader {
     }
 
     /// [`Self::load`], which ends early once the model is not wanted any more. It asks after every MiB of the
-    /// first pass over the files, and before each further step.
+    /// two passes over the files, and before each further step.
     ///
     /// # Errors
     /// As [`Self::load`]; `Unloaded` where it ended early.
@@ -99,29 +112,31 @@ impl Loader {
     ) -> Result<Loaded, Failure> {
         let check_wanted = || if is_wanted() { Ok(()) } else { Err(not_wanted()) };
         let started = Instant::now();
-        let files = spec.source.resolve(&spec.files)?;
+        let listener = Listener {
+            // The first of the passes, so that its bytes count a third.
+            progress: &|done, total| progress(mul_div(total, done.min(total), total * PASSES), total),
+            is_wanted,
+        };
+        let found = model_files::find(&wanted_files(spec, &spec.source), &listener);
+        check_wanted()?;
+        let ModelFiles { resolved: files, digest, root, fetched } = found?;
         let total = files.total_bytes();
-        // `pass` is 0, 1 or 2; every pass reports its own bytes, scaled to a third of the whole.
+        // `pass` is 1 or 2; every pass reports its own bytes, scaled to a third of the whole.
         let report = |pass: u64, done: u64, of: u64| {
             let share = if of == 0 { 0 } else { mul_div(total, done.min(of), of * PASSES) };
             progress(mul_div(total, pass, PASSES) + share, total);
         };
-        let digest = files.digest_while(&mut |hashed| {
-            report(0, hashed.done_bytes, hashed.total_bytes);
-            if is_wanted() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-        });
-        check_wanted()?;
-        let digest = digest?;
-        if let Some(pin) = &spec.sha256 {
-            digest.check_pin(pin)?;
-        }
         let hashed = Instant::now();
-        let mut reading = |read: ReadProgress| report(1, read.bytes, read.total_bytes);
-        let model = match checkpoint(spec.source.path(), &files) {
-            Some(checkpoint) => Model::load_checkpoint(&checkpoint, &mut reading)?,
-            None => Model::load(model_file(&files)?, &mut reading)?,
+        let mut reading = |read: ReadProgress| {
+            report(1, read.bytes, read.total_bytes);
+            go_on(is_wanted)
+        };
+        let model = match checkpoint(&root, &files) {
+            Some(checkpoint) => Model::load_checkpoint_while(&checkpoint, &mut reading),
+            None => Model::load_while(model_file(&files)?, &mut reading),
         };
         check_wanted()?;
+        let model = model?;
         check_task(spec, &model)?;
         if spec.speculation.is_some() && model.task() != Task::Generate {
             let why = format!(
@@ -131,8 +146,10 @@ impl Loader {
             return Err(Failure::permanent("InvalidConfiguration", why));
         }
         let mut spec = spec.clone();
-        spec.engine.speculation = spec.speculation.as_ref().map(speculation).transpose()?;
+        let drafts =
+            spec.speculation.as_ref().map(|guessing| speculation(guessing, &spec, is_wanted)).transpose();
         check_wanted()?;
+        spec.engine.speculation = drafts?;
         let read = Instant::now();
         let backend = (self.open_device)(&spec)?;
         let backend = self.memory.admit(&mut spec, &model, backend)?;
@@ -150,6 +167,7 @@ impl Loader {
         };
         let runner = Runner::start(model, backend, spec, &self.runners, Box::new(on_device))?;
         progress(total, total);
+        self.keep_files(spec.name(), fetched);
         let timings = LoadTimings { digest: hashed - started, read: read - hashed, device: read.elapsed() };
         self.note(spec, &runner, &digest, timings);
         Ok(Loaded { runner, digest, timings })
@@ -160,6 +178,26 @@ impl Loader {
         Arc::clone(&self.one_load).lock_owned().await
     }
 
+    /// Memory that the models of this process have reserved, in bytes.
+    pub fn reserved_bytes(&self) -> u64 {
+        self.memory.reserved_bytes()
+    }
+
+    /// The versions of a model were swapped, or that was refused.
+    pub(crate) fn note_swap(&self, model: &str, result: &str) {
+        self.swaps.with_label_values(&[model, result]).inc();
+    }
+
+    /// Files of the cache that a model reads while it serves stay there until it is forgotten, or another
+    /// version of it is loaded.
+    fn keep_files(&self, model: &str, fetched: Option<Fetched>) {
+        let mut kept = self.cached_files.lock().unwrap_or_else(PoisonError::into_inner);
+        match fetched {
+            Some(fetched) => drop(kept.insert(model.to_owned(), fetched)),
+            None => drop(kept.remove(model)),
+        }
+    }
+
     /// How long the warm-up took, beside the phases of the load.
     pub fn note_warm_up(&self, spec: &ModelSpec, took: Duration) {
         self.seconds.with_label_values(&[spec.name(), "warm_up"]).set(took.as_secs_f64());
@@ -167,6 +205,7 @@ impl Loader {
 
     /// Takes the times of a model that is gone out of the metrics.
     pub fn forget(&self, spec: &ModelSpec) {
+        self.keep_files(spec.name(), None);
         for phase in ["digest", "read", "device", "warm_up"] {
             // An error means that there is no such series: the model was never loaded.
             let _ = self.seconds.remove_label_values(&[spec.name(), phase]);
@@ -216,19 +255,49 @@ impl Loaded {
             device: self.runner.device().split_whitespace().next().unwrap_or_default().to_owned(),
             context_tokens: u32::try_from(self.runner.context_tokens()).unwrap_or(u32::MAX),
             embedding_dimensions: embedding.map_or(0, |facts| u32::try_from(facts.width).unwrap_or(u32::MAX)),
+            memory_bytes: self.runner.memory().total_bytes(),
         }
     }
 }
 
+fn wanted_files<'a>(spec: &'a ModelSpec, source: &'a Source) -> WantedFiles<'a> {
+    WantedFiles {
+        model: spec.name(),
+        source,
+        files: &spec.files,
+        sha256: spec.sha256.as_deref(),
+        fetch: spec.fetch.as_ref(),
+    }
+}
+
 /// Reads the draft model, where there is one. It has no digest of its own: answers do not depend on it.
-fn speculation(guessing: &SpeculationSpec) -> Result<Speculation, Failure> {
+fn speculation(
+    guessing: &SpeculationSpec,
+    spec: &ModelSpec,
+    is_wanted: &dyn Fn() -> bool,
+) -> Result<Speculation, Failure> {
     let SpeculationSpec::Draft(source) = guessing else { return Ok(Speculation::Ngram) };
-    let read = || Ok(Model::load(model_file(&source.resolve(&[])?)?, &mut |_| {})?);
+    let read = || {
+        let files = match source.remote() {
+            Some(_) => {
+                let wanted = WantedFiles { files: &[], sha256: None, ..wanted_files(spec, source) };
+                // Its bytes are not those of the model, whose progress is shown.
+                let listener = Listener { progress: &|_, _| {}, is_wanted };
+                model_files::find(&wanted, &listener)?.resolved
+            }
+            None => source.resolve(&[])?,
+        };
+        Ok(Model::load_while(model_file(&files)?, &mut |_| go_on(is_wanted))?)
+    };
     let draft = read().map_err(|failure: Failure| Failure {
         message: format!("the draft model: {}", failure.message),
         ..failure
     })?;
     Ok(Speculation::Draft(Arc::new(draft)))
+}
+
+fn go_on(is_wanted: &dyn Fn() -> bool) -> ControlFlow<()> {
+    if is_wanted() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
 }
 
 /// Why a load ended early.
@@ -299,7 +368,6 @@ mod tests {
     use std::sync::Mutex;
     use trustformers_model::seeded::{SeededEncoder, SeededModel};
     use trustformers_plan::oracle::Oracle;
-    use trustformers_store::Source;
 
     fn loader() -> Loader {
         Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &Registry::new()).unwrap()
@@ -323,6 +391,26 @@ mod tests {
         assert_eq!(seen.last(), Some(&(total, total)));
         assert_eq!(loaded.facts().digest.len(), 64);
         assert_eq!(loaded.facts().context_tokens, 256);
+    }
+
+    /// Each of three passes counts as a third, so a MiB of a pass over 3 MiB adds a third of a MiB.
+    #[test]
+    fn an_unload_ends_the_pass_that_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("m.gguf"), vec![7; 3 << 20]).unwrap();
+        let spec = ModelSpec::new("m", Source::from_path(folder.path()));
+        for wanted_until_bytes in [1, 1 << 20, (3 << 20) / 3 + (1 << 19)] {
+            let done_bytes = Arc::new(std::sync::atomic::AtomicU64::new(0));
+            let progress: OnProgress = {
+                let done_bytes = done_bytes.clone();
+                Arc::new(move |done, _| done_bytes.store(done, std::sync::atomic::Ordering::Relaxed))
+            };
+            let is_wanted = || done_bytes.load(std::sync::atomic::Ordering::Relaxed) < wanted_until_bytes;
+            let failure = loader().load_while(&spec, &progress, &is_wanted).unwrap_err();
+            assert_eq!(failure.reason, "Unloaded", "{failure}");
+            let last = done_bytes.load(std::sync::atomic::Ordering::Relaxed);
+            assert!(last < wanted_until_bytes + 400_000, "{last} bytes after {wanted_until_bytes}");
+        }
     }
 
     #[test]

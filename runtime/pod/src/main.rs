@@ -9,12 +9,16 @@ use anyhow::Context;
 use clap::Parser;
 use trustformers_api::browser::AllowedOrigins;
 use trustformers_proto::pod_config::PodConfig;
-use trustformers_runtime::control::ModelControl;
+use trustformers_runtime::admin::{AdminSettings, TokenRules};
+use trustformers_runtime::control::{LoadDefaults, ModelControl};
 use trustformers_runtime::device;
-use trustformers_runtime::process::{Drain, Listen, Settings, run};
+use trustformers_runtime::liveness::ENGINE_STALL;
+use trustformers_runtime::metrics_compat::MetricsCompat;
+use trustformers_runtime::process::{Drain, Listen, Settings, Sight, run};
 use trustformers_runtime::spec::ModelSpec;
 use trustformers_telemetry::logs::{self, LogFormat, LogOptions};
 use trustformers_telemetry::metrics;
+use trustformers_telemetry::traces::TraceFlags;
 
 /// After SIGTERM, new requests are served until none has come for this long: endpoint lists of routers and
 /// kube-proxy lag by a second or so.
@@ -47,6 +51,23 @@ struct Flags {
     /// Address of gRPC.
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:9090")]
     grpc_address: SocketAddr,
+    /// Address of the admin port: gRPC ModelService and POST /v1/models/{load, swap, rollback, unload}, for
+    /// whoever sends a token that the next three flags describe.
+    #[arg(long, value_name = "ADDRESS", requires_all = ["admin_keys", "admin_audience", "admin_subject"])]
+    admin_address: Option<SocketAddr>,
+    /// The public keys that tokens are signed with: a file with what the API server answers at
+    /// /openid/v1/jwks.
+    #[arg(long, value_name = "FILE", requires = "admin_address")]
+    admin_keys: Option<PathBuf>,
+    /// The audience that a token must be made for.
+    #[arg(long, value_name = "AUDIENCE", requires = "admin_address")]
+    admin_audience: Option<String>,
+    /// The account that a token must be of, such as system:serviceaccount:trustformers:operator.
+    #[arg(long, value_name = "SUBJECT", requires = "admin_address")]
+    admin_subject: Option<String>,
+    /// The issuer that a token must have; by default any, as the keys are the cluster's own.
+    #[arg(long, value_name = "URL", requires = "admin_address")]
+    admin_issuer: Option<String>,
     /// An origin whose pages may call this server from a browser, such as https://app.example.com; may be
     /// given several times. Without it pages of every origin may.
     #[arg(long, value_name = "ORIGIN")]
@@ -54,8 +75,18 @@ struct Flags {
     /// Threads of the CPU device; by default as many as the process may use (its CPU limit counts).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Adds the figures of GET /metrics under the names of another server: vllm, as the Gateway API inference
+    /// extension and many dashboards read them.
+    #[arg(long, value_name = "SERVER", env = "TRUSTFORMERS_METRICS_COMPAT")]
+    metrics_compat: Option<MetricsCompat>,
+    /// Liveness fails when the engine has had work and made no step for so many seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = ENGINE_STALL.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    engine_stall: u64,
+    #[command(flatten)]
+    traces: TraceFlags,
     /// Log lines as text or json, on stderr.
-    #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    #[arg(long, value_name = "FORMAT", env = "TRUSTFORMERS_LOG_FORMAT", default_value_t = LogFormat::Text)]
     log_format: LogFormat,
     /// What is logged: error, warn, info, debug, trace, or directives such as info,trustformers_engine=debug.
     #[arg(long, value_name = "FILTER", env = "RUST_LOG", default_value = "info")]
@@ -74,19 +105,42 @@ fn main() -> ExitCode {
 }
 
 fn serve(flags: Flags) -> anyhow::Result<()> {
-    let Flags { config, http_address, grpc_address, allow_origin, threads, log_format, log } = flags;
+    let mut admin = admin_settings(&flags);
+    let Flags {
+        config,
+        http_address,
+        grpc_address,
+        allow_origin,
+        threads,
+        metrics_compat,
+        engine_stall,
+        traces,
+        log_format,
+        log,
+        ..
+    } = flags;
     logs::init(&LogOptions { format: log_format, filter: log })?;
     let text = std::fs::read_to_string(&config)
         .with_context(|| format!("{} cannot be read; name the file with --config", config.display()))?;
     let parsed = PodConfig::parse(&text).with_context(|| format!("{} is not valid", config.display()))?;
     let spec = ModelSpec::from_pod(&parsed, threads.map(usize::from))
         .with_context(|| format!("{} cannot be honoured", config.display()))?;
+    if let Some(admin) = &mut admin {
+        // Whoever has the token may name what the pod's own cache and Secret are for.
+        admin.defaults.fetch.clone_from(&spec.fetch);
+    }
     let allowed_origins = AllowedOrigins::listed(&allow_origin).context("--allow-origin")?;
     let settings = Settings {
         models: vec![spec],
         listen: Listen { http: http_address, grpc: grpc_address, metrics: None, allowed_origins },
         drain: Drain { quiet: QUIET, timeout: Duration::from_millis(parsed.drain_timeout_ms) },
         model_control: ModelControl::Operator,
+        sight: Sight {
+            traces: traces.options("trustformers-runtime")?,
+            metrics_compat,
+            engine_stall: Duration::from_secs(engine_stall),
+        },
+        admin,
     };
     let registry = metrics::new_registry("trustformers-runtime", env!("CARGO_PKG_VERSION"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -94,4 +148,16 @@ fn serve(flags: Flags) -> anyhow::Result<()> {
     // A load under way on a blocking thread must not hold up the end.
     runtime.shutdown_background();
     Ok(outcome?)
+}
+
+/// The admin port, where the flags ask for one: each of them needs the others.
+fn admin_settings(flags: &Flags) -> Option<AdminSettings> {
+    let tokens = TokenRules {
+        keys_file: flags.admin_keys.clone()?,
+        audience: flags.admin_audience.clone()?,
+        subject: flags.admin_subject.clone()?,
+        issuer: flags.admin_issuer.clone(),
+    };
+    let defaults = LoadDefaults { threads: flags.threads.map(usize::from), ..LoadDefaults::default() };
+    Some(AdminSettings { address: flags.admin_address?, tokens, defaults })
 }

@@ -98,6 +98,11 @@ pub(crate) struct MemoryBudget {
 }
 
 impl MemoryBudget {
+    /// Bytes that are reserved now.
+    pub(crate) fn reserved_bytes(&self) -> u64 {
+        self.reserved_bytes.load(Ordering::Relaxed)
+    }
+
     /// Compares the memory that a model will take with the device's limit, and reserves it for as long as the
     /// returned backend exists. Loads must not run at the same time.
     ///
@@ -110,7 +115,7 @@ impl MemoryBudget {
         backend: Box<dyn Backend>,
     ) -> Result<Box<dyn Backend>, Failure> {
         let limit_bytes = backend.caps().memory_bytes;
-        let others_bytes = self.reserved_bytes.load(Ordering::Relaxed);
+        let others_bytes = self.reserved_bytes();
         let free_bytes = limit_bytes.saturating_sub(PROCESS_BYTES).saturating_sub(others_bytes);
         let demand = MemoryDemand::of(spec, model, &*backend, free_bytes)?;
         let (name, arithmetic) = (spec.name(), demand.arithmetic());

@@ -1,27 +1,28 @@
-//! The models of a process: which there are, and how one is added, replaced and unloaded while the others
-//! serve.
+//! The models of a process: which there are, and how one is added and unloaded while the others serve.
 //!
 //! Requests read an immutable snapshot and wait for nothing. A change makes a new snapshot and puts it in
-//! force at once; only then is the model that it leaves out told to end, so that a request that found it
-//! meanwhile looks again.
+//! force at once; only then is the version that it leaves out told to end, so that a request that found it
+//! meanwhile looks again. `version_table.rs` holds the changes of a model's versions.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
+use futures::future::join_all;
 use tokio::task::JoinHandle;
-use trustformers_proto::v1::{ModelState, ModelStatus};
+use trustformers_proto::v1::{ModelState, ModelStatus, SlotRole};
 
 use crate::failure::Failure;
 use crate::inflight::InflightRequests;
 use crate::lifecycle::ManagedModel;
 use crate::load::Loader;
+use crate::slots::Refusal;
 use crate::spec::{ModelSpec, SpecError};
 use crate::status::ModelStatuses;
 
-/// Why a model was not loaded, replaced or unloaded.
+/// Why a model was not loaded, swapped or unloaded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ControlError {
     /// A name belongs to another model.
@@ -50,6 +51,14 @@ pub enum ControlError {
         /// The model.
         name: String,
     },
+    /// The versions of the model do not allow it; they stay as they are.
+    #[error("model {name}: {refusal}")]
+    Refused {
+        /// The model.
+        name: String,
+        /// Why.
+        refusal: Refusal,
+    },
     /// The server does not load models yet, or no more.
     #[error("the server is starting or ending, and loads no models now")]
     NotServing,
@@ -59,7 +68,7 @@ pub enum ControlError {
 pub(crate) struct ModelTable {
     current: ArcSwap<ModelSnapshot>,
     statuses: Arc<ModelStatuses>,
-    inflight: Arc<InflightRequests>,
+    pub(crate) inflight: Arc<InflightRequests>,
     loader: OnceLock<Arc<Loader>>,
     next_id: AtomicU64,
     /// Ids of the models that the process started with are below this one.
@@ -68,41 +77,105 @@ pub(crate) struct ModelTable {
     changing: Mutex<()>,
 }
 
-/// The models at one moment, and the names that they answer to.
+/// A model: its names and its versions.
 #[derive(Clone)]
+pub(crate) struct ServedModel {
+    /// The id of its first version. It stays when versions are swapped.
+    pub(crate) id: u64,
+    /// Names that callers may use; answers carry the first one. Not empty.
+    pub(crate) names: Arc<[String]>,
+    /// Answers requests that name no revision.
+    pub(crate) current: Arc<ManagedModel>,
+    /// The version in the second slot.
+    pub(crate) second: Option<SecondVersion>,
+    /// Held while a version leaves the second slot.
+    pub(crate) leaving: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A version in the second slot.
+#[derive(Clone)]
+pub(crate) struct SecondVersion {
+    pub(crate) version: Arc<ManagedModel>,
+    pub(crate) role: SlotRole,
+}
+
+impl ServedModel {
+    fn new(current: Arc<ManagedModel>) -> Self {
+        let names = current.spec.names.clone().into();
+        Self { id: current.id, names, current, second: None, leaving: Arc::default() }
+    }
+
+    /// The name that answers carry.
+    pub(crate) fn name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
+
+    /// Its versions, the current one first.
+    pub(crate) fn versions(&self) -> impl Iterator<Item = &Arc<ManagedModel>> {
+        std::iter::once(&self.current).chain(self.second.as_ref().map(|second| &second.version))
+    }
+}
+
+/// The models at one moment, and the names that they answer to.
 pub(crate) struct ModelSnapshot {
-    models: Vec<Arc<ManagedModel>>,
-    by_name: HashMap<String, usize>,
+    models: Vec<Arc<ServedModel>>,
+    by_name: HashMap<String, NamedModel>,
+}
+
+/// What a name stands for.
+#[derive(Clone)]
+pub(crate) struct NamedModel {
+    pub(crate) model: Arc<ServedModel>,
+    /// The version, where the name is that of one version alone: the name that it was loaded under before it
+    /// was swapped in.
+    pub(crate) version: Option<Arc<ManagedModel>>,
 }
 
 impl ModelSnapshot {
     /// # Errors
     /// The name that two models claim.
-    fn new(models: Vec<Arc<ManagedModel>>) -> Result<Self, ControlError> {
-        let mut by_name = HashMap::new();
-        for (index, managed) in models.iter().enumerate() {
-            for name in &managed.spec.names {
-                if by_name.insert(name.clone(), index).is_some_and(|other| other != index) {
-                    return Err(ControlError::NameTaken { name: name.clone() });
-                }
+    fn new(models: Vec<Arc<ServedModel>>) -> Result<Self, ControlError> {
+        let mut by_name: HashMap<String, NamedModel> = HashMap::new();
+        let mut claim = |name: &String, named: NamedModel| match by_name.get(name) {
+            Some(other) if !Arc::ptr_eq(&other.model, &named.model) => {
+                Err(ControlError::NameTaken { name: name.clone() })
+            }
+            // A model's own names come before those of its versions.
+            Some(_) => Ok(()),
+            None => {
+                by_name.insert(name.clone(), named);
+                Ok(())
+            }
+        };
+        for model in &models {
+            for name in model.names.iter() {
+                claim(name, NamedModel { model: Arc::clone(model), version: None })?;
+            }
+            for version in model.versions() {
+                let named = NamedModel { model: Arc::clone(model), version: Some(Arc::clone(version)) };
+                version.spec.names.iter().try_for_each(|name| claim(name, named.clone()))?;
             }
         }
         Ok(Self { models, by_name })
     }
 
     /// All models, in the order in which they were added.
-    pub(crate) fn models(&self) -> &[Arc<ManagedModel>] {
+    pub(crate) fn models(&self) -> &[Arc<ServedModel>] {
         &self.models
     }
 
-    /// The model that answers to a name.
-    pub(crate) fn named(&self, name: &str) -> Option<&Arc<ManagedModel>> {
-        self.by_name.get(name).map(|index| &self.models[*index])
+    /// What answers to a name.
+    pub(crate) fn named(&self, name: &str) -> Option<&NamedModel> {
+        self.by_name.get(name)
     }
 
     /// The first name of each model.
     pub(crate) fn choices(&self) -> Vec<String> {
-        self.models.iter().map(|managed| managed.spec.name().to_owned()).collect()
+        self.models.iter().map(|model| model.name().to_owned()).collect()
+    }
+
+    fn versions(&self) -> impl Iterator<Item = &Arc<ManagedModel>> {
+        self.models.iter().flat_map(|model| model.versions())
     }
 }
 
@@ -114,10 +187,8 @@ impl ModelTable {
     pub(crate) fn new(specs: Vec<ModelSpec>) -> Result<Self, SpecError> {
         let statuses = Arc::new(ModelStatuses::new(&specs));
         let inflight = InflightRequests::new();
-        let models: Vec<Arc<ManagedModel>> = (0..)
-            .zip(specs)
-            .map(|(id, spec)| Arc::new(ManagedModel::new(spec, id, inflight.part())))
-            .collect();
+        let served = |(id, spec)| ServedModel::new(Arc::new(ManagedModel::new(spec, id, inflight.part())));
+        let models: Vec<Arc<ServedModel>> = (0..).zip(specs).map(served).map(Arc::new).collect();
         let first_later_id = models.len() as u64;
         let next_id = AtomicU64::new(first_later_id);
         let snapshot = ModelSnapshot::new(models).map_err(|error| match error {
@@ -148,19 +219,15 @@ impl ModelTable {
     }
 
     /// Whether a model came while the process ran.
-    pub(crate) fn joined_later(&self, managed: &ManagedModel) -> bool {
-        managed.id >= self.first_later_id
-    }
-
-    pub(crate) fn inflight(&self) -> &Arc<InflightRequests> {
-        &self.inflight
+    pub(crate) fn joined_later(&self, model: &ServedModel) -> bool {
+        model.id >= self.first_later_id
     }
 
     /// Begins to load the models of the configuration; further ones may be added from now on.
     pub(crate) fn start_loading(&self, loader: &Arc<Loader>) {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.lock();
         if self.loader.set(Arc::clone(loader)).is_ok() {
-            for managed in self.snapshot().models() {
+            for managed in self.snapshot().versions() {
                 managed.spawn(Arc::clone(managed).run(Arc::clone(&self.statuses), Arc::clone(loader)));
             }
         }
@@ -169,8 +236,8 @@ impl ModelTable {
     /// Stops loading and ends every engine; what they were answering ends with an error.
     pub(crate) async fn stop(&self) {
         let models = self.current.load_full();
-        for managed in models.models() {
-            managed.stop().await;
+        for version in models.versions() {
+            version.stop().await;
         }
     }
 
@@ -186,132 +253,111 @@ impl ModelTable {
         Ok(())
     }
 
-    /// Adds a model and waits until it is ready. The load goes on when the future is dropped.
+    /// Takes a model out and unloads its versions. The unloading goes on when the handle is dropped.
     ///
     /// # Errors
-    /// As [`ModelTable::add`], and [`ControlError::NotLoaded`], after which the model is gone.
-    pub(crate) async fn load(self: &Arc<Self>, spec: ModelSpec) -> Result<ModelStatus, ControlError> {
-        let loader = self.loader()?;
-        let managed = self.insert(spec)?;
-        let (table, name) = (Arc::clone(self), managed.spec.name().to_owned());
-        // One result, sent once.
-        let (done, outcome) = tokio::sync::oneshot::channel();
-        let loading = Arc::clone(&managed);
-        managed.spawn(async move {
-            let result = loading.run_once(&table.statuses, &loader).await.map_err(|failure| {
-                let name = loading.spec.name().to_owned();
-                tracing::warn!(model = name, reason = failure.reason, "{failure}");
-                table.take_out(&loading);
-                table.statuses.remove(loading.id);
-                ControlError::NotLoaded { name, failure }
-            });
-            // Nobody waits any more where the caller has left.
-            let _ = done.send(result.map(|()| table.statuses.status(loading.id)));
-        });
-        outcome.await.unwrap_or(Err(ControlError::Unloaded { name }))
-    }
-
-    /// Loads a model beside the one of the same name and lets it take that one's place; then the old one
-    /// answers what it has begun and is unloaded in the background. The old one stays where the new one
-    /// cannot be loaded, for example because both do not fit in memory.
-    ///
-    /// # Errors
-    /// Why the old one stays.
-    pub(crate) async fn replace(
+    /// None: fewer models cannot claim one name.
+    pub(crate) fn unload_whole(
         self: &Arc<Self>,
-        spec: ModelSpec,
-        drain_timeout: Duration,
-    ) -> Result<(), ControlError> {
-        let loader = self.loader()?;
-        let name = spec.name().to_owned();
-        let old = self.snapshot().named(&name).cloned();
-        let old = old.ok_or_else(|| ControlError::Unknown { name: name.clone() })?;
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let own = Arc::new(ModelStatuses::of_one(id, &spec));
-        let new = Arc::new(ManagedModel::new(spec, id, self.inflight.part()));
-        new.run_once(&own, &loader)
-            .await
-            .map_err(|failure| ControlError::NotLoaded { name: name.clone(), failure })?;
-        let swap = |models: &mut Vec<Arc<ManagedModel>>| {
-            let present = models.iter_mut().find(|managed| Arc::ptr_eq(managed, &old));
-            *present.ok_or(ControlError::Unloaded { name })? = Arc::clone(&new);
-            Ok(())
-        };
-        let swapped = self.change(swap, || self.statuses.replace(old.id, id, own.status(id)));
-        if let Err(error) = swapped {
-            new.stop().await;
-            return Err(error);
-        }
-        tokio::spawn(async move { old.retire(drain_timeout).await });
-        Ok(())
-    }
-
-    /// Takes a model out and unloads it. The unloading goes on when the handle is dropped.
-    ///
-    /// # Errors
-    /// [`ControlError::Unknown`].
-    pub(crate) fn unload(
-        self: &Arc<Self>,
-        name: &str,
+        changing: &MutexGuard<'_, ()>,
+        model: &Arc<ServedModel>,
         drain_timeout: Duration,
     ) -> Result<JoinHandle<ModelStatus>, ControlError> {
-        let unknown = || ControlError::Unknown { name: name.to_owned() };
-        let managed = self.snapshot().named(name).cloned().ok_or_else(unknown)?;
-        if !self.take_out(&managed) {
-            return Err(unknown());
-        }
-        let table = Arc::clone(self);
+        self.put(changing, self.without(model.id), || ())?;
+        let (table, model) = (Arc::clone(self), Arc::clone(model));
         Ok(tokio::spawn(async move {
-            table.statuses.enter(managed.id, ModelState::Draining);
-            managed.retire(drain_timeout).await;
-            let mut last = table.statuses.status(managed.id);
-            managed.spec.name().clone_into(&mut last.name);
+            model.versions().for_each(|version| table.statuses.enter(version.id, ModelState::Draining));
+            join_all(model.versions().map(|version| version.retire(drain_timeout))).await;
+            let mut last = table.statuses.status(model.current.id);
+            model.name().clone_into(&mut last.name);
             last.set_state(ModelState::Unloaded);
-            table.statuses.remove(managed.id);
-            if let Some(loader) = table.loader.get() {
-                loader.forget(&managed.spec);
-            }
-            tracing::info!(model = managed.spec.name(), "model unloaded");
+            table.statuses.remove(model.current.id);
+            model.versions().for_each(|version| table.forget(version));
+            tracing::info!(model = model.name(), "model unloaded");
             last
         }))
     }
 
-    fn loader(&self) -> Result<Arc<Loader>, ControlError> {
+    /// Takes the load times of a version out of the metrics, unless another one has its name.
+    pub(crate) fn forget(&self, version: &ManagedModel) {
+        let name = version.spec.name();
+        let is_named = self.snapshot().versions().any(|other| other.spec.name() == name);
+        if let Some(loader) = self.loader.get().filter(|_| !is_named) {
+            loader.forget(&version.spec);
+        }
+    }
+
+    pub(crate) fn loader(&self) -> Result<Arc<Loader>, ControlError> {
         self.loader.get().cloned().ok_or(ControlError::NotServing)
     }
 
+    /// Adds a model, Pending. Its load is the caller's.
     pub(crate) fn insert(&self, spec: ModelSpec) -> Result<Arc<ManagedModel>, ControlError> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let managed = Arc::new(ManagedModel::new(spec, id, self.inflight.part()));
-        let push = |models: &mut Vec<Arc<ManagedModel>>| {
-            models.push(Arc::clone(&managed));
-            Ok(())
-        };
-        self.change(push, || self.statuses.add(id, &managed.spec))?;
-        Ok(managed)
+        let changing = self.lock();
+        self.insert_locked(&changing, spec)
     }
 
-    /// Whether the model was there.
-    fn take_out(&self, managed: &Arc<ManagedModel>) -> bool {
-        let gone = ControlError::Unloaded { name: managed.spec.name().to_owned() };
-        let take = |models: &mut Vec<Arc<ManagedModel>>| {
-            let index = models.iter().position(|other| Arc::ptr_eq(other, managed)).ok_or(gone)?;
-            models.remove(index);
-            Ok(())
-        };
-        self.change(take, || ()).is_ok()
-    }
-
-    /// Makes a new snapshot, publishes the states that belong to it and puts it in force; or leaves all as it
-    /// is.
-    fn change(
+    pub(crate) fn insert_locked(
         &self,
-        change: impl FnOnce(&mut Vec<Arc<ManagedModel>>) -> Result<(), ControlError>,
+        changing: &MutexGuard<'_, ()>,
+        spec: ModelSpec,
+    ) -> Result<Arc<ManagedModel>, ControlError> {
+        let version = self.new_version(spec);
+        let mut models = self.current.load().models.clone();
+        models.push(Arc::new(ServedModel::new(Arc::clone(&version))));
+        self.put(changing, models, || self.statuses.add(version.id, &version.spec))?;
+        Ok(version)
+    }
+
+    pub(crate) fn new_version(&self, spec: ModelSpec) -> Arc<ManagedModel> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        Arc::new(ManagedModel::new(spec, id, self.inflight.part()))
+    }
+
+    /// Every model but this one.
+    pub(crate) fn without(&self, id: u64) -> Vec<Arc<ServedModel>> {
+        self.snapshot().models().iter().filter(|model| model.id != id).cloned().collect()
+    }
+
+    /// Takes the model of this version out, which could not be loaded.
+    pub(crate) fn drop_failed(&self, version: &Arc<ManagedModel>) {
+        let changing = self.lock();
+        let is_meant = |model: &&Arc<ServedModel>| Arc::ptr_eq(&model.current, version);
+        let found = self.snapshot().models().iter().find(is_meant).map(|model| model.id);
+        if let Some(id) = found {
+            // Fewer models cannot claim one name.
+            let _ = self.put(&changing, self.without(id), || self.statuses.remove(version.id));
+        }
+    }
+
+    /// Keeps others from changing the snapshot.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts `changed` in the place of the model with the same id.
+    pub(crate) fn put_model(
+        &self,
+        changing: &MutexGuard<'_, ()>,
+        changed: ServedModel,
         publish: impl FnOnce(),
     ) -> Result<(), ControlError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut models = self.current.load().models.clone();
-        change(&mut models)?;
+        let present = models.iter_mut().find(|model| model.id == changed.id);
+        let Some(present) = present else {
+            return Err(ControlError::Unloaded { name: changed.name().to_owned() });
+        };
+        *present = Arc::new(changed);
+        self.put(changing, models, publish)
+    }
+
+    /// Publishes the states that belong to a new snapshot and puts it in force; or leaves all as it is.
+    pub(crate) fn put(
+        &self,
+        _changing: &MutexGuard<'_, ()>,
+        models: Vec<Arc<ServedModel>>,
+        publish: impl FnOnce(),
+    ) -> Result<(), ControlError> {
         let snapshot = ModelSnapshot::new(models)?;
         publish();
         self.current.store(Arc::new(snapshot));

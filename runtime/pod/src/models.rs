@@ -10,32 +10,26 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 use trustformers_api::inference::Models;
-use trustformers_api::model_control::LoadModel;
+use trustformers_api::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use trustformers_api::{
     Answer, ApiError, BlockingWork, CountRequest, EmbedInput, EmbedRequest, Embedded, Generation, Health,
     Inference, Prompt, Verdict,
 };
 use trustformers_proto::Task;
 use trustformers_proto::v1::{ModelState, ModelStatus};
+use trustformers_telemetry::traces::Trace;
 
 use crate::control::ModelControl;
 use crate::generate::{LONG_PROMPT_BYTES, RETRY_AFTER_S, Submitted};
 use crate::inflight::{InflightGuard, InflightRequests};
 use crate::lifecycle::{ManagedModel, Serving};
+use crate::liveness::{ENGINE_STALL, engine_fault, load_fault};
 use crate::load::Loader;
-use crate::model_table::ModelTable;
+use crate::model_table::{ModelTable, NamedModel, ServedModel};
 use crate::runner::Runner;
 use crate::spec::{ModelSpec, SpecError};
 use crate::status::{ModelStatuses, describe};
-use crate::{embed, generate};
-
-/// Work pending and no step for this long: the engine hangs. The longest step there is, a full token budget
-/// of a large model on a slow CPU, takes a few seconds.
-const ENGINE_STALL: Duration = Duration::from_secs(60);
-/// So many steps failed one after the other: the device is broken in a way that a restart may cure.
-const FAILED_STEPS: u64 = 3;
-/// Loading without a sign of life for this long: the storage hangs in a way that a restart may cure.
-const LOAD_STALL: Duration = Duration::from_secs(600);
+use crate::{embed, generate, trace};
 
 /// Long requests that are tokenised at a time. Tokenising takes at most some 340 bytes for each byte of a
 /// text; a prompt that fits a context of 8,192 tokens has at most some 400 KiB, which makes 140 MiB for each
@@ -61,6 +55,8 @@ pub struct ModelServer {
     pub(crate) control: ModelControl,
     /// How long an unload may wait for answers in flight.
     pub(crate) drain_timeout: Duration,
+    /// Liveness fails when an engine with work has made no step for so long.
+    engine_stall: Duration,
     /// Tokenises long requests.
     long_requests: BlockingWork,
     /// Prepares requests whose answer has a format, and compiles the format.
@@ -82,10 +78,18 @@ impl ModelServer {
             table: Arc::new(ModelTable::new(specs)?),
             control: ModelControl::default(),
             drain_timeout: DRAIN_TIMEOUT,
+            engine_stall: ENGINE_STALL,
             long_requests: BlockingWork::new(LONG_REQUESTS),
             formatted: BlockingWork::new(FORMATTED_REQUESTS),
             conversations: BlockingWork::new(CONVERSATIONS),
         })
+    }
+
+    /// Sets how long an engine with work may make no step until liveness fails.
+    #[must_use]
+    pub fn with_engine_stall(mut self, stall: Duration) -> Self {
+        self.engine_stall = stall;
+        self
     }
 
     /// Begins to load every model. The loader takes them one at a time, but one that has to be tried again
@@ -101,7 +105,7 @@ impl ModelServer {
 
     /// The requests that are being answered.
     pub fn inflight(&self) -> &Arc<InflightRequests> {
-        self.table.inflight()
+        &self.table.inflight
     }
 
     /// Stops loading and ends every engine; what they were answering ends with an error.
@@ -110,27 +114,28 @@ impl ModelServer {
     }
 
     /// The model that is asked for. Without a name: the only one there is, or the only one of this task.
-    fn find(&self, asked: Option<&str>, task: Task) -> Result<Arc<ManagedModel>, ApiError> {
+    fn find(&self, asked: Option<&str>, task: Task) -> Result<NamedModel, ApiError> {
         let models = self.table.snapshot();
         if let Some(name) = asked {
             let unknown = || ApiError::UnknownModel { asked: name.to_owned(), choices: models.choices() };
             return models.named(name).cloned().ok_or_else(unknown);
         }
+        let any_version = |model: &Arc<ServedModel>| NamedModel { model: Arc::clone(model), version: None };
         // Whatever the only one does, its own error is the best answer.
         if let [only] = models.models() {
-            return Ok(Arc::clone(only));
+            return Ok(any_version(only));
         }
         let mut meant = Vec::new();
         let mut unknown = None;
-        for managed in models.models() {
-            let status = self.statuses().status(managed.id);
+        for model in models.models() {
+            let status = self.statuses().status(model.current.id);
             if Task::from_wire(&status.task) == Some(task) {
-                meant.push(managed);
+                meant.push(model);
             } else if status.task.is_empty() && status.state() != ModelState::Failed {
                 // The task of a model is known once it is loaded; until then the request may mean this model.
                 let message = format!("{}; name the model, or ask again", describe(&status));
                 let error = ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) };
-                if !self.table.joined_later(managed) {
+                if !self.table.joined_later(model) {
                     return Err(error);
                 }
                 // Callers that name no model keep being answered while somebody adds another one.
@@ -138,43 +143,41 @@ impl ModelServer {
             }
         }
         match (&meant[..], unknown) {
-            ([one], _) => Ok(Arc::clone(one)),
+            ([one], _) => Ok(any_version(one)),
             ([], Some(error)) => Err(error),
             ([], None) => Err(ApiError::ModelRequired { choices: models.choices() }),
             _ => {
-                let choices = meant.iter().map(|managed| managed.spec.name().to_owned()).collect();
+                let choices = meant.iter().map(|model| model.name().to_owned()).collect();
                 Err(ApiError::ModelRequired { choices })
             }
         }
     }
 
-    /// The model that is asked for, with its engine. The request is in flight until the guard is dropped.
-    fn acquire(&self, asked: Option<&str>, task: Task) -> Result<AcquiredModel, ApiError> {
+    /// The version that is asked for, with its engine. It answers the whole request, whatever is swapped
+    /// meanwhile. The request is in flight until the guard is dropped.
+    fn acquire(&self, asked: &Asked<'_>) -> Result<AcquiredModel, ApiError> {
         loop {
-            let managed = self.find(asked, task)?;
-            let busy = managed.inflight().register();
+            let found = self.find(asked.model, asked.task)?;
+            let version = version_of(&found, asked.revision)?;
+            let busy = version.inflight().register();
             // It is counted first and looked at afterwards; an unload does it the other way round. So it
-            // waits for this request, or this request sees it: then a table without the model is in force.
-            if !managed.is_retired() {
-                let serving = self.serving(&managed)?;
-                return Ok(AcquiredModel { managed, serving, busy });
+            // waits for this request, or this request sees it: then a table without the version is in force.
+            if !version.is_retired() {
+                let serving = self.serving(&version)?;
+                return Ok(AcquiredModel { name: found.model.name().to_owned(), version, serving, busy });
             }
         }
     }
 
-    /// The engine of a model that serves now. A draining model still serves: routers learn of it later than
+    /// The engine of a version that serves now. A draining one still serves: routers learn of it later than
     /// this.
-    fn serving(&self, managed: &ManagedModel) -> Result<Arc<Serving>, ApiError> {
-        let status = self.statuses().status(managed.id);
-        let serves = matches!(status.state(), ModelState::Ready | ModelState::Draining);
-        match managed.serving() {
-            Some(serving) if serves => Ok(serving),
-            _ => {
-                let may_pass = status.state() != ModelState::Failed;
-                let message = describe(&status);
-                Err(ApiError::Unavailable { message, retry_after_s: may_pass.then_some(RETRY_AFTER_S) })
-            }
-        }
+    fn serving(&self, version: &ManagedModel) -> Result<Arc<Serving>, ApiError> {
+        version.answering().ok_or_else(|| {
+            let status = self.statuses().status(version.id);
+            let may_pass = status.state() != ModelState::Failed;
+            let message = describe(&status);
+            ApiError::Unavailable { message, retry_after_s: may_pass.then_some(RETRY_AFTER_S) }
+        })
     }
 
     /// The pool for work on this prompt that may take long.
@@ -186,49 +189,57 @@ impl ModelServer {
     }
 
     async fn admit(&self, request: Generation) -> Result<Answer, ApiError> {
-        let AcquiredModel { managed, serving, busy } =
-            self.acquire(request.model.as_deref(), Task::Generate)?;
+        let trace = Trace::current();
+        let (model, revision) = (request.model.as_deref(), request.revision.as_deref());
+        let AcquiredModel { name, version, serving, busy } =
+            self.acquire(&Asked { model, revision, task: Task::Generate })?;
         let Runner::Generate(engine) = &serving.runner else {
-            return Err(wrong_task(&managed, &serving));
+            return Err(wrong_task(name, &serving));
         };
-        check_revision(&managed, request.revision.as_deref())?;
+        trace::describe_request(&trace, &request, &name);
         let Submitted { generation, syntax } = if generate::is_long(&request) {
-            let engine = engine.clone();
+            let (engine, trace) = (engine.clone(), trace.clone());
             let pool =
                 if generate::has_format(&request) { &self.formatted } else { self.pool(&request.prompt) };
-            pool.run(move || generate::submit(&engine, request)).await??
+            pool.run(move || generate::submit(&engine, request, &trace)).await??
         } else {
-            generate::submit(engine, request)?
+            generate::submit(engine, request, &trace)?
         };
         // The tokenizer and what describes the model; the engine with its weights ends without it.
         let model = Arc::clone(engine.model());
         Ok(Answer {
             id: format!("gen-{}", uuid::Uuid::new_v4().simple()),
-            model: managed.spec.name().to_owned(),
+            model: name,
             model_digest: serving.digest.clone(),
-            revision: managed.spec.revision.clone(),
+            revision: version.spec.revision.clone(),
             created_unix_s: generate::now_unix_s(),
             prompt_tokens: u32::try_from(generation.prompt_ids().len()).unwrap_or(u32::MAX),
             syntax,
             texts: Arc::new(move |ids| generate::texts(&model, ids)),
-            events: generation.map(move |event| generate::translate(event, &busy)).boxed(),
+            events: generation
+                .map(move |event| {
+                    let event = generate::translate(event, &busy);
+                    trace::describe_end(&trace, &event);
+                    event
+                })
+                .boxed(),
         })
     }
 
     async fn count(&self, request: CountRequest) -> Result<u32, ApiError> {
-        let AcquiredModel { managed, serving, busy: _busy } =
-            self.acquire(request.model.as_deref(), Task::Generate)?;
-        check_revision(&managed, request.revision.as_deref())?;
+        let (model, revision) = (request.model.as_deref(), request.revision.as_deref());
+        let AcquiredModel { serving, busy: _busy, .. } =
+            self.acquire(&Asked { model, revision, task: Task::Generate })?;
         self.pool(&request.prompt).run(move || generate::count(&serving.runner, &request)).await?
     }
 
     async fn encode(&self, request: EmbedRequest) -> Result<Embedded, ApiError> {
-        let AcquiredModel { managed, serving, busy: _busy } =
-            self.acquire(request.model.as_deref(), Task::Embed)?;
+        let (model, revision) = (request.model.as_deref(), request.revision.as_deref());
+        let AcquiredModel { name, version, serving, busy: _busy } =
+            self.acquire(&Asked { model, revision, task: Task::Embed })?;
         let Runner::Embed(encoder) = &serving.runner else {
-            return Err(wrong_task(&managed, &serving));
+            return Err(wrong_task(name, &serving));
         };
-        check_revision(&managed, request.revision.as_deref())?;
         let facts = embed::facts(encoder.model())?;
         embed::check_dimensions(&request, facts)?;
         embed::check_ids(&request, encoder.model().facts().vocabulary)?;
@@ -245,72 +256,76 @@ impl ModelServer {
             encoder.submit(&params)
         };
         let failed = |error| embed::failed(&error);
+        let span = Trace::current().child("encode");
         let encoded = submitted.map_err(failed)?.await.map_err(failed)?;
+        drop(span);
         let by = embed::ModelIdentity {
-            name: managed.spec.name().to_owned(),
+            name,
             digest: serving.digest.clone(),
-            revision: managed.spec.revision.clone(),
+            revision: version.spec.revision.clone(),
         };
         Ok(embed::embedded(by, facts, encoded))
     }
 }
 
+/// What a request says of the model that is to answer.
+struct Asked<'a> {
+    model: Option<&'a str>,
+    revision: Option<&'a str>,
+    task: Task,
+}
+
 /// A model that a request asks.
 struct AcquiredModel {
-    managed: Arc<ManagedModel>,
+    /// The name that the answer carries.
+    name: String,
+    /// The version that answers.
+    version: Arc<ManagedModel>,
     serving: Arc<Serving>,
     /// The request is in flight until this is dropped.
     busy: InflightGuard,
 }
 
-fn wrong_task(managed: &ManagedModel, serving: &Serving) -> ApiError {
-    let task = serving.runner.task();
-    ApiError::WrongTask { model: managed.spec.name().to_owned(), task }
+fn wrong_task(model: String, serving: &Serving) -> ApiError {
+    ApiError::WrongTask { model, task: serving.runner.task() }
 }
 
-/// Refuses a request for another revision than the one that is served.
-fn check_revision(managed: &ManagedModel, asked: Option<&str>) -> Result<(), ApiError> {
-    let loaded = &managed.spec.revision;
-    match asked {
-        Some(asked) if asked != loaded => Err(ApiError::UnknownRevision {
-            model: managed.spec.name().to_owned(),
-            asked: asked.to_owned(),
-            loaded: loaded.clone(),
-        }),
-        _ => Ok(()),
+/// The version of a model that answers a request for a revision, or for none.
+fn version_of(found: &NamedModel, revision: Option<&str>) -> Result<Arc<ManagedModel>, ApiError> {
+    let NamedModel { model, version } = found;
+    let mut candidates: Vec<&Arc<ManagedModel>> = match version {
+        Some(version) => vec![version],
+        None => model.versions().collect(),
+    };
+    let Some(asked) = revision else { return Ok(Arc::clone(candidates[0])) };
+    candidates.retain(|version| version.spec.revision == asked);
+    match candidates.first() {
+        Some(version) => Ok(Arc::clone(version)),
+        None => {
+            let loaded: Vec<&str> = model.versions().map(|version| version.spec.revision.as_str()).collect();
+            let (model, asked) = (model.name().to_owned(), asked.to_owned());
+            Err(ApiError::UnknownRevision { model, asked, loaded: loaded.join(", ") })
+        }
     }
 }
 
 impl Health for ModelServer {
     fn liveness(&self) -> Verdict {
-        for managed in self.table.snapshot().models() {
+        let models = self.table.snapshot();
+        for managed in models.models().iter().flat_map(|model| model.versions()) {
             let status = self.statuses().status(managed.id);
             let name = managed.spec.name();
             match (managed.serving(), status.state()) {
                 (_, ModelState::Draining | ModelState::Failed) => {}
                 (Some(serving), _) => {
-                    let beat = serving.runner.heartbeat();
-                    if !beat.alive {
-                        return Verdict::no(format!(
-                            "the engine of {name} has ended unexpectedly; see the log"
-                        ));
-                    }
-                    if beat.failed_steps >= FAILED_STEPS {
-                        let failed = beat.failed_steps;
-                        return Verdict::no(format!(
-                            "the last {failed} steps of the engine of {name} failed; see the log"
-                        ));
-                    }
-                    if beat.work_pending && beat.last_step_age > ENGINE_STALL {
-                        let age = beat.last_step_age.as_secs();
-                        return Verdict::no(format!(
-                            "the engine of {name} has work but made no step for {age} s"
-                        ));
+                    if let Some(fault) = engine_fault(name, serving.runner.heartbeat(), self.engine_stall) {
+                        return fault;
                     }
                 }
-                (None, ModelState::Loading) if managed.progress_age() > LOAD_STALL => {
-                    let age = managed.progress_age().as_secs();
-                    return Verdict::no(format!("loading {name} made no progress for {age} s"));
+                (None, ModelState::Loading) => {
+                    if let Some(fault) = load_fault(name, managed.progress_age()) {
+                        return fault;
+                    }
                 }
                 _ => {}
             }
@@ -344,8 +359,19 @@ impl Inference for ModelServer {
         Box::pin(self.load_asked(request))
     }
 
-    fn unload_model(&self, model: String) -> BoxFuture<'_, Result<ModelStatus, ApiError>> {
-        Box::pin(async move { self.unload_asked(&model).await })
+    fn unload_model(&self, request: UnloadModel) -> BoxFuture<'_, Result<ModelStatus, ApiError>> {
+        Box::pin(async move {
+            self.check_allowed()?;
+            self.unload_with(request).await
+        })
+    }
+
+    fn swap_model(&self, request: SwapModel) -> BoxFuture<'_, Result<ModelStatus, ApiError>> {
+        Box::pin(std::future::ready(self.check_allowed().and_then(|()| self.swap_with(request))))
+    }
+
+    fn rollback_model(&self, request: RollbackModel) -> BoxFuture<'_, Result<ModelStatus, ApiError>> {
+        Box::pin(std::future::ready(self.check_allowed().and_then(|()| self.rollback_with(&request))))
     }
 
     fn watch_models(&self) -> watch::Receiver<Models> {
@@ -396,7 +422,7 @@ mod tests {
 
     /// What serves the first model.
     fn serving(server: &ModelServer) -> Arc<Serving> {
-        server.table.snapshot().models()[0].serving().unwrap()
+        server.table.snapshot().models()[0].current.serving().unwrap()
     }
 
     async fn tokens(mut answer: Answer) -> (Vec<u32>, Option<FinishReason>) {
@@ -694,5 +720,80 @@ mod tests {
             let error = server.generate(Generation { prompt, ..request(None) }).await.err().unwrap();
             assert!(matches!(&error, ApiError::TooLong { message } if message.contains(why)), "{error}");
         }
+    }
+
+    #[tokio::test]
+    async fn plain_requests_do_not_wait_for_formats_that_compile() {
+        let (server, _folders) = ready_to_chat(TEMPLATE).await;
+        let (release, released) = std::sync::mpsc::sync_channel::<()>(FORMATTED_REQUESTS);
+        let released = Arc::new(std::sync::Mutex::new(released));
+        let (started, mut has_started) = tokio::sync::mpsc::channel(FORMATTED_REQUESTS);
+        let mut compiling = tokio::task::JoinSet::new();
+        for _ in 0..FORMATTED_REQUESTS {
+            let (pool, started, released) =
+                (server.formatted.clone(), started.clone(), Arc::clone(&released));
+            compiling.spawn(async move {
+                let job = move || {
+                    started.try_send(()).unwrap();
+                    released.lock().unwrap().recv().unwrap();
+                };
+                pool.run(job).await
+            });
+            has_started.recv().await.unwrap();
+        }
+        let message = serde_json::json!({"role": "user", "content": "hello"});
+        let chat = || Conversation { messages: vec![message.clone()], ..Conversation::default() };
+        let plain = Generation { prompt: chat().into(), ..request(None) };
+        assert!(!tokens(server.generate(plain).await.unwrap()).await.0.is_empty());
+        let options = Options { format: Some(Format::Regex("[ab]{3}".into())), ..Options::default() };
+        let formatted = Generation { prompt: chat().into(), options, ..request(None) };
+        let mut waiting = server.generate(formatted);
+        assert!(futures::poll!(&mut waiting).is_pending(), "both permits for formats are in use");
+        (0..FORMATTED_REQUESTS).for_each(|_| release.send(()).unwrap());
+        assert!(!tokens(waiting.await.unwrap()).await.0.is_empty());
+        assert!(compiling.join_all().await.iter().all(Result::is_ok));
+    }
+
+    #[tokio::test]
+    async fn a_load_that_an_unload_ended_is_a_conflict_for_its_caller() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("m.gguf"), SeededModel::default().gguf()).unwrap();
+        let (release, released) = std::sync::mpsc::sync_channel::<()>(FORMATTED_REQUESTS);
+        let released = std::sync::Mutex::new(released);
+        let (opening, mut is_opening) = tokio::sync::mpsc::channel(FORMATTED_REQUESTS);
+        let open = move |spec: &ModelSpec| {
+            if spec.name() == "later" {
+                opening.try_send(()).unwrap();
+                released.lock().unwrap().recv().unwrap();
+            }
+            Ok(Box::new(Oracle::new()) as Box<dyn trustformers_plan::Backend>)
+        };
+        let first = ModelSpec::new("first", Source::from_path(folder.path()));
+        let control = ModelControl::Allowed(crate::control::LoadDefaults::default());
+        let server = Arc::new(ModelServer::new(vec![first]).unwrap().with_control(control, DRAIN_TIMEOUT));
+        let loader = Loader::new(Box::new(open), &prometheus::Registry::new()).unwrap();
+        server.start_loading(&Arc::new(loader));
+        server.readiness().wait_for(|verdict| verdict.ok).await.unwrap();
+        let path = folder.path().to_str().unwrap().to_owned();
+        let asked = LoadModel { name: "later".into(), path, ..LoadModel::default() };
+        let loading = tokio::spawn({
+            let server = Arc::clone(&server);
+            async move { server.load_model(asked).await }
+        });
+        is_opening.recv().await.unwrap();
+        let later = UnloadModel { model: "later".into(), digest: None, revision: None };
+        let unloading = tokio::spawn({
+            let server = Arc::clone(&server);
+            async move { server.unload_model(later).await }
+        });
+        while server.state_of("later").is_some() {
+            tokio::task::yield_now().await;
+        }
+        release.send(()).unwrap();
+        let error = loading.await.unwrap().unwrap_err();
+        assert!(matches!(&error, ApiError::Conflict { message } if message.contains("later")), "{error:?}");
+        assert!(error.to_string().contains("load it again"), "{error}");
+        assert_eq!(unloading.await.unwrap().unwrap().state(), ModelState::Unloaded);
+        assert!(server.generate(request(None)).await.is_ok(), "the other model was not touched");
     }
 }

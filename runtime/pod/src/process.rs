@@ -12,6 +12,7 @@ use std::time::Duration;
 use axum::Router;
 use futures::future::BoxFuture;
 use prometheus::Registry;
+use prometheus::proto::MetricFamily;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
@@ -20,11 +21,15 @@ use tokio_util::sync::CancellationToken;
 use trustformers_api::browser::{self, AllowedOrigins};
 use trustformers_api::server::{self, Limits};
 use trustformers_api::{Api, grpc, http};
-use trustformers_telemetry::metrics;
+use trustformers_telemetry::metrics::{self, Derive};
+use trustformers_telemetry::traces::{TraceError, TraceOptions, Traces};
 
+use crate::admin::{AdminPort, AdminSettings, KeysError};
 use crate::control::ModelControl;
 use crate::device;
+use crate::liveness::ENGINE_STALL;
 use crate::load::Loader;
+use crate::metrics_compat::MetricsCompat;
 use crate::models::ModelServer;
 use crate::spec::{ModelSpec, SpecError};
 
@@ -56,6 +61,23 @@ pub struct Drain {
     pub timeout: Duration,
 }
 
+/// What a process shows of itself beside its API and its figures.
+#[derive(Debug, Clone)]
+pub struct Sight {
+    /// What is traced; nothing where there are no options.
+    pub traces: Option<TraceOptions>,
+    /// Whether `/metrics` has the figures under the names of another server, too.
+    pub metrics_compat: Option<MetricsCompat>,
+    /// Liveness fails when an engine with work has made no step for so long.
+    pub engine_stall: Duration,
+}
+
+impl Default for Sight {
+    fn default() -> Self {
+        Self { traces: None, metrics_compat: None, engine_stall: ENGINE_STALL }
+    }
+}
+
 /// What a process serves and how.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -65,8 +87,12 @@ pub struct Settings {
     pub listen: Listen,
     /// How to end.
     pub drain: Drain,
-    /// Who may load and unload models.
+    /// Who may load and unload models on the serving ports.
     pub model_control: ModelControl,
+    /// The port on which whoever has the token may.
+    pub admin: Option<AdminSettings>,
+    /// What can be seen of it.
+    pub sight: Sight,
 }
 
 /// Why a process could not start serving. What goes wrong later is a model's state, not an error.
@@ -87,12 +113,18 @@ pub enum StartError {
         /// What the system said; the message holds it, so it is no source.
         cause: std::io::Error,
     },
+    /// The keys of the admin port cannot be used.
+    #[error("the admin port: {0}")]
+    AdminKeys(#[from] KeysError),
     /// The metrics do not fit together.
     #[error(transparent)]
     Metrics(#[from] metrics::MetricsError),
     /// gRPC reflection could not be set up.
     #[error(transparent)]
     Reflection(#[from] grpc::ReflectionError),
+    /// Nothing can be traced.
+    #[error(transparent)]
+    Traces(#[from] TraceError),
     /// Signals cannot be received.
     #[error("signals cannot be received: {0}")]
     Signals(std::io::Error),
@@ -113,8 +145,10 @@ pub struct Process {
     /// Ends the listeners.
     stop: CancellationToken,
     drain: Drain,
+    traces: Traces,
     http: SocketAddr,
     grpc: SocketAddr,
+    admin: Option<SocketAddr>,
 }
 
 impl Process {
@@ -137,12 +171,17 @@ impl Process {
         registry: Registry,
         open: device::OpenDevice,
     ) -> Result<Self, StartError> {
-        let Settings { models, listen, drain, model_control } = settings;
+        let Settings { models, listen, drain, model_control, admin, sight } = settings;
         let loader = Arc::new(Loader::new(open, &registry)?);
-        let models = Arc::new(ModelServer::new(models)?.with_control(model_control, drain.timeout));
+        let models = ModelServer::new(models)?.with_control(model_control, drain.timeout);
+        let models = Arc::new(models.with_engine_stall(sight.engine_stall));
         let (closing, stop) = (CancellationToken::new(), CancellationToken::new());
         let api = Api::new(models.clone(), closing.clone());
-        let figures = metrics::router(registry);
+        let derived = sight
+            .metrics_compat
+            .map(|compat| -> Derive { Arc::new(move |own: &[MetricFamily]| compat.families(own)) });
+        let figures = metrics::router_with(registry, derived);
+        let traces = Traces::start_where(sight.traces.as_ref())?;
 
         let http_listener = open_listener(listen.http, "HTTP").await?;
         let grpc_listener = open_listener(listen.grpc, "gRPC").await?;
@@ -152,6 +191,13 @@ impl Process {
             }
             _ => None,
         };
+        let admin_listener = match admin {
+            Some(admin) => {
+                let address = admin.address;
+                Some((open_listener(address, "admin").await?, address, AdminPort::new(admin)?))
+            }
+            None => None,
+        };
         let (http, grpc) = (address_of(&http_listener, listen.http), address_of(&grpc_listener, listen.grpc));
         let services = grpc::router(api.clone())?;
         let mut grpc_routes = services.clone();
@@ -159,9 +205,17 @@ impl Process {
             grpc_routes = grpc_routes.merge(figures.clone());
         }
         let mut servers = JoinSet::new();
+        let admin = admin_listener.map(|(listener, asked, port)| {
+            let address = address_of(&listener, asked);
+            servers.spawn(port.follow_keys(stop.clone()));
+            let router = port.router(Arc::clone(&models), closing.clone());
+            servers.spawn(server::serve(listener, router, Limits::default(), stop.clone()));
+            tracing::info!(admin = %address, "models are changed there by whoever has the token");
+            address
+        });
         let limits = Limits::default();
         let mut spawn = |listener: TcpListener, router: Router| {
-            servers.spawn(server::serve(listener, router, limits.clone(), stop.clone()));
+            servers.spawn(server::serve(listener, traces.router(router), limits.clone(), stop.clone()));
         };
         let routes = http::router(api).merge(figures.clone());
         spawn(http_listener, browser::http_listener(routes, services, &listen.allowed_origins));
@@ -171,7 +225,7 @@ impl Process {
         }
         tracing::info!(http = %http, grpc = %grpc, "listening");
         models.start_loading(&loader);
-        Ok(Self { models, servers, closing, stop, drain, http, grpc })
+        Ok(Self { models, servers, closing, stop, drain, traces, http, grpc, admin })
     }
 
     /// The address that HTTP is served on, with the port that was given.
@@ -182,6 +236,11 @@ impl Process {
     /// The address that gRPC is served on, with the port that was given.
     pub fn grpc_address(&self) -> SocketAddr {
         self.grpc
+    }
+
+    /// The address of the admin port, where there is one.
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin
     }
 
     /// The models.
@@ -217,6 +276,7 @@ impl Process {
         if !all_answered {
             let _ = tokio::time::timeout(LAST_WORDS, self.servers_end()).await;
         }
+        self.traces.shutdown().await;
         tracing::info!(took_ms = begin.elapsed().as_millis(), "ended");
         all_answered
     }

@@ -10,6 +10,7 @@ use trustformers_plan::Backend;
 use trustformers_proto::Task;
 
 use crate::failure::Failure;
+use crate::probe::{self, GoldenProbe};
 use crate::spec::{ModelSpec, TextBatching};
 
 /// A running engine.
@@ -134,6 +135,20 @@ impl Runner {
             Self::Generate(engine) => engine.warm_up().await?,
             Self::Embed(encoder) => encoder.warm_up().await?,
         })
+    }
+
+    /// Compares the greedy answer to a prompt with the one that is known.
+    ///
+    /// # Errors
+    /// `WrongAnswer` with both, or whatever stood in the way of the answer.
+    pub async fn check_golden(&self, golden: &GoldenProbe) -> Result<(), Failure> {
+        match self {
+            Self::Generate(engine) => probe::check(engine, golden).await,
+            Self::Embed(_) => Err(Failure::permanent(
+                "InvalidConfiguration",
+                "the probe compares a text that is generated, and this model turns texts into vectors; leave it out",
+            )),
+        }
     }
 
     /// Ends the engine; what it was answering ends with an error.

@@ -1,5 +1,7 @@
 //! What to load and with which settings: the validated form of `pod.yaml`, and of a model in `config.yaml`.
 
+use std::ffi::OsString;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use trustformers_engine::encoder::{BatchStrategy, EncoderConfig, MAX_WAIT_MS};
@@ -9,6 +11,7 @@ use trustformers_proto::pod_config::PodConfig;
 use trustformers_store::Source;
 
 use crate::device::DeviceChoice;
+use crate::probe::GoldenProbe;
 
 /// One model to load.
 #[derive(Debug, Clone)]
@@ -23,6 +26,8 @@ pub struct ModelSpec {
     pub files: Vec<String>,
     /// The digest that the files must have.
     pub sha256: Option<String>,
+    /// How a source of another machine is fetched; without it only files of this machine are read.
+    pub fetch: Option<FetchSpec>,
     /// The task that the files must serve. None: the task that the files state.
     pub task: Option<Task>,
     /// Where it runs.
@@ -35,6 +40,40 @@ pub struct ModelSpec {
     pub speculation: Option<SpeculationSpec>,
     /// How the engine of a model that embeds gathers texts; the other figures are those of `engine`.
     pub batching: TextBatching,
+    /// What it must answer before it may serve.
+    pub probe: Option<GoldenProbe>,
+}
+
+/// Where the files of other machines go, and what they are fetched with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FetchSpec {
+    /// The cache directory, which processes may share.
+    pub cache_dir: PathBuf,
+    /// A folder in which each file is a credential, by its name (`HF_TOKEN`); it goes before the environment.
+    pub secret_dir: Option<PathBuf>,
+    /// Size that the cache does not exceed while it holds files that nothing uses.
+    pub max_cache_bytes: Option<u64>,
+}
+
+impl FetchSpec {
+    /// The cache of the user who runs this process: `TRUSTFORMERS_CACHE_DIR`, else `trustformers` below
+    /// `XDG_CACHE_HOME` or `~/.cache`.
+    ///
+    /// # Errors
+    /// The variable to set, where none is set.
+    pub fn of_user() -> Result<Self, String> {
+        Self::of_variables(&|name| std::env::var_os(name))
+    }
+
+    fn of_variables(variable: &dyn Fn(&str) -> Option<OsString>) -> Result<Self, String> {
+        let folder = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let below = |name: &str, path: &str| folder(name).map(|folder| folder.join(path));
+        let cache_dir = folder("TRUSTFORMERS_CACHE_DIR")
+            .or_else(|| below("XDG_CACHE_HOME", "trustformers"))
+            .or_else(|| below("HOME", ".cache/trustformers"));
+        let cache_dir = cache_dir.ok_or("set TRUSTFORMERS_CACHE_DIR to a folder for fetched models")?;
+        Ok(Self { cache_dir, secret_dir: None, max_cache_bytes: None })
+    }
 }
 
 /// How draft tokens are proposed, so that one step checks several.
@@ -110,13 +149,35 @@ impl ModelSpec {
             source,
             files: Vec::new(),
             sha256: None,
+            fetch: None,
             task: None,
             device: DeviceChoice::Auto,
             threads: None,
             engine,
             speculation: None,
             batching: TextBatching::default(),
+            probe: None,
         }
+    }
+
+    /// Whether a request for another version asks for the same source and settings, so that it would load the
+    /// same again. Names and revision do not count, and a task that it leaves out is any.
+    pub fn same_settings(&self, other: &Self) -> bool {
+        let Self { names: _, revision: _, source, files, sha256, device, .. } = self;
+        let Self { threads, engine: _, speculation, batching, probe, .. } = self;
+        let same_task = other.task.is_none() || other.task == self.task;
+        let what = same_task && (source, files, sha256) == (&other.source, &other.files, &other.sha256);
+        let how = (device, threads, batching) == (&other.device, &other.threads, &other.batching);
+        let EngineConfig { numerics, kv_cache, context_tokens, max_batch_size, max_queue, .. } = self.engine;
+        let engine = (numerics, kv_cache, context_tokens, max_batch_size, max_queue)
+            == (
+                other.engine.numerics,
+                other.engine.kv_cache,
+                other.engine.context_tokens,
+                other.engine.max_batch_size,
+                other.engine.max_queue,
+            );
+        what && how && engine && (speculation, probe) == (&other.speculation, &other.probe)
     }
 
     /// The first name.
@@ -134,7 +195,20 @@ impl ModelSpec {
         let name =
             model.names.first().ok_or_else(|| SpecError::new("model.names", "give at least one name"))?;
         let source = Source::from_str(&model.path).map_err(|error| SpecError::new("model.path", error))?;
+        let fetch = model.fetch.as_ref();
+        if source.remote().is_some() && fetch.is_none() {
+            let why = format!("{source} must be fetched, and model.fetch.cacheDir does not say where to");
+            return Err(SpecError::new("model.path", why));
+        }
+        let revision = fetch.and_then(|fetch| fetch.revision.as_deref());
+        let source = source.with_revision(revision);
+        let source = source.map_err(|error| SpecError::new("model.fetch.revision", error))?;
         let mut spec = Self::new(name.clone(), source);
+        spec.fetch = fetch.map(|fetch| FetchSpec {
+            cache_dir: fetch.cache_dir.clone().into(),
+            secret_dir: fetch.secret_dir.clone().map(PathBuf::from),
+            max_cache_bytes: fetch.max_cache_bytes,
+        });
         spec.names.clone_from(&model.names);
         spec.revision.clone_from(&model.revision);
         spec.files.clone_from(&model.files);
@@ -263,9 +337,33 @@ mod tests {
     }
 
     #[test]
+    fn a_source_of_another_machine_has_a_cache_and_a_revision() {
+        let fetched = spec(
+            "model: {names: [a], revision: r, path: 'hf://o/n', fetch: {cacheDir: /c, secretDir: /s, revision: v1, maxCacheBytes: 9}}",
+        );
+        let fetched = fetched.unwrap();
+        assert_eq!(fetched.source.to_string(), "hf://o/n@v1");
+        let expected =
+            FetchSpec { cache_dir: "/c".into(), secret_dir: Some("/s".into()), max_cache_bytes: Some(9) };
+        assert_eq!(fetched.fetch, Some(expected));
+        let cache_dir = |set: &[(&str, &str)]| {
+            let find = |name: &str| set.iter().find(|(set, _)| *set == name).map(|(_, value)| value.into());
+            FetchSpec::of_variables(&find).map(|fetch| fetch.cache_dir)
+        };
+        assert_eq!(cache_dir(&[("HOME", "/h"), ("XDG_CACHE_HOME", "")]), Ok("/h/.cache/trustformers".into()));
+        assert_eq!(cache_dir(&[("HOME", "/h"), ("TRUSTFORMERS_CACHE_DIR", "/c")]), Ok("/c".into()));
+        assert!(cache_dir(&[]).unwrap_err().contains("TRUSTFORMERS_CACHE_DIR"));
+    }
+
+    #[test]
     fn settings_that_cannot_be_honoured_have_their_path() {
         for (text, field) in [
             ("model: {names: [a], revision: r, path: 'hf://a/b'}", "model.path"),
+            ("model: {names: [a], revision: r, path: 'ftp://a/b'}", "model.path"),
+            (
+                "model: {names: [a], revision: r, path: 's3://a/b', fetch: {cacheDir: /c, revision: v1}}",
+                "model.fetch.revision",
+            ),
             ("model: {names: [a], revision: r, path: /m}\nengine: {device: tpu}", "engine.device"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {numerics: best}", "engine.numerics"),
             ("model: {names: [a], revision: r, path: /m}\nengine: {kvCache: int8}", "engine.kvCache"),

@@ -2,21 +2,24 @@
 //!
 //! One writer side, any number of readers, the latest value always: a watcher that is slow skips states and
 //! does not delay the writer. Readiness is a function of the states, so the two can never contradict each
-//! other. Models come and go while the process runs, so each has an id that no other model of the process
-//! ever gets.
+//! other. Models come and go while the process runs, and a model has up to two versions; each version has an
+//! id that no other version of the process ever gets.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use trustformers_api::Verdict;
 use trustformers_api::http::state_word;
 use trustformers_api::inference::Models;
 use trustformers_proto::Task;
-use trustformers_proto::v1::{ModelState, ModelStatus};
+use trustformers_proto::v1::{ModelSlot, ModelState, ModelStatus, SlotRole};
 
 use crate::failure::Failure;
+use crate::load_rate::LoadRate;
+use crate::slots::may_follow;
 use crate::spec::ModelSpec;
 
 /// Publishes the states.
@@ -40,12 +43,24 @@ struct StatusTable {
 /// One model.
 #[derive(Debug, Clone)]
 struct StatusEntry {
-    id: u64,
-    /// The model whose place it took, which may still answer what it has begun.
-    replaced: Option<u64>,
+    /// Every name that it answers to.
+    names: Vec<String>,
     /// Whether start-up waits for it. A model that is added later delays nothing: the others serve.
     at_start: bool,
+    /// Its current version.
+    current: VersionEntry,
+    /// The version in its second slot.
+    second: Option<VersionEntry>,
+}
+
+/// One version of a model.
+#[derive(Debug, Clone)]
+struct VersionEntry {
+    id: u64,
+    role: SlotRole,
     status: ModelStatus,
+    memory_bytes: u64,
+    rate: LoadRate,
 }
 
 /// What is known of a model once it is loaded.
@@ -61,41 +76,79 @@ pub struct LoadedFacts {
     pub context_tokens: u32,
     /// Values of a vector, of a model that embeds; else 0.
     pub embedding_dimensions: u32,
+    /// Bytes that it takes on its device.
+    pub memory_bytes: u64,
 }
 
-impl StatusEntry {
-    fn pending(id: u64, spec: &ModelSpec, at_start: bool) -> Self {
+impl VersionEntry {
+    fn pending(id: u64, role: SlotRole, spec: &ModelSpec) -> Self {
         let mut status = ModelStatus {
             name: spec.name().to_owned(),
-            names: spec.names.clone(),
             revision: spec.revision.clone(),
             task: Task::to_wire(spec.task),
             since_unix_ms: now_unix_ms(),
             ..ModelStatus::default()
         };
         status.set_state(ModelState::Pending);
-        Self { id, replaced: None, at_start, status }
+        Self { id, role, status, memory_bytes: 0, rate: LoadRate::default() }
     }
 
-    fn is_of(&self, id: u64) -> bool {
-        self.id == id || self.replaced == Some(id)
+    fn published(&self) -> ModelSlot {
+        let status = &self.status;
+        let loads = status.state() == ModelState::Loading;
+        let left = status.total_bytes.saturating_sub(status.loaded_bytes);
+        ModelSlot {
+            role: self.role.into(),
+            state: status.state,
+            revision: status.revision.clone(),
+            digest: status.digest.clone(),
+            reason: status.reason.clone(),
+            message: status.message.clone(),
+            loaded_bytes: status.loaded_bytes,
+            total_bytes: status.total_bytes,
+            bytes_per_second: if loads { self.rate.bytes_per_second() } else { 0 },
+            eta_ms: if loads { self.rate.eta_ms(left) } else { None },
+            memory_bytes: self.memory_bytes,
+            since_unix_ms: status.since_unix_ms,
+        }
+    }
+}
+
+impl StatusEntry {
+    fn pending(id: u64, spec: &ModelSpec, at_start: bool) -> Self {
+        let current = VersionEntry::pending(id, SlotRole::Current, spec);
+        Self { names: spec.names.clone(), at_start, current, second: None }
+    }
+
+    fn versions(&self) -> impl Iterator<Item = &VersionEntry> {
+        std::iter::once(&self.current).chain(&self.second)
+    }
+
+    fn version_mut(&mut self, id: u64) -> Option<&mut VersionEntry> {
+        std::iter::once(&mut self.current).chain(&mut self.second).find(|version| version.id == id)
     }
 
     fn blocks_startup(&self) -> bool {
-        self.at_start && is_starting(self.status.state())
+        self.at_start && is_starting(self.current.status.state())
+    }
+
+    /// The status of a version under the model's names.
+    fn named(&self, version: &VersionEntry) -> ModelStatus {
+        let name = self.names.first().cloned().unwrap_or_default();
+        ModelStatus { name, names: self.names.clone(), ..version.status.clone() }
+    }
+
+    fn published(&self) -> ModelStatus {
+        let slots = self.versions().map(VersionEntry::published).collect();
+        ModelStatus { slots, ..self.named(&self.current) }
     }
 }
 
 impl ModelStatuses {
-    /// All models Pending, with the ids 0, 1, 2, ...
+    /// All models Pending, their versions with the ids 0, 1, 2, ...
     pub fn new(specs: &[ModelSpec]) -> Self {
         let entries = (0..).zip(specs).map(|(id, spec)| StatusEntry::pending(id, spec, true)).collect();
         Self::of(StatusTable { entries, ending: false })
-    }
-
-    /// The states of one model that is not published with the others, Pending.
-    pub fn of_one(id: u64, spec: &ModelSpec) -> Self {
-        Self::of(StatusTable { entries: vec![StatusEntry::pending(id, spec, true)], ending: false })
     }
 
     fn of(table: StatusTable) -> Self {
@@ -117,17 +170,27 @@ impl ModelStatuses {
         self.ready.subscribe()
     }
 
-    /// The state of one model; without a name and Unloaded where no model has this id any more.
+    /// The state of one version; without a name and Unloaded where no version has this id any more.
     pub fn status(&self, id: u64) -> ModelStatus {
         let table = self.table.load();
-        table.entries.iter().find(|entry| entry.is_of(id)).map_or_else(unloaded, |entry| entry.status.clone())
+        let found = table.entries.iter().find_map(|entry| {
+            entry.versions().find(|version| version.id == id).map(|version| entry.named(version))
+        });
+        found.unwrap_or_else(unloaded)
+    }
+
+    /// The state of the model that has this version, with its slots. Unloaded where there is none any more.
+    pub fn model(&self, id: u64) -> ModelStatus {
+        let table = self.table.load();
+        let has = |entry: &&StatusEntry| entry.versions().any(|version| version.id == id);
+        table.entries.iter().find(has).map_or_else(unloaded, StatusEntry::published)
     }
 
     /// Whether loading is over, one way or the other, for every model that start-up waits for.
     pub fn startup(&self) -> Verdict {
         let table = self.table.load();
         match table.entries.iter().find(|entry| entry.blocks_startup()) {
-            Some(entry) => Verdict::no(describe(&entry.status)),
+            Some(entry) => Verdict::no(describe(&entry.named(&entry.current))),
             None => Verdict::yes("start-up is over"),
         }
     }
@@ -137,22 +200,65 @@ impl ModelStatuses {
         self.write(|table| table.entries.push(StatusEntry::pending(id, spec, false)));
     }
 
-    /// A model is gone.
+    /// A version is gone, and its model with it where it was the current one.
     pub fn remove(&self, id: u64) {
-        self.write(|table| table.entries.retain(|entry| !entry.is_of(id)));
-    }
-
-    /// A model takes the place of another one in the list, with its state, which then is the state of both.
-    pub fn replace(&self, old: u64, id: u64, status: ModelStatus) {
         self.write(|table| {
-            if let Some(entry) = table.entries.iter_mut().find(|entry| entry.is_of(old)) {
-                *entry = StatusEntry { id, replaced: Some(old), at_start: entry.at_start, status };
+            table.entries.retain(|entry| entry.current.id != id);
+            for entry in &mut table.entries {
+                if entry.second.as_ref().is_some_and(|version| version.id == id) {
+                    entry.second = None;
+                }
             }
         });
     }
 
-    /// A model enters a state; the cause of an earlier state is forgotten. Entering the state that it is in
-    /// already, as another attempt to load does, forgets nothing, so that the cause does not flicker.
+    /// A version is loaded into the second slot of the model with the version `current`, Pending. What the
+    /// slot held is published no more.
+    pub fn add_beside(&self, current: u64, id: u64, spec: &ModelSpec) {
+        self.write(|table| {
+            if let Some(entry) = table.entries.iter_mut().find(|entry| entry.current.id == current) {
+                entry.second = Some(VersionEntry::pending(id, SlotRole::Candidate, spec));
+            }
+        });
+    }
+
+    /// The two versions of a model change their slots; the one that answered so far has this role then.
+    pub fn swap(&self, current: u64, role: SlotRole) {
+        self.write(|table| {
+            let entry = table.entries.iter_mut().find(|entry| entry.current.id == current);
+            if let Some(StatusEntry { current, second: Some(second), .. }) = entry {
+                std::mem::swap(current, second);
+                current.role = SlotRole::Current;
+                second.role = role;
+            }
+        });
+    }
+
+    /// The model with the version `current` has these names from now on.
+    pub fn rename(&self, current: u64, names: &[String]) {
+        self.write(|table| {
+            if let Some(entry) = table.entries.iter_mut().find(|entry| entry.current.id == current) {
+                entry.names = names.to_vec();
+            }
+        });
+    }
+
+    /// The current version of one model becomes that of another one, whose own goes into its second slot.
+    pub fn take_over(&self, current: u64, from: u64) {
+        self.write(|table| {
+            let Some(at) = table.entries.iter().position(|entry| entry.current.id == from) else { return };
+            let donor = table.entries.remove(at);
+            if let Some(entry) = table.entries.iter_mut().find(|entry| entry.current.id == current) {
+                let mut before = std::mem::replace(&mut entry.current, donor.current);
+                before.role = SlotRole::Previous;
+                entry.second = Some(before);
+            }
+        });
+    }
+
+    /// A version enters a state; the cause of an earlier state is forgotten. Entering the state that it is in
+    /// already, as another attempt to load does, forgets nothing, so that the cause does not flicker. A state
+    /// that may not follow the present one changes nothing.
     pub fn enter(&self, id: u64, state: ModelState) {
         let news = self.status(id).state() != state;
         self.change(id, state, |model| {
@@ -163,17 +269,25 @@ impl ModelStatuses {
         });
     }
 
+    /// What a version that is Pending waits for.
+    pub fn waits(&self, id: u64, message: &str) {
+        self.publish(id, |version| version.status.message = message.to_owned());
+    }
+
     /// The progress of loading. It does not change the state.
     pub fn progress(&self, id: u64, loaded_bytes: u64, total_bytes: u64) {
-        self.publish(id, |model| {
-            model.loaded_bytes = loaded_bytes;
-            model.total_bytes = total_bytes;
+        self.publish(id, |version| {
+            version.rate.record(Instant::now(), loaded_bytes);
+            version.status.loaded_bytes = loaded_bytes;
+            version.status.total_bytes = total_bytes;
         });
     }
 
     /// The model is on its device; what is known of it stays with it from now on.
     pub fn loaded(&self, id: u64, facts: &LoadedFacts) {
-        self.publish(id, |model| {
+        self.publish(id, |version| {
+            version.memory_bytes = facts.memory_bytes;
+            let model = &mut version.status;
             model.digest.clone_from(&facts.digest);
             model.device.clone_from(&facts.device);
             model.context_tokens = facts.context_tokens;
@@ -186,14 +300,15 @@ impl ModelStatuses {
     /// every attempt: each change would be one more Event.
     pub fn will_retry(&self, id: u64, failure: &Failure) {
         let message = format!("{failure}; it is tried again");
-        self.publish(id, |model| {
-            model.reason = failure.reason.to_owned();
-            model.message = message;
+        self.publish(id, |version| {
+            version.status.reason = failure.reason.to_owned();
+            version.status.message = message;
         });
     }
 
     /// Loading failed for good.
     pub fn failed(&self, id: u64, failure: &Failure) {
+        self.publish(id, |version| version.memory_bytes = 0);
         self.change(id, ModelState::Failed, |model| {
             model.reason = failure.reason.to_owned();
             model.message.clone_from(&failure.message);
@@ -203,38 +318,45 @@ impl ModelStatuses {
     /// The process was asked to end: no model is ready any more.
     pub fn draining(&self) {
         self.write(|table| table.ending = true);
-        let entries: Vec<StatusEntry> = self.table.load().entries.clone();
-        for StatusEntry { id, status, .. } in entries {
-            if status.state() != ModelState::Failed {
-                self.enter(id, ModelState::Draining);
+        let table = self.table.load_full();
+        for version in table.entries.iter().flat_map(StatusEntry::versions) {
+            if version.status.state() != ModelState::Failed {
+                self.enter(version.id, ModelState::Draining);
             }
         }
     }
 
     fn change(&self, id: u64, state: ModelState, more: impl FnOnce(&mut ModelStatus)) {
-        let changed = self.publish(id, |model| {
+        let mut entered = false;
+        let changed = self.publish(id, |version| {
+            let model = &mut version.status;
+            entered = may_follow(model.state(), state);
+            if !entered {
+                return;
+            }
             if model.state() != state {
                 model.since_unix_ms = now_unix_ms();
             }
             model.set_state(state);
             more(model);
         });
-        let Some(model) = changed else { return };
+        let Some(model) = changed.filter(|_| entered) else { return };
         let (name, state) = (model.name.as_str(), state_word(state));
+        let revision = model.revision.as_str();
         if model.message.is_empty() {
-            tracing::info!(model = name, state, "model state");
+            tracing::info!(model = name, revision, state, "model state");
         } else {
-            tracing::error!(model = name, state, reason = model.reason, "{}", model.message);
+            tracing::error!(model = name, revision, state, reason = model.reason, "{}", model.message);
         }
     }
 
-    /// Changes a model's state and gives the new one. None where the model is gone.
-    fn publish(&self, id: u64, change: impl FnOnce(&mut ModelStatus)) -> Option<ModelStatus> {
+    /// Changes a version's state and gives the new one. None where the version is gone.
+    fn publish(&self, id: u64, change: impl FnOnce(&mut VersionEntry)) -> Option<ModelStatus> {
         let mut changed = None;
         self.write(|table| {
-            if let Some(entry) = table.entries.iter_mut().find(|entry| entry.is_of(id)) {
-                change(&mut entry.status);
-                changed = Some(entry.status.clone());
+            if let Some(version) = table.entries.iter_mut().find_map(|entry| entry.version_mut(id)) {
+                change(version);
+                changed = Some(version.status.clone());
             }
         });
         changed
@@ -260,23 +382,26 @@ impl ModelStatuses {
 
 impl StatusTable {
     fn published(&self) -> Models {
-        self.entries.iter().map(|entry| entry.status.clone()).collect()
+        self.entries.iter().map(StatusEntry::published).collect()
     }
 
     /// Ready means: the process is not ending, every model that start-up waits for has left its start-up, and
     /// at least one serves. One model that is unloaded or added while the others serve changes nothing.
     fn readiness(&self) -> Verdict {
         if self.ending {
-            let draining = self.entries.iter().find(|entry| entry.status.state() == ModelState::Draining);
+            let mut states = self.entries.iter().map(|entry| entry.named(&entry.current));
+            let draining = states.find(|model| model.state() == ModelState::Draining);
             let ending = || "the server is ending".to_owned();
-            return Verdict::no(draining.map_or_else(ending, |entry| describe(&entry.status)));
+            return Verdict::no(draining.as_ref().map_or_else(ending, describe));
         }
         if let Some(entry) = self.entries.iter().find(|entry| entry.blocks_startup()) {
-            return Verdict::no(describe(&entry.status));
+            return Verdict::no(describe(&entry.named(&entry.current)));
         }
-        let states = || self.entries.iter().map(|entry| &entry.status);
-        let failed: Vec<String> =
-            states().filter(|model| model.state() == ModelState::Failed).map(describe).collect();
+        let states = || self.entries.iter().map(|entry| entry.named(&entry.current));
+        let failed: Vec<String> = states()
+            .filter(|model| model.state() == ModelState::Failed)
+            .map(|model| describe(&model))
+            .collect();
         if states().any(|model| model.state() == ModelState::Ready) {
             let but = if failed.is_empty() { String::new() } else { format!(", but {}", failed.join("; ")) };
             return Verdict::yes(format!("ready{but}"));
@@ -318,6 +443,16 @@ mod tests {
         ModelStatuses::new(&specs)
     }
 
+    fn path() -> Source {
+        Source::from_path("/m")
+    }
+
+    fn make_ready(statuses: &ModelStatuses, id: u64) {
+        for state in [ModelState::Loading, ModelState::Warming, ModelState::Ready] {
+            statuses.enter(id, state);
+        }
+    }
+
     fn ready(statuses: &ModelStatuses) -> bool {
         statuses.watch_readiness().borrow().ok
     }
@@ -340,7 +475,7 @@ mod tests {
         let statuses = statuses(&["a", "b"]);
         statuses.failed(0, &Failure::permanent("DigestMismatch", "wrong bytes"));
         assert!(!ready(&statuses), "b is still starting");
-        statuses.enter(1, ModelState::Ready);
+        make_ready(&statuses, 1);
         let verdict = statuses.watch_readiness().borrow().clone();
         assert!(verdict.ok && verdict.message.contains("wrong bytes"), "{verdict:?}");
         statuses.draining();
@@ -388,7 +523,7 @@ mod tests {
     #[test]
     fn a_model_that_comes_or_goes_later_does_not_change_readiness() {
         let statuses = statuses(&["a"]);
-        statuses.enter(0, ModelState::Ready);
+        make_ready(&statuses, 0);
         statuses.add(7, &ModelSpec::new("b", Source::from_path("/m")));
         for state in [ModelState::Loading, ModelState::Warming, ModelState::Ready, ModelState::Draining] {
             statuses.enter(7, state);
@@ -405,19 +540,65 @@ mod tests {
     }
 
     #[test]
-    fn a_replacement_takes_its_place_with_its_state() {
+    fn two_versions_change_their_slots_and_readiness_follows_the_current_one() {
         let statuses = statuses(&["a", "b"]);
-        statuses.enter(0, ModelState::Ready);
-        statuses.enter(1, ModelState::Ready);
-        let new = ModelStatuses::of_one(2, &ModelSpec::new("a", Source::from_path("/n")));
-        new.loaded(2, &LoadedFacts { digest: "d2".into(), ..LoadedFacts::default() });
-        new.enter(2, ModelState::Ready);
-        statuses.replace(0, 2, new.status(2));
+        make_ready(&statuses, 0);
+        make_ready(&statuses, 1);
+        let spec = |revision: &str| ModelSpec { revision: revision.into(), ..ModelSpec::new("a", path()) };
+        statuses.add_beside(0, 2, &spec("r2"));
+        statuses.failed(2, &Failure::permanent("MalformedModel", "not a model"));
+        assert!(ready(&statuses), "a candidate that fails changes nothing");
+        assert_eq!(statuses.model(0).slots[1].reason, "MalformedModel");
+        statuses.add_beside(0, 3, &spec("r3"));
+        let facts = LoadedFacts { digest: "d3".into(), memory_bytes: 7, ..LoadedFacts::default() };
+        statuses.loaded(3, &facts);
+        make_ready(&statuses, 3);
+        statuses.swap(0, SlotRole::Previous);
         let models = statuses.watch().borrow().clone();
         let listed: Vec<_> =
             models.iter().map(|model| (model.name.as_str(), model.digest.as_str())).collect();
-        assert_eq!(listed, [("a", "d2"), ("b", "")]);
-        assert_eq!(statuses.status(0), statuses.status(2), "the old one answers what it has begun");
+        assert_eq!(listed, [("a", "d3"), ("b", "")]);
+        let slots: Vec<_> = models[0]
+            .slots
+            .iter()
+            .map(|slot| (slot.role(), slot.revision.as_str(), slot.memory_bytes))
+            .collect();
+        assert_eq!(slots, [(SlotRole::Current, "r3", 7), (SlotRole::Previous, "", 0)]);
+        statuses.remove(0);
+        assert_eq!(statuses.model(3).slots.len(), 1);
+        statuses.take_over(3, 1);
+        let models = statuses.watch().borrow().clone();
+        assert_eq!((models.len(), models[0].name.as_str(), models[0].slots.len()), (1, "a", 2));
+        assert_eq!(models[0].slots[1].revision, "r3");
         assert!(ready(&statuses));
+    }
+
+    #[test]
+    fn what_comes_too_late_changes_no_state() {
+        let statuses = statuses(&["a"]);
+        statuses.draining();
+        for late in [ModelState::Loading, ModelState::Warming, ModelState::Ready] {
+            statuses.enter(0, late);
+        }
+        statuses.failed(0, &Failure::permanent("MalformedModel", "not a model"));
+        assert_eq!(
+            (statuses.status(0).state(), statuses.status(0).reason.as_str()),
+            (ModelState::Draining, "")
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_load_shows_its_rate_and_its_estimated_end() {
+        let statuses = statuses(&["a"]);
+        statuses.enter(0, ModelState::Loading);
+        for second in 0..=4_u64 {
+            statuses.progress(0, second * 100, 1000);
+            tokio::time::advance(std::time::Duration::from_secs(1)).await;
+        }
+        let slot = statuses.model(0).slots[0].clone();
+        assert_eq!((slot.bytes_per_second, slot.eta_ms), (100, Some(6000)));
+        statuses.enter(0, ModelState::Warming);
+        let slot = statuses.model(0).slots[0].clone();
+        assert_eq!((slot.bytes_per_second, slot.eta_ms), (0, None), "there is nothing to load any more");
     }
 }

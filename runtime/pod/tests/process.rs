@@ -1,221 +1,23 @@
 //! The whole process over real connections: status while loading and after failing, models that come and
 //! go, and the drain.
-//!
-//! The device is the scalar oracle behind a gate, so that a test decides when a step may be made and nothing
-//! depends on how fast the machine is.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Condvar, Mutex};
+mod gated;
+
 use std::time::Duration;
 
-use prometheus::Registry;
-use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use gated::{Server, Setup, UNGATED, get, http, post, prompt, start};
 use tokio::net::TcpStream;
-use tonic::transport::Channel;
-use trustformers_api::browser::AllowedOrigins;
 use trustformers_api::{ApiError, Generation, Inference};
 use trustformers_model::seeded::SeededModel;
-use trustformers_plan::oracle::Oracle;
-use trustformers_plan::{
-    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput,
-    StepOutput,
-};
 use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
 use trustformers_proto::v1::model_service_client::ModelServiceClient;
 use trustformers_proto::v1::{
-    GenerateRequest, GenerateStreamResponse, ModelState, ModelStatus, UnloadModelRequest, WatchModelsRequest,
+    GenerateRequest, GenerateStreamResponse, ModelState, UnloadModelRequest, WatchModelsRequest,
 };
-use trustformers_runtime::control::{LoadDefaults, ModelControl};
-use trustformers_runtime::process::{Drain, Listen, Process, Settings};
-use trustformers_runtime::spec::ModelSpec;
-use trustformers_store::Source;
-
-/// Counts down the steps that may still be made; `usize::MAX` is any number.
-#[derive(Clone)]
-struct Gate(Arc<(Mutex<Steps>, Condvar)>);
-
-struct Steps {
-    left: usize,
-    /// Whether a step waits to be allowed.
-    blocked: bool,
-    /// Whether the device fails every step.
-    fails: bool,
-}
-
-impl Gate {
-    fn open() -> Self {
-        Self(Arc::new((Mutex::new(Steps { left: usize::MAX, blocked: false, fails: false }), Condvar::new())))
-    }
-    fn allow(&self, steps: usize) {
-        self.0.0.lock().unwrap().left = steps;
-        self.0.1.notify_all();
-    }
-    fn fail(&self, fails: bool) {
-        self.0.0.lock().unwrap().fails = fails;
-    }
-    fn pass(&self) -> Result<(), BackendError> {
-        let mut steps = self.0.0.lock().unwrap();
-        steps.blocked = steps.left == 0;
-        self.0.1.notify_all();
-        let mut steps = self.0.1.wait_while(steps, |steps| steps.left == 0).unwrap();
-        steps.blocked = false;
-        if steps.left != usize::MAX {
-            steps.left -= 1;
-        }
-        if steps.fails { Err(BackendError::Device("the test pulled the plug".into())) } else { Ok(()) }
-    }
-    /// Waits until the device's thread stands at the gate.
-    async fn until_blocked(&self) {
-        let gate = self.clone();
-        let waiting =
-            move || drop(gate.0.1.wait_while(gate.0.0.lock().unwrap(), |steps| !steps.blocked).unwrap());
-        tokio::task::spawn_blocking(waiting).await.unwrap();
-    }
-}
-
-/// The oracle behind a gate.
-struct Gated<T: ?Sized>(Gate, Box<T>);
-
-impl Backend for Gated<dyn Backend> {
-    fn caps(&self) -> &Caps {
-        self.1.caps()
-    }
-    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
-        self.1.estimate(spec)
-    }
-    fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
-        Ok(Box::new(Gated(self.0.clone(), self.1.load(spec)?)))
-    }
-}
-
-impl Loaded for Gated<dyn Loaded> {
-    fn memory(&self) -> MemoryReport {
-        self.1.memory()
-    }
-    fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
-        Ok(Box::new(Gated(self.0.clone(), self.1.compile(plan)?)))
-    }
-}
-
-impl Executable for Gated<dyn Executable> {
-    fn submit(&mut self, input: &StepInput) -> Result<(), BackendError> {
-        self.0.pass()?;
-        self.1.submit(input)
-    }
-    fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
-        self.1.wait(output)
-    }
-}
-
-/// The file of a model whose steps are always allowed.
-const UNGATED: &str = "ungated.gguf";
-
-struct Server {
-    process: Process,
-    gate: Gate,
-    http: SocketAddr,
-    folder: TempDir,
-}
-
-/// The settings of a test that differ from the defaults.
-struct Setup {
-    bytes: Vec<u8>,
-    sha256: Option<String>,
-    drain: Drain,
-    model_control: ModelControl,
-}
-
-impl Default for Setup {
-    fn default() -> Self {
-        let drain = Drain { quiet: Duration::ZERO, timeout: Duration::from_secs(60) };
-        let model_control = ModelControl::Allowed(LoadDefaults::default());
-        Self { bytes: SeededModel::default().gguf(), sha256: None, drain, model_control }
-    }
-}
-
-async fn start(setup: Setup) -> Server {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("m.gguf"), setup.bytes).unwrap();
-    let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
-    spec.sha256 = setup.sha256;
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let settings = Settings {
-        models: vec![spec],
-        listen: Listen { http: any, grpc: any, metrics: None, allowed_origins: AllowedOrigins::Any },
-        drain: setup.drain,
-        model_control: setup.model_control,
-    };
-    let gate = Gate::open();
-    let behind = gate.clone();
-    let open = Box::new(move |spec: &ModelSpec| {
-        let backend: Box<dyn Backend> = Box::new(Oracle::new());
-        if spec.source.path().ends_with(UNGATED) {
-            return Ok(backend);
-        }
-        Ok(Box::new(Gated(behind.clone(), backend)) as Box<dyn Backend>)
-    });
-    let process = Process::start(settings, Registry::new(), open).await.unwrap();
-    let http = process.http_address();
-    Server { process, gate, http, folder }
-}
-
-impl Server {
-    async fn until(&self, state: ModelState) -> ModelStatus {
-        let mut watch = self.process.models().statuses().watch();
-        let models = watch.wait_for(|models| models[0].state() == state).await.unwrap();
-        models[0].clone()
-    }
-
-    /// Waits until the model of this name is in a state.
-    async fn until_named(&self, name: &str, state: ModelState) {
-        let mut watch = self.process.models().statuses().watch();
-        let is = |model: &ModelStatus| model.name == name && model.state() == state;
-        watch.wait_for(|models| models.iter().any(is)).await.unwrap();
-    }
-
-    /// Names of the models that are listed.
-    fn names(&self) -> Vec<String> {
-        let models = self.process.models().statuses().watch().borrow().clone();
-        models.iter().map(|model| model.name.clone()).collect()
-    }
-
-    /// Writes another file into the folder and gives a model of it.
-    fn another(&self, name: &str, file: &str, bytes: &[u8]) -> ModelSpec {
-        let file = self.folder.path().join(file);
-        std::fs::write(&file, bytes).unwrap();
-        ModelSpec::new(name, Source::from_path(file))
-    }
-
-    async fn channel(&self) -> Channel {
-        let address = format!("http://{}", self.process.grpc_address());
-        Channel::from_shared(address).unwrap().connect().await.unwrap()
-    }
-}
-
-/// The whole answer to a request on a connection of its own.
-async fn http(address: SocketAddr, request: &str) -> std::io::Result<String> {
-    let mut connection = TcpStream::connect(address).await?;
-    connection.write_all(request.as_bytes()).await?;
-    let mut text = String::new();
-    connection.read_to_string(&mut text).await?;
-    Ok(text)
-}
-
-async fn get(address: SocketAddr, path: &str) -> String {
-    http(address, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")).await.unwrap()
-}
-
-fn post(path: &str, body: &str) -> String {
-    let length = body.len();
-    format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}")
-}
-
-fn prompt(max_tokens: u32) -> GenerateRequest {
-    GenerateRequest { prompt: "Hello".into(), max_tokens, ..Default::default() }
-}
+use trustformers_runtime::control::ModelControl;
+use trustformers_runtime::process::Drain;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readiness_follows_the_warm_up_and_metrics_name_the_model() {
@@ -397,7 +199,7 @@ async fn a_model_is_loaded_and_unloaded_while_it_is_asked() {
     server.until(ModelState::Ready).await;
     let address = server.http;
     let path = server.another("b", "b.gguf", &SeededModel::default().gguf()).source;
-    let path = path.path().display().to_string();
+    let path = path.path().unwrap().display().to_string();
     let load = |name: &str, path: &str| {
         let body = serde_json::json!({"name": name, "path": path, "context_tokens": 64});
         let request = post("/v1/models/load", &body.to_string());
@@ -452,7 +254,12 @@ async fn a_replacement_takes_over_while_the_old_model_answers_what_it_began() {
     let broken =
         models.replace(server.another("m", "broken.gguf", b"no model")).await.unwrap_err().to_string();
     assert!(broken.contains("(MalformedModel)"), "{broken}");
-    assert_eq!(server.until(ModelState::Ready).await, old, "a model that cannot be loaded replaces nothing");
+    let still = server.until(ModelState::Ready).await;
+    assert_eq!(still.slots[0], old.slots[0], "a model that cannot be loaded replaces nothing");
+    assert_eq!(
+        (still.slots[1].state(), still.slots[1].reason.as_str()),
+        (ModelState::Failed, "MalformedModel")
+    );
 
     server.gate.allow(1);
     let mut client = InferenceServiceClient::new(server.channel().await);
@@ -489,7 +296,10 @@ async fn a_pod_of_the_operator_and_a_server_that_is_told_so_refuse_with_the_reas
             assert!(refused.starts_with("HTTP/1.1 403") && refused.contains(reason), "{refused}");
         }
         let mut client = ModelServiceClient::new(server.channel().await);
-        let status = client.unload_model(UnloadModelRequest { model: "m".into() }).await.unwrap_err();
+        let status = client
+            .unload_model(UnloadModelRequest { model: "m".into(), ..Default::default() })
+            .await
+            .unwrap_err();
         assert!(
             status.code() == tonic::Code::PermissionDenied && status.message().contains(reason),
             "{status:?}"

@@ -13,11 +13,13 @@ use trustformers_api::browser::AllowedOrigins;
 use trustformers_engine::{EngineConfig, KvType, Numerics};
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{self, YamlError};
+use trustformers_runtime::admin::{AdminSettings, TokenRules};
 use trustformers_runtime::control::{LoadDefaults, ModelControl};
 use trustformers_runtime::device::DeviceChoice;
 use trustformers_runtime::process::Listen;
-use trustformers_runtime::spec::{ModelSpec, SpeculationSpec, TextBatching};
+use trustformers_runtime::spec::{FetchSpec, ModelSpec, SpeculationSpec, TextBatching};
 use trustformers_store::Source;
+use trustformers_telemetry::traces::TraceOptions;
 
 use crate::config_file::ConfigFile;
 use crate::config_source::SourceOverrides;
@@ -42,6 +44,8 @@ server:
   # allowed_origins: [\"https://app.example.com\"]    # the pages that may call in browsers; by default every page
   model_control: true    # whether POST /v1/models/load and /v1/models/unload are allowed to every caller
   drain_timeout_ms: 30000  # how long answers in flight may take when the server ends or a model is unloaded
+  # A port on which models are loaded, swapped and unloaded by whoever sends a token signed with one of these keys:
+  # admin: {port: 9091, keys: /etc/trustformers/jwks.json, audience: trustformers, subject: deployer}
 batching:
   max_batch_size: 32     # 1-256: sequences or texts that are computed together
   # Generation joins and leaves the batch between any two steps. For models that embed:
@@ -67,18 +71,16 @@ models:
     # speculation: {draft: {path: /models/small.gguf}}  # by a smaller model of the same vocabulary
 monitoring:
   prometheus: {enabled: true, port: 9090}    # may equal grpc_port; /metrics is always on server.port too
+  # Spans of requests go to one collector: otlp, jaeger (its older ports become that of OTLP) or zipkin.
+  # otlp: {enabled: true, endpoint: \"http://localhost:4317\", sampling_rate: 1.0}
+  #   service_name: its name there; model_attributes: true adds gen_ai.*; baggage: [key] values of callers
 ";
 
 /// Keys that are promised and not built yet, each with what to do until then.
-pub(crate) const NOT_YET: &[(&str, &str)] = &[
-    ("cache", "remove it; answers are not cached"),
-    ("monitoring.jaeger", "remove it; traces are not exported"),
-    ("monitoring.otlp", "remove it; traces are not exported"),
-    ("monitoring.zipkin", "remove it; traces are not exported"),
-];
+pub(crate) const NOT_YET: &[(&str, &str)] = &[("cache", "remove it; answers are not cached")];
 
 /// What to serve and where. The default is every default of the file, without a model.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Config {
     /// Where to listen, and what callers may do.
     pub server: ServerConfig,
@@ -88,6 +90,8 @@ pub struct Config {
     pub models: Vec<ModelConfig>,
     /// One more port for `GET /metrics`; may equal the gRPC port.
     pub prometheus_port: Option<u16>,
+    /// Where the spans of requests go; none: nothing is traced.
+    pub tracing: Option<TraceOptions>,
 }
 
 /// Where to listen, and what callers may do.
@@ -105,6 +109,23 @@ pub struct ServerConfig {
     pub model_control: bool,
     /// How long answers in flight may take when the server ends or a model is unloaded, in milliseconds.
     pub drain_timeout_ms: u64,
+    /// The port on which whoever has a token may change the models.
+    pub admin: Option<AdminConfig>,
+}
+
+/// The admin port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdminConfig {
+    /// Its port.
+    pub port: u16,
+    /// A file with the public keys of tokens, a JSON Web Key Set.
+    pub keys: String,
+    /// The audience that a token must be made for.
+    pub audience: String,
+    /// The subject that a token must have.
+    pub subject: String,
+    /// The issuer that a token must have, where it is checked.
+    pub issuer: Option<String>,
 }
 
 impl Default for ServerConfig {
@@ -116,6 +137,7 @@ impl Default for ServerConfig {
             allowed_origins: AllowedOrigins::Any,
             model_control: true,
             drain_timeout_ms: 30_000,
+            admin: None,
         }
     }
 }
@@ -259,6 +281,8 @@ impl ModelConfig {
         } = self;
         let source = Source::from_str(path).map_err(|error| wrong(&format!("{section}.path"), error))?;
         let mut spec = ModelSpec::new(name.clone(), source);
+        // Without a cache directory only a source that needs one is refused, when it is loaded.
+        spec.fetch = FetchSpec::of_user().ok();
         spec.names.extend(aliases.iter().cloned());
         spec.files.clone_from(files);
         spec.sha256.clone_from(sha256);
@@ -382,11 +406,24 @@ impl Config {
         if !self.server.model_control {
             return ModelControl::Disabled;
         }
-        ModelControl::Allowed(LoadDefaults {
+        ModelControl::Allowed(self.load_defaults(threads))
+    }
+
+    fn load_defaults(&self, threads: Option<usize>) -> LoadDefaults {
+        LoadDefaults {
             threads,
             max_batch_size: Some(self.batching.max_batch_size),
             batching: self.batching.texts(),
-        })
+            fetch: None,
+        }
+    }
+
+    /// The admin port, where one is configured.
+    pub fn admin(&self, threads: Option<usize>) -> Option<AdminSettings> {
+        let AdminConfig { port, keys, audience, subject, issuer } = self.server.admin.clone()?;
+        let tokens = TokenRules { keys_file: keys.into(), audience, subject, issuer };
+        let address = SocketAddr::new(self.server.host, port);
+        Some(AdminSettings { address, tokens, defaults: self.load_defaults(threads) })
     }
 
     /// The models with everything that an engine needs.
@@ -485,7 +522,7 @@ mod tests {
             ("{}", "models[0].speculation: give one of"),
             ("{ngram: {}, draft: {path: /b}}", "models[0].speculation: give one of"),
             ("{draft: {}}", "models[0].speculation.draft.path: is missing"),
-            ("{draft: {path: 'hf://b/c'}}", "models[0].speculation.draft.path: hf://"),
+            ("{draft: {path: 'ftp://b/c'}}", "models[0].speculation.draft.path: ftp://"),
             ("{ngram: {n: 3}}", "models[0].speculation.ngram.n: there is no such key"),
         ] {
             let error: ConfigError = speculation(text).unwrap_err();
@@ -514,7 +551,7 @@ mod tests {
 
     #[test]
     fn what_is_printed_is_read_back_with_every_default() {
-        let text = "server: {host: '::1', port: 1, allowed_origins: ['https://a.example'], model_control: false, drain_timeout_ms: 5}\nbatching: {strategy: time}\n\
+        let text = "server: {host: '::1', port: 1, allowed_origins: ['https://a.example'], model_control: false, drain_timeout_ms: 5, admin: {port: 2, keys: /k, audience: a, subject: s, issuer: i}}\nbatching: {strategy: time}\n\
              models: [{name: a, path: 'file:///a%20b'}, {name: b, path: /b, aliases: [c], speculation: {ngram: {}}}, \
              {name: d, path: /d, speculation: {draft: {path: /e}}}]\nmonitoring: {prometheus: {port: 7}}";
         for text in [text, "models: [{name: a, path: /a}]", EXAMPLE] {
@@ -566,18 +603,45 @@ mod tests {
     #[test]
     fn keys_that_are_not_built_yet_are_refused_as_such() {
         let models = "models: [{name: a, path: /a}]";
-        for (text, path) in [
-            ("cache: {enabled: true}", "cache"),
-            ("monitoring: {jaeger: {enabled: true}}", "monitoring.jaeger"),
-        ] {
-            let error = error(&format!("{text}\n{models}"));
-            assert!(error.starts_with(path) && error.contains("not available in this version"), "{error}");
-        }
+        let cache = error(&format!("cache: {{enabled: true}}\n{models}"));
+        assert!(cache.starts_with("cache") && cache.contains("not available in this version"), "{cache}");
         let error = error("models: [{name: a, path: /a, device: 'cuda:0'}]");
         assert!(
             error.starts_with("models[0].device: device \"cuda:0\" is not available in this version"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn one_section_of_monitoring_says_where_spans_go() {
+        let models = "models: [{name: a, path: /a}]";
+        let of = |text: &str| -> Config { format!("monitoring: {{{text}}}\n{models}").parse().unwrap() };
+        let jaeger =
+            of("jaeger: {enabled: true, endpoint: 'http://localhost:14268/api/traces', sampling_rate: 0.1}");
+        let options = jaeger.tracing.clone().unwrap();
+        assert_eq!(options.destination.to_string(), "http://localhost:4317 (OTLP over gRPC)");
+        assert_eq!((options.sampling_ratio, options.service_name.as_str()), (0.1, "trustformers-serve"));
+        // What is effective can be written and read again.
+        for config in [jaeger, of("zipkin: {endpoint: z, model_attributes: true, baggage: [team]}")] {
+            assert_eq!(config.to_yaml().unwrap().parse::<Config>().unwrap().tracing, config.tracing);
+        }
+        assert_eq!(of("otlp: {enabled: false, endpoint: c}").tracing, None);
+        for (text, wanted) in [
+            ("otlp: {}", "monitoring.otlp.endpoint: is missing"),
+            (
+                "otlp: {endpoint: 'https://c'}",
+                "monitoring.otlp.endpoint: trace endpoint \"https://c\" needs http",
+            ),
+            ("zipkin: {endpoint: z, sampling_rate: 2}", "monitoring.zipkin.sampling_rate: 2 is not"),
+            (
+                "otlp: {endpoint: a}, jaeger: {endpoint: b}",
+                "monitoring.jaeger: is enabled beside monitoring.otlp",
+            ),
+            ("otlp: {endpoin: a}", "monitoring.otlp.endpoin: "),
+        ] {
+            let error = error(&format!("monitoring: {{{text}}}\n{models}"));
+            assert!(error.starts_with(wanted), "{error}");
+        }
     }
 
     #[test]
@@ -603,6 +667,7 @@ mod tests {
                 "models[0].batching.max_wait_time_ms: 0",
             ),
             (format!("server: {{drain_timeout_ms: 0}}\n{models}"), "server.drain_timeout_ms: 0"),
+            (format!("server: {{admin: {{port: 1}}}}\n{models}"), "server.admin.keys: is missing"),
             (
                 format!("server: {{allowed_origins: [here]}}\n{models}"),
                 "server.allowed_origins: \"here\" is not",
@@ -623,8 +688,8 @@ mod tests {
             assert!(error.starts_with(path), "{error}");
         }
         assert!(error("server: [").contains("not valid YAML"));
-        let config = Config::from_str("models: [{name: a, path: 'hf://org/a'}]").unwrap();
+        let config = Config::from_str("models: [{name: a, path: 'ftp://org/a'}]").unwrap();
         let error = config.specs(None).unwrap_err().to_string();
-        assert!(error.starts_with("models[0].path: hf://"), "{error}");
+        assert!(error.starts_with("models[0].path: ftp://"), "{error}");
     }
 }

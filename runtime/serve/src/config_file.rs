@@ -16,8 +16,10 @@ use trustformers_runtime::spec::{SpeculationSpec, TextBatching, kv_cache_of, num
 use trustformers_store::Source;
 
 use crate::config::{
-    BatchingConfig, Config, ConfigError, ModelConfig, NOT_YET, ServerConfig, check_batch_size, wrong,
+    AdminConfig, BatchingConfig, Config, ConfigError, ModelConfig, NOT_YET, ServerConfig, check_batch_size,
+    wrong,
 };
+use crate::tracing_config::{self, ExporterSection};
 
 /// The whole file.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -43,6 +45,19 @@ struct ServerSection {
     allowed_origins: Option<Vec<String>>,
     model_control: Option<bool>,
     drain_timeout_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    admin: Option<AdminSection>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(expecting = "keys and values")]
+struct AdminSection {
+    port: Option<u16>,
+    keys: Option<String>,
+    audience: Option<String>,
+    subject: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    issuer: Option<String>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -110,10 +125,17 @@ struct DraftSection {
     path: Option<String>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct MonitoringSection {
+    #[serde(skip_serializing_if = "Option::is_none")]
     prometheus: Option<PrometheusSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    otlp: Option<ExporterSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    jaeger: Option<ExporterSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zipkin: Option<ExporterSection>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -132,6 +154,9 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         (false, "batching") => keys_of::<BatchingSection>(),
         (false, "monitoring") => keys_of::<MonitoringSection>(),
         (false, "monitoring.prometheus") => keys_of::<PrometheusSection>(),
+        (false, "monitoring.otlp" | "monitoring.jaeger" | "monitoring.zipkin") => {
+            keys_of::<ExporterSection>()
+        }
         (true, "") => keys_of::<ModelSection>(),
         (true, "batching") => keys_of::<ModelBatchingSection>(),
         (true, "speculation") => keys_of::<SpeculationSection>(),
@@ -180,7 +205,8 @@ impl ConfigFile {
         if models.is_empty() && !others {
             return Err(wrong("models", "is empty: give at least one {name, path}"));
         }
-        let prometheus = self.monitoring.and_then(|monitoring| monitoring.prometheus);
+        let MonitoringSection { prometheus, otlp, jaeger, zipkin } = self.monitoring.unwrap_or_default();
+        let tracing = tracing_config::options([otlp, jaeger, zipkin])?;
         let prometheus_port =
             prometheus.and_then(|section| section.port.filter(|_| section.enabled.unwrap_or(true)));
         if server.port == server.grpc_port && server.port != 0 {
@@ -189,16 +215,17 @@ impl ConfigFile {
                 "is the same as server.port; gRPC needs a port of its own",
             ));
         }
-        Ok(Config { server, batching, models, prometheus_port })
+        Ok(Config { server, batching, models, prometheus_port, tracing })
     }
 
     /// The sections of a configuration.
     pub(crate) fn of(config: &Config) -> Self {
-        let Config { server, batching, models, prometheus_port } = config;
-        let ServerConfig { host, port, grpc_port, ref allowed_origins, model_control, drain_timeout_ms } =
-            *server;
+        let Config { server, batching, models, prometheus_port, tracing } = config;
+        let ServerConfig { host, port, grpc_port, ref allowed_origins, model_control, .. } = *server;
         let prometheus =
             prometheus_port.map(|port| PrometheusSection { enabled: Some(true), port: Some(port) });
+        let [otlp, jaeger, zipkin] = ExporterSection::of(tracing.as_ref());
+        let monitored = prometheus.is_some() || tracing.is_some();
         Self {
             server: Some(ServerSection {
                 host: Some(host.to_string()),
@@ -206,12 +233,37 @@ impl ConfigFile {
                 grpc_port: Some(grpc_port),
                 allowed_origins: origins(allowed_origins),
                 model_control: Some(model_control),
-                drain_timeout_ms: Some(drain_timeout_ms),
+                drain_timeout_ms: Some(server.drain_timeout_ms),
+                admin: server.admin.as_ref().map(AdminSection::of),
             }),
             batching: Some(BatchingSection::of(batching)),
             models: Some(models.iter().map(ModelSection::of).collect()),
-            monitoring: prometheus.map(|prometheus| MonitoringSection { prometheus: Some(prometheus) }),
+            monitoring: monitored.then_some(MonitoringSection { prometheus, otlp, jaeger, zipkin }),
         }
+    }
+}
+
+impl AdminSection {
+    fn of(admin: &AdminConfig) -> Self {
+        let AdminConfig { port, keys, audience, subject, issuer } = admin.clone();
+        Self { port: Some(port), keys: Some(keys), audience: Some(audience), subject: Some(subject), issuer }
+    }
+
+    fn check(self) -> Result<AdminConfig, ConfigError> {
+        let Self { port, keys, audience, subject, issuer } = self;
+        let given = |key: &str, value: Option<String>, what: &str| {
+            let missing = || wrong(&format!("server.admin.{key}"), format!("is missing: give {what}"));
+            value.filter(|value| !value.is_empty()).ok_or_else(missing)
+        };
+        Ok(AdminConfig {
+            port: port.ok_or_else(|| {
+                wrong("server.admin.port", "is missing: give the port of the models' changes")
+            })?,
+            keys: given("keys", keys, "a file with the public keys of tokens, a JSON Web Key Set")?,
+            audience: given("audience", audience, "the audience that a token must be made for")?,
+            subject: given("subject", subject, "the subject that a token must have")?,
+            issuer,
+        })
     }
 }
 
@@ -274,7 +326,8 @@ impl SpeculationSection {
         match speculation {
             SpeculationSpec::Ngram => Self { ngram: Some(NgramSection {}), draft: None },
             SpeculationSpec::Draft(source) => {
-                Self { ngram: None, draft: Some(DraftSection { path: Some(source_text(source.path())) }) }
+                let path = source.path().map_or_else(|| source.to_string(), source_text);
+                Self { ngram: None, draft: Some(DraftSection { path: Some(path) }) }
             }
         }
     }
@@ -306,7 +359,8 @@ fn numerics_word(numerics: Numerics) -> &'static str {
 
 fn server(section: ServerSection) -> Result<ServerConfig, ConfigError> {
     let default = ServerConfig::default();
-    let ServerSection { host, port, grpc_port, allowed_origins, model_control, drain_timeout_ms } = section;
+    let ServerSection { host, port, grpc_port, allowed_origins, model_control, drain_timeout_ms, admin } =
+        section;
     if allowed_origins.as_ref().is_some_and(Vec::is_empty) {
         return Err(wrong(
             "server.allowed_origins",
@@ -337,6 +391,7 @@ fn server(section: ServerSection) -> Result<ServerConfig, ConfigError> {
         allowed_origins,
         model_control: model_control.unwrap_or(default.model_control),
         drain_timeout_ms: drain_timeout_ms.unwrap_or(default.drain_timeout_ms),
+        admin: admin.map(AdminSection::check).transpose()?,
     })
 }
 

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use crate::config::{BatchingConfig, Config, ConfigError, FILE_NAME, ServerConfig, wrong};
+use trustformers_store::Source;
+
+use crate::config::{BatchingConfig, Config, ConfigError, FILE_NAME, ModelConfig, ServerConfig, wrong};
 use crate::documents;
 use crate::model_folder::{FoundModel, find_models};
 
@@ -22,6 +24,12 @@ enum Origin {
     File(PathBuf),
     /// Every model in a folder.
     Folder(PathBuf),
+    /// One model, where a source such as `hf://org/name` says.
+    Model {
+        /// The source as written; it is a path for messages only.
+        text: PathBuf,
+        name: String,
+    },
 }
 
 /// What is said outside of the configuration and overrides it.
@@ -72,12 +80,27 @@ impl SourceOverrides {
 pub(crate) enum SourceContent {
     File(String),
     Folder(Vec<FoundModel>),
+    Model { text: String, name: String },
 }
 
 impl ConfigSource {
     /// A `config.yaml`, or a file of `InferenceModel` documents.
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self { origin: Origin::File(path.into()), overrides: Overrides::default() }
+    }
+
+    /// A file as [`Self::file`], or one model of another machine: `hf://org/name`.
+    pub fn file_or_model(file: impl Into<PathBuf>) -> Self {
+        let file = file.into();
+        let remote = file.to_str().and_then(|text| text.parse::<Source>().ok());
+        match remote.filter(|source| source.remote().is_some()) {
+            Some(source) => {
+                let name = source.suggested_name().unwrap_or_else(|| "model".to_owned());
+                let origin = Origin::Model { text: file, name };
+                Self { origin, overrides: Overrides::default() }
+            }
+            None => Self::file(file),
+        }
     }
 
     /// Every model in a folder, with the defaults of a configuration.
@@ -100,7 +123,7 @@ impl ConfigSource {
     /// The file or the folder.
     pub fn path(&self) -> &Path {
         match &self.origin {
-            Origin::File(path) | Origin::Folder(path) => path,
+            Origin::File(path) | Origin::Folder(path) | Origin::Model { text: path, .. } => path,
         }
     }
 
@@ -120,6 +143,9 @@ impl ConfigSource {
                 Err(cause) => Err(ConfigError::Unreadable { path: path.clone(), cause }),
             },
             Origin::Folder(path) => Ok(SourceContent::Folder(find_models(path)?)),
+            Origin::Model { text, name } => {
+                Ok(SourceContent::Model { text: text.to_string_lossy().into_owned(), name: name.clone() })
+            }
         }
     }
 
@@ -128,12 +154,10 @@ impl ConfigSource {
         let Overrides { host, port, grpc_port, sources } = &self.overrides;
         let mut config = match reading {
             SourceContent::File(text) => documents::read(text, sources)?,
-            SourceContent::Folder(models) => Config {
-                server: ServerConfig::default(),
-                batching: BatchingConfig::default(),
-                models: models.iter().map(FoundModel::config).collect(),
-                prometheus_port: None,
-            },
+            SourceContent::Folder(models) => of_models(models.iter().map(FoundModel::config).collect()),
+            SourceContent::Model { text, name } => {
+                of_models(vec![ModelConfig::new(name.clone(), text.clone())])
+            }
         };
         let server = &mut config.server;
         server.host = host.unwrap_or(server.host);
@@ -143,16 +167,34 @@ impl ConfigSource {
     }
 }
 
+/// Models with the defaults of a configuration.
+fn of_models(models: Vec<ModelConfig>) -> Config {
+    let (server, batching) = (ServerConfig::default(), BatchingConfig::default());
+    Config { server, batching, models, prometheus_port: None, tracing: None }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_of_another_machine_is_served_under_its_own_name() {
+        let config = ConfigSource::file_or_model("hf://org/tiny@v1").config().unwrap();
+        assert_eq!(
+            (config.models[0].name.as_str(), config.models[0].path.as_str()),
+            ("tiny", "hf://org/tiny@v1")
+        );
+        for file in ["model.yaml", "file:///m.yaml"] {
+            assert_eq!(ConfigSource::file_or_model(file), ConfigSource::file(file));
+        }
+    }
 
     #[test]
     fn the_command_line_overrides_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.yaml");
         let manifest = "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
-             metadata: {name: a}\nspec: {source: {uri: 'oci://x/y:z'}}\n";
+             metadata: {name: a}\nspec: {source: {uri: 'pvc://x/y'}}\n";
         std::fs::write(&path, format!("server: {{port: 1, grpc_port: 2}}\n---\n{manifest}")).unwrap();
         let source = |name: &str| SourceOverrides::from_iter([(name.to_owned(), "/a".to_owned())]);
         let overrides = Overrides {
@@ -167,7 +209,7 @@ mod tests {
         assert_eq!(config.models[0].path, "/a");
         let wrong = Overrides { sources: source("b"), ..Overrides::default() };
         let error = ConfigSource::file(&path).with_overrides(wrong).config().unwrap_err().to_string();
-        assert!(error.contains("spec.source.uri: oci://"), "{error}");
+        assert!(error.contains("spec.source.uri: pvc://"), "{error}");
         std::fs::write(&path, "models: [{name: b, path: /b}]").unwrap();
         let wrong = Overrides { sources: source("b"), ..Overrides::default() };
         let error = ConfigSource::file(&path).with_overrides(wrong).config().unwrap_err().to_string();

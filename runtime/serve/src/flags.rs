@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_telemetry::logs::LogFormat;
 
 /// Serves models over HTTP and gRPC in one process; with `generate` or `embed`,
@@ -71,6 +72,9 @@ pub(crate) struct ServerFlags {
     /// Threads of the CPU device; by default as many as the process may use.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
+    /// Adds the figures of /metrics under the names of another server: vllm.
+    #[arg(long, value_name = "SERVER")]
+    pub(crate) metrics_compat: Option<MetricsCompat>,
     /// Prints the configuration in force, with defaults and what these flags override, and ends. The output
     /// is a config.yaml.
     #[arg(long)]
@@ -86,8 +90,8 @@ fn named_path(text: &str) -> Result<(String, String), String> {
 /// A file to serve.
 #[derive(Debug, Args)]
 pub(crate) struct RunFlags {
-    /// A file of InferenceModel documents, or a config.yaml.
-    #[arg(value_name = "FILE")]
+    /// A file of InferenceModel documents, a config.yaml, or a model of another machine: hf://org/name.
+    #[arg(value_name = "FILE|URI")]
     pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) server: ServerFlags,
@@ -102,7 +106,12 @@ pub(crate) enum Command {
     /// (where to listen). Fields that mean something in a cluster only (replicas, pods, gateways) are refused
     /// where they differ from their defaults. Serves and follows the file as without a subcommand.
     ///
+    /// A model of another machine is fetched into a cache (TRUSTFORMERS_CACHE_DIR, by default
+    /// ~/.cache/trustformers): hf://org/name[/file][@revision], s3://, gs://, az://, https://, oci://.
+    /// Credentials are read from the environment by their usual names: HF_TOKEN, AWS_ACCESS_KEY_ID, ...
+    ///
     ///   trustformers-serve run model.yaml
+    ///   trustformers-serve run hf://org/name
     #[command(verbatim_doc_comment)]
     Run(RunFlags),
     /// Answers one prompt: text to stdout as it is made, or with --json one object at the end.
@@ -195,7 +204,7 @@ fn bias(text: &str) -> Result<(u32, f32), String> {
 /// Texts and the model that embeds them.
 #[derive(Debug, Args)]
 pub(crate) struct EmbedFlags {
-    /// The model: its folder, as a path or a file:// URI.
+    /// The model: its folder, as a path or a URI (file, hf, s3, gs, az, https, oci).
     #[arg(long, value_name = "PATH|URI")]
     pub(crate) model: String,
     /// A text; an empty one has a vector, too. May be given several times.
@@ -219,7 +228,8 @@ pub(crate) struct EmbedFlags {
 /// One prompt and how to answer it.
 #[derive(Debug, Args)]
 pub(crate) struct GenerateFlags {
-    /// The model: a .gguf file or a folder that holds one, as a path or a file:// URI.
+    /// The model: a .gguf file or a folder that holds one, as a path or a URI (file, hf, s3, gs, az, https,
+    /// oci).
     #[arg(long, value_name = "PATH|URI")]
     pub(crate) model: String,
     /// The text to continue.

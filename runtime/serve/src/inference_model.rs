@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use jiff::SignedDuration;
 use serde::Deserialize;
+use serde_json::Value;
 use trustformers_api::nearest;
 use trustformers_crds::{
-    BatchStrategy, Batching, Disruption, GROUP, InferenceModelSpec, PodSettings, Resources, Runtime, Scaling,
-    Source, Traffic, VERSION,
+    BatchStrategy, Batching, CircuitBreaker, Disruption, GROUP, HashOn, HealthCheck, Hold,
+    InferenceModelSpec, PodSettings, Resources, RetryBudget, Rollout, Runtime, Scaling, Source, Traffic,
+    VERSION,
 };
 use trustformers_engine::Numerics;
 use trustformers_proto::Task;
@@ -109,7 +111,13 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         "spec.runtime.batching" => keys_of::<Batching>(),
         "spec.runtime.resources" => keys_of::<Resources>(),
         "spec.scaling" => keys_of::<Scaling>(),
+        "spec.rollout" => keys_of::<Rollout>(),
         "spec.traffic" => keys_of::<Traffic>(),
+        "spec.traffic.retryBudget" => keys_of::<RetryBudget>(),
+        "spec.traffic.hashOn" => keys_of::<HashOn>(),
+        "spec.traffic.hold" => keys_of::<Hold>(),
+        "spec.traffic.healthCheck" => keys_of::<HealthCheck>(),
+        "spec.traffic.circuitBreaker" => keys_of::<CircuitBreaker>(),
         "spec.disruption" => keys_of::<Disruption>(),
         "spec.pod" => keys_of::<PodSettings>(),
         _ => &[],
@@ -121,22 +129,45 @@ fn unknown(key: &UnknownKey) -> ConfigError {
     ConfigError::UnknownKey { path: key.path(), hint }
 }
 
+/// All but the time to drain is for gateways.
+fn refuse_traffic(place: &str, traffic: Traffic) -> Result<(), ConfigError> {
+    let written = serde_json::to_value(Traffic { drain_timeout: String::new(), ..traffic });
+    let usual = serde_json::to_value(Traffic { drain_timeout: String::new(), ..Traffic::default() });
+    let fields = |value: serde_json::Result<Value>| match value {
+        Ok(Value::Object(fields)) => fields,
+        // A struct of plain fields is always an object.
+        _ => serde_json::Map::new(),
+    };
+    let usual = fields(usual);
+    let chosen = fields(written).into_iter().find(|(name, value)| usual.get(name) != Some(value));
+    chosen.map_or(Ok(()), |(name, _)| {
+        refuse_if(true, &format!("{place}.traffic.{name}"), "it is the gateway's")
+    })
+}
+
 fn served(
     place: &str,
     name: &str,
     spec: InferenceModelSpec,
     sources: &SourceOverrides,
 ) -> Result<ServedModel, ConfigError> {
-    let InferenceModelSpec { task, source, runtime, scaling, traffic, disruption, pod } = spec;
+    let InferenceModelSpec { task, source, runtime, scaling, rollout, traffic, disruption, pod } = spec;
     let Scaling { replicas } = scaling;
     let Disruption { max_unavailable } = disruption;
-    let Traffic { timeout, retries, drain_timeout } = traffic;
-    let Source { uri, files, sha256 } = source;
-    let usual = Traffic::default();
+    let drain_timeout = traffic.drain_timeout.clone();
+    // Here oci:// is always pulled: there is no kubelet that mounts an image.
+    let Source { uri, files, sha256, revision, oci: _, secret_ref, cache } = source;
+    let uri = match revision {
+        Some(revision) => format!("{uri}@{revision}"),
+        None => uri,
+    };
     let refuse = |field: &str, chosen, why| refuse_if(chosen, &format!("{place}.{field}"), why);
     refuse("scaling.replicas", replicas != Scaling::default().replicas, "one process serves one replica")?;
-    refuse("traffic.timeout", timeout != usual.timeout, "it is the gateway's")?;
-    refuse("traffic.retries", retries != usual.retries, "it is the gateway's")?;
+    refuse("rollout", rollout != Rollout::default(), "a changed model is loaded beside the old one")?;
+    refuse_traffic(place, traffic)?;
+    let variables = "there is no pod to mount it; set the variables of this process";
+    refuse("source.secretRef", secret_ref.is_some(), variables)?;
+    refuse("source.cache", cache.is_some(), "there is no pod to mount it; set TRUSTFORMERS_CACHE_DIR")?;
     let evictions = max_unavailable != Disruption::default().max_unavailable;
     refuse("disruption.maxUnavailable", evictions, "there are no pods to evict")?;
     refuse_pod(place, pod)?;
@@ -319,6 +350,8 @@ mod tests {
             ("scaling: {replicas: 2}", "scaling.replicas", "one replica"),
             ("traffic: {timeout: 5s}", "traffic.timeout", "gateway"),
             ("traffic: {retries: 5}", "traffic.retries", "gateway"),
+            ("traffic: {circuitBreaker: {}}", "traffic.circuitBreaker", "gateway"),
+            ("traffic: {retryBudget: {percent: 5}}", "traffic.retryBudget", "gateway"),
             ("traffic: {drainTimeout: 900h}", "traffic.drainTimeout", "at most a week"),
             ("disruption: {maxUnavailable: 2}", "disruption.maxUnavailable", "evict"),
             ("pod: {nodeSelector: {a: b}}", "pod.nodeSelector", "no pod"),
@@ -346,8 +379,8 @@ mod tests {
             let begins = format!("InferenceModel chat: spec.{path}: ");
             assert!(error.starts_with(&begins) && error.contains(says), "{error}");
         }
-        let error = served("{source: {uri: 'oci://x/y:z'}}").unwrap_err().to_string();
-        assert!(error.starts_with("InferenceModel chat: spec.source.uri: oci://"), "{error}");
+        let error = served("{source: {uri: 'pvc://x/y'}}").unwrap_err().to_string();
+        assert!(error.starts_with("InferenceModel chat: spec.source.uri: pvc://"), "{error}");
         assert!(error.contains("--source chat=PATH"), "{error}");
     }
 

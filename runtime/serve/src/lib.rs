@@ -27,6 +27,7 @@
 //! | `inference_model.rs`, `documents.rs` | the YAML of an `InferenceModel`, and files of several documents |
 //! | [`config_source`], `model_folder.rs` | where a configuration comes from: a file, or a folder of models |
 //! | `reload.rs` | a configuration that changes while the server runs |
+//! | `tracing_config.rs` | where the spans of requests go |
 //! | [`server`] | the server as a library |
 
 pub mod config;
@@ -37,8 +38,10 @@ mod inference_model;
 mod model_folder;
 mod reload;
 pub mod server;
+mod tracing_config;
 
 pub use config::{BatchingConfig, BatchingStrategy, Config, ConfigError, ModelConfig};
 pub use config_source::ConfigSource;
 pub use server::{Running, ServerError, TrustformersResult, TrustformersServer};
+pub use tracing_config::{TracingConfig, TracingExporter};
 pub use trustformers_proto::v1 as proto;

@@ -10,7 +10,7 @@ use trustformers_runtime::device;
 use trustformers_runtime::failure::Failure;
 use trustformers_runtime::load::{Loaded, Loader, OnProgress};
 use trustformers_runtime::process::StartError;
-use trustformers_runtime::spec::{ModelSpec, kv_cache_of, numerics_of};
+use trustformers_runtime::spec::{FetchSpec, ModelSpec, kv_cache_of, numerics_of};
 use trustformers_store::{Source, StoreError};
 
 use crate::flags::DeviceFlags;
@@ -34,9 +34,10 @@ pub(crate) enum ModelFlagError {
 pub(crate) fn spec_of(model: &str, device: &DeviceFlags) -> Result<ModelSpec, ModelFlagError> {
     let DeviceFlags { numerics, kv_cache, threads } = device;
     let source = Source::from_str(model).map_err(ModelFlagError::Model)?;
-    let name =
-        source.path().file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
+    let name = source.suggested_name().unwrap_or_else(|| "model".to_owned());
     let mut spec = ModelSpec::new(name, source);
+    // Without a cache directory only a source that needs one is refused, when it is loaded.
+    spec.fetch = FetchSpec::of_user().ok();
     spec.engine.numerics = numerics_of(numerics).map_err(ModelFlagError::Numerics)?;
     spec.engine.kv_cache = kv_cache_of(kv_cache).map_err(ModelFlagError::KvCache)?;
     spec.threads = threads.map(usize::from);

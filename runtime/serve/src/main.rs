@@ -53,7 +53,9 @@ fn main() -> ExitCode {
                 failed(&error.into(), code)
             }
         },
-        Some(Command::Run(RunFlags { file, server })) => ended(serve(ConfigSource::file(file), server)),
+        Some(Command::Run(RunFlags { file, server })) => {
+            ended(serve(ConfigSource::file_or_model(file), server))
+        }
         None => {
             let ServeFlags { config, models, print_config_example, server } = serve_flags;
             if print_config_example {
@@ -83,7 +85,7 @@ fn failed(error: &anyhow::Error, code: u8) -> ExitCode {
 }
 
 fn serve(source: ConfigSource, flags: ServerFlags) -> anyhow::Result<()> {
-    let ServerFlags { host, port, grpc_port, source: sources, threads, print_config } = flags;
+    let ServerFlags { host, port, grpc_port, source: sources, threads, metrics_compat, print_config } = flags;
     let sources = sources.into_iter().collect();
     let source = source.with_overrides(Overrides { host, port, grpc_port, sources });
     let path = source.path().to_owned();
@@ -97,6 +99,9 @@ fn serve(source: ConfigSource, flags: ServerFlags) -> anyhow::Result<()> {
     }
     if let Some(threads) = threads {
         server = server.with_threads(usize::from(threads));
+    }
+    if let Some(compat) = metrics_compat {
+        server = server.with_metrics_compat(compat);
     }
     let models: Vec<&str> = server.config().models.iter().map(|model| model.name.as_str()).collect();
     tracing::info!(configuration = %path.display(), models = models.join(", "), "serving");

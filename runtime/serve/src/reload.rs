@@ -155,7 +155,8 @@ impl Reloader {
     async fn apply(&mut self, config: &Config) {
         let new = config.effective();
         let applied = &self.applied;
-        if new.server != applied.server || new.prometheus_port != applied.prometheus_port {
+        let monitoring = |config: &Config| (config.prometheus_port, config.tracing.clone());
+        if new.server != applied.server || monitoring(&new) != monitoring(applied) {
             tracing::warn!("changes of server and monitoring take effect when the server is started again");
         }
         let names = self.applied.models.iter().chain(&new.models).map(|model| model.name.clone());

@@ -9,14 +9,17 @@ use prometheus::Registry;
 use tokio::task::JoinHandle;
 use trustformers_proto::v1::ModelStatus;
 use trustformers_runtime::device;
+use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_runtime::model_table::ControlError;
 use trustformers_runtime::models::ModelServer;
-use trustformers_runtime::process::{Drain, EndSignals, Process, Settings, StartError};
+use trustformers_runtime::process::{Drain, EndSignals, Process, Settings, Sight, StartError};
+use trustformers_runtime::slots::SwapTarget;
 use trustformers_telemetry::metrics::{self, MetricsError};
 
 use crate::config::{BatchingConfig, Config, ConfigError, ModelConfig, wrong};
 use crate::config_source::ConfigSource;
 use crate::reload::{Followed, Reloader};
+use crate::tracing_config::TracingConfig;
 
 /// What the functions of this library return.
 pub type TrustformersResult<T> = Result<T, ServerError>;
@@ -70,6 +73,8 @@ pub enum ServerError {
 ///
 /// let model = running.load_model("smollm2-v2", "/models/smollm2-v2.gguf").await?;
 /// println!("{} has the digest {}", model.name, model.digest);
+/// running.swap_model("smollm2", "smollm2-v2")?;
+/// running.rollback_model("smollm2")?;
 /// running.unload_model("smollm2").await?;
 /// running.drain().await;
 /// # Ok(())
@@ -79,6 +84,7 @@ pub enum ServerError {
 pub struct TrustformersServer {
     config: Config,
     threads: Option<usize>,
+    metrics_compat: Option<MetricsCompat>,
     followed: Option<Followed>,
 }
 
@@ -108,7 +114,7 @@ fn utf8(name: &str, path: &Path) -> TrustformersResult<String> {
 impl TrustformersServer {
     /// A server of the configured models.
     pub fn new(config: Config) -> Self {
-        Self { config, threads: None, followed: None }
+        Self { config, threads: None, metrics_compat: None, followed: None }
     }
 
     /// A server of a file or a folder, which is read again while the server runs: models that are added,
@@ -119,7 +125,8 @@ impl TrustformersServer {
     pub fn open(source: ConfigSource) -> TrustformersResult<Self> {
         let reading = source.read()?;
         let config = source.config_of(&reading)?;
-        Ok(Self { config, threads: None, followed: Some(Followed { source, reading }) })
+        let followed = Some(Followed { source, reading });
+        Ok(Self { config, threads: None, metrics_compat: None, followed })
     }
 
     /// What is served and where.
@@ -142,6 +149,22 @@ impl TrustformersServer {
         batching.check("batching")?;
         self.config.batching = batching;
         Ok(self)
+    }
+
+    /// Exports a span of each request, and of its phases in the engine.
+    ///
+    /// # Errors
+    /// An endpoint or a rate that cannot be used.
+    pub fn enable_tracing(&mut self, tracing: TracingConfig) -> TrustformersResult<()> {
+        self.config.tracing = Some(tracing.options()?);
+        Ok(())
+    }
+
+    /// Adds the figures of `/metrics` under the names of another server.
+    #[must_use]
+    pub fn with_metrics_compat(mut self, compat: MetricsCompat) -> Self {
+        self.metrics_compat = Some(compat);
+        self
     }
 
     /// Adds a model: a `.gguf` file, or a folder that holds one or a checkpoint. It is loaded when the server
@@ -179,7 +202,7 @@ impl TrustformersServer {
     /// FAILED with its cause, and the others serve.
     pub async fn start(self) -> TrustformersResult<Running> {
         let (settings, registry) = self.settings()?;
-        let Self { config, threads, followed } = self;
+        let Self { config, threads, followed, .. } = self;
         let process = Process::start(settings, registry, device::real()).await?;
         let following = followed.map(|followed| {
             let reloader = Reloader::new(followed, &config, threads, Arc::clone(process.models()));
@@ -209,6 +232,12 @@ impl TrustformersServer {
             // No router sends requests to a single process, so there is no routing table to wait for.
             drain: Drain { quiet: Duration::ZERO, timeout: self.config.drain_timeout() },
             model_control: self.config.model_control(self.threads),
+            admin: self.config.admin(self.threads),
+            sight: Sight {
+                traces: self.config.tracing.clone(),
+                metrics_compat: self.metrics_compat,
+                ..Sight::default()
+            },
         };
         Ok((settings, metrics::new_registry("trustformers-serve", env!("CARGO_PKG_VERSION"))?))
     }
@@ -254,6 +283,26 @@ impl Running {
     /// No model has this name.
     pub async fn unload_model(&self, name: &str) -> TrustformersResult<ModelStatus> {
         Ok(self.models().unload(name).await?)
+    }
+
+    /// Lets the model that was loaded as `version` answer for `model`. What is being answered is answered to
+    /// its end by the weights that began it. From now on `version` names a version of `model`; the one that
+    /// answered before stays loaded for [`Running::rollback_model`], until another load needs its slot or its
+    /// memory. Asking for the version that answers already changes nothing.
+    ///
+    /// # Errors
+    /// No such model or version, one that is not ready or does something else, or a model whose second slot
+    /// holds a version that was not swapped in yet.
+    pub fn swap_model(&self, model: &str, version: &str) -> TrustformersResult<ModelStatus> {
+        Ok(self.models().swap(model, &SwapTarget::OtherModel(version.to_owned()), None)?)
+    }
+
+    /// Lets the version before the last swap answer for a model again.
+    ///
+    /// # Errors
+    /// No such model, or no version before.
+    pub fn rollback_model(&self, model: &str) -> TrustformersResult<ModelStatus> {
+        Ok(self.models().rollback(model, None)?)
     }
 
     /// Waits until every model that the server started with has been loaded or has failed.

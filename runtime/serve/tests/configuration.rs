@@ -63,7 +63,7 @@ fn what_one_process_cannot_honour_is_refused_by_name_before_anything_is_served()
             "{source: {uri: tiny.gguf}, scaling: {replicas: 2}}",
             "InferenceModel chat: spec.scaling.replicas: ",
         ),
-        ("{source: {uri: 'oci://x/y:z'}}", "--source chat=PATH"),
+        ("{source: {uri: 'pvc://x/y'}}", "--source chat=PATH"),
         (
             "{source: {uri: tiny.gguf}, runtme: {}}",
             "spec.runtme: there is no such key; did you mean \"runtime\"?",

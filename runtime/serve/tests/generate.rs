@@ -90,7 +90,7 @@ fn errors_go_to_stderr_with_their_own_exit_status() {
     std::fs::write(&bad_model, b"no model").unwrap();
     let prompt = ["--prompt", "a"];
     let cases: Vec<(Vec<&str>, i32, &str)> = vec![
-        ([&["--model", "hf://org/name"], prompt.as_slice()].concat(), 2, "hf://"),
+        ([&["--model", "ftp://org/name"], prompt.as_slice()].concat(), 2, "ftp://"),
         ([&["--model", "/no/such.gguf"], prompt.as_slice()].concat(), 1, "/no/such.gguf"),
         ([&["--model", bad_model.to_str().unwrap()], prompt.as_slice()].concat(), 1, "MalformedModel"),
         (vec!["--model", &model, "--prompt-file", bad_prompt.to_str().unwrap()], 2, "byte 3"),

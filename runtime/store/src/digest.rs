@@ -6,11 +6,13 @@
 
 use std::fmt;
 use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
 use std::ops::ControlFlow;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
 
 use crate::error::StoreError;
@@ -43,11 +45,9 @@ impl Digest {
     /// # Errors
     /// [`StoreError::InvalidPin`] for a pin that is no sha256, [`StoreError::DigestMismatch`] with both.
     pub fn check_pin(&self, pin: &str) -> Result<(), StoreError> {
-        let digits = pin.strip_prefix("sha256:").unwrap_or(pin);
-        if digits.len() != 64 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        let Some(Self(expected)) = Self::from_hex(pin) else {
             return Err(StoreError::InvalidPin { found: pin.to_owned() });
-        }
-        let expected = digits.to_ascii_lowercase();
+        };
         if expected == self.0 {
             Ok(())
         } else {
@@ -55,7 +55,43 @@ impl Digest {
         }
     }
 
-    fn of(hasher: Sha256) -> Self {
+    /// Reads 64 hex digits in either case, with or without `sha256:` before them.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let digits = text.strip_prefix("sha256:").unwrap_or(text);
+        let is_sha256 = digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+        is_sha256.then(|| Self(digits.to_ascii_lowercase()))
+    }
+
+    /// The digest of these 32 bytes.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self::from_hex(&digits)
+    }
+
+    /// The digest of a model whose files have these names and digests; at least one.
+    pub(crate) fn of_files(files: &[NamedDigest<'_>]) -> Self {
+        if let [only] = files {
+            return only.digest.clone();
+        }
+        let mut lines: Vec<String> =
+            files.iter().map(|file| format!("{}  {}\n", file.digest, file.name)).collect();
+        lines.sort_unstable();
+        let mut hasher = Sha256::new();
+        for line in &lines {
+            hasher.update(line.as_bytes());
+        }
+        Self::of(hasher)
+    }
+
+    pub(crate) fn of_text(text: &str) -> Self {
+        Self::of_bytes(text.as_bytes())
+    }
+
+    pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
+        Self::of(Sha256::new_with_prefix(bytes))
+    }
+
+    pub(crate) fn of(hasher: Sha256) -> Self {
         let mut text = String::with_capacity(64);
         for byte in hasher.finalize() {
             // Writing into a String cannot fail.
@@ -63,6 +99,13 @@ impl Digest {
         }
         Self(text)
     }
+}
+
+/// A file of a model as it counts in the model's digest.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NamedDigest<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) digest: &'a Digest,
 }
 
 impl fmt::Display for Digest {
@@ -77,36 +120,35 @@ pub(crate) fn hash_files(
     progress: &mut dyn FnMut(HashProgress) -> ControlFlow<()>,
 ) -> Result<Digest, StoreError> {
     let mut done_bytes = 0;
-    let mut lines = Vec::with_capacity(files.len());
-    let mut only = None;
+    let mut digests = Vec::with_capacity(files.len());
     for file in files {
-        let digest = hash_file(&file.path, &mut |bytes| {
+        digests.push(hash_file(&file.path, &mut |bytes| {
             done_bytes += bytes;
             progress(HashProgress { done_bytes, total_bytes })
-        })?;
-        lines.push(format!("{digest}  {}\n", file.name));
-        only = Some(digest);
+        })?);
     }
-    if let (1, Some(digest)) = (files.len(), only) {
-        return Ok(digest);
-    }
-    lines.sort_unstable();
-    let mut hasher = Sha256::new();
-    for line in &lines {
-        hasher.update(line.as_bytes());
-    }
-    Ok(Digest::of(hasher))
+    let named = files.iter().zip(&digests).map(|(file, digest)| NamedDigest { name: &file.name, digest });
+    Ok(Digest::of_files(&named.collect::<Vec<_>>()))
+}
+
+/// Opens a file without waiting: opening a pipe would otherwise wait for its other end, and what was a file
+/// when it was picked may be a pipe by now. On regular files the flag has no effect.
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)
 }
 
 /// Reads a file of the length that it has when it is opened. One that grows all the time would never end.
-fn hash_file(path: &Path, read_bytes: &mut dyn FnMut(u64) -> ControlFlow<()>) -> Result<Digest, StoreError> {
+pub(crate) fn hash_file(
+    path: &Path,
+    read_bytes: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<Digest, StoreError> {
     let io = |error| StoreError::io(path, error);
-    // Before it is opened: opening a pipe waits for its other end.
-    if !fs::metadata(path).map_err(io)?.is_file() {
+    let mut file = open(path).map_err(io)?;
+    let about = file.metadata().map_err(io)?;
+    if !about.is_file() {
         return Err(StoreError::NotAFile { path: path.to_owned() });
     }
-    let mut file = File::open(path).map_err(io)?;
-    let mut left_bytes = file.metadata().map_err(io)?.len();
+    let mut left_bytes = about.len();
     let mut hasher = Sha256::new();
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
@@ -121,7 +163,7 @@ fn hash_file(path: &Path, read_bytes: &mut dyn FnMut(u64) -> ControlFlow<()>) ->
                     return Err(StoreError::Stopped);
                 }
             }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(StoreError::io(path, error)),
         }
     }
@@ -198,6 +240,18 @@ mod tests {
             ControlFlow::Continue(())
         };
         assert!(matches!(hash_file(&path, &mut { grow }), Err(StoreError::Changed { .. })));
+    }
+
+    #[test]
+    fn a_file_that_became_a_pipe_is_refused_without_waiting_for_a_writer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        fs::write(&path, b"abc").unwrap();
+        let resolved = Source::from_path(folder.path()).resolve(&[]).unwrap();
+        fs::remove_file(&path).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR).unwrap();
+        let error = resolved.digest(&mut |_| {}).unwrap_err();
+        assert!(matches!(error, StoreError::NotAFile { .. }), "{error}");
     }
 
     #[test]

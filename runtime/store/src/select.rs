@@ -1,4 +1,4 @@
-//! Picks a model's files from its source.
+//! Picks a model's files from its source, of this machine or listed by a server.
 //!
 //! Without patterns a folder must hold exactly one `.gguf` file, or none and a checkpoint: guessing between
 //! two would serve the wrong model half of the time. With patterns each one must pick something, since a
@@ -15,7 +15,7 @@ use crate::error::StoreError;
 use crate::source::Source;
 
 /// Files that are looked at in one source; the largest models have a few hundred.
-const MAX_FILES: usize = 10_000;
+pub(crate) const MAX_FILES: usize = 10_000;
 /// Folders within folders that are looked into.
 const MAX_DEPTH: usize = 8;
 /// Folders within folders that belong to a checkpoint: its own, and one for each module of
@@ -51,10 +51,13 @@ impl Source {
     /// # Errors
     /// A source that does not exist or cannot be read, or a choice that is empty or not clear.
     pub fn resolve(&self, patterns: &[String]) -> Result<Resolved, StoreError> {
-        let root = self.path();
+        let Some(root) = self.path() else {
+            return Err(StoreError::NotFetched { text: self.to_string() });
+        };
         let meta = fs::metadata(root).map_err(|error| StoreError::io(root, error))?;
         if meta.is_dir() {
-            return if patterns.is_empty() { only_model_file(root) } else { matching(root, patterns) };
+            let listed = &mut |depth| walk(root, depth);
+            return Ok(Resolved { files: pick(root, patterns, listed)? });
         }
         if !meta.is_file() {
             return Err(StoreError::NotAFile { path: root.to_owned() });
@@ -68,6 +71,10 @@ impl Source {
 }
 
 impl Resolved {
+    pub(crate) fn of(files: Vec<ModelFile>) -> Self {
+        Self { files }
+    }
+
     /// The files, sorted by name.
     pub fn files(&self) -> &[ModelFile] {
         &self.files
@@ -101,13 +108,36 @@ impl Resolved {
     }
 }
 
-fn only_model_file(folder: &Path) -> Result<Resolved, StoreError> {
-    let all = walk(folder, 1)?;
+/// Lists the files of a folder down to a depth; 1 is the folder itself.
+pub(crate) type List<'a> = &'a mut dyn FnMut(usize) -> Result<Vec<ModelFile>, StoreError>;
+
+/// Picks the model's files out of a folder, here or elsewhere. `root` is its name in messages.
+pub(crate) fn pick(root: &Path, patterns: &[String], list: List<'_>) -> Result<Vec<ModelFile>, StoreError> {
+    if patterns.is_empty() { only_model_file(root, list) } else { matching(root, patterns, list) }
+}
+
+/// [`pick`] among files that are listed already: of a remote folder, or of an artifact.
+pub(crate) fn pick_listed(
+    root: &Path,
+    patterns: &[String],
+    all: &[ModelFile],
+) -> Result<Vec<ModelFile>, StoreError> {
+    if all.len() > MAX_FILES {
+        return Err(StoreError::TooManyFiles { folder: root.to_owned(), limit: MAX_FILES });
+    }
+    let is_within = |file: &&ModelFile, depth: usize| file.name.split('/').count() <= depth;
+    pick(root, patterns, &mut |depth| Ok(all.iter().filter(|file| is_within(file, depth)).cloned().collect()))
+}
+
+fn only_model_file(folder: &Path, list: List<'_>) -> Result<Vec<ModelFile>, StoreError> {
+    let all = list(1)?;
     let is_model = |file: &&ModelFile| file.name.to_ascii_lowercase().ends_with(".gguf");
     let found: Vec<ModelFile> = all.iter().filter(is_model).cloned().collect();
     match found.len() {
-        1 => Ok(Resolved { files: found }),
-        0 if all.iter().any(|file| file.name == CHECKPOINT_WEIGHTS) => checkpoint(folder),
+        1 => Ok(found),
+        0 if all.iter().any(|file| file.name == CHECKPOINT_WEIGHTS) => {
+            Ok(checkpoint(list(CHECKPOINT_DEPTH)?))
+        }
         0 => Err(match other_weights(&all) {
             Some(found) => StoreError::OtherWeights { folder: folder.to_owned(), found: found.to_owned() },
             None => StoreError::NoModelFile { folder: folder.to_owned(), holds: names(&all) },
@@ -126,14 +156,13 @@ fn other_weights(files: &[ModelFile]) -> Option<&str> {
 }
 
 /// Weights and descriptions; the descriptions decide what the weights compute, so they count in the digest.
-fn checkpoint(folder: &Path) -> Result<Resolved, StoreError> {
-    let mut files = walk(folder, CHECKPOINT_DEPTH)?;
+fn checkpoint(mut files: Vec<ModelFile>) -> Vec<ModelFile> {
     files.retain(|file| file.name == CHECKPOINT_WEIGHTS || file.name.ends_with(".json"));
-    Ok(Resolved { files })
+    files
 }
 
-fn matching(folder: &Path, patterns: &[String]) -> Result<Resolved, StoreError> {
-    let all = walk(folder, MAX_DEPTH)?;
+fn matching(folder: &Path, patterns: &[String], list: List<'_>) -> Result<Vec<ModelFile>, StoreError> {
+    let all = list(MAX_DEPTH)?;
     let mut picked: Vec<ModelFile> = Vec::new();
     for pattern in patterns {
         let glob = GlobBuilder::new(pattern).literal_separator(true).build().map_err(|error| {
@@ -154,7 +183,7 @@ fn matching(folder: &Path, patterns: &[String]) -> Result<Resolved, StoreError> 
         picked.extend(new);
     }
     picked.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(Resolved { files: picked })
+    Ok(picked)
 }
 
 /// Every file below `root`, sorted by name. Entries that begin with `..` are left out: kubelet keeps the

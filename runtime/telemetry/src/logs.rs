@@ -93,7 +93,21 @@ pub fn init(options: &LogOptions) -> Result<(), LogError> {
         }
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
     };
-    outcome.map_err(|_| LogError::AlreadySet)
+    outcome.map_err(|_| LogError::AlreadySet)?;
+    std::panic::set_hook(Box::new(log_panic));
+    Ok(())
+}
+
+/// A panic as an event, so that every line of a log has the log's format. The message of a panic may quote a
+/// text that is being handled, such as a prompt, so it is cut at its first quote; the location says the rest.
+fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
+    let location = panic.location().map(ToString::to_string).unwrap_or_default();
+    let message = panic.payload_as_str().unwrap_or("a panic without a text");
+    tracing::error!(location, cause = unquoted(message), "panicked");
+}
+
+fn unquoted(message: &str) -> &str {
+    message.split(['`', '"']).next().unwrap_or_default()
 }
 
 fn parse_filter(text: &str) -> Result<EnvFilter, LogError> {
@@ -121,6 +135,13 @@ mod tests {
         assert!(parse_filter("info,trustformers_engine=debug").is_ok());
         let error = parse_filter("info,x=loudest").unwrap_err();
         assert!(error.to_string().contains("loudest"), "{error}");
+    }
+
+    #[test]
+    fn a_panics_message_is_cut_at_its_first_quote() {
+        let text = "byte index 1 is not a char boundary; it is inside 'é' (bytes 0..2) of `été, a prompt`";
+        assert_eq!(unquoted(text), "byte index 1 is not a char boundary; it is inside 'é' (bytes 0..2) of ");
+        assert_eq!(unquoted("index out of bounds: the len is 3"), "index out of bounds: the len is 3");
     }
 
     #[test]

@@ -3,12 +3,15 @@
 //! `main` passes the registry to every part that counts; nothing registers itself globally, so a test can
 //! hold two servers in one process and read each one's figures.
 
+use std::sync::Arc;
+
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus::process_collector::ProcessCollector;
+use prometheus::proto::MetricFamily;
 use prometheus::{Registry, TEXT_FORMAT, TextEncoder};
 
 /// Why a registry could not be made or written.
@@ -45,13 +48,40 @@ pub fn encode(registry: &Registry) -> Result<String, MetricsError> {
     Ok(TextEncoder::new().encode_to_string(&registry.gather())?)
 }
 
+/// Families that are computed from all others when they are read.
+pub type Derive = Arc<dyn Fn(&[MetricFamily]) -> Vec<MetricFamily> + Send + Sync>;
+
 /// `GET /metrics` over the registry.
 pub fn router(registry: Registry) -> Router {
-    Router::new().route("/metrics", get(page)).with_state(registry)
+    router_with(registry, None)
 }
 
-async fn page(State(registry): State<Registry>) -> Response {
-    match encode(&registry) {
+/// `GET /metrics` over the registry and the families that are derived from it.
+pub fn router_with(registry: Registry, derived: Option<Derive>) -> Router {
+    Router::new().route("/metrics", get(page)).with_state(Figures { registry, derived })
+}
+
+/// What `/metrics` shows.
+#[derive(Clone)]
+struct Figures {
+    registry: Registry,
+    derived: Option<Derive>,
+}
+
+impl Figures {
+    fn encode(&self) -> Result<String, MetricsError> {
+        let mut families = self.registry.gather();
+        if let Some(derive) = &self.derived {
+            families.extend(derive(&families));
+        }
+        // A family without series is no family to the encoder.
+        families.retain(|family| !family.get_metric().is_empty());
+        Ok(TextEncoder::new().encode_to_string(&families)?)
+    }
+}
+
+async fn page(State(figures): State<Figures>) -> Response {
+    match figures.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, TEXT_FORMAT)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }

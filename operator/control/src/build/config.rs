@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, KvCache};
-use trustformers_proto::pod_config::{FILE_NAME, PodConfig, PodConfigError, PodEngine, PodModel};
+use trustformers_proto::pod_config::{FILE_NAME, PodConfig, PodConfigError, PodEngine, PodFetch, PodModel};
 
 use super::meta;
-use super::pod::MODEL_DIR;
-use crate::validate::ValidatedModel;
+use super::pod::{CACHE_DIR, MODEL_DIR, SECRET_DIR};
+use crate::validate::{Mount, ValidatedModel};
 use crate::{hash, names};
 
 /// The name contains the hash of the content. So a change creates a new ConfigMap and changes the pod
@@ -32,11 +32,18 @@ fn pod_config(model: &ValidatedModel, revision: &str) -> PodConfig {
     let batching = &runtime.batching;
     let strategy = Some(batching.strategy).filter(|strategy| *strategy != BatchStrategy::default());
     let kv_cache = Some(runtime.kv_cache).filter(|kv_cache| *kv_cache != KvCache::default());
+    let is_fetched = matches!(model.mount, Mount::Fetched(_));
     PodConfig {
         model: PodModel {
             names: vec![format!("{}/{}", model.namespace, model.name), model.name.clone()],
             revision: revision.to_owned(),
-            path: MODEL_DIR.to_owned(),
+            path: if is_fetched { model.source.uri.clone() } else { MODEL_DIR.to_owned() },
+            fetch: is_fetched.then(|| PodFetch {
+                cache_dir: CACHE_DIR.to_owned(),
+                revision: model.source.revision.clone(),
+                secret_dir: model.source.secret_ref.as_ref().map(|_| SECRET_DIR.to_owned()),
+                max_cache_bytes: None,
+            }),
             files: model.source.files.clone(),
             sha256: model.source.sha256.clone(),
             task: model.task,

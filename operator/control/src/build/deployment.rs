@@ -1,4 +1,7 @@
-//! The Deployment: the pool of pods that serve the model.
+//! The Deployment of one revision: the pool of pods that load it.
+//!
+//! Its name and its selector contain the revision, so that the pods of two revisions are counted, scaled and
+//! replaced apart. A change of the pod alone (image, resources) replaces the pods of the Deployment.
 
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -12,21 +15,21 @@ use crate::validate::ValidatedModel;
 /// never reports a load as failed.
 const PROGRESS_DEADLINE_S: i32 = 7 * 24 * 3600;
 
-/// A new pod serves before an old one ends: `maxUnavailable: 0`, `maxSurge: 1`.
+/// A changed pod serves before an old one ends: `maxUnavailable: 0`, `maxSurge: 1`.
 pub(super) fn deployment(
     model: &ValidatedModel,
     platform: &Platform,
     revision: &str,
     config_map: &str,
 ) -> Deployment {
+    let labels = names::revision_labels(&model.name, revision);
+    let mut metadata = meta(model, &names::deployment(&model.name, revision));
+    metadata.labels = Some(labels.clone());
     Deployment {
-        metadata: meta(model, &model.name),
+        metadata,
         spec: Some(DeploymentSpec {
             replicas: Some(model.replicas),
-            selector: LabelSelector {
-                match_labels: Some(names::model_labels(&model.name)),
-                ..LabelSelector::default()
-            },
+            selector: LabelSelector { match_labels: Some(labels), ..LabelSelector::default() },
             strategy: Some(DeploymentStrategy {
                 type_: Some("RollingUpdate".to_owned()),
                 rolling_update: Some(RollingUpdateDeployment {

@@ -59,11 +59,16 @@ pub enum BuildError {
     Json(#[from] serde_json::Error),
 }
 
-/// The objects that should exist for `model`.
+/// The objects that should exist for `model`. `replicas` are those of the pods that load the spec's revision;
+/// none: they should not exist, because that revision was rolled back.
 ///
 /// # Errors
 /// Only if an object cannot be serialised, which no validated model causes.
-pub fn build(model: &ValidatedModel, platform: &Platform) -> Result<Desired, BuildError> {
+pub fn build(
+    model: &ValidatedModel,
+    platform: &Platform,
+    replicas: Option<u32>,
+) -> Result<Desired, BuildError> {
     let revision = hash::revision(model);
     let config_map = config::config_map(model, &revision)?;
     let config_name = config_map.metadata.name.clone().unwrap_or_default();
@@ -72,11 +77,17 @@ pub fn build(model: &ValidatedModel, platform: &Platform) -> Result<Desired, Bui
     if model.pod.service_account_name.is_none() {
         objects.push(child(&kinds::SERVICE_ACCOUNT, network::service_account(model))?);
     }
-    objects.push(child(&kinds::CONFIG_MAP, config_map)?);
+    if replicas.is_some() {
+        objects.push(child(&kinds::CONFIG_MAP, config_map)?);
+    }
     objects.push(child(&kinds::SERVICE, network::headless_service(model))?);
     objects.push(child(&kinds::DISRUPTION_BUDGET, budget::budget(model))?);
-    let deployment = deployment::deployment(model, platform, &revision, &config_name);
-    objects.push(child(&kinds::DEPLOYMENT, deployment)?);
+    if let Some(replicas) = replicas {
+        let mut deployment = deployment::deployment(model, platform, &revision, &config_name);
+        let replicas = i32::try_from(replicas).unwrap_or(i32::MAX);
+        deployment.spec.get_or_insert_default().replicas = Some(replicas);
+        objects.push(child(&kinds::DEPLOYMENT, deployment)?);
+    }
     Ok(Desired { revision, objects })
 }
 
@@ -116,7 +127,8 @@ mod tests {
     }
 
     fn desired(spec: &str) -> Desired {
-        build(&valid("chat", spec), &platform()).unwrap()
+        let model = valid("chat", spec);
+        build(&model, &platform(), u32::try_from(model.replicas).ok()).unwrap()
     }
 
     /// All objects as one YAML text, in the order in which they are applied.
@@ -170,6 +182,32 @@ mod tests {
     }
 
     #[test]
+    fn a_model_that_pods_fetch_has_a_cache_and_its_credentials() {
+        let spec = "{source: {uri: 'hf://org/name', revision: v1, secretRef: {name: hub}, cache: {pvc: {claimName: models}}}}";
+        let all = desired(spec).objects;
+        let of_kind = |kind: &ChildKind| &all.iter().find(|one| one.kind == kind).unwrap().object;
+        let pod = &of_kind(&kinds::DEPLOYMENT)["spec"]["template"]["spec"];
+        let text = |value: &Value| value.to_string();
+        let volumes = text(&pod["volumes"]);
+        assert!(
+            volumes.contains(r#""name":"cache","persistentVolumeClaim":{"claimName":"models"}"#),
+            "{volumes}"
+        );
+        assert!(volumes.contains(r#""secret":{"secretName":"hub"}"#), "{volumes}");
+        assert!(!volumes.contains(r#""name":"model""#), "{volumes}");
+        let mounts = text(&pod["containers"][0]["volumeMounts"]);
+        assert!(mounts.contains(r#"{"mountPath":"/var/cache/trustformers","name":"cache"}"#), "{mounts}");
+        let config = of_kind(&kinds::CONFIG_MAP)["data"]["pod.yaml"].as_str().unwrap();
+        let config = trustformers_proto::pod_config::PodConfig::parse(config).unwrap();
+        let fetch = config.model.fetch.unwrap();
+        assert_eq!((config.model.path.as_str(), fetch.revision.as_deref()), ("hf://org/name", Some("v1")));
+        assert_eq!(fetch.secret_dir.as_deref(), Some("/etc/trustformers-source"));
+        let own = desired("{source: {uri: 's3://b/k', cache: {emptyDir: {sizeLimit: 9Gi}}}}").objects;
+        let own: Vec<String> = own.iter().map(|one| text(&one.object)).collect();
+        assert!(own.iter().any(|object| object.contains(r#""emptyDir":{"sizeLimit":"9Gi"}"#)), "{own:?}");
+    }
+
+    #[test]
     fn a_new_pod_configuration_has_a_new_name() {
         let name = |spec: &str| names_of(spec, &kinds::CONFIG_MAP);
         let base = name("{source: {uri: 'oci://x'}}");
@@ -179,9 +217,17 @@ mod tests {
     }
 
     #[test]
+    fn a_revision_that_was_rolled_back_has_no_pods() {
+        let objects = build(&valid("chat", "{source: {uri: 'oci://x'}}"), &platform(), None).unwrap().objects;
+        let kinds: Vec<_> = objects.iter().map(|one| one.kind.kind).collect();
+        assert_eq!(kinds, ["ServiceAccount", "Service", "PodDisruptionBudget"]);
+    }
+
+    #[test]
     fn names_made_from_the_longest_name_fit_a_service() {
         let long = "a".repeat(45);
-        for one in build(&valid(&long, "{source: {uri: 'oci://x'}}"), &platform()).unwrap().objects {
+        let model = valid(&long, "{source: {uri: 'oci://x'}}");
+        for one in build(&model, &platform(), Some(1)).unwrap().objects {
             assert!(one.name.len() <= 63, "{}", one.name);
         }
     }

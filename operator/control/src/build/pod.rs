@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, ImageVolumeSource,
-    PersistentVolumeClaimVolumeSource, PodReadinessGate, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
-    ResourceRequirements, SeccompProfile, SecurityContext, Toleration, TopologySpreadConstraint, Volume,
-    VolumeMount,
+    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
+    HTTPGetAction, ImageVolumeSource, PersistentVolumeClaimVolumeSource, PodReadinessGate,
+    PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile,
+    SecretVolumeSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -16,11 +16,17 @@ use trustformers_crds::{Resources, TolerationEffect, TolerationOperator};
 use trustformers_proto::pod_config::FILE_NAME;
 
 use super::Platform;
-use crate::validate::{Mount, ValidatedModel};
+use crate::validate::{CacheVolume, Mount, ValidatedModel};
 use crate::{hash, names};
 
 /// Where the model's files are mounted.
 pub(super) const MODEL_DIR: &str = "/models";
+/// Where fetched files are kept.
+pub(super) const CACHE_DIR: &str = "/var/cache/trustformers";
+const CACHE_VOLUME: &str = "cache";
+/// Where the credentials of the source are mounted.
+pub(super) const SECRET_DIR: &str = "/etc/trustformers-source";
+const SECRET_VOLUME: &str = "source-credentials";
 /// Where `pod.yaml` is mounted.
 const CONFIG_DIR: &str = "/etc/trustformers";
 /// User and group of the process; the images know them as `nonroot`.
@@ -56,7 +62,7 @@ fn pod_spec(model: &ValidatedModel, platform: &Platform, config_map: &str) -> Po
     let drain_s = i64::try_from(model.drain_timeout.as_millis().div_ceil(1000)).unwrap_or(i64::MAX / 2);
     PodSpec {
         containers: vec![container(model, platform)],
-        volumes: Some(vec![config_volume(config_map), model_volume(&model.mount, platform)]),
+        volumes: Some(volumes(model, platform, config_map)),
         service_account_name: Some(account),
         automount_service_account_token: Some(false),
         enable_service_links: Some(false),
@@ -103,7 +109,7 @@ fn container(model: &ValidatedModel, platform: &Platform) -> Container {
         env: some_list(env.collect()),
         ports: Some(vec![port("http", names::HTTP_PORT), port("grpc", names::GRPC_PORT)]),
         resources: resources(&model.runtime.resources),
-        volume_mounts: Some(vec![mount("config", CONFIG_DIR, None), model_mount(&model.mount)]),
+        volume_mounts: Some(volume_mounts(model)),
         readiness_probe: Some(probe("/health/ready", 1)),
         liveness_probe: Some(probe("/health/live", 10)),
         security_context: Some(SecurityContext {
@@ -143,8 +149,27 @@ fn config_volume(config_map: &str) -> Volume {
     }
 }
 
+fn volumes(model: &ValidatedModel, platform: &Platform, config_map: &str) -> Vec<Volume> {
+    let mut volumes = vec![config_volume(config_map), model_volume(&model.mount, platform)];
+    if let Some(secret) = &model.source.secret_ref {
+        volumes.push(Volume {
+            name: SECRET_VOLUME.to_owned(),
+            secret: Some(SecretVolumeSource {
+                secret_name: Some(secret.name.clone()),
+                ..SecretVolumeSource::default()
+            }),
+            ..Volume::default()
+        });
+    }
+    volumes
+}
+
 fn model_volume(source: &Mount, platform: &Platform) -> Volume {
     let mut volume = Volume { name: "model".to_owned(), ..Volume::default() };
+    let claim = |name: &str, is_read_only: bool| PersistentVolumeClaimVolumeSource {
+        claim_name: name.to_owned(),
+        read_only: is_read_only.then_some(true),
+    };
     match source {
         Mount::Image { reference } => {
             volume.image = Some(ImageVolumeSource {
@@ -152,20 +177,37 @@ fn model_volume(source: &Mount, platform: &Platform) -> Volume {
                 pull_policy: Some(platform.pull_policy.clone()),
             });
         }
-        Mount::Claim { claim, .. } => {
-            volume.persistent_volume_claim =
-                Some(PersistentVolumeClaimVolumeSource { claim_name: claim.clone(), read_only: Some(true) });
+        Mount::Claim { claim: name, .. } => volume.persistent_volume_claim = Some(claim(name, true)),
+        Mount::Fetched(cache) => {
+            volume.name = CACHE_VOLUME.to_owned();
+            match cache {
+                CacheVolume::EmptyDir { size_limit } => {
+                    volume.empty_dir = Some(EmptyDirVolumeSource {
+                        size_limit: size_limit.clone().map(Quantity),
+                        medium: None,
+                    });
+                }
+                CacheVolume::Claim(name) => volume.persistent_volume_claim = Some(claim(name, false)),
+            }
         }
     }
     volume
 }
 
+fn volume_mounts(model: &ValidatedModel) -> Vec<VolumeMount> {
+    let mut mounts = vec![mount("config", CONFIG_DIR, None), model_mount(&model.mount)];
+    if model.source.secret_ref.is_some() {
+        mounts.push(mount(SECRET_VOLUME, SECRET_DIR, None));
+    }
+    mounts
+}
+
 fn model_mount(source: &Mount) -> VolumeMount {
-    let path = match source {
-        Mount::Claim { path, .. } if !path.is_empty() => Some(path.clone()),
-        Mount::Claim { .. } | Mount::Image { .. } => None,
-    };
-    mount("model", MODEL_DIR, path)
+    match source {
+        Mount::Claim { path, .. } if !path.is_empty() => mount("model", MODEL_DIR, Some(path.clone())),
+        Mount::Claim { .. } | Mount::Image { .. } => mount("model", MODEL_DIR, None),
+        Mount::Fetched(_) => VolumeMount { read_only: None, ..mount(CACHE_VOLUME, CACHE_DIR, None) },
+    }
 }
 
 fn mount(name: &str, at: &str, sub_path: Option<String>) -> VolumeMount {

@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::pods::tests::view;
+use crate::rollout::state::{Decision, Member};
 use crate::validate::tests::valid;
+use trustformers_crds::StableRevision;
 
 const NOW: i64 = 1_800_000_000;
 
@@ -28,6 +30,7 @@ struct Case {
     pods: Vec<PodView>,
     reports: BTreeMap<String, PodReport>,
     name_owner: Option<ModelKey>,
+    rollout: RolloutState,
     previous: InferenceModelStatus,
     at: i64,
 }
@@ -40,6 +43,7 @@ impl Case {
             pods: Vec::new(),
             reports: BTreeMap::new(),
             name_owner: None,
+            rollout: RolloutState { stable: Some(member("r1")), ..RolloutState::default() },
             previous: InferenceModelStatus::default(),
             at: NOW,
         }
@@ -62,11 +66,16 @@ impl Case {
             pods: &self.pods,
             reports: &self.reports,
             name_owner: self.name_owner.as_ref(),
+            rollout: &self.rollout,
             url: "http://gateway",
             now: Timestamp::from_second(self.at).unwrap(),
         };
         status(&valid("chat", &spec), "r1", inputs, &self.previous)
     }
+}
+
+fn member(revision: &str) -> Member {
+    Member { revision: revision.to_owned(), pool: revision.to_owned() }
 }
 
 fn not_ready(name: &str) -> PodView {
@@ -144,14 +153,53 @@ fn a_failed_update_is_degraded_and_the_old_revision_serves() {
     broken.cause = Some(Cause { reason: "ErrImagePull".to_owned(), message: "no image".to_owned() });
     let old = PodView { revision: "r0".to_owned(), ..view("chat", "old") };
     let mut case = Case::new(1).pod(old, Some(report(ModelState::Ready))).pod(broken, None);
-    case.deployment = deployment(2, 1);
+    case.rollout = RolloutState {
+        phase: RolloutPhase::Placing,
+        stable: Some(member("r0")),
+        candidate: Some(member("r1")),
+        attempt: 1,
+        reason: "Surge".to_owned(),
+        ..RolloutState::default()
+    };
     case.previous.stable = Some(StableRevision { revision: "r0".to_owned(), digest: Some("d0".to_owned()) });
+    case.reports.clear();
     let status = case.status();
+    assert_eq!((status.replicas, status.ready_replicas), (1, 1), "/scale shows the stable revision only");
+    assert_eq!(condition(&status, "RolloutHealthy"), ("True", "Surge"));
     assert_eq!(status.phase, Some(Phase::Degraded));
     assert_eq!(condition(&status, "Serving"), ("True", "PodsServe"));
     assert_eq!(condition(&status, "Degraded"), ("True", "ErrImagePull"));
     assert_eq!(status.stable.unwrap().revision, "r0");
     assert_eq!(status.digest.as_deref(), Some("d0"));
+}
+
+#[test]
+fn a_rolled_back_revision_is_the_cause_and_the_stable_one_serves() {
+    let mut case = Case::new(1).pod(PodView { revision: "r0".to_owned(), ..view("chat", "old") }, None);
+    let at = Timestamp::from_second(NOW).unwrap();
+    case.rollout = RolloutState {
+        phase: RolloutPhase::RolledBack,
+        stable: Some(member("r0")),
+        refused: Some("r1".to_owned()),
+        attempt: 1,
+        reason: "ErrorRate".to_owned(),
+        history: vec![Decision {
+            at,
+            revision: "r1".to_owned(),
+            decision: "RolledBack".to_owned(),
+            reason: "ErrorRate".to_owned(),
+            message: "9 of 10 requests failed".to_owned(),
+        }],
+        ..RolloutState::default()
+    };
+    let status = case.status();
+    assert_eq!(status.phase, Some(Phase::Degraded));
+    assert_eq!(condition(&status, "Serving").0, "True");
+    for kind in ["Ready", "Progressing", "RolloutHealthy"] {
+        assert_eq!(condition(&status, kind), ("False", "ErrorRate"), "{kind}");
+    }
+    assert_eq!(condition(&status, "Degraded"), ("True", "ErrorRate"));
+    assert_eq!(status.history[0].message, "9 of 10 requests failed");
 }
 
 #[test]

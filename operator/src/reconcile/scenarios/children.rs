@@ -39,7 +39,7 @@ async fn drift_is_corrected_by_force_and_nothing_else_is_sent() {
     reconcile(model, context).await.unwrap();
     server.is_done();
     assert_eq!(server.applied("Deployment")[1]["spec"]["replicas"], 1);
-    assert_eq!(server.applied("Deployment")[1]["metadata"]["uid"], "uid-of-chat");
+    assert_eq!(server.applied("Deployment")[1]["metadata"]["uid"], format!("uid-of-{}", deployment(SPEC)));
 }
 
 #[tokio::test]
@@ -198,8 +198,10 @@ async fn an_old_configuration_is_deleted_when_nothing_needs_it() {
     let server = ScriptedServer::default();
     let (context, mut writers, _model) = with_new_model(&server).await;
     let old = config_maps(&context).remove(0);
-    let changed = Arc::new(model("{source: {uri: 'oci://localhost/m:2'}}", Value::Null));
-    // The rollout has only started: the old configuration stays.
+    // Another grace period is another pod of the same revision.
+    let changed =
+        Arc::new(model("{source: {uri: 'oci://localhost/m:1'}, traffic: {drainTimeout: 9s}}", Value::Null));
+    // The Deployment has only started to replace its pods: the old configuration stays.
     server.expect([Expect::apply("ConfigMap", false), Expect::apply("Deployment", true)]);
     reconcile(Arc::clone(&changed), Arc::clone(&context)).await.unwrap();
     server.is_done();
@@ -226,17 +228,17 @@ async fn an_old_configuration_is_deleted_when_nothing_needs_it() {
 }
 
 #[tokio::test]
-async fn configurations_of_failed_rollouts_do_not_pile_up() {
+async fn configurations_of_replaced_pods_do_not_pile_up() {
     let server = ScriptedServer::default();
     let (context, _writers, _model) = with_new_model(&server).await;
     for edit in 2..9 {
-        let changed = model(&format!("{{source: {{uri: 'oci://localhost/m:{edit}'}}}}"), Value::Null);
+        let spec = format!("{{source: {{uri: 'oci://localhost/m:1'}}, traffic: {{drainTimeout: {edit}s}}}}");
         server.expect([Expect::apply("ConfigMap", false), Expect::apply("Deployment", true)]);
         // Besides the desired one, two stay. They are created at the same time here, so any other may go.
         if edit > 3 {
             server.expect([Expect::DeleteAny]);
         }
-        reconcile(Arc::new(changed), Arc::clone(&context)).await.unwrap();
+        reconcile(Arc::new(model(&spec, Value::Null)), Arc::clone(&context)).await.unwrap();
         server.is_done();
         assert!(config_maps(&context).len() <= 3);
     }

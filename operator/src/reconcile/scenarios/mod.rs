@@ -3,6 +3,7 @@
 //! watches would.
 
 mod children;
+mod rollouts;
 mod statuses;
 
 use std::collections::VecDeque;
@@ -32,8 +33,14 @@ enum Expect {
     Get { kind: &'static str, found: Option<Value> },
     /// JSON patch of a child. The response is this object.
     JsonPatch { kind: &'static str, patched: Value },
+    /// A Deployment of another revision gets this number of replicas. The response is the scaled object.
+    Scale { revision: String, replicas: u32 },
     /// A status with this phase.
     Status { phase: &'static str },
+    /// A step of the rollout is stored, with this phase, under the condition that nothing else changed.
+    Rollout { phase: &'static str },
+    /// The same, refused because the model has changed.
+    RefuseRollout { phase: &'static str },
     /// An Event with this reason.
     Event { reason: &'static str },
     /// Deletion of the object with this name.
@@ -62,7 +69,21 @@ impl Expect {
             Self::Refuse { kind, .. } => method == Method::PATCH && body["kind"] == *kind,
             Self::Get { kind, .. } => method == Method::GET && plural(kind),
             Self::JsonPatch { kind, .. } => method == Method::PATCH && body.is_array() && plural(kind),
-            Self::Status { phase } => is_status && body["status"]["phase"] == *phase,
+            Self::Scale { revision, replicas } => {
+                method == Method::PATCH
+                    && path.ends_with(&format!("/deployments/chat-{revision}"))
+                    && body["spec"] == json!({"replicas": replicas})
+            }
+            Self::Status { phase } => {
+                is_status
+                    && body["status"]["phase"] == *phase
+                    && !body["metadata"]["resourceVersion"].is_string()
+            }
+            Self::Rollout { phase } | Self::RefuseRollout { phase } => {
+                is_status
+                    && body["status"]["rollout"]["phase"] == *phase
+                    && body["metadata"]["resourceVersion"].is_string()
+            }
             Self::Event { reason } => method == Method::POST && body["reason"] == *reason,
             Self::Delete { name } => method == Method::DELETE && path.ends_with(&format!("/{name}")),
             Self::DeleteAny => method == Method::DELETE,
@@ -109,11 +130,20 @@ impl ScriptedServer {
         let failure = |code: u16, message: &str| json!({"kind": "Status", "status": "Failure", "code": code, "message": message, "reason": reason(code)});
         let (code, body) = match expected {
             Expect::Refuse { code, message, .. } => (code, failure(code, message)),
+            Expect::RefuseRollout { .. } => (409, failure(409, "the object has been modified")),
+            Expect::Scale { revision, replicas } => {
+                let name = format!("chat-{revision}");
+                let of_name = |one: &&MockRequest| one.body["metadata"]["name"] == name.as_str();
+                let applied = inner.requests.iter().rev().filter(|one| one.body["kind"] == "Deployment");
+                let mut object = applied.clone().find(of_name).map(|one| one.body.clone()).unwrap();
+                object["spec"]["replicas"] = json!(replicas);
+                (200, stored(&object, version))
+            }
             Expect::Get { found: None, .. } => (404, failure(404, "not found")),
             Expect::Get { found: Some(object), .. } | Expect::JsonPatch { patched: object, .. } => {
                 (200, object)
             }
-            Expect::Status { .. } => {
+            Expect::Status { .. } | Expect::Rollout { .. } => {
                 let mut model = serde_json::to_value(model(SPEC, Value::Null)).unwrap();
                 model["metadata"]["resourceVersion"] = json!(version.to_string());
                 model["status"] = request.body["status"].clone();
@@ -196,7 +226,18 @@ async fn with_new_model(server: &ScriptedServer) -> (Arc<Context>, Writers, Arc<
 
 /// The present object of the cache, for a change by somebody else.
 fn cached(context: &Context, kind: &'static ChildKind) -> Value {
-    context.children.get(kind, "team", "chat").unwrap().object.clone()
+    let child = context.children.of_owner("u1").into_iter().find(|child| child.kind == kind);
+    child.unwrap().object.clone()
+}
+
+/// The revision of a spec.
+fn revision(spec: &str) -> String {
+    hash::revision(&validate(&model(spec, Value::Null)).unwrap())
+}
+
+/// The name of the Deployment of a spec.
+fn deployment(spec: &str) -> String {
+    format!("chat-{}", revision(spec))
 }
 
 /// Delivers an object by the watch, with a new version.

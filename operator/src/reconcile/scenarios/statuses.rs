@@ -20,7 +20,7 @@ async fn an_invalid_spec_is_reported_and_waits_for_an_edit() {
         Expect::Event { reason: "InvalidSpec" },
     ]);
     let (context, _writers) = context(&server);
-    let model = Arc::new(model("{source: {uri: 'hf://a/b'}}", Value::Null));
+    let model = Arc::new(model("{source: {uri: 'ftp://a/b'}}", Value::Null));
     let error = reconcile(Arc::clone(&model), Arc::clone(&context)).await.unwrap_err();
     assert_eq!(error.label(), "Validate/Source");
     assert_eq!(pause(&model, &error, &context), Action::await_change());

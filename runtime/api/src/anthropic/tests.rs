@@ -1,56 +1,28 @@
 //! Tests of both routes over the fake server of models: each rule that a client relies on.
 
 use axum::body::Body;
-use axum::http::{HeaderMap, Request as HttpRequest, StatusCode};
-use http_body_util::BodyExt;
+use axum::http::{Request as HttpRequest, StatusCode};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use crate::fake::{Fake, Script};
-use crate::revision::DIGEST_HEADER;
+use crate::revision::{DIGEST_HEADER, REVISION_HEADER};
+use crate::test_client::{self, Reply};
 use crate::tools::{AnswerSyntax, CallSyntax, ReasoningSyntax};
 use crate::{ApiError, FinishReason, Prompt, StoppedBy};
 
-/// What came back.
-struct MessagesReply {
-    status: StatusCode,
-    headers: HeaderMap,
-    text: String,
-}
-
-impl MessagesReply {
-    #[track_caller]
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
-    }
-
-    /// The data of each event, whose name they repeat.
-    #[track_caller]
-    fn events(&self) -> Vec<Value> {
-        assert_eq!(self.status, StatusCode::OK, "{}", self.text);
-        let data = |frame: &str| {
-            let (name, data) = frame.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
-            let data: Value = serde_json::from_str(data).unwrap();
-            assert_eq!(data["type"], name);
-            data
-        };
-        self.text.split_terminator("\n\n").map(data).collect()
-    }
-}
-
 /// With the headers and the query of Anthropic's clients.
-async fn send(fake: &Fake, path: &str, body: &Value) -> MessagesReply {
+async fn send(fake: &Fake, path: &str, body: &Value) -> Reply {
+    send_with(fake, path, body, &[]).await
+}
+
+async fn send_with(fake: &Fake, path: &str, body: &Value, headers: &[(&str, &str)]) -> Reply {
     let request = HttpRequest::post(format!("{path}?beta=true"))
         .header("x-api-key", "any")
         .header("anthropic-version", "2023-06-01")
-        .header("anthropic-beta", "interleaved-thinking-2025-05-14")
-        .body(Body::from(body.to_string()))
-        .unwrap();
-    let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-    let (head, body) = response.into_parts();
-    let bytes = body.collect().await.unwrap().to_bytes();
-    let text = String::from_utf8(bytes.to_vec()).unwrap();
-    MessagesReply { status: head.status, headers: head.headers, text }
+        .header("anthropic-beta", "interleaved-thinking-2025-05-14");
+    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+    test_client::send(fake, request, body.to_string()).await
 }
 
 async fn whole(script: Script, more: Value) -> Value {
@@ -253,6 +225,12 @@ async fn every_end_has_its_stop_reason() {
         (stopped(), "stop_sequence", json!("END")),
         (Script::tokens(&["a"]).stopped_by(StoppedBy::Token(7)), "end_turn", Value::Null),
         (Script::tokens(&[call]).with_syntax(hermes()), "tool_use", Value::Null),
+        // A stop text that ends an answer after a whole call does not take the call away.
+        (
+            Script::tokens(&[call]).with_syntax(hermes()).stopped_by(StoppedBy::Text("END".into())),
+            "tool_use",
+            Value::Null,
+        ),
         (
             Script::tokens(&[call]).with_syntax(hermes()).ends_with(FinishReason::Length),
             "max_tokens",
@@ -292,8 +270,23 @@ async fn tokens_are_counted_over_the_whole_conversation() {
     assert_eq!((reply.status, reply.json()), (StatusCode::OK, json!({"input_tokens": 2})));
     let counted = fake.last_count();
     assert_eq!(counted.model.as_deref(), Some("fake"));
+    assert_eq!(counted.revision, None);
     let Prompt::Conversation(conversation) = counted.prompt else { panic!("no conversation") };
     assert_eq!(conversation.tools.len(), 1);
+}
+
+#[tokio::test]
+async fn a_count_asks_the_revision_that_the_request_names() {
+    let fake = Fake::with(Script::default());
+    let body = json!({"messages": [{"role": "user", "content": "Hi"}]});
+    let path = "/v1/messages/count_tokens";
+    let reply = send_with(&fake, path, &body, &[(REVISION_HEADER, "r1")]).await;
+    assert_eq!((reply.status, fake.last_count().revision.as_deref()), (StatusCode::OK, Some("r1")));
+    let unknown = ApiError::UnknownRevision { model: "fake".into(), asked: "r0".into(), loaded: "r1".into() };
+    let reply =
+        send_with(&Fake::with(Script::refused(unknown)), path, &body, &[(REVISION_HEADER, "r0")]).await;
+    let error = reply.json()["error"].clone();
+    assert_eq!((reply.status, &error["type"]), (StatusCode::NOT_FOUND, &json!("not_found_error")));
 }
 
 #[tokio::test]

@@ -116,6 +116,9 @@ impl ApiError {
         if self.is_lasting() {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
+        if matches!(self, Self::Unauthenticated { .. }) {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if matches!(self, Self::UnsupportedEncoding { .. }) {
             headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED_ENCODINGS));
         }
@@ -167,6 +170,7 @@ impl ApiError {
             Self::UnknownModel { .. } | Self::UnknownRevision { .. } | Self::UnknownRoute { .. } => {
                 "not_found_error"
             }
+            Self::Unauthenticated { .. } => "authentication_error",
             Self::Forbidden { .. } => "permission_error",
             Self::TooLong { .. } => "request_too_large",
             Self::Overloaded { .. } => "overloaded_error",

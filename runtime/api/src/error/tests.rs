@@ -13,6 +13,7 @@ pub(crate) fn every_kind() -> Vec<(ApiError, u16, Code)> {
         (ApiError::field("top_p", "no"), 400, Code::InvalidArgument),
         (ApiError::ModelRequired { choices: vec![text()] }, 400, Code::InvalidArgument),
         (ApiError::WrongTask { model: text(), task: Task::Embed }, 400, Code::InvalidArgument),
+        (ApiError::Unauthenticated { message: text() }, 401, Code::Unauthenticated),
         (ApiError::Forbidden { message: text() }, 403, Code::PermissionDenied),
         (ApiError::UnknownModel { asked: text(), choices: vec![] }, 404, Code::NotFound),
         (
@@ -84,6 +85,7 @@ fn foreign_types(kind: &str) -> [&'static str; 2] {
             ["invalid_request_error", "not_found_error"]
         }
         "forbidden" => ["invalid_request_error", "permission_error"],
+        "unauthenticated" => ["invalid_request_error", "authentication_error"],
         "too_long" => ["invalid_request_error", "request_too_large"],
         "overloaded" => ["rate_limit_error", "overloaded_error"],
         "timeout" => ["server_error", "timeout_error"],

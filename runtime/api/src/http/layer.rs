@@ -6,7 +6,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
 
-use crate::error::{ErrorShape, Refusal};
+use crate::error::{ApiError, ErrorShape, Refusal};
 use crate::surfaces::error_shape;
 
 /// Identifies a request in logs and in answers.
@@ -31,13 +31,23 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     })
 }
 
+/// The message of a caller's mistake may repeat what the caller sent, so the log has its kind alone.
+fn log_refusal(id: &HeaderValue, error: &ApiError) {
+    let kind = error.kind();
+    if error.status().is_server_error() {
+        tracing::debug!(request_id = ?id, kind, %error, "request failed");
+    } else {
+        tracing::debug!(request_id = ?id, kind, "request refused");
+    }
+}
+
 /// Gives the request its id, the answer the same one, and an error the shape of the path.
 pub(crate) async fn identify_and_shape(request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
     let shape = error_shape(request.uri().path());
     let mut response = next.run(request).await;
     if let Some(Refusal(error)) = response.extensions_mut().remove::<Refusal>() {
-        tracing::debug!(request_id = ?id, %error, "request refused");
+        log_refusal(&id, &error);
         if shape != ErrorShape::Native {
             response = error.render_for(shape, Some(&id));
         }

@@ -24,6 +24,7 @@ pub use model_list::state_word;
 /// path belongs to. The program that owns the registry of metrics merges `/metrics` into them.
 pub fn router(api: Api) -> Router {
     let health = health::router(api.inference.clone());
+    let load = api.gateway_load.clone();
     routes()
         .with_state(api.clone())
         .merge(health)
@@ -35,7 +36,18 @@ pub fn router(api: Api) -> Router {
         .layer(from_fn_with_state(api.clone(), encoding::decode_body))
         .layer(from_fn(layer::identify_and_shape))
         .layer(from_fn_with_state(api, encoding::compress_answer))
-        .layer(from_fn(answer_end::report_end))
+        .layer(from_fn_with_state(load, answer_end::report_end))
+}
+
+/// The routes about models alone, for a port on which they are changed.
+pub fn model_router(api: Api) -> Router {
+    Router::new()
+        .route("/v1/models", get(model_list::models))
+        .route("/v1/models/{*model}", get(model_list::model))
+        .merge(crate::model_control::router())
+        .with_state(api)
+        .fallback(async |uri: Uri| ApiError::UnknownRoute { path: uri.path().to_owned() })
+        .layer(from_fn(layer::identify_and_shape))
 }
 
 /// The routes that have a state, without the layers of [`router`].

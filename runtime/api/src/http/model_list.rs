@@ -48,7 +48,35 @@ pub(crate) fn model_json(model: &v1::ModelStatus) -> Value {
         "embedding_dimensions": Some(model.embedding_dimensions).filter(|count| *count > 0),
         "loaded_bytes": model.loaded_bytes,
         "total_bytes": model.total_bytes,
+        "slots": model.slots.iter().map(slot_json).collect::<Vec<_>>(),
     })
+}
+
+/// One version of a model.
+fn slot_json(slot: &v1::ModelSlot) -> Value {
+    json!({
+        "role": role_word(slot.role()),
+        "state": state_word(slot.state()),
+        "revision": slot.revision,
+        "digest": slot.digest,
+        "reason": slot.reason,
+        "message": slot.message,
+        "loaded_bytes": slot.loaded_bytes,
+        "total_bytes": slot.total_bytes,
+        "bytes_per_second": slot.bytes_per_second,
+        "eta_ms": slot.eta_ms,
+        "memory_bytes": slot.memory_bytes,
+    })
+}
+
+fn role_word(role: v1::SlotRole) -> &'static str {
+    match role {
+        v1::SlotRole::Unspecified => "unknown",
+        v1::SlotRole::Current => "current",
+        v1::SlotRole::Candidate => "candidate",
+        v1::SlotRole::Previous => "previous",
+        v1::SlotRole::RolledBack => "rolled_back",
+    }
 }
 
 /// A state as it stands in JSON and in logs.

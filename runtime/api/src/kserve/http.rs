@@ -229,6 +229,9 @@ async fn all_statistics(State(api): State<Api>) -> Json<Value> {
     Json(json!({"model_stats": all}))
 }
 
+/// The fields of a request for the index.
+pub(crate) const INDEX_FIELDS: &[&str] = &["ready"];
+
 /// `POST /v2/repository/index`, whose body may be empty.
 async fn index(State(api): State<Api>, request: Request) -> Result<Json<Value>, ApiError> {
     let (head, body) = request.into_parts();
@@ -236,7 +239,7 @@ async fn index(State(api): State<Api>, request: Request) -> Result<Json<Value>, 
     let only_ready = if body.is_empty() {
         false
     } else {
-        let fields = object(&body, &["ready"], r#"{"ready": true}"#)?;
+        let fields = object(&body, INDEX_FIELDS, r#"{"ready": true}"#)?;
         take(&fields, "ready", "true or false", Value::as_bool)?.unwrap_or(false)
     };
     Ok(Json(metadata::index_json(&models(&api), only_ready)))

@@ -598,7 +598,9 @@ mod tests {
         ) {
             let values = tensor(datatype, &shape, raw(&bytes)).values(16);
             if let Ok(values) = values {
-                prop_assert_eq!(values.len() as u64, shape.iter().product::<u64>());
+                // Without any element the other lengths may be larger than can be multiplied.
+                let count = if shape.contains(&0) { 0 } else { shape.iter().product::<u64>() };
+                prop_assert_eq!(values.len() as u64, count);
             }
         }
     }
@@ -645,8 +647,13 @@ mod tests {
         }
         let one = tensor(Datatype::Bytes, &[], listed(json!(["a"])));
         assert_eq!(one.values(1), Ok(TensorValues::Texts(vec!["a".into()])));
-        for data in [raw(b""), listed(json!([])), TensorData::Typed(Box::default())] {
-            assert_eq!(tensor(Datatype::Fp32, &[0, 7], data).values(1), Ok(TensorValues::Floats(vec![])));
+        for shape in [&[0, 7][..], &[0, u64::MAX], &[u64::MAX, 0, u64::MAX], &[0]] {
+            for data in [raw(b""), listed(json!([])), TensorData::Typed(Box::default())] {
+                let found = tensor(Datatype::Fp32, shape, data).values(1);
+                assert_eq!(found, Ok(TensorValues::Floats(vec![])), "{shape:?}");
+            }
+            let error = tensor(Datatype::Fp32, shape, listed(json!([1.0]))).values(1).unwrap_err();
+            assert!(error.to_string().contains("has 0"), "{error}");
         }
     }
 

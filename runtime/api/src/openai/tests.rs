@@ -1,66 +1,28 @@
 //! Tests of both routes over the fake server of models: each rule that a client relies on.
 
 use axum::body::Body;
-use axum::http::{HeaderMap, Request as HttpRequest, StatusCode};
-use http_body_util::BodyExt;
+use axum::http::{Request as HttpRequest, StatusCode};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use super::request::WITHOUT_EFFECT;
 use crate::fake::{Fake, Script};
 use crate::revision::{DIGEST_HEADER, REVISION_HEADER};
+use crate::test_client::{self, Reply};
 use crate::tools::{AnswerSyntax, CallSyntax, ReasoningSyntax};
 use crate::{ApiError, Conversation, FinishReason, Format, Priority, Prompt, StoppedBy, ToolChoice};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 
-/// What came back.
-struct Reply {
-    status: StatusCode,
-    headers: HeaderMap,
-    text: String,
-}
-
-impl Reply {
-    #[track_caller]
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
-    }
-
-    /// The chunks of a stream that ends as it should.
-    #[track_caller]
-    fn chunks(&self) -> Vec<Value> {
-        let mut frames = self.frames();
-        assert_eq!(frames.pop(), Some("[DONE]"), "{}", self.text);
-        frames.into_iter().map(|frame| serde_json::from_str(frame).unwrap()).collect()
-    }
-
-    #[track_caller]
-    fn frames(&self) -> Vec<&str> {
-        assert_eq!(self.status, StatusCode::OK, "{}", self.text);
-        assert!(self.headers["content-type"].to_str().unwrap().starts_with("text/event-stream"));
-        let frames = self.text.split_terminator("\n\n");
-        frames.map(|frame| frame.strip_prefix("data: ").unwrap()).collect()
-    }
-}
-
 async fn send(fake: &Fake, path: &str, body: &Value) -> Reply {
     send_with(fake, path, body, &[]).await
 }
 
-/// Without a content type, as some clients send it.
 async fn send_with(fake: &Fake, path: &str, body: &Value, headers: &[(&str, &str)]) -> Reply {
-    let mut request = HttpRequest::post(path);
-    for (name, value) in headers {
-        request = request.header(*name, *value);
-    }
-    let request = request.body(Body::from(body.to_string())).unwrap();
-    let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-    let (head, body) = response.into_parts();
-    let bytes = body.collect().await.unwrap().to_bytes();
-    let text = String::from_utf8(bytes.to_vec()).unwrap();
-    Reply { status: head.status, headers: head.headers, text }
+    let request = HttpRequest::post(path);
+    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+    test_client::send(fake, request, body.to_string()).await
 }
 
 /// A chat of one message, with further fields.
@@ -442,7 +404,7 @@ async fn an_error_inside_a_stream_is_its_last_frame() {
     let fake = Fake::with(Script::tokens(&["a"]).then_fails(error));
     for (path, body) in [(CHAT, chat(json!({}))), (COMPLETIONS, prompt(json!({})))] {
         let reply = send(&fake, path, &with(body.clone(), json!({"stream": true, "n": 2}))).await;
-        let frames = reply.frames();
+        let frames = reply.data();
         let last: Value = serde_json::from_str(frames.last().unwrap()).unwrap();
         assert_eq!(last["error"]["message"], "device lost");
         assert_eq!((&last["error"]["type"], &last["error"]["param"]), (&json!("server_error"), &Value::Null));

@@ -23,8 +23,10 @@ const FORBIDDEN: DescribedFailure = DescribedFailure {
 };
 const UNKNOWN: DescribedFailure =
     DescribedFailure { status: 404, what: "No model has this name, or not this revision." };
-const CONFLICT: DescribedFailure =
-    DescribedFailure { status: 409, what: "Another request unloaded the model meanwhile." };
+const CONFLICT: DescribedFailure = DescribedFailure {
+    status: 409,
+    what: "The versions of the model do not allow it, or changed meanwhile.",
+};
 const TOO_LONG: DescribedFailure =
     DescribedFailure { status: 413, what: "The body or the prompt is too long." };
 const ENCODING: DescribedFailure =

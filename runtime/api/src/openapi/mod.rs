@@ -8,6 +8,8 @@ mod anthropic;
 mod failures;
 mod kserve;
 mod native;
+#[cfg(test)]
+mod null_members;
 mod openai;
 mod operation;
 mod responses;
@@ -155,6 +157,17 @@ mod tests {
 
     #[test]
     fn members_of_requests_are_the_fields_that_the_codecs_read() {
+        let listed: BTreeSet<&str> = codec_fields().into_iter().map(|(surface, _)| surface).collect();
+        let with_body = operations().into_iter().filter(|operation| operation.body.is_some());
+        let with_body: BTreeSet<&str> = with_body.map(|operation| operation.surface).collect();
+        let open: BTreeSet<&str> = OPEN_BODIES.iter().copied().collect();
+        assert_eq!(listed.union(&open).copied().collect::<BTreeSet<_>>(), with_body);
+        assert!(listed.is_disjoint(&open));
+        for surface in open {
+            let operation = operations().into_iter().find(|operation| operation.surface == surface).unwrap();
+            let body = resolved(&operation.body.unwrap());
+            assert_ne!(body["additionalProperties"], false, "{surface}: its fields can be listed");
+        }
         for (surface, fields) in codec_fields() {
             let operation = operations().into_iter().find(|operation| operation.surface == surface).unwrap();
             let body = resolved(&operation.body.unwrap());
@@ -165,7 +178,10 @@ mod tests {
         }
     }
 
-    /// The fields that each codec reads.
+    /// Surfaces whose bodies may have any member: parameters stand beside the text.
+    const OPEN_BODIES: &[&str] = &["kserve_generate", "kserve_generate_stream"];
+
+    /// The fields that each codec reads, of every other surface with a body.
     fn codec_fields() -> Vec<(&'static str, Vec<&'static str>)> {
         vec![
             ("generate", crate::http::generate::generate_fields()),
@@ -178,7 +194,10 @@ mod tests {
             ("count_tokens", crate::anthropic::request::fields()),
             ("kserve_infer", crate::kserve::json::REQUEST_FIELDS.to_vec()),
             ("load_model", crate::model_control::LOAD_FIELDS.to_vec()),
-            ("unload_model", vec!["model"]),
+            ("unload_model", crate::model_control::UNLOAD_FIELDS.to_vec()),
+            ("swap_model", crate::model_control::SWAP_FIELDS.to_vec()),
+            ("rollback_model", crate::model_control::ROLLBACK_FIELDS.to_vec()),
+            ("kserve_index", crate::kserve::http::INDEX_FIELDS.to_vec()),
         ]
     }
 

@@ -44,6 +44,10 @@ pub(super) fn operations() -> Vec<Operation> {
         Operation::new("get_model", "One model and its state", model()),
         Operation::new("load_model", "Loads a model", model()).body(reference("LoadRequest")),
         Operation::new("unload_model", "Unloads a model", model()).body(reference("UnloadRequest")),
+        Operation::new("swap_model", "Lets another version answer for a model", model())
+            .body(reference("SwapRequest")),
+        Operation::new("rollback_model", "Lets the version before the last swap answer again", model())
+            .body(reference("RollbackRequest")),
         Operation::new(
             "stream",
             "Opens a WebSocket for several requests at a time",
@@ -177,7 +181,9 @@ pub(super) fn schemas() -> Vec<(&'static str, Value)> {
                 .build(),
         ),
         ("LoadRequest", load_request()),
-        ("UnloadRequest", object().required("model", text("The name of the model to unload.")).build()),
+        ("UnloadRequest", unload_request()),
+        ("SwapRequest", swap_request()),
+        ("RollbackRequest", rollback_request()),
         ("Health", health()),
         ("ResponseFormat", described(any_of(formats()), "What the answer must look like.")),
         ("Usage", usage()),
@@ -306,6 +312,67 @@ fn model() -> Value {
         .required("embedding_dimensions", nullable(whole(1, MAX_U32, "Values of a vector.")))
         .required("loaded_bytes", count("Bytes that are loaded."))
         .required("total_bytes", count("Bytes to load."))
+        .required("slots", list(slot(&states)))
+        .build()
+}
+
+/// A version of a model.
+fn slot(states: &[&str]) -> Value {
+    let roles = ["current", "candidate", "previous", "rolled_back"];
+    let role = word(&roles, "The current version answers requests that name no revision.");
+    open_object()
+        .required("role", role)
+        .required("state", word(states, "The state of the version."))
+        .required("revision", text("The revision."))
+        .required("digest", text("sha256 of the weights, once it is known."))
+        .required("reason", text("Why it failed, in one word."))
+        .required("message", text("What is wrong and what to do."))
+        .required("loaded_bytes", count("Bytes that are loaded."))
+        .required("total_bytes", count("Bytes to load."))
+        .required("bytes_per_second", count("How fast it loads."))
+        .required("eta_ms", nullable(count("Estimated milliseconds until its bytes are loaded.")))
+        .required("memory_bytes", count("Bytes that it takes on its device."))
+        .build()
+}
+
+fn digest(what: &str) -> Value {
+    described(sha256(), what)
+}
+
+fn unload_request() -> Value {
+    object()
+        .required("model", text("The name of the model to unload."))
+        .optional("digest", digest("Only the version of this digest."))
+        .optional("revision", text("Only the version of this revision."))
+        .build()
+}
+
+fn swap_request() -> Value {
+    object()
+        .required("model", text("The name of the model."))
+        .optional("digest", digest("The digest of the version that is to answer."))
+        .optional("revision", text("The revision of the version that is to answer."))
+        .optional("from", text("The name of another model, which becomes the version that answers."))
+        .optional("expected_digest", digest("The digest that must answer now; otherwise nothing is changed."))
+        .build()
+}
+
+fn rollback_request() -> Value {
+    object()
+        .required("model", text("The name of the model."))
+        .optional("expected_digest", digest("The digest that must answer now; otherwise nothing is changed."))
+        .build()
+}
+
+fn golden_probe() -> Value {
+    object()
+        .required("prompt", text("The prompt."))
+        .optional("max_tokens", whole(1, 256, "Tokens of the answer; by default 16."))
+        .optional("text", text("The text of the answer."))
+        .optional(
+            "tokens_sha256",
+            digest("sha256 of the ids of the answer's tokens in decimal with one space between two."),
+        )
         .build()
 }
 
@@ -324,6 +391,19 @@ fn load_request() -> Value {
         .optional("numerics", word(&["fast", "exact"], "Whether activations may be quantised."))
         .optional("context_tokens", whole(1, MAX_U32, "Longest prompt and answer together."))
         .optional("max_batch_size", whole(1, MAX_U32, "Sequences or texts that are computed together."))
+        .optional(
+            "revision",
+            text("The name of this version; with one, it may be loaded beside another version of the model."),
+        )
+        .optional("kv_cache", word(&["auto", "f32", "f16", "bf16"], "The type of cached keys and values."))
+        .optional("max_queue", whole(1, MAX_U32, "Requests that may wait."))
+        .optional(
+            "batch_strategy",
+            word(&["time", "size", "dynamic", "priority"], "When waiting texts become a step."),
+        )
+        .optional("max_wait_ms", whole(1, 1000, "Longest time that a free device waits for more texts."))
+        .optional("priority", flag("Whether the priority class of a request decides its order."))
+        .optional("probe", described(golden_probe(), "What the model must answer before it may serve."))
         .build()
 }
 

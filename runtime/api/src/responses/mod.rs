@@ -15,10 +15,12 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use futures::{StreamExt, stream};
 
+use crate::budget::Share;
 use crate::chat_answer::{ChatAnswer, ask, ask_whole};
 use crate::error::ApiError;
 use crate::field_names::{FieldName, in_protocol};
 use crate::fields::Defaults;
+use crate::limits::CallerLimits;
 use crate::sse_frames::{Frame, SseBody};
 use crate::{Api, request_body};
 
@@ -44,6 +46,15 @@ const FIELD_NAMES: &[FieldName] = &[
     FieldName { own: "response_format", protocol: "text.format" },
 ];
 
+/// Events with the settings that are written before the first token, and wait until the caller reads them.
+const EVENTS_AT_THE_START: usize = 2;
+
+/// What a stream repeats of its request, and its share of the budget of unread answers.
+struct RepeatedSettings {
+    text: String,
+    share: Share,
+}
+
 /// The routes.
 pub(crate) fn router() -> Router<Api> {
     Router::new().route("/v1/responses", post(create)).route("/openai/v1/responses", post(create))
@@ -54,10 +65,14 @@ async fn create(State(api): State<Api>, request: Request) -> Result<Response, Ap
     let bytes = request_body::read(&head, body).await?;
     let CreateRequest { asked, stream, settings } = api.parse(bytes, parse).await?;
     let generation = asked.with_headers(&head.headers)?.check(&DEFAULTS)?;
+    let limits = head.extensions.get::<CallerLimits>().cloned().unwrap_or_default();
+    let copies = if stream { 1 + EVENTS_AT_THE_START } else { 1 };
+    let share = limits.answer_bytes(copies * settings.len())?;
     let answered = async {
         if stream {
-            Ok(in_stream(ask(&api, vec![generation]).await?, settings))
+            Ok(in_stream(ask(&api, vec![generation]).await?, RepeatedSettings { text: settings, share }))
         } else {
+            let _share = share;
             whole(ask_whole(&api, vec![generation]).await?, settings).await
         }
     };
@@ -75,11 +90,13 @@ async fn whole(mut answer: ChatAnswer, settings: String) -> Result<Response, Api
 
 /// The events, then `[DONE]`, which OpenAI leaves out and the Open Responses specification requires. After a
 /// failure it does not follow, so that a client which waits for it knows that the answer is not complete.
-fn in_stream(answer: ChatAnswer, settings: String) -> Response {
+fn in_stream(answer: ChatAnswer, settings: RepeatedSettings) -> Response {
     let ChatAnswer { head, events, .. } = answer;
-    let mut writer = ResponseWriter::new(settings, &head);
+    let RepeatedSettings { text, share } = settings;
+    let mut writer = ResponseWriter::new(text, &head);
     let start = writer.start();
     let events = events.flat_map(move |event| {
+        let _held_with_the_stream = &share;
         stream::iter(match event {
             Ok(event) => writer.write(event.kind),
             Err(error) => writer.fail(&error),

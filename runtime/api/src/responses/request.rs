@@ -148,15 +148,8 @@ pub(super) fn parse(bytes: &[u8]) -> Result<CreateRequest, ApiError> {
     settings["text"] = text.listed;
     settings["reasoning"] = reasoning.listed;
     settings["top_logprobs"] = json!(logprobs.unwrap_or(0));
+    check_length(&settings, &tools.listed)?;
     let settings = join_objects(&settings.to_string(), &format!("{{\"tools\":{}}}", tools.listed));
-    if settings.len() > MAX_SETTINGS_BYTES {
-        let why = format!(
-            "and the other settings that the answer repeats (tools, text) have {} bytes of JSON, more than \
-             {MAX_SETTINGS_BYTES}: shorten them, or move text to input",
-            settings.len()
-        );
-        return Err(body.error("instructions", why));
-    }
     let conversation = Conversation {
         messages: messages(&body)?,
         tools: tools.tools,
@@ -176,6 +169,24 @@ pub(super) fn parse(bytes: &[u8]) -> Result<CreateRequest, ApiError> {
         ..Asked::default()
     };
     Ok(CreateRequest { asked, stream: body.flag("stream")?.unwrap_or(false), settings })
+}
+
+/// Bounds what the answer repeats. The error names the field that has the most of it.
+fn check_length(settings: &Value, tools: &str) -> Result<(), ApiError> {
+    let own = settings.as_object().into_iter().flatten();
+    let own = own.map(|(field, value)| (field.as_str(), value.to_string().len()));
+    let fields: Vec<(&str, usize)> = own.chain([("tools", tools.len())]).collect();
+    let total: usize = fields.iter().map(|(_, bytes)| bytes).sum();
+    match fields.iter().max_by_key(|(_, bytes)| *bytes).filter(|_| total > MAX_SETTINGS_BYTES) {
+        None => Ok(()),
+        Some((field, bytes)) => {
+            let why = format!(
+                "has {bytes} of the {total} bytes of JSON that the answer repeats, which may be \
+                 {MAX_SETTINGS_BYTES}: shorten it, or move text to input"
+            );
+            Err(ApiError::field(field, why))
+        }
+    }
 }
 
 /// What an answer repeats of the fields that stand as they are, and what is the same in every answer.
@@ -472,9 +483,13 @@ mod tests {
                 "tools",
                 json!([{"type": "function", "name": "f", "description": "x".repeat(MAX_SETTINGS_BYTES)}]),
             ),
+            (
+                "text",
+                json!({"format": {"type": "json_schema", "schema": {"description": "x".repeat(MAX_SETTINGS_BYTES)}}}),
+            ),
         ] {
             let error = read(&json!({"input": "a", key: value})).unwrap_err().to_string();
-            assert!(error.starts_with("instructions: and the other settings"), "{error}");
+            assert!(error.starts_with(&format!("{key}: has 26")), "{error}");
         }
         read(&json!({"input": "x".repeat(2 * MAX_SETTINGS_BYTES)})).unwrap();
     }

@@ -1,13 +1,15 @@
 //! Tests of the route over the fake server of models: each rule that a client relies on.
 
 use axum::body::Body;
-use axum::http::{HeaderMap, Request as HttpRequest, StatusCode};
-use http_body_util::BodyExt;
+use axum::http::{Request as HttpRequest, StatusCode};
 use serde_json::{Map, Value, json};
 use tower::ServiceExt;
 
+use crate::budget::Caller;
 use crate::fake::{Fake, Script};
+use crate::limits::Limits;
 use crate::revision::{DIGEST_HEADER, REVISION_HEADER};
+use crate::test_client::{self, Reply};
 use crate::tools::{AnswerSyntax, CallSyntax, ReasoningSyntax};
 use crate::{ApiError, FinishReason, Priority, Prompt};
 
@@ -46,64 +48,30 @@ const REQUIRED: &[&str] = &[
     "prompt_cache_key",
 ];
 
-/// What came back.
-struct ResponsesReply {
-    status: StatusCode,
-    headers: HeaderMap,
-    text: String,
+/// The events of a stream, whose numbers have no gaps and after which `[DONE]` says that all was sent.
+#[track_caller]
+fn events(reply: &Reply) -> Vec<Value> {
+    let events = reply.events();
+    for (number, event) in events.iter().enumerate() {
+        assert_eq!(event["sequence_number"], number);
+    }
+    let complete =
+        |event: &Value| event["type"] == "response.completed" || event["type"] == "response.incomplete";
+    assert_eq!(events.last().is_some_and(complete), reply.is_done(), "{}", reply.text);
+    events
 }
 
-impl ResponsesReply {
-    #[track_caller]
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
-    }
-
-    /// The data of each event, whose name they repeat and whose numbers have no gaps.
-    #[track_caller]
-    fn events(&self) -> Vec<Value> {
-        assert_eq!(self.status, StatusCode::OK, "{}", self.text);
-        let mut frames: Vec<&str> = self.text.split_terminator("\n\n").collect();
-        let done = frames.last() == Some(&"data: [DONE]");
-        if done {
-            frames.pop();
-        }
-        let events: Vec<Value> = frames
-            .iter()
-            .map(|frame| {
-                let (name, data) = frame.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
-                let data: Value = serde_json::from_str(data).unwrap();
-                assert_eq!(data["type"], name);
-                data
-            })
-            .collect();
-        for (number, event) in events.iter().enumerate() {
-            assert_eq!(event["sequence_number"], number);
-        }
-        let complete =
-            |event: &Value| event["type"] == "response.completed" || event["type"] == "response.incomplete";
-        assert_eq!(events.last().is_some_and(complete), done, "{}", self.text);
-        events
-    }
-}
-
-async fn send(fake: &Fake, body: &Value) -> ResponsesReply {
+async fn send(fake: &Fake, body: &Value) -> Reply {
     let request = HttpRequest::post("/v1/responses")
         .header("authorization", "Bearer sk-any")
-        .header("x-trustformers-priority", "low")
-        .body(Body::from(body.to_string()))
-        .unwrap();
-    let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-    let (head, body) = response.into_parts();
-    let bytes = body.collect().await.unwrap().to_bytes();
-    let text = String::from_utf8(bytes.to_vec()).unwrap();
-    ResponsesReply { status: head.status, headers: head.headers, text }
+        .header("x-trustformers-priority", "low");
+    test_client::send(fake, request, body.to_string()).await
 }
 
 async fn stream(script: Script, more: Value) -> Vec<Value> {
     let mut body = request(more);
     body["stream"] = json!(true);
-    send(&Fake::with(script), &body).await.events()
+    events(&send(&Fake::with(script), &body).await)
 }
 
 fn request(more: Value) -> Value {
@@ -385,4 +353,32 @@ async fn leaving_a_stream_cancels_its_work() {
     assert_eq!(fake.running(), 1);
     drop(response);
     assert_eq!(fake.running(), 0);
+}
+
+/// A stream holds its settings and two events with them. Of 128 MiB of unread answers that one caller may
+/// have, 96 are taken: 32 MiB are left for streams of three times 129 KiB, which are 84.
+#[tokio::test]
+async fn settings_that_an_answer_repeats_count_as_unread_bytes_of_its_caller() {
+    let limits = Limits::default().of(Caller::at([10, 0, 0, 1].into()));
+    let _held = limits.answer_bytes(96 << 20).unwrap();
+    let body = request(json!({"stream": true, "instructions": "x".repeat(128 * 1024)})).to_string();
+    let fake = Fake::with(Script::tokens(&["a"]).then_hangs());
+    let router = crate::http::router(fake.api());
+    let open = async || {
+        let request = HttpRequest::post("/v1/responses").extension(limits.clone());
+        router.clone().oneshot(request.body(Body::from(body.clone())).unwrap()).await.unwrap()
+    };
+    let mut streams = Vec::new();
+    let refused = loop {
+        let response = open().await;
+        if response.status() != StatusCode::OK {
+            break response;
+        }
+        streams.push(response);
+        assert!(streams.len() < 1000, "nothing counts them");
+    };
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert!((80..90).contains(&streams.len()), "{}", streams.len());
+    streams.clear();
+    assert_eq!(open().await.status(), StatusCode::OK, "what was read is free again");
 }

@@ -1,5 +1,7 @@
 //! Each fused form by itself, and all claimed forms together, compared with the oracle's unfused ops.
 
+use std::iter;
+
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{DType, FusedOps, Numerics, Pooling, RopeLayout};
 
@@ -9,7 +11,7 @@ use crate::harness::{decode, encode, load_decoder, load_encoder};
 use crate::models::{Decoder, Encoder};
 use crate::{CaseError, Open};
 
-/// No form, each claimed form by itself, and all claimed forms together.
+/// No form, each claimed form by itself, and all claimed forms together; each once.
 fn choices(claimed: FusedOps) -> Vec<FusedOps> {
     // No `..`, so that a new form does not compile until it is tried here.
     let FusedOps {
@@ -35,8 +37,12 @@ fn choices(claimed: FusedOps) -> Vec<FusedOps> {
         FusedOps { concat_matmul, norm_matmul, ..none },
         FusedOps { rope_kv_write, ..none },
     ];
-    let mut choices = vec![none, claimed];
-    choices.extend(alone);
+    let mut choices = vec![none];
+    for choice in iter::once(claimed).chain(alone) {
+        if !choices.contains(&choice) {
+            choices.push(choice);
+        }
+    }
     choices
 }
 

@@ -6,6 +6,7 @@ mod fused;
 mod numerics;
 mod order;
 mod pruned;
+mod sample;
 mod views;
 
 use crate::{CaseError, Open};
@@ -38,6 +39,10 @@ pub const ALL: &[Case] = &[
     Case { name: "weights/views", run: views::decoder },
     Case { name: "cache/types", run: cache::types },
     Case { name: "cache/poison", run: cache::poison },
+    Case { name: "sample/choices", run: sample::choices },
+    Case { name: "sample/slots", run: sample::slots },
+    Case { name: "sample/flight", run: sample::flight },
+    Case { name: "sample/order", run: sample::order },
     Case { name: "order/steps", run: order::steps },
     Case { name: "order/plans", run: order::plans },
     Case { name: "order/groups", run: order::groups },

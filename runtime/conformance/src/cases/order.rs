@@ -18,7 +18,7 @@ const DECODER: Decoder =
 /// Submit and wait alternate, and a refused step does not affect the next one.
 pub(super) fn steps(open: Open<'_>) -> Result<(), CaseError> {
     let mut backend = open()?;
-    let fused = backend.caps().fused;
+    let (fused, in_flight) = (backend.caps().fused, backend.caps().steps_in_flight);
     let executable = &mut *load_decoder(&mut *backend, DECODER, &fused, Numerics::Exact)?;
     let step = |tokens| SequenceStep { tokens, cached_tokens: 0, blocks: &[0], logits: LogitsRows::Last };
     let want = run(executable, &[step(&[1, 2])])?;
@@ -33,9 +33,13 @@ pub(super) fn steps(open: Open<'_>) -> Result<(), CaseError> {
     })?;
     let mut input = StepInput::new();
     input.push_sequence(step(&[1, 2]));
-    executable.submit(&input)?;
-    expect("submit twice", executable.submit(&input), |e| matches!(e, BackendError::Order(_)))?;
-    executable.wait(output)?;
+    for _ in 0..in_flight {
+        executable.submit(&input)?;
+    }
+    expect("one step too many", executable.submit(&input), |e| matches!(e, BackendError::Order(_)))?;
+    for _ in 0..in_flight {
+        executable.wait(output)?;
+    }
     if output.row(0) != want[0] {
         return wrong("the step after refused steps gives another answer");
     }
@@ -145,7 +149,7 @@ fn memory_of(open: Open<'_>, kv_type: KvType) -> Result<(), CaseError> {
     expect("a cache larger than any memory", refused, |e| matches!(e, BackendError::OutOfMemory { .. }))
 }
 
-fn expect(
+pub(super) fn expect(
     what: &str,
     outcome: Result<(), BackendError>,
     matches: impl Fn(&BackendError) -> bool,

@@ -23,7 +23,7 @@ use encoder::{EncoderAttend, LayerNorm};
 use matmul::MatMul;
 use quantise::{Bf16Rows, BlockScaledRows, Int8Rows, Layout};
 
-use trustformers_plan::KvType;
+use trustformers_plan::{KvType, SampleResult, SampleScratch, SampleSpec, sample};
 
 use crate::{Tier, pack::Form};
 
@@ -60,6 +60,8 @@ pub(crate) struct Kernels {
     pub(crate) gelu: unsafe fn(*const f32, *mut f32, usize),
     /// [`encoder::attend`]
     pub(crate) encoder_attend: unsafe fn(&EncoderAttend),
+    /// [`trustformers_plan::sample::choose`]
+    pub(crate) choose: unsafe fn(&[f32], &SampleSpec<'_>, &mut SampleScratch) -> SampleResult,
 }
 
 /// One projection kernel under a tier's instructions.
@@ -120,8 +122,8 @@ macro_rules! tier {
     ($table:ident, $lanes:ty $(, $features:literal)?) => {
         mod $table {
             use super::{
-                Attend, BlockScaledRows, EncoderAttend, Int8Rows, Kernels, KvType, LayerNorm, MatMul, TileChoice, attention,
-                encoder, kv, matmul, rows,
+                Attend, BlockScaledRows, EncoderAttend, Int8Rows, Kernels, KvType, LayerNorm, MatMul, SampleResult,
+                SampleScratch, SampleSpec, TileChoice, attention, encoder, kv, matmul, rows, sample,
             };
             use crate::{kernels::matmul::{Input, Rows}, pack::Form};
 
@@ -214,10 +216,18 @@ macro_rules! tier {
                 // SAFETY: the caller's contract is the same.
                 unsafe { encoder::attend::<$lanes>(a) }
             }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn choose(
+                logits: &[f32],
+                spec: &SampleSpec<'_>,
+                scratch: &mut SampleScratch,
+            ) -> SampleResult {
+                sample::choose(logits, spec, scratch)
+            }
 
             pub(super) const TABLE: Kernels = Kernels {
                 matmul, has_tiles: false, has_panels: false, tiles: TileChoice::NEVER, quantise, quantise_int8, quantise_bf16: None, rms_norm, silu_mul, add, attend,
-                merge, layer_norm, gelu, encoder_attend,
+                merge, layer_norm, gelu, encoder_attend, choose,
             };
         }
     };

@@ -5,8 +5,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use trustformers_plan::{
-    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput,
-    StepOutput,
+    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, SampleInput,
+    StepInput, StepOutput,
 };
 
 /// Steps and rows that were started.
@@ -119,11 +119,11 @@ impl EngineWork {
         state.started.steps += 1;
         state.started.rows += input.rows();
         state.last_rows = input.rows();
-        for (token, position) in input.tokens.iter().zip(&input.positions) {
+        for (token, position) in input.tokens.iter().filter_map(|token| token.id()).zip(&input.positions) {
             if *position == 0 && state.blocked {
-                state.prompts.push(*token);
+                state.prompts.push(token);
             }
-            if state.awaited == Some((*position as usize, *token)) {
+            if state.awaited == Some((*position as usize, token)) {
                 (state.awaited, state.found) = (None, Some(state.started));
             }
         }
@@ -178,6 +178,10 @@ impl Executable for Observed<dyn Executable> {
             return Err(BackendError::Device("a failure that the run asked for".to_owned()));
         }
         self.inner.submit(input)
+    }
+
+    fn sample(&mut self, input: &SampleInput) -> Result<(), BackendError> {
+        self.inner.sample(input)
     }
 
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {

@@ -206,6 +206,8 @@ impl EncoderDevice {
                 batcher.request_ended(request.tenant);
                 if let Some(series) = &request.job.caller.series {
                     series.cancelled.inc();
+                    let stages = &series.cancellations;
+                    (if request.started.is_none() { &stages.queued } else { &stages.prefill }).inc();
                 }
             }
             !gone
@@ -362,15 +364,17 @@ impl PendingRequest {
     }
 
     fn answer(self, width: usize) {
-        let EncodeJob { texts, truncated, submitted, caller, .. } = self.job;
+        let EncodeJob { texts, truncated, submitted, caller, tenant, .. } = self.job;
         let Caller { reply, series, gauge, inflight, permit } = caller;
+        let tokens: usize = texts.iter().map(Vec::len).sum();
         if let Some(series) = series {
             series.done.inc();
+            series.request_seconds.observe(submitted.elapsed().as_secs_f64());
+            series.tenants.served_tokens(&tenant).inc_by(tokens as u64);
         }
         let started = self.started.unwrap_or(submitted);
         let timings =
             EncodeTimings { queue: started.saturating_duration_since(submitted), compute: started.elapsed() };
-        let tokens = texts.iter().map(Vec::len).sum();
         // Before the reply, so that a caller that has its result finds the request no longer counted.
         drop((gauge, inflight, permit));
         let _ignored = reply.send(Ok(Encoded { values: self.values, width, tokens, truncated, timings }));

@@ -1,6 +1,6 @@
 //! The encoder engine's Prometheus series: those that all engines share, and those of batches.
 
-use crate::metrics::EngineMetrics;
+use crate::metrics::{CancellationMetrics, EngineMetrics, TenantMetrics};
 use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntGauge, Registry};
 
 /// Upper bounds of texts in a step, up to the largest batch.
@@ -64,10 +64,13 @@ impl EncoderMetrics {
         EncoderSeries {
             done: outcome("done"),
             cancelled: outcome("cancelled"),
+            cancellations: self.engines.cancellations(label),
             failed: outcome("failed"),
             overloaded: outcome("overloaded"),
             invalid: outcome("invalid"),
             prompt_tokens: self.engines.prompt_tokens.with_label_values(&[label]),
+            request_seconds: self.engines.request_seconds(label),
+            tenants: self.engines.tenants(label),
             queue_wait: self.engines.queue_wait.with_label_values(&[label]),
             running: self.engines.running.with_label_values(&[label]),
             waiting: self.engines.waiting.with_label_values(&[label]),
@@ -84,10 +87,14 @@ impl EncoderMetrics {
 pub(super) struct EncoderSeries {
     pub(super) done: IntCounter,
     pub(super) cancelled: IntCounter,
+    /// By stage; its texts being computed is `prefill`, as a model reads them then.
+    pub(super) cancellations: CancellationMetrics,
     pub(super) failed: IntCounter,
     pub(super) overloaded: IntCounter,
     pub(super) invalid: IntCounter,
     pub(super) prompt_tokens: IntCounter,
+    pub(super) request_seconds: Histogram,
+    pub(super) tenants: TenantMetrics,
     pub(super) queue_wait: Histogram,
     /// Requests since their first step.
     pub(super) running: IntGauge,

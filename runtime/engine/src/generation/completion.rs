@@ -1,4 +1,4 @@
-//! One answer: from a row of logits to a token, its text, and whether it is the last one.
+//! One answer: how its tokens are chosen, the text of each, and whether it is the last one.
 //!
 //! It travels with its request, so that a preempted sequence continues where it was, with its sampler, its
 //! grammar and the text that is held back.
@@ -6,8 +6,9 @@
 use super::stop::StopText;
 use crate::grammar::Constraint;
 use crate::request::{FinishReason, GenerateError, GenerateParams, StopCause, TokenLogprobs};
-use crate::sampling::{Choice, Sampler, Scratch};
+use crate::sampling::{Choice, Sampler};
 use trustformers_model::{Detokenizer, Tokenizer};
+use trustformers_plan::{SampleInput, SampleResult};
 
 /// The answer of one sequence while it is produced.
 #[derive(Debug)]
@@ -83,19 +84,26 @@ impl Completion {
         self.remaining_tokens
     }
 
-    /// Computes what the next token needs beside its logits; called while the device computes.
-    pub(crate) fn prepare(&mut self) {
-        self.sampler.prepare();
+    /// Describes how the next tokens are chosen; see [`Sampler::push_rows`].
+    ///
+    /// # Errors
+    /// The grammar cannot go on.
+    pub(crate) fn push_rows(
+        &mut self,
+        first_row: usize,
+        draft: &[u32],
+        input: &mut SampleInput,
+    ) -> Result<(), GenerateError> {
+        self.sampler.push_rows(first_row, draft, input)
     }
 
-    /// Produces the next token.
+    /// Produces the next token from its choice.
     pub(crate) fn next(
         &mut self,
-        logits: &[f32],
-        scratch: &mut Scratch,
+        choice: SampleResult,
         tokenizer: &Tokenizer,
     ) -> Result<EmittedToken, GenerateError> {
-        let Choice { id, margin, logprobs, complete } = self.sampler.choose(logits, scratch)?;
+        let Choice { id, margin, logprobs, complete } = self.sampler.accept(choice)?;
         self.remaining_tokens = self.remaining_tokens.saturating_sub(1);
         let stopped = |stop| Some(CompletionEnd { reason: FinishReason::Stop, stop });
         let mut end = if self.ends_at_eos && tokenizer.eos_ids().contains(&id) {
@@ -149,6 +157,7 @@ mod tests {
     use std::sync::Arc;
     use trustformers_model::Model;
     use trustformers_model::seeded::SeededModel;
+    use trustformers_plan::ChosenToken;
 
     fn model() -> Model {
         Model::from_bytes(Path::new("seeded.gguf"), Arc::new(SeededModel::default().gguf())).unwrap()
@@ -167,18 +176,20 @@ mod tests {
         assert_eq!(texts(&GenerateParams { visible_tokens: tag, ..plain }), "a<|im_start|>b");
     }
 
-    /// The tokens of an answer whose logits are exactly the tokens of a text and then an end token.
+    /// The tokens of an answer for which the tokens of a text and then an end token are chosen.
     fn emitted(model: &Model, text: &str, params: &GenerateParams, max_tokens: usize) -> Vec<EmittedToken> {
         let tokenizer = model.tokenizer();
         let limits = CompletionLimits { max_tokens, ends_at_eos: true };
         let mut completion = Completion::new(params, &[], limits, None);
-        let mut scratch = Scratch::default();
+        let mut input = SampleInput::new();
         let wanted = tokenizer.encode(text).unwrap().into_iter().chain(tokenizer.eos_ids().iter().copied());
         let mut all = Vec::new();
         for id in wanted {
-            let mut logits = vec![0.0; tokenizer.len()];
-            logits[id as usize] = 9.0;
-            let token = completion.next(&logits, &mut scratch, tokenizer).unwrap();
+            input.clear();
+            completion.push_rows(0, &[], &mut input).unwrap();
+            assert_eq!(input.len(), 1);
+            let choice = ChosenToken { id, margin: None, logprobs: None };
+            let token = completion.next(Ok(choice), tokenizer).unwrap();
             let ended = token.end.is_some();
             all.push(token);
             if ended {

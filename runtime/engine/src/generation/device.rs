@@ -1,31 +1,32 @@
 //! The device thread of generation: it alone uses the backend, and it never waits for a caller.
 //!
-//! Each iteration of its loop takes new jobs, drops cancelled sequences, admits waiting ones, runs one step
-//! and sends the tokens. Everything that a request holds is released when its sequence is dropped.
+//! Each iteration of its loop takes new jobs, drops cancelled sequences, admits waiting ones, launches a step
+//! and sends the tokens of one (see [`super::flight`]). Everything that a request holds is released when its
+//! sequence is dropped.
 
-use super::sequence::{GenerationJob, Sequence, StepOutcome};
-use crate::config::{EngineSizes, Speculation, StartError};
+use super::flight::LaunchedStep;
+use super::sequence::{GenerationJob, Sequence};
+use crate::config::{EngineSizes, Speculation, SpeculationCosts, StartError};
 use crate::device_thread::{self, OnProgress, Shared};
 use crate::estimate;
-use crate::faults::{DeviceFault, StepFault, refused_sequence};
 use crate::metrics::ModelMetrics;
 use crate::prefix_cache::{BlockPool, BlockTable, blocks_for};
 use crate::request::GenerateError;
-use crate::sampling::Scratch;
 use crate::scheduling::preemption::{
     Candidate, Requester, Shortage, select_victim, select_victim_for_growth,
 };
 use crate::scheduling::queue::{AGED_SHARE, HasQueueKey, NextInQueue, Queue, QueueKey};
 use crate::scheduling::rows::{PromptPacer, RowAllocation, RowBudget, RowRequest};
 use crate::scheduling::tenants::{TenantId, Tenants};
-use crate::speculation::{DraftModel, DraftTokens, Proposer, RowLimits};
+use crate::speculation::{DraftModel, DraftTokens, Proposer};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 use trustformers_model::Model;
 use trustformers_plan::{
-    Backend, BackendError, Executable, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics, StepError,
-    StepInput, StepOutput,
+    Backend, BackendError, Executable, LoadSpec, Loaded, MemoryReport, Numerics, SampleInput, StepInput,
+    StepOutput,
 };
 
 /// Everything that the device thread starts with.
@@ -34,6 +35,7 @@ pub(crate) struct GenerationStart {
     pub(crate) backend: Box<dyn Backend>,
     pub(crate) numerics: Numerics,
     pub(crate) speculation: Option<Speculation>,
+    pub(crate) speculation_costs: SpeculationCosts,
     pub(crate) sizes: EngineSizes,
     pub(crate) jobs: Receiver<GenerationJob>,
     pub(crate) shared: Arc<Shared>,
@@ -62,25 +64,22 @@ impl GenerationStart {
         })?;
         let executable = loaded.compile(&plan)?;
         let mut memory = loaded.memory();
-        // The buffer for logits on the host.
-        memory.other_bytes += (plan.answer_len() * size_of::<f32>()) as u64;
-        let step = StepBuffers {
-            output: StepOutput::with_room_for(&plan),
-            scratch: Scratch::with_room_for(self.model.facts().vocabulary),
-            ..StepBuffers::default()
-        };
         let proposer = match &self.speculation {
             None => None,
-            Some(Speculation::Ngram) => Some(Proposer::Ngram),
+            Some(Speculation::Ngram) => Some(Proposer::ngram(self.speculation_costs)),
             Some(Speculation::Draft(model)) => {
                 let (draft, its_memory) = DraftModel::load(&mut *self.backend, model, &sizes, self.numerics)?;
                 memory = memory.and(&its_memory);
-                Some(Proposer::Draft(Box::new(draft)))
+                Some(Proposer::draft(draft, self.speculation_costs))
             }
         };
         let pool = BlockPool::new(sizes.kv_blocks, self.metrics.cache.blocks.clone());
         let device = GenerationDevice {
+            runs_ahead: proposer.is_none() && self.backend.caps().steps_in_flight > 1,
             proposer,
+            launched: VecDeque::new(),
+            steps: 0,
+            last_answer: Instant::now(),
             executable,
             _loaded: loaded,
             _backend: self.backend,
@@ -96,7 +95,7 @@ impl GenerationStart {
             metrics: self.metrics,
             model: self.model,
             sizes,
-            step,
+            step: StepBuffers::default(),
         };
         Ok((device, memory))
     }
@@ -104,37 +103,45 @@ impl GenerationStart {
 
 /// The buffers of a step. Reused, so that steps allocate next to nothing.
 #[derive(Default)]
-struct StepBuffers {
-    input: StepInput,
-    output: StepOutput,
+pub(super) struct StepBuffers {
+    pub(super) input: StepInput,
+    pub(super) sample: SampleInput,
+    pub(super) output: StepOutput,
     requests: Vec<RowRequest>,
-    allocation: RowAllocation,
-    scratch: Scratch,
+    pub(super) allocation: RowAllocation,
 }
 
 /// The state of the device thread. Fields are dropped in order: an executable before its model, a model
 /// before its backend.
-struct GenerationDevice {
+pub(super) struct GenerationDevice {
     /// In the order of their ranks.
-    running: Vec<Sequence>,
-    waiting: Queue<Sequence>,
-    tenants: Tenants,
+    pub(super) running: Vec<Sequence>,
+    pub(super) waiting: Queue<Sequence>,
+    pub(super) tenants: Tenants,
     /// Requests that have arrived so far.
     arrivals: u64,
-    pacer: PromptPacer,
+    pub(super) pacer: PromptPacer,
     /// Time of steps since a request last ended.
-    step_time: Duration,
-    proposer: Option<Proposer>,
-    executable: Box<dyn Executable>,
+    pub(super) step_time: Duration,
+    pub(super) proposer: Option<Proposer>,
+    /// Whether the next step is launched before the last one has ended.
+    pub(super) runs_ahead: bool,
+    /// The steps that the device has, oldest first.
+    pub(super) launched: VecDeque<LaunchedStep>,
+    /// Steps so far: their numbers.
+    pub(super) steps: u64,
+    /// When a step last ended.
+    pub(super) last_answer: Instant,
+    pub(super) executable: Box<dyn Executable>,
     _loaded: Box<dyn Loaded>,
     _backend: Box<dyn Backend>,
-    pool: BlockPool,
+    pub(super) pool: BlockPool,
     jobs: Receiver<GenerationJob>,
-    shared: Arc<Shared>,
-    metrics: ModelMetrics,
-    model: Arc<Model>,
-    sizes: EngineSizes,
-    step: StepBuffers,
+    pub(super) shared: Arc<Shared>,
+    pub(super) metrics: ModelMetrics,
+    pub(super) model: Arc<Model>,
+    pub(super) sizes: EngineSizes,
+    pub(super) step: StepBuffers,
 }
 
 impl GenerationDevice {
@@ -144,7 +151,7 @@ impl GenerationDevice {
             self.shed();
             self.admit();
             self.shared.set_running(self.running.len());
-            if !self.running.is_empty() {
+            if !self.running.is_empty() || !self.launched.is_empty() {
                 self.step();
                 self.shared.set_running(self.running.len());
             }
@@ -154,7 +161,7 @@ impl GenerationDevice {
 
     /// Takes new jobs, and waits for one where there is nothing to do. False when no more can come.
     fn take_jobs(&mut self) -> bool {
-        if self.running.is_empty() && self.waiting.is_empty() {
+        if self.running.is_empty() && self.waiting.is_empty() && self.launched.is_empty() {
             match self.jobs.recv() {
                 Ok(job) => self.enqueue(job),
                 Err(_) => return false,
@@ -176,7 +183,7 @@ impl GenerationDevice {
     /// Drops sequences whose answers are closed. Their blocks are free before anything is admitted.
     fn sweep_cancelled(&mut self) {
         let Self { waiting, running, tenants, .. } = self;
-        let mut retain = |sequence: &Sequence| {
+        let mut retain = |sequence: &mut Sequence| {
             if !sequence.is_cancelled() {
                 return true;
             }
@@ -185,7 +192,7 @@ impl GenerationDevice {
             false
         };
         waiting.retain(&mut retain);
-        running.retain(&mut retain);
+        running.retain_mut(&mut retain);
     }
 
     /// Refuses the requests for which the queue has no room because others with precedence arrived. A request
@@ -275,7 +282,7 @@ impl GenerationDevice {
     /// Decides how many rows each running sequence gets in the next step, and allocates the blocks for them.
     /// Where these run out, a sequence is preempted; the first one never is, so the engine always makes
     /// progress.
-    fn allocate_rows(&mut self) {
+    pub(super) fn allocate_rows(&mut self) {
         loop {
             let Self { running, tenants, step: StepBuffers { requests, allocation, .. }, .. } = self;
             let lowest = running.last().map(|sequence| sequence.queue_key().class);
@@ -308,133 +315,9 @@ impl GenerationDevice {
         }
     }
 
-    fn step(&mut self) {
-        self.allocate_rows();
-        let started = Instant::now();
-        match self.compute().map_err(StepFault::from) {
-            Ok(()) => self.collect(started),
-            Err(StepFault::Refused(refusal)) => self.drop_refused(&refusal),
-            Err(StepFault::Device(fault)) => self.fail(&fault),
-        }
-    }
-
-    /// Proposes draft tokens, and computes one step.
-    fn compute(&mut self) -> Result<(), BackendError> {
-        if let Some(proposer) = &mut self.proposer {
-            let alone = self.running.len() == 1 && self.waiting.is_empty();
-            let limits =
-                RowLimits { rows: self.sizes.token_budget, draft_rows: self.pacer.prompt_rows(alone) };
-            if let Err(error) = proposer.propose(&mut self.running, &mut self.step.allocation.rows, limits) {
-                self.disable_speculation(&error);
-            }
-        }
-        let StepBuffers { input, output, allocation, .. } = &mut self.step;
-        input.clear();
-        for (sequence, rows) in self.running.iter_mut().zip(&allocation.rows).filter(|(_, rows)| **rows > 0) {
-            sequence.note_started();
-            input.push_sequence(sequence.step(*rows));
-        }
-        let submitted = self.executable.submit(input);
-        self.running.iter_mut().for_each(Sequence::prepare);
-        submitted.and_then(|()| self.executable.wait(output))
-    }
-
-    /// Processes a step that succeeded.
-    fn collect(&mut self, started: Instant) {
-        // Before any event is sent, so that a caller that has its answer finds the engine healthy.
-        self.shared.step_succeeded();
-        let Self { running, tenants, pool, step: StepBuffers { output, allocation, scratch, .. }, .. } = self;
-        let tokenizer = self.model.tokenizer();
-        let (mut first_row, mut rows) = (0, allocation.rows.iter().copied());
-        let count_before = running.len();
-        running.retain_mut(|sequence| {
-            let rows = rows.next().unwrap_or(0);
-            if rows == 0 {
-                return true;
-            }
-            let cached_before = sequence.cached();
-            let count = match sequence.step(rows).logits {
-                LogitsRows::None => 0,
-                LogitsRows::Last => 1,
-                LogitsRows::All => rows,
-            };
-            let logits = (first_row..first_row + count).map(|row| output.row(row));
-            first_row += count;
-            let outcome = sequence.step_done(rows, logits, scratch, tokenizer);
-            // Rejected draft tokens are not charged.
-            tenants.charge(sequence.queue_key().tenant, sequence.cached() - cached_before);
-            if outcome == StepOutcome::ModelBroken {
-                pool.invalidate();
-            }
-            if outcome != StepOutcome::Running {
-                tenants.request_ended(sequence.queue_key().tenant);
-            }
-            outcome == StepOutcome::Running
-        });
-        let ended = count_before - running.len();
-        if let Some(proposer) = &mut self.proposer
-            && let Err(error) = proposer.catch_up(running)
-        {
-            self.disable_speculation(&error);
-        }
-        let took = started.elapsed();
-        self.pacer.record(&self.step.allocation, took);
-        self.step_time += took;
-        if let Some(each) = u32::try_from(ended).ok().and_then(|ended| self.step_time.checked_div(ended)) {
-            self.shared.record_request_time(each);
-            self.step_time = Duration::ZERO;
-        }
-    }
-
-    /// Answers do not depend on draft tokens, so the engine continues without them. A broken device shows in
-    /// the next step of the model itself.
-    fn disable_speculation(&mut self, error: &BackendError) {
-        tracing::error!(%error, "the draft model failed; no tokens are drafted from now on");
-        self.proposer = None;
-        self.running.iter_mut().chain(self.waiting.iter_mut()).for_each(Sequence::disable_speculation);
-    }
-
-    /// Ends the sequence that a refused step is about, or all of the step where it is about the whole.
-    /// Nothing was computed: the cache stays valid, the others try again, and liveness is not affected.
-    fn drop_refused(&mut self, refusal: &StepError) {
-        // Sequences without rows are not in the step's input.
-        let rows = self.step.allocation.rows.iter().enumerate();
-        let included: Vec<usize> = rows.filter(|(_, rows)| **rows > 0).map(|(index, _)| index).collect();
-        let refused = refused_sequence(refusal, &self.step.input).and_then(|index| included.get(index));
-        let refused = match refused {
-            Some(index) => *index..*index + 1,
-            None => 0..self.running.len(),
-        };
-        tracing::warn!(%refusal, sequences = refused.len(), "the device refused a step; its requests end");
-        self.shared.record_progress();
-        let mut index = 0;
-        let Self { running, tenants, .. } = self;
-        running.retain_mut(|sequence| {
-            sequence.step_refused();
-            let ends = refused.contains(&index);
-            index += 1;
-            if ends {
-                tenants.request_ended(sequence.queue_key().tenant);
-                sequence.fail_refused(refusal);
-            }
-            !ends
-        });
-    }
-
-    /// Ends all running sequences after the device failed: the content of the cache cannot be trusted.
-    fn fail(&mut self, fault: &DeviceFault) {
-        tracing::error!(error = %fault, sequences = self.running.len(), "a step failed");
-        self.metrics.failed_steps.inc();
-        self.shared.step_failed();
-        self.pool.invalidate();
-        for mut sequence in self.running.drain(..) {
-            self.tenants.request_ended(sequence.queue_key().tenant);
-            sequence.fail(fault.clone().into());
-        }
-    }
-
     /// Ends all requests because the engine has stopped.
     fn end(mut self) {
+        self.discard_launched();
         while let Ok(job) = self.jobs.try_recv() {
             self.enqueue(job);
         }

@@ -12,7 +12,9 @@ use crate::estimate;
 use crate::faults::check_tokenizer_ids;
 use crate::grammar::{Constraint, Grammars};
 use crate::metrics::{EngineMetrics, GaugeGuard, ModelMetrics};
-use crate::request::{GenerateError, GenerateParams, GenerationEvent, Prompt, SubmitError};
+use crate::request::{
+    GenerateError, GenerateParams, GenerationEvent, GenerationObserver, Prompt, SubmitError,
+};
 use crate::scheduling::admission::AdmissionCounts;
 use crate::scheduling::priority::Priority;
 use crate::scheduling::tenants::Tenant;
@@ -88,6 +90,7 @@ struct CheckedRequest<'a> {
     constraint: Option<Constraint>,
     /// `None` for the engine's own requests.
     metrics: Option<ModelMetrics>,
+    observer: Option<Box<dyn GenerationObserver>>,
     permit: Permit,
 }
 
@@ -129,6 +132,7 @@ impl Engine {
             backend,
             numerics: config.numerics,
             speculation: config.speculation.clone(),
+            speculation_costs: config.speculation_costs,
             sizes,
             jobs: receiver,
             shared: Arc::clone(&shared),
@@ -166,14 +170,27 @@ impl Engine {
 
     /// Admits a request or refuses it at once. It tokenises on the caller's thread (about a millisecond for a
     /// thousand tokens) and never waits for the device. It compiles a grammar there too, which takes
-    /// milliseconds, and some hundred milliseconds for the first grammar of a model: call it where blocking
-    /// is allowed.
+    /// milliseconds, and some hundred more for the first grammar of a model without a warm-up: call it where
+    /// blocking is allowed.
     ///
     /// # Errors
     /// Overload, a prompt that does not fit, a field out of range, wrong model files, or an engine that is
     /// stopping.
     pub fn submit(&self, params: &GenerateParams) -> Result<Generation, SubmitError> {
-        let result = self.try_submit(params);
+        self.submit_observed(params, None)
+    }
+
+    /// [`Engine::submit`] of a generation whose course `observer` is told. A request that is refused here is
+    /// not observed.
+    ///
+    /// # Errors
+    /// As for [`Engine::submit`].
+    pub fn submit_observed(
+        &self,
+        params: &GenerateParams,
+        observer: Option<Box<dyn GenerationObserver>>,
+    ) -> Result<Generation, SubmitError> {
+        let result = self.try_submit(params, observer);
         match &result {
             Err(SubmitError::Overloaded { .. } | SubmitError::Busy { .. }) => {
                 self.inner.metrics.overloaded.inc();
@@ -186,7 +203,11 @@ impl Engine {
         result
     }
 
-    fn try_submit(&self, params: &GenerateParams) -> Result<Generation, SubmitError> {
+    fn try_submit(
+        &self,
+        params: &GenerateParams,
+        observer: Option<Box<dyn GenerationObserver>>,
+    ) -> Result<Generation, SubmitError> {
         params.check()?;
         params.check_ids(self.inner.model.facts().vocabulary)?;
         let shared = &self.inner.shared;
@@ -212,7 +233,7 @@ impl Engine {
         let constraint =
             params.grammar.as_ref().map(|grammar| self.inner.grammars.start(grammar)).transpose()?;
         let metrics = Some(self.inner.metrics.clone());
-        self.send(CheckedRequest { params, prompt, constraint, metrics, permit })
+        self.send(CheckedRequest { params, prompt, constraint, metrics, observer, permit })
     }
 
     /// The class of a request; all are of class normal where classes do not count.
@@ -256,7 +277,7 @@ impl Engine {
     }
 
     fn send(&self, request: CheckedRequest<'_>) -> Result<Generation, SubmitError> {
-        let CheckedRequest { params, prompt, constraint, metrics, permit } = request;
+        let CheckedRequest { params, prompt, constraint, metrics, observer, permit } = request;
         // The last token of a full context is produced but never computed, so it needs no room in the cache.
         let max_tokens = params.max_tokens.min(self.inner.sizes.context_tokens - prompt.len());
         // Only the warm-up is no caller's request: it must reach a decode step whatever it produces.
@@ -275,7 +296,9 @@ impl Engine {
             submitted: Instant::now(),
             events,
             waiting: metrics.as_ref().map(|metrics| GaugeGuard::new(&metrics.waiting)),
+            served_tokens: metrics.as_ref().map(|metrics| metrics.tenants.served_tokens(&params.tenant)),
             metrics,
+            observer,
             _permit: permit,
         };
         let jobs = self.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner);
@@ -284,8 +307,9 @@ impl Engine {
         Ok(Generation::new(receiver, prompt))
     }
 
-    /// Runs one short generation through the whole path and returns the time that it took. It is not counted
-    /// in the metrics of requests and may run beside others.
+    /// Runs one short generation through the whole path, builds the vocabulary for formats beside it, and
+    /// returns the time that both took. It is not counted in the metrics of requests and may run beside
+    /// others.
     ///
     /// # Errors
     /// The device fails, the model's files are wrong, or the engine is stopping.
@@ -295,14 +319,35 @@ impl Engine {
         let prompt = self.warm_up_prompt()?;
         let params = GenerateParams::greedy(String::new(), WARM_UP_TOKENS);
         let permit = self.inner.shared.acquire_unbounded();
-        let request = CheckedRequest { params: &params, prompt, constraint: None, metrics: None, permit };
+        let request = CheckedRequest {
+            params: &params,
+            prompt,
+            constraint: None,
+            metrics: None,
+            observer: None,
+            permit,
+        };
         let mut events = self.send(request).map_err(|_| GenerateError::Stopped)?;
+        // Beside the device: the vocabulary for formats takes some hundred milliseconds of a processor.
+        let inner = Arc::clone(&self.inner);
+        let grammars = tokio::task::spawn_blocking(move || inner.grammars.prepare());
+        let mut generated = Ok(());
         while let Some(event) = events.next().await {
-            if let GenerationEvent::Finished { .. } = event? {
-                break;
+            match event {
+                Ok(GenerationEvent::Finished { .. }) => break,
+                Ok(GenerationEvent::Token { .. }) => {}
+                Err(error) => {
+                    generated = Err(error);
+                    break;
+                }
             }
         }
-        Ok(started.elapsed())
+        // Awaited in either case: it holds the model. A model without structured output serves everything
+        // else, and requests with a format are told why.
+        if let Ok(Err(why)) = grammars.await {
+            tracing::warn!(why, "the model has no structured output");
+        }
+        generated.map(|()| started.elapsed())
     }
 
     /// The ids of a text, repeated.

@@ -6,13 +6,15 @@
 //! | `stream` | [`Generation`], the stream that a caller reads |
 //! | `buffer` | the events between the device thread and a caller, and the bound on all of them |
 //! | `device` | the loop of the device thread |
+//! | `flight` | the steps that the device has |
 //! | `sequence` | one request on the device thread |
-//! | `completion` | one answer: from logits to a token, its text, and whether it is the last |
+//! | `completion` | one answer: how tokens are chosen, their text, and whether one is the last |
 //! | `stop` | stop texts |
 
 mod buffer;
 mod completion;
 mod device;
+mod flight;
 mod handle;
 mod sequence;
 mod stop;

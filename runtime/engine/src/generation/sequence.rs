@@ -1,23 +1,30 @@
 //! One request on the device thread: a job that waits, and then a sequence that runs.
 
+mod steps;
+
+pub(crate) use steps::{AnsweredStep, StepOutcome};
+
 use super::buffer::EventSender;
 use super::completion::{Completion, CompletionEnd, EmittedToken};
 use crate::device_thread::Permit;
 use crate::faults::RequestFault;
 use crate::metrics::{GaugeGuard, ModelMetrics};
 use crate::prefix_cache::{BlockTable, blocks_for};
-use crate::request::{EventResult, FinishReason, GenerateError, GenerationEvent, Timings};
-use crate::sampling::Scratch;
+use crate::request::{
+    EventResult, FinishReason, GenerateError, GenerationEvent, GenerationObserver, GenerationOutcome,
+    GenerationProgress, Timings,
+};
 use crate::scheduling::admission::InflightGuard;
 use crate::scheduling::priority::Priority;
 use crate::scheduling::queue::{HasQueueKey, QueueKey};
-use crate::scheduling::rows::RowDemand;
 use crate::scheduling::tenants::{Tenant, TenantId};
-use crate::speculation::{DraftFeed, DraftTokens};
+use crate::speculation::{DraftFeed, DraftOffer, DraftTokens};
+use prometheus::IntCounter;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use trustformers_model::Tokenizer;
-use trustformers_plan::{KV_BLOCK_TOKENS, LogitsRows, SequenceStep, StepError, StepInput};
+use steps::RowsInFlight;
+use trustformers_plan::{KV_BLOCK_TOKENS, LogitsRows, StepError, StepInput};
 
 /// A request on its way to the device thread.
 #[derive(Debug)]
@@ -29,6 +36,10 @@ pub(crate) struct GenerationJob {
     pub(crate) events: EventSender,
     /// `None` for the engine's own requests.
     pub(crate) metrics: Option<ModelMetrics>,
+    /// What its tenant was served; none for the engine's own requests.
+    pub(crate) served_tokens: Option<IntCounter>,
+    /// Is told its course.
+    pub(crate) observer: Option<Box<dyn GenerationObserver>>,
     pub(crate) class: Priority,
     pub(crate) tenant: Tenant,
     /// Keeps it in the admission counts.
@@ -37,17 +48,6 @@ pub(crate) struct GenerationJob {
     pub(crate) waiting: Option<GaugeGuard>,
     /// Released when it is dropped.
     pub(crate) _permit: Permit,
-}
-
-/// What a step did to a sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum StepOutcome {
-    /// It continues.
-    Running,
-    /// It ended, and its caller has the last event.
-    Ended,
-    /// It ended because the model's own logits are not finite. Its caller has the error.
-    ModelBroken,
 }
 
 /// A request on the device thread. It waits without KV blocks, or runs with the blocks that it has needed so
@@ -59,8 +59,10 @@ pub(crate) struct Sequence {
     tokens: Vec<u32>,
     /// The block table while it runs.
     blocks: Option<BlockTable>,
-    /// Tokens in the cache.
+    /// Tokens in the cache, without those of steps in flight.
     cached: usize,
+    /// Its rows of the steps in flight, in their order.
+    in_flight: VecDeque<RowsInFlight>,
     /// The highest value of `cached` so far: tokens below it are computed again after a preemption.
     max_cached: usize,
     draft: DraftTokens,
@@ -80,6 +82,7 @@ impl Sequence {
             tokens: job.prompt.to_vec(),
             blocks: None,
             cached: 0,
+            in_flight: VecDeque::new(),
             max_cached: 0,
             draft,
             started: None,
@@ -126,12 +129,15 @@ impl Sequence {
     }
 
     /// Releases its blocks, so that it waits again. Its output so far stands. Later the cache is computed
-    /// again, except for the blocks that are still cached then.
+    /// again, except for the blocks that are still cached then. The results of its rows in flight are
+    /// discarded; the device has written them before any later owner of the blocks writes.
     pub(crate) fn preempt(&mut self) {
+        self.in_flight.clear();
         self.blocks = None;
         self.cached = 0;
         self.draft.admitted(0);
         self.running = None;
+        self.observe(GenerationProgress::Preempted);
         if let Some(metrics) = &self.job.metrics {
             metrics.cache.preemptions.inc();
             self.job.waiting = Some(GaugeGuard::new(&metrics.waiting));
@@ -141,12 +147,12 @@ impl Sequence {
     /// Blocks that it still needs for all of its tokens.
     pub(crate) fn missing_blocks(&self) -> usize {
         let allocated = self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len());
-        blocks_for(self.tokens.len()).saturating_sub(allocated)
+        blocks_for(self.tokens.len() + self.awaited_tokens()).saturating_sub(allocated)
     }
 
     /// Allocates blocks for `rows` more tokens in the cache. False where there are not enough.
     pub(crate) fn reserve(&mut self, rows: usize) -> bool {
-        let tokens = self.cached + rows;
+        let tokens = self.computed() + rows;
         self.blocks.as_mut().is_some_and(|blocks| blocks.reserve(tokens))
     }
 
@@ -156,37 +162,51 @@ impl Sequence {
     }
 
     /// Counts the end of a sequence whose answer is closed.
-    pub(crate) fn count_cancelled(&self) {
+    pub(crate) fn count_cancelled(&mut self) {
+        let discarded = self.job.events.is_discarded();
+        if let (false, Some(metrics)) = (discarded, self.metrics()) {
+            let stages = &metrics.cancellations;
+            let stage = match (self.started, self.first_token) {
+                (None, _) => &stages.queued,
+                (Some(_), None) => &stages.prefill,
+                (Some(_), Some(_)) => &stages.decode,
+            };
+            stage.inc();
+        }
+        self.ended(if discarded { GenerationOutcome::Failed } else { GenerationOutcome::Cancelled });
+    }
+
+    /// Counts its end, and tells it. Called before its caller gets the last event, so that a caller that has
+    /// it finds it counted.
+    fn ended(&mut self, outcome: GenerationOutcome) {
         if let Some(metrics) = self.metrics() {
-            let discarded = self.job.events.is_discarded();
-            (if discarded { &metrics.failed } else { &metrics.cancelled }).inc();
+            let counter = match outcome {
+                GenerationOutcome::Stop => &metrics.stop,
+                GenerationOutcome::Length => &metrics.length,
+                GenerationOutcome::Cancelled => &metrics.cancelled,
+                GenerationOutcome::Failed => &metrics.failed,
+                GenerationOutcome::Overloaded => &metrics.overloaded,
+            };
+            counter.inc();
+        }
+        self.observe(GenerationProgress::Ended(outcome));
+    }
+
+    fn observe(&mut self, progress: GenerationProgress) {
+        if let Some(observer) = &mut self.job.observer {
+            observer.observe(progress);
+        }
+    }
+
+    /// Counts tokens that were computed for its tenant.
+    pub(crate) fn count_served(&self, tokens: usize) {
+        if let Some(served) = &self.job.served_tokens {
+            served.inc_by(tokens as u64);
         }
     }
 
     fn metrics(&self) -> Option<&ModelMetrics> {
         self.job.metrics.as_ref()
-    }
-
-    /// What it can compute in the next step.
-    pub(crate) fn demand(&self) -> RowDemand {
-        match self.tokens.len() - self.cached {
-            0 | 1 => RowDemand::Decode,
-            missing => RowDemand::Prompt(missing),
-        }
-    }
-
-    /// Its rows of a step with `rows` rows.
-    pub(crate) fn step(&self, rows: usize) -> SequenceStep<'_> {
-        let end = self.cached + rows;
-        let (tokens, logits) = if !self.draft.rows().is_empty() {
-            (self.draft.rows(), LogitsRows::All)
-        } else if end == self.tokens.len() {
-            (&self.tokens[self.cached..end], LogitsRows::Last)
-        } else {
-            (&self.tokens[self.cached..end], LogitsRows::None)
-        };
-        let blocks = self.blocks.as_ref().map_or(&[][..], |blocks| blocks.ids());
-        SequenceStep { tokens, cached_tokens: self.cached, blocks, logits }
     }
 
     /// Tokens in the cache.
@@ -200,10 +220,10 @@ impl Sequence {
     }
 
     /// How many draft tokens it should get, at most `limit`. Their blocks are allocated.
-    pub(crate) fn draft_tokens_wanted(&mut self, limit: usize) -> usize {
+    pub(crate) fn draft_tokens_wanted(&mut self, limit: usize, offer: &DraftOffer) -> usize {
         // The model itself chooses the last of the tokens that may still be produced.
         let limit = limit.min(self.job.completion.remaining_tokens().saturating_sub(1));
-        let wanted = self.draft.draft_len().min(limit);
+        let wanted = self.draft.draft_len(offer).min(limit);
         if wanted > 0 && self.reserve(1 + wanted) { wanted } else { 0 }
     }
 
@@ -244,66 +264,8 @@ impl Sequence {
             if let Some(metrics) = self.metrics() {
                 metrics.queue_wait.observe((now - self.job.submitted).as_secs_f64());
             }
+            self.observe(GenerationProgress::Started);
         }
-    }
-
-    /// Computes what the next token needs beside its logits; called while the device computes.
-    pub(crate) fn prepare(&mut self) {
-        self.job.completion.prepare();
-    }
-
-    /// Processes a finished step of `rows` rows and its rows of logits: none for a chunk of a prompt,
-    /// otherwise one for each draft token and one more.
-    pub(crate) fn step_done<'a>(
-        &mut self,
-        rows: usize,
-        logits: impl Iterator<Item = &'a [f32]>,
-        scratch: &mut Scratch,
-        tokenizer: &Tokenizer,
-    ) -> StepOutcome {
-        self.count_rows(rows);
-        let mut outcome = StepOutcome::Running;
-        let proposed = self.draft.ids().len();
-        // Counted before any event is sent, so that a caller that has its answer finds it counted.
-        self.metrics().inspect(|metrics| metrics.speculation.proposed.inc_by(proposed as u64));
-        let (mut emitted, mut accepted) = (0, 0);
-        for logits in logits {
-            let mut is_accepted = false;
-            outcome = match self.job.completion.next(logits, scratch, tokenizer) {
-                Ok(token) => {
-                    is_accepted = self.draft.ids().get(emitted) == Some(&token.id);
-                    if let (true, Some(metrics)) = (is_accepted, self.metrics()) {
-                        metrics.speculation.accepted.inc();
-                    }
-                    self.emit(token)
-                }
-                Err(error) => {
-                    // Only the model's own row can be a model fault; the caller's settings cannot.
-                    let broken = matches!(error, GenerateError::Model(_));
-                    self.fail(error);
-                    if broken { StepOutcome::ModelBroken } else { StepOutcome::Ended }
-                }
-            };
-            emitted += 1;
-            accepted += usize::from(is_accepted);
-            // The next row is that of the draft token, so it counts only if that token was chosen.
-            if outcome != StepOutcome::Running || !is_accepted {
-                break;
-            }
-        }
-        // Rows of rejected draft tokens do not count as cached.
-        self.cached += if proposed == 0 { rows } else { emitted };
-        self.max_cached = self.max_cached.max(self.cached);
-        self.draft.verified(accepted, self.cached);
-        if outcome != StepOutcome::ModelBroken {
-            self.register_blocks();
-        }
-        outcome
-    }
-
-    /// Prepares it for another step after one that was refused: nothing was computed.
-    pub(crate) fn step_refused(&mut self) {
-        self.draft.discard(self.cached);
     }
 
     /// Makes its full blocks available to other sequences.
@@ -347,19 +309,23 @@ impl Sequence {
                 None => metrics.first_token.observe((now - self.job.submitted).as_secs_f64()),
             }
         }
-        self.first_token.get_or_insert(now);
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            self.observe(GenerationProgress::FirstToken);
+        }
         self.last_token = Some(now);
     }
 
     fn finish(&mut self, end: CompletionEnd) {
         let CompletionEnd { reason, stop } = end;
-        if let Some(metrics) = self.metrics() {
-            match reason {
-                FinishReason::Stop => metrics.stop.inc(),
-                FinishReason::Length => metrics.length.inc(),
-            }
-        }
         let timings = self.timings();
+        if let Some(metrics) = self.metrics() {
+            metrics.latency.finished(self.job.submitted.elapsed(), timings);
+        }
+        self.ended(match reason {
+            FinishReason::Stop => GenerationOutcome::Stop,
+            FinishReason::Length => GenerationOutcome::Length,
+        });
         self.send(Ok(GenerationEvent::Finished {
             reason,
             stop,
@@ -379,9 +345,7 @@ impl Sequence {
 
     /// Ends it with an error.
     pub(crate) fn fail(&mut self, error: GenerateError) {
-        if let Some(metrics) = self.metrics() {
-            metrics.failed.inc();
-        }
+        self.ended(GenerationOutcome::Failed);
         self.send(Err(error));
     }
 
@@ -392,9 +356,7 @@ impl Sequence {
 
     /// Ends it before it started, because the queue is full.
     pub(crate) fn refuse(&mut self, retry_after: Duration) {
-        if let Some(metrics) = self.metrics() {
-            metrics.overloaded.inc();
-        }
+        self.ended(GenerationOutcome::Overloaded);
         self.send(Err(GenerateError::Overloaded { retry_after }));
     }
 

@@ -1,11 +1,13 @@
 //! Compiles grammars for one model, on threads of its own and within bounds.
 //!
 //! A caller's text is compiled on a thread with a large stack, where a panic ends that compilation alone. A
-//! compilation holds its permit until it ends, even if the request that wanted it has gone.
+//! compilation holds its permit until it ends, even if the request that wanted it has gone. What bounds it is
+//! the processor time of its thread, since a busy machine must not make a good format a wrong one.
 
 use super::digits::DigitTokens;
 use super::json::Json;
 use super::memory::MAX_COMPILATIONS;
+use super::thread_time::ThreadTime;
 use super::vocabulary::Vocabulary;
 use super::{JSON_SPACE, lark, pattern, plain, schema, shortened};
 use crate::request::{Grammar, SubmitError};
@@ -15,9 +17,9 @@ use llguidance::toktrie::{InferenceCapabilities, TokEnv};
 use llguidance::{ParserFactory, TokenParser};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use trustformers_model::Model;
 
 /// States that the lexer of one running request may have, at 1 to 2 KiB each: at most 100 MiB, all of them
@@ -28,8 +30,20 @@ pub(super) const MAX_LEXER_STATES: usize = 50_000;
 /// would end the process. Only what is used becomes memory.
 const COMPILE_STACK_BYTES: usize = 256 * 1024 * 1024;
 
-/// How long a request waits for a permit to compile, and for its compilation.
+/// Processor time that one compilation may take. Ordinary schemas take milliseconds, the largest of
+/// jsonschemabench some seconds.
 const MAX_COMPILE_TIME: Duration = Duration::from_secs(10);
+
+/// How long a request waits for its compilation, however little of the processor it gets: with
+/// [`MAX_COMPILATIONS`] at a time, a compilation within its bound ends unless the machine runs more than six
+/// threads on each processor.
+const MAX_WAIT: Duration = Duration::from_secs(60);
+
+/// How long a request waits for a permit to compile.
+const MAX_PERMIT_WAIT: Duration = Duration::from_secs(10);
+
+/// Time between two looks at the processor time of a compilation.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Most bytes of the compiler's words in a refusal, which quote the caller's text.
 const MAX_QUOTED_CHARS: usize = 200;
@@ -42,7 +56,7 @@ pub(super) struct Compiler {
 
 struct CompilerState {
     model: Arc<Model>,
-    /// Built by the first compilation.
+    /// Built by the warm-up, or by the first compilation where that comes first.
     factory: OnceLock<Result<Factory, String>>,
 }
 
@@ -69,21 +83,32 @@ impl Compiler {
         Self { state: Arc::new(CompilerState { model, factory: OnceLock::new() }), permits: Arc::default() }
     }
 
-    /// Takes milliseconds, and some hundred the first time.
+    /// Builds what all compilations share. Takes some hundred milliseconds the first time.
+    ///
+    /// # Errors
+    /// Why this model has no structured output, in the words of a refusal.
+    pub(super) fn prepare(&self) -> Result<(), String> {
+        self.state.factory().map(|_| ())
+    }
+
+    /// Takes milliseconds, and some hundred more where nothing was prepared.
     pub(super) fn compile(&self, grammar: &Grammar) -> Result<Compiled, SubmitError> {
         let invalid = |why: String| SubmitError::Invalid { field: "response_format", why };
         // What is made once for the model is not the request's time.
-        self.state.factory().map_err(invalid)?;
-        let Some(permit) = CompilePermits::acquire(&self.permits, MAX_COMPILE_TIME) else {
+        self.prepare().map_err(invalid)?;
+        let Some(permit) = CompilePermits::acquire(&self.permits, MAX_PERMIT_WAIT) else {
             let what = "the compiler for structured output of this model";
-            return Err(SubmitError::Busy { what, retry_after: MAX_COMPILE_TIME });
+            return Err(SubmitError::Busy { what, retry_after: MAX_PERMIT_WAIT });
         };
         // One job sends one result.
         let (sender, receiver) = sync_channel(1);
         let (state, text) = (Arc::clone(&self.state), grammar.clone());
+        let time = Arc::new(ThreadTime::default());
+        let its_time = Arc::clone(&time);
         let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK_BYTES);
         let spawned = thread.spawn(move || {
             let _permit = permit;
+            its_time.started();
             let compiled = catch_unwind(AssertUnwindSafe(|| state.compile(&text)));
             // Where the request has gone the result is dropped here.
             let _sent = sender.send(compiled.unwrap_or_else(|_| Err(failed(text.kind()))));
@@ -91,14 +116,34 @@ impl Compiler {
         if let Err(error) = spawned {
             return Err(invalid(format!("no thread to compile the {}: {error}", grammar.kind())));
         }
-        match receiver.recv_timeout(MAX_COMPILE_TIME) {
-            Ok(compiled) => compiled.map_err(invalid),
-            Err(RecvTimeoutError::Timeout) => Err(invalid(format!(
-                "the {} takes longer than {} s to compile; make it smaller",
-                grammar.kind(),
+        await_compiled(&receiver, grammar.kind(), &|| time.used())
+    }
+}
+
+/// Waits for a compilation within its bounds; `used` is the processor time that it has taken.
+fn await_compiled<T>(
+    receiver: &Receiver<Result<T, String>>,
+    kind: &str,
+    used: &dyn Fn() -> Option<Duration>,
+) -> Result<T, SubmitError> {
+    let invalid = |why: String| SubmitError::Invalid { field: "response_format", why };
+    let began = Instant::now();
+    loop {
+        match receiver.recv_timeout(LOOK_INTERVAL) {
+            Ok(compiled) => return compiled.map_err(invalid),
+            Err(RecvTimeoutError::Disconnected) => return Err(invalid(failed(kind))),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        // Where the system does not count it, wall time bounds it.
+        if used().unwrap_or_else(|| began.elapsed()) > MAX_COMPILE_TIME {
+            return Err(invalid(format!(
+                "the {kind} takes longer than {} s to compile; make it smaller",
                 MAX_COMPILE_TIME.as_secs()
-            ))),
-            Err(RecvTimeoutError::Disconnected) => Err(invalid(failed(grammar.kind()))),
+            )));
+        }
+        if began.elapsed() > MAX_WAIT {
+            let what = "the processor, on which the format is compiled";
+            return Err(SubmitError::Busy { what, retry_after: MAX_PERMIT_WAIT });
         }
     }
 }
@@ -108,9 +153,17 @@ fn failed(kind: &str) -> String {
 }
 
 impl CompilerState {
-    /// The vocabulary as the compiler needs it, made by the first request.
+    /// The vocabulary as the compiler needs it. A panic of the library on a model's vocabulary refuses every
+    /// request with a format; the model's other requests are served.
     fn factory(&self) -> Result<&Factory, String> {
-        self.factory.get_or_init(|| factory(&self.model)).as_ref().map_err(Clone::clone)
+        let build = || {
+            catch_unwind(AssertUnwindSafe(|| factory(&self.model))).unwrap_or_else(|_| {
+                tracing::error!("the grammar compiler panicked on the model's vocabulary");
+                Err("the model's vocabulary cannot be used for structured output; leave the format out"
+                    .to_owned())
+            })
+        };
+        self.factory.get_or_init(build).as_ref().map_err(Clone::clone)
     }
 
     fn compile(&self, grammar: &Grammar) -> Result<Compiled, String> {
@@ -168,7 +221,7 @@ fn described(grammar: &Grammar) -> Result<Described, String> {
 }
 
 fn factory(model: &Arc<Model>) -> Result<Factory, String> {
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     let vocabulary: TokEnv = Arc::new(Vocabulary::new(model)?);
     let mut parsers = ParserFactory::new(
         &vocabulary,
@@ -254,6 +307,25 @@ mod tests {
         assert!(acquire().is_none());
         drop(permits_in_use);
         assert!(acquire().is_some());
+    }
+
+    #[test]
+    fn a_compilation_is_bounded_by_its_processor_time() {
+        let (_sender, receiver) = sync_channel::<Result<(), String>>(1);
+        let used = || Some(MAX_COMPILE_TIME + Duration::from_millis(1));
+        let error = await_compiled(&receiver, "JSON schema", &used).unwrap_err();
+        assert!(error.to_string().contains("takes longer than 10 s to compile"), "{error}");
+        // One that waited for the processor is not refused, however long that took.
+        let (sender, receiver) = sync_channel(1);
+        let looks = std::cell::Cell::new(0);
+        let waits = || {
+            looks.set(looks.get() + 1);
+            if looks.get() == 2 {
+                sender.send(Ok(7)).unwrap();
+            }
+            Some(Duration::ZERO)
+        };
+        assert_eq!(await_compiled(&receiver, "JSON schema", &waits).unwrap(), 7);
     }
 
     #[test]

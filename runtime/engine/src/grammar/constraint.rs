@@ -22,29 +22,21 @@ const ITEM_BYTES: u64 = 16;
 pub(crate) struct Mask(SimpleVob);
 
 impl Mask {
-    /// Makes everything impossible that is not allowed; rows may be longer than the vocabulary.
-    pub(crate) fn apply(&self, row: &mut [f32]) {
-        let words = self.0.as_slice();
-        let covered = row.len().min(words.len() * 32);
-        for (bits, logits) in words.iter().zip(row[..covered].chunks_mut(32)) {
-            if *bits == 0 {
-                logits.fill(f32::NEG_INFINITY);
-            } else if *bits != u32::MAX {
-                for (logit, bit) in logits.iter_mut().zip(0..) {
-                    *logit = if bits >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
-                }
-            }
-        }
-        row[covered..].fill(f32::NEG_INFINITY);
+    /// One bit for each id, 32 in a word; ids beyond the last word are not allowed.
+    pub(crate) fn words(&self) -> &[u32] {
+        self.0.as_slice()
+    }
+
+    fn allows(&self, id: u32) -> bool {
+        self.words().get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
     }
 }
 
 /// One sequence's position in its grammar.
 pub(crate) struct Constraint {
     model: Arc<Model>,
-    parser: TokenParser,
+    position: GrammarPosition,
     digits: Option<Arc<DigitTokens>>,
-    position: NumberPosition,
     /// Bytes of this sequence's rows and of its lexer.
     charge: Charge,
     items: u64,
@@ -52,9 +44,48 @@ pub(crate) struct Constraint {
     mask: Option<Result<Mask, GenerateError>>,
 }
 
+/// What a produced token changes.
+struct GrammarPosition {
+    parser: TokenParser,
+    number: NumberPosition,
+}
+
 impl fmt::Debug for Constraint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Constraint").field("stopped", &self.parser.stopped()).finish_non_exhaustive()
+        let stopped = self.position.parser.stopped();
+        f.debug_struct("Constraint").field("stopped", &stopped).finish_non_exhaustive()
+    }
+}
+
+impl GrammarPosition {
+    /// What may come next, and the bytes of the lexer.
+    fn mask(&mut self, digits: Option<&DigitTokens>) -> Result<(Mask, u64), GenerateError> {
+        let parser = &mut self.parser;
+        let worked = catch_unwind(AssertUnwindSafe(|| {
+            let mask = parser.compute_mask()?;
+            Ok((mask, bytes(parser)))
+        }));
+        let (mut mask, lexer_bytes) = worked.map_err(|error| broken(&error.to_string()))?;
+        if let Some(digits) = digits {
+            self.number.limit(&mut mask, digits);
+        }
+        Ok((Mask(mask), lexer_bytes))
+    }
+
+    /// Goes on with a token that the mask allowed. True where nothing can follow.
+    fn accept(&mut self, id: u32, model: &Model) -> Result<bool, GenerateError> {
+        let parser = &mut self.parser;
+        let stopped = catch_unwind(AssertUnwindSafe(|| {
+            parser.consume_token(id)?;
+            parser.check_stop()
+        }));
+        let stopped = stopped.map_err(|error| broken(&error.to_string()))?;
+        self.number.advance(model.tokenizer().token_bytes(id));
+        Ok(stopped || self.parser.stopped())
+    }
+
+    fn copied(&self) -> Self {
+        Self { parser: self.parser.deep_clone(), number: self.number.clone() }
     }
 }
 
@@ -63,43 +94,32 @@ impl Constraint {
     pub(super) fn new(model: Arc<Model>, compiled: &Compiled, charge: Charge) -> Self {
         Self {
             model,
-            parser: compiled.parser.deep_clone(),
+            position: GrammarPosition {
+                parser: compiled.parser.deep_clone(),
+                number: NumberPosition::default(),
+            },
             digits: compiled.digits.clone(),
-            position: NumberPosition::default(),
             charge,
             items: 0,
             mask: None,
         }
     }
 
-    /// Works out the next mask.
-    pub(crate) fn prepare(&mut self) {
-        if self.mask.is_none() {
-            self.mask = Some(self.next_mask());
-        }
-    }
-
     fn next_mask(&mut self) -> Result<Mask, GenerateError> {
-        let parser = &mut self.parser;
-        let worked = catch_unwind(AssertUnwindSafe(|| {
-            let mask = parser.compute_mask()?;
-            Ok((mask, bytes(parser)))
-        }));
-        let (mut mask, lexer_bytes) = worked.map_err(|error| broken(&error.to_string()))?;
+        let (mask, lexer_bytes) = self.position.mask(self.digits.as_deref())?;
         if !self.charge.resize(lexer_bytes.saturating_add(self.items.saturating_mul(ITEM_BYTES))) {
             let message =
                 "the memory for structured output is used up; retry, or simplify the format".to_owned();
             return Err(RequestFault::Grammar { message }.into());
         }
-        if let Some(digits) = &self.digits {
-            self.position.limit(&mut mask, digits);
-        }
-        Ok(Mask(mask))
+        Ok(mask)
     }
 
     /// What may come next; at least one token.
     pub(crate) fn mask(&mut self) -> Result<&Mask, GenerateError> {
-        self.prepare();
+        if self.mask.is_none() {
+            self.mask = Some(self.next_mask());
+        }
         match &self.mask {
             Some(Ok(mask)) => Ok(mask),
             Some(Err(error)) => Err(error.clone()),
@@ -107,20 +127,45 @@ impl Constraint {
         }
     }
 
+    /// Calls `each` with what may come next, and with what may come after each of the draft tokens, up to the
+    /// first one that the grammar forbids or after which nothing follows. The position stays: the draft is
+    /// walked on a copy, which is dropped at once and so not charged.
+    ///
+    /// # Errors
+    /// Nothing may come next, or the memory for grammars is used up.
+    pub(crate) fn each_mask(
+        &mut self,
+        draft: &[u32],
+        mut each: impl FnMut(Option<&[u32]>),
+    ) -> Result<(), GenerateError> {
+        let mask = self.mask()?;
+        each(Some(mask.words()));
+        if !draft.first().is_some_and(|id| mask.allows(*id)) {
+            return Ok(());
+        }
+        let mut ahead = self.position.copied();
+        for (index, id) in draft.iter().enumerate() {
+            // An error shows again when the sequence comes to this token, if it does.
+            if !matches!(ahead.accept(*id, &self.model), Ok(false)) {
+                break;
+            }
+            let Ok((mask, _)) = ahead.mask(self.digits.as_deref()) else { break };
+            each(Some(mask.words()));
+            if !draft.get(index + 1).is_some_and(|id| mask.allows(*id)) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Goes on with a token that the mask allowed. True where nothing can follow.
     pub(crate) fn accept(&mut self, id: u32) -> Result<bool, GenerateError> {
         self.mask = None;
-        let parser = &mut self.parser;
-        let before = parser.parser_stats().all_items;
-        let stopped = catch_unwind(AssertUnwindSafe(|| {
-            parser.consume_token(id)?;
-            parser.check_stop()
-        }));
-        let stopped = stopped.map_err(|error| broken(&error.to_string()))?;
-        let items = self.parser.parser_stats().all_items.saturating_sub(before);
+        let before = self.position.parser.parser_stats().all_items;
+        let stopped = self.position.accept(id, &self.model)?;
+        let items = self.position.parser.parser_stats().all_items.saturating_sub(before);
         self.items = self.items.saturating_add(items as u64);
-        self.position.advance(self.model.tokenizer().token_bytes(id));
-        Ok(stopped || self.parser.stopped())
+        Ok(stopped)
     }
 }
 
@@ -128,7 +173,7 @@ impl Constraint {
 impl Constraint {
     /// Whether the grammar takes a token, also where the mask has only the tokenizer's own one.
     pub(super) fn validates(&mut self, id: u32) -> bool {
-        self.parser.validate_token(id).unwrap_or(false)
+        self.position.parser.validate_token(id).unwrap_or(false)
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! Every caller's text is checked and rewritten first ([`schema`], [`pattern`], [`lark`]), so that the
 //! compiler sees only what it honours exactly. llguidance then walks a trie of the vocabulary's bytes along
-//! the grammar's parser and gives one bit per token. The trie is built once per model, by the first request
-//! that needs it. Compiled grammars are cached, a bounded number of them, and every request works on a copy
-//! of its own: what one request makes its grammar remember never slows or breaks another's.
+//! the grammar's parser and gives one bit per token. The trie is built once per model, by the warm-up.
+//! Compiled grammars are cached, a bounded number of them, and every request works on a copy of its own: what
+//! one request makes its grammar remember never slows or breaks another's.
 //!
 //! Where a grammar leaves one way to write what comes next, the mask leaves the one token that the model's
 //! own tokenizer would take.
@@ -18,9 +18,10 @@ mod lark;
 mod memory;
 mod pattern;
 mod schema;
+mod thread_time;
 mod vocabulary;
 
-pub(crate) use constraint::{Constraint, Mask};
+pub(crate) use constraint::Constraint;
 pub use memory::max_grammar_bytes;
 
 use crate::request::{Grammar, SubmitError};
@@ -70,8 +71,16 @@ impl Grammars {
         Self { model, compiler, budget: MemoryBudget::new(memory_bytes), cached: Mutex::default() }
     }
 
+    /// Builds what all formats of the model share. Takes some hundred milliseconds the first time.
+    ///
+    /// # Errors
+    /// Why the model has no structured output.
+    pub(crate) fn prepare(&self) -> Result<(), String> {
+        self.compiler.prepare()
+    }
+
     /// The beginning of what `grammar` describes. Takes milliseconds where it has to be compiled, and some
-    /// hundred the first time.
+    /// hundred more without [`Self::prepare`].
     pub(crate) fn start(&self, grammar: &Grammar) -> Result<Constraint, SubmitError> {
         let compiled = match self.cached(grammar) {
             Some(compiled) => compiled,

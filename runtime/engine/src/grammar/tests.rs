@@ -12,9 +12,9 @@ fn grammars() -> Grammars {
 
 /// Ids that the mask allows.
 fn allowed(constraint: &mut Constraint, vocabulary: usize) -> Vec<u32> {
-    let mut row = vec![0.0; vocabulary + 70];
-    constraint.mask().unwrap().apply(&mut row);
-    (0..).zip(row).filter(|(_, logit)| *logit == 0.0).map(|(id, _)| id).collect()
+    let words = constraint.mask().unwrap().words().to_vec();
+    let allows = |id: usize| words.get(id / 32).is_some_and(|word| word >> (id % 32) & 1 == 1);
+    (0..).zip(0..vocabulary + 70).filter(|(_, index)| allows(*index)).map(|(id, _)| id).collect()
 }
 
 /// Whether a grammar takes a text as a whole answer, byte for byte.

@@ -6,12 +6,20 @@
 //! a new version during a swap) add up instead of overwriting each other.
 
 mod cache;
+mod cancellations;
+mod latency;
 mod speculation;
+mod tenants;
 
 pub(crate) use cache::{BlockGauges, CacheMetrics};
+pub(crate) use cancellations::CancellationMetrics;
+pub(crate) use latency::LatencyMetrics;
+pub(crate) use tenants::TenantMetrics;
 
 use crate::device_thread::Shared;
 use cache::CacheFamilies;
+use cancellations::CancellationFamilies;
+use latency::LatencyFamilies;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{
@@ -20,6 +28,7 @@ use prometheus::{
 };
 use speculation::{SpeculationFamilies, SpeculationMetrics};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use tenants::TenantFamilies;
 
 /// Upper bounds of the latency histograms in seconds: from one decode step of a small model to a long prompt.
 const SECONDS: &[f64] =
@@ -38,7 +47,10 @@ pub struct EngineMetrics {
     pub(crate) waiting: IntGaugeVec,
     pub(crate) failed_steps: IntCounterVec,
     cache: CacheFamilies,
+    cancellations: CancellationFamilies,
+    latency: LatencyFamilies,
     speculation: SpeculationFamilies,
+    tenants: TenantFamilies,
     ages: LastStepAges,
 }
 
@@ -91,7 +103,10 @@ impl EngineMetrics {
                 &["model"],
             )?,
             cache: CacheFamilies::register(&registrar)?,
+            cancellations: CancellationFamilies::register(&registrar)?,
+            latency: LatencyFamilies::register(&registrar)?,
             speculation: SpeculationFamilies::register(&registrar)?,
+            tenants: TenantFamilies::register(&registrar)?,
             ages,
         })
     }
@@ -123,8 +138,26 @@ impl EngineMetrics {
             waiting: self.waiting.with_label_values(&[label]),
             failed_steps: self.failed_steps.with_label_values(&[label]),
             cache: self.cache.for_model(label),
+            cancellations: self.cancellations(label),
+            latency: self.latency.for_model(label),
             speculation: self.speculation.for_model(label),
+            tenants: self.tenants(label),
         }
+    }
+
+    /// The time of whole requests.
+    pub(crate) fn request_seconds(&self, label: &str) -> Histogram {
+        self.latency.whole(label)
+    }
+
+    /// Requests whose callers left.
+    pub(crate) fn cancellations(&self, label: &str) -> CancellationMetrics {
+        self.cancellations.for_model(label)
+    }
+
+    /// What tenants were served.
+    pub(crate) fn tenants(&self, label: &str) -> TenantMetrics {
+        self.tenants.for_model(label)
     }
 
     /// Reports the age of this engine's last step in scrapes while the engine lives.
@@ -177,7 +210,10 @@ pub(crate) struct ModelMetrics {
     pub(crate) waiting: IntGauge,
     pub(crate) failed_steps: IntCounter,
     pub(crate) cache: CacheMetrics,
+    pub(crate) cancellations: CancellationMetrics,
+    pub(crate) latency: LatencyMetrics,
     pub(crate) speculation: SpeculationMetrics,
+    pub(crate) tenants: TenantMetrics,
 }
 
 /// Counts one thing in a gauge until it is dropped.
@@ -256,7 +292,7 @@ mod tests {
         let shared = Arc::new(Shared::new(1));
         metrics.track_step_age("m", &shared);
         let families = registry.gather();
-        assert_eq!(families.len(), 18);
+        assert_eq!(families.len(), 22);
         assert!(families.iter().all(|f| f.name().starts_with("trustformers_")));
         assert!(EngineMetrics::register(&registry).is_err());
     }

@@ -2,6 +2,7 @@
 
 use super::GenerateError;
 use std::time::Duration;
+use trustformers_plan::TokenLogprobs;
 
 /// An event on its way from the device thread to a caller.
 pub(crate) type EventResult = Result<GenerationEvent, GenerateError>;
@@ -30,15 +31,6 @@ pub enum StopCause {
     Text(String),
     /// This one of [`GenerateParams::stop_token_ids`](crate::GenerateParams::stop_token_ids).
     Token(u32),
-}
-
-/// The model's own probabilities for one token, as natural logarithms.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TokenLogprobs {
-    /// The log probability of the token that was produced.
-    pub logprob: f32,
-    /// The most likely tokens with theirs, best first, as many as were asked for.
-    pub top: Vec<(u32, f32)>,
 }
 
 /// The time that a finished generation took, by phase.

@@ -1,64 +1,32 @@
-//! Sampling: from logits to a token, on the host.
+//! Sampling: how the next tokens of a sequence are to be chosen, and what is recorded of each choice.
 //!
-//! Each sequence has its own sampler, which reads only its own row, so that a draw does not depend on the
-//! rest of the batch. A row is processed in this order:
-//!
-//! 1. `logprobs` are taken from the model's own row, before anything changes it;
-//! 2. `logit_bias` is added;
-//! 3. the grammar's mask: tokens that it does not allow become impossible;
-//! 4. `repetition_penalty` (over prompt and answer), then `frequency_penalty` and `presence_penalty` (over
-//!    the answer);
-//! 5. `temperature`; 0 takes the best token, the lowest id among equals, and ends here;
-//! 6. `top_k`, `typical_p`, `top_p`, `min_p`, each on the tokens that the previous one kept and on their
-//!    shares;
-//! 7. a draw.
-//!
-//! vLLM uses this order too, except that it applies min-p before top-k. llama.cpp applies penalties, then
-//! top-k, typical, top-p and min-p, and the temperature last: its filters do not depend on the temperature.
+//! The device chooses ([`trustformers_plan::sample`] says how, in which order). Each sequence has its own
+//! sampler, which describes only rows of that sequence, so that a choice does not depend on the rest of the
+//! batch. vLLM uses the same order of edits and filters, except that it applies min-p before top-k.
+//! llama.cpp applies penalties, then top-k, typical, top-p and min-p, and the temperature last: its filters
+//! do not depend on the temperature.
 //!
 //! Bias and penalties never turn a finite logit into one that is not: their ranges are checked, and their
 //! results are limited to finite numbers. So a row that is not finite is always the model's own, and a
 //! [`ModelFault`].
 //!
-//! To verify draft tokens, choose from their rows in order, for as long as each choice equals the draft
-//! token. A draft token is then accepted with exactly the probability that the model gives it. Since each
-//! token that is produced uses one random number, the tokens are the same with and without speculation.
+//! The rows of draft tokens are described as if all draft tokens before them were chosen. The choices count
+//! in order, for as long as each equals the draft token. A draft token is then accepted with exactly the
+//! probability that the model gives it. Each token that is produced uses one random number, and numbers that
+//! were drawn for rows that do not count are used again, so the tokens are the same with and without
+//! speculation.
 
-mod candidates;
 mod edits;
-mod scan;
 
 use crate::faults::{ModelFault, RequestFault};
 use crate::grammar::Constraint;
-use crate::request::{GenerateError, GenerateParams, TokenLogprobs};
-use candidates::{CandidateTokens, Filters, LogitsRow};
+use crate::request::{GenerateError, GenerateParams};
 use edits::Edits;
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
-
-/// Largest inverse temperature: a lower temperature is greedy, and no product overflows.
-const MAX_INVERSE_TEMPERATURE: f32 = 1e30;
-
-/// Scratch space for one row at a time, shared by all sequences of an engine, so that it does not grow with
-/// the batch.
-#[derive(Debug, Default)]
-pub(crate) struct Scratch {
-    row: Vec<f32>,
-    sums: Vec<f64>,
-    candidates: CandidateTokens,
-}
-
-impl Scratch {
-    /// For rows of a vocabulary of this size.
-    pub(crate) fn with_room_for(vocabulary: usize) -> Self {
-        Self {
-            row: Vec::with_capacity(vocabulary),
-            sums: Vec::new(),
-            candidates: CandidateTokens::with_room_for(vocabulary),
-        }
-    }
-}
+use trustformers_plan::{Filters, SampleFault, SampleInput, SampleResult, SampleSpec, TokenLogprobs};
 
 /// A chosen token.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,6 +48,8 @@ pub(crate) struct Sampler {
     logprobs: Option<usize>,
     margins: bool,
     rng: ChaCha12Rng,
+    /// Random numbers that were drawn and belong to no produced token yet, the next one first.
+    uniforms: VecDeque<f64>,
 }
 
 impl Sampler {
@@ -99,6 +69,7 @@ impl Sampler {
             logprobs: params.logprobs,
             margins: params.margins,
             rng: ChaCha12Rng::seed_from_u64(seed),
+            uniforms: VecDeque::new(),
         }
     }
 
@@ -107,98 +78,71 @@ impl Sampler {
         self.edits.exclude(ids);
     }
 
-    /// Computes the next mask of the grammar, which [`Sampler::choose`] does otherwise; called while the
-    /// device computes.
-    pub(crate) fn prepare(&mut self) {
-        if let Some(constraint) = &mut self.constraint {
-            constraint.prepare();
+    /// Describes how the next token is chosen, from the row of logits `first_row`, and the tokens after each
+    /// of the draft tokens, from the rows after it. Stops before the first row that cannot count because the
+    /// grammar forbids the draft token.
+    ///
+    /// # Errors
+    /// The grammar cannot go on.
+    pub(crate) fn push_rows(
+        &mut self,
+        first_row: usize,
+        draft: &[u32],
+        input: &mut SampleInput,
+    ) -> Result<(), GenerateError> {
+        let Self { temperature, filters, edits, constraint, logprobs, margins, rng, uniforms } = self;
+        let mut index = 0;
+        let push = |mask: Option<&[u32]>| {
+            if *temperature > 0.0 && uniforms.len() <= index {
+                // 53 random bits make a uniform number in [0, 1).
+                uniforms.push_back((rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64);
+            }
+            input.push(&SampleSpec {
+                logits_row: first_row + index,
+                temperature: *temperature,
+                filters: *filters,
+                uniform: uniforms.get(index).copied().unwrap_or(0.0),
+                bias: &edits.bias,
+                mask,
+                penalties: edits.penalties,
+                counts: &edits.counts,
+                drafted: &draft[..index],
+                margin: *margins,
+                logprobs: *logprobs,
+            });
+            index += 1;
+        };
+        match constraint {
+            Some(constraint) => constraint.each_mask(draft, push),
+            None => {
+                let mut push = push;
+                (0..=draft.len()).for_each(|_| push(None));
+                Ok(())
+            }
         }
     }
 
-    /// Chooses a token from one row of logits, and records it. The margin is that of the model's own row.
-    pub(crate) fn choose(&mut self, logits: &[f32], scratch: &mut Scratch) -> Result<Choice, GenerateError> {
-        let best = scan::finite_max(logits).ok_or(ModelFault::NotFinite)?;
-        let Scratch { row, sums, candidates } = scratch;
-        let edited = if self.edits.is_empty() && self.constraint.is_none() {
-            None
-        } else {
-            row.clear();
-            row.extend_from_slice(logits);
-            let mask = self.constraint.as_mut().map(Constraint::mask).transpose()?;
-            self.edits.apply(row, mask);
-            Some(scan::max(row))
-        };
-        let (row, max) = match edited {
-            Some(max) if max.is_finite() => (row.as_slice(), max),
-            // Edits keep every logit finite, so only a mask without any token gives no maximum.
-            Some(_) => {
+    /// Records the choice of the next token.
+    ///
+    /// # Errors
+    /// The row is not finite, or the grammar cannot go on.
+    pub(crate) fn accept(&mut self, choice: SampleResult) -> Result<Choice, GenerateError> {
+        let token = choice.map_err(|fault| match fault {
+            SampleFault::NotFinite => GenerateError::from(ModelFault::NotFinite),
+            SampleFault::NothingAllowed => {
                 let message = "no token of the model can continue it".to_owned();
-                return Err(RequestFault::Grammar { message }.into());
+                RequestFault::Grammar { message }.into()
             }
-            None => (logits, best),
-        };
-        let id = if self.temperature > 0.0 {
-            let row =
-                LogitsRow { logits: row, max, scale: self.temperature.recip().min(MAX_INVERSE_TEMPERATURE) };
-            // 53 random bits make a uniform number in [0, 1).
-            let uniform = (self.rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
-            if self.filters.is_empty() {
-                id_of(scan::draw(row.logits, row.max, row.scale, uniform, sums))
-            } else {
-                candidates.draw(row, &self.filters, uniform)
-            }
-        } else {
-            id_of(scan::index_of(row, max))
-        };
-        self.edits.record(id);
+        })?;
+        self.uniforms.pop_front();
+        self.edits.record(token.id);
         let complete = match &mut self.constraint {
-            Some(constraint) => constraint.accept(id)?,
+            Some(constraint) => constraint.accept(token.id)?,
             None => false,
         };
-        let margin = self.margins.then(|| best - scan::second_max(logits, scan::index_of(logits, best)));
-        let logprobs = self.logprobs.map(|count| logprobs(logits, best, id, count));
-        Ok(Choice { id, margin, logprobs, complete })
+        Ok(Choice { id: token.id, margin: token.margin, logprobs: token.logprobs, complete })
     }
 }
-
-/// The best token of a row, the lowest id among equals; `None` where a logit is not finite.
-pub(crate) fn best(logits: &[f32]) -> Option<u32> {
-    scan::finite_max(logits).map(|max| id_of(scan::index_of(logits, max)))
-}
-
-/// Ids are indices of a vocabulary, which has fewer than 2^32 entries.
-fn id_of(index: usize) -> u32 {
-    u32::try_from(index).unwrap_or(u32::MAX)
-}
-
-/// The model's own log probabilities of the chosen token and of the `count` best, lower ids first among
-/// equals.
-fn logprobs(logits: &[f32], max: f32, id: u32, count: usize) -> TokenLogprobs {
-    #[expect(clippy::cast_possible_truncation, reason = "the logarithm of a mass is a small number")]
-    let norm = max + scan::mass(logits, max, 1.0).ln() as f32;
-    let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
-    // The `count`-th best of the first blocks is a lower bound for the best of the rest.
-    let mut floor = f32::NEG_INFINITY;
-    for (block, start) in logits.chunks(FLOOR_BLOCK).zip((0..).step_by(FLOOR_BLOCK)) {
-        scan::at_least(block, floor, |index, logit| {
-            if count > 0 && (top.len() < count || top.last().is_some_and(|last| logit > last.1)) {
-                let at = top.partition_point(|better| better.1 >= logit);
-                top.insert(at, (id_of(start + index), logit));
-                top.truncate(count);
-            }
-        });
-        if top.len() == count {
-            floor = top.last().map_or(f32::INFINITY, |last| last.1);
-        }
-    }
-    for (_, logit) in &mut top {
-        *logit -= norm;
-    }
-    TokenLogprobs { logprob: logits[id as usize] - norm, top }
-}
-
-/// Logits between two updates of the lower bound.
-const FLOOR_BLOCK: usize = 1024;
 
 #[cfg(test)]
 mod tests;

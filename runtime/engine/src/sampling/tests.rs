@@ -2,6 +2,20 @@
 
 use super::*;
 use crate::request::MIN_REPETITION_PENALTY;
+use trustformers_plan::{SampleScratch, sample};
+
+impl Sampler {
+    /// Describes one row, chooses its token as every device does, and records the choice.
+    pub(crate) fn choose(
+        &mut self,
+        logits: &[f32],
+        scratch: &mut SampleScratch,
+    ) -> Result<Choice, GenerateError> {
+        let mut input = SampleInput::new();
+        self.push_rows(0, &[], &mut input)?;
+        self.accept(sample::choose(logits, &input.row(0), scratch))
+    }
+}
 
 fn params(temperature: f32, seed: u64) -> GenerateParams {
     GenerateParams { temperature, seed: Some(seed), margins: true, ..GenerateParams::greedy("", 1) }
@@ -9,7 +23,7 @@ fn params(temperature: f32, seed: u64) -> GenerateParams {
 
 fn sampler_of(params: &GenerateParams) -> impl FnMut(&[f32]) -> Result<Choice, GenerateError> + use<> {
     let mut sampler = Sampler::new(params, &[], None);
-    let mut scratch = Scratch::default();
+    let mut scratch = SampleScratch::default();
     move |logits| sampler.choose(logits, &mut scratch)
 }
 
@@ -208,6 +222,42 @@ fn logprobs_do_not_depend_on_the_sampling() {
     assert!(sampler_of(&none)(&logits).unwrap().logprobs.unwrap().top.is_empty());
 }
 
+/// The rows of draft tokens are those of a sampler that has produced the tokens before them.
+#[test]
+fn rows_of_draft_tokens_equal_those_of_single_steps() {
+    let settings = GenerateParams {
+        repetition_penalty: 1.2,
+        frequency_penalty: 0.3,
+        logit_bias: vec![(4, 1.0)],
+        top_p: 0.9,
+        ..params(0.8, 5)
+    };
+    let rows: Vec<Vec<f32>> = (0..4).map(|i| row(300 + i)[i..].to_vec()).collect();
+    let (mut single, mut drafted) =
+        (Sampler::new(&settings, &[1, 2], None), Sampler::new(&settings, &[1, 2], None));
+    let mut scratch = SampleScratch::default();
+    let wanted: Vec<Choice> = rows.iter().map(|row| single.choose(row, &mut scratch).unwrap()).collect();
+    let ids: Vec<u32> = wanted.iter().map(|choice| choice.id).collect();
+    // A draft whose second token is rejected, then one that is accepted whole.
+    let mut got = Vec::new();
+    for draft in [vec![ids[0], ids[1] + 1, 7], ids[2..3].to_vec()] {
+        let (mut input, first) = (SampleInput::new(), got.len());
+        drafted.push_rows(first, &draft, &mut input).unwrap();
+        assert_eq!(input.len(), draft.len() + 1);
+        for index in 0..input.len() {
+            let spec = input.row(index);
+            let logits = &rows[spec.logits_row.min(3)];
+            let choice = drafted.accept(sample::choose(logits, &spec, &mut scratch)).unwrap();
+            let accepted = draft.get(index) == Some(&choice.id);
+            got.push(choice);
+            if !accepted {
+                break;
+            }
+        }
+    }
+    assert_eq!(got, wanted);
+}
+
 /// Whatever settings a caller may send, a finite row gives a token.
 #[test]
 fn accepted_settings_never_look_like_a_broken_model() {
@@ -223,7 +273,7 @@ fn accepted_settings_never_look_like_a_broken_model() {
         assert_eq!(request.check(), Ok(()), "{request:?}");
         for logits in [[20.0, -20.0, 3.0], [f32::MAX, f32::MIN, 0.0], [1e-45, -1e-45, 0.0]] {
             let mut sampler = Sampler::new(&request, &[0, 1, 2], None);
-            let mut scratch = Scratch::default();
+            let mut scratch = SampleScratch::default();
             for _ in 0..50 {
                 let choice = sampler.choose(&logits, &mut scratch);
                 assert!(choice.is_ok(), "{request:?} {logits:?}: {choice:?}");
@@ -237,7 +287,8 @@ fn the_best_tokens_of_a_large_row_equal_those_of_a_sorted_one() {
     let logits = row(5000);
     let mut order: Vec<u32> = (0..5000).collect();
     order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
-    let top = logprobs(&logits, scan::max(&logits), 0, 20).top;
+    let request = GenerateParams { logprobs: Some(20), ..params(0.0, 0) };
+    let top = sampler_of(&request)(&logits).unwrap().logprobs.unwrap().top;
     assert_eq!(top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), order[..20]);
 }
 
@@ -272,7 +323,7 @@ fn figures() {
         for (name, params) in &cases {
             let params = GenerateParams { margins: false, ..params.clone() };
             let mut sampler = Sampler::new(&params, &(0..1000).collect::<Vec<_>>(), None);
-            let mut scratch = Scratch::default();
+            let mut scratch = SampleScratch::default();
             let mut times: Vec<_> = (0..51)
                 .map(|_| {
                     let started = std::time::Instant::now();

@@ -205,11 +205,11 @@ impl<T: HasQueueKey> Queue<T> {
     }
 
     /// Removes the requests for which `keep` is false.
-    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
+    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&mut T) -> bool) {
         self.len = 0;
         for class in &mut self.classes {
             class.tenants.retain(|_, requests| {
-                requests.retain(&mut keep);
+                requests.retain_mut(&mut keep);
                 self.len += requests.len();
                 !requests.is_empty()
             });

@@ -20,6 +20,8 @@ pub(crate) enum RowDemand {
     Prompt(usize),
     /// One row: its latest token.
     Decode,
+    /// No row: the step that the device computes produces its last token.
+    Nothing,
 }
 
 /// A running sequence's request for rows.
@@ -44,17 +46,23 @@ pub(crate) struct RowBudget {
     pub(crate) may_pause: bool,
 }
 
-/// The rows of each sequence. Reused, so that steps do not allocate.
-#[derive(Debug, Default)]
-pub(crate) struct RowAllocation {
-    /// In the order of the requests.
-    pub(crate) rows: Vec<usize>,
+/// What the pace of prompts depends on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct StepShape {
     /// Rows of prompts that are not urgent.
     pub(crate) paced_rows: usize,
     /// Rows of urgent prompts.
     pub(crate) urgent_rows: usize,
     /// Decoding sequences pause for an urgent prompt.
     pub(crate) pauses: bool,
+}
+
+/// The rows of each sequence. Reused, so that steps do not allocate.
+#[derive(Debug, Default)]
+pub(crate) struct RowAllocation {
+    /// In the order of the requests.
+    pub(crate) rows: Vec<usize>,
+    pub(crate) shape: StepShape,
     /// Indices of the requests that read prompts, in their order; only kept for its memory.
     prompts: Vec<usize>,
 }
@@ -62,7 +70,7 @@ pub(crate) struct RowAllocation {
 impl RowAllocation {
     /// Distributes the rows of a step.
     pub(crate) fn allocate(&mut self, requests: &[RowRequest], budget: RowBudget) {
-        let Self { rows, paced_rows, urgent_rows, pauses, prompts } = self;
+        let Self { rows, shape: StepShape { paced_rows, urgent_rows, pauses }, prompts } = self;
         rows.clear();
         rows.extend(requests.iter().map(|request| usize::from(request.demand == RowDemand::Decode)));
         let mut free = budget.rows.saturating_sub(rows.iter().sum());
@@ -121,7 +129,7 @@ pub(crate) struct PromptPacer {
     target: Option<Duration>,
     max_rows: usize,
     rows: usize,
-    /// Whether decoding sequences paused in the last step.
+    /// Whether decoding sequences paused in the step that was launched last.
     paused: bool,
     /// Mean time of a step without prompts, in seconds.
     decode_s: f64,
@@ -144,9 +152,13 @@ impl PromptPacer {
         !self.paused
     }
 
-    /// Records a step and its time.
-    pub(crate) fn record(&mut self, step: &RowAllocation, took: Duration) {
+    /// Records that a step was launched.
+    pub(crate) fn record_launch(&mut self, step: StepShape) {
         self.paused = step.pauses;
+    }
+
+    /// Records the time that a step took.
+    pub(crate) fn record(&mut self, step: StepShape, took: Duration) {
         let Some(target) = self.target else { return };
         let took = took.as_secs_f64();
         if step.urgent_rows > 0 {
@@ -251,7 +263,10 @@ mod tests {
         };
         let stream = request(RowDemand::Decode);
         let step = allocation(&[long, short, stream], 64, 24);
-        assert_eq!((step.rows.as_slice(), step.urgent_rows, step.paced_rows), (&[0, 40, 1][..], 40, 0));
+        assert_eq!(
+            (step.rows.as_slice(), step.shape.urgent_rows, step.shape.paced_rows),
+            (&[0, 40, 1][..], 40, 0)
+        );
         // A prompt that does not fit in one step is not urgent: it comes first, within the budget of prompts.
         let second_long = RowRequest { underserved: true, ..request(RowDemand::Prompt(64)) };
         assert_eq!(rows(&[long, second_long, stream], 64, 24), [0, 24, 1]);
@@ -267,21 +282,24 @@ mod tests {
         let mut budget = RowBudget { rows: 64, prompt_rows: 50, may_pause: true };
         let mut step = RowAllocation::default();
         step.allocate(&requests, budget);
-        assert_eq!((step.rows.as_slice(), step.pauses, step.paced_rows), (&[0, 40, 0, 1][..], true, 0));
+        assert_eq!(
+            (step.rows.as_slice(), step.shape.pauses, step.shape.paced_rows),
+            (&[0, 40, 0, 1][..], true, 0)
+        );
         let mut pacer = PromptPacer::new(64, None);
-        pacer.record(&step, Duration::ZERO);
+        pacer.record_launch(step.shape);
         budget.may_pause = pacer.may_pause();
         step.allocate(&requests, budget);
-        assert_eq!((step.rows.as_slice(), step.pauses), (&[10, 40, 1, 1][..], false));
-        pacer.record(&step, Duration::ZERO);
+        assert_eq!((step.rows.as_slice(), step.shape.pauses), (&[10, 40, 1, 1][..], false));
+        pacer.record_launch(step.shape);
         assert!(pacer.may_pause());
         // Without an urgent prompt no sequence pauses.
         step.allocate(&[long, stream, other], RowBudget { may_pause: true, ..budget });
-        assert_eq!((step.rows.as_slice(), step.pauses), (&[50, 1, 1][..], false));
+        assert_eq!((step.rows.as_slice(), step.shape.pauses), (&[50, 1, 1][..], false));
     }
 
-    fn step(prompt_rows: usize) -> RowAllocation {
-        RowAllocation { paced_rows: prompt_rows, ..RowAllocation::default() }
+    fn step(prompt_rows: usize) -> StepShape {
+        StepShape { paced_rows: prompt_rows, ..StepShape::default() }
     }
 
     #[test]
@@ -289,18 +307,18 @@ mod tests {
         let ms = Duration::from_millis;
         let mut pacer = PromptPacer::new(128, Some(ms(50)));
         assert_eq!((pacer.prompt_rows(true), pacer.prompt_rows(false)), (128, 128));
-        pacer.record(&step(128), ms(100));
+        pacer.record(step(128), ms(100));
         assert_eq!((pacer.prompt_rows(true), pacer.prompt_rows(false)), (128, 64));
-        pacer.record(&step(64), ms(2000));
+        pacer.record(step(64), ms(2000));
         assert_eq!(pacer.prompt_rows(false), 32);
-        pacer.record(&step(32), ms(20));
+        pacer.record(step(32), ms(20));
         assert_eq!(pacer.prompt_rows(false), 40);
-        pacer.record(&step(12), ms(10));
+        pacer.record(step(12), ms(10));
         assert_eq!(pacer.prompt_rows(false), 40, "a step below the budget says nothing about it");
-        pacer.record(&step(40), ms(45));
+        pacer.record(step(40), ms(45));
         assert_eq!(pacer.prompt_rows(false), 40);
         for _ in 0..9 {
-            pacer.record(&step(40), ms(500));
+            pacer.record(step(40), ms(500));
         }
         assert_eq!(pacer.prompt_rows(false), MIN_PROMPT_ROWS);
         assert_eq!(PromptPacer::new(128, None).prompt_rows(false), 128);
@@ -311,11 +329,11 @@ mod tests {
         let ms = Duration::from_millis;
         let mut pacer = PromptPacer::new(128, Some(ms(50)));
         for _ in 0..50 {
-            pacer.record(&step(0), ms(300));
+            pacer.record(step(0), ms(300));
         }
-        pacer.record(&step(128), ms(580));
+        pacer.record(step(128), ms(580));
         assert_eq!(pacer.prompt_rows(false), 128);
-        pacer.record(&step(128), ms(1200));
+        pacer.record(step(128), ms(1200));
         assert!((60..=70).contains(&pacer.prompt_rows(false)));
     }
 }

@@ -8,12 +8,11 @@
 use super::DraftTokens;
 use crate::config::{EngineSizes, StartError};
 use crate::generation::Sequence;
-use crate::sampling::best;
 use std::sync::Arc;
 use trustformers_model::Model;
 use trustformers_plan::{
-    Backend, BackendError, Executable, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics, SequenceStep,
-    StepInput, StepOutput,
+    Backend, BackendError, Executable, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics, SampleInput,
+    SampleSpec, SequenceStep, StepInput, StepOutput,
 };
 
 /// A draft model on its device. Fields are dropped in order: the executable before the model.
@@ -23,6 +22,7 @@ pub(crate) struct DraftModel {
     /// Most rows of a step.
     max_rows: usize,
     input: StepInput,
+    sample: SampleInput,
     output: StepOutput,
     /// Indices of the running sequences that a step proposes a token for.
     targets: Vec<usize>,
@@ -97,14 +97,14 @@ impl DraftModel {
             progress: &mut |_| {},
         })?;
         let executable = loaded.compile(&plan)?;
-        let mut memory = loaded.memory();
-        memory.other_bytes += (plan.answer_len() * size_of::<f32>()) as u64;
+        let memory = loaded.memory();
         let own = Self {
             executable,
             _loaded: loaded,
             max_rows: sizes.token_budget,
             input: StepInput::new(),
-            output: StepOutput::with_room_for(&plan),
+            sample: SampleInput::new(),
+            output: StepOutput::new(),
             targets: Vec::new(),
         };
         Ok((own, memory))
@@ -132,13 +132,13 @@ impl DraftModel {
                 }
             }
             self.compute()?;
-            for (row, index) in self.targets.iter().enumerate() {
-                match best(self.output.row(row)) {
-                    Some(id) => {
-                        running[*index].push_draft_token(id);
+            for (choice, index) in self.output.choices.iter().zip(&self.targets) {
+                match choice {
+                    Ok(token) => {
+                        running[*index].push_draft_token(token.id);
                         wanted[*index] -= 1;
                     }
-                    None => wanted[*index] = 0,
+                    Err(_) => wanted[*index] = 0,
                 }
             }
         }
@@ -173,11 +173,17 @@ impl DraftModel {
         sequence.feed_draft(free, logits, &mut self.input)
     }
 
+    /// Computes a step, and takes the best token of each of its rows of logits.
     fn compute(&mut self) -> Result<(), BackendError> {
+        self.output.choices.clear();
         if self.input.rows() == 0 {
             return Ok(());
         }
+        self.sample.clear();
+        let rows = 0..self.input.logits_rows.len();
+        rows.for_each(|row| self.sample.push(&SampleSpec::greedy(row)));
         self.executable.submit(&self.input)?;
+        self.executable.sample(&self.sample)?;
         self.executable.wait(&mut self.output)
     }
 }

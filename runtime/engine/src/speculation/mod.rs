@@ -7,18 +7,22 @@
 //! depend on the number of rows, such as the CPU.
 //!
 //! Draft tokens come from the sequence's own tokens ([`ngram`]) or from a smaller model ([`draft`]). Their
-//! number depends on how many were accepted before ([`acceptance`]), and on how many sequences share the
-//! step.
+//! number depends on how many were accepted before ([`acceptance`]), on what they cost ([`costs`]), and on
+//! how many sequences share the step.
 
 mod acceptance;
+mod costs;
 mod draft;
 mod ngram;
 
+pub(crate) use costs::{DecodeStep, DraftOffer};
 pub(crate) use draft::{DraftFeed, DraftModel, check, check_context};
 
+use crate::config::SpeculationCosts;
 use crate::generation::Sequence;
 use crate::scheduling::rows::RowDemand;
 use acceptance::AcceptanceRate;
+use costs::{Expected, StepCosts};
 use trustformers_plan::BackendError;
 
 /// Most decode rows of one step, draft tokens included. Up to this number a step's time grows slowly with its
@@ -26,12 +30,31 @@ use trustformers_plan::BackendError;
 /// would slow other streams down.
 pub(crate) const MAX_VERIFY_ROWS: usize = 8;
 
-/// Proposes draft tokens.
-pub(crate) enum Proposer {
+const EXPECTED_OF_NGRAMS: Expected = Expected { acceptance: 0.6, draft_step: 0.0 };
+
+/// Of a draft model a third to a quarter as large as the model.
+const EXPECTED_OF_MODELS: Expected = Expected { acceptance: 0.8, draft_step: 0.25 };
+
+/// Most draft tokens of one sequence: n-grams cost nothing to propose.
+const MAX_NGRAM_TOKENS: usize = MAX_VERIFY_ROWS - 1;
+const MAX_DRAFT_TOKENS: usize = MAX_VERIFY_ROWS - 2;
+
+/// Tokens without a draft after which a draft model leaves a sequence alone: it would have to read them all
+/// before it proposes another one, which at a fifth of its step each takes some 13 of its steps.
+const MAX_PAUSE_TOKENS: u32 = 64;
+
+/// Where draft tokens come from.
+enum DraftSource {
     /// The tokens that followed the same tokens before.
     Ngram,
     /// A smaller model.
     Draft(Box<DraftModel>),
+}
+
+/// Proposes draft tokens.
+pub(crate) struct Proposer {
+    source: DraftSource,
+    costs: StepCosts,
 }
 
 /// Most rows that speculation may use.
@@ -70,8 +93,8 @@ impl DraftTokens {
     }
 
     /// How many draft tokens pay for themselves now.
-    pub(crate) fn draft_len(&mut self) -> usize {
-        self.rate.draft_len()
+    pub(crate) fn draft_len(&mut self, offer: &DraftOffer) -> usize {
+        self.rate.draft_len(offer)
     }
 
     /// Adds a draft token after the sequence's latest token and the draft tokens so far.
@@ -109,14 +132,30 @@ impl DraftTokens {
 }
 
 impl Proposer {
+    /// From n-grams.
+    pub(crate) fn ngram(costs: SpeculationCosts) -> Self {
+        Self { source: DraftSource::Ngram, costs: StepCosts::new(costs, EXPECTED_OF_NGRAMS) }
+    }
+
+    /// By a draft model.
+    pub(crate) fn draft(model: DraftModel, costs: SpeculationCosts) -> Self {
+        let source = DraftSource::Draft(Box::new(model));
+        Self { source, costs: StepCosts::new(costs, EXPECTED_OF_MODELS) }
+    }
+
     /// The draft state of a new sequence.
     pub(crate) fn new_sequence(&self) -> DraftTokens {
-        match self {
-            Self::Ngram => DraftTokens { rows: Vec::new(), drafted: None, rate: AcceptanceRate::ngram() },
-            Self::Draft(_) => {
-                DraftTokens { rows: Vec::new(), drafted: Some(0), rate: AcceptanceRate::draft() }
-            }
-        }
+        let (drafted, max_len, max_pause) = match &self.source {
+            DraftSource::Ngram => (None, MAX_NGRAM_TOKENS, None),
+            DraftSource::Draft(_) => (Some(0), MAX_DRAFT_TOKENS, Some(MAX_PAUSE_TOKENS)),
+        };
+        let rate = AcceptanceRate::new(self.costs.acceptance(), max_len, max_pause);
+        DraftTokens { rows: Vec::new(), drafted, rate }
+    }
+
+    /// Records a step in which every sequence decoded.
+    pub(crate) fn record(&mut self, step: &DecodeStep) {
+        self.costs.record(step);
     }
 
     /// Proposes draft tokens for the sequences that decode, and adds their rows to `rows`, which has one
@@ -137,25 +176,26 @@ impl Proposer {
         if each == 0 {
             return Ok(());
         }
+        let offer = self.costs.offer(decoding);
         let mut free = limits.rows.saturating_sub(rows.iter().sum());
         let wanted: Vec<usize> = running
             .iter_mut()
             .zip(rows.iter().copied())
             .map(|(sequence, rows)| {
-                let count =
-                    if decodes(sequence, rows) { sequence.draft_tokens_wanted(each.min(free)) } else { 0 };
+                let limit = if decodes(sequence, rows) { each.min(free) } else { 0 };
+                let count = if limit > 0 { sequence.draft_tokens_wanted(limit, &offer) } else { 0 };
                 free -= count;
                 count
             })
             .collect();
-        match self {
-            Self::Ngram => {
+        match &mut self.source {
+            DraftSource::Ngram => {
                 for (sequence, wanted) in running.iter_mut().zip(wanted) {
                     let ids = ngram::propose(sequence.tokens(), wanted).to_vec();
                     ids.into_iter().for_each(|id| sequence.push_draft_token(id));
                 }
             }
-            Self::Draft(model) => model.propose(running, wanted, limits.draft_rows)?,
+            DraftSource::Draft(model) => model.propose(running, wanted, limits.draft_rows)?,
         }
         for (sequence, rows) in running.iter().zip(rows) {
             *rows += sequence.draft_ids().len();
@@ -168,9 +208,9 @@ impl Proposer {
     /// # Errors
     /// The device fails a step of the draft model.
     pub(crate) fn catch_up(&mut self, running: &mut [Sequence]) -> Result<(), BackendError> {
-        match self {
-            Self::Ngram => Ok(()),
-            Self::Draft(model) => model.catch_up(running),
+        match &mut self.source {
+            DraftSource::Ngram => Ok(()),
+            DraftSource::Draft(model) => model.catch_up(running),
         }
     }
 }

@@ -96,7 +96,7 @@ async fn cancelling_releases_the_blocks_in_every_phase() {
     steps.decide(Verdict::Run);
     // The third is in the middle of its prompt.
     let step = steps.next_step();
-    assert_eq!((step.rows(), step.tokens[0], step.logits_rows.len()), (16, prompt(40, 3)[0], 0));
+    assert_eq!((step.rows(), step.tokens[0].id(), step.logits_rows.len()), (16, Some(prompt(40, 3)[0]), 0));
     assert_eq!(kv_used(&registry), 1.0);
     drop(prefilling);
     steps.decide(Verdict::Run);
@@ -106,6 +106,9 @@ async fn cancelling_releases_the_blocks_in_every_phase() {
     engine.drain().await;
     assert_eq!(kv_used(&registry), 0.0);
     assert_eq!(value(&registry, "trustformers_requests_total", Some("cancelled")), 3.0);
+    for stage in ["queued", "prefill", "decode"] {
+        assert_eq!(value(&registry, "trustformers_requests_cancelled_total", Some(stage)), 1.0, "{stage}");
+    }
     assert_eq!(value(&registry, "trustformers_requests_running", None), 0.0);
     assert_eq!(value(&registry, "trustformers_requests_waiting", None), 0.0);
 }

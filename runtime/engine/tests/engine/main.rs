@@ -6,10 +6,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
 
+mod ahead;
 mod faults;
 mod lifecycle;
+mod observing;
 mod paging;
 mod scheduling;
+mod sharing;
 mod speculation;
 #[path = "../stepped/mod.rs"]
 mod stepped;
@@ -21,7 +24,7 @@ use std::sync::Arc;
 use stepped::{StepControl, stepped};
 use trustformers_engine::{
     Engine, EngineConfig, EngineMetrics, FinishReason, GenerateError, GenerateParams, Generation,
-    GenerationEvent, Prompt, TokenLogprobs,
+    GenerationEvent, Prompt, SpeculationCosts, TokenLogprobs,
 };
 use trustformers_model::Model;
 use trustformers_model::seeded::SeededModel;
@@ -38,6 +41,7 @@ fn config() -> EngineConfig {
         max_batch_size: 8,
         token_budget: 64,
         step_target_ms: None,
+        speculation_costs: SpeculationCosts::Assumed { row: 0.1, draft_step: 0.25 },
         ..EngineConfig::default()
     }
 }
@@ -80,7 +84,7 @@ fn prompt(len: usize, salt: usize) -> Vec<u32> {
     (0..len).map(|i| 3 + ((i * 31 + salt * 17) % 250) as u32).collect()
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 struct CompletedAnswer {
     ids: Vec<u32>,
     text: String,

@@ -4,8 +4,11 @@ use crate::stepped::Verdict;
 use crate::{CompletedAnswer, answer, config, kv_used, model, prompt, start, start_stepped, tokens, value};
 use futures::future::join_all;
 use prometheus::Registry;
+use trustformers_conformance::late::{LateOracle, LateTime};
 use trustformers_cpu::{CpuBackend, CpuConfig};
-use trustformers_engine::{Engine, EngineConfig, EngineMetrics, GenerateParams, Numerics, Prompt};
+use trustformers_engine::{
+    Engine, EngineConfig, EngineMetrics, GenerateParams, Grammar, Numerics, Prompt, Speculation,
+};
 use trustformers_plan::Backend;
 use trustformers_plan::oracle::Oracle;
 
@@ -107,6 +110,8 @@ fn any_requests(rng: &mut fastrand::Rng) -> Vec<GenerateParams> {
                 temperature: if rng.usize(..2) == 0 { 0.0 } else { 1.2 },
                 top_k: 40,
                 repetition_penalty: if rng.usize(..3) == 0 { 1.3 } else { 1.0 },
+                grammar: (rng.usize(..6) == 0).then(|| Grammar::Regex("(ab|cd)+[0-9]{5}".into())),
+                stop: if rng.usize(..4) == 0 { vec!["a".into(), "eb".into()] } else { Vec::new() },
                 seed: Some(index as u64),
                 logprobs: Some(2),
                 ..tokens(&[], 1 + rng.usize(..40))
@@ -122,8 +127,14 @@ fn start_exact(config: &EngineConfig, backend: Box<dyn Backend>, registry: &Regi
 }
 
 /// In exact numerics the bits of an answer, log probabilities included, do not depend on the batch, on cached
-/// prefixes, on the chunks of the prompt, or on preemption.
-async fn scheduling_changes_no_answer(backend: fn() -> Box<dyn Backend>, cases: u64) {
+/// prefixes, on the chunks of the prompt, on preemption, on draft tokens, or on steps that run ahead where
+/// `crowded` is a device that allows it.
+async fn scheduling_changes_no_answer(
+    alone: fn() -> Box<dyn Backend>,
+    crowded: fn() -> Box<dyn Backend>,
+    cases: u64,
+) {
+    let devices = (alone, crowded);
     let (mut reused, mut preempted) = (0.0, 0.0);
     for case in 0..cases {
         let mut rng = fastrand::Rng::with_seed(case);
@@ -132,7 +143,7 @@ async fn scheduling_changes_no_answer(backend: fn() -> Box<dyn Backend>, cases: 
         for request in &requests {
             // An engine of its own: nothing is cached, and the prompt is read in one step.
             let config = EngineConfig { max_batch_size: 1, token_budget: 256, ..config() };
-            let alone = start_exact(&config, backend(), &Registry::new());
+            let alone = start_exact(&config, devices.0(), &Registry::new());
             expected.push(answer(alone.submit(request).unwrap()).await.unwrap());
         }
         let max_batch_size = 2 + rng.usize(..7);
@@ -141,10 +152,11 @@ async fn scheduling_changes_no_answer(backend: fn() -> Box<dyn Backend>, cases: 
             max_batch_size,
             token_budget: max_batch_size + rng.usize(..40),
             kv_memory_bytes: Some((9 + rng.u64(..8)) * BLOCK_BYTES),
+            speculation: (rng.usize(..3) == 0).then_some(Speculation::Ngram),
             ..config()
         };
         let registry = Registry::new();
-        let engine = start_exact(&crowded, backend(), &registry);
+        let engine = start_exact(&crowded, devices.1(), &registry);
         for round in 0..2 {
             let running = requests.iter().map(|request| answer(engine.submit(request).unwrap()));
             for (got, expected) in join_all(running).await.into_iter().zip(&expected) {
@@ -160,13 +172,23 @@ async fn scheduling_changes_no_answer(backend: fn() -> Box<dyn Backend>, cases: 
     assert!(reused > 100.0 && preempted > cases as f64 / 4.0, "{reused} {preempted}");
 }
 
+fn oracle() -> Box<dyn Backend> {
+    Box::new(Oracle::new())
+}
+
 #[tokio::test]
 async fn scheduling_changes_no_answer_on_the_oracle() {
-    scheduling_changes_no_answer(|| Box::new(Oracle::new()), 12).await;
+    scheduling_changes_no_answer(oracle, oracle, 12).await;
+}
+
+#[tokio::test]
+async fn scheduling_changes_no_answer_on_a_device_that_runs_ahead() {
+    let late = || -> Box<dyn Backend> { Box::new(LateOracle::new(LateTime::new(5000, 100))) };
+    scheduling_changes_no_answer(oracle, late, 24).await;
 }
 
 #[tokio::test]
 async fn scheduling_changes_no_answer_on_the_cpu() {
     let cpu = || -> Box<dyn Backend> { Box::new(CpuBackend::new(CpuConfig::default()).unwrap()) };
-    scheduling_changes_no_answer(cpu, 40).await;
+    scheduling_changes_no_answer(cpu, cpu, 40).await;
 }

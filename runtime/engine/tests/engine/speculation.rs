@@ -12,8 +12,8 @@ use trustformers_model::Model;
 use trustformers_model::seeded::{SeededEncoder, SeededModel};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepInput,
-    StepOutput,
+    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, SampleInput,
+    StepInput, StepOutput,
 };
 
 fn seeded(shape: SeededModel) -> Arc<Model> {
@@ -259,6 +259,10 @@ impl Loaded for BrokenModel {
 impl Executable for BrokenSteps {
     fn submit(&mut self, _input: &StepInput) -> Result<(), BackendError> {
         Err(BackendError::Device("the test pulled the plug".to_owned()))
+    }
+
+    fn sample(&mut self, _input: &SampleInput) -> Result<(), BackendError> {
+        Err(BackendError::Order("nothing was submitted"))
     }
 
     fn wait(&mut self, _output: &mut StepOutput) -> Result<(), BackendError> {

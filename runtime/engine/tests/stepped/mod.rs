@@ -4,8 +4,8 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, StepError,
-    StepInput, StepOutput,
+    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, SampleFault,
+    SampleInput, StepError, StepInput, StepOutput,
 };
 
 /// What a step does.
@@ -17,7 +17,7 @@ pub(crate) enum Verdict {
     Fail,
     /// The device refuses this row before it computes anything.
     RefuseRow(usize),
-    /// The logits are not numbers.
+    /// The values are not numbers, and no token is chosen from them.
     Poison,
     /// The backend's code panics.
     Panic,
@@ -116,16 +116,22 @@ impl Executable for SteppedExecutable {
             Verdict::Run | Verdict::Poison => self.inner.submit(input),
             Verdict::Fail => Err(BackendError::Device("the test pulled the plug".to_owned())),
             Verdict::RefuseRow(row) => {
-                Err(StepError::Token { row, token: input.tokens[row], vocab: 0 }.into())
+                let token = input.tokens[row].id().unwrap();
+                Err(StepError::Token { row, token, vocab: 0 }.into())
             }
             Verdict::Panic => panic!("the test broke the backend"),
         }
+    }
+
+    fn sample(&mut self, input: &SampleInput) -> Result<(), BackendError> {
+        self.inner.sample(input)
     }
 
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
         self.inner.wait(output)?;
         if self.verdict == Verdict::Poison {
             output.values.fill(f32::NAN);
+            output.choices.fill(Err(SampleFault::NotFinite));
         }
         Ok(())
     }

@@ -72,7 +72,9 @@ impl InferenceService for GrpcPod {
     }
 }
 
-async fn pod(refusal: Option<Code>) -> (SocketAddr, mpsc::Sender<Result<GenerateStreamResponse, Status>>) {
+pub(crate) async fn pod(
+    refusal: Option<Code>,
+) -> (SocketAddr, mpsc::Sender<Result<GenerateStreamResponse, Status>>) {
     let (sender, pieces) = mpsc::channel(1);
     let service = GrpcPod { refusal, pieces: Mutex::new(Some(pieces)) };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,6 +1,7 @@
 //! Requests for models without a pod, and what counts of callers' own words.
 
 use http::StatusCode;
+use trustformers_proto::control::v1::HeldRequests;
 
 use crate::operator::TableBuilder;
 use crate::pods::Pod;
@@ -15,6 +16,8 @@ async fn a_held_request_is_answered_by_the_first_pod_that_comes() {
     let send = || client(false).request(post(scene.http(), "/v1/generate", r#"{"model": "a"}"#));
     let (waiting, leaving) = (tokio::spawn(send()), tokio::spawn(send()));
     until("both to be held", || async { scene.metric(HELD).await > 1.5 }).await;
+    let held = [HeldRequests { route: "default/a".to_owned(), count: 2 }];
+    scene.operator.report(0, |report| report.held == held).await;
     leaving.abort();
     until("the caller that left to free its place", || async { scene.metric(HELD).await < 1.5 }).await;
     let pod = Pod::named("came").await;

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "an unexpected value fails the test")]
 
+mod counts;
 mod drain;
 mod feed;
 mod grpc;
@@ -12,6 +13,7 @@ mod held;
 mod hostile;
 mod operator;
 mod pods;
+mod policies;
 mod retry;
 mod routing;
 mod scripted;

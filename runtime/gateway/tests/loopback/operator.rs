@@ -1,5 +1,6 @@
 //! A fake operator: publishes the tables of a test and records the reports of the gateway.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -31,7 +32,7 @@ impl TableBuilder {
             aliases: vec![format!("default/{name}"), name.to_owned()],
             backends: Vec::new(),
             policy: Some(wire::Policy { retries: 1, ..wire::Policy::default() }),
-            task: String::new(),
+            ..wire::Route::default()
         });
         self
     }
@@ -46,6 +47,24 @@ impl TableBuilder {
     pub(crate) fn policy(mut self, first_byte_timeout_ms: u64, retries: u32) -> Self {
         let policy = self.0.routes.last_mut().unwrap().policy.as_mut().unwrap();
         (policy.first_byte_timeout_ms, policy.retries) = (first_byte_timeout_ms, retries);
+        self
+    }
+
+    /// Changes the last route's policy.
+    pub(crate) fn with_policy(mut self, change: impl FnOnce(&mut wire::Policy)) -> Self {
+        change(self.0.routes.last_mut().unwrap().policy.as_mut().unwrap());
+        self
+    }
+
+    /// Sets the last route's split.
+    pub(crate) fn split(mut self, split: wire::Split) -> Self {
+        self.0.routes.last_mut().unwrap().split = Some(split);
+        self
+    }
+
+    /// The last backend keeps its share while it has no pod.
+    pub(crate) fn keeps_share(mut self) -> Self {
+        self.0.routes.last_mut().unwrap().backends.last_mut().unwrap().keeps_share = true;
         self
     }
 
@@ -71,12 +90,14 @@ impl TableBuilder {
             address: address.ip().to_string(),
             http_port: u32::from(address.port()),
             grpc_port: u32::from(address.port()),
+            ..wire::Endpoint::default()
         });
         self.0.routes.last_mut().unwrap().backends.push(wire::Backend {
             revision: revision.to_owned(),
             digest: format!("digest-{revision}"),
             weight,
             endpoints: endpoints.collect(),
+            ..wire::Backend::default()
         });
         self
     }
@@ -196,6 +217,13 @@ impl Operator {
 
     pub(crate) fn reports(&self) -> usize {
         self.received.lock().unwrap().reports.len()
+    }
+
+    /// The last that was reported of each route and revision.
+    pub(crate) fn counts(&self) -> BTreeMap<(String, String), wire::RevisionCounts> {
+        let received = self.received.lock().unwrap();
+        let counts = received.reports.iter().flat_map(|report| &report.counts);
+        counts.map(|counts| ((counts.route.clone(), counts.revision.clone()), counts.clone())).collect()
     }
 
     /// Waits for a report that matches, among those behind the first `skip`.

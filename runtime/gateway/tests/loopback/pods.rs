@@ -106,6 +106,11 @@ impl Pod {
         self.heads.lock().unwrap().last().unwrap().clone()
     }
 
+    /// Paths of all requests.
+    pub(crate) fn paths(&self) -> Vec<String> {
+        self.heads.lock().unwrap().iter().map(|head| head.uri.path().to_owned()).collect()
+    }
+
     pub(crate) fn send_goaway(&self) {
         self.goaway.send_replace(());
     }

@@ -13,7 +13,7 @@ fn retries(reason: &str) -> String {
 }
 
 /// A pod that resets every stream before its answer.
-async fn resetting() -> Pod {
+pub(crate) async fn resetting() -> Pod {
     Pod::start(|_, _| async { Err("reset by the test".into()) }).await
 }
 

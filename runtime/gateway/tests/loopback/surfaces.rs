@@ -23,7 +23,7 @@ use trustformers_proto::v1::session_request::Action;
 use trustformers_proto::v1::{EmbedRequest, GenerateRequest, GenerateResponse, SessionRequest};
 
 use crate::operator::TableBuilder;
-use crate::{Scene, client, json, post, scripted, soon};
+use crate::{Scene, client, json, post, scripted, soon, until};
 
 /// A gateway before a pod that generates and one that embeds, and the first one's address.
 async fn scene() -> (Scene, SocketAddr) {
@@ -78,6 +78,11 @@ fn accepted(name: &str, model: &str) -> String {
     body.to_string()
 }
 
+/// What the gateway answers itself, or refuses because the operator decides.
+fn is_local(surface: &str) -> bool {
+    ["get_model", "load_model", "unload_model", "swap_model", "rollback_model"].contains(&surface)
+}
+
 #[tokio::test]
 async fn every_http_row_that_a_pod_answers_passes_as_the_pod_answers_it() {
     let (scene, words) = scene().await;
@@ -85,7 +90,7 @@ async fn every_http_row_that_a_pod_answers_passes_as_the_pod_answers_it() {
     for surface in SURFACES {
         let Endpoint::Http { method, path } = surface.endpoint else { continue };
         let forwarded = surface.model != ModelPlace::Nowhere && surface.kind != Kind::Upgrade;
-        if !forwarded || matches!(surface.name, "get_model" | "load_model" | "unload_model") {
+        if !forwarded || is_local(surface.name) {
             continue;
         }
         let model = if surface.name == "embeddings" { "vectors" } else { "default/words" };
@@ -209,6 +214,10 @@ async fn a_session_goes_where_its_first_message_says_also_when_the_caller_waits_
         drop(sender);
         assert!(soon("the end", answers.message()).await.unwrap().is_none());
     }
+    // Two sessions, and two requests of each.
+    let attempts = r#"trustformers_gateway_attempts_total{outcome="ok",revision="r1",route="default/words"}"#;
+    until("all to be counted", || async { scene.metric(attempts).await > 5.5 }).await;
+    assert!((scene.metric(attempts).await - 6.0).abs() < 1e-9);
     let unknown = futures::stream::iter([started("one", "other")]);
     let status = soon("a status", caller.session(unknown)).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
@@ -259,7 +268,7 @@ async fn feedback_counts_once_for_an_answer() {
         let response = scene.client.request(post(scene.http(), "/v1/feedback", body)).await.unwrap();
         crate::text(response).await
     };
-    crate::until("the answer to be remembered", || async { send(&id).await.0 == StatusCode::OK }).await;
+    until("the answer to be remembered", || async { send(&id).await.0 == StatusCode::OK }).await;
     assert_eq!(json(&send(&id).await.1)["counted"], false);
     assert!((scene.metric(scored).await - 1.0).abs() < 1e-9);
     let (status, body) = send("another").await;

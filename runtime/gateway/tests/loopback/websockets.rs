@@ -55,6 +55,9 @@ async fn a_websocket_goes_where_its_first_message_or_its_query_says() {
     socket.close(None).await.unwrap();
     let ended = r#"trustformers_gateway_requests_total{code="2xx",protocol="http",revision="r1",route="default/words"}"#;
     until("it to be counted", || async { scene.metric(ended).await > 0.5 }).await;
+    // The connection, and both requests over it.
+    let attempts = r#"trustformers_gateway_attempts_total{outcome="ok",revision="r1",route="default/words"}"#;
+    assert!((scene.metric(attempts).await - 3.0).abs() < 1e-9);
 
     let mut named = websocket(&scene, "?model=default%2Fwords").await.unwrap();
     let answer = asked(&mut named, r#"{"id": "b", "type": "generate", "prompt": "Hi"}"#).await;

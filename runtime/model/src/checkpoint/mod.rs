@@ -16,12 +16,11 @@ pub(crate) use sentence::Sentence;
 
 use crate::error::LoadError;
 use crate::foreign::ForeignFile;
-use crate::source::{self, ReadProgress};
+use crate::source::{self, OnRead};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -133,8 +132,7 @@ impl CheckpointFiles {
     fn optional_bytes(&self, name: &str) -> Result<Option<Vec<u8>>, LoadError> {
         let Some(path) = self.files.get(name) else { return Ok(None) };
         let io = |source| LoadError::Io { path: path.clone(), action: "read", source };
-        let file = File::open(path).map_err(io)?;
-        let bytes = file.metadata().map_err(io)?.len();
+        let (file, bytes) = source::open_file(path)?;
         let mut content = Vec::new();
         // One byte more than is allowed shows a file that has grown since its size was read.
         file.take(MAX_TEXT_BYTES + 1).read_to_end(&mut content).map_err(io)?;
@@ -145,7 +143,7 @@ impl CheckpointFiles {
     }
 
     /// The weights, mapped, and the place of each tensor in them.
-    pub(crate) fn tensors(&self, progress: &mut dyn FnMut(ReadProgress)) -> Result<StoredTensors, LoadError> {
+    pub(crate) fn tensors(&self, progress: &mut OnRead<'_>) -> Result<StoredTensors, LoadError> {
         let path = self.files.get(WEIGHTS).ok_or_else(|| self.wrong(WEIGHTS, self.no_weights()))?;
         let source = source::open(path, progress)?;
         StoredTensors::parse(source).map_err(|problem| self.wrong(WEIGHTS, problem))

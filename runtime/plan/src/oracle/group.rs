@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use super::{KvCache, Memory, memory, ops::Step, rope_tables, zeros};
+use super::{KvCache, Memory, answer::PendingAnswer, memory, ops::Step, rope_tables, zeros};
 use crate::{
-    BackendError, Buf, Executable, KvType, MemoryReport, Op, Plan, RopeSpec, StepInput, StepOutput, Weights,
-    rope::RopeTable, shard::Shard,
+    BackendError, Buf, Executable, KvType, MemoryReport, Op, Plan, RopeSpec, SampleInput, StepInput,
+    StepOutput, Weights, rope::RopeTable, shard::Shard,
 };
 
 /// A divided model on as many oracles as it has shards.
@@ -14,7 +14,7 @@ pub struct OracleGroup {
     devices: Vec<Device>,
     kv_blocks: usize,
     kv_type: KvType,
-    finished: Option<Vec<f32>>,
+    answer: PendingAnswer,
 }
 
 struct Device {
@@ -47,7 +47,7 @@ impl OracleGroup {
             })
         };
         let devices = shards.iter().map(load).collect::<Result<_, BackendError>>()?;
-        Ok(Self { devices, kv_blocks, kv_type, finished: None })
+        Ok(Self { devices, kv_blocks, kv_type, answer: PendingAnswer::default() })
     }
 
     /// What each device takes.
@@ -60,17 +60,17 @@ impl OracleGroup {
     }
 
     /// Adds up what the devices have in a buffer; all of them receive the sum.
-    fn all_reduce(&mut self, input: &StepInput, data: Buf) {
+    fn all_reduce(&mut self, input: &StepInput, ids: &[u32], data: Buf) {
         let mut sums: Vec<Vec<f64>> = Vec::new();
         for device in &mut self.devices {
-            let rows = device.step(input).all_rows(data);
+            let rows = device.step(input, ids).all_rows(data);
             sums.resize_with(rows.len(), || vec![0.0; data.cols]);
             for (sum, value) in sums.iter_mut().flatten().zip(rows.iter().flatten()) {
                 *sum += f64::from(*value);
             }
         }
         for device in &mut self.devices {
-            let mut step = device.step(input);
+            let mut step = device.step(input, ids);
             for (r, row) in sums.iter().enumerate() {
                 let row: Vec<f32> = row.iter().map(|sum| *sum as f32).collect();
                 step.store(data, r, &row);
@@ -80,32 +80,36 @@ impl OracleGroup {
 }
 
 impl Device {
-    fn step<'a>(&'a mut self, input: &'a StepInput) -> Step<'a> {
-        Step { input, weights: &self.weights, ropes: &self.ropes, memory: &mut self.memory }
+    fn step<'a>(&'a mut self, input: &'a StepInput, ids: &'a [u32]) -> Step<'a> {
+        Step { input, ids, weights: &self.weights, ropes: &self.ropes, memory: &mut self.memory }
     }
 }
 
 impl Executable for OracleGroup {
     fn submit(&mut self, input: &StepInput) -> Result<(), BackendError> {
-        if self.finished.is_some() {
+        if self.answer.is_in_flight() {
             return Err(BackendError::Order("submit before the last step was awaited"));
         }
         let plan = self.devices[0].plan.clone();
         input.validate(&plan, self.kv_blocks)?;
+        let ids = self.answer.resolve(input)?.to_vec();
         for op in plan.ops() {
             if let Op::AllReduce { data } = op {
-                self.all_reduce(input, *data);
+                self.all_reduce(input, &ids, *data);
             } else {
-                self.devices.iter_mut().for_each(|device| device.step(input).run(op));
+                self.devices.iter_mut().for_each(|device| device.step(input, &ids).run(op));
             }
         }
-        self.finished = Some(self.devices[0].step(input).read(plan.answer()));
+        let values = self.devices[0].step(input, &ids).read(plan.answer());
+        self.answer.finish(input, values, plan.answer().cols);
         Ok(())
     }
 
+    fn sample(&mut self, input: &SampleInput) -> Result<(), BackendError> {
+        self.answer.sample(input)
+    }
+
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
-        output.values = self.finished.take().ok_or(BackendError::Order("wait without submit"))?;
-        output.width = self.devices[0].plan.answer().cols;
-        Ok(())
+        self.answer.wait(output)
     }
 }

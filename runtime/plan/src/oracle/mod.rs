@@ -4,6 +4,7 @@
 //! a step is computed by itself, in an order that depends on its own values only, so answers do not depend on
 //! the batch. The code is written to be read and is fast enough for tests with small models.
 
+mod answer;
 mod encoder;
 mod group;
 mod ops;
@@ -17,10 +18,11 @@ use half::{bf16, f16};
 
 use crate::{
     Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec, Executable, FusedOps, Hyper,
-    KV_BLOCK_TOKENS, KvType, LoadProgress, LoadSpec, Loaded, MemoryReport, Op, Plan, RopeSpec, StepInput,
-    StepOutput, Weights, rope::RopeTable,
+    KV_BLOCK_TOKENS, KvType, LoadProgress, LoadSpec, Loaded, MemoryReport, Op, Plan, RopeSpec, SampleInput,
+    StepInput, StepOutput, Weights, rope::RopeTable,
 };
 
+use answer::PendingAnswer;
 pub use group::OracleGroup;
 
 /// The backend. It claims no fused op, so plans for it are unfused; it runs fused ones too.
@@ -42,6 +44,8 @@ impl Oracle {
                 fused: FusedOps::default(),
                 kv_types: KvType::ALL.to_vec(),
                 fast_kv_type: KvType::F32,
+                steps_in_flight: 1,
+                rows_are_invariant: true,
             },
         }
     }
@@ -110,7 +114,7 @@ impl Loaded for OracleModel {
             memory: self.memory.clone(),
             kv_blocks: self.kv_blocks,
             ropes: rope_tables(plan),
-            finished: None,
+            answer: PendingAnswer::default(),
         }))
     }
 }
@@ -144,29 +148,35 @@ struct OracleExecutable {
     memory: Arc<Mutex<Memory>>,
     kv_blocks: usize,
     ropes: Vec<(RopeSpec, RopeTable)>,
-    finished: Option<Vec<f32>>,
+    answer: PendingAnswer,
 }
 
 impl Executable for OracleExecutable {
     fn submit(&mut self, input: &StepInput) -> Result<(), BackendError> {
-        if self.finished.is_some() {
+        if self.answer.is_in_flight() {
             return Err(BackendError::Order("submit before the last step was awaited"));
         }
         input.validate(&self.plan, self.kv_blocks)?;
+        let ids = self.answer.resolve(input)?;
         // A step that panicked can have left wrong numbers in the blocks of its own sequences only.
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut step = ops::Step { input, weights: &self.weights, ropes: &self.ropes, memory: &mut memory };
+        let mut step =
+            ops::Step { input, ids, weights: &self.weights, ropes: &self.ropes, memory: &mut memory };
         for op in self.plan.ops() {
             step.run(op);
         }
-        self.finished = Some(step.read(self.plan.answer()));
+        let out = self.plan.answer();
+        let values = step.read(out);
+        self.answer.finish(input, values, out.cols);
         Ok(())
     }
 
+    fn sample(&mut self, input: &SampleInput) -> Result<(), BackendError> {
+        self.answer.sample(input)
+    }
+
     fn wait(&mut self, output: &mut StepOutput) -> Result<(), BackendError> {
-        output.values = self.finished.take().ok_or(BackendError::Order("wait without submit"))?;
-        output.width = self.plan.answer().cols;
-        Ok(())
+        self.answer.wait(output)
     }
 }
 

@@ -25,6 +25,8 @@ pub(super) struct Heads {
 /// A step that runs.
 pub(super) struct Step<'a> {
     pub(super) input: &'a StepInput,
+    /// The token of each row.
+    pub(super) ids: &'a [u32],
     pub(super) weights: &'a Weights,
     pub(super) ropes: &'a [(RopeSpec, RopeTable)],
     pub(super) memory: &'a mut Memory,
@@ -34,7 +36,7 @@ impl Step<'_> {
     /// Runs one op.
     pub(super) fn run(&mut self, op: &Op) {
         match *op {
-            Op::Embed { table, out } => self.embed(table, &self.input.tokens, out),
+            Op::Embed { table, out } => self.embed(table, self.ids, out),
             Op::EmbedPositions { table, out } => self.embed(table, &self.input.positions, out),
             Op::AddRow { input, weight, out } => self.add_row(input, weight, out),
             Op::RmsNorm { input, weight, eps, out } => {

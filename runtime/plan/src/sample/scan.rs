@@ -1,6 +1,9 @@
 //! Loops over a whole row of logits. They are written so that the compiler emits vector instructions: fixed
 //! blocks, no branch inside a block, and an own exponential function.
 //!
+//! All of them are inlined into their callers, so that a backend compiles them for the instructions of its
+//! processor ([`super::choose`]). Their results do not depend on these: no sum changes its order.
+//!
 //! The exponential has a second reason: that of the C library differs between versions, and with it the token
 //! that a seed draws.
 
@@ -14,8 +17,14 @@ const SUM_BLOCK: usize = 512;
 
 const LANES: usize = 16;
 
+/// How many sums [`draw`] keeps for a row.
+pub(super) const fn sums_of(vocabulary: usize) -> usize {
+    vocabulary.div_ceil(SUM_BLOCK)
+}
+
 /// The largest value; `None` where there are no values or one is not finite.
-pub(crate) fn finite_max(row: &[f32]) -> Option<f32> {
+#[inline(always)]
+pub(super) fn finite_max(row: &[f32]) -> Option<f32> {
     let (blocks, rest) = row.as_chunks::<LANES>();
     let mut best = [f32::NEG_INFINITY; LANES];
     // Becomes and stays NaN where a value is infinite or NaN.
@@ -32,7 +41,8 @@ pub(crate) fn finite_max(row: &[f32]) -> Option<f32> {
 }
 
 /// The largest value of a row that may contain minus infinity.
-pub(crate) fn max(row: &[f32]) -> f32 {
+#[inline(always)]
+pub(super) fn max(row: &[f32]) -> f32 {
     let (blocks, rest) = row.as_chunks::<LANES>();
     let mut best = [f32::NEG_INFINITY; LANES];
     for block in blocks {
@@ -45,7 +55,8 @@ pub(crate) fn max(row: &[f32]) -> f32 {
 
 /// Calls `each` with the index and value of every value that is at least `floor`, in order. A block without
 /// one costs a few instructions.
-pub(crate) fn at_least(row: &[f32], floor: f32, mut each: impl FnMut(usize, f32)) {
+#[inline(always)]
+pub(super) fn at_least(row: &[f32], floor: f32, mut each: impl FnMut(usize, f32)) {
     for (block, start) in row.chunks(BLOCK).zip((0..).step_by(BLOCK)) {
         // Without a short circuit this is a loop of vector comparisons.
         let any = block.iter().fold(false, |any, value| any | (*value >= floor));
@@ -60,7 +71,8 @@ pub(crate) fn at_least(row: &[f32], floor: f32, mut each: impl FnMut(usize, f32)
 }
 
 /// The first index of a value; 0 where it is missing.
-pub(crate) fn index_of(row: &[f32], wanted: f32) -> usize {
+#[inline(always)]
+pub(super) fn index_of(row: &[f32], wanted: f32) -> usize {
     for (block, start) in row.chunks(BLOCK).zip((0..).step_by(BLOCK)) {
         let any = block.iter().fold(false, |any, value| any | (*value == wanted));
         if let (true, Some(inside)) = (any, block.iter().position(|value| *value == wanted)) {
@@ -71,14 +83,15 @@ pub(crate) fn index_of(row: &[f32], wanted: f32) -> usize {
 }
 
 /// The second best value; it equals the best one where two tokens have it.
-pub(crate) fn second_max(row: &[f32], best: usize) -> f32 {
+#[inline(always)]
+pub(super) fn second_max(row: &[f32], best: usize) -> f32 {
     max(&row[..best]).max(max(&row[best + 1..]))
 }
 
 /// e to the power of `x`, which is at most 0, with an error below one part in four million. Values below -87
 /// give about 1e-38.
-#[inline]
-pub(crate) fn exp(x: f32) -> f32 {
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
     // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 as a sum, the first term exact in few bits.
@@ -101,12 +114,13 @@ pub(crate) fn exp(x: f32) -> f32 {
 }
 
 /// Weight of a logit: 1 for the best. `scale` is the inverse temperature.
-#[inline]
-pub(crate) fn weight(logit: f32, max: f32, scale: f32) -> f32 {
+#[inline(always)]
+pub(super) fn weight(logit: f32, max: f32, scale: f32) -> f32 {
     exp((logit - max) * scale)
 }
 
 /// The sum of a block's weights.
+#[inline(always)]
 fn block_mass(block: &[f32], max: f32, scale: f32) -> f64 {
     let (chunks, rest) = block.as_chunks::<LANES>();
     let mut sums = [0.0_f32; LANES];
@@ -120,12 +134,14 @@ fn block_mass(block: &[f32], max: f32, scale: f32) -> f64 {
 }
 
 /// The sum of all weights.
-pub(crate) fn mass(row: &[f32], max: f32, scale: f32) -> f64 {
+#[inline(always)]
+pub(super) fn mass(row: &[f32], max: f32, scale: f32) -> f64 {
     row.chunks(SUM_BLOCK).map(|block| block_mass(block, max, scale)).sum()
 }
 
 /// Draws from all values by weight; `uniform` is in [0, 1). `sums` is scratch space.
-pub(crate) fn draw(row: &[f32], max: f32, scale: f32, uniform: f64, sums: &mut Vec<f64>) -> usize {
+#[inline(always)]
+pub(super) fn draw(row: &[f32], max: f32, scale: f32, uniform: f64, sums: &mut Vec<f64>) -> usize {
     sums.clear();
     sums.extend(row.chunks(SUM_BLOCK).map(|block| block_mass(block, max, scale)));
     let mut left = uniform * sums.iter().sum::<f64>();

@@ -14,39 +14,44 @@ const REACHES: [f32; 4] = [4.0, 8.0, 16.0, 36.0];
 /// So many candidates are few enough to be sorted.
 const FEW: usize = 64;
 
-/// The filters of a request: which tokens may be drawn.
+/// The filters of a sequence: which tokens may be drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Filters {
+pub struct Filters {
     /// Only so many best ones; 0: all.
-    pub(crate) top_k: usize,
+    pub top_k: usize,
     /// Only the most typical that together reach this share; 1: all.
-    pub(crate) typical_p: f32,
+    pub typical_p: f32,
     /// Only the best that together reach this share; 1: all.
-    pub(crate) top_p: f32,
+    pub top_p: f32,
     /// Only those that are at least this share of the best one; 0: all.
-    pub(crate) min_p: f32,
+    pub min_p: f32,
 }
 
 impl Filters {
+    /// Every token may be drawn.
+    pub const NONE: Self = Self { top_k: 0, typical_p: 1.0, top_p: 1.0, min_p: 0.0 };
+
     /// Whether they keep every token.
-    pub(crate) fn is_empty(&self) -> bool {
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
         self.top_k == 0 && self.typical_p >= 1.0 && self.top_p >= 1.0 && self.min_p <= 0.0
     }
 }
 
 /// A row of logits to draw from.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct LogitsRow<'a> {
+pub(super) struct LogitsRow<'a> {
     /// Logits; minus infinity for tokens that must not be drawn.
-    pub(crate) logits: &'a [f32],
+    pub(super) logits: &'a [f32],
     /// The largest of them, finite.
-    pub(crate) max: f32,
+    pub(super) max: f32,
     /// Inverse temperature, finite.
-    pub(crate) scale: f32,
+    pub(super) scale: f32,
 }
 
+/// A token that may be drawn.
 #[derive(Debug, Clone, Copy)]
-struct CandidateToken {
+pub(super) struct CandidateToken {
     /// The order, smaller first; then by id.
     order: f32,
     weight: f32,
@@ -57,20 +62,21 @@ fn in_order(a: &CandidateToken, b: &CandidateToken) -> Ordering {
     a.order.total_cmp(&b.order).then(a.id.cmp(&b.id))
 }
 
-/// Scratch space for candidates, one for all sequences of an engine.
+/// Scratch space for the candidates of one row at a time.
 #[derive(Debug, Default)]
-pub(crate) struct CandidateTokens {
+pub(super) struct CandidateTokens {
     list: Vec<CandidateToken>,
 }
 
 impl CandidateTokens {
     /// For a vocabulary of this size.
-    pub(crate) fn with_room_for(vocabulary: usize) -> Self {
+    pub(super) fn with_room_for(vocabulary: usize) -> Self {
         Self { list: Vec::with_capacity(vocabulary) }
     }
 
     /// Draws from the tokens that the filters keep; `uniform` is in [0, 1).
-    pub(crate) fn draw(&mut self, row: LogitsRow<'_>, filters: &Filters, uniform: f64) -> u32 {
+    #[inline(always)]
+    pub(super) fn draw(&mut self, row: LogitsRow<'_>, filters: &Filters, uniform: f64) -> u32 {
         let mut mass = self.gather(row, filters);
         if filters.typical_p < 1.0 {
             mass = self.keep_typical(filters.typical_p, mass, row);
@@ -102,6 +108,7 @@ impl CandidateTokens {
 
     /// Gathers at least the tokens that the first filter keeps, applies top-k, and gives the mass that later
     /// filters take shares of.
+    #[inline(always)]
     fn gather(&mut self, row: LogitsRow<'_>, filters: &Filters) -> f64 {
         let [.., furthest] = REACHES;
         if filters.top_k > 0 {
@@ -134,6 +141,7 @@ impl CandidateTokens {
     }
 
     /// Gathers every token whose logit is within `reach` temperatures of the best one.
+    #[inline(always)]
     fn reach(&mut self, row: LogitsRow<'_>, reach: f32) {
         self.list.clear();
         let floor = row.max - reach / row.scale;

@@ -1,0 +1,204 @@
+//! The policy of a model's route, from `spec.traffic`.
+
+use std::time::Duration;
+
+use trustformers_crds::{CircuitBreaker, HashOn, HealthCheck, LoadBalancing, Traffic};
+use trustformers_proto::control::v1 as wire;
+
+use crate::duration::{self, DurationError};
+
+/// A duration of `spec.traffic` that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("spec.traffic.{field}: {cause}")]
+pub struct TrafficError {
+    /// Field below `spec.traffic`.
+    pub field: &'static str,
+    /// What is wrong with it.
+    pub cause: DurationError,
+}
+
+/// A rule of `spec.traffic` that its fields break together. The schema refuses most of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TrafficConflict {
+    /// An attempt may take longer than the request.
+    #[error(
+        "spec.traffic.attemptTimeout is longer than spec.traffic.timeout, which ends the request first; make it shorter"
+    )]
+    AttemptTimeout,
+    /// A pod is checked again before its check has failed.
+    #[error("spec.traffic.healthCheck.timeout is longer than its interval; make it shorter")]
+    CheckTimeout,
+}
+
+/// The policy that gateways get.
+///
+/// # Errors
+/// Names the field that cannot be read.
+pub fn policy(traffic: &Traffic) -> Result<wire::Policy, TrafficError> {
+    let Traffic {
+        timeout,
+        attempt_timeout,
+        retries,
+        retry_delay,
+        retry_budget,
+        // Not the gateway's: the pods'.
+        drain_timeout: _,
+        load_balancing,
+        hash_on,
+        slow_start,
+        hold,
+        health_check,
+        circuit_breaker,
+        accept_tenant,
+        accept_priority,
+    } = traffic;
+    let optional = |field, text: &Option<String>| text.as_deref().map_or(Ok(0), |text| ms(field, text));
+    Ok(wire::Policy {
+        first_byte_timeout_ms: ms("timeout", timeout)?,
+        retries: *retries,
+        hold_ms: hold.as_ref().map_or(Ok(0), |hold| ms("hold.time", &hold.time))?,
+        accept_tenant: *accept_tenant,
+        accept_priority: *accept_priority,
+        load_balancing: Some(wire::LoadBalancing {
+            by: balance_by(*load_balancing).into(),
+            slow_start_ms: optional("slowStart", slow_start)?,
+            hash_on: hash_on.as_ref().map_or(wire::HashOn::PromptPrefix, |_| wire::HashOn::Header).into(),
+            hash_header: hash_on.as_ref().map(|HashOn { header }| header.clone()).unwrap_or_default(),
+        }),
+        health_check: health_check.as_ref().map(check).transpose()?,
+        circuit_breaker: circuit_breaker.as_ref().map(breaker).transpose()?,
+        retry: Some(wire::Retry {
+            base_delay_ms: ms("retryDelay", retry_delay)?,
+            budget_percent: retry_budget.percent,
+            min_retries: retry_budget.min_retries,
+            window_ms: ms("retryBudget.window", &retry_budget.window)?,
+        }),
+        attempt_timeout_ms: optional("attemptTimeout", attempt_timeout)?,
+        hold_requests: hold.as_ref().map_or(0, |hold| hold.max_requests),
+    })
+}
+
+/// Whether the fields of a policy fit together.
+///
+/// # Errors
+/// Names the field to change.
+pub fn check_conflicts(policy: &wire::Policy) -> Result<(), TrafficConflict> {
+    if policy.first_byte_timeout_ms > 0 && policy.attempt_timeout_ms > policy.first_byte_timeout_ms {
+        return Err(TrafficConflict::AttemptTimeout);
+    }
+    match &policy.health_check {
+        Some(check) if check.timeout_ms > check.interval_ms => Err(TrafficConflict::CheckTimeout),
+        _ => Ok(()),
+    }
+}
+
+fn balance_by(load_balancing: LoadBalancing) -> wire::BalanceBy {
+    match load_balancing {
+        LoadBalancing::LeastRequests => wire::BalanceBy::LeastRequests,
+        LoadBalancing::RoundRobin => wire::BalanceBy::RoundRobin,
+        LoadBalancing::Weighted => wire::BalanceBy::Weighted,
+        LoadBalancing::LatencyEwma => wire::BalanceBy::LatencyEwma,
+        LoadBalancing::ConsistentHash => wire::BalanceBy::ConsistentHash,
+    }
+}
+
+fn check(check: &HealthCheck) -> Result<wire::HealthCheck, TrafficError> {
+    let HealthCheck { interval, timeout, down_after, up_after } = check;
+    Ok(wire::HealthCheck {
+        interval_ms: ms("healthCheck.interval", interval)?,
+        timeout_ms: ms("healthCheck.timeout", timeout)?,
+        down_after: *down_after,
+        up_after: *up_after,
+    })
+}
+
+fn breaker(breaker: &CircuitBreaker) -> Result<wire::CircuitBreaker, TrafficError> {
+    let CircuitBreaker { consecutive_failures, failure_percent, min_attempts, window, open } = breaker;
+    Ok(wire::CircuitBreaker {
+        consecutive_failures: *consecutive_failures,
+        failure_percent: *failure_percent,
+        min_attempts: *min_attempts,
+        window_ms: ms("circuitBreaker.window", window)?,
+        open_ms: ms("circuitBreaker.open", open)?,
+    })
+}
+
+fn ms(field: &'static str, text: &str) -> Result<u64, TrafficError> {
+    let parsed: Duration = duration::parse(text).map_err(|cause| TrafficError { field, cause })?;
+    // At most a week.
+    Ok(u64::try_from(parsed.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn traffic(yaml: &str) -> Traffic {
+        serde_yaml::from_str(yaml).unwrap()
+    }
+
+    #[test]
+    fn every_field_reaches_the_policy() {
+        let written = traffic(
+            "{timeout: 1m, attemptTimeout: 15s, retries: 3, retryDelay: 50ms, \
+             retryBudget: {percent: 10, minRetries: 5, window: 20s}, loadBalancing: ConsistentHash, \
+             hashOn: {header: x-session-id}, slowStart: 30s, hold: {time: 10s, maxRequests: 64}, \
+             healthCheck: {}, circuitBreaker: {failurePercent: 50}, acceptTenant: true, acceptPriority: true}",
+        );
+        let expected = wire::Policy {
+            first_byte_timeout_ms: 60_000,
+            retries: 3,
+            hold_ms: 10_000,
+            accept_tenant: true,
+            accept_priority: true,
+            load_balancing: Some(wire::LoadBalancing {
+                by: wire::BalanceBy::ConsistentHash.into(),
+                slow_start_ms: 30_000,
+                hash_on: wire::HashOn::Header.into(),
+                hash_header: "x-session-id".to_owned(),
+            }),
+            health_check: Some(wire::HealthCheck {
+                interval_ms: 30_000,
+                timeout_ms: 2000,
+                down_after: 3,
+                up_after: 2,
+            }),
+            circuit_breaker: Some(wire::CircuitBreaker {
+                consecutive_failures: 5,
+                failure_percent: 50,
+                min_attempts: 20,
+                window_ms: 10_000,
+                open_ms: 60_000,
+            }),
+            retry: Some(wire::Retry {
+                base_delay_ms: 50,
+                budget_percent: 10,
+                min_retries: 5,
+                window_ms: 20_000,
+            }),
+            attempt_timeout_ms: 15_000,
+            hold_requests: 64,
+        };
+        assert_eq!(policy(&written).unwrap(), expected);
+        assert_eq!(check_conflicts(&expected), Ok(()));
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_off() {
+        let policy = policy(&Traffic::default()).unwrap();
+        assert_eq!((policy.health_check, policy.circuit_breaker), (None, None));
+        assert_eq!((policy.hold_ms, policy.attempt_timeout_ms), (0, 0));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let late = policy(&traffic("{circuitBreaker: {open: 900h}}")).unwrap_err();
+        assert!(late.to_string().starts_with("spec.traffic.circuitBreaker.open: "), "{late}");
+        for (yaml, expected) in [
+            ("{timeout: 1m, attemptTimeout: 90s}", TrafficConflict::AttemptTimeout),
+            ("{healthCheck: {interval: 1s, timeout: 2s}}", TrafficConflict::CheckTimeout),
+        ] {
+            assert_eq!(check_conflicts(&policy(&traffic(yaml)).unwrap()), Err(expected), "{yaml}");
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! A file that is being fetched: its bytes, and a journal of the chunks that are complete.
+//!
+//! The journal is 16 bytes (length and chunk size, little-endian) and a byte for each chunk, written after
+//! the chunk's own bytes. A process that is killed leaves both in the page cache in that order; where the
+//! machine fails, the digest of the whole file tells.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY};
+use tokio::sync::watch;
+
+use crate::cache::CacheDir;
+use crate::digest::Digest;
+use crate::error::StoreError;
+use crate::lock::FileLock;
+
+const HEADER_BYTES: u64 = 16;
+const DONE: u8 = 1;
+
+/// A transfer's file. Whoever holds it is the only writer.
+#[derive(Debug)]
+pub(crate) struct Partial {
+    path: PathBuf,
+    journal_path: PathBuf,
+    data: File,
+    journal: File,
+    total_bytes: u64,
+    chunk_bytes: u64,
+    done: Mutex<Vec<bool>>,
+    /// Bytes from the start without a gap, for the one that hashes behind the transfer.
+    contiguous: watch::Sender<u64>,
+    /// Whether bytes of an earlier transfer are in it.
+    is_resumed: bool,
+    _lock: FileLock,
+}
+
+/// What is to be fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PartialSize {
+    pub(crate) total_bytes: u64,
+    pub(crate) chunk_bytes: u64,
+}
+
+impl Partial {
+    /// Opens a transfer, with the chunks of an earlier one of the same size.
+    pub(crate) fn open(
+        cache: &CacheDir,
+        key: &Digest,
+        size: PartialSize,
+        lock: FileLock,
+    ) -> Result<Self, StoreError> {
+        let (path, journal_path) = (cache.partial_path(key, "data"), cache.partial_path(key, "journal"));
+        let open = |path: &Path| {
+            let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+            file.map_err(|error| StoreError::cache(path, "opening", error))
+        };
+        let (data, journal) = (open(&path)?, open(&journal_path)?);
+        let done = resumable(&data, &journal, size);
+        let partial = Self {
+            path,
+            journal_path,
+            data,
+            journal,
+            total_bytes: size.total_bytes,
+            chunk_bytes: size.chunk_bytes,
+            is_resumed: done.as_ref().is_some_and(|done| done.contains(&true)),
+            done: Mutex::new(done.clone().unwrap_or_default()),
+            contiguous: watch::channel(0).0,
+            _lock: lock,
+        };
+        match done {
+            Some(_) => {
+                // Computed before the channel is locked, because it reads the channel.
+                let bytes = partial.contiguous_bytes();
+                partial.contiguous.send_replace(bytes);
+            }
+            None => partial.reset()?,
+        }
+        Ok(partial)
+    }
+
+    /// Forgets all chunks.
+    pub(crate) fn reset(&self) -> Result<(), StoreError> {
+        let count = usize::try_from(self.total_bytes.div_ceil(self.chunk_bytes)).unwrap_or(usize::MAX);
+        let header = [self.total_bytes.to_le_bytes(), self.chunk_bytes.to_le_bytes()].concat();
+        let written = self
+            .journal
+            .set_len(0)
+            .and_then(|()| self.journal.write_all_at(&header, 0))
+            .and_then(|()| self.journal.set_len(HEADER_BYTES + count as u64))
+            .and_then(|()| self.data.set_len(0));
+        written.map_err(|error| StoreError::cache(&self.path, "emptying", error))?;
+        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = vec![false; count];
+        self.contiguous.send_replace(0);
+        Ok(())
+    }
+
+    pub(crate) fn is_resumed(&self) -> bool {
+        self.is_resumed
+    }
+
+    pub(crate) fn total_bytes(&self) -> u64 {
+        self.total_bytes
+    }
+
+    pub(crate) fn contiguous(&self) -> watch::Receiver<u64> {
+        self.contiguous.subscribe()
+    }
+
+    /// Bytes in complete chunks.
+    pub(crate) fn done_bytes(&self) -> u64 {
+        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        (0..).zip(done.iter()).filter(|(_, done)| **done).map(|(chunk, _)| self.length_of(chunk)).sum()
+    }
+
+    /// What is missing, in order, in ranges of whole chunks and at most `most_bytes`. The first is one chunk:
+    /// it shows whether the server has ranges.
+    pub(crate) fn missing(&self, most_bytes: u64) -> VecDeque<Range<u64>> {
+        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges: VecDeque<Range<u64>> = VecDeque::new();
+        for (chunk, _) in (0_u64..).zip(done.iter()).filter(|(_, done)| !**done) {
+            let start = chunk * self.chunk_bytes;
+            let end = start + self.length_of(chunk);
+            let is_second = ranges.len() == 1;
+            match ranges.back_mut() {
+                Some(last) if !is_second && last.end == start && end - last.start <= most_bytes => {
+                    last.end = end;
+                }
+                _ => ranges.push_back(start..end),
+            }
+        }
+        ranges
+    }
+
+    /// Writes bytes at their position.
+    pub(crate) fn write(&self, bytes: &[u8], at: u64) -> Result<(), StoreError> {
+        let written = self.data.write_all_at(bytes, at);
+        written.map_err(|error| StoreError::cache(&self.path, "writing", error))
+    }
+
+    /// Marks the chunks that lie within bytes that are written.
+    pub(crate) fn mark(&self, written: Range<u64>) -> Result<(), StoreError> {
+        let first = written.start.div_ceil(self.chunk_bytes);
+        let after = if written.end >= self.total_bytes {
+            self.total_bytes.div_ceil(self.chunk_bytes)
+        } else {
+            written.end / self.chunk_bytes
+        };
+        for chunk in first..after {
+            let marked = self.journal.write_all_at(&[DONE], HEADER_BYTES + chunk);
+            marked.map_err(|error| StoreError::cache(&self.journal_path, "writing", error))?;
+            let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(entry) = usize::try_from(chunk).ok().and_then(|chunk| done.get_mut(chunk)) {
+                *entry = true;
+            }
+        }
+        let contiguous = self.contiguous_bytes();
+        self.contiguous.send_if_modified(|bytes| {
+            let is_more = contiguous > *bytes;
+            *bytes = contiguous.max(*bytes);
+            is_more
+        });
+        Ok(())
+    }
+
+    fn contiguous_bytes(&self) -> u64 {
+        // Chunks before what was contiguous already stay done.
+        let from = *self.contiguous.borrow() / self.chunk_bytes;
+        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = usize::try_from(from).unwrap_or(usize::MAX).min(done.len());
+        let more = done[start..].iter().take_while(|done| **done).count() as u64;
+        ((from + more) * self.chunk_bytes).min(self.total_bytes)
+    }
+
+    fn length_of(&self, chunk: u64) -> u64 {
+        self.chunk_bytes.min(self.total_bytes - chunk * self.chunk_bytes)
+    }
+
+    /// Reads bytes that are written.
+    pub(crate) fn read(&self, bytes: &mut [u8], at: u64) -> Result<(), StoreError> {
+        let read = self.data.read_exact_at(bytes, at);
+        read.map_err(|error| StoreError::cache(&self.path, "reading", error))
+    }
+
+    /// The id of a git blob with the bytes of the complete file.
+    pub(crate) fn git_blob_id(&self) -> Result<String, StoreError> {
+        let mut hasher = Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
+        hasher.update(format!("blob {}\0", self.total_bytes).as_bytes());
+        let mut block = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < self.total_bytes {
+            let count = (self.total_bytes - at).min(block.len() as u64);
+            let block = &mut block[..count as usize];
+            self.read(block, at)?;
+            hasher.update(block);
+            at += count;
+        }
+        Ok(hasher.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// Makes the complete file a blob and ends the transfer.
+    pub(crate) fn install(
+        &self,
+        cache: &CacheDir,
+        digest: &Digest,
+    ) -> Result<crate::lock::Lease, StoreError> {
+        let io = |error| StoreError::cache(&self.path, "completing", error);
+        // A file without bytes has no chunk that wrote it; a longer one of before is cut.
+        self.data.set_len(self.total_bytes).map_err(io)?;
+        let file = File::options().read(true).open(&self.path).map_err(io)?;
+        let lease = cache.install(file, &self.path, digest)?;
+        // What stays behind is removed with the abandoned transfers.
+        let _ = fs::remove_file(&self.journal_path);
+        Ok(lease)
+    }
+
+    /// Removes what has come.
+    pub(crate) fn discard(&self) {
+        // What cannot be removed now is emptied by the next transfer.
+        let _ = fs::remove_file(&self.journal_path);
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Bytes that another process's transfer has, by its journal.
+pub(crate) fn bytes_of_other(cache: &CacheDir, key: &Digest) -> u64 {
+    let Ok(journal) = fs::read(cache.partial_path(key, "journal")) else { return 0 };
+    let number = |at: usize| {
+        let bytes = journal.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+        bytes.map_or(0, u64::from_le_bytes)
+    };
+    let done = journal.iter().skip(HEADER_BYTES as usize).filter(|byte| **byte == DONE).count() as u64;
+    done.saturating_mul(number(8)).min(number(0))
+}
+
+/// The chunks of an earlier transfer; none where it was of another size.
+fn resumable(data: &File, journal: &File, size: PartialSize) -> Option<Vec<bool>> {
+    let count = size.total_bytes.div_ceil(size.chunk_bytes);
+    if journal.metadata().ok()?.len() != HEADER_BYTES + count {
+        return None;
+    }
+    let mut content = vec![0; usize::try_from(HEADER_BYTES + count).ok()?];
+    journal.read_exact_at(&mut content, 0).ok()?;
+    let header = [size.total_bytes.to_le_bytes(), size.chunk_bytes.to_le_bytes()].concat();
+    let (found, chunks) = content.split_at(HEADER_BYTES as usize);
+    if found != header.as_slice() {
+        return None;
+    }
+    let data_bytes = data.metadata().ok()?.len();
+    let done: Vec<bool> = (0..)
+        .zip(chunks)
+        .map(|(chunk, byte)| {
+            let end = ((chunk + 1) * size.chunk_bytes).min(size.total_bytes);
+            *byte == DONE && end <= data_bytes
+        })
+        .collect();
+    Some(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: PartialSize = PartialSize { total_bytes: 10, chunk_bytes: 3 };
+
+    fn open(cache: &CacheDir, size: PartialSize) -> Partial {
+        let key = Digest::of_text("k");
+        let lock = FileLock::try_acquire(&cache.partial_path(&key, "lock")).unwrap().unwrap();
+        Partial::open(cache, &key, size, lock).unwrap()
+    }
+
+    #[test]
+    fn complete_chunks_are_there_after_a_restart_and_the_rest_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = CacheDir::open(folder.path(), None).unwrap();
+        let partial = open(&cache, SIZE);
+        assert_eq!(partial.missing(100), [0..3, 3..10]);
+        partial.write(b"345678", 3).unwrap();
+        partial.mark(3..8).unwrap();
+        assert_eq!((partial.done_bytes(), *partial.contiguous().borrow()), (3, 0), "6..9 is not complete");
+        assert_eq!(bytes_of_other(&cache, &Digest::of_text("k")), 3);
+        drop(partial);
+        let partial = open(&cache, SIZE);
+        assert!(partial.is_resumed());
+        assert_eq!(partial.missing(100), [0..3, 6..10]);
+        assert_eq!(partial.missing(3), [0..3, 6..9, 9..10]);
+        partial.write(b"012", 0).unwrap();
+        partial.mark(0..3).unwrap();
+        assert_eq!(*partial.contiguous().borrow(), 6);
+        partial.write(b"6789", 6).unwrap();
+        partial.mark(6..10).unwrap();
+        assert_eq!((partial.missing(100).len(), *partial.contiguous().borrow()), (0, 10));
+        let digest = Digest::of_text("0123456789");
+        let lease = partial.install(&cache, &digest).unwrap();
+        assert_eq!(fs::read(lease.path()).unwrap(), b"0123456789");
+    }
+
+    #[test]
+    fn a_transfer_of_another_size_starts_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = CacheDir::open(folder.path(), None).unwrap();
+        let partial = open(&cache, SIZE);
+        partial.write(&[1; 10], 0).unwrap();
+        partial.mark(0..10).unwrap();
+        drop(partial);
+        for other in [PartialSize { total_bytes: 9, ..SIZE }, PartialSize { chunk_bytes: 5, ..SIZE }] {
+            let partial = open(&cache, other);
+            assert_eq!((partial.done_bytes(), partial.is_resumed()), (0, false));
+        }
+        let empty = open(&cache, PartialSize { total_bytes: 0, chunk_bytes: 3 });
+        assert!(empty.missing(100).is_empty());
+        fs::write(&empty.path, b"left").unwrap();
+        let lease = empty.install(&cache, &Digest::of_text("")).unwrap();
+        assert_eq!(fs::read(lease.path()).unwrap(), b"");
+    }
+}
