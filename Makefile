@@ -1,10 +1,10 @@
 # The tasks of this repository. Each target is a script below e2e/ that can be read and run alone.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-engine test-overload test-clients fuzz cluster-up cluster-down cluster-status kubectl images models report bench-cpu bench-gateway fmt lint audit release
+.PHONY: help demo demo-down test test-engine test-overload test-clients fuzz cluster-up cluster-down cluster-status kubectl images models report bench-cpu bench-gateway bench-operator fmt lint audit release
 
 NODES ?= 1
-export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG BENCH_ROUNDS BENCH_ONLY CLIENTS
+export IMAGE_REGISTRY IMAGE_TAG MODEL_URI TAG BENCH_ROUNDS BENCH_ONLY OPERATOR_BENCH_MODELS OPERATOR_BENCH_RATE CLIENTS
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +48,7 @@ kubectl: ## kubectl on the cluster: make kubectl ARGS="get pods -A"
 images: ## images of our programs, without a container engine; loaded into the running cluster [TAG=v0.1.0]
 	@e2e/images/build.sh
 
-models: ## SmolLM2 and its image, loaded into the running cluster [MODELS="smollm2 minilm qwen-0.5b qwen-1.5b"]
+models: ## SmolLM2 and its image, loaded into the running cluster [MODELS="smollm2 minilm qwen-0.5b qwen-1.5b gemma-270m classifier"]
 	@e2e/models/fetch.sh $(MODELS)
 
 report: ## time to first token, image sizes, decode speed, the times of the last cold and warm `make test`
@@ -57,8 +57,11 @@ report: ## time to first token, image sizes, decode speed, the times of the last
 bench-cpu: ## our runtime beside llama.cpp, ONNX Runtime and torch on this processor, as ratios [BENCH_ROUNDS=3] [BENCH_ONLY=minilm]
 	@e2e/bench/run.sh
 
-bench-gateway: ## the gateway beside Envoy and nginx before one mock pod: latency, processor time, memory
+bench-gateway: ## the gateway beside Envoy and nginx before one mock pod: latency, processor time, memory [GATEWAY_BENCH_SECONDS=5]
 	@e2e/bench/gateway.sh
+
+bench-operator: ## the operator beside KServe's manager, each with 1,000 models on fake nodes, as ratios [OPERATOR_BENCH_MODELS=100] [OPERATOR_BENCH_RATE=10]
+	@e2e/bench/operator.sh
 
 fmt: ## formats the code
 	@cargo fmt --all

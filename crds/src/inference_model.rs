@@ -92,9 +92,14 @@ pub const MAX_NAME_CHARS: usize = 45;
     )
 )]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "!has(self.traffic) || !has(self.traffic.hedge) || (has(self.task) && self.task != 'generate')",
+    "message": "spec.traffic.hedge: only requests that encode are sent twice; set spec.task to embed, or remove hedge"
+}]))]
 pub struct InferenceModelSpec {
-    /// The model's task: `generate` continues texts, `embed` turns texts into vectors. Default: the task that
-    /// its files state. Files for another task are refused.
+    /// The model's task: `generate` continues texts, `embed` turns texts into vectors, `classify` gives texts
+    /// the scores of labels, `rerank` orders documents by a query. Default: the task that its files state.
+    /// Files for another task are refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "task_schema")]
     pub task: Option<Task>,
@@ -271,7 +276,7 @@ mod tests {
     #[test]
     fn the_task_has_the_words_of_the_protocol() {
         let task = &schema()["properties"]["spec"]["properties"]["task"];
-        assert_eq!(task["enum"], serde_json::json!(["generate", "embed"]));
+        assert_eq!(task["enum"], serde_json::json!(["generate", "embed", "classify", "rerank"]));
     }
 
     #[test]

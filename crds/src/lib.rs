@@ -6,6 +6,7 @@
 //! schema, so that
 //! `kubectl get -o yaml` shows the values that the operator uses.
 
+mod ab_test;
 mod inference_model;
 mod quantity;
 mod rollout;
@@ -15,13 +16,18 @@ mod source;
 mod status;
 mod traffic;
 
+pub use ab_test::{
+    ABTest, ABTestPhase, ABTestSpec, ABTestStatus, ABTestVerdict, AssignBy, Assignment, Direction,
+    ForcedUser, Goal, Guardrail, MAX_VARIANTS, Metric, MetricStatus, ModelRef, OnConclusion, OwnerRange,
+    RampStep, SecondaryMetric, StopWhen, TestEpoch, Variant, VariantStatus, ab_test_crd_yaml,
+};
 pub use inference_model::{
     Disruption, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Scaling, crd_yaml,
 };
 pub use quantity::Quantity;
 pub use rollout::{
-    CandidateRevision, ConsumedCommands, RetiringRevision, Rollout, RolloutDecision, RolloutFailure,
-    RolloutPlacement, RolloutStatus, RolloutStep,
+    Analysis, CandidateRevision, ConsumedCommands, CountedProcess, GoldenPrompt, RetiringRevision, Rollout,
+    RolloutDecision, RolloutFailure, RolloutPlacement, RolloutSample, RolloutStatus, RolloutStep,
 };
 pub use runtime::{
     BatchStrategy, Batching, DEFAULT_MAX_WAIT_MS, Device, EnvVar, KvCache, Numerics, Resources, Runtime,
@@ -29,7 +35,7 @@ pub use runtime::{
 pub use scheduling::{PodSettings, Toleration, TolerationEffect, TolerationOperator, TopologySpread};
 pub use source::{ClaimCache, EmptyDirCache, OciAccess, SecretRef, Source, SourceCache};
 pub use status::{Condition, InferenceModelStatus, Loading, Phase, StableRevision};
-pub use traffic::{CircuitBreaker, HashOn, HealthCheck, Hold, LoadBalancing, RetryBudget, Traffic};
+pub use traffic::{CircuitBreaker, HashOn, HealthCheck, Hedge, Hold, LoadBalancing, RetryBudget, Traffic};
 
 /// API group of the resources.
 pub const GROUP: &str = "serving.trustformers.dev";

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Rollout {
-    /// Where the pods of a new revision run. `Surge`: beside those that serve. `DrainFirst`: a pod that
-    /// serves ends before a new one starts, as far as `spec.disruption.maxUnavailable` allows. `Auto`:
-    /// `Surge`, and
-    /// `DrainFirst` if no node takes a new pod for a minute.
+    /// Where a new revision is loaded. `InPlace`: by the pods that serve, beside what they serve; no pod
+    /// restarts. `Surge`: by new pods beside those. `DrainFirst`: a pod that serves ends before a new one
+    /// starts, as far as `spec.disruption.maxUnavailable` allows. `Auto`: `InPlace` where the running pods
+    /// can load it, else `Surge`, and `DrainFirst` if no node takes a new pod for a minute.
     #[serde(default)]
     pub placement: RolloutPlacement,
 
@@ -28,6 +28,11 @@ pub struct Rollout {
         )
     )]
     pub steps: Vec<RolloutStep>,
+
+    /// Limits that a new revision must stay within while it gets requests, and answers that it must give
+    /// before. Absent: a step passes when it has lasted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub analysis: Option<Analysis>,
 
     /// How long the pods of the previous revision stay ready after the last step, for an undo.
     #[serde(default = "default_bake")]
@@ -58,6 +63,7 @@ impl Default for Rollout {
         Self {
             placement: RolloutPlacement::default(),
             steps: Vec::new(),
+            analysis: None,
             bake: default_bake(),
             on_failure: RolloutFailure::default(),
             history_limit: default_history_limit(),
@@ -65,7 +71,7 @@ impl Default for Rollout {
     }
 }
 
-/// Where the pods of a new revision run.
+/// Where a new revision is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub enum RolloutPlacement {
     /// What fits.
@@ -73,8 +79,10 @@ pub enum RolloutPlacement {
     Auto,
     /// A pod that serves ends before a new one starts.
     DrainFirst,
-    /// Beside those that serve.
+    /// By new pods beside those that serve.
     Surge,
+    /// By the pods that serve.
+    InPlace,
 }
 
 /// What happens when a new revision fails.
@@ -100,12 +108,77 @@ pub struct RolloutStep {
     pub hold: String,
 }
 
+/// Limits that a new revision must stay within, by what gateways count of its requests.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Analysis {
+    /// Largest share of its requests that the new revision may fail, 0 to 1. Requests that their callers got
+    /// wrong or gave up, and those for which a pod had no room, do not count.
+    #[serde(default = "default_max_error_rate")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub max_error_rate: f64,
+
+    /// Largest ratio of the new revision's 95th percentile of latency to that of the stable revision. It
+    /// needs some 150 requests of the stable revision. Absent: latency is not compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1.0, max = 100.0))]
+    pub max_latency_ratio: Option<f64>,
+
+    /// Requests of the new revision that each step needs before it passes. With fewer the step lasts on.
+    #[serde(default = "default_min_requests")]
+    #[schemars(range(min = 0, max = 1_000_000), extend("format" = "int64"))]
+    pub min_requests: u32,
+
+    /// Prompts with the beginning of the greedy answer that a pod must give before it serves. They belong to
+    /// the revision: another prompt is another revision.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "atomic"))]
+    pub golden_prompts: Vec<GoldenPrompt>,
+}
+
+// Neither JSON nor the schema's bounds have a number that differs from itself.
+impl Eq for Analysis {}
+
+fn default_max_error_rate() -> f64 {
+    0.01
+}
+
+fn default_min_requests() -> u32 {
+    200
+}
+
+impl Default for Analysis {
+    fn default() -> Self {
+        Self {
+            max_error_rate: default_max_error_rate(),
+            max_latency_ratio: None,
+            min_requests: default_min_requests(),
+            golden_prompts: Vec::new(),
+        }
+    }
+}
+
+/// A prompt whose greedy answer is fixed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GoldenPrompt {
+    /// The prompt, given to the model as it is, without a chat template.
+    #[schemars(length(min = 1, max = 4096))]
+    pub prompt: String,
+    /// The text with which the greedy answer begins, at most 256 bytes.
+    #[schemars(length(min = 1, max = 256))]
+    pub expect: String,
+}
+
 /// The revision that is rolled out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CandidateRevision {
     /// Hash of what is loaded.
     pub revision: String,
+    /// The revision whose pods hold it, where they are not its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// sha256 of what its pods loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
@@ -131,13 +204,16 @@ pub struct RolloutStatus {
     /// Why, in a sentence, with the figures.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
-    /// Where the pods of the new revision run: `Surge` or `DrainFirst`.
+    /// Where the new revision is loaded: `InPlace`, `Surge` or `DrainFirst`.
     pub placement: String,
     /// Since when.
     #[schemars(schema_with = "time_schema")]
     pub since: Time,
     /// Replicas of the model when the step started.
     pub base: u32,
+    /// Restarts of the pods that were asked to load the new revision, before they were asked.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub restarts: u32,
     /// Rollouts that have started so far.
     pub attempt: u32,
     /// Whether the step had all its pods.
@@ -152,6 +228,9 @@ pub struct RolloutStatus {
     /// The revision of the spec that was rolled back. It is not tried again by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
+    /// What was counted of the requests, while limits are compared with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample: Option<RolloutSample>,
     /// Revisions whose pods end.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
@@ -164,12 +243,55 @@ pub struct RolloutStatus {
     pub consumed: ConsumedCommands,
 }
 
+/// What gateways have counted of a rollout's requests, so that another operator goes on from there.
+///
+/// Counts are text: requests, errors, and the buckets of latency that are not empty, each with its distance
+/// to the one before and its count.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutSample {
+    /// The revision that is compared.
+    pub candidate: String,
+    /// The revision that it is compared with.
+    pub stable: String,
+    /// The step that the candidate's counts are about.
+    pub step: u32,
+    /// The attempt that the stable revision's counts are about.
+    pub attempt: u32,
+    /// Counts of the candidate since the step started.
+    pub candidate_counts: String,
+    /// Counts of the stable revision since the attempt started.
+    pub stable_counts: String,
+    /// What each gateway process had counted when this was written.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 64),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["process"])
+    )]
+    pub processes: Vec<CountedProcess>,
+}
+
+/// The sums of one gateway process since it started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CountedProcess {
+    /// Id of the process.
+    pub process: String,
+    /// Counts of the candidate.
+    pub candidate: String,
+    /// Counts of the stable revision.
+    pub stable: String,
+}
+
 /// A revision whose pods end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RetiringRevision {
     /// The revision.
     pub revision: String,
+    /// The revision whose pods hold it, where they are not its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// Whether it failed.
     #[serde(default, skip_serializing_if = "is_false")]
     pub failed: bool,
@@ -217,6 +339,11 @@ pub struct RolloutDecision {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
 fn is_false(value: &bool) -> bool {
     !*value
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 fn time_schema(_: &mut SchemaGenerator) -> Schema {

@@ -38,7 +38,7 @@ pub struct InferenceModelStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
 
-    /// The model's task according to its files: `generate` or `embed`. It stays while no pod runs.
+    /// The model's task according to its files, a word of `spec.task`. It stays while no pod runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<String>,
 
@@ -106,6 +106,9 @@ pub enum Phase {
 pub struct StableRevision {
     /// Hash of what is loaded: source and engine settings.
     pub revision: String,
+    /// The revision whose pods hold it, where they are not its own: they loaded it in place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// sha256 of what its pods loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,

@@ -14,6 +14,10 @@ use serde::{Deserialize, Serialize};
     {
         "rule": "!has(self.hashOn) || self.loadBalancing == 'ConsistentHash'",
         "message": "spec.traffic.hashOn: only loadBalancing ConsistentHash hashes requests; set it, or remove hashOn"
+    },
+    {
+        "rule": "!has(self.hedge) || !has(self.hedge.delay) || duration(self.hedge.delay) < duration(self.timeout)",
+        "message": "spec.traffic.hedge.delay: is not shorter than spec.traffic.timeout, which ends the request first; make it shorter"
     }
 ]))]
 pub struct Traffic {
@@ -76,6 +80,11 @@ pub struct Traffic {
     /// A pod that fails again and again gets no requests for a while. Default: no breaker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub circuit_breaker: Option<CircuitBreaker>,
+
+    /// Requests that encode texts are sent to a second pod while the first one has not responded. Default:
+    /// they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hedge: Option<Hedge>,
 
     /// Whether a caller's header `x-gateway-inference-fairness-id` names its tenant. Otherwise only a proxy
     /// that the gateways trust names it.
@@ -144,6 +153,22 @@ pub struct Hold {
     #[serde(default = "default_hold_requests")]
     #[schemars(range(min = 1, max = 512), extend("format" = "int64"))]
     pub max_requests: u32,
+}
+
+/// When a request that encodes texts is sent to a second pod. The first response counts, and the other one is
+/// cancelled. Requests that generate are never sent twice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Hedge {
+    /// Time that the first pod has. Default: the time in which 95 % of the model's recent responses came, at
+    /// each gateway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h))+$"))]
+    pub delay: Option<String>,
+    /// Such requests may be this share of those of 10 s, in percent, and one more.
+    #[serde(default = "default_hedge_percent")]
+    #[schemars(range(min = 1, max = 20), extend("format" = "int64"))]
+    pub budget_percent: u32,
 }
 
 /// How gateways ask pods whether they are ready.
@@ -239,6 +264,10 @@ fn default_hold_requests() -> u32 {
     256
 }
 
+fn default_hedge_percent() -> u32 {
+    5
+}
+
 fn default_check_interval() -> String {
     "30s".to_owned()
 }
@@ -282,6 +311,7 @@ impl Default for Traffic {
             hold: None,
             health_check: None,
             circuit_breaker: None,
+            hedge: None,
             accept_tenant: false,
             accept_priority: false,
         }

@@ -417,8 +417,13 @@ def main():
             sys.exit(f"error: --{name} is needed to measure anything")
     bench = Bench(flags)
     (all_before, own_before), began = busy_seconds(), datetime.datetime.now(datetime.UTC)
+    rows = []
     try:
-        rows = [row for group in groups for row in group.measure(bench)]
+        for group in groups:
+            found = group.measure(bench)
+            # Printed now: what a later group meets loses nothing of this one.
+            print("\n".join(row.line() for row in found), flush=True)
+            rows += found
     except programs.Failed as why:
         sys.exit(f"error: {why}")
     took = datetime.datetime.now(datetime.UTC) - began
@@ -436,7 +441,7 @@ def main():
         f"medians of {flags.rounds} turns, {took.total_seconds():.0f} s, "
         f"others took {100 * foreign:.0f} % of the processor",
     ]
-    print("\n".join([*head, "", *(row.line() for row in rows)]))
+    print("\n".join(["", *head]))
     pathlib.Path(flags.report).write_text(
         json.dumps({"head": head, "rows": [row.json() for row in rows]}, indent=1), encoding="utf-8"
     )

@@ -30,6 +30,8 @@ class Row:
         name = f"{self.name:<34}"
         if self.not_built is not None:
             return f"{name} not built"
+        if not self.ours or None in self.ours or None in self.peer:
+            return f"{name} no figure: in some turn nothing was answered"
         ours = statistics.median(self.ours)
         if self.need is None:
             beside = f"beside {statistics.median(self.peer):.1f} " if self.peer else ""

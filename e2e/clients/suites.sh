@@ -34,7 +34,7 @@ llama_cpp_tests() {
     # Downloading a source package asks its build script for its name; nothing of it is installed.
     python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
       --require-hashes -r "$pins" -d "$work" >&2 || fail "pip could not download llama.cpp's source" "pins: $pins"
-    tar -xzf "$work"/*.tar.gz -C "$work" --wildcards --strip-components=5 '*/vendor/llama.cpp/tools/server/tests/*'
+    tar -xzf "$work"/*.tar.gz -C "$work" --wildcards --strip-components=6 '*/vendor/llama.cpp/tools/server/tests/*'
     rm "$work"/*.tar.gz
     mv "$work" "$folder"
     touch "$folder/complete"

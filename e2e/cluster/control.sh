@@ -25,7 +25,10 @@ start_apiserver() {
 
 apiserver_ready() { kc --request-timeout=5s get --raw /readyz; }
 
+# Further arguments of both controllers are words of CONTROLLER_ARGUMENTS: a benchmark lifts their limits.
 start_controllers() {
+  local further=()
+  read -ra further <<<"${CONTROLLER_ARGUMENTS:-}"
   # The short autoscaler and node periods make scenarios quick: they are the only settings that differ from a
   # plain cluster.
   start_control kube-controller-manager "$BIN/kube-controller-manager" --leader-elect=false --use-service-account-credentials \
@@ -34,7 +37,8 @@ start_controllers() {
     --service-account-private-key-file="$PKI/service-accounts.key" \
     --cluster-signing-cert-file="$PKI/authority.crt" --cluster-signing-key-file="$PKI/authority.key" \
     --node-monitor-grace-period=20s --horizontal-pod-autoscaler-sync-period=2s \
-    --horizontal-pod-autoscaler-initial-readiness-delay=2s --horizontal-pod-autoscaler-cpu-initialization-period=10s
+    --horizontal-pod-autoscaler-initial-readiness-delay=2s --horizontal-pod-autoscaler-cpu-initialization-period=10s "${further[@]}"
   start_control kube-scheduler "$BIN/kube-scheduler" --leader-elect=false --kubeconfig="$PKI/scheduler.kubeconfig" \
-    --authentication-kubeconfig="$PKI/scheduler.kubeconfig" --authorization-kubeconfig="$PKI/scheduler.kubeconfig"
+    --authentication-kubeconfig="$PKI/scheduler.kubeconfig" --authorization-kubeconfig="$PKI/scheduler.kubeconfig" \
+    "${further[@]}"
 }

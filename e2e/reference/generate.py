@@ -37,7 +37,8 @@ class Reference:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
         self.architecture = self.model.config.model_type
         self.end_ids = {self.tokenizer.eos_token_id}
-        {"llama": self._smollm2, "qwen2": self._qwen2}[self.architecture]()
+        self.begin: list[int] = []
+        {"llama": self._smollm2, "qwen2": self._qwen2, "gemma3_text": self._gemma3}[self.architecture]()
         self.worst = 0.0
 
     def _smollm2(self) -> None:
@@ -60,9 +61,13 @@ class Reference:
         self.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
         self.end_ids.add(self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
 
+    def _gemma3(self) -> None:
+        # The file asks for the begin token before every text, and the model answers nonsense without it.
+        self.begin = [self.tokenizer.bos_token_id]
+
     def ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, with nothing added."""
-        return self.tokenizer(prompt, add_special_tokens=False).input_ids
+        """Token ids of a prompt, with nothing added but a begin token that the file asks for."""
+        return self.begin + self.tokenizer(prompt, add_special_tokens=False).input_ids
 
     @torch.inference_mode()
     def case(self, prompt: str) -> dict:

@@ -75,4 +75,14 @@ QWEN2 = [
     LONG,
 ]
 
-OF_ARCHITECTURE = {"llama": SMOLLM2, "qwen2": QWEN2}
+GEMMA3 = [
+    "The capital of France is",
+    # Indentation: runs of blanks are tokens of the file's own, which no merge makes.
+    "fn largest(values: &[u32]) -> Option<u32> {\n    let mut best = None;\n    for value in values {\n",
+    "東京 means “eastern capital”, Москва is the capital of Россия, and 🦀🚀 stands for",
+    "2, 4, 8, 16, 32, 64, 128, 256, 512, 1024,",
+    # Longer than the window of 512 tokens.
+    LONG + " looked at the sea. " + LONG,
+]
+
+OF_ARCHITECTURE = {"llama": SMOLLM2, "qwen2": QWEN2, "gemma3_text": GEMMA3}

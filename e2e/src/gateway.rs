@@ -19,7 +19,7 @@ use hyper_util::{
 use serde::Deserialize;
 use tonic::transport::Channel;
 use trustformers_proto::v1::{
-    EmbedRequest, FinishReason, GenerateRequest, GenerateStreamResponse,
+    Classification, ClassifyRequest, EmbedRequest, FinishReason, GenerateRequest, GenerateStreamResponse,
     inference_service_client::InferenceServiceClient,
 };
 
@@ -162,6 +162,36 @@ impl Gateway {
         Ok((vectors, answer))
     }
 
+    /// Asks for the vector of a text as this user. Returns the variant that the answer names, where the route
+    /// has an A/B test.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn embed_as(&self, user: &str, model: &str, text: &str) -> Result<Option<String>, Failure> {
+        let body = serde_json::json!({"model": model, "input": [text]});
+        let request = hyper::Request::builder()
+            .method(Method::POST)
+            .uri(format!("{}/v1/embeddings", self.endpoint().http))
+            .header("content-type", "application/json")
+            .header("x-user-id", user)
+            .body(Full::from(body.to_string()))
+            .map_err(|error| Failure::connection(&error))?;
+        limited(async {
+            let response = self.client.request(request).await;
+            let response = response.map_err(|error| Failure::connection(&error_chain(&error)))?;
+            let status = response.status();
+            let variant = response.headers().get("x-trustformers-variant");
+            let variant = variant.and_then(|name| name.to_str().ok()).map(str::to_owned);
+            let body = response.into_body().collect().await.map_err(|error| Failure::connection(&error))?;
+            if status.is_success() {
+                return Ok(variant);
+            }
+            let message = String::from_utf8_lossy(&body.to_bytes()).into_owned();
+            Err(Failure::Refused { status: status.as_u16(), message })
+        })
+        .await
+    }
+
     /// Vectors of `texts` by the gRPC `Embed`.
     ///
     /// # Errors
@@ -172,6 +202,33 @@ impl Gateway {
         let request = EmbedRequest { input, model: model.to_owned(), ..EmbedRequest::default() };
         let answer = limited(async { client.embed(request).await.map_err(|it| refused(&it)) }).await?;
         Ok(answer.into_inner().data.into_iter().map(|one| one.values).collect())
+    }
+
+    /// The answer of `POST /v1/classify` for `texts`.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn classify(&self, model: &str, texts: &[&str]) -> Result<serde_json::Value, Failure> {
+        let body = serde_json::json!({"model": model, "input": texts});
+        limited(async {
+            let response = self.post_json("/v1/classify", &body).await?;
+            let body =
+                response.into_body().collect().await.map_err(|error| Failure::connection(&error))?.to_bytes();
+            serde_json::from_slice(&body).map_err(|error| Failure::connection(&error))
+        })
+        .await
+    }
+
+    /// The labels of each of `texts` with their scores, by the gRPC `Classify`.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn grpc_classify(&self, model: &str, texts: &[&str]) -> Result<Vec<Classification>, Failure> {
+        let mut client = InferenceServiceClient::new(self.endpoint().grpc.clone());
+        let input = texts.iter().map(ToString::to_string).collect();
+        let request = ClassifyRequest { input, model: model.to_owned(), ..ClassifyRequest::default() };
+        let answer = limited(async { client.classify(request).await.map_err(|it| refused(&it)) }).await?;
+        Ok(answer.into_inner().results)
     }
 
     /// Sends `POST /v1/generate`.

@@ -19,6 +19,9 @@ pub const QWEN: &str = "oci://localhost/qwen2.5-coder-0.5b-instruct:q4_k_m";
 /// The image with a checkpoint that embeds, several files, that the test nodes hold.
 pub const MINILM: &str = "oci://localhost/all-minilm-l6-v2:f32";
 
+/// The image with a classifier of seeded values, several files, that the test nodes hold.
+pub const CLASSIFIER: &str = "oci://localhost/seeded-classifier:f32";
+
 /// The InferenceModels of one namespace.
 #[derive(Clone)]
 pub struct Models {

@@ -48,6 +48,43 @@ pub fn embedded(settings: &Settings) -> Result<Vec<Embedded>> {
     Ok(all.items)
 }
 
+/// One text and the logits of a classifier.
+#[derive(Debug, Clone, Deserialize)]
+pub struct TextLogits {
+    /// The text; may be empty.
+    pub text: String,
+    /// One for each label, in the model's order.
+    #[serde(rename = "values")]
+    pub logits: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+struct HeadCases {
+    cases: Vec<HeadCase>,
+}
+
+#[derive(Deserialize)]
+struct HeadCase {
+    family: String,
+    labels: usize,
+    #[serde(default)]
+    texts: Vec<TextLogits>,
+}
+
+/// The texts of the seeded classifier (`e2e/models/seeded.py`) with their logits.
+///
+/// # Errors
+/// When the file is missing or is not of this shape.
+pub fn classified(settings: &Settings) -> Result<Vec<TextLogits>> {
+    let path = settings.repository.join("runtime/engine/tests/reference/heads.json");
+    let text =
+        std::fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
+    let all: HeadCases =
+        serde_json::from_str(&text).with_context(|| format!("{} has an unexpected shape", path.display()))?;
+    let case = all.cases.into_iter().find(|case| case.family == "bert" && case.labels == 3);
+    Ok(case.with_context(|| format!("{} has no classifier", path.display()))?.texts)
+}
+
 /// Cosine of the angle between two vectors.
 #[must_use]
 pub fn cosine(one: &[f64], other: &[f64]) -> f64 {

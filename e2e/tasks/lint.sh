@@ -47,7 +47,7 @@ lint_manifests() {
   local schemas swagger
   schemas=$(mktemp -d)
   swagger=$("$CLUSTER_SRC/binaries.sh" source kubernetes k8s.io/kubernetes)/api/openapi-spec/swagger.json
-  "$(binary schemas)" "$schemas" "$swagger" k8s/10-inferencemodels.yaml
+  "$(binary schemas)" "$schemas" "$swagger" k8s/10-inferencemodels.yaml k8s/11-abtests.yaml
   "$(binary helm)" lint --quiet --strict charts/trustformers
   {
     "$(binary helm)" template trustformers charts/trustformers

@@ -53,7 +53,7 @@ cluster() {
   "$CLUSTER_SRC/down.sh"
   "$CLUSTER_SRC/up.sh" --nodes 2
   "$CLUSTER_SRC/binaries.sh" link "$BIN" helm
-  "$CLUSTER_SRC/load-images.sh" "$IMAGE_STORE"/trustformers-{operator,gateway,runtime}.tar "$IMAGE_STORE"/{smollm2,minilm,qwen-0.5b}.tar
+  "$CLUSTER_SRC/load-images.sh" "$IMAGE_STORE"/trustformers-{operator,gateway,runtime}.tar "$IMAGE_STORE"/{smollm2,minilm,qwen-0.5b,classifier}.tar
 }
 
 scenarios() {
@@ -69,7 +69,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 stage preflight preflight
 binaries_ahead
-stage models "$E2E_DIR/models/fetch.sh" smollm2 minilm qwen-0.5b
+stage models "$E2E_DIR/models/fetch.sh" smollm2 minilm qwen-0.5b classifier
 stage lint "$E2E_DIR/tasks/lint.sh"
 stage unit unit
 stage fuzz "$E2E_DIR/tasks/fuzz.sh" 20

@@ -1,6 +1,7 @@
 //! The command line. Every flag can be given by an environment variable as well, as the chart does.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use trustformers_telemetry::logs::{LogFormat, LogOptions};
@@ -20,7 +21,7 @@ pub struct Cli {
 pub enum Command {
     /// Run the control plane in the cluster of the pod's ServiceAccount, or of $KUBECONFIG outside a pod.
     Run(Box<RunArgs>),
-    /// Print the CustomResourceDefinition of this version as YAML.
+    /// Print the CustomResourceDefinitions of this version as YAML.
     Crd,
 }
 
@@ -71,6 +72,15 @@ pub struct RunArgs {
     /// When kubelet pulls images of pods and of models.
     #[arg(long, env = "TRUSTFORMERS_IMAGE_PULL_POLICY", value_enum, default_value_t = PullPolicy::IfNotPresent)]
     pub image_pull_policy: PullPolicy,
+
+    /// A file with the operator's own token for the audience trustformers-pods, with which it changes models
+    /// in running pods. Default: new revisions are loaded by new pods only.
+    #[arg(long, env = "TRUSTFORMERS_POD_TOKEN_FILE", value_name = "FILE")]
+    pub pod_token_file: Option<PathBuf>,
+
+    /// ServiceAccount of the operator, in its namespace: pods accept its token alone.
+    #[arg(long, env = "TRUSTFORMERS_SERVICE_ACCOUNT", default_value = "trustformers-operator")]
+    pub service_account: String,
 
     /// Reconciles that may run at the same time.
     #[arg(long, env = "TRUSTFORMERS_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]

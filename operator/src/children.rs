@@ -1,5 +1,8 @@
 //! The children of all models as the API server holds them, as far as the operator knows.
 //!
+//! Of a child its text is kept without status and managed fields, and the hash of the desired object that it
+//! was compared with. A change of its status alone, or the echo of a write, compares nothing again.
+//!
 //! Watches fill this cache, and every write of the operator puts the response into it. So a reconcile reads
 //! its own writes before the watch delivers them, and an older watch event never replaces a newer response:
 //! Kubernetes resource versions are ordered. Children are indexed by the UID of their owner. The label only
@@ -8,12 +11,16 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::api::apps::v1::{Deployment, DeploymentCondition, DeploymentSpec, DeploymentStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ManagedFieldsEntry, ObjectMeta, OwnerReference};
+use k8s_openapi::jiff::Timestamp;
 use kube::api::DynamicObject;
-use serde_json::Value;
+use kube::core::TypeMeta;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use trustformers_control::drift::{FieldPath, foreign_fields};
-use trustformers_control::kinds::{CHILDREN, ChildKind};
+use trustformers_control::kinds::{CHILDREN, ChildKind, DEPLOYMENT};
+use trustformers_control::names;
 use trustformers_crds::GROUP;
 
 /// One stored child.
@@ -31,16 +38,25 @@ pub struct Child {
     pub version: String,
     /// The model in its controller reference.
     pub owner: Option<OwnerReference>,
-    /// The object without its managed fields.
-    pub object: Value,
+    /// When it was created.
+    pub created: Option<Timestamp>,
+    /// Its labels.
+    labels: BTreeMap<String, String>,
+    /// The object as JSON, without what changes when nothing is edited: status, versions, managed fields. A
+    /// tree of values takes several times as much memory.
+    text: Box<str>,
+    /// What is read of a Deployment; none for other kinds.
+    pub deployment: Option<Arc<Deployment>>,
     /// What other field managers set in the part that belongs to the operator alone.
     pub foreign: Vec<FieldPath>,
+    /// Index of the managed fields that a POST of the operator left, while it has applied nothing.
+    pub posted: Option<usize>,
 }
 
 impl Child {
     /// Reads a stored object; `None` if it lacks metadata that every stored object has.
     #[must_use]
-    pub fn of(kind: &'static ChildKind, object: DynamicObject) -> Option<Self> {
+    pub fn of(kind: &'static ChildKind, mut object: DynamicObject) -> Option<Self> {
         let meta = &object.metadata;
         let is_model = |owner: &&OwnerReference| {
             owner.controller == Some(true)
@@ -50,14 +66,54 @@ impl Child {
         let owner = meta.owner_references.iter().flatten().find(is_model).cloned();
         let (namespace, name) = (meta.namespace.clone()?, meta.name.clone()?);
         let (uid, version) = (meta.uid.clone()?, meta.resource_version.clone()?);
-        let mut object = serde_json::to_value(object).ok()?;
+        let created = meta.creation_timestamp.as_ref().map(|time| time.0);
+        let labels = meta.labels.clone().unwrap_or_default();
+        let managers = meta.managed_fields.as_deref().unwrap_or_default();
+        let posted = posted(managers);
+        let foreign = match managers.iter().any(is_foreign) {
+            true => foreign_fields(&serde_json::to_value(&object).ok()?, kind),
+            false => Vec::new(),
+        };
         // Items of a list come without them.
-        object["apiVersion"] = Value::String(kind.api_version());
-        object["kind"] = Value::String(kind.kind.to_owned());
-        let foreign = foreign_fields(&object, kind);
-        // Managed fields are the larger half of an object and are not read again.
-        object["metadata"].as_object_mut()?.remove("managedFields");
-        Some(Self { kind, namespace, name, uid, version, owner, object, foreign })
+        object.types = Some(TypeMeta { api_version: kind.api_version(), kind: kind.kind.to_owned() });
+        let status = object.data.as_object_mut().and_then(|data| data.remove("status"));
+        let deployment = (kind == &DEPLOYMENT).then(|| Arc::new(trimmed(&object, status)));
+        object.metadata.managed_fields = None;
+        object.metadata.resource_version = None;
+        object.metadata.generation = None;
+        let text = serde_json::to_string(&object).ok()?.into_boxed_str();
+        Some(Self {
+            kind,
+            namespace,
+            name,
+            uid,
+            version,
+            owner,
+            created,
+            labels,
+            text,
+            deployment,
+            foreign,
+            posted,
+        })
+    }
+
+    /// The object with its resource version, without its status.
+    #[must_use]
+    pub fn object(&self) -> Value {
+        // The text was written from an object, so it can be read.
+        let mut object: Value = serde_json::from_str(&self.text).unwrap_or_default();
+        object["metadata"]["resourceVersion"] = json!(self.version);
+        object
+    }
+
+    /// Whether two versions of a child differ in nothing that is read.
+    fn is_same(&self, other: &Self) -> bool {
+        self.uid == other.uid
+            && self.text == other.text
+            && self.deployment == other.deployment
+            && self.foreign == other.foreign
+            && self.posted == other.posted
     }
 
     /// Whether the model with this UID owns it.
@@ -69,7 +125,7 @@ impl Child {
     /// The value of one of its labels.
     #[must_use]
     pub fn label(&self, key: &str) -> Option<&str> {
-        self.object["metadata"]["labels"].get(key)?.as_str()
+        self.labels.get(key).map(String::as_str)
     }
 
     fn key(&self) -> ChildKey {
@@ -79,6 +135,46 @@ impl Child {
     /// Resource versions are numbers; one that is not is older than all others.
     fn ordinal(&self) -> u64 {
         self.version.parse().unwrap_or(0)
+    }
+}
+
+/// Whether managed fields are another manager's. What a subresource sets (status, scale) is not part of the
+/// desired object.
+fn is_foreign(entry: &ManagedFieldsEntry) -> bool {
+    entry.manager.as_deref() != Some(names::MANAGER) && entry.subresource.as_deref().unwrap_or("").is_empty()
+}
+
+/// The managed fields of a POST: the operator's, while it has applied nothing.
+fn posted(managers: &[ManagedFieldsEntry]) -> Option<usize> {
+    let is_own = |entry: &ManagedFieldsEntry, operation: &str| {
+        entry.manager.as_deref() == Some(names::MANAGER)
+            && entry.operation.as_deref() == Some(operation)
+            && entry.subresource.as_deref().unwrap_or("").is_empty()
+    };
+    if managers.iter().any(|entry| is_own(entry, "Apply")) {
+        return None;
+    }
+    managers.iter().position(|entry| is_own(entry, "Update"))
+}
+
+/// What is read of a Deployment: how many pods it should have, and how many of them are as its template says.
+fn trimmed(object: &DynamicObject, status: Option<Value>) -> Deployment {
+    let status: DeploymentStatus =
+        status.and_then(|status| serde_json::from_value(status).ok()).unwrap_or_default();
+    let failures = |conditions: Vec<DeploymentCondition>| {
+        conditions.into_iter().filter(|one| one.type_ == "ReplicaFailure").collect::<Vec<_>>()
+    };
+    let replicas = object.data["spec"]["replicas"].as_i64().and_then(|replicas| i32::try_from(replicas).ok());
+    Deployment {
+        metadata: ObjectMeta { generation: object.metadata.generation, ..ObjectMeta::default() },
+        spec: Some(DeploymentSpec { replicas, ..DeploymentSpec::default() }),
+        status: Some(DeploymentStatus {
+            conditions: status.conditions.map(failures).filter(|conditions| !conditions.is_empty()),
+            observed_generation: status.observed_generation,
+            replicas: status.replicas,
+            updated_replicas: status.updated_replicas,
+            ..DeploymentStatus::default()
+        }),
     }
 }
 
@@ -94,6 +190,16 @@ struct Entry {
     child: Arc<Child>,
     /// The last list in which it was found, or the number of lists when the operator wrote it.
     listed: u64,
+    /// Hash of the desired object that it was found to cover.
+    covers: Option<String>,
+}
+
+/// A child that was added to the cache.
+struct Inserted {
+    /// The newest version.
+    child: Arc<Child>,
+    /// Whether anything differs that is read.
+    is_news: bool,
 }
 
 #[derive(Debug, Default)]
@@ -120,26 +226,30 @@ impl Index {
         }
     }
 
-    fn insert(&mut self, child: Child) -> Arc<Child> {
+    fn insert(&mut self, child: Child) -> Inserted {
         let key = child.key();
         let listed = self.lists.get(child.kind.kind).copied().unwrap_or(0);
-        match self.entries.get_mut(&key) {
-            Some(entry) if entry.child.uid == child.uid && entry.child.ordinal() >= child.ordinal() => {
+        let (mut covers, mut is_news) = (None, true);
+        if let Some(entry) = self.entries.get_mut(&key) {
+            if entry.child.uid == child.uid && entry.child.ordinal() >= child.ordinal() {
                 entry.listed = listed;
-                return Arc::clone(&entry.child);
+                return Inserted { child: Arc::clone(&entry.child), is_news: false };
             }
-            _ => {}
-        }
-        if let Some(replaced) = self.entries.get(&key).filter(|entry| entry.child.uid != child.uid) {
-            self.irremovable.remove(&replaced.child.uid);
+            is_news = !entry.child.is_same(&child);
+            if entry.child.uid == child.uid && entry.child.text == child.text {
+                covers = entry.covers.take();
+            }
+            if entry.child.uid != child.uid {
+                self.irremovable.remove(&entry.child.uid);
+            }
         }
         self.remove(&key);
         if let Some(owner) = &child.owner {
             self.by_owner.entry(owner.uid.clone()).or_default().insert(key.clone());
         }
         let child = Arc::new(child);
-        self.entries.insert(key, Entry { child: Arc::clone(&child), listed });
-        child
+        self.entries.insert(key, Entry { child: Arc::clone(&child), listed, covers });
+        Inserted { child, is_news }
     }
 }
 
@@ -177,10 +287,35 @@ impl Children {
         keys.filter_map(|key| index.entries.get(key)).map(|entry| Arc::clone(&entry.child)).collect()
     }
 
-    /// Adds what the API server returned or a watch delivered, unless a newer version is there; returns the
-    /// newest.
+    /// Adds what the API server returned, unless a newer version is there; returns the newest.
     pub fn insert(&self, child: Child) -> Arc<Child> {
-        self.lock().insert(child)
+        self.lock().insert(child).child
+    }
+
+    /// Adds what a watch delivered, unless a newer version is there; returns it if something differs that is
+    /// read. The echo of a write differs in nothing.
+    pub fn insert_watched(&self, child: Child) -> Option<Arc<Child>> {
+        let inserted = self.lock().insert(child);
+        inserted.is_news.then_some(inserted.child)
+    }
+
+    /// Records that a child has everything that the desired object with this hash sets.
+    pub fn set_covers(&self, child: &Child, desired_hash: &str) {
+        if let Some(entry) = self.lock().entries.get_mut(&child.key())
+            && entry.child.version == child.version
+        {
+            entry.covers = Some(desired_hash.to_owned());
+        }
+    }
+
+    /// Whether a child was found to have everything that the desired object with this hash sets.
+    #[must_use]
+    pub fn covers(&self, child: &Child, desired_hash: &str) -> bool {
+        let index = self.lock();
+        let entry = index.entries.get(&child.key()).filter(|entry| entry.child.uid == child.uid);
+        entry.is_some_and(|entry| {
+            entry.child.text == child.text && entry.covers.as_deref() == Some(desired_hash)
+        })
     }
 
     /// Removes a child that is gone or no longer selected, unless a newer version is there.
@@ -271,6 +406,34 @@ mod tests {
         children.remove(&child("chat", "a", 13));
         assert_eq!(version(&children, "chat").as_deref(), Some("12"));
         assert_eq!(children.of_owner("u1").len(), 1);
+    }
+
+    #[test]
+    fn an_echo_is_no_news_and_what_was_compared_stays_compared() {
+        let children = Children::default();
+        let written = children.insert(child("chat", "a", 9));
+        children.set_covers(&written, "h1");
+        assert!(children.insert_watched(child("chat", "a", 9)).is_none(), "the echo");
+        // Another version with the same content: a controller wrote its status.
+        assert!(children.insert_watched(child("chat", "a", 10)).is_none());
+        assert!(children.covers(&children.get(&SERVICE, "team", "chat").unwrap(), "h1"));
+        assert!(!children.covers(&written, "h2"));
+        // It was deleted and created again.
+        let again = children.insert_watched(child("chat", "b", 11)).unwrap();
+        assert!(!children.covers(&again, "h1"));
+    }
+
+    #[test]
+    fn fields_of_a_post_are_found_until_something_is_applied() {
+        let entry = |operation: &str, subresource: Option<&str>| ManagedFieldsEntry {
+            manager: Some(names::MANAGER.to_owned()),
+            operation: Some(operation.to_owned()),
+            subresource: subresource.map(str::to_owned),
+            ..ManagedFieldsEntry::default()
+        };
+        assert_eq!(posted(&[entry("Update", Some("status")), entry("Update", None)]), Some(1));
+        assert_eq!(posted(&[entry("Update", None), entry("Apply", None)]), None);
+        assert_eq!(posted(&[]), None);
     }
 
     #[test]

@@ -1,37 +1,40 @@
 //! What the tasks of a leader share: caches that watches fill, reports of pods, and the means to wake each
 //! other.
 //!
-//! All tasks read the same caches, so a reconcile reads nothing from the API server, and a change wakes
-//! exactly the tasks that depend on it.
+//! All tasks read the same caches, so a reconcile reads nothing from the API server. Everything is indexed by
+//! model, and a change wakes exactly the tasks that depend on it, for that model alone.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use k8s_openapi::jiff::Timestamp;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{ObjectRef, Store, store};
 use kube::{Client, ResourceExt};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use trustformers_control::build::Platform;
 use trustformers_control::causes::Cause;
 use trustformers_control::pods::PodView;
 use trustformers_control::routes::ModelKey;
 use trustformers_control::status::PodReport;
-use trustformers_crds::{InferenceModel, InferenceModelStatus};
+use trustformers_crds::{ABTest, InferenceModel, InferenceModelStatus};
 use trustformers_proto::v1::ModelStatus;
 
+use crate::ab_tests::samples::TestSamples;
+use crate::changes::Changes;
 use crate::children::Children;
+use crate::cluster_keys::ClusterKeys;
 use crate::feed::FeedState;
 use crate::feed::counts::GatewaySums;
 use crate::metrics::Metrics;
-
-/// Requests for reconciles that wait to be coalesced. One entry takes about 200 bytes: 1024 × 200 B = 200 kB.
-/// When the queue is full, the watches wait, which loses nothing.
-const QUEUE: usize = 1024;
+use crate::models::{ModelNames, ModelWriter};
+use crate::pod_admin::Identity;
+use crate::pods::{PodWriter, Pods};
+use crate::queue::{Lane, Queue};
+use crate::reconcile::settled::Settled;
+use crate::recorder::EventCounts;
 
 /// Settings of the process, which do not change.
 #[derive(Debug, Clone)]
@@ -46,14 +49,31 @@ pub struct Settings {
     pub platform: Platform,
     /// Reconciles that may run at the same time.
     pub concurrency: u16,
+    /// Who the operator is for pods; none: pods are not changed while they run.
+    pub identity: Option<Identity>,
+    /// The admin port of pods; another one only in tests.
+    pub admin_port: u16,
 }
 
 /// The writing ends of the caches.
 pub struct Writers {
     /// Fills `models`.
-    pub models: Writer<InferenceModel>,
+    pub models: ModelWriter,
     /// Fills `pods`.
-    pub pods: Writer<Pod>,
+    pub pods: PodWriter,
+    /// Fills `ab_tests`.
+    pub ab_tests: Writer<ABTest>,
+}
+
+/// What the writers of caches mark.
+#[derive(Debug, Default)]
+pub struct ChangeMarks {
+    /// Models whose route may change.
+    pub routes: Arc<Changes>,
+    /// Models whose pods may need another readiness gate.
+    pub gates: Arc<Changes>,
+    /// Models whose pods may have to be observed.
+    pub pods: Arc<Changes>,
 }
 
 /// The caches will never be complete: their watches ended.
@@ -83,6 +103,10 @@ pub struct Memory {
     pub generation: Option<i64>,
     /// Reconciles that failed in a row.
     pub failures: u32,
+    /// What was desired and found stored last.
+    pub settled: Option<Arc<Settled>>,
+    /// Since when a status waits that says nothing new but a reason or a message.
+    pub status_waits_since: Option<Instant>,
 }
 
 /// What the tasks of a leader share. Each term has its own: a new leader starts with empty caches.
@@ -95,32 +119,41 @@ pub struct Context {
     pub metrics: Metrics,
     /// The models.
     pub models: Store<InferenceModel>,
-    /// Their pods.
-    pub pods: Store<Pod>,
+    /// The models by their bare name.
+    pub names: Arc<ModelNames>,
+    /// Their pods, with what is reported about them.
+    pub pods: Arc<Pods>,
+    /// The A/B tests.
+    pub ab_tests: Store<ABTest>,
     /// What the operator made for them.
     pub children: Children,
     /// What gateways have counted.
     pub counts: GatewaySums,
-    /// Reports of pods, by UID of the pod. The observer removes those of pods that it does not observe.
-    reports: Mutex<BTreeMap<String, PodReport>>,
-    /// Causes from Events about pods, by UID of the pod. The observer removes those of pods that are gone.
-    pod_events: Mutex<BTreeMap<String, Cause>>,
+    /// What gateways have counted of A/B tests.
+    pub samples: TestSamples,
+    /// Events that were published lately.
+    pub event_counts: EventCounts,
+    /// With which keys pods recognise the operator.
+    pub cluster_keys: ClusterKeys,
     /// The feed of this lead: which tables gateways have.
     pub feed: OnceLock<Arc<FeedState>>,
     memories: Mutex<HashMap<ModelKey, Memory>>,
     /// Stored models that cannot be decoded, each with the error.
     unreadable: Mutex<BTreeMap<ModelKey, Unreadable>>,
-    queue: mpsc::Sender<ObjectRef<InferenceModel>>,
+    /// Models that need a reconcile.
+    pub queue: Arc<Queue<ModelKey>>,
     /// Set when the caches are complete: before, no task empties the queue.
     started: AtomicBool,
-    /// Something that routes depend on has changed.
-    pub routes_changed: Notify,
-    /// Something that readiness gates depend on has changed.
-    pub gates_changed: Notify,
-    /// The set of pods to observe has changed.
-    pub pods_changed: Notify,
+    /// Models for which something has changed that routes depend on.
+    pub routes_changed: Arc<Changes>,
+    /// Models for which something has changed that readiness gates depend on.
+    pub gates_changed: Arc<Changes>,
+    /// Models whose set of pods to observe may have changed.
+    pub pods_changed: Arc<Changes>,
     /// The set of models that cannot be decoded has changed.
     pub unreadable_changed: Notify,
+    /// Something that A/B tests depend on has changed.
+    pub ab_tests_changed: Notify,
 }
 
 /// A stored model that this version cannot decode.
@@ -138,8 +171,8 @@ pub struct NewContext {
     pub context: Arc<Context>,
     /// Fill the caches.
     pub writers: Writers,
-    /// Requests for reconciles.
-    pub queue: mpsc::Receiver<ObjectRef<InferenceModel>>,
+    /// Models that need a reconcile.
+    pub queue: Arc<Queue<ModelKey>>,
 }
 
 impl Context {
@@ -147,33 +180,47 @@ impl Context {
     #[must_use]
     pub fn create(client: Client, settings: Settings, metrics: Metrics) -> NewContext {
         let (models, models_writer) = store();
-        let (pods, pods_writer) = store();
-        let (sender, queue) = mpsc::channel(QUEUE);
+        let (ab_tests, ab_tests_writer) = store();
+        let marks = Arc::new(ChangeMarks::default());
+        let (names, pods) = (Arc::new(ModelNames::default()), Arc::new(Pods::default()));
+        let writers = Writers {
+            models: ModelWriter::new(models_writer, Arc::clone(&names), Arc::clone(&marks)),
+            pods: PodWriter::new(Arc::clone(&pods), Arc::clone(&marks)),
+            ab_tests: ab_tests_writer,
+        };
+        let queue = Arc::new(Queue::default());
         let context = Self {
             client,
             settings,
             metrics,
             models,
+            names,
             pods,
+            ab_tests,
             children: Children::default(),
             counts: GatewaySums::default(),
-            reports: Mutex::default(),
-            pod_events: Mutex::default(),
+            samples: TestSamples::default(),
+            event_counts: EventCounts::default(),
+            cluster_keys: ClusterKeys::default(),
             feed: OnceLock::new(),
             memories: Mutex::default(),
             unreadable: Mutex::default(),
-            queue: sender,
+            queue: Arc::clone(&queue),
             started: AtomicBool::new(false),
-            routes_changed: Notify::new(),
-            gates_changed: Notify::new(),
-            pods_changed: Notify::new(),
+            routes_changed: Arc::clone(&marks.routes),
+            gates_changed: Arc::clone(&marks.gates),
+            pods_changed: Arc::clone(&marks.pods),
             unreadable_changed: Notify::new(),
+            ab_tests_changed: Notify::new(),
         };
-        NewContext {
-            context: Arc::new(context),
-            writers: Writers { models: models_writer, pods: pods_writer },
-            queue,
-        }
+        NewContext { context: Arc::new(context), writers, queue }
+    }
+
+    /// What the operator's settings add to every model, with the keys as they are known now.
+    #[must_use]
+    pub fn platform(&self) -> Platform {
+        let access = |identity: &Identity| self.cluster_keys.access(&identity.subject);
+        Platform { admin: self.settings.identity.as_ref().map(access), ..self.settings.platform.clone() }
     }
 
     /// Waits until every cache has been filled.
@@ -181,77 +228,71 @@ impl Context {
     /// # Errors
     /// When a watch ended before.
     pub async fn complete(&self) -> Result<(), WatchesEnded> {
-        tokio::try_join!(self.models.wait_until_ready(), self.pods.wait_until_ready())
-            .map_err(|_| WatchesEnded)?;
+        self.models.wait_until_ready().await.map_err(|_| WatchesEnded)?;
+        self.ab_tests.wait_until_ready().await.map_err(|_| WatchesEnded)?;
+        self.pods.complete().await;
         self.children.complete().await;
         Ok(())
     }
 
     /// From now on changes request reconciles. Every model is requested.
-    pub async fn start(&self) {
+    pub fn start(&self) {
         self.started.store(true, Ordering::Release);
         for model in self.models.state() {
-            self.request_reconcile(&model.namespace().unwrap_or_default(), &model.name_any()).await;
+            self.request(&model.namespace().unwrap_or_default(), &model.name_any(), lane_of(&model));
         }
-        self.routes_changed.notify_one();
-        self.gates_changed.notify_one();
-        self.pods_changed.notify_one();
+        self.routes_changed.mark_all();
+        self.gates_changed.mark_all();
+        self.pods_changed.mark_all();
         self.unreadable_changed.notify_one();
+        self.ab_tests_changed.notify_one();
     }
 
     /// Requests a reconcile of a model. A request for a model that is gone has no effect.
-    pub async fn request_reconcile(&self, namespace: &str, name: &str) {
-        if !self.started.load(Ordering::Acquire) {
-            return;
+    pub fn request(&self, namespace: &str, name: &str, lane: Lane) {
+        if self.started.load(Ordering::Acquire) {
+            self.queue.request(&(namespace.to_owned(), name.to_owned()), lane);
         }
-        // The receiver ends with the lead; after that no reconcile is needed.
-        let _ = self.queue.send(ObjectRef::new(name).within(namespace)).await;
+    }
+
+    /// The model with this key.
+    #[must_use]
+    pub fn model(&self, (namespace, name): &ModelKey) -> Option<Arc<InferenceModel>> {
+        self.models.get(&ObjectRef::new(name).within(namespace))
     }
 
     /// Records a pod's report. True if more than the progress changed.
     pub fn record_report(&self, uid: &str, restarts: u32, model: ModelStatus) -> bool {
-        let mut reports = lock(&self.reports);
-        let previous = reports.get(uid).filter(|previous| previous.restarts == restarts);
-        let progressed_at = previous
-            .filter(|previous| previous.model.loaded_bytes == model.loaded_bytes)
-            .map_or_else(Timestamp::now, |previous| previous.progressed_at);
-        let without_progress = |model: &ModelStatus| {
-            let mut model = ModelStatus { loaded_bytes: 0, total_bytes: 0, ..model.clone() };
-            for slot in &mut model.slots {
-                (slot.loaded_bytes, slot.total_bytes) = (0, 0);
-                (slot.bytes_per_second, slot.eta_ms) = (0, None);
-            }
-            model
-        };
-        let changed =
-            previous.is_none_or(|previous| without_progress(&previous.model) != without_progress(&model));
-        reports.insert(uid.to_owned(), PodReport { model, restarts, progressed_at });
-        changed
-    }
-
-    /// Removes the reports of pods that are not in `observed`, and causes from Events about pods that are
-    /// gone.
-    pub fn retain_pods(&self, observed: &HashSet<&str>) {
-        lock(&self.reports).retain(|uid, _| observed.contains(uid.as_str()));
-        let pods = self.pods.state();
-        let existing: HashSet<&str> = pods.iter().filter_map(|pod| pod.metadata.uid.as_deref()).collect();
-        lock(&self.pod_events).retain(|uid, _| existing.contains(uid.as_str()));
+        self.pods.record_report(uid, restarts, model)
     }
 
     /// The reports of these pods that their running containers sent.
     #[must_use]
     pub fn reports_of(&self, pods: &[PodView]) -> BTreeMap<String, PodReport> {
-        let reports = lock(&self.reports);
-        let report = |pod: &PodView| {
-            let report = reports.get(&pod.uid).filter(|report| report.is_current(pod))?;
-            Some((pod.uid.clone(), report.clone()))
-        };
-        pods.iter().filter_map(report).collect()
+        pods.iter().filter_map(|pod| Some((pod.uid.clone(), self.pods.report(pod)?))).collect()
+    }
+
+    /// Records which nodes are ready; returns the models with pods on those of which that changed.
+    pub fn set_ready_nodes(&self, ready: &BTreeSet<String>) -> BTreeSet<ModelKey> {
+        let changed = self.pods.set_ready_nodes(ready);
+        for key in &changed {
+            self.routes_changed.mark(key);
+            self.gates_changed.mark(key);
+            self.pods_changed.mark(key);
+        }
+        changed
+    }
+
+    /// Records whether pods of a model are asked for something, so that they are observed until they did it.
+    pub fn set_asked(&self, key: &ModelKey, is_asked: bool) {
+        if self.pods.set_asked(key, is_asked) {
+            self.pods_changed.mark(key);
+        }
     }
 
     /// Records the cause that an Event about a pod names. True if it is new.
     pub fn record_pod_event(&self, uid: &str, cause: Cause) -> bool {
-        lock(&self.pod_events).insert(uid.to_owned(), cause.clone()) != Some(cause)
+        self.pods.record_cause(uid, cause)
     }
 
     /// The cause that an Event about a pod names, while the pod's container has never run and its status has
@@ -259,7 +300,7 @@ impl Context {
     #[must_use]
     pub fn with_event_cause(&self, pod: PodView) -> PodView {
         let starts = pod.cause.is_none() && !pod.running && !pod.ended && pod.restarts == 0;
-        let cause = if starts { lock(&self.pod_events).get(&pod.uid).cloned() } else { None };
+        let cause = if starts { self.pods.cause(&pod.uid) } else { None };
         PodView { cause: pod.cause.clone().or(cause), ..pod }
     }
 
@@ -284,6 +325,7 @@ impl Context {
     pub fn drop_model(&self, key: &ModelKey) {
         lock(&self.memories).remove(key);
         lock(&self.unreadable).remove(key);
+        self.routes_changed.mark(key);
     }
 
     /// Drops what is remembered of models that are gone: some may have been deleted while no watch was open.
@@ -297,13 +339,14 @@ impl Context {
     }
 
     /// Records whether a stored model can be decoded.
-    pub fn set_unreadable(&self, key: ModelKey, model: Option<Unreadable>) {
+    pub fn set_unreadable(&self, key: &ModelKey, model: Option<Unreadable>) {
         let mut unreadable = lock(&self.unreadable);
         let changed = match model {
-            Some(model) => unreadable.insert(key, model.clone()) != Some(model),
-            None => unreadable.remove(&key).is_some(),
+            Some(model) => unreadable.insert(key.clone(), model.clone()) != Some(model),
+            None => unreadable.remove(key).is_some(),
         };
         if changed {
+            self.routes_changed.mark(key);
             self.unreadable_changed.notify_one();
         }
     }
@@ -312,6 +355,16 @@ impl Context {
     #[must_use]
     pub fn unreadable(&self) -> BTreeMap<ModelKey, Unreadable> {
         lock(&self.unreadable).clone()
+    }
+}
+
+/// The lane of a model that needs a reconcile for no other reason than that it exists.
+pub(crate) fn lane_of(model: &InferenceModel) -> Lane {
+    let observed = model.status.as_ref().and_then(|status| status.observed_generation);
+    match observed {
+        None => Lane::New,
+        Some(generation) if Some(generation) != model.metadata.generation => Lane::Spec,
+        Some(_) => Lane::Status,
     }
 }
 
@@ -331,8 +384,18 @@ pub(crate) mod tests {
             platform: Platform {
                 runtime_image: "localhost/trustformers-runtime:v0.1.0".to_owned(),
                 pull_policy: "IfNotPresent".to_owned(),
+                admin: None,
             },
             concurrency: 4,
+            identity: None,
+            admin_port: trustformers_control::names::ADMIN_PORT,
+        }
+    }
+
+    pub(crate) fn identity() -> Identity {
+        Identity {
+            token_file: "/nonexistent/token".into(),
+            subject: "system:serviceaccount:trustformers-system:trustformers-operator".to_owned(),
         }
     }
 
@@ -343,29 +406,6 @@ pub(crate) mod tests {
     fn context() -> Arc<Context> {
         let client = crate::testing::mock_client(|request| panic!("{request:?}"));
         Context::create(client, settings(), metrics()).context
-    }
-
-    fn loading(loaded_bytes: u64) -> ModelStatus {
-        ModelStatus { loaded_bytes, total_bytes: 100, ..ModelStatus::default() }
-    }
-
-    #[tokio::test]
-    async fn only_progress_is_no_other_change() {
-        let context = context();
-        assert!(context.record_report("p", 0, loading(1)));
-        assert!(!context.record_report("p", 0, loading(2)));
-        assert!(context.record_report("p", 1, loading(2)), "another container started");
-    }
-
-    #[tokio::test]
-    async fn reports_of_pods_that_are_not_observed_are_dropped() {
-        let context = context();
-        context.record_report("p", 0, loading(1));
-        context.record_report("q", 0, loading(1));
-        context.record_pod_event("q", Cause { reason: "FailedMount".to_owned(), message: String::new() });
-        context.retain_pods(&HashSet::from(["p"]));
-        assert_eq!(lock(&context.reports).keys().collect::<Vec<_>>(), ["p"]);
-        assert!(lock(&context.pod_events).is_empty());
     }
 
     #[tokio::test]

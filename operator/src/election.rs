@@ -10,12 +10,10 @@ use kube::{Api, Client};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use trustformers_control::lease::{Election, LEASE, RENEW_EVERY, Record, Step, first_term};
 
+use crate::requests::LEASE_LIMIT;
+
 /// Name of the Lease.
 pub const LEASE_NAME: &str = "trustformers-operator";
-
-/// Limit on one request. Two of them fit between the renewal deadline and the end of the lease: 6 s + 2 × 2 s
-/// = 10 s.
-const REQUEST_LIMIT: Duration = Duration::from_secs(2);
 
 /// A pause after a failed renewal: several attempts fit before the deadline.
 const RETRY: Duration = Duration::from_millis(500);
@@ -27,7 +25,7 @@ pub enum LeaseError {
     #[error("Lease {LEASE_NAME}: {0}")]
     Request(#[from] kube::Error),
     /// The API server did not answer.
-    #[error("Lease {LEASE_NAME}: no answer within {} s", REQUEST_LIMIT.as_secs())]
+    #[error("Lease {LEASE_NAME}: no answer within {} s", LEASE_LIMIT.as_secs())]
     TimedOut,
 }
 
@@ -141,7 +139,7 @@ impl Candidate {
     }
 
     async fn read(&mut self) -> Result<(), LeaseError> {
-        let stored = timeout(REQUEST_LIMIT, self.leases.get_opt(LEASE_NAME))
+        let stored = timeout(LEASE_LIMIT, self.leases.get_opt(LEASE_NAME))
             .await
             .map_err(|_| LeaseError::TimedOut)??;
         let now = self.now();
@@ -160,7 +158,7 @@ impl Candidate {
                 None => self.leases.create(&params, &lease).await,
             }
         };
-        let stored = timeout(REQUEST_LIMIT, request).await.map_err(|_| LeaseError::TimedOut)??;
+        let stored = timeout(LEASE_LIMIT, request).await.map_err(|_| LeaseError::TimedOut)??;
         self.election.record_write(record(&stored), sent);
         self.stored = Some(stored);
         Ok(())
@@ -367,6 +365,31 @@ mod tests {
         one.keep().await;
         assert!(started.elapsed() <= RENEW_DEADLINE, "{:?}", started.elapsed());
         assert!(one.election.term().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_candidates_never_lead_at_the_same_time() {
+        let server = LeaseServer::default();
+        let (mut one, mut two) = (candidate(&server, "one"), candidate(&server, "two"));
+        let first = one.lead(|| {}).await;
+        // The leader's requests hang from now on, and those of the other candidate do not.
+        let other = LeaseServer(Arc::new(Mutex::new(StoredLease {
+            lease: server.0.lock().unwrap().lease.clone(),
+            version: 100,
+            fault: None,
+        })));
+        two.leases = Api::namespaced(other.client(), "sys");
+        server.set_fault(Some(Fault::Hangs));
+        let led_until = async {
+            one.keep().await;
+            Instant::now()
+        };
+        let leads_from = async {
+            assert_eq!(two.lead(|| {}).await, first + 1);
+            Instant::now()
+        };
+        let (led_until, leads_from) = tokio::join!(led_until, leads_from);
+        assert!(led_until < leads_from, "{:?}", led_until.duration_since(leads_from));
     }
 
     #[tokio::test(start_paused = true)]

@@ -21,8 +21,8 @@ use trustformers_control::names::LEADER_LABEL;
 
 use crate::context::{Context, NewContext};
 use crate::feed::service::Leadership;
-use crate::feed::{FeedState, gates, publish};
-use crate::{observer, reconcile, unreadable, watchers};
+use crate::feed::{FeedState, gates, gateways, publish};
+use crate::{ab_tests, cluster_keys, observer, reconcile, unreadable, watchers};
 
 /// Limit on one request about a label.
 const REQUEST_LIMIT: Duration = Duration::from_secs(2);
@@ -50,14 +50,18 @@ pub async fn lead(term: u64, new: NewContext, leaderships: watch::Sender<Option<
         }
         _ = tasks.join_next() => return,
     }
+    cluster_keys::read_first(&context).await;
     tracing::info!(term, models = context.models.len(), pods = context.pods.len(), "leading");
     tasks.spawn(reconcile::run(Arc::clone(&context), queue));
     tasks.spawn(observer::run(Arc::clone(&context)));
+    tasks.spawn(cluster_keys::run(Arc::clone(&context)));
     tasks.spawn(unreadable::run(Arc::clone(&context)));
     tasks.spawn(publish::run(Arc::clone(&context), Arc::clone(&feed)));
+    tasks.spawn(gateways::run(Arc::clone(&context), Arc::clone(&feed)));
     tasks.spawn(gates::run(Arc::clone(&context), Arc::clone(&feed)));
+    tasks.spawn(ab_tests::run(Arc::clone(&context)));
     tasks.spawn(keep_label(Arc::clone(&context), Arc::clone(&feed)));
-    context.start().await;
+    context.start();
     leaderships.send_replace(Some(Leadership { feed, context, ended }));
     // No task ends by itself. A new lead repairs what ended one.
     let outcome = tasks.join_next().await;

@@ -4,16 +4,23 @@
 //! only what differs. One process leads, by a Lease. Only the leader watches, writes and serves the route
 //! feed. In steady state its only requests to the API server are renewals of the Lease.
 
+pub mod ab_tests;
 pub mod args;
+pub mod changes;
 pub mod children;
+pub mod cluster_keys;
 pub mod context;
 pub mod crd;
 pub mod election;
 pub mod feed;
 pub mod leader;
 pub mod metrics;
+pub mod models;
+pub mod nodes;
 pub mod observer;
 pub mod permissions;
+pub mod pod_admin;
+pub mod pods;
 pub mod queue;
 pub mod reconcile;
 pub mod recorder;

@@ -64,7 +64,7 @@ impl Metrics {
             gateways: IntGaugeVec::new(
                 Opts::new(
                     "trustformers_operator_feed_gateways",
-                    "Gateways by state: live, late (silent for 3 s), left_out (silent for 5 s).",
+                    "Gateways by state: live, late (readiness gates wait for a report), left_out (gates do not wait).",
                 ),
                 &["state"],
             )?,

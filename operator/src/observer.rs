@@ -1,26 +1,39 @@
-//! Observes every running pod of every model by one `WatchModels` stream each, so that a state that a pod
-//! reports is in the model's status within a second, without a request to the API server in between.
+//! Observes pods of models by one `WatchModels` stream each, while something about them is expected to
+//! change: a model loads, a rollout goes on, or the pod has not said yet what it serves. So a state that a
+//! pod reports is in the model's status within a second, without a request to the API server in between, and
+//! a pod that serves costs nothing.
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
-use k8s_openapi::api::core::v1::Pod;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep};
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::{Endpoint, Uri};
 use trustformers_control::names;
 use trustformers_control::pods::PodView;
-use trustformers_proto::v1::WatchModelsRequest;
+use trustformers_control::routes::ModelKey;
+use trustformers_control::status::PodReport;
+use trustformers_crds::InferenceModel;
 use trustformers_proto::v1::model_service_client::ModelServiceClient;
+use trustformers_proto::v1::{ModelSlot, ModelState, WatchModelsRequest};
 
+use crate::changes::Marked;
 use crate::context::Context;
+use crate::pod_admin;
+use crate::queue::Lane;
 use crate::reconcile::status::PROGRESS_INTERVAL;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause while a container starts: its state is known within a second.
+const START_PAUSE: Duration = Duration::from_secs(1);
+/// Attempts with [`START_PAUSE`] at most. After them the pod is expected to answer late or never.
+const START_ATTEMPTS: u32 = 20;
+/// The longest pause between attempts to reach a pod that does not serve.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// The longest pause for a pod that serves and whose stream cannot be opened.
+const SERVING_PAUSE: Duration = Duration::from_secs(600);
 /// Limit on one attempt to connect to a pod.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -35,79 +48,127 @@ struct Target {
 }
 
 impl Target {
-    fn of(pod: &Pod) -> Option<Self> {
-        let view = PodView::of(pod).filter(|view| view.running && !view.ended)?;
+    fn of(view: &PodView) -> Option<Self> {
+        if !view.running || view.ended {
+            return None;
+        }
         Some(Self {
-            address: view.address?.parse().ok()?,
-            namespace: view.namespace,
-            model: view.model,
-            uid: view.uid,
+            address: view.address.as_ref()?.parse().ok()?,
+            namespace: view.namespace.clone(),
+            model: view.model.clone(),
+            uid: view.uid.clone(),
             restarts: view.restarts,
         })
     }
 
     fn uri(&self) -> Option<Uri> {
-        let host = match self.address {
-            IpAddr::V4(address) => address.to_string(),
-            IpAddr::V6(address) => format!("[{address}]"),
-        };
-        format!("http://{host}:{}", names::GRPC_PORT).parse().ok()
+        pod_admin::uri(self.address, names::GRPC_PORT)
     }
 }
 
-/// Keeps one stream open for each running pod, without end.
+/// Keeps the streams open that are needed, without end.
 pub async fn run(context: Arc<Context>) {
-    let mut streams: HashMap<Target, AbortHandle> = HashMap::new();
+    let mut streams: HashMap<ModelKey, HashMap<Target, AbortHandle>> = HashMap::new();
     // Dropping the set ends every stream with this task.
     let mut tasks = JoinSet::new();
     loop {
         context.pods_changed.notified().await;
-        let running: HashSet<Target> =
-            context.pods.state().iter().filter_map(|pod| Target::of(pod)).collect();
-        streams.retain(|target, stream| {
-            let runs = running.contains(target);
-            if !runs {
-                stream.abort();
+        let models: Vec<ModelKey> = match context.pods_changed.drain() {
+            Marked::Models(models) => models.into_iter().collect(),
+            Marked::All => streams.keys().cloned().chain(context.pods.models()).collect(),
+        };
+        for key in models {
+            let wanted = wanted(&context, &key);
+            let open = streams.entry(key.clone()).or_default();
+            open.retain(|target, stream| {
+                let stays = wanted.contains(target);
+                if !stays {
+                    stream.abort();
+                }
+                stays
+            });
+            for target in wanted {
+                open.entry(target)
+                    .or_insert_with_key(|target| tasks.spawn(observe(Arc::clone(&context), target.clone())));
             }
-            runs
-        });
-        // A report that a stream recorded while it was aborted is dropped in the next pass.
-        context.retain_pods(&running.iter().map(|target| target.uid.as_str()).collect());
-        for target in running {
-            streams
-                .entry(target)
-                .or_insert_with_key(|target| tasks.spawn(observe(Arc::clone(&context), target.clone())));
+            if open.is_empty() {
+                streams.remove(&key);
+            }
         }
         while tasks.try_join_next().is_some() {}
-        context.metrics.observed_pods.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
+        let open: usize = streams.values().map(HashMap::len).sum();
+        context.metrics.observed_pods.set(i64::try_from(open).unwrap_or(i64::MAX));
     }
+}
+
+/// The pods of a model to observe now.
+fn wanted(context: &Context, key: &ModelKey) -> HashSet<Target> {
+    let changes = context.pods.is_asked(key) || context.model(key).is_some_and(|model| is_changing(&model));
+    let pods = context.pods.of_model(key);
+    let wanted = pods.iter().map(|pod| &pod.view).filter(|pod| {
+        let report = context.pods.report(pod);
+        changes || !is_settled(pod, report.as_ref())
+    });
+    wanted.filter_map(Target::of).collect()
+}
+
+/// Whether what the pods of a model load is about to change.
+fn is_changing(model: &InferenceModel) -> bool {
+    let Some(status) = &model.status else { return true };
+    status.observed_generation != model.metadata.generation
+        || status.candidate.is_some()
+        || status.rollout.as_ref().is_some_and(|rollout| !rollout.retiring.is_empty())
+}
+
+/// Whether a pod serves, has said what, and loads or ends nothing beside it.
+fn is_settled(pod: &PodView, report: Option<&PodReport>) -> bool {
+    let rests = |slot: &ModelSlot| matches!(slot.state(), ModelState::Ready | ModelState::Failed);
+    pod.ready
+        && report.is_some_and(|report| {
+            report.model.state() == ModelState::Ready && report.model.slots.iter().all(rests)
+        })
 }
 
 /// Observes one pod, and connects again when the stream ends.
 async fn observe(context: Arc<Context>, target: Target) {
     let Some(uri) = target.uri() else { return };
+    let key = (target.namespace.clone(), target.model.clone());
+    let mut attempt = 0;
+    loop {
+        // Boxed, so that a task that waits is small: there may be one for each pod.
+        match Box::pin(follow(&context, &target, uri.clone())).await {
+            Ok(()) => attempt = 0,
+            Err(status) => tracing::debug!(pod = target.uid, %status, "no stream from the pod"),
+        }
+        let pods = context.pods.of_model(&key);
+        let serves = pods.iter().any(|pod| pod.view.uid == target.uid && pod.view.ready);
+        sleep(pause(attempt, serves)).await;
+        attempt = attempt.saturating_add(1);
+    }
+}
+
+/// The pause after this many failed attempts: at first short, because a container that starts is about to
+/// answer, then twice as long each time.
+fn pause(attempt: u32, serves: bool) -> Duration {
+    let doubled =
+        |from: Duration, times: u32| from.saturating_mul(1_u32.checked_shl(times).unwrap_or(u32::MAX));
+    if serves {
+        return doubled(START_PAUSE, attempt).min(SERVING_PAUSE);
+    }
+    match attempt.checked_sub(START_ATTEMPTS) {
+        None => doubled(FIRST_PAUSE, attempt).min(START_PAUSE),
+        Some(late) => doubled(START_PAUSE, late).min(LONGEST_PAUSE),
+    }
+}
+
+/// Follows one stream to its end. An error is returned only if no message arrived before.
+async fn follow(context: &Context, target: &Target, uri: Uri) -> Result<(), tonic::Status> {
     let channel = Endpoint::from(uri)
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true)
         .connect_lazy();
-    let backoff = ExponentialBuilder::default()
-        .with_min_delay(FIRST_PAUSE)
-        .with_max_delay(LONGEST_PAUSE)
-        .without_max_times();
-    let mut pauses = backoff.build();
-    loop {
-        match follow(&context, &target, channel.clone()).await {
-            Ok(()) => pauses = backoff.build(),
-            Err(status) => tracing::debug!(pod = target.uid, %status, "no stream from the pod"),
-        }
-        sleep(pauses.next().unwrap_or(LONGEST_PAUSE)).await;
-    }
-}
-
-/// Follows one stream to its end. An error is returned only if no message arrived before.
-async fn follow(context: &Context, target: &Target, channel: Channel) -> Result<(), tonic::Status> {
     let mut client = ModelServiceClient::new(channel);
     let mut stream = client.watch_models(WatchModelsRequest {}).await?.into_inner();
     let mut requested = None::<Instant>;
@@ -126,11 +187,14 @@ async fn follow(context: &Context, target: &Target, channel: Channel) -> Result<
         // Progress alone is written at most this often.
         if changed || requested.is_none_or(|at| at.elapsed() >= PROGRESS_INTERVAL) {
             requested = Some(Instant::now());
-            context.request_reconcile(&target.namespace, &target.model).await;
+            context.request(&target.namespace, &target.model, Lane::Child);
         }
         if changed {
+            let key = (target.namespace.clone(), target.model.clone());
             // The table contains the digest.
-            context.routes_changed.notify_one();
+            context.routes_changed.mark(&key);
+            // A pod that has said what it serves needs no stream.
+            context.pods_changed.mark(&key);
         }
     }
 }
@@ -138,21 +202,67 @@ async fn follow(context: &Context, target: &Target, channel: Channel) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use k8s_openapi::api::core::v1::Pod;
+    use trustformers_proto::v1::ModelStatus;
 
-    fn pod(status: &str) -> Pod {
-        serde_yaml::from_str(&format!(
+    fn pod(status: &str) -> PodView {
+        let pod: Pod = serde_yaml::from_str(&format!(
             "metadata: {{name: p, namespace: team, uid: u, labels: {{serving.trustformers.dev/model: chat, serving.trustformers.dev/revision: r}}}}\nstatus: {status}\n"
         ))
-        .unwrap()
+        .unwrap();
+        PodView::of(&pod).unwrap()
     }
+
+    const RUNNING: &str = "containerStatuses: [{name: runtime, ready: false, restartCount: 0, image: i, imageID: '', state: {running: {}}}]";
 
     #[test]
     fn only_running_pods_with_an_address_are_observed() {
-        let running = "containerStatuses: [{name: runtime, ready: false, restartCount: 0, image: i, imageID: '', state: {running: {}}}]";
-        let target = Target::of(&pod(&format!("{{podIP: 'fd00::1', {running}}}"))).unwrap();
+        let target = Target::of(&pod(&format!("{{podIP: 'fd00::1', {RUNNING}}}"))).unwrap();
         assert_eq!(target.uri().unwrap().to_string(), "http://[fd00::1]:9090/");
-        assert_eq!(Target::of(&pod(&format!("{{{running}}}"))), None);
+        assert_eq!(Target::of(&pod(&format!("{{{RUNNING}}}"))), None);
         assert_eq!(Target::of(&pod("{podIP: 10.0.0.1}")), None);
-        assert_eq!(Target::of(&pod(&format!("{{podIP: 10.0.0.1, phase: Failed, {running}}}"))), None);
+        assert_eq!(Target::of(&pod(&format!("{{podIP: 10.0.0.1, phase: Failed, {RUNNING}}}"))), None);
+    }
+
+    #[test]
+    fn a_pod_that_serves_and_has_said_what_needs_no_stream() {
+        let ready =
+            pod(&format!("{{podIP: 10.0.0.1, {RUNNING}, conditions: [{{type: Ready, status: 'True'}}]}}"));
+        let report = |state: ModelState| PodReport {
+            model: ModelStatus { state: state as i32, ..ModelStatus::default() },
+            ..PodReport::default()
+        };
+        assert!(is_settled(&ready, Some(&report(ModelState::Ready))));
+        assert!(!is_settled(&ready, None), "a new leader does not know yet what it serves");
+        assert!(!is_settled(&ready, Some(&report(ModelState::Loading))));
+        let unready = PodView { ready: false, ..ready };
+        assert!(!is_settled(&unready, Some(&report(ModelState::Ready))));
+    }
+
+    #[test]
+    fn pods_are_observed_while_their_model_changes() {
+        let model = |status: &str| -> InferenceModel {
+            serde_yaml::from_str(&format!(
+                "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
+                 metadata: {{name: chat, namespace: team, generation: 2}}\n\
+                 spec: {{source: {{uri: 'oci://x'}}}}\n{status}\n"
+            ))
+            .unwrap()
+        };
+        assert!(is_changing(&model("")));
+        assert!(is_changing(&model("status: {observedGeneration: 1}")));
+        assert!(!is_changing(&model("status: {observedGeneration: 2}")));
+        let candidate = "{revision: r, weight: 0, step: 0, since: '2026-01-01T00:00:00Z'}";
+        assert!(is_changing(&model(&format!("status: {{observedGeneration: 2, candidate: {candidate}}}"))));
+    }
+
+    #[test]
+    fn a_pod_that_never_answers_is_tried_less_and_less() {
+        let pauses = |serves| (0..60).map(|attempt| pause(attempt, serves)).collect::<Vec<_>>();
+        let starting = pauses(false);
+        assert!(starting[..20].iter().all(|pause| *pause <= START_PAUSE), "{starting:?}");
+        assert_eq!((starting[0], starting[59]), (FIRST_PAUSE, LONGEST_PAUSE));
+        assert_eq!(pauses(true)[59], SERVING_PAUSE);
+        assert!(starting.is_sorted() && pauses(true).is_sorted());
     }
 }

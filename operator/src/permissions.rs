@@ -25,8 +25,7 @@ fn permission(group: &'static str, resource: &'static str, verbs: &[&'static str
 #[must_use]
 pub fn everywhere() -> Vec<Permission> {
     let children = CHILDREN.iter().map(|kind| {
-        // `create` besides `patch`: server-side apply creates what does not exist. `get`: who owns an object
-        // that has the name of a child.
+        // `get`: who owns an object that has the name of a child.
         let verbs: &[&str] = match kind.prune {
             true => &["create", "delete", "get", "list", "patch", "watch"],
             false => &["create", "get", "list", "patch", "watch"],
@@ -37,9 +36,14 @@ pub fn everywhere() -> Vec<Permission> {
         // watchers, reconcile::status
         permission("serving.trustformers.dev", "inferencemodels", &["list", "watch"]),
         permission("serving.trustformers.dev", "inferencemodels/status", &["patch"]),
-        // watchers, feed::gates
+        // ab_tests; their sums are in ConfigMaps
+        permission("serving.trustformers.dev", "abtests", &["list", "watch"]),
+        permission("serving.trustformers.dev", "abtests/status", &["patch"]),
+        // watchers, feed::gates, feed::gateways
         permission("", "pods", &["list", "watch"]),
         permission("", "pods/status", &["patch"]),
+        // nodes: pods of a node that is lost are not routed
+        permission("", "nodes", &["list", "watch"]),
         // recorder; watchers: a volume that cannot be mounted is reported by Events only
         permission("", "events", &["create", "get", "list", "patch", "watch"]),
         // feed::identity
@@ -63,6 +67,7 @@ pub fn at_home() -> Vec<Permission> {
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
+    use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::{Arc, Mutex};
 
     use http::{Method, StatusCode};
@@ -73,6 +78,7 @@ mod tests {
     use trustformers_control::events::EventNote;
     use trustformers_crds::InferenceModel;
 
+    use crate::children::Child;
     use crate::context::tests::{metrics, settings};
     use crate::context::{Context, NewContext};
     use crate::election::Candidate;
@@ -80,23 +86,26 @@ mod tests {
     use crate::feed::identity::FeedAuthenticator;
     use crate::reconcile::reconcile;
     use crate::testing::{MockRequest, mock_client, needed};
-    use crate::{leader, recorder, watchers};
+    use crate::{ab_tests, leader, recorder, watchers};
 
     /// An API server that stores nothing, and the permissions that its requests needed.
     fn recording_client() -> (Client, Arc<Mutex<BTreeSet<String>>>) {
         let used = Arc::new(Mutex::new(BTreeSet::new()));
         let record = Arc::clone(&used);
+        let versions = Arc::new(AtomicU64::new(10));
         let client = mock_client(move |request| {
             let mut used = record.lock().unwrap();
             let repeated = used.contains("/events create");
             let needed = needed(&request);
-            // Each first apply conflicts, so that the operator looks for the owner of the object.
+            // Each first POST of a child conflicts, so that the operator looks for the owner of the object.
             let conflicts = needed.iter().any(|one| {
+                let is_child = CHILDREN.iter().any(|kind| one.contains(&format!("/{} ", kind.plural)));
                 let get = one.replace(" create", " get");
-                get != *one && request.method == Method::PATCH && !used.contains(&get)
+                is_child && get != *one && !used.contains(&get)
             });
             used.extend(needed);
-            if conflicts { failure(409, "Conflict") } else { answer(&request, repeated) }
+            let version = versions.fetch_add(10, Ordering::Relaxed);
+            if conflicts { failure(409, "Conflict") } else { answer(&request, repeated, version) }
         });
         (client, used)
     }
@@ -107,7 +116,7 @@ mod tests {
         (StatusCode::from_u16(code).unwrap(), body)
     }
 
-    fn answer(request: &MockRequest, repeated: bool) -> (StatusCode, Value) {
+    fn answer(request: &MockRequest, repeated: bool, version: u64) -> (StatusCode, Value) {
         let path = request.uri.path();
         let is_watch = request.uri.query().is_some_and(|query| query.contains("watch=true"));
         let is_event = path.contains("/events/") || path.ends_with("/events");
@@ -123,7 +132,8 @@ mod tests {
             _ => {
                 let mut stored = request.body.clone();
                 stored["metadata"]["uid"] = json!("u");
-                stored["metadata"]["resourceVersion"] = json!("9");
+                stored["metadata"]["resourceVersion"] = json!(version.to_string());
+                stored["metadata"]["namespace"] = json!("team");
                 stored["metadata"]["name"] = stored["metadata"]["name"].as_str().unwrap_or("chat").into();
                 if stored["kind"] == "Deployment" {
                     stored["status"] = json!({"replicas": 0, "updatedReplicas": 0});
@@ -133,13 +143,23 @@ mod tests {
         }
     }
 
-    fn model(generation: i64, pod: &str) -> Arc<InferenceModel> {
+    fn model(generation: i64, spec: &str) -> Arc<InferenceModel> {
         let text = format!(
             "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
-             metadata: {{name: chat, namespace: team, uid: u1, generation: {generation}}}\n\
-             spec: {{source: {{uri: 'oci://localhost/m:{generation}'}}, scaling: {{replicas: 0}}, pod: {pod}}}\n"
+             metadata: {{name: chat, namespace: team, uid: u1, generation: {generation}}}\nspec: {spec}\n"
         );
         Arc::new(serde_yaml::from_str(&text).unwrap())
+    }
+
+    /// Somebody removes the annotations of every child.
+    fn drift(context: &Context) {
+        for child in context.children.of_owner("u1") {
+            let mut object = child.object();
+            object["metadata"]["annotations"] = json!({});
+            let version: u64 = child.version.parse().unwrap();
+            object["metadata"]["resourceVersion"] = json!((version + 1).to_string());
+            context.children.insert(Child::of(child.kind, serde_json::from_value(object).unwrap()).unwrap());
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -153,15 +173,23 @@ mod tests {
         context.complete().await.unwrap();
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
         tasks.shutdown().await;
-        // Children are created, and deleted when they are no longer needed: the pool of the first revision
-        // has no pod.
-        reconcile(model(1, "{}"), Arc::clone(&context)).await.unwrap();
-        reconcile(model(2, "{serviceAccountName: puller}"), Arc::clone(&context)).await.unwrap();
-        // An Event, two times.
-        let note = EventNote { warning: true, reason: "Test".to_owned(), note: "text".to_owned() };
+        // Children are created, corrected, and deleted when they are no longer needed: the pool of the first
+        // revision has no pod.
+        let first = "{source: {uri: 'oci://localhost/m:1'}, disruption: {maxUnavailable: 0}}";
+        reconcile(model(1, first), Arc::clone(&context)).await.unwrap();
+        drift(&context);
+        reconcile(model(1, first), Arc::clone(&context)).await.unwrap();
+        let stopped = "{source: {uri: 'oci://localhost/m:1'}, scaling: {replicas: 0}}";
+        reconcile(model(2, stopped), Arc::clone(&context)).await.unwrap();
+        let other = "{source: {uri: 'oci://localhost/m:3'}, scaling: {replicas: 0}, pod: {serviceAccountName: puller}}";
+        reconcile(model(3, other), Arc::clone(&context)).await.unwrap();
+        // An Event, and one that was published by another leader.
+        let note =
+            |reason: &str| EventNote { warning: true, reason: reason.to_owned(), note: "text".to_owned() };
         let about = recorder::about(&("team".to_owned(), "chat".to_owned()), "u1");
-        recorder::publish(&context, &about, &[note.clone(), note]).await;
+        recorder::publish(&context, &about, &[note("Test"), note("Other")]).await;
         gates::tests::write_one(&context).await;
+        ab_tests::tests::write_one(&context).await;
         let authenticator = FeedAuthenticator::for_account(client.clone(), "sys", "gateway");
         let mut headers = MetadataMap::new();
         headers.insert("authorization", "Bearer token".parse().unwrap());

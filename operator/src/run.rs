@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use trustformers_control::build::Platform;
+use trustformers_control::names;
 use trustformers_proto::control::v1::route_service_server::RouteServiceServer;
 use trustformers_telemetry::metrics::{MetricsError, new_registry};
 
@@ -23,7 +24,8 @@ use crate::feed::identity::FeedAuthenticator;
 use crate::feed::service::{Feed, Leadership};
 use crate::leader;
 use crate::metrics::Metrics;
-use crate::requests;
+use crate::pod_admin::Identity;
+use crate::requests::{self, Clients};
 use crate::server::{Readiness, router};
 
 /// Why the operator could not start.
@@ -65,7 +67,7 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 /// When it could not start. Later failures are logged, and the operation is tried again.
 pub async fn run(args: RunArgs) -> Result<(), RunError> {
     let config = Config::infer().await.map_err(|error| RunError::Cluster(error.to_string()))?;
-    let client = requests::client(config).map_err(|error| RunError::Cluster(error.to_string()))?;
+    let clients = requests::clients(config).map_err(|error| RunError::Cluster(error.to_string()))?;
     let registry = new_registry("trustformers-operator", env!("CARGO_PKG_VERSION"))?;
     let metrics = Metrics::new(&registry)?;
     let readiness = Readiness::default();
@@ -80,7 +82,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
     });
 
     let feed = listen("--feed-address", args.feed_address).await?;
-    let service = RouteServiceServer::new(Feed::new(leadership, authenticator(&args, &client)));
+    let service = RouteServiceServer::new(Feed::new(leadership, authenticator(&args, &clients.objects)));
     let feed_ended = ending.clone();
     let feed = tokio::spawn(
         tonic::transport::Server::builder()
@@ -100,7 +102,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         on_signal.cancel();
     });
 
-    let election = Participation { args: &args, client, metrics, readiness: &readiness, leaderships, stop };
+    let election = Participation { args: &args, clients, metrics, readiness: &readiness, leaderships, stop };
     election.run().await;
     readiness.set(false);
     ending.cancel();
@@ -137,15 +139,22 @@ fn settings(args: &RunArgs) -> Settings {
         platform: Platform {
             runtime_image: args.runtime_image.clone(),
             pull_policy: args.image_pull_policy.as_str().to_owned(),
+            // The keys are not known before the API server is asked.
+            admin: None,
         },
         concurrency: args.concurrency,
+        identity: args.pod_token_file.clone().map(|token_file| Identity {
+            token_file,
+            subject: format!("system:serviceaccount:{}:{}", args.namespace, args.service_account),
+        }),
+        admin_port: names::ADMIN_PORT,
     }
 }
 
 /// Participation in the leader election, until the process is stopped.
 struct Participation<'a> {
     args: &'a RunArgs,
-    client: Client,
+    clients: Clients,
     metrics: Metrics,
     readiness: &'a Readiness,
     leaderships: watch::Sender<Option<Leadership>>,
@@ -158,14 +167,15 @@ impl Participation<'_> {
         // Each process has its own identity: a restarted container is another candidate, and its lead another
         // term.
         let identity = format!("{pod}_{}_{}", std::process::id(), Timestamp::now().as_nanosecond());
-        let mut candidate = Candidate::new(self.client.clone(), &self.args.namespace, identity);
+        let mut candidate = Candidate::new(self.clients.lease.clone(), &self.args.namespace, identity);
         loop {
             let term = tokio::select! {
                 term = candidate.lead(|| self.readiness.set(true)) => term,
                 () = self.stop.cancelled() => return,
             };
             tracing::info!(term, "elected");
-            let new = Context::create(self.client.clone(), settings(self.args), self.metrics.clone());
+            let new =
+                Context::create(self.clients.objects.clone(), settings(self.args), self.metrics.clone());
             let context = std::sync::Arc::clone(&new.context);
             tokio::select! {
                 reason = candidate.keep() => tracing::warn!(term, reason, "no longer leading"),

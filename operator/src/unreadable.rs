@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
 use kube::core::DeserializeGuard;
@@ -48,16 +47,7 @@ pub(crate) async fn report(context: &Context, key: &ModelKey, model: &Unreadable
         model.error
     );
     let cause = Cause { reason: "Unreadable".to_owned(), message };
-    let pods: Vec<PodView> = context
-        .pods
-        .state_filter(|pod: &Pod| {
-            pod.metadata.namespace.as_ref() == Some(&key.0)
-                && pod.metadata.labels.as_ref().and_then(|labels| labels.get(names::MODEL_LABEL))
-                    == Some(&key.1)
-        })
-        .iter()
-        .filter_map(|pod| PodView::of(pod))
-        .collect();
+    let pods: Vec<PodView> = context.pods.of_model(key).iter().map(|pod| pod.view.clone()).collect();
     let generation = model.metadata.generation.unwrap_or(0);
     let previous = context.memory(key, uid).written.map(|written| written.status).unwrap_or_default();
     let refusal = Refusal { generation, cause: &cause, pods: &pods, now: now() };

@@ -79,8 +79,9 @@ fn objects(text: &str) -> BTreeMap<String, Value> {
 }
 
 #[test]
-fn the_definition_in_the_chart_is_up_to_date() {
+fn the_definitions_in_the_chart_are_up_to_date() {
     assert_up_to_date("charts/trustformers/files/inferencemodels.yaml", &crd::text().unwrap());
+    assert_up_to_date("charts/trustformers/files/abtests.yaml", &crd::ab_test_text().unwrap());
 }
 
 #[test]
@@ -90,13 +91,21 @@ fn the_plain_manifests_are_up_to_date() {
                      pod-security.kubernetes.io/enforce: restricted\n";
     let heading = "# Rendered from charts/trustformers with its default values; a test compares it.\n";
     let is_definition = |document: &&str| document.contains("\nkind: CustomResourceDefinition\n");
-    let (definition, rest): (Vec<&str>, Vec<&str>) =
+    let (definitions, rest): (Vec<&str>, Vec<&str>) =
         all.split("---\n").filter(|document| !document.trim().is_empty()).partition(is_definition);
-    let (definition, rest) = (definition.join("---\n"), rest.join("---\n"));
+    let definition = |plural: &str| {
+        let name = format!("name: {plural}.serving.trustformers.dev\n");
+        definitions.iter().filter(|document| document.contains(&name)).copied().collect::<String>()
+    };
+    let rest = rest.join("---\n");
     assert_up_to_date("k8s/00-namespace.yaml", namespace);
-    assert_up_to_date("k8s/10-inferencemodels.yaml", &format!("{heading}{definition}"));
+    for (file, plural) in [("10-inferencemodels", "inferencemodels"), ("11-abtests", "abtests")] {
+        let definition = definition(plural);
+        assert!(!definition.is_empty(), "the chart has no definition of {plural}");
+        assert_up_to_date(&format!("k8s/{file}.yaml"), &format!("{heading}{definition}"));
+    }
     assert_up_to_date("k8s/20-trustformers.yaml", &format!("{heading}{rest}"));
-    assert!(!definition.is_empty() && rest.matches("\nkind: Deployment\n").count() == 2);
+    assert!(definitions.len() == 2 && rest.matches("\nkind: Deployment\n").count() == 2);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Wire types: the gRPC services, generated from `proto/`, the configuration file of a pod, the [`Task`]
-//! words that all of them share, and the buckets of latencies in reports.
+//! words that all of them share, and the buckets of users and latencies in reports.
 
+pub mod ab_test;
 pub mod bounded_codec;
 pub mod buckets;
 pub mod latency;

@@ -10,6 +10,8 @@ use crate::yaml::{self, YamlError};
 
 /// Name of the file inside the mounted ConfigMap.
 pub const FILE_NAME: &str = "pod.yaml";
+/// Name of the file beside it with the cluster's public keys, a JSON Web Key Set.
+pub const KEYS_FILE_NAME: &str = "keys.json";
 
 /// The pod's whole configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +25,29 @@ pub struct PodConfig {
     /// How long in-flight requests may take to end after SIGTERM, in milliseconds.
     #[serde(default = "default_drain_timeout_ms")]
     pub drain_timeout_ms: u64,
+    /// The port on which the operator loads, swaps and unloads versions while the pod runs; none: the pod
+    /// serves what it started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin: Option<PodAdmin>,
+}
+
+/// Who may change what the pod serves. The pod reads this section and the keys again every 30 s, so that
+/// keys that rotate need no restart; the port is read at the start alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodAdmin {
+    /// The port.
+    pub port: u16,
+    /// A file with the public keys that tokens are signed with, a JSON Web Key Set. Any of its keys is
+    /// accepted.
+    pub keys_file: String,
+    /// The audience that a token must be made for.
+    pub audience: String,
+    /// The account that a token must be of: `system:serviceaccount:NAMESPACE:NAME`.
+    pub subject: String,
+    /// The issuer that a token must have; none: any, as the keys are the cluster's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub issuer: Option<String>,
 }
 
 /// What to load, and the names it answers to.
@@ -47,6 +72,19 @@ pub struct PodModel {
     /// The task that the files must serve; default: the task that the files state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<Task>,
+    /// What the model must answer before it may serve.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub golden_prompts: Vec<PodGoldenPrompt>,
+}
+
+/// A prompt whose greedy answer begins with a text that is known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodGoldenPrompt {
+    /// The prompt, used as it is.
+    pub prompt: String,
+    /// How the answer begins, 1 to 256 bytes.
+    pub expect: String,
 }
 
 /// Where fetched files go, and what they are fetched with.
@@ -150,13 +188,15 @@ impl PodConfig {
 mod tests {
     use super::*;
 
-    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  fetch: {cacheDir: /c, revision: v1, secretDir: /s, maxCacheBytes: 9}\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\nengine: {device: cpu, numerics: exact, kvCache: f16, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\n";
+    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  fetch: {cacheDir: /c, revision: v1, secretDir: /s, maxCacheBytes: 9}\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\n  goldenPrompts: [{prompt: '1 2', expect: ' 3'}]\nengine: {device: cpu, numerics: exact, kvCache: f16, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\nadmin: {port: 9092, keysFile: /c/keys.json, audience: a, subject: s, issuer: i}\n";
 
     #[test]
     fn what_is_written_is_read_back() {
         let config = PodConfig::parse(FULL).unwrap();
         assert_eq!(config.engine.context_tokens, Some(64));
         assert_eq!(config.engine.kv_cache.as_deref(), Some("f16"));
+        assert_eq!(config.admin.as_ref().map(|admin| admin.port), Some(9092));
+        assert_eq!(config.model.golden_prompts[0].expect, " 3");
         assert_eq!(PodConfig::parse(&config.to_yaml().unwrap()).unwrap(), config);
     }
 
@@ -165,6 +205,7 @@ mod tests {
         let config = PodConfig::parse("model: {names: [a], revision: r, path: /m}\n").unwrap();
         assert_eq!(config.engine, PodEngine::default());
         assert_eq!(config.drain_timeout_ms, 60_000);
+        assert_eq!(config.admin, None);
     }
 
     #[test]
@@ -176,8 +217,8 @@ mod tests {
     #[test]
     fn an_unknown_task_is_refused_with_its_path() {
         let error =
-            PodConfig::parse("model: {names: [a], revision: r, path: /m, task: rerank}\n").unwrap_err();
-        assert!(error.to_string().contains("model.task: \"rerank\" is not a task"), "{error}");
+            PodConfig::parse("model: {names: [a], revision: r, path: /m, task: dance}\n").unwrap_err();
+        assert!(error.to_string().contains("model.task: \"dance\" is not a task"), "{error}");
     }
 
     #[test]

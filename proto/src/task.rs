@@ -15,11 +15,15 @@ pub enum Task {
     Generate,
     /// The model turns texts into vectors.
     Embed,
+    /// The model gives texts a score for each of its labels.
+    Classify,
+    /// The model says how well documents answer a query.
+    Rerank,
 }
 
 impl Task {
     /// Every task, in the order in which lists name them.
-    pub const ALL: &'static [Self] = &[Self::Generate, Self::Embed];
+    pub const ALL: &'static [Self] = &[Self::Generate, Self::Embed, Self::Classify, Self::Rerank];
 
     /// The word of this task.
     #[must_use]
@@ -27,6 +31,8 @@ impl Task {
         match self {
             Self::Generate => "generate",
             Self::Embed => "embed",
+            Self::Classify => "classify",
+            Self::Rerank => "rerank",
         }
     }
 
@@ -103,8 +109,9 @@ mod tests {
 
     #[test]
     fn unknown_words_are_refused_with_the_known_ones() {
-        let error = "rerank".parse::<Task>().unwrap_err().to_string();
-        assert_eq!(error, "\"rerank\" is not a task of this version; use \"generate\" or \"embed\"");
+        let error = "rank".parse::<Task>().unwrap_err().to_string();
+        let known = "\"generate\" or \"embed\" or \"classify\" or \"rerank\"";
+        assert_eq!(error, format!("\"rank\" is not a task of this version; use {known}"));
         assert!("x".repeat(10_000).parse::<Task>().unwrap_err().to_string().len() < 200);
     }
 }

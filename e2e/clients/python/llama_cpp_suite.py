@@ -30,6 +30,9 @@ ROLE_CHUNK = "the first chunk has the role alone: clients fail on null in a delt
 NO_SCHEMA = "a schema stands under json_schema, as OpenAI has it"
 PICTURES = "the models here read text only: 400 that names the block, where llama.cpp answers 500"
 
+# What may differ: the model draws its answer, and may call a function that it need not call.
+DRAWN = {"test_completion_without_tool_call_fast": "the model decides whether it calls"}
+
 # What differs: tests, or tests with their parameters, each with the reason.
 DIFFERENT = {
     # test_chat_completion.py
@@ -148,5 +151,7 @@ def pytest_collection_modifyitems(config, items):
         for name in {item.originalname, item.name} & set(DIFFERENT):
             unknown.discard(name)
             item.add_marker(pytest.mark.xfail(reason=DIFFERENT[name], strict=True))
+        if item.originalname in DRAWN:
+            item.add_marker(pytest.mark.xfail(reason=DRAWN[item.originalname], strict=False))
     if unknown:
         raise pytest.UsageError(f"llama_cpp_suite.py lists tests that are not there: {sorted(unknown)}")

@@ -4,6 +4,10 @@
 mod s10_repair;
 mod s11_clients;
 mod s12_rollout;
+mod s13_analysis;
+mod s14_in_place;
+mod s15_ab_test;
+mod s16_classify;
 mod s1_install;
 mod s2_first_token;
 mod s3_delete;

@@ -49,6 +49,8 @@ async fn mistakes_are_refused_by_name() -> Result<()> {
             ("hashOn: {header: x-user-id}", "ConsistentHash"),
             ("circuitBreaker: {consecutiveFailures: 0}", "set consecutiveFailures or failurePercent"),
             ("healthCheck: {interval: 1s, timeout: 2s}", "spec.traffic.healthCheck"),
+            ("hedge: {delay: 90s}", "make it shorter"),
+            ("hedge: {}", "set spec.task to embed"),
             ("loadBalancing: Best", "spec.traffic.loadBalancing"),
         ] {
             let spec = format!("{{source: {{uri: \"{SMOLLM2}\"}}, traffic: {{{traffic}}}}}");

@@ -37,7 +37,7 @@ pub const ARROWS: &[Arrow] = &[
         ],
     ),
     ("trustformers-gateway", &["trustformers-api", "trustformers-telemetry"]),
-    ("trustformers-serve", &["trustformers-runtime", "trustformers-crds"]),
+    ("trustformers-serve", &["trustformers-gateway", "trustformers-runtime", "trustformers-crds"]),
     ("trustformers-e2e", &["trustformers-crds", "trustformers-proto", "trustformers-api"]),
     ("trustformers-fuzz", &["trustformers-engine", "trustformers-api"]),
     ("trustformers-tidy", &[]),
@@ -52,7 +52,6 @@ pub const TEST_ARROWS: &[(&str, &str, &str)] = &[
         "trustformers-cpu",
         "parity with the reference outputs needs a backend that is fast enough",
     ),
-    ("trustformers-serve", "trustformers-gateway", "one trace goes through the gateway and a server"),
 ];
 
 /// Packages whose name does not follow from their folder, each with the name it has.

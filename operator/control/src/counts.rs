@@ -3,7 +3,8 @@
 //! A gateway reports the sums since its process began. [`CountStore`] keeps the last report of each process,
 //! so a report that comes twice counts once, and a gateway that restarts adds to what it has counted before.
 //! [`Counts::since`] of two sums is what was counted between them. A new leader gets the sums of all
-//! processes that run, and none of those that ended before: whoever compares begins anew with it.
+//! processes that run, and none of those that ended before: whoever compares over the change of a leader uses
+//! the sums of each process ([`CountStore::by_process`]).
 
 mod store;
 
@@ -11,7 +12,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use trustformers_proto::control::v1::{LatencyHistogram, Outcome, OutcomeCount, RevisionCounts};
-use trustformers_proto::latency::{BucketCount, bucket_of, middle};
+use trustformers_proto::latency::{BUCKETS, BucketCount, bucket_of, lower_end_us, middle};
+
+use crate::rollout::analysis::LatencyBucket;
 
 pub use store::{CountStore, PROCESS_ENDED, Reported, SeriesKey};
 
@@ -53,6 +56,24 @@ impl Histogram {
         }
     }
 
+    /// The buckets that are not empty, ascending, by their index in `trustformers_proto::latency`.
+    pub fn bucket_counts(&self) -> impl Iterator<Item = BucketCount> {
+        self.buckets.iter().map(|(bucket, count)| BucketCount { bucket: *bucket, count: *count })
+    }
+
+    /// The buckets that are not empty, ascending, with their bounds in milliseconds. The last bucket of all
+    /// has no upper bound.
+    pub fn buckets(&self) -> impl Iterator<Item = LatencyBucket> {
+        self.bucket_counts().map(|BucketCount { bucket, count }| LatencyBucket {
+            lower_ms: lower_end_us(bucket) as f64 / 1000.0,
+            upper_ms: match bucket + 1 {
+                BUCKETS => f64::INFINITY,
+                next => lower_end_us(next) as f64 / 1000.0,
+            },
+            requests: count,
+        })
+    }
+
     /// How many latencies it has.
     #[must_use]
     pub fn count(&self) -> u64 {
@@ -89,6 +110,12 @@ impl From<&LatencyHistogram> for Histogram {
             *sum = sum.saturating_add(count);
         }
         histogram
+    }
+}
+
+impl From<&Histogram> for LatencyHistogram {
+    fn from(histogram: &Histogram) -> Self {
+        Self::of_buckets(histogram.bucket_counts(), histogram.sum_us)
     }
 }
 

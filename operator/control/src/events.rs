@@ -1,7 +1,8 @@
 //! Which Events a change of status publishes.
 //!
 //! Events follow from the difference of two statuses, so that a restarted operator repeats none of them. A
-//! cause that only changes its wording, such as a count of nodes or the name of a pod, publishes none.
+//! cause that only changes its wording, such as a count of nodes or the name of a pod, publishes none. A
+//! model that starts as expected publishes none either: its conditions say what it does.
 
 use trustformers_crds::{Condition, InferenceModelStatus, RolloutDecision};
 
@@ -30,7 +31,7 @@ pub fn between(before: &InferenceModelStatus, after: &InferenceModelStatus) -> V
         notes.push(note(true, "BareNameTaken", &refused.message));
     }
     if let Some(step) = changed(before, after, "Progressing", "True")
-        && matches!(step.reason.as_str(), "Loading" | "RollingOut")
+        && step.reason == "RollingOut"
         && find(before, "Progressing").is_none_or(|old| old.reason != step.reason)
     {
         notes.push(note(false, &step.reason, &step.message));
@@ -44,7 +45,10 @@ pub fn between(before: &InferenceModelStatus, after: &InferenceModelStatus) -> V
         let text = format!("revision {}: {}: {}", one.revision, one.reason, one.message);
         notes.push(note(warning, &one.decision, &text));
     }
-    if let Some(ready) = changed(before, after, "Ready", "True") {
+    let was_wrong = find(before, "Degraded").is_some_and(|one| one.status == "True");
+    if let Some(ready) = changed(before, after, "Ready", "True")
+        && (was_wrong || before.stable.is_some())
+    {
         notes.push(note(false, "Ready", &ready.message));
     }
     notes
@@ -89,6 +93,34 @@ mod tests {
         let cause = Cause { reason: reason.to_owned(), message: message.to_owned() };
         let refusal = Refusal { generation, cause: &cause, pods: &[], now: Timestamp::UNIX_EPOCH };
         refused(refusal, &InferenceModelStatus::default())
+    }
+
+    /// A status that is ready, or starts.
+    fn started(ready: bool) -> InferenceModelStatus {
+        let condition = |kind: &str, status: bool, reason: &str| Condition {
+            type_: kind.to_owned(),
+            status: if status { "True" } else { "False" }.to_owned(),
+            reason: reason.to_owned(),
+            ..failed(1, "X", "").conditions[0].clone()
+        };
+        InferenceModelStatus {
+            conditions: vec![
+                condition("Ready", ready, if ready { "Ready" } else { "Loading" }),
+                condition("Progressing", !ready, "Loading"),
+                condition("Degraded", false, "AsExpected"),
+            ],
+            ..InferenceModelStatus::default()
+        }
+    }
+
+    #[test]
+    fn a_model_that_starts_as_expected_publishes_no_event() {
+        let none = InferenceModelStatus::default();
+        assert_eq!(between(&none, &started(false)), []);
+        assert_eq!(between(&started(false), &started(true)), []);
+        // That it recovered is news.
+        let recovered = between(&failed(1, "CrashLoopBackOff", "exit code 9"), &started(true));
+        assert_eq!((recovered.len(), recovered[0].reason.as_str()), (1, "Ready"));
     }
 
     #[test]

@@ -60,6 +60,11 @@ pub fn revision(model: &ValidatedModel) -> String {
     lines.add_if("runtime.batching.priority", batching.priority.then_some("true"));
     lines.add_if("source.revision", model.source.revision.as_deref());
     lines.add_if("source.oci", is_pulled(model).then_some("Pull"));
+    // A pod asks them when it loads: pods that were asked others are another revision.
+    for one in &model.rollout.golden_prompts {
+        lines.add("rollout.analysis.goldenPrompts.prompt", &one.prompt);
+        lines.add("rollout.analysis.goldenPrompts.expect", &one.expect);
+    }
     short(&lines.0)
 }
 
@@ -171,6 +176,7 @@ mod tests {
             "{source: {uri: 'oci://x'}, pod: {labels: {a: b}}}",
             "{source: {uri: 'oci://x'}, runtime: {image: other}}",
             "{source: {uri: 'oci://x'}, runtime: {kvCache: auto}}",
+            "{source: {uri: 'oci://x'}, rollout: {analysis: {maxErrorRate: 0.5, minRequests: 9}}}",
             "{source: {uri: 'oci://x'}, runtime: {batching: {strategy: dynamic, maxWaitMs: 10, priority: false}}}",
         ] {
             assert_eq!(revision(&valid("chat", same)), base, "{same}");
@@ -188,6 +194,7 @@ mod tests {
             "{source: {uri: 'oci://x'}, runtime: {batching: {strategy: size}}}",
             "{source: {uri: 'oci://x'}, runtime: {batching: {maxWaitMs: 11}}}",
             "{source: {uri: 'oci://x'}, runtime: {batching: {priority: true}}}",
+            "{source: {uri: 'oci://x'}, rollout: {analysis: {goldenPrompts: [{prompt: a, expect: b}]}}}",
         ] {
             assert_ne!(revision(&valid("chat", other)), base, "{other}");
         }

@@ -16,9 +16,9 @@ pub struct ChildKind {
     pub plural: &'static str,
     /// Whether an object that is no longer desired is deleted.
     pub prune: bool,
-    /// Whether the first apply of a child conflicts with every object of that name that has another owner. If
-    /// not, the operator looks for such an object before the first apply.
-    pub conflicts: bool,
+    /// Whether it is written in one go with the Deployment, because pods need it. The rest of a new model may
+    /// wait for the Deployments of other new models.
+    pub with_pods: bool,
     /// Path of the part in which fields of other field managers are removed. A segment below a list is the
     /// `name` of an item. Outside this part, fields of other managers (injected containers, annotations)
     /// stay.
@@ -32,8 +32,7 @@ pub const SERVICE_ACCOUNT: ChildKind = ChildKind {
     kind: "ServiceAccount",
     plural: "serviceaccounts",
     prune: true,
-    // It sets a single field besides its metadata, and the same value is no conflict.
-    conflicts: false,
+    with_pods: true,
     exclusive: &["automountServiceAccountToken"],
 };
 
@@ -44,7 +43,7 @@ pub const CONFIG_MAP: ChildKind = ChildKind {
     kind: "ConfigMap",
     plural: "configmaps",
     prune: true,
-    conflicts: true,
+    with_pods: true,
     exclusive: &["data"],
 };
 
@@ -55,7 +54,7 @@ pub const SERVICE: ChildKind = ChildKind {
     kind: "Service",
     plural: "services",
     prune: false,
-    conflicts: true,
+    with_pods: false,
     exclusive: &["spec"],
 };
 
@@ -65,8 +64,9 @@ pub const DISRUPTION_BUDGET: ChildKind = ChildKind {
     version: "v1",
     kind: "PodDisruptionBudget",
     plural: "poddisruptionbudgets",
-    prune: false,
-    conflicts: true,
+    // A model whose pods may all be evicted at once needs none.
+    prune: true,
+    with_pods: false,
     exclusive: &["spec"],
 };
 
@@ -77,7 +77,7 @@ pub const DEPLOYMENT: ChildKind = ChildKind {
     kind: "Deployment",
     plural: "deployments",
     prune: true,
-    conflicts: true,
+    with_pods: true,
     exclusive: &["spec", "template", "spec", "containers", crate::names::CONTAINER],
 };
 

@@ -4,6 +4,7 @@
 //! Inputs are stored objects, reports of pods and the time of the caller's clock. Outputs are objects to
 //! apply, a status to write and a route table to publish. The operator does the requests in between.
 
+pub mod ab_test;
 pub mod build;
 pub mod causes;
 pub mod counts;
@@ -21,3 +22,4 @@ pub mod routes;
 pub mod status;
 pub mod traffic;
 pub mod validate;
+pub mod versions;

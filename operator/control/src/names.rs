@@ -10,7 +10,8 @@ pub const MANAGER: &str = "trustformers-operator";
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 /// Label with the name of the model that an object belongs to.
 pub const MODEL_LABEL: &str = "serving.trustformers.dev/model";
-/// Label with the revision that a pod, or a pod's configuration, is for.
+/// Label with the revision that a pool was made for: of its pods and their configuration. The pods of a pool
+/// may hold other revisions by now.
 pub const REVISION_LABEL: &str = "serving.trustformers.dev/revision";
 /// Label of the operator's pod that leads; the feed's Service selects it.
 pub const LEADER_LABEL: &str = "serving.trustformers.dev/leader";
@@ -35,6 +36,13 @@ pub const CONTAINER: &str = "runtime";
 pub const HTTP_PORT: u16 = 8080;
 /// The pod's port for gRPC.
 pub const GRPC_PORT: u16 = 9090;
+/// The pod's port for the operator alone: there models are loaded, swapped and unloaded.
+pub const ADMIN_PORT: u16 = 9092;
+/// Audience of the tokens that the operator presents there.
+pub const ADMIN_AUDIENCE: &str = "trustformers-pods";
+
+/// Selects the pods of gateways, in the operator's namespace.
+pub const GATEWAY_SELECTOR: &str = "app.kubernetes.io/name=trustformers,app.kubernetes.io/component=gateway";
 
 /// Selects all objects that the operator makes.
 pub const MANAGED_SELECTOR: &str = "app.kubernetes.io/managed-by=trustformers-operator";
@@ -72,11 +80,16 @@ pub fn revision_selector(model: &str, revision: &str) -> String {
     format!("{MODEL_LABEL}={model},{REVISION_LABEL}={revision}")
 }
 
-/// Name of the ConfigMap with the configuration of the pods of one revision. The hash covers the whole file,
-/// so that the content of a mounted ConfigMap never changes.
+/// Name of the ConfigMap with the configuration of the pods of one pool.
 #[must_use]
-pub fn config_map(model: &str, content_hash: &str) -> String {
-    format!("{model}-pod-{content_hash}")
+pub fn config_map(model: &str, pool: &str) -> String {
+    format!("{model}-pod-{pool}")
+}
+
+/// Name of the ConfigMap with the sums of an A/B test. No name of a model's children has a dot.
+#[must_use]
+pub fn ab_test_samples(test: &str) -> String {
+    format!("{test}.abtest-samples")
 }
 
 /// Name of the ServiceAccount of the model's pods.

@@ -37,6 +37,11 @@ pub struct PodView {
     pub deleting: bool,
     /// Whether it ended and does not run again.
     pub ended: bool,
+    /// The node that it runs on, once it has one.
+    pub node: Option<String>,
+    /// Whether that node is ready. The conditions of a pod are those that its kubelet wrote last: of a node
+    /// that is lost they say nothing.
+    pub node_ready: bool,
     /// Its readiness gate, as stored.
     pub gate: Option<StoredGate>,
     /// Why it does not serve, from kubelet and the scheduler.
@@ -76,6 +81,8 @@ impl PodView {
                 .and_then(|one| one.last_transition_time.as_ref().map(|time| time.0)),
             deleting: pod.metadata.deletion_timestamp.is_some(),
             ended: matches!(phase, "Succeeded" | "Failed"),
+            node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+            node_ready: true,
             gate: condition(pod, names::ROUTABLE_GATE).map(|gate| StoredGate {
                 open: gate.status == "True",
                 restarts: acknowledged_restarts(gate),
@@ -87,7 +94,19 @@ impl PodView {
     /// Whether gateways may send requests to it. `Ready` is not required: it depends on the gateways.
     #[must_use]
     pub fn routable(&self) -> bool {
-        self.containers_ready && !self.deleting && !self.ended && self.address.is_some()
+        self.containers_ready && self.node_ready && !self.deleting && !self.ended && self.address.is_some()
+    }
+
+    /// The pod on a node that is not ready.
+    #[must_use]
+    pub fn on_lost_node(self) -> Self {
+        let message = format!(
+            "node {} of pod {} is not ready, so the pod gets no requests; check the node, or delete the pod",
+            self.node.as_deref().unwrap_or_default(),
+            self.name
+        );
+        let lost = Cause { reason: "NodeNotReady".to_owned(), message };
+        Self { node_ready: false, cause: self.cause.or(Some(lost)), ..self }
     }
 
     /// Whether it counts as one of the model's pods.
@@ -144,6 +163,8 @@ pub(crate) mod tests {
             unschedulable_since: None,
             deleting: false,
             ended: false,
+            node: None,
+            node_ready: true,
             gate: None,
             cause: None,
         }
@@ -164,7 +185,9 @@ pub(crate) mod tests {
         assert!(pod.routable() && !pod.ready);
         assert!(!read("{podIP: 10.0.0.1, conditions: [{type: Ready, status: 'True'}]}").routable());
         assert!(!read("{conditions: [{type: ContainersReady, status: 'True'}]}").routable());
-        assert!(!PodView { deleting: true, ..pod }.routable());
+        assert!(!PodView { deleting: true, ..pod.clone() }.routable());
+        let lost = PodView { node: Some("n1".to_owned()), ..pod }.on_lost_node();
+        assert!(!lost.routable() && lost.cause.unwrap().message.contains("node n1 of pod p is not ready"));
     }
 
     #[test]

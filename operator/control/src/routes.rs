@@ -10,10 +10,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use trustformers_crds::InferenceModel;
 use trustformers_proto::control::v1::{Backend, Endpoint, Policy, Route};
+use trustformers_proto::v1::{ModelSlot, ModelState, ModelStatus};
 
 use crate::pods::PodView;
 use crate::rollout::{RolloutState, observe, plan};
-use crate::{names, traffic};
+use crate::{names, traffic, versions};
 
 /// Namespace and name of a model.
 pub type ModelKey = (String, String);
@@ -42,6 +43,43 @@ pub struct Loaded {
     pub digest: String,
     /// The model's task, such as `generate`; empty if the pod did not report it.
     pub task: String,
+    /// The versions that it holds, the one that answers first.
+    pub versions: Vec<LoadedVersion>,
+}
+
+/// One version that a pod holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LoadedVersion {
+    /// Its revision.
+    pub revision: String,
+    /// Its digest; empty until known.
+    pub digest: String,
+    /// Whether it can answer.
+    pub is_ready: bool,
+}
+
+impl Loaded {
+    /// What the report of a pod says.
+    #[must_use]
+    pub fn of(pod: &PodView, report: &ModelStatus) -> Self {
+        let version = |slot: ModelSlot| LoadedVersion {
+            is_ready: slot.state() == ModelState::Ready,
+            revision: slot.revision,
+            digest: slot.digest,
+        };
+        Self {
+            digest: report.digest.clone(),
+            task: report.task.clone(),
+            versions: versions::slots(pod, report).into_iter().map(version).collect(),
+        }
+    }
+}
+
+/// A pod that can answer for a revision.
+struct Holder<'a> {
+    pod: &'a PodView,
+    /// Whether it can answer for others too.
+    by_revision: bool,
 }
 
 /// Timeout of a model whose stored settings cannot be read, or that cannot be read at all. It has no retries.
@@ -119,34 +157,47 @@ pub fn routes(models: &[RouteModel], pods: &[PodView], loaded: &BTreeMap<String,
         .iter()
         .map(|model| {
             let (namespace, name) = &model.key;
-            let full = format!("{namespace}/{name}");
-            let mut aliases = vec![full.clone()];
-            if owners.get(name) == Some(&model.key) {
-                aliases.push(name.clone());
-            }
             let pods = by_model.remove(&(namespace.as_str(), name.as_str())).unwrap_or_default();
-            let mut reported = pods.iter().filter_map(|pod| Some(&loaded.get(&pod.uid)?.task));
-            let task = reported.find(|task| !task.is_empty()).or(model.stored_task.as_ref());
-            Route {
-                name: full,
-                aliases,
-                task: task.cloned().unwrap_or_default(),
-                backends: backends(model, pods, loaded),
-                policy: Some(model.policy.clone()),
-                ..Route::default()
-            }
+            route(model, owners.get(name) == Some(&model.key), &pods, loaded)
         })
         .collect();
     routes.sort_by(|one, other| one.name.cmp(&other.name));
     routes
 }
 
+/// The route of one model, from its own pods. `owns_name`: it has its bare name as an alias.
+#[must_use]
+pub fn route(
+    model: &RouteModel,
+    owns_name: bool,
+    pods: &[&PodView],
+    loaded: &BTreeMap<String, Loaded>,
+) -> Route {
+    let (namespace, name) = &model.key;
+    let full = format!("{namespace}/{name}");
+    let mut aliases = vec![full.clone()];
+    if owns_name {
+        aliases.push(name.clone());
+    }
+    let pods: Vec<&PodView> = pods.iter().filter(|pod| pod.routable()).copied().collect();
+    let mut reported = pods.iter().filter_map(|pod| Some(&loaded.get(&pod.uid)?.task));
+    let task = reported.find(|task| !task.is_empty()).or(model.stored_task.as_ref());
+    Route {
+        name: full,
+        aliases,
+        task: task.cloned().unwrap_or_default(),
+        backends: backends(model, pods, loaded),
+        policy: Some(model.policy.clone()),
+        ..Route::default()
+    }
+}
+
 /// The share of each revision by the stored rollout; empty if pods share the requests evenly.
-fn shares(model: &RouteModel, by_revision: &BTreeMap<&str, Vec<&PodView>>) -> BTreeMap<String, u32> {
+fn shares(model: &RouteModel, by_revision: &BTreeMap<&str, Vec<Holder<'_>>>) -> BTreeMap<String, u32> {
     let Some((state, replicas)) = &model.rollout else { return BTreeMap::new() };
     let routable = |revision: &str| {
-        let pods = by_revision.get(revision).into_iter().flatten();
-        u32::try_from(pods.filter(|pod| observe::is_routable(pod)).count()).unwrap_or(u32::MAX)
+        let holders = by_revision.get(revision).into_iter().flatten();
+        u32::try_from(holders.filter(|one| observe::is_routable(one.pod)).count()).unwrap_or(u32::MAX)
     };
     let split = plan::split(state, *replicas, &routable);
     split.into_iter().map(|one| (one.revision, one.weight)).collect()
@@ -154,9 +205,13 @@ fn shares(model: &RouteModel, by_revision: &BTreeMap<&str, Vec<&PodView>>) -> BT
 
 /// One backend for each revision. Without a rollout every pod gets the same share.
 fn backends(model: &RouteModel, pods: Vec<&PodView>, loaded: &BTreeMap<String, Loaded>) -> Vec<Backend> {
-    let mut by_revision: BTreeMap<&str, Vec<&PodView>> = BTreeMap::new();
+    let mut by_revision: BTreeMap<&str, Vec<Holder<'_>>> = BTreeMap::new();
     for pod in pods {
-        by_revision.entry(&pod.revision).or_default().push(pod);
+        let held = held(model, pod, loaded);
+        let by_revision_only = held.len() > 1;
+        for revision in held {
+            by_revision.entry(revision).or_default().push(Holder { pod, by_revision: by_revision_only });
+        }
     }
     // A single revision takes all requests, whatever its rollout says.
     let shares = if by_revision.len() > 1 { shares(model, &by_revision) } else { BTreeMap::new() };
@@ -165,22 +220,43 @@ fn backends(model: &RouteModel, pods: Vec<&PodView>, loaded: &BTreeMap<String, L
         None if shares.is_empty() => u32::try_from(pods).unwrap_or(u32::MAX),
         None => 0,
     };
-    let backend = |(revision, mut pods): (&str, Vec<&PodView>)| {
-        pods.sort_by(|one, other| one.name.cmp(&other.name));
-        let reported = pods.iter().find_map(|pod| loaded.get(&pod.uid)).map(|loaded| &loaded.digest);
+    let backend = |(revision, mut pods): (&str, Vec<Holder<'_>>)| {
+        pods.sort_by(|one, other| one.pod.name.cmp(&other.pod.name));
+        let reported = pods.iter().find_map(|one| digest(loaded.get(&one.pod.uid)?, revision));
         let stored = model.stored_digest.as_ref().filter(|(of, _)| of == revision).map(|(_, digest)| digest);
         Backend {
             revision: revision.to_owned(),
             digest: reported.or(stored).cloned().unwrap_or_default(),
             weight: weight(revision, pods.len()),
-            endpoints: pods.into_iter().map(endpoint).collect(),
+            endpoints: pods.iter().map(endpoint).collect(),
             ..Backend::default()
         }
     };
     by_revision.into_iter().map(backend).collect()
 }
 
-fn endpoint(pod: &PodView) -> Endpoint {
+/// The revisions that a pod can answer for. One that has not reported yet counts for what it was asked to
+/// hold, so that the first table of a new leader equals the last one of its predecessor.
+fn held<'a>(model: &'a RouteModel, pod: &'a PodView, loaded: &'a BTreeMap<String, Loaded>) -> Vec<&'a str> {
+    let versions = loaded.get(&pod.uid).map(|loaded| loaded.versions.as_slice()).unwrap_or_default();
+    if let Some((first, others)) = versions.split_first() {
+        let ready = others.iter().filter(|one| one.is_ready).map(|one| one.revision.as_str());
+        return std::iter::once(first.revision.as_str()).chain(ready).collect();
+    }
+    let Some((state, _)) = &model.rollout else { return vec![pod.revision.as_str()] };
+    let first = std::iter::once(state.start_revision(&pod.revision));
+    first.chain(state.held_besides(&pod.revision)).collect()
+}
+
+/// The digest of a revision that a pod reported.
+fn digest<'a>(loaded: &'a Loaded, revision: &str) -> Option<&'a String> {
+    let version = loaded.versions.iter().find(|one| one.revision == revision);
+    let digest = if loaded.versions.is_empty() { &loaded.digest } else { &version?.digest };
+    (!digest.is_empty()).then_some(digest)
+}
+
+fn endpoint(holder: &Holder<'_>) -> Endpoint {
+    let Holder { pod, by_revision } = holder;
     Endpoint {
         pod_name: pod.name.clone(),
         pod_uid: pod.uid.clone(),
@@ -189,6 +265,7 @@ fn endpoint(pod: &PodView) -> Endpoint {
         http_port: u32::from(names::HTTP_PORT),
         grpc_port: u32::from(names::GRPC_PORT),
         weight: pod.weight,
+        by_revision: *by_revision,
     }
 }
 
@@ -243,6 +320,42 @@ mod tests {
             })
             .collect();
         assert_eq!(backends, [("r0", "", 1, vec!["old"]), ("r1", "d1", 2, vec!["a", "b"])]);
+    }
+
+    #[test]
+    fn a_pod_that_holds_two_revisions_is_an_endpoint_of_both_and_asked_by_revision() {
+        use crate::rollout::state::Member;
+        use crate::rollout::{Placement, RolloutPhase};
+        let in_r1 = |revision: &str| Some(Member { revision: revision.to_owned(), pool: "r1".to_owned() });
+        let state = RolloutState {
+            phase: RolloutPhase::Shifting,
+            placement: Placement::InPlace,
+            stable: in_r1("r1"),
+            candidate: in_r1("r2"),
+            weight: 25,
+            ..RolloutState::default()
+        };
+        let model = RouteModel { rollout: Some((state, 2)), ..model("team", "chat", 1) };
+        let version = |revision: &str, is_ready| LoadedVersion {
+            revision: revision.to_owned(),
+            digest: format!("d-{revision}"),
+            is_ready,
+        };
+        let loaded = |is_ready| Loaded {
+            versions: vec![version("r1", true), version("r2", is_ready)],
+            ..Loaded::default()
+        };
+        let pods = [view("chat", "a"), view("chat", "b")];
+        let backends = |loaded: BTreeMap<String, Loaded>| -> Vec<_> {
+            let route = routes(std::slice::from_ref(&model), &pods, &loaded).remove(0);
+            let flags = |one: &Backend| one.endpoints.iter().map(|end| end.by_revision).collect::<Vec<_>>();
+            route.backends.iter().map(|one| (one.revision.clone(), one.weight, flags(one))).collect()
+        };
+        let of = |revision: &str, weight, flags: &[bool]| (revision.to_owned(), weight, flags.to_vec());
+        let one = BTreeMap::from([("uid-a".to_owned(), loaded(true)), ("uid-b".to_owned(), loaded(false))]);
+        assert_eq!(backends(one), [of("r1", 7500, &[true, false]), of("r2", 2500, &[true])]);
+        // A new leader has no reports yet: its first table says what the last one did.
+        assert_eq!(backends(BTreeMap::new()), [of("r1", 7500, &[true, true]), of("r2", 2500, &[true, true])]);
     }
 
     #[test]
@@ -308,7 +421,7 @@ mod tests {
         let stored = |task: &str, status: &str| {
             read(&format!("{head}spec: {{{task}source: {{uri: 'oci://x'}}}}\nstatus: {{{status}}}\n"))
         };
-        let loaded = Loaded { digest: "d".to_owned(), task: "embed".to_owned() };
+        let loaded = Loaded { digest: "d".to_owned(), task: "embed".to_owned(), ..Loaded::default() };
         let loaded = BTreeMap::from([("uid-a".to_owned(), loaded)]);
         let pods = [view("chat", "a")];
         let none = BTreeMap::new();

@@ -11,14 +11,15 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use trustformers_crds::{Condition, InferenceModelStatus, Loading, Phase};
-use trustformers_proto::v1::{ModelState, ModelStatus};
+use trustformers_proto::v1::{ModelSlot, ModelState, ModelStatus};
 
 use crate::causes::{self, Cause};
 use crate::names;
 use crate::pods::PodView;
-use crate::rollout::{RolloutPhase, RolloutState};
+use crate::rollout::{Placement, RolloutPhase, RolloutState};
 use crate::routes::ModelKey;
 use crate::validate::ValidatedModel;
+use crate::versions;
 
 /// Longest message of a condition, as the schema bounds it.
 const MESSAGE_CHARS: usize = 4000;
@@ -56,6 +57,8 @@ pub struct StatusInputs<'a> {
     pub name_owner: Option<&'a ModelKey>,
     /// The rollout as it is stored.
     pub rollout: &'a RolloutState,
+    /// Why no readiness gate opens, if gateways are the cause.
+    pub gate_hold: Option<&'a Cause>,
     /// Where callers reach the gateway.
     pub url: &'a str,
     /// The present time.
@@ -69,6 +72,7 @@ struct Facts<'a> {
     complete: bool,
     cause: Option<Cause>,
     step: LoadStep,
+    gate_hold: Option<&'a Cause>,
     revision: &'a str,
     rollout: &'a RolloutState,
 }
@@ -122,7 +126,8 @@ pub fn status(
         .as_ref()
         .map_or_else(|| digest(inputs, revision), |stable| stable.digest.clone())
         .or_else(|| previous.digest.clone().filter(|_| stored.stable.is_none()));
-    let main_pods = || inputs.pods.iter().filter(|pod| pod.counts() && pod.revision == main);
+    let pool = inputs.rollout.pool_of(main);
+    let main_pods = || inputs.pods.iter().filter(|pod| pod.counts() && pod.revision == pool);
     let mut conditions =
         Conditions { previous, now: inputs.now, generation: model.generation, list: Vec::new() };
     describe(&facts, inputs.name_owner, model, &mut conditions);
@@ -130,7 +135,7 @@ pub fn status(
         observed_generation: Some(model.generation),
         phase: Some(phase(&facts)),
         url: Some(inputs.url.to_owned()),
-        selector: Some(names::revision_selector(&model.name, main)),
+        selector: Some(names::revision_selector(&model.name, pool)),
         replicas: count(main_pods()),
         ready_replicas: count(main_pods().filter(|pod| pod.ready)),
         device: device(inputs).or_else(|| previous.device.clone().filter(|_| facts.serving > 0)),
@@ -201,11 +206,13 @@ fn facts<'a>(model: &ValidatedModel, revision: &'a str, inputs: StatusInputs<'a>
     let desired = usize::try_from(model.replicas).unwrap_or(0);
     let live = || inputs.pods.iter().filter(|pod| pod.counts());
     let serving = live().filter(|pod| pod.ready).count();
-    let current = live().filter(|pod| pod.ready && pod.revision == revision).count();
+    let current = live().filter(|pod| pod.ready && answers(inputs, pod, revision)).count();
     let rolled_out = inputs.deployment.is_some_and(|deployment| is_rolled_out(deployment, model.replicas));
     let rollout = inputs.rollout;
     let is_stable = rollout.stable.as_ref().is_some_and(|stable| stable.revision == revision);
-    let pods = live().filter(|pod| pod.revision == revision).count();
+    let pool = rollout.pool_of(revision);
+    let pods = live().filter(|pod| pod.revision == pool).count();
+    let step = step(inputs, revision);
     Facts {
         desired,
         serving,
@@ -215,9 +222,20 @@ fn facts<'a>(model: &ValidatedModel, revision: &'a str, inputs: StatusInputs<'a>
             && current >= desired
             && pods == desired,
         cause: rollout_cause(rollout, revision).or_else(|| cause(inputs, revision)),
-        step: step(inputs, revision),
+        step,
+        gate_hold: inputs.gate_hold.filter(|_| step == LoadStep::WaitingForGateways),
         revision,
         rollout,
+    }
+}
+
+/// Whether a pod answers with the revision; one that has not reported yet counts for what it loads first.
+fn answers(inputs: StatusInputs<'_>, pod: &PodView, revision: &str) -> bool {
+    match inputs.reports.get(&pod.uid) {
+        Some(report) => {
+            versions::slots(pod, &report.model).first().is_some_and(|slot| slot.revision == revision)
+        }
+        None => inputs.rollout.start_revision(&pod.revision) == revision,
     }
 }
 
@@ -246,7 +264,8 @@ pub fn is_rolled_out(deployment: &Deployment, replicas: i32) -> bool {
 /// The first cause: pods of the desired revision before others, then by name.
 fn cause(inputs: StatusInputs<'_>, revision: &str) -> Option<Cause> {
     let mut pods: Vec<_> = inputs.pods.iter().filter(|pod| pod.counts() && !pod.ready).collect();
-    pods.sort_by_key(|pod| (pod.revision != revision, pod.name.as_str()));
+    let pool = inputs.rollout.pool_of(revision);
+    pods.sort_by_key(|pod| (pod.revision != pool, pod.name.as_str()));
     let of_pod = |pod: &&PodView| {
         let reported = inputs.reports.get(&pod.uid).and_then(|report| causes::of_report(&report.model));
         reported.or_else(|| pod.cause.clone())
@@ -265,9 +284,10 @@ fn replica_failure(deployment: &Deployment) -> Option<Cause> {
 }
 
 fn step(inputs: StatusInputs<'_>, revision: &str) -> LoadStep {
-    let waiting = inputs.pods.iter().filter(|pod| pod.counts() && !pod.ready && pod.revision == revision);
+    let pool = inputs.rollout.pool_of(revision);
+    let waiting = inputs.pods.iter().filter(|pod| pod.counts() && !pod.ready && pod.revision == pool);
     let of_pod = |pod: &PodView| match inputs.reports.get(&pod.uid).map(|report| report.model.state()) {
-        _ if pod.containers_ready => LoadStep::WaitingForGateways,
+        _ if pod.containers_ready && pod.node_ready => LoadStep::WaitingForGateways,
         Some(ModelState::Ready | ModelState::Warming) => LoadStep::Warming,
         Some(ModelState::Loading) => LoadStep::Loading,
         _ => LoadStep::Starting,
@@ -299,7 +319,7 @@ fn describe(
     conditions: &mut Conditions<'_>,
 ) {
     let stopped = ("Stopped", "spec.scaling.replicas is 0");
-    let (reason, message) = match (&facts.cause, facts.desired) {
+    let (reason, message) = match (facts.cause.as_ref().or(facts.gate_hold), facts.desired) {
         (_, 0) => stopped,
         (Some(cause), _) => (cause.reason.as_str(), cause.message.as_str()),
         (None, _) if shifts(facts.rollout) => (facts.rollout.reason.as_str(), facts.rollout.message.as_str()),
@@ -337,7 +357,9 @@ fn describe(
 /// Whether the rollout itself says what it waits for, and not its pods.
 fn shifts(rollout: &RolloutState) -> bool {
     use RolloutPhase::{Admitted, Loading, Placing, Shifting, Verifying, Warming};
-    let waits_for_pods = matches!(rollout.phase, Placing | Loading | Warming);
+    // Pods that load it in place serve meanwhile: they say nothing of what is waited for.
+    let waits_for_pods =
+        matches!(rollout.phase, Placing | Loading | Warming) && rollout.placement != Placement::InPlace;
     match rollout.phase {
         Admitted | Shifting | Verifying => true,
         _ => rollout.candidate.is_some() && !(waits_for_pods && is_healthy(rollout)),
@@ -352,18 +374,17 @@ fn is_healthy(rollout: &RolloutState) -> bool {
 
 /// The digest that pods of the revision with a loaded model reported.
 fn digest(inputs: StatusInputs<'_>, revision: &str) -> Option<String> {
-    let pods = inputs.pods.iter().filter(|pod| pod.revision == revision && pod.counts());
-    pods.filter_map(|pod| inputs.reports.get(&pod.uid))
-        .filter(|report| {
-            matches!(report.model.state(), ModelState::Ready | ModelState::Warming | ModelState::Draining)
-        })
-        .map(|report| report.model.digest.clone())
+    let pods = inputs.pods.iter().filter(|pod| pod.counts());
+    pods.filter_map(|pod| versions::find(pod, &inputs.reports.get(&pod.uid)?.model, revision))
+        .filter(versions::is_loaded)
+        .map(|slot| slot.digest)
         .find(|digest| !digest.is_empty())
 }
 
 /// The task that pods of the revision reported.
 fn task(inputs: StatusInputs<'_>, revision: &str) -> Option<String> {
-    let pods = inputs.pods.iter().filter(|pod| pod.revision == revision && pod.counts());
+    let pool = inputs.rollout.pool_of(revision);
+    let pods = inputs.pods.iter().filter(|pod| pod.revision == pool && pod.counts());
     let reports = pods.filter_map(|pod| inputs.reports.get(&pod.uid));
     reports.map(|report| &report.model.task).find(|task| !task.is_empty()).cloned()
 }
@@ -379,8 +400,18 @@ fn device(inputs: StatusInputs<'_>) -> Option<String> {
 
 /// Progress of the pod that has the smallest share loaded.
 fn loading(inputs: StatusInputs<'_>, revision: &str) -> Option<Loading> {
-    let pods = inputs.pods.iter().filter(|pod| pod.counts() && pod.revision == revision);
-    let slowest = pods
+    let pool = inputs.rollout.pool_of(revision);
+    let pods = || inputs.pods.iter().filter(|pod| pod.counts() && pod.revision == pool);
+    let besides = pods().filter_map(|pod| second(inputs, pod, revision));
+    let slowest_beside = besides.min_by(|one, other| loaded_share(one).total_cmp(&loaded_share(other)));
+    if let Some(slot) = slowest_beside {
+        return Some(Loading {
+            bytes: i64::try_from(slot.loaded_bytes).unwrap_or(i64::MAX),
+            total_bytes: i64::try_from(slot.total_bytes).unwrap_or(i64::MAX),
+            eta_seconds: slot.eta_ms.and_then(|ms| i64::try_from(ms.div_ceil(1000)).ok()),
+        });
+    }
+    let slowest = pods()
         .filter_map(|pod| inputs.reports.get(&pod.uid))
         .filter(|report| report.model.state() == ModelState::Loading)
         .min_by(|one, other| share(&one.model).total_cmp(&share(&other.model)))?;
@@ -389,6 +420,17 @@ fn loading(inputs: StatusInputs<'_>, revision: &str) -> Option<Loading> {
         total_bytes: i64::try_from(slowest.model.total_bytes).unwrap_or(i64::MAX),
         eta_seconds: eta_seconds(slowest),
     })
+}
+
+/// The revision, where a pod loads it beside the one that answers.
+fn second(inputs: StatusInputs<'_>, pod: &PodView, revision: &str) -> Option<ModelSlot> {
+    let slots = versions::slots(pod, &inputs.reports.get(&pod.uid)?.model);
+    let loads = |slot: &ModelSlot| slot.revision == revision && slot.state() == ModelState::Loading;
+    slots.into_iter().skip(1).find(loads)
+}
+
+fn loaded_share(slot: &ModelSlot) -> f64 {
+    slot.loaded_bytes as f64 / slot.total_bytes.max(1) as f64
 }
 
 fn share(report: &ModelStatus) -> f64 {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use trustformers_crds::{CircuitBreaker, HashOn, HealthCheck, LoadBalancing, Traffic};
+use trustformers_crds::{CircuitBreaker, HashOn, HealthCheck, Hedge, LoadBalancing, Traffic};
 use trustformers_proto::control::v1 as wire;
 
 use crate::duration::{self, DurationError};
@@ -28,6 +28,11 @@ pub enum TrafficConflict {
     /// A pod is checked again before its check has failed.
     #[error("spec.traffic.healthCheck.timeout is longer than its interval; make it shorter")]
     CheckTimeout,
+    /// A request ends before it may be sent to a second pod.
+    #[error(
+        "spec.traffic.hedge.delay is not shorter than spec.traffic.timeout, which ends the request first; make it shorter"
+    )]
+    HedgeDelay,
 }
 
 /// The policy that gateways get.
@@ -49,6 +54,7 @@ pub fn policy(traffic: &Traffic) -> Result<wire::Policy, TrafficError> {
         hold,
         health_check,
         circuit_breaker,
+        hedge,
         accept_tenant,
         accept_priority,
     } = traffic;
@@ -75,6 +81,7 @@ pub fn policy(traffic: &Traffic) -> Result<wire::Policy, TrafficError> {
         }),
         attempt_timeout_ms: optional("attemptTimeout", attempt_timeout)?,
         hold_requests: hold.as_ref().map_or(0, |hold| hold.max_requests),
+        hedge: hedge.as_ref().map(hedged).transpose()?,
     })
 }
 
@@ -85,6 +92,10 @@ pub fn policy(traffic: &Traffic) -> Result<wire::Policy, TrafficError> {
 pub fn check_conflicts(policy: &wire::Policy) -> Result<(), TrafficConflict> {
     if policy.first_byte_timeout_ms > 0 && policy.attempt_timeout_ms > policy.first_byte_timeout_ms {
         return Err(TrafficConflict::AttemptTimeout);
+    }
+    let hedge_ms = policy.hedge.as_ref().map_or(0, |hedge| hedge.delay_ms);
+    if hedge_ms > 0 && policy.first_byte_timeout_ms > 0 && hedge_ms >= policy.first_byte_timeout_ms {
+        return Err(TrafficConflict::HedgeDelay);
     }
     match &policy.health_check {
         Some(check) if check.timeout_ms > check.interval_ms => Err(TrafficConflict::CheckTimeout),
@@ -110,6 +121,12 @@ fn check(check: &HealthCheck) -> Result<wire::HealthCheck, TrafficError> {
         down_after: *down_after,
         up_after: *up_after,
     })
+}
+
+fn hedged(hedge: &Hedge) -> Result<wire::Hedge, TrafficError> {
+    let Hedge { delay, budget_percent } = hedge;
+    let delay_ms = delay.as_deref().map_or(Ok(0), |delay| ms("hedge.delay", delay))?;
+    Ok(wire::Hedge { delay_ms, budget_percent: *budget_percent })
 }
 
 fn breaker(breaker: &CircuitBreaker) -> Result<wire::CircuitBreaker, TrafficError> {
@@ -143,7 +160,8 @@ mod tests {
             "{timeout: 1m, attemptTimeout: 15s, retries: 3, retryDelay: 50ms, \
              retryBudget: {percent: 10, minRetries: 5, window: 20s}, loadBalancing: ConsistentHash, \
              hashOn: {header: x-session-id}, slowStart: 30s, hold: {time: 10s, maxRequests: 64}, \
-             healthCheck: {}, circuitBreaker: {failurePercent: 50}, acceptTenant: true, acceptPriority: true}",
+             healthCheck: {}, circuitBreaker: {failurePercent: 50}, \
+             hedge: {delay: 80ms}, acceptTenant: true, acceptPriority: true}",
         );
         let expected = wire::Policy {
             first_byte_timeout_ms: 60_000,
@@ -178,6 +196,7 @@ mod tests {
             }),
             attempt_timeout_ms: 15_000,
             hold_requests: 64,
+            hedge: Some(wire::Hedge { delay_ms: 80, budget_percent: 5 }),
         };
         assert_eq!(policy(&written).unwrap(), expected);
         assert_eq!(check_conflicts(&expected), Ok(()));
@@ -186,7 +205,7 @@ mod tests {
     #[test]
     fn what_is_not_asked_for_is_off() {
         let policy = policy(&Traffic::default()).unwrap();
-        assert_eq!((policy.health_check, policy.circuit_breaker), (None, None));
+        assert_eq!((policy.health_check, policy.circuit_breaker, policy.hedge), (None, None, None));
         assert_eq!((policy.hold_ms, policy.attempt_timeout_ms), (0, 0));
     }
 
@@ -197,6 +216,7 @@ mod tests {
         for (yaml, expected) in [
             ("{timeout: 1m, attemptTimeout: 90s}", TrafficConflict::AttemptTimeout),
             ("{healthCheck: {interval: 1s, timeout: 2s}}", TrafficConflict::CheckTimeout),
+            ("{timeout: 1s, hedge: {delay: 1s}}", TrafficConflict::HedgeDelay),
         ] {
             assert_eq!(check_conflicts(&policy(&traffic(yaml)).unwrap()), Err(expected), "{yaml}");
         }

@@ -16,7 +16,7 @@ use trustformers_proto::Task;
 
 use crate::duration::{self, DurationError};
 use crate::names;
-use crate::rollout::RolloutPolicy;
+use crate::rollout::{MAX_EXPECT_BYTES, RolloutPolicy};
 use crate::traffic::{self, TrafficConflict, TrafficError};
 
 /// Where the model's files are mounted from.
@@ -121,6 +121,9 @@ pub enum ValidateError {
         /// What is wrong with it.
         cause: DurationError,
     },
+    /// A golden prompt that pods could not check.
+    #[error("spec.rollout.analysis.goldenPrompts: {0}")]
+    GoldenPrompt(String),
     /// The key of a label or annotation is reserved.
     #[error(
         "spec.pod.{field}: the key {key} is reserved: keys that start with app.kubernetes.io/ or \
@@ -137,8 +140,8 @@ pub enum ValidateError {
     EnvTwice(String),
     /// A strategy that generation cannot use.
     #[error(
-        "spec.runtime.batching.strategy: {0} is for models that embed; generation is batched continuously, so use \
-         dynamic or priority with task generate"
+        "spec.runtime.batching.strategy: {0} is for models that read texts and generate none; generation is \
+         batched continuously, so use dynamic or priority with task generate"
     )]
     Strategy(&'static str),
 }
@@ -163,6 +166,9 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
         return Err(ValidateError::EnvTwice(twice.name.clone()));
     }
     check_strategy(spec)?;
+    let rollout = RolloutPolicy::of(&spec.rollout)
+        .map_err(|(field, cause)| ValidateError::RolloutDuration { field, cause })?;
+    check_golden_prompts(spec.task, &rollout)?;
     traffic::check_conflicts(&traffic::policy(&spec.traffic)?)?;
     let time = |field, text: &str| duration::parse(text).map_err(|cause| TrafficError { field, cause });
     Ok(ValidatedModel {
@@ -175,8 +181,7 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
         source: spec.source.clone(),
         runtime: spec.runtime.clone(),
         replicas: spec.scaling.replicas,
-        rollout: RolloutPolicy::of(&spec.rollout)
-            .map_err(|(field, cause)| ValidateError::RolloutDuration { field, cause })?,
+        rollout,
         drain_timeout: time("drainTimeout", &spec.traffic.drain_timeout)?,
         max_unavailable: spec.disruption.max_unavailable,
         pod: spec.pod.clone(),
@@ -191,6 +196,24 @@ fn check_strategy(spec: &InferenceModelSpec) -> Result<(), ValidateError> {
             Err(ValidateError::Strategy(strategy.as_str()))
         }
         _ => Ok(()),
+    }
+}
+
+/// Without a task in the spec, a pod whose files are for another task refuses to load them.
+fn check_golden_prompts(task: Option<Task>, rollout: &RolloutPolicy) -> Result<(), ValidateError> {
+    let prompts = &rollout.golden_prompts;
+    if task == Some(Task::Embed) && !prompts.is_empty() {
+        let why = "a model with task embed generates no text to compare; remove them";
+        return Err(ValidateError::GoldenPrompt(why.to_owned()));
+    }
+    // The schema bounds characters, of which each may have several bytes.
+    match prompts.iter().find(|one| one.expect.len() > MAX_EXPECT_BYTES) {
+        Some(long) => Err(ValidateError::GoldenPrompt(format!(
+            "the expected answer to {:?} has {} bytes; give at most {MAX_EXPECT_BYTES}, its beginning is enough",
+            long.prompt,
+            long.expect.len()
+        ))),
+        None => Ok(()),
     }
 }
 
@@ -332,7 +355,15 @@ pub(crate) mod tests {
         assert_eq!(<&str>::from(&twice), "EnvTwice");
         let window =
             error("{task: generate, source: {uri: 'oci://x'}, runtime: {batching: {strategy: time}}}");
-        assert!(window.to_string().contains("time is for models that embed"), "{window}");
+        assert!(window.to_string().contains("time is for models that read texts"), "{window}");
+        for (task, expect, says) in
+            [("embed", "b".to_owned(), "task embed"), ("generate", "é".repeat(129), "258 bytes")]
+        {
+            let golden = error(&format!(
+                "{{task: {task}, source: {{uri: 'oci://x'}}, rollout: {{analysis: {{goldenPrompts: [{{prompt: a, expect: {expect}}}]}}}}}}"
+            ));
+            assert!(golden.to_string().contains(says), "{golden}");
+        }
         for good in ["task: embed, ", ""] {
             valid(
                 "e",

@@ -1,5 +1,6 @@
 //! What gateways have counted, for every task of the leader to read.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -55,6 +56,12 @@ impl GatewaySums {
     #[must_use]
     pub fn of(&self, key: &SeriesKey) -> Counts {
         self.lock().store.of(key)
+    }
+
+    /// What each gateway process has counted of a revision since it started, by its id.
+    #[must_use]
+    pub fn by_process(&self, key: &SeriesKey) -> BTreeMap<String, Counts> {
+        self.lock().store.by_process(key)
     }
 
     /// Requests that wait for a pod of a route at the gateways that report.

@@ -1,6 +1,9 @@
 //! Writes the readiness gates of pods.
+//!
+//! A gate that is open changes only with its pod. One that is not may open by a gateway's report or by time:
+//! the models with such pods are looked at again, and no others.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,8 +18,11 @@ use tokio::time::{Instant, sleep};
 use trustformers_control::gate::GateChange;
 use trustformers_control::names;
 use trustformers_control::pods::{PodView, open_message};
+use trustformers_control::routes::ModelKey;
 
 use super::FeedState;
+use super::gateways::Announcements;
+use crate::changes::Marked;
 use crate::context::Context;
 
 /// Gates that are written at the same time. Requests that hang use up to this many; the client ends them
@@ -60,10 +66,17 @@ impl GateWrite {
 pub async fn run(context: Arc<Context>, feed: Arc<FeedState>) {
     let mut writes: HashMap<String, GateWrite> = HashMap::new();
     let mut in_flight = FuturesUnordered::new();
+    let mut candidates: BTreeSet<ModelKey> = BTreeSet::new();
+    let mut announcements = Announcements::default();
     loop {
         context.metrics.gateways(feed.counts());
+        announcements.update(&context, &feed);
         writes.retain(|_, write| !write.is_over());
-        for (pod, change) in changes(&context, &feed, &writes) {
+        match context.gates_changed.drain() {
+            Marked::All => candidates.extend(context.pods.models()),
+            Marked::Models(models) => candidates.extend(models),
+        }
+        for (pod, change) in changes(&context, &feed, &writes, &mut candidates) {
             if in_flight.len() >= CONCURRENCY {
                 break;
             }
@@ -89,18 +102,26 @@ pub async fn run(context: Arc<Context>, feed: Arc<FeedState>) {
     }
 }
 
-/// The gates to write now.
+/// The gates to write now. Models whose gates neither wait nor need a change are no candidates any more.
 fn changes(
     context: &Context,
     feed: &FeedState,
     writes: &HashMap<String, GateWrite>,
+    candidates: &mut BTreeSet<ModelKey>,
 ) -> Vec<(PodView, GateChange)> {
-    let pods = context.pods.state();
-    pods.iter()
-        .filter_map(|pod| PodView::of(pod))
-        .filter_map(|pod| feed.change(&pod).map(|change| (pod, change)))
-        .filter(|(pod, change)| writes.get(&pod.uid).is_none_or(|write| !write.blocks(*change)))
-        .collect()
+    let mut wanted = Vec::new();
+    candidates.retain(|key| {
+        let mut waits = false;
+        for pod in context.pods.of_model(key) {
+            let change = feed.change(&pod.view);
+            let is_closed = pod.view.gate.is_none_or(|gate| !gate.open);
+            waits |= change.is_some() || (is_closed && pod.view.routable());
+            wanted.extend(change.map(|change| (pod.view.clone(), change)));
+        }
+        waits
+    });
+    wanted.retain(|(pod, change)| writes.get(&pod.uid).is_none_or(|write| !write.blocks(*change)));
+    wanted
 }
 
 async fn write(context: &Context, pod: &PodView, change: GateChange) -> bool {

@@ -3,12 +3,13 @@
 //!
 //! What gateways report of their requests is summed in [`counts::GatewaySums`].
 //!
-//! Three tasks of the leader share one [`FeedState`]: `publish` creates tables, `service` sends them to
-//! gateways and receives reports, `gates` writes readiness gates. `trustformers_control::gate` decides what
-//! counts as acknowledged.
+//! Four tasks of the leader share one [`FeedState`]: `publish` creates tables, `service` sends them to
+//! gateways and receives reports, `gateways` watches which gateways there are, `gates` writes readiness
+//! gates. `trustformers_control::gate` decides what counts as acknowledged.
 
 pub mod counts;
 pub mod gates;
+pub mod gateways;
 pub mod identity;
 pub mod publish;
 pub mod service;
@@ -21,7 +22,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
-use trustformers_control::gate::{GateChange, Gates, GatewayCounts, Report};
+use trustformers_control::causes::Cause;
+use trustformers_control::gate::{GateChange, Gates, GatewayCounts, GatewayPod, Report};
 use trustformers_control::pods::PodView;
 use trustformers_proto::control::v1::{Route, RouteTable};
 
@@ -47,7 +49,7 @@ impl FeedState {
 
     /// Publishes a table with these routes.
     pub fn publish(&self, routes: Vec<Route>) {
-        let version = self.lock().publish(&routes);
+        let version = self.lock().publish(&routes, self.now());
         self.tables.send_replace(Some(Arc::new(RouteTable { version: Some(version), routes })));
     }
 
@@ -55,6 +57,29 @@ impl FeedState {
     #[must_use]
     pub fn tables(&self) -> watch::Receiver<Option<Arc<RouteTable>>> {
         self.tables.subscribe()
+    }
+
+    /// Records which gateway pods exist. True if readiness gates may change.
+    pub fn set_gateway_pods(&self, pods: impl IntoIterator<Item = GatewayPod>) -> bool {
+        self.lock().set_pods(pods)
+    }
+
+    /// The pod of a gateway, by its identity.
+    #[must_use]
+    pub fn gateway_pod(&self, instance: &str) -> Option<GatewayPod> {
+        self.lock().pod(instance).cloned()
+    }
+
+    /// Why no readiness gate opens, if gateways are the cause.
+    #[must_use]
+    pub fn hold(&self) -> Option<Cause> {
+        self.lock().hold(self.now())
+    }
+
+    /// The gateways that were left out since the last call because they acknowledge nothing.
+    #[must_use]
+    pub fn newly_behind(&self) -> Vec<String> {
+        self.lock().newly_behind(self.now())
     }
 
     /// Records a gateway's report. True if readiness gates may change.

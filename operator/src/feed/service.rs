@@ -75,13 +75,14 @@ async fn receive_reports(leadership: Leadership, mut reports: Streaming<GatewayR
             message = reports.message() => message,
         };
         let Ok(Some(message)) = message else { return };
-        let GatewayReport { instance, acknowledged, draining, process, counts, held } = message;
+        let GatewayReport { instance, acknowledged, draining, process, counts, held, variants } = message;
         if instance.is_empty() {
             tracing::warn!("a gateway reports without an instance; its stream is ignored");
             return;
         }
         if !process.is_empty() {
             leadership.context.counts.record(&process, Reported { counts: &counts, held: &held });
+            leadership.context.samples.record(&process, &variants);
         }
         if leadership.feed.report(Report { instance, acknowledged, draining }) {
             leadership.context.gates_changed.notify_one();

@@ -1,30 +1,29 @@
-//! Step four of a reconcile: write what differs, in the order of `kinds::CHILDREN`.
+//! Step four of a reconcile: write what differs.
 //!
-//! The operator uses server-side apply with one field manager. A child belongs to the model by the UID in its
-//! owner reference. Applies of a child are forced: they correct drift. The first apply of an object is not
-//! forced, so that an object of the same name with another owner is a conflict, which the status reports, and
-//! is never taken over.
+//! What does not exist is created by POST: nothing is read before, and a name that is in use is a conflict.
+//! What exists and differs is corrected by server-side apply under one field manager, by force. A child
+//! belongs to the model by the UID in its owner reference; an object of another owner is never taken over,
+//! and the status reports it. What pods need is written in one go with the Deployment, before the rest.
 
 use std::sync::Arc;
 
+use futures::future::join_all;
 use k8s_openapi::api::apps::v1::Deployment;
 use kube::Api;
-use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
+use kube::api::{DynamicObject, Patch, PatchParams, PostParams, Request};
 use serde_json::{Value, json};
 use trustformers_control::build::{Desired, DesiredObject};
 use trustformers_control::drift::{FieldPath, covers, removal};
-use trustformers_control::kinds::{CONFIG_MAP, ChildKind, DEPLOYMENT};
+use trustformers_control::kinds::{ChildKind, DEPLOYMENT};
+use trustformers_control::names;
 use trustformers_control::rollout::PoolSize;
-use trustformers_control::{names, status};
 
 use super::fetch::Observed;
+use super::prune::{prune, scale};
+use super::settled::Settled;
 use crate::children::Child;
 use crate::context::Context;
 use crate::watchers::resource;
-
-/// Earlier ConfigMaps that stay while a Deployment replaces its pods, besides those that pods have mounted: a
-/// pod that an old ReplicaSet replaces needs its ConfigMap again.
-const SPARE_CONFIG_MAPS: usize = 2;
 
 /// Why an object could not be applied. Metrics use the variant's name.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
@@ -53,6 +52,12 @@ pub enum ApplyError {
         /// The message of the API server.
         detail: String,
     },
+    /// The object changed while it was corrected.
+    #[error("{object} changed while it was corrected")]
+    Changed {
+        /// Kind and name of the object.
+        object: String,
+    },
     /// The request failed.
     #[error("{object} could not be written: {cause}")]
     Request {
@@ -70,7 +75,8 @@ pub enum ApplyError {
 }
 
 impl ApplyError {
-    fn of(object: String, error: kube::Error) -> Self {
+    /// The error of a request about an object.
+    pub(super) fn of(object: String, error: kube::Error) -> Self {
         match error {
             kube::Error::Api(status) if matches!(status.code, 400 | 403 | 422) => {
                 Self::Refused { object, detail: status.message.clone() }
@@ -89,31 +95,68 @@ pub struct Applied {
     pub deployment: Option<Deployment>,
 }
 
-/// Applies the desired objects, scales the pods of other revisions, and deletes children that are no longer
-/// needed.
+/// How much of a model is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// Everything.
+    All,
+    /// What pods need. Deployments of other new models go before the rest.
+    Pods,
+}
+
+/// Writes the desired objects that differ from what is stored.
 ///
 /// # Errors
 /// The first object that the API server did not accept.
-pub async fn apply(
+pub async fn write(
     context: &Context,
     desired: &Desired,
     observed: &Observed,
-    pools: &[PoolSize],
-) -> Result<Applied, ApplyError> {
-    let mut deployment = None;
-    for object in &desired.objects {
-        let writer = ChildWriter::new(context, observed, object);
-        let child = writer.apply().await?;
-        writer.remove_foreign(&child).await?;
-        if object.kind == &DEPLOYMENT {
-            deployment = serde_json::from_value(child.object.clone()).ok();
+    extent: Extent,
+) -> Result<(), ApplyError> {
+    for with_pods in [true, false] {
+        if !with_pods && extent == Extent::Pods {
+            break;
+        }
+        let objects = desired.objects.iter().filter(|object| object.kind.with_pods == with_pods);
+        let writers: Vec<_> = objects.map(|object| ChildWriter::new(context, observed, object)).collect();
+        if observed.children.is_empty() {
+            // Each request ends before its error is looked at: one that is dropped may still be carried out.
+            let outcomes = join_all(writers.iter().map(ChildWriter::settle)).await;
+            outcomes.into_iter().collect::<Result<(), ApplyError>>()?;
+        } else {
+            // A pod that starts must find the configuration of its template, and not an earlier one.
+            for writer in &writers {
+                writer.settle().await?;
+            }
         }
     }
-    for pool in pools.iter().filter(|pool| pool.pool != desired.revision) {
+    Ok(())
+}
+
+/// Scales the pods of other revisions, and deletes children that are no longer needed.
+///
+/// # Errors
+/// The first request that failed.
+pub async fn finish(
+    context: &Context,
+    settled: &Settled,
+    observed: &Observed,
+    pools: &[PoolSize],
+) -> Result<Applied, ApplyError> {
+    let deployment = deployment(context, settled, observed);
+    for pool in pools.iter().filter(|pool| Some(&pool.pool) != settled.pool.as_ref()) {
         scale(context, observed, pool).await?;
     }
-    prune(context, desired, observed, pools, deployment.as_ref()).await?;
-    Ok(Applied { revision: desired.revision.clone(), deployment })
+    prune(context, settled, observed, pools, deployment.as_ref()).await?;
+    Ok(Applied { revision: settled.revision.clone(), deployment })
+}
+
+/// The stored Deployment of the revision.
+fn deployment(context: &Context, settled: &Settled, observed: &Observed) -> Option<Deployment> {
+    let desired = settled.objects.iter().find(|object| object.kind == &DEPLOYMENT)?;
+    let child = context.children.get(&DEPLOYMENT, &observed.key.0, &desired.name)?;
+    child.deployment.as_deref().cloned()
 }
 
 /// One desired object, and where it is written.
@@ -125,12 +168,11 @@ struct ChildWriter<'a> {
 }
 
 /// What an object of the desired name is to the model.
+#[derive(Debug, Clone, Copy)]
 enum Ownership {
-    /// The model owns it; with its UID.
-    Own(String),
-    /// It does not exist.
-    Absent,
-    /// It exists and has no owner: an apply that is not forced succeeds only if the operator made it.
+    /// The model owns it.
+    Own,
+    /// It has no owner: an apply that is not forced succeeds only if the operator made it.
     Unowned,
 }
 
@@ -144,43 +186,55 @@ impl<'a> ChildWriter<'a> {
         format!("{} {}", self.desired.kind.kind, self.desired.name)
     }
 
-    /// Applies the object unless it is stored as desired; returns the stored object.
-    async fn apply(&self) -> Result<Arc<Child>, ApplyError> {
-        let DesiredObject { kind, name, object } = self.desired;
-        let cached = self.context.children.get(kind, &self.observed.key.0, name);
-        let ownership = match &cached {
-            Some(child) => self.ownership(child)?,
-            // The operator may have lost sight of it: somebody changed its labels.
-            None if !kind.conflicts => self.look_up().await?,
-            None => Ownership::Absent,
+    /// Writes the object unless it is stored as desired.
+    async fn settle(&self) -> Result<(), ApplyError> {
+        let DesiredObject { kind, name, object, hash } = self.desired;
+        let children = &self.context.children;
+        let Some(child) = children.get(kind, &self.observed.key.0, name) else {
+            return self.create().await.map(drop);
         };
-        match (ownership, cached) {
-            (Ownership::Own(_), Some(child)) if covers(kind, &child.object, object) => Ok(child),
-            (Ownership::Own(uid), _) => self.patch(Some(&uid)).await,
-            (Ownership::Absent | Ownership::Unowned, _) => match self.patch(None).await {
-                Err(ApplyError::Request { cause, .. }) if is_conflict(&cause) => self.resolve(&cause).await,
-                outcome => outcome,
-            },
-        }
-    }
-
-    /// After a conflict: the object is forced if the model owns it.
-    async fn resolve(&self, conflict: &kube::Error) -> Result<Arc<Child>, ApplyError> {
-        match self.look_up().await? {
-            Ownership::Own(uid) => self.patch(Some(&uid)).await,
-            Ownership::Unowned => {
-                Err(ApplyError::NotOurs { object: self.describe(), detail: message(conflict) })
+        let child = match self.ownership(&child)? {
+            Ownership::Own if children.covers(&child, hash) => child,
+            Ownership::Own if covers(kind, &child.object(), object) => {
+                children.set_covers(&child, hash);
+                child
             }
-            // It was deleted since.
-            Ownership::Absent => self.patch(None).await,
+            Ownership::Own => self.correct(&child).await?,
+            Ownership::Unowned => self.adopt().await?,
+        };
+        self.remove_foreign(&child).await
+    }
+
+    /// Creates the object.
+    async fn create(&self) -> Result<Arc<Child>, ApplyError> {
+        match self.post().await {
+            Err(ApplyError::Request { cause, .. }) if is_conflict(&cause) => self.resolve().await,
+            outcome => outcome,
         }
     }
 
-    /// Reads the object from the API server and finds out who owns it.
-    async fn look_up(&self) -> Result<Ownership, ApplyError> {
+    /// After a conflict: the operator has lost sight of the object because somebody changed its labels, an
+    /// earlier request was carried out and its response lost, or it is another owner's.
+    async fn resolve(&self) -> Result<Arc<Child>, ApplyError> {
+        let Some(found) = self.look_up().await? else {
+            // It was deleted since.
+            return self.post().await;
+        };
+        match self.ownership(&found)? {
+            Ownership::Own if covers(self.desired.kind, &found.object(), &self.desired.object) => {
+                Ok(self.context.children.insert(found))
+            }
+            Ownership::Own => self.correct(&found).await,
+            Ownership::Unowned => self.adopt().await,
+        }
+    }
+
+    /// Reads the object from the API server. An object without an owner that others wrote to is not the
+    /// operator's.
+    async fn look_up(&self) -> Result<Option<Child>, ApplyError> {
         let found = self.api.get_opt(&self.desired.name).await;
         let Some(found) = found.map_err(|error| ApplyError::of(self.describe(), error))? else {
-            return Ok(Ownership::Absent);
+            return Ok(None);
         };
         let managers = found.metadata.managed_fields.clone().unwrap_or_default();
         let other = managers.into_iter().filter_map(|entry| entry.manager).find(|one| one != names::MANAGER);
@@ -190,13 +244,13 @@ impl<'a> ChildWriter<'a> {
                 object: self.describe(),
                 detail: format!("{other} wrote to it, and it has no owner"),
             }),
-            (ownership, _) => Ok(ownership),
+            _ => Ok(Some(child)),
         }
     }
 
     fn ownership(&self, child: &Child) -> Result<Ownership, ApplyError> {
         match &child.owner {
-            Some(owner) if owner.uid == self.observed.uid => Ok(Ownership::Own(child.uid.clone())),
+            Some(owner) if owner.uid == self.observed.uid => Ok(Ownership::Own),
             Some(owner) if owner.name == self.observed.key.1 => {
                 Err(ApplyError::NotDeletedYet { object: self.describe() })
             }
@@ -208,17 +262,76 @@ impl<'a> ChildWriter<'a> {
         }
     }
 
-    /// Applies the object, by force if it is the model's own with this UID.
-    async fn patch(&self, own: Option<&str>) -> Result<Arc<Child>, ApplyError> {
-        let mut body = self.desired.object.clone();
-        let mut params = PatchParams::apply(names::MANAGER);
-        if let Some(uid) = own {
-            // With the UID, the API server refuses to write to another object of the same name.
-            body["metadata"]["uid"] = Value::String(uid.to_owned());
-            params = params.force();
-        }
-        let stored = self.api.patch(&self.desired.name, &params, &Patch::Apply(&body)).await;
+    async fn post(&self) -> Result<Arc<Child>, ApplyError> {
+        let params = PostParams { field_manager: Some(names::MANAGER.to_owned()), ..PostParams::default() };
+        let body = serde_json::to_vec(&self.desired.object).map_err(kube::Error::SerdeError);
+        let request = body.and_then(|body| {
+            Request::new(self.api.resource_url()).create(&params, body).map_err(kube::Error::BuildRequest)
+        });
+        let stored = match request {
+            Ok(request) => self.context.client.request::<DynamicObject>(request).await,
+            Err(error) => Err(error),
+        };
         self.store(stored.map_err(|error| ApplyError::of(self.describe(), error))?)
+    }
+
+    /// Applies the object by force: it is the model's own. With the UID, the API server refuses to write to
+    /// another object of the same name.
+    async fn correct(&self, child: &Child) -> Result<Arc<Child>, ApplyError> {
+        if let Some(index) = child.posted {
+            self.claim_fields(child, index).await?;
+        }
+        let mut body = self.desired.object.clone();
+        body["metadata"]["uid"] = Value::String(child.uid.clone());
+        self.patch(&body, PatchParams::apply(names::MANAGER).force()).await
+    }
+
+    /// Applies the object without force: an object that has no owner is the operator's only if nobody else
+    /// has set what it sets.
+    async fn adopt(&self) -> Result<Arc<Child>, ApplyError> {
+        match self.patch(&self.desired.object, PatchParams::apply(names::MANAGER)).await {
+            Err(ApplyError::Request { cause, .. }) if is_conflict(&cause) => {
+                Err(ApplyError::NotOurs { object: self.describe(), detail: message(&cause) })
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn patch(&self, body: &Value, params: PatchParams) -> Result<Arc<Child>, ApplyError> {
+        let stored = self.api.patch(&self.desired.name, &params, &Patch::Apply(body)).await;
+        self.store(stored.map_err(|error| ApplyError::of(self.describe(), error))?)
+    }
+
+    /// Makes the fields that a POST set the fields of an apply. Otherwise a field that is no longer desired
+    /// would stay, because the manager of the POST still has it.
+    async fn claim_fields(&self, child: &Child, index: usize) -> Result<(), ApplyError> {
+        let entry = format!("/metadata/managedFields/{index}");
+        // The indexes move when another manager writes for the first time.
+        let patch = json!([
+            {"op": "test", "path": format!("{entry}/manager"), "value": names::MANAGER},
+            {"op": "test", "path": format!("{entry}/operation"), "value": "Update"},
+            {"op": "test", "path": "/metadata/uid", "value": child.uid},
+            {"op": "replace", "path": format!("{entry}/operation"), "value": "Apply"},
+        ]);
+        match self.json_patch(patch).await? {
+            Some(_) => Ok(()),
+            None => Err(ApplyError::Changed { object: self.describe() }),
+        }
+    }
+
+    /// Sends a JSON patch; none if the object has changed meanwhile: the watch delivers the change, and the
+    /// next reconcile looks again.
+    async fn json_patch(&self, patch: Value) -> Result<Option<Arc<Child>>, ApplyError> {
+        let params = PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() };
+        let patch = serde_json::from_value(patch).map_err(|error| ApplyError::Request {
+            object: self.describe(),
+            cause: Box::new(kube::Error::SerdeError(error)),
+        })?;
+        match self.api.patch(&self.desired.name, &params, &Patch::Json::<()>(patch)).await {
+            Ok(stored) => self.store(stored).map(Some),
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409 | 422) => Ok(None),
+            Err(error) => Err(ApplyError::of(self.describe(), error)),
+        }
     }
 
     /// Removes what other field managers set in the part of the object that belongs to the operator alone.
@@ -226,29 +339,18 @@ impl<'a> ChildWriter<'a> {
         if child.foreign.is_empty() || self.context.children.is_tolerated(child) {
             return Ok(());
         }
-        let params = PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() };
-        let patch = serde_json::from_value(removal(&child.version, &child.foreign));
-        let patch = patch.map_err(|error| ApplyError::Request {
-            object: self.describe(),
-            cause: Box::new(kube::Error::SerdeError(error)),
-        })?;
-        match self.api.patch(&self.desired.name, &params, &Patch::Json::<()>(patch)).await {
-            Ok(stored) => {
-                let stored = self.store(stored)?;
-                if !stored.foreign.is_empty() {
-                    tracing::warn!(
-                        object = self.describe(),
-                        fields = ?stored.foreign.iter().map(FieldPath::pointer).collect::<Vec<_>>(),
-                        "fields that another manager sets came back when they were removed; they stay"
-                    );
-                    self.context.children.tolerate(&stored);
-                }
-                Ok(())
-            }
-            // It changed meanwhile. The watch delivers the change, and the next reconcile looks again.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409 | 422) => Ok(()),
-            Err(error) => Err(ApplyError::of(self.describe(), error)),
+        let Some(stored) = self.json_patch(removal(&child.version, &child.foreign)).await? else {
+            return Ok(());
+        };
+        if !stored.foreign.is_empty() {
+            tracing::warn!(
+                object = self.describe(),
+                fields = ?stored.foreign.iter().map(FieldPath::pointer).collect::<Vec<_>>(),
+                "fields that another manager sets came back when they were removed; they stay"
+            );
+            self.context.children.tolerate(&stored);
         }
+        Ok(())
     }
 
     fn child(&self, object: DynamicObject) -> Result<Child, ApplyError> {
@@ -263,7 +365,8 @@ impl<'a> ChildWriter<'a> {
     }
 }
 
-fn api(context: &Context, kind: &ChildKind, namespace: &str) -> Api<DynamicObject> {
+/// Requests about children of a kind.
+pub(super) fn api(context: &Context, kind: &ChildKind, namespace: &str) -> Api<DynamicObject> {
     Api::namespaced_with(context.client.clone(), namespace, &resource(kind))
 }
 
@@ -276,97 +379,4 @@ fn message(error: &kube::Error) -> String {
         kube::Error::Api(status) => status.message.clone(),
         other => other.to_string(),
     }
-}
-
-/// Scales the Deployment of a revision that the spec does not describe any more. Nothing else of it is
-/// written: its pods stay as they were made.
-async fn scale(context: &Context, observed: &Observed, pool: &PoolSize) -> Result<(), ApplyError> {
-    let is_pool = |child: &&Arc<Child>| {
-        child.kind == &DEPLOYMENT && child.label(names::REVISION_LABEL) == Some(pool.pool.as_str())
-    };
-    // If it is gone, its revision has no pods, and the rollout goes on from that.
-    let Some(child) = observed.children.iter().find(is_pool) else { return Ok(()) };
-    if child.object["spec"]["replicas"] == json!(pool.replicas) {
-        return Ok(());
-    }
-    let body = json!({"metadata": {"uid": child.uid}, "spec": {"replicas": pool.replicas}});
-    let params = PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() };
-    let object = format!("{} {}", child.kind.kind, child.name);
-    match api(context, child.kind, &child.namespace).patch(&child.name, &params, &Patch::Merge(&body)).await {
-        Ok(stored) => {
-            context.metrics.count_write(child.kind.kind);
-            let stored = Child::of(child.kind, stored).ok_or(ApplyError::Incomplete { object })?;
-            context.children.insert(stored);
-            Ok(())
-        }
-        // It is gone, or another object has its name.
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-        Err(error) => Err(ApplyError::of(object, error)),
-    }
-}
-
-/// Deletes children that are no longer needed.
-async fn prune(
-    context: &Context,
-    desired: &Desired,
-    observed: &Observed,
-    pools: &[PoolSize],
-    deployment: Option<&Deployment>,
-) -> Result<(), ApplyError> {
-    let complete = deployment.is_none_or(|deployment| {
-        let replicas = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(0);
-        status::is_rolled_out(deployment, replicas)
-    });
-    for child in unneeded(desired, observed, pools, complete) {
-        let this_one = Preconditions { uid: Some(child.uid.clone()), ..Preconditions::default() };
-        let params = DeleteParams::default().preconditions(this_one);
-        match api(context, child.kind, &child.namespace).delete(&child.name, &params).await {
-            Ok(_) => {
-                context.metrics.count_write(child.kind.kind);
-                context.children.remove(child);
-            }
-            // It is gone, or another object has its name.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
-            Err(error) => return Err(ApplyError::of(format!("{} {}", child.kind.kind, child.name), error)),
-        }
-    }
-    Ok(())
-}
-
-/// The children that are neither desired nor needed by a pod or a pool. While the Deployment replaces its
-/// pods, an earlier ReplicaSet of it may replace some too: the newest ConfigMaps stay.
-fn unneeded<'a>(
-    desired: &Desired,
-    observed: &'a Observed,
-    pools: &[PoolSize],
-    complete: bool,
-) -> Vec<&'a Child> {
-    let is_desired =
-        |child: &Child| desired.objects.iter().any(|one| one.kind == child.kind && one.name == child.name);
-    let of_pool = |child: &Child| {
-        let revision = child.label(names::REVISION_LABEL);
-        pools.iter().any(|pool| Some(pool.pool.as_str()) == revision)
-    };
-    // A Deployment is needed by its pool, and the ConfigMap in its template with it.
-    let is_needed = |child: &Child| match child.kind {
-        kind if kind == &DEPLOYMENT => of_pool(child),
-        kind if kind == &CONFIG_MAP => {
-            observed.mounted.contains(&child.name)
-                || of_pool(child) && child.label(names::REVISION_LABEL) != Some(desired.revision.as_str())
-        }
-        _ => false,
-    };
-    let children = observed.children.iter().map(|child| &**child);
-    let unneeded: Vec<&Child> =
-        children.filter(|child| child.kind.prune && !is_desired(child) && !is_needed(child)).collect();
-    if complete {
-        return unneeded;
-    }
-    let (mut candidates, mut others): (Vec<&Child>, Vec<&Child>) =
-        unneeded.into_iter().partition(|child| child.kind == &CONFIG_MAP);
-    // Times in this format sort like text; the newest comes first.
-    let created = |child: &Child| child.object["metadata"]["creationTimestamp"].as_str().map(str::to_owned);
-    candidates.sort_by_key(|child| std::cmp::Reverse(created(child)));
-    others.extend(candidates.split_off(SPARE_CONFIG_MAPS.min(candidates.len())));
-    others
 }

@@ -3,11 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Pod;
-use kube::ResourceExt;
-use trustformers_control::names;
+use tokio::time::Instant;
 use trustformers_control::pods::PodView;
-use trustformers_control::routes::{ModelKey, RouteModel, bare_names};
+use trustformers_control::routes::ModelKey;
 use trustformers_control::status::PodReport;
 use trustformers_crds::{InferenceModel, InferenceModelStatus};
 
@@ -28,6 +26,8 @@ pub struct Observed {
     pub previous: InferenceModelStatus,
     /// The last write of the status.
     pub written: Option<WrittenStatus>,
+    /// Since when a status waits that says nothing new but a reason or a message.
+    pub status_waits_since: Option<Instant>,
     /// The children that the model owns.
     pub children: Vec<Arc<Child>>,
     /// The pods.
@@ -54,13 +54,12 @@ pub enum FetchError {
 /// When the model lacks metadata that every stored object has.
 pub fn fetch(context: &Context, model: &InferenceModel) -> Result<Observed, FetchError> {
     let (key, uid) = key(model).zip(model.metadata.uid.clone()).ok_or(FetchError::Incomplete)?;
-    let pods = context.pods.state_filter(|pod: &Pod| is_of(pod, &key));
-    let views: Vec<PodView> = pods.iter().filter_map(|pod| PodView::of(pod)).collect();
-    let ended: BTreeSet<&str> = views.iter().filter(|pod| pod.ended).map(|pod| pod.uid.as_str()).collect();
-    let live = pods.iter().filter(|pod| !ended.contains(pod.metadata.uid.as_deref().unwrap_or_default()));
-    let mounted = live.flat_map(|pod| mounted(pod)).collect();
-    let views: Vec<PodView> = views.into_iter().map(|pod| context.with_event_cause(pod)).collect();
-    let written = context.memory(&key, &uid).written;
+    let pods = context.pods.of_model(&key);
+    let live = pods.iter().filter(|pod| !pod.view.ended);
+    let mounted = live.flat_map(|pod| pod.config_maps.iter().cloned()).collect();
+    let views: Vec<PodView> = pods.iter().map(|pod| context.with_event_cause(pod.view.clone())).collect();
+    let memory = context.memory(&key, &uid);
+    let written = memory.written;
     let cached = model.status.clone().unwrap_or_default();
     let stored = match &written {
         // The cache does not show the operator's last write yet.
@@ -71,11 +70,12 @@ pub fn fetch(context: &Context, model: &InferenceModel) -> Result<Observed, Fetc
         previous: written.as_ref().map_or_else(|| stored.clone(), |written| written.status.clone()),
         stored,
         written,
+        status_waits_since: memory.status_waits_since,
         children: context.children.of_owner(&uid),
         mounted,
         reports: context.reports_of(&views),
         pods: views,
-        name_owner: name_owner(context, &key),
+        name_owner: context.names.owner(&key.1).filter(|owner| *owner != key),
         key,
         uid,
     })
@@ -89,21 +89,4 @@ pub(crate) fn key(model: &InferenceModel) -> Option<ModelKey> {
 /// Resource version of a model.
 pub(crate) fn version(model: &InferenceModel) -> Option<u64> {
     model.metadata.resource_version.as_deref()?.parse().ok()
-}
-
-fn is_of(pod: &Pod, (namespace, model): &ModelKey) -> bool {
-    pod.metadata.namespace.as_ref() == Some(namespace) && pod.labels().get(names::MODEL_LABEL) == Some(model)
-}
-
-fn mounted(pod: &Pod) -> impl Iterator<Item = String> {
-    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
-    volumes.filter_map(|volume| volume.config_map.as_ref().map(|map| map.name.clone()))
-}
-
-fn name_owner(context: &Context, key: &ModelKey) -> Option<ModelKey> {
-    let namesakes = context
-        .models
-        .state_filter(|other: &InferenceModel| other.metadata.name.as_deref() == Some(key.1.as_str()));
-    let claims: Vec<RouteModel> = namesakes.iter().filter_map(|other| RouteModel::of(other)).collect();
-    bare_names(&claims).remove(&key.1).filter(|owner| owner != key)
 }

@@ -4,10 +4,16 @@
 //! Validation and building are pure and live in `trustformers-control`. A spec that cannot be honoured waits
 //! for an edit. Other failures are retried after growing pauses. In both cases the cause is in the status and
 //! in an Event before the error is returned.
+//!
+//! Models wait in a queue with lanes. While new models wait, a new model gets only what its pods need, so
+//! that Deployments come first; the rest follows in its next pass.
 
 pub mod apply;
 pub mod fetch;
+pub mod in_place;
+pub mod prune;
 pub mod rollout;
+pub mod settled;
 pub mod status;
 
 #[cfg(test)]
@@ -17,21 +23,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use futures::StreamExt;
-use kube::runtime::controller::{self, Action, Config, applier};
-use kube::runtime::reflector::ObjectRef;
-use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
-use trustformers_control::build::{BuildError, build};
+use trustformers_control::build::{BuildError, Platform, Pools, build, pod_config};
 use trustformers_control::causes::Cause;
 use trustformers_control::hash;
-use trustformers_control::validate::{ValidateError, validate};
+use trustformers_control::routes::ModelKey;
+use trustformers_control::validate::{ValidateError, ValidatedModel, validate};
 use trustformers_crds::InferenceModel;
 
 use crate::context::Context;
-use crate::queue::coalesce;
-use apply::ApplyError;
-use fetch::FetchError;
+use crate::queue::{Action, Lane, Queue};
+use apply::{ApplyError, Extent};
+use fetch::{FetchError, Observed};
+use rollout::RolloutPlan;
+use settled::{BuildInputs, Settled};
 use status::StatusError;
 
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -77,7 +83,10 @@ impl ReconcileError {
         let reason = match self {
             Self::Fetch(_) | Self::Status(_) => return None,
             Self::Apply(
-                ApplyError::Request { .. } | ApplyError::Incomplete { .. } | ApplyError::NotDeletedYet { .. },
+                ApplyError::Request { .. }
+                | ApplyError::Incomplete { .. }
+                | ApplyError::Changed { .. }
+                | ApplyError::NotDeletedYet { .. },
             ) => return None,
             Self::Validate(_) => "InvalidSpec",
             Self::Build(_) => "BuildFailed",
@@ -88,27 +97,44 @@ impl ReconcileError {
     }
 }
 
-/// Reconciles the models in the queue until the queue ends.
-pub async fn run(context: Arc<Context>, queue: mpsc::Receiver<ObjectRef<InferenceModel>>) {
-    let config = Config::default().concurrency(context.settings.concurrency);
-    let models = context.models.clone();
-    let queue = coalesce(queue).map(Ok::<_, std::convert::Infallible>);
-    applier(
-        |model, context| Box::pin(reconcile(model, context)),
-        |model, error, context| pause(&model, error, &context),
-        context,
-        models,
-        queue,
-        config,
-    )
-    .for_each(async |outcome| match outcome {
-        Ok((model, _)) => tracing::debug!(%model, "reconciled"),
-        Err(controller::Error::ReconcilerFailed(error, model)) => {
-            tracing::warn!(%model, %error, "reconcile failed");
+/// Reconciles the models in the queue, without end. Every pass is a task of its own. It returns only when one
+/// of them panics.
+pub async fn run(context: Arc<Context>, queue: Arc<Queue<ModelKey>>) {
+    let limit = usize::from(context.settings.concurrency);
+    let mut passes = JoinSet::new();
+    loop {
+        tokio::select! {
+            Some(ended) = passes.join_next(), if !passes.is_empty() => {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a reconcile ended unexpectedly");
+                    return;
+                }
+            }
+            key = queue.next(), if passes.len() < limit => {
+                passes.spawn(pass(Arc::clone(&context), Arc::clone(&queue), key));
+            }
         }
-        Err(error) => tracing::debug!(%error, "not reconciled"),
-    })
-    .await;
+    }
+}
+
+async fn pass(context: Arc<Context>, queue: Arc<Queue<ModelKey>>, key: ModelKey) {
+    let mut action = Action::await_change();
+    if let Some(model) = context.model(&key) {
+        action = match reconcile(Arc::clone(&model), Arc::clone(&context)).await {
+            Ok(action) => action,
+            Err(error) => {
+                let (namespace, name) = &key;
+                tracing::warn!(namespace, name, %error, "reconcile failed");
+                pause(&model, &error, &context)
+            }
+        };
+    }
+    queue.finish(&key);
+    if let Some(after) = action.after() {
+        // The rest of a new model is no timer.
+        let lane = if after.is_zero() { Lane::Child } else { Lane::Status };
+        queue.request_after(&key, lane, after);
+    }
 }
 
 /// Reconciles one model.
@@ -154,20 +180,80 @@ async fn observe_and_step(
 async fn steps(
     model: &InferenceModel,
     context: &Context,
-    observed: &fetch::Observed,
+    observed: &Observed,
 ) -> Result<Option<Duration>, ReconcileError> {
     let valid = validate(model)?;
     let revision = hash::revision(&valid);
-    let plan = rollout::plan(context, model, &valid, observed, &revision);
+    let mut plan = rollout::plan(context, model, &valid, observed, &revision);
     let mut after_write = None;
     if plan.store_first {
         status::store_rollout(context, model, observed, &plan.state).await?;
         after_write = Some(fetch::fetch(context, model)?);
     }
     let observed = after_write.as_ref().unwrap_or(observed);
-    let desired = build(&valid, &context.settings.platform, plan.replicas(&revision))?;
-    let applied = apply::apply(context, &desired, observed, &plan.pools).await?;
-    let wait = status::report(context, &valid, &applied, observed, &plan.state).await?;
+    let platform = context.platform();
+    let pass = ModelPass { valid: &valid, revision: &revision, observed, platform: &platform };
+    let Some(settled) = settle(context, &pass, &plan).await? else {
+        return Ok(Some(Duration::ZERO));
+    };
+    report(context, &pass, &mut plan, &settled).await
+}
+
+/// What a pass works with.
+struct ModelPass<'a> {
+    valid: &'a ValidatedModel,
+    revision: &'a str,
+    observed: &'a Observed,
+    platform: &'a Platform,
+}
+
+impl ModelPass<'_> {
+    fn pools(&self, plan: &RolloutPlan) -> Result<Pools, BuildError> {
+        in_place::pools(self.valid, self.revision, self.observed, plan, self.platform.admin.as_ref())
+    }
+}
+
+/// Writes what differs of the desired objects. None if other new models go first.
+async fn settle(
+    context: &Context,
+    pass: &ModelPass<'_>,
+    plan: &RolloutPlan,
+) -> Result<Option<Arc<Settled>>, ReconcileError> {
+    let observed = pass.observed;
+    let inputs = BuildInputs::of(pass.valid, pass.revision, plan, pass.platform);
+    let is_current = |settled: &Arc<Settled>| settled.inputs == inputs && settled.holds(context, observed);
+    if let Some(settled) = context.memory(&observed.key, &observed.uid).settled.filter(is_current) {
+        return Ok(Some(settled));
+    }
+    let desired = build(pass.valid, pass.platform, &pass.pools(plan)?)?;
+    let others_wait = observed.children.is_empty() && context.queue.has_waiting(Lane::New);
+    let extent = if others_wait { Extent::Pods } else { Extent::All };
+    apply::write(context, &desired, observed, extent).await?;
+    if extent == Extent::Pods {
+        return Ok(None);
+    }
+    let settled = Arc::new(Settled::of(&desired, inputs));
+    context.remember(&observed.key, &observed.uid, |memory| memory.settled = Some(Arc::clone(&settled)));
+    Ok(Some(settled))
+}
+
+/// Ends what is no longer needed, asks pods for what they do not hold yet, and writes the status.
+async fn report(
+    context: &Context,
+    pass: &ModelPass<'_>,
+    plan: &mut RolloutPlan,
+    settled: &Settled,
+) -> Result<Option<Duration>, ReconcileError> {
+    let observed = pass.observed;
+    let applied = apply::finish(context, settled, observed, &plan.pools).await?;
+    if plan.commands.is_empty() {
+        context.set_asked(&observed.key, false);
+    } else {
+        let pools = pass.pools(plan)?;
+        let own = pod_config(pass.valid, pass.revision, pass.platform.admin.as_ref());
+        in_place::act(context, observed, &own, &pools, plan).await;
+    }
+    let wait = status::report(context, pass.valid, &applied, observed, &plan.state).await?;
     Ok(wait.into_iter().chain(plan.wait).min())
 }
 

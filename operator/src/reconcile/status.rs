@@ -14,15 +14,20 @@ use trustformers_control::rollout::RolloutState;
 use trustformers_control::status::{Refusal, StatusInputs, refused, status};
 use trustformers_control::validate::ValidatedModel;
 use trustformers_control::{events, names};
-use trustformers_crds::{GROUP, InferenceModel, InferenceModelStatus, VERSION};
+use trustformers_crds::{Condition, GROUP, InferenceModel, InferenceModelStatus, Phase, VERSION};
 
 use super::apply::Applied;
 use super::fetch::{self, Observed};
 use crate::context::{Context, WrittenStatus};
+use crate::queue::Lane;
 use crate::recorder;
 
 /// The progress of a load is written at most this often for each model.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// While a model starts for the first time, a status that says nothing new but a reason or a message waits
+/// for at most this long for the one that does: a launch takes few writes.
+pub const LAUNCH_WAIT: Duration = Duration::from_secs(2);
 
 /// Why the status could not be written. Metrics use the variant's name.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
@@ -56,12 +61,14 @@ pub async fn report(
     observed: &Observed,
     rollout: &RolloutState,
 ) -> Result<Option<Duration>, StatusError> {
+    let gate_hold = context.feed.get().and_then(|feed| feed.hold());
     let inputs = StatusInputs {
         deployment: applied.deployment.as_ref(),
         pods: &observed.pods,
         reports: &observed.reports,
         name_owner: observed.name_owner.as_ref(),
         rollout,
+        gate_hold: gate_hold.as_ref(),
         url: &context.settings.gateway_url,
         now: now(),
     };
@@ -118,13 +125,16 @@ async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>
         context.remember(&observed.key, &observed.uid, |memory| {
             memory.generation = generation;
             memory.written = Some(change);
+            memory.status_waits_since = None;
         });
     };
     if observed.stored == after {
         return Ok(None);
     }
     let at = Instant::now();
-    if let Some(wait) = progress_wait(observed, &after, at) {
+    if version.is_none()
+        && let Some(wait) = wait(context, observed, &after, at)
+    {
         return Ok(Some(wait));
     }
     let (namespace, name) = &observed.key;
@@ -169,23 +179,75 @@ async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>
     Ok(None)
 }
 
-/// For how long a status must wait because it differs from the last one in its progress alone.
-fn progress_wait(observed: &Observed, after: &InferenceModelStatus, now: Instant) -> Option<Duration> {
+/// For how long a status must wait because it says little.
+fn wait(
+    context: &Context,
+    observed: &Observed,
+    after: &InferenceModelStatus,
+    now: Instant,
+) -> Option<Duration> {
     let before = &observed.stored;
-    let written = observed.written.as_ref()?;
+    let remaining = |since: Instant, limit: Duration| {
+        limit.checked_sub(now.duration_since(since)).filter(|wait| !wait.is_zero())
+    };
+    if is_progress(before, after) {
+        return remaining(observed.written.as_ref()?.at, PROGRESS_INTERVAL);
+    }
+    let is_busy = || context.queue.has_waiting(Lane::New) || context.queue.has_waiting(Lane::Child);
+    if !is_launch_step(before, after, is_busy) {
+        return None;
+    }
+    let since = observed.status_waits_since.unwrap_or(now);
+    context.remember(&observed.key, &observed.uid, |memory| memory.status_waits_since = Some(since));
+    remaining(since, LAUNCH_WAIT)
+}
+
+/// Whether two statuses differ in the progress of a load, or of a rollout, alone.
+fn is_progress(before: &InferenceModelStatus, after: &InferenceModelStatus) -> bool {
     let both_load = before.loading.is_some() == after.loading.is_some();
     let mut progress = InferenceModelStatus { loading: before.loading.clone(), ..after.clone() };
     // The figures of a rollout that waits are progress too.
     if let (Some(rollout), Some(earlier)) = (&mut progress.rollout, &before.rollout) {
         rollout.message.clone_from(&earlier.message);
+        rollout.sample.clone_from(&earlier.sample);
     }
     for (condition, earlier) in progress.conditions.iter_mut().zip(&before.conditions) {
         if after.rollout.is_some() && condition.type_ == earlier.type_ {
             condition.message.clone_from(&earlier.message);
         }
     }
-    let only_progress = progress == *before;
-    let wait =
-        PROGRESS_INTERVAL.checked_sub(now.duration_since(written.at)).filter(|wait| !wait.is_zero())?;
-    (both_load && only_progress).then_some(wait)
+    both_load && progress == *before
+}
+
+/// Whether the status of a model that has never served differs in nothing that the status of a condition or
+/// the cause of a problem says. The first one of a model that starts as expected is such a step too while
+/// others are busy.
+fn is_launch_step(
+    before: &InferenceModelStatus,
+    after: &InferenceModelStatus,
+    is_busy: impl Fn() -> bool,
+) -> bool {
+    if before.stable.is_some() || after.stable.is_some() {
+        return false;
+    }
+    if before.observed_generation.is_none() {
+        let is_wrong = after.conditions.iter().any(|one| one.type_ == "Degraded" && one.status == "True");
+        return !is_wrong && is_busy();
+    }
+    // Another cause of a problem is news too.
+    let statuses = |status: &InferenceModelStatus| {
+        let cause = |one: &Condition| (one.type_ == "Degraded").then(|| one.reason.clone());
+        let conditions = status.conditions.iter();
+        conditions.map(|one| (one.type_.clone(), one.status.clone(), cause(one))).collect::<Vec<_>>()
+    };
+    let starts = |phase: Option<Phase>| matches!(phase, Some(Phase::Pending | Phase::Loading));
+    let step = InferenceModelStatus {
+        phase: if starts(before.phase) && starts(after.phase) { before.phase } else { after.phase },
+        replicas: before.replicas,
+        ready_replicas: before.ready_replicas,
+        loading: before.loading.clone(),
+        conditions: before.conditions.clone(),
+        ..after.clone()
+    };
+    step == *before && statuses(before) == statuses(after)
 }

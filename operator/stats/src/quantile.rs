@@ -35,16 +35,20 @@ pub fn design_effect(share: f64, bucket_variance: f64, requests: u64) -> f64 {
 }
 
 impl QuantileTest {
-    /// Logarithm of the evidence that the quantile of `arm` is not in the bin `index`: its share up to the
-    /// bin is tested against `p`.
+    /// Logarithm of the evidence that the quantile of `arm` is not in the bin `index`. It is there if the
+    /// share up to the bin's lower end is below `p` and the share up to its upper end is not: the share that
+    /// is farther off counts, and within the bin nothing does.
     fn ln_evidence_at(&self, arm: &LatencyArm, index: usize) -> f64 {
         let all = arm.requests as f64;
         if all <= 0.0 {
             return 0.0;
         }
+        let share = |index: usize| arm.cumulative[index] as f64 / all;
+        let lower = index.checked_sub(1).map_or(0.0, share);
+        let off = (self.p - share(index)).max(lower - self.p).max(0.0);
         let spread = self.p * (1.0 - self.p) * arm.design_effect;
         let variance = spread / all;
-        let z = (arm.cumulative[index] as f64 / all - self.p) / variance.sqrt();
+        let z = off / variance.sqrt();
         // tau² over se², with tau² = 7.94 · spread / planned requests.
         let u = 7.94 * all / self.planned_requests;
         -0.5 * u.ln_1p() + z * z * u / (2.0 * (1.0 + u))
@@ -123,6 +127,17 @@ mod tests {
         assert!(TEST.ln_evidence(&arm(10_000, 70), &arm(10_000, 50)) > 20_f64.ln());
         let few = TEST.ln_evidence(&arm(50, 70), &arm(50, 50));
         assert!(few < 20_f64.ln(), "{few}");
+    }
+
+    #[test]
+    fn wide_bins_tell_no_difference_that_is_not_there() {
+        // Nine tenths in one bin and one in the next: no share is near 0.95, however many requests there are.
+        let wide = |requests: u64| LatencyArm {
+            cumulative: vec![0, requests * 9 / 10, requests],
+            requests,
+            design_effect: 1.0,
+        };
+        assert!(TEST.ln_evidence(&wide(10_000_000), &wide(10_000_000)) < 0.0);
     }
 
     #[test]

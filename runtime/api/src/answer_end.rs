@@ -29,7 +29,7 @@ use crate::fields::Generation;
 use crate::health::{Health, Verdict};
 use crate::inference::{Answer, CountRequest, Event, Inference, Models};
 use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
-use crate::{EmbedRequest, Embedded};
+use crate::{Classified, ClassifyRequest, EmbedRequest, Embedded, RerankRequest, Reranked};
 
 /// Header of a request whose answer shall end with the trailers below, over HTTP/2.
 pub const REPORT_HEADER: &str = "x-trustformers-report-end";
@@ -131,6 +131,22 @@ impl Health for ReportingInference {
     }
 }
 
+/// An answer that comes as a whole, with the tokens that were read for it.
+fn whole<T: Send + 'static>(
+    answering: BoxFuture<'_, Result<T, ApiError>>,
+    tokens: fn(&T) -> u32,
+) -> BoxFuture<'_, Result<T, ApiError>> {
+    let Some(end) = current() else { return answering };
+    Box::pin(async move {
+        let answer = answering.await?;
+        let mut end = lock(&end);
+        end.began = true;
+        end.prompt_tokens = end.prompt_tokens.saturating_add(tokens(&answer));
+        drop(end);
+        Ok(answer)
+    })
+}
+
 impl Inference for ReportingInference {
     fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
         let answering = self.0.generate(request);
@@ -148,16 +164,15 @@ impl Inference for ReportingInference {
     }
 
     fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>> {
-        let embedding = self.0.embed(request);
-        let Some(end) = current() else { return embedding };
-        Box::pin(async move {
-            let embedded = embedding.await?;
-            let mut end = lock(&end);
-            end.began = true;
-            end.prompt_tokens = end.prompt_tokens.saturating_add(embedded.tokens);
-            drop(end);
-            Ok(embedded)
-        })
+        whole(self.0.embed(request), |embedded| embedded.tokens)
+    }
+
+    fn classify(&self, request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>> {
+        whole(self.0.classify(request), |classified| classified.tokens)
+    }
+
+    fn rerank(&self, request: RerankRequest) -> BoxFuture<'_, Result<Reranked, ApiError>> {
+        whole(self.0.rerank(request), |reranked| reranked.tokens)
     }
 
     fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {

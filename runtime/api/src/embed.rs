@@ -142,8 +142,11 @@ fn parse(bytes: &[u8], headers: &HeaderMap) -> Result<(EmbedRequest, Encoding), 
     let class = priority::of_json(&object)?.or(priority::of_headers(headers)?);
     let request = EmbedRequest {
         input: input(&object)?,
-        model: take(&object, "model", "a string", |value| value.as_str().map(str::to_owned))?
-            .filter(|name| !name.is_empty()),
+        model: revision::addressed(
+            headers,
+            take(&object, "model", "a string", |value| value.as_str().map(str::to_owned))?
+                .filter(|name| !name.is_empty()),
+        ),
         revision: revision::of_headers(headers)?,
         truncate: take(&object, "truncate", "true or false", Value::as_bool)?.unwrap_or(true),
         dimensions: take(&object, "dimensions", "a whole number from 1 on", number)?,
@@ -217,7 +220,7 @@ impl EmbedRequest {
         let tokens = input_tokens.into_iter().map(|tokens| EmbedInput::Tokens(tokens.ids));
         let request = Self {
             input: texts.chain(tokens).collect(),
-            model: Some(model).filter(|name| !name.is_empty()),
+            model: revision::addressed(metadata, Some(model).filter(|name| !name.is_empty())),
             revision: revision::of_headers(metadata)?,
             truncate: truncate.unwrap_or(true),
             dimensions,

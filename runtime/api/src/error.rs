@@ -175,6 +175,8 @@ fn what_it_does(task: Task) -> &'static str {
     match task {
         Task::Generate => "generates text",
         Task::Embed => "turns texts into vectors",
+        Task::Classify => "gives texts the scores of its labels",
+        Task::Rerank => "orders documents by a query",
     }
 }
 

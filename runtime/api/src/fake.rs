@@ -14,7 +14,10 @@ use crate::inference::{
 };
 use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use crate::tools::AnswerSyntax;
-use crate::{Api, ApiError, EmbedRequest, Embedded, Generation, PoolingMode, Prompt};
+use crate::{
+    Api, ApiError, Classified, ClassifyRequest, EmbedRequest, Embedded, Generation, PoolingMode, Prompt,
+    RerankRequest, Reranked,
+};
 
 /// What each request gets.
 #[derive(Clone, Default)]
@@ -65,6 +68,8 @@ pub(crate) struct Fake {
     running: Arc<watch::Sender<usize>>,
     last: Arc<Mutex<Option<Generation>>>,
     last_embedding: Arc<Mutex<Option<EmbedRequest>>>,
+    last_classification: Arc<Mutex<Option<ClassifyRequest>>>,
+    last_order: Arc<Mutex<Option<RerankRequest>>>,
     last_count: Arc<Mutex<Option<CountRequest>>>,
     last_load: Arc<Mutex<Option<LoadModel>>>,
     last_change: Arc<Mutex<String>>,
@@ -98,6 +103,8 @@ impl Fake {
             running: Arc::new(watch::Sender::new(0)),
             last: Arc::default(),
             last_embedding: Arc::default(),
+            last_classification: Arc::default(),
+            last_order: Arc::default(),
             last_count: Arc::default(),
             last_load: Arc::default(),
             last_change: Arc::default(),
@@ -129,6 +136,14 @@ impl Fake {
 
     pub(crate) fn last_embedding(&self) -> EmbedRequest {
         self.last_embedding.lock().unwrap().clone().unwrap()
+    }
+
+    pub(crate) fn last_classification(&self) -> ClassifyRequest {
+        self.last_classification.lock().unwrap().clone().unwrap()
+    }
+
+    pub(crate) fn last_order(&self) -> RerankRequest {
+        self.last_order.lock().unwrap().clone().unwrap()
     }
 
     pub(crate) fn last_count(&self) -> CountRequest {
@@ -254,6 +269,41 @@ impl Inference for Fake {
                 pooling_note: Some("not configured".into()),
             })
         })
+    }
+
+    /// A quarter for HAM and the rest for SPAM, the first text said to be cut.
+    fn classify(&self, request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>> {
+        let texts = request.input.len();
+        *self.last_classification.lock().unwrap() = Some(request);
+        let refusal = self.script.refusal.clone();
+        let classified = Classified {
+            id: "cls-1".into(),
+            model: "fake".into(),
+            model_digest: "d1".into(),
+            revision: "r1".into(),
+            labels: ["HAM".to_owned(), "SPAM".to_owned()].into(),
+            scores: [0.25, 0.75].repeat(texts),
+            tokens: u32::try_from(texts).unwrap() * 3,
+            truncated: vec![0],
+        };
+        Box::pin(async move { refusal.map_or(Ok(classified), Err) })
+    }
+
+    /// The later a document, the better: a quarter more for each.
+    fn rerank(&self, request: RerankRequest) -> BoxFuture<'_, Result<Reranked, ApiError>> {
+        let documents = u16::try_from(request.documents.len()).unwrap();
+        *self.last_order.lock().unwrap() = Some(request);
+        let refusal = self.script.refusal.clone();
+        let reranked = Reranked {
+            id: "rnk-1".into(),
+            model: "fake".into(),
+            model_digest: "d1".into(),
+            revision: "r1".into(),
+            scores: (0..documents).map(|index| f32::from(index) / 4.0).collect(),
+            tokens: u32::from(documents) * 3,
+            truncated: Vec::new(),
+        };
+        Box::pin(async move { refusal.map_or(Ok(reranked), Err) })
     }
 
     /// As many as the prompt has words, ids or messages.

@@ -85,7 +85,8 @@ pub struct Generation {
 
 impl Asked {
     /// Takes from headers, or metadata, what they say for requests of any kind: the class where the request
-    /// gives none itself, the tenant, and the revision that must answer.
+    /// gives none itself, the tenant, the revision that must answer, and whether a gateway has found the
+    /// model.
     ///
     /// # Errors
     /// [`ApiError::InvalidRequest`] that names the header.
@@ -93,7 +94,8 @@ impl Asked {
         let (class, tenant) = (priority::of_headers(headers)?, tenant::of_headers(headers)?);
         let revision = revision::of_headers(headers)?.or(self.revision);
         let priority = self.priority.or(class);
-        Ok(Self { priority, revision, tenant: tenant.unwrap_or(self.tenant), ..self })
+        let model = revision::addressed(headers, self.model);
+        Ok(Self { model, priority, revision, tenant: tenant.unwrap_or(self.tenant), ..self })
     }
 
     /// Fills in what was left out and checks what was given.

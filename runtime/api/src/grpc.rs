@@ -33,6 +33,7 @@ use trustformers_proto::v1::model_service_server::{ModelService, ModelServiceSer
 
 use crate::answer_end::report_end;
 use crate::budget::Share;
+use crate::classify::AskedClassification;
 use crate::echo::echo;
 use crate::embed::EmbedRequest;
 use crate::error::GRPC_KIND_KEY;
@@ -41,6 +42,7 @@ use crate::health::GrpcHealth;
 use crate::inference::{Answer, Event, StoppedBy};
 use crate::limits::CallerLimits;
 use crate::model_control::{self, LoadModel, RollbackModel, SwapModel, UnloadModel};
+use crate::rerank::AskedOrder;
 use crate::surfaces::{Kind, grpc_surface};
 use crate::{Api, ApiError, MAX_BODY_BYTES, kserve};
 
@@ -261,6 +263,31 @@ impl InferenceService for Api {
         let asked = EmbedRequest::from_proto(message, metadata.as_ref())?;
         let embedded = self.inference.embed(asked).await?;
         Ok(answered(embedded.head_headers(), embedded.into_proto(milliseconds(started))))
+    }
+
+    async fn classify(
+        &self,
+        request: Request<v1::ClassifyRequest>,
+    ) -> Result<Response<v1::ClassifyResponse>, Status> {
+        let started = Instant::now();
+        let _share = decoded_share(&request)?;
+        let (metadata, _, message) = request.into_parts();
+        let asked = AskedClassification::from_proto(message, metadata.as_ref())?;
+        let classified = self.inference.classify(asked.request).await?;
+        let headers = classified.head_headers();
+        Ok(answered(headers, classified.into_proto(asked.top_k, milliseconds(started))))
+    }
+
+    async fn rerank(
+        &self,
+        request: Request<v1::RerankRequest>,
+    ) -> Result<Response<v1::RerankResponse>, Status> {
+        let started = Instant::now();
+        let _share = decoded_share(&request)?;
+        let (metadata, _, message) = request.into_parts();
+        let AskedOrder { request, shown } = AskedOrder::from_proto(message, metadata.as_ref())?;
+        let reranked = self.inference.rerank(request).await?;
+        Ok(answered(reranked.head_headers(), shown.into_proto(reranked, milliseconds(started))))
     }
 }
 

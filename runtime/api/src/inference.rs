@@ -10,12 +10,14 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use trustformers_proto::v1;
 
+use crate::classify::{Classified, ClassifyRequest};
 use crate::conversation::Prompt;
 use crate::embed::{EmbedRequest, Embedded};
 use crate::error::ApiError;
 use crate::fields::Generation;
 use crate::health::Health;
 use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel, not_changed_here};
+use crate::rerank::{RerankRequest, Reranked};
 use crate::revision::answer_headers;
 use crate::tools::AnswerSyntax;
 
@@ -36,6 +38,19 @@ pub trait Inference: Health {
     /// # Errors
     /// Any [`ApiError`]; a request that was refused left nothing behind.
     fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>>;
+
+    /// Gives texts the scores of a model's labels. The future ends when all are there. Dropping it
+    /// cancels the work.
+    ///
+    /// # Errors
+    /// Any [`ApiError`]; a request that was refused left nothing behind.
+    fn classify(&self, request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>>;
+
+    /// Gives documents scores for a query. The future ends when all are there. Dropping it cancels the work.
+    ///
+    /// # Errors
+    /// Any [`ApiError`]; a request that was refused left nothing behind.
+    fn rerank(&self, request: RerankRequest) -> BoxFuture<'_, Result<Reranked, ApiError>>;
 
     /// Tokens that a prompt has, special tokens and the model's chat template included. Nothing is generated.
     ///

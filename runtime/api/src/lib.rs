@@ -16,6 +16,7 @@
 //! | [`revision`] | the revision and the digest that requests ask for and answers name |
 //! | [`tools`] | tool calls and reasoning in the text of an answer |
 //! | [`embed`] | what is asked of a model that embeds, and `POST /v1/embeddings` |
+//! | [`classify`], [`rerank`] | the same of models that give scores, `POST /v1/classify`, `POST /v1/rerank` |
 //! | [`model_control`] | loading and unloading models while the server runs |
 //! | [`priority`], [`tenant`] | the priority class and the tenant of a request |
 //! | [`http`], [`grpc`] | the codecs; `http/` and `embed.rs` hold the routes |
@@ -51,6 +52,7 @@ mod blocks;
 pub mod browser;
 pub mod budget;
 pub mod chat_answer;
+pub mod classify;
 pub mod contain;
 pub mod conversation;
 pub mod echo;
@@ -76,6 +78,7 @@ pub mod openapi;
 pub mod options;
 pub mod priority;
 mod request_body;
+pub mod rerank;
 mod responses;
 pub mod revision;
 pub mod server;
@@ -93,6 +96,7 @@ mod fake;
 #[cfg(test)]
 mod test_client;
 
+pub use classify::{Classified, ClassifyInput, ClassifyRequest, LabelScore};
 pub use contain::BlockingWork;
 pub use conversation::{Conversation, Prompt, ToolChoice};
 pub use embed::{EmbedInput, EmbedRequest, Embedded, PoolingMode};
@@ -104,6 +108,7 @@ pub use inference::{
 };
 pub use options::{Format, Options};
 pub use priority::Priority;
+pub use rerank::{RankedIndex, RerankRequest, Reranked};
 pub use tools::{AnswerSyntax, CallSyntax, ReasoningSyntax};
 
 /// Longest request body or message that is read, in bytes. A prompt of 128 Ki tokens at the customary 4 bytes

@@ -40,8 +40,9 @@ pub(crate) const LOAD_FIELDS: &[&str] = &[
     "max_wait_ms",
     "priority",
     "probe",
+    "probes",
 ];
-const PROBE_FIELDS: &[&str] = &["prompt", "max_tokens", "text", "tokens_sha256"];
+const PROBE_FIELDS: &[&str] = &["prompt", "max_tokens", "text", "begins_with", "tokens_sha256"];
 /// The fields of a request to unload.
 pub(crate) const UNLOAD_FIELDS: &[&str] = &["model", "digest", "revision"];
 /// The fields of a request to swap.
@@ -52,6 +53,8 @@ const LOAD_EXAMPLE: &str = r#"{"name": "smollm2", "path": "/models/smollm2.gguf"
 const UNLOAD_EXAMPLE: &str = r#"{"model": "smollm2"}"#;
 const SWAP_EXAMPLE: &str = r#"{"model": "smollm2", "from": "smollm2-v2"}"#;
 const ROLLBACK_EXAMPLE: &str = r#"{"model": "smollm2"}"#;
+/// Most probes of one load: each takes up to a minute on a slow CPU.
+const MAX_PROBES: usize = 32;
 /// The longest name of a model that can be loaded: names are repeated in answers, logs and metrics. A bare
 /// name of Kubernetes has at most 253 characters.
 const MAX_NAME_CHARS: usize = 256;
@@ -90,7 +93,7 @@ pub struct LoadModel {
     /// Whether priority classes count.
     pub priority: Option<bool>,
     /// What it must answer before it may serve.
-    pub probe: Option<Probe>,
+    pub probes: Vec<Probe>,
 }
 
 /// A prompt whose greedy answer is known.
@@ -102,6 +105,8 @@ pub struct Probe {
     pub max_tokens: Option<u32>,
     /// The text of the answer.
     pub text: Option<String>,
+    /// How the answer begins.
+    pub begins_with: Option<String>,
     /// sha256 of the ids of its tokens in decimal with one space between two.
     pub tokens_sha256: Option<String>,
 }
@@ -186,19 +191,21 @@ impl LoadModel {
             batch_strategy: text(&object, "batch_strategy")?,
             max_wait_ms: number(&object, "max_wait_ms")?,
             priority: take(&object, "priority", "true or false", Value::as_bool)?,
-            probe: probe(&object)?,
+            probes: probes(&object)?,
         };
         request.check()
     }
 
     /// The request in a message, where empty texts and zeros are left out.
     pub(crate) fn from_proto(message: v1::LoadModelRequest) -> Result<Self, ApiError> {
-        let probe = message.probe.map(|probe| Probe {
+        let probe = |probe: v1::GoldenProbe| Probe {
             prompt: probe.prompt,
             max_tokens: positive(probe.max_tokens),
             text: given(probe.text),
+            begins_with: given(probe.begins_with),
             tokens_sha256: given(probe.tokens_sha256),
-        });
+        };
+        let probes = message.probe.into_iter().chain(message.probes).map(probe).collect();
         let request = Self {
             name: message.name,
             path: message.path,
@@ -215,7 +222,7 @@ impl LoadModel {
             batch_strategy: given(message.batch_strategy),
             max_wait_ms: positive(message.max_wait_ms),
             priority: message.priority,
-            probe,
+            probes,
         };
         request.check()
     }
@@ -240,6 +247,10 @@ impl LoadModel {
                  header can carry"
             );
             return Err(ApiError::field("revision", why));
+        }
+        if self.probes.len() > MAX_PROBES {
+            let why = format!("{} are too many: give at most {MAX_PROBES}", self.probes.len());
+            return Err(ApiError::field("probes", why));
         }
         Ok(self)
     }
@@ -303,20 +314,36 @@ impl RollbackModel {
     }
 }
 
-fn probe(load: &Map<String, Value>) -> Result<Option<Probe>, ApiError> {
-    let Some(object) = take(load, "probe", "an object", |value| value.as_object().cloned())? else {
-        return Ok(None);
-    };
+/// That of `probe`, and those of `probes`.
+fn probes(load: &Map<String, Value>) -> Result<Vec<Probe>, ApiError> {
+    let one = take(load, "probe", "an object", |value| value.as_object().cloned())?;
+    let list = take(load, "probes", "a list of objects", |value| value.as_array().cloned())?;
+    let mut probes = Vec::new();
+    if let Some(object) = one {
+        probes.push(probe("probe", &object)?);
+    }
+    for (index, value) in list.unwrap_or_default().iter().enumerate() {
+        let path = format!("probes[{index}]");
+        let object = value.as_object().ok_or_else(|| {
+            ApiError::field(&path, format!("expected an object with a prompt, found {}", found(value)))
+        })?;
+        probes.push(probe(&path, object)?);
+    }
+    Ok(probes)
+}
+
+fn probe(path: &str, object: &Map<String, Value>) -> Result<Probe, ApiError> {
     if let Some(field) = object.keys().find(|field| !PROBE_FIELDS.contains(&field.as_str())) {
         let why = format!("there is no such field; there are {}", PROBE_FIELDS.join(", "));
-        return Err(ApiError::field(&format!("probe.{field}"), why));
+        return Err(ApiError::field(&format!("{path}.{field}"), why));
     }
-    Ok(Some(Probe {
-        prompt: text(&object, "prompt")?.unwrap_or_default(),
-        max_tokens: number(&object, "max_tokens")?,
-        text: text(&object, "text")?,
-        tokens_sha256: text(&object, "tokens_sha256")?,
-    }))
+    Ok(Probe {
+        prompt: text(object, "prompt")?.unwrap_or_default(),
+        max_tokens: number(object, "max_tokens")?,
+        text: text(object, "text")?,
+        begins_with: text(object, "begins_with")?,
+        tokens_sha256: text(object, "tokens_sha256")?,
+    })
 }
 
 fn task(word: &str) -> Result<Task, ApiError> {
@@ -453,6 +480,7 @@ mod tests {
             "revision": "r2", "kv_cache": "f16", "max_queue": 5, "batch_strategy": "size", "max_wait_ms": 6,
             "priority": true,
             "probe": {"prompt": "p", "max_tokens": 7, "text": "t", "tokens_sha256": "cd"},
+            "probes": [{"prompt": "q", "begins_with": "u"}],
         });
         let (status, answer) = post(&fake, "/v1/models/load", &body.to_string()).await;
         assert_eq!((status, &answer["id"], &answer["state"]), (StatusCode::OK, &json!("a"), &json!("ready")));
@@ -472,12 +500,16 @@ mod tests {
             batch_strategy: Some("size".into()),
             max_wait_ms: Some(6),
             priority: Some(true),
-            probe: Some(Probe {
-                prompt: "p".into(),
-                max_tokens: Some(7),
-                text: Some("t".into()),
-                tokens_sha256: Some("cd".into()),
-            }),
+            probes: vec![
+                Probe {
+                    prompt: "p".into(),
+                    max_tokens: Some(7),
+                    text: Some("t".into()),
+                    begins_with: None,
+                    tokens_sha256: Some("cd".into()),
+                },
+                Probe { prompt: "q".into(), begins_with: Some("u".into()), ..Probe::default() },
+            ],
         };
         assert_eq!(fake.last_load(), wanted);
         let message = v1::LoadModelRequest {
@@ -501,7 +533,13 @@ mod tests {
                 max_tokens: 7,
                 text: "t".into(),
                 tokens_sha256: "cd".into(),
+                ..v1::GoldenProbe::default()
             }),
+            probes: vec![v1::GoldenProbe {
+                prompt: "q".into(),
+                begins_with: "u".into(),
+                ..v1::GoldenProbe::default()
+            }],
         };
         assert_eq!(LoadModel::from_proto(message).unwrap(), wanted, "both protocols have the same fields");
     }

@@ -7,6 +7,9 @@ use crate::error::ApiError;
 /// HTTP header, and gRPC metadata key. In a request: the revision that must answer. In an answer: the one
 /// that did, as the server's configuration names it.
 pub const REVISION_HEADER: &str = "x-trustformers-revision";
+/// HTTP header, and gRPC metadata key, of a request that a gateway routed by a name that its pods do not
+/// have: the route of an A/B test. The only model of the pod is meant, whatever name the request has.
+pub const ROUTED_HEADER: &str = "x-trustformers-routed";
 /// HTTP header, and gRPC metadata key, of an answer: sha256 of the weights, 64 hex digits.
 pub const DIGEST_HEADER: &str = "x-trustformers-digest";
 
@@ -29,6 +32,12 @@ pub(crate) fn of_headers(headers: &HeaderMap) -> Result<Option<String>, ApiError
         Ok(name) => Ok(Some(name.to_owned())),
         Err(_) => Err(ApiError::field(REVISION_HEADER, "is not ASCII text")),
     }
+}
+
+/// The name by which the model of a request is found: the request's own, or none where a gateway has found
+/// the model already.
+pub(crate) fn addressed(headers: &HeaderMap, name: Option<String>) -> Option<String> {
+    name.filter(|_| !headers.contains_key(ROUTED_HEADER))
 }
 
 /// The headers that name what answered. An empty revision, or one that no header can carry, is left out.
@@ -57,6 +66,15 @@ mod tests {
             let error = read(value).unwrap_err().to_string();
             assert!(error.starts_with(REVISION_HEADER) && error.contains(why), "{error}");
         }
+    }
+
+    #[test]
+    fn a_request_that_a_gateway_routed_names_no_model() {
+        let name = || Some("team/route".to_owned());
+        assert_eq!(addressed(&HeaderMap::new(), name()), name());
+        let value = HeaderValue::from_static("1");
+        let headers = HeaderMap::from_iter([(HeaderName::from_static(ROUTED_HEADER), value)]);
+        assert_eq!(addressed(&headers, name()), None);
     }
 
     #[test]

@@ -214,6 +214,8 @@ impl Surface {
 
 const GENERATE: Task = Task::Generate;
 const EMBED: Task = Task::Embed;
+const CLASSIFY: Task = Task::Classify;
+const RERANK: Task = Task::Rerank;
 const OPENAI: ErrorShape = ErrorShape::OpenAi;
 const ANTHROPIC: ErrorShape = ErrorShape::Anthropic;
 const KSERVE_HTTP: ErrorShape = ErrorShape::KserveHttp;
@@ -238,6 +240,8 @@ pub const SURFACES: &[Surface] = &[
     post("generate", "/v1/generate").asks(GENERATE, JSON).kind(Kind::BodyDecides),
     post("generate_stream", "/v1/generate/stream").asks(GENERATE, JSON).kind(Kind::ServerStream),
     post("embeddings", "/v1/embeddings").asks(EMBED, JSON).errors(OPENAI).cacheable(),
+    post("classify", "/v1/classify").asks(CLASSIFY, JSON).cacheable(),
+    post("rerank", "/v1/rerank").asks(RERANK, JSON).cacheable(),
     get("list_models", "/v1/models").errors(OPENAI),
     get("get_model", "/v1/models/{model}").names(IN_PATH).errors(OPENAI),
     post("load_model", "/v1/models/load").names(JSON).not_idempotent(),
@@ -297,6 +301,8 @@ pub const SURFACES: &[Surface] = &[
         .kind(Kind::Bidirectional)
         .not_idempotent(),
     grpc("grpc_embed", INFERENCE, "Embed").asks(EMBED, FIELD_5).cacheable(),
+    grpc("grpc_classify", INFERENCE, "Classify").asks(CLASSIFY, FIELD_5).cacheable(),
+    grpc("grpc_rerank", INFERENCE, "Rerank").asks(RERANK, FIELD_5).cacheable(),
     grpc("grpc_list_models", MODELS, "ListModels"),
     grpc("grpc_watch_models", MODELS, "WatchModels").kind(Kind::ServerStream),
     grpc("grpc_load_model", MODELS, "LoadModel").names(FIELD_5).not_idempotent(),

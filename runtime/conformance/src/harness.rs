@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use trustformers_plan::{
     Backend, Executable, FusedOps, KvType, LoadSpec, LogitsRows, Numerics, Plan, SequenceStep, StepInput,
-    StepOutput, Weights,
+    StepOutput, Weights, buckets,
 };
 
 use crate::CaseError;
@@ -56,7 +56,8 @@ pub fn load_plan(backend: &mut dyn Backend, case: &LoadCase) -> Result<Box<dyn E
         numerics: *numerics,
         progress: &mut |_| {},
     };
-    Ok(backend.load(spec)?.compile(plan)?)
+    let buckets = backend.caps().row_buckets.clone();
+    Ok(buckets::compile(&mut *backend.load(spec)?, plan, &buckets)?)
 }
 
 /// Loads an encoder and makes its plan runnable.

@@ -4,13 +4,14 @@
 //! reads an answer too early, or needs one to prepare the next step, does not work on it. Time is counted,
 //! not measured ([`LateTime`]): tests of speed need no clock.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, SampleInput,
-    StepInput, StepOutput,
+    Adapter, AdapterSlot, Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded,
+    MemoryReport, Plan, SampleInput, StepError, StepInput, StepOutput,
 };
 
 /// Steps that each executable takes.
@@ -119,14 +120,23 @@ impl Backend for LateOracle {
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
-        let kv_blocks = spec.kv_blocks;
-        Ok(Box::new(LateModel { inner: self.oracle.load(spec)?, kv_blocks, time: self.time.clone() }))
+        let kv_blocks = Arc::new(AtomicUsize::new(spec.kv_blocks));
+        let (inner, time) = (self.oracle.load(spec)?, self.time.clone());
+        Ok(Box::new(LateModel { inner, kv_blocks, filled: Arc::default(), time }))
     }
+}
+
+/// The adapter slots that hold an adapter.
+type FilledSlots = Arc<Mutex<BTreeSet<AdapterSlot>>>;
+
+fn locked(slots: &FilledSlots) -> MutexGuard<'_, BTreeSet<AdapterSlot>> {
+    slots.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct LateModel {
     inner: Box<dyn Loaded>,
-    kv_blocks: usize,
+    kv_blocks: Arc<AtomicUsize>,
+    filled: FilledSlots,
     time: Arc<LateTime>,
 }
 
@@ -139,18 +149,38 @@ impl Loaded for LateModel {
         Ok(Box::new(LateExecutable {
             inner: self.inner.compile(plan)?,
             plan: plan.clone(),
-            kv_blocks: self.kv_blocks,
+            kv_blocks: self.kv_blocks.clone(),
+            filled: self.filled.clone(),
             queue: VecDeque::new(),
             slots: 0,
             time: self.time.clone(),
         }))
+    }
+
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        self.inner.resize_kv(blocks)?;
+        self.kv_blocks.store(blocks, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn put_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), BackendError> {
+        self.inner.put_adapter(slot, adapter)?;
+        locked(&self.filled).insert(slot);
+        Ok(())
+    }
+
+    fn drop_adapter(&mut self, slot: AdapterSlot) -> Result<(), BackendError> {
+        self.inner.drop_adapter(slot)?;
+        locked(&self.filled).remove(&slot);
+        Ok(())
     }
 }
 
 struct LateExecutable {
     inner: Box<dyn Executable>,
     plan: Plan,
-    kv_blocks: usize,
+    kv_blocks: Arc<AtomicUsize>,
+    filled: FilledSlots,
     /// The steps in flight, oldest first; none of them is computed.
     queue: VecDeque<QueuedStep>,
     /// Rows of the latest sample.
@@ -169,8 +199,15 @@ impl Executable for LateExecutable {
         if self.queue.len() == STEPS_IN_FLIGHT {
             return Err(BackendError::Order("submit while two steps are in flight"));
         }
-        input.validate(&self.plan, self.kv_blocks)?;
+        input.validate(&self.plan, self.kv_blocks.load(Ordering::Relaxed))?;
         input.resolve(&vec![0; self.slots], &mut Vec::new())?;
+        let chosen =
+            input.adapters.iter().enumerate().filter_map(|(sequence, slot)| Some((sequence, (*slot)?)));
+        for (sequence, slot) in chosen {
+            if !locked(&self.filled).contains(&slot) {
+                return Err(StepError::EmptySlot { sequence, slot }.into());
+            }
+        }
         let done_us = self.time.submitted();
         self.queue.push_back(QueuedStep { input: input.clone(), sample: None, done_us });
         Ok(())

@@ -19,7 +19,10 @@
 //!   (`decoder/draft_tokens`), where the device claims it;
 //! * rows whose results nobody reads may be left out of the last layer: the others keep their bits
 //!   (`decoder/pruned`, `encoder/pruned`);
+//! * sequences of one step that chose different adapters get each the answer that it gets alone
+//!   (`adapters/mixed`, `adapters/fast`), and refused adapters change nothing (`adapters/slots`);
 //! * each claimed type of the cache gives the answer of the oracle with that type (`cache/types`);
+//! * a cache grows and shrinks without changing what it keeps (`cache/resize`);
 //! * a reused block shows nothing of an earlier sequence (`cache/poison`);
 //! * the device chooses the tokens that the reference chooses from its logits, and gives them to the next
 //!   step itself (`sample/choices`, `sample/slots`);
@@ -30,12 +33,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bucketed;
 pub mod cases;
 pub mod compare;
 pub mod harness;
 pub mod late;
 pub mod models;
 pub mod seeds;
+pub mod windowed;
 
 use trustformers_plan::{Backend, BackendError, PlanError, WeightError};
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use trustformers_plan::{
-    DType, FusedOps, Hyper, Limits, Plan, PlanBuilder, Pooling, RopeLayout, RopeSpec, Value, Weight,
-    WeightId, Weights, seeded::SeededRng,
+    AdapterRoom, DType, FusedOps, Hyper, Limits, Plan, PlanBuilder, Pooling, RopeLayout, RopeScaling,
+    RopeSpec, Value, Weight, WeightId, Weights, seeded::SeededRng,
 };
 
 use crate::CaseError;
@@ -93,11 +93,25 @@ impl Decoder {
         self.lower(weights, fused, true)
     }
 
+    /// The plan with room for adapters.
+    ///
+    /// # Errors
+    /// As [`Self::plan`].
+    pub fn plan_with_adapters(
+        &self,
+        weights: &Weights,
+        fused: &FusedOps,
+        room: AdapterRoom,
+    ) -> Result<Plan, CaseError> {
+        Ok(self.plan(weights, &fused.without_activations())?.with_adapters(room)?)
+    }
+
     fn lower(&self, weights: &Weights, fused: &FusedOps, pruned: bool) -> Result<Plan, CaseError> {
         let hyper = self.hyper();
         // The biased decoder rotates half of each head only, as some models do.
         let dims = if self.biased { hyper.head_dim / 2 } else { hyper.head_dim };
-        let rope = RopeSpec { layout: self.layout, base: 10_000.0, dims, head_dim: hyper.head_dim };
+        let scaling = RopeScaling::NONE;
+        let rope = RopeSpec { layout: self.layout, base: 10_000.0, dims, head_dim: hyper.head_dim, scaling };
         // Random queries and keys give scores far apart. The softmax of such scores is sharper than that of
         // any trained model and amplifies the rounding of `fast`, so the scale is smaller than usual: half of
         // it for heads of 16, a quarter for heads of 64.
@@ -248,24 +262,37 @@ pub fn named(weights: &Weights, name: &str) -> Result<WeightId, CaseError> {
     weights.find(name).ok_or_else(|| CaseError::Wrong(format!("the suite has no weight {name}")))
 }
 
-struct Maker {
+/// Makes the weights of a model, in the order of the calls.
+pub(crate) struct Maker {
     rng: SeededRng,
-    weights: Weights,
+    pub(crate) weights: Weights,
 }
 
 impl Maker {
-    fn seeded(seed: u64) -> Self {
+    pub(crate) fn seeded(seed: u64) -> Self {
         Self { rng: SeededRng::new(seed), weights: Weights::new() }
     }
 
-    fn matrix(&mut self, name: &str, dtype: DType, rows: usize, cols: usize) -> Result<(), CaseError> {
+    pub(crate) fn matrix(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<(), CaseError> {
         let bytes = bytes(dtype, rows * cols, &mut self.rng);
         let range = 0..bytes.len();
         self.weights.push(Weight::new(name, dtype, (rows, cols), Arc::new(bytes), range)?)?;
         Ok(())
     }
 
-    fn vector(&mut self, name: &str, cols: usize, middle: f32, radius: f32) -> Result<(), CaseError> {
+    pub(crate) fn vector(
+        &mut self,
+        name: &str,
+        cols: usize,
+        middle: f32,
+        radius: f32,
+    ) -> Result<(), CaseError> {
         let values: Vec<f32> = (0..cols).map(|_| middle + radius * self.rng.next_signed()).collect();
         self.weights.push(Weight::from_f32(name, (1, cols), &values)?)?;
         Ok(())

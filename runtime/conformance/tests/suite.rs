@@ -4,13 +4,14 @@
 
 use std::{borrow::Cow, sync::Arc};
 
+use trustformers_conformance::bucketed::BucketedBackend;
 use trustformers_conformance::late::{LateOracle, LateTime};
 use trustformers_conformance::{Fault, Open, check};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, DType, EstimateSpec, Executable, FusedOps, KvType, LoadSpec, Loaded,
-    MemoryReport, Numerics, Plan, SampleInput, SampleSpec, StepInput, StepOutput, Weight, WeightView,
-    Weights,
+    Adapter, AdapterSlot, Backend, BackendError, Caps, DType, EstimateSpec, Executable, FusedOps, KvType,
+    LoadSpec, Loaded, MemoryReport, Numerics, Plan, SampleInput, SampleSpec, StepInput, StepOutput, Weight,
+    WeightView, Weights,
 };
 
 /// The fault of a backend.
@@ -34,6 +35,8 @@ enum Flaw {
     Transposing,
     /// It chooses the best token, whatever it is asked for.
     Greedy,
+    /// It takes the adapter of a step's first sequence for all of them.
+    OneAdapter,
     /// It claims no type.
     Typeless,
 }
@@ -80,11 +83,28 @@ impl Loaded for FlawedModel {
         let inner = self.0.compile(plan)?;
         Ok(Box::new(FlawedExecutable { inner, flaw: self.1, numerics: self.2, sequences: 0, rows: 0 }))
     }
+
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        self.0.resize_kv(blocks)
+    }
+
+    fn put_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), BackendError> {
+        self.0.put_adapter(slot, adapter)
+    }
+
+    fn drop_adapter(&mut self, slot: AdapterSlot) -> Result<(), BackendError> {
+        self.0.drop_adapter(slot)
+    }
 }
 
 impl Executable for FlawedExecutable {
     fn submit(&mut self, input: &StepInput) -> Result<(), BackendError> {
         (self.sequences, self.rows) = (input.sequences(), input.rows());
+        if self.flaw == Flaw::OneAdapter {
+            let mut one = input.clone();
+            one.adapters.fill(input.adapters.first().copied().flatten());
+            return self.inner.submit(&one);
+        }
         self.inner.submit(input)
     }
 
@@ -146,6 +166,7 @@ fn faults(flaw: Flaw) -> Vec<&'static str> {
         let oracle = Oracle::new();
         let mut caps = oracle.caps().clone();
         claim_little(&mut caps);
+        caps.adapters = flaw == Flaw::OneAdapter;
         if flaw == Flaw::Typeless {
             caps.dtypes.clear();
         }
@@ -163,6 +184,19 @@ fn the_oracle_passes() {
 fn a_device_with_late_answers_passes() {
     let late = || LateOracle::new(LateTime::new(5000, 0)).claiming(claim_little);
     check(&|| Ok(Box::new(late()))).unwrap();
+}
+
+#[test]
+fn a_device_that_insists_on_buckets_passes() {
+    let bucketed = || BucketedBackend::new(Box::new(Oracle::new())).claiming(claim_little);
+    check(&|| Ok(Box::new(bucketed()))).unwrap();
+}
+
+#[test]
+fn a_device_with_buckets_and_late_answers_passes() {
+    let late = || Box::new(LateOracle::new(LateTime::new(5000, 0)));
+    let bucketed = || BucketedBackend::new(late()).claiming(claim_little);
+    check(&|| Ok(Box::new(bucketed()))).unwrap();
 }
 
 // One test for each fault: each runs the whole suite, and tests run side by side.
@@ -198,12 +232,12 @@ fn a_wait_without_a_submit_is_found() {
 
 #[test]
 fn a_report_of_no_memory_is_found() {
-    assert_eq!(faults(Flaw::Forgetful), ["order/memory"]);
+    assert_eq!(faults(Flaw::Forgetful), ["cache/resize", "order/memory"]);
 }
 
 #[test]
 fn an_estimate_that_is_too_small_is_found() {
-    assert_eq!(faults(Flaw::Underestimating), ["order/memory"]);
+    assert_eq!(faults(Flaw::Underestimating), ["cache/resize", "order/memory"]);
 }
 
 #[test]
@@ -214,6 +248,11 @@ fn a_view_in_another_order_is_found() {
 #[test]
 fn another_choice_of_tokens_is_found() {
     assert_eq!(faults(Flaw::Greedy), ["sample/choices"]);
+}
+
+#[test]
+fn one_adapter_for_all_sequences_is_found() {
+    assert_eq!(faults(Flaw::OneAdapter), ["adapters/mixed", "adapters/fast", "adapters/slots"]);
 }
 
 #[test]

@@ -19,8 +19,8 @@ use std::{hint::black_box, sync::Arc, time::Instant};
 use trustformers_cpu::{CpuBackend, CpuConfig, Tier};
 use trustformers_plan::{
     Backend, DType, Executable, Filters, FusedOps, Hyper, KV_BLOCK_TOKENS, Limits, LoadSpec, LogitsRows,
-    Numerics, Plan, PlanBuilder, RopeLayout, RopeSpec, SampleInput, SampleScratch, SampleSpec, SequenceStep,
-    StepInput, StepOutput, Weight, Weights, sample,
+    Numerics, Plan, PlanBuilder, RopeLayout, RopeScaling, RopeSpec, SampleInput, SampleScratch, SampleSpec,
+    SequenceStep, StepInput, StepOutput, Weight, Weights, sample,
 };
 
 type AnyError = Box<dyn std::error::Error>;
@@ -155,7 +155,8 @@ fn weights(shape: &Shape) -> Result<Arc<Weights>, AnyError> {
 fn plan(shape: &Shape, weights: &Weights, fused: &FusedOps) -> Result<Plan, AnyError> {
     let find = |name: String| weights.find(&name).ok_or(name);
     let head_dim = shape.hyper.head_dim;
-    let rope = RopeSpec { layout: RopeLayout::Interleaved, base: 1e5, dims: head_dim, head_dim };
+    let scaling = RopeScaling::NONE;
+    let rope = RopeSpec { layout: RopeLayout::Interleaved, base: 1e5, dims: head_dim, head_dim, scaling };
     let mut b = PlanBuilder::new(weights, shape.hyper, Limits { rows: 512, sequences: 32, logits_rows: 32 });
     let norm = find("norm".into())?;
     let mut x = b.embed(find("embedding".into())?);

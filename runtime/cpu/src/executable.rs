@@ -14,6 +14,7 @@ use trustformers_plan::{
 };
 
 use crate::{
+    adapter::CpuAdapter,
     footprint::sampling_threads,
     hazards,
     model::ModelState,
@@ -29,6 +30,8 @@ pub(crate) struct CpuExecutable {
     pool: Arc<PoolClient>,
     row_sequences: Vec<u32>,
     prompt_rows: PromptRows,
+    /// The adapter of each sequence of the step that runs.
+    adapters: Vec<Option<Arc<CpuAdapter>>>,
     /// Ids of the rows of the step.
     ids: Vec<u32>,
     /// Ids of the latest sample; 0 for a row without a choice.
@@ -63,6 +66,7 @@ impl CpuExecutable {
             pool,
             row_sequences: Vec::new(),
             prompt_rows: PromptRows::default(),
+            adapters: Vec::new(),
             ids: Vec::new(),
             sampled: Vec::new(),
             choices: Vec::new(),
@@ -132,8 +136,9 @@ impl Executable for CpuExecutable {
         if self.in_flight.is_some() {
             return Err(BackendError::Order("submit before the last step was awaited"));
         }
-        input.validate(&self.plan, self.shared.kv_blocks)?;
+        input.validate(&self.plan, self.shared.cache.blocks())?;
         input.resolve(&self.sampled, &mut self.ids)?;
+        self.shared.adapters().chosen(input, &mut self.adapters)?;
         self.row_sequences.clear();
         for sequence in 0..input.sequences() {
             self.row_sequences.extend(input.rows_of(sequence).map(|_| sequence as u32));
@@ -150,16 +155,16 @@ impl Executable for CpuExecutable {
             ids: &self.ids,
             row_sequences: &self.row_sequences,
             prompt_rows: &self.prompt_rows,
+            adapters: &self.adapters,
             threads: pool.threads(),
         };
-        pool.run(&|number, barrier| step.run(number, barrier))
-            .map_err(|_| BackendError::Device("a kernel panicked; its message is in the log".into()))?;
-        self.in_flight = Some(StepInFlight {
-            rows: step.rows(self.plan.answer()),
-            logits_rows: input.logits_rows.len(),
-            is_sampled: false,
-            number,
-        });
+        let run = pool.run(&|number, barrier| step.run(number, barrier));
+        let rows = step.rows(self.plan.answer());
+        // An adapter that is dropped must not stay in memory because a step chose it.
+        self.adapters.clear();
+        run.map_err(|_| BackendError::Device("a kernel panicked; its message is in the log".into()))?;
+        let logits_rows = input.logits_rows.len();
+        self.in_flight = Some(StepInFlight { rows, logits_rows, is_sampled: false, number });
         Ok(())
     }
 

@@ -18,6 +18,7 @@ use crate::{
         encoder,
         quantise::{Bf16Rows, BlockScaledRows, Int8Rows},
     },
+    kv_memory::KvSizes,
     memory::SharedF32,
     pack::{BLOCK_COLS, Form, GROUP_ROWS, Packed},
     step::PRIVATE_ROWS,
@@ -35,8 +36,10 @@ pub(crate) struct Footprint {
     pub(crate) packed_bytes: usize,
     /// Bytes of vectors, and of biases filled up to whole groups.
     vector_bytes: usize,
-    /// Bytes of the key/value cache.
-    pub(crate) cache_bytes: usize,
+    /// The key/value cache.
+    pub(crate) cache: KvSizes,
+    /// Bytes of its blocks at the load.
+    cache_bytes: usize,
     /// Values of the arena.
     pub(crate) arena_len: usize,
     /// The rotary tables of the plan.
@@ -54,6 +57,8 @@ pub(crate) struct ScratchSizes {
     pub(crate) normed: usize,
     /// Of the tiles that are split among threads, fewer than there are threads.
     pub(crate) partials: usize,
+    /// The first products of adapters.
+    pub(crate) low_rank: usize,
     pub(crate) threads: usize,
     /// Of each thread.
     pub(crate) thread: ThreadScratchSizes,
@@ -107,6 +112,11 @@ impl Footprint {
             .into_iter()
             .try_fold(kv_type.bytes(), usize::checked_mul)
             .ok_or(BackendError::OutOfMemory { what: "the key/value cache", needed_bytes: u64::MAX })?;
+        let cache = KvSizes {
+            layers: hyper.layers,
+            block_bytes: 2 * KV_BLOCK_TOKENS * hyper.kv_heads * hyper.head_dim * kv_type.bytes(),
+            room: plan.kv_room(kv_blocks),
+        };
         let mut ropes: Vec<RopeSpec> = Vec::new();
         for op in plan.ops() {
             if let Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } = op
@@ -122,6 +132,7 @@ impl Footprint {
             biases,
             packed_bytes,
             vector_bytes,
+            cache,
             cache_bytes,
             arena_len: plan.arena_bytes() / size_of::<f32>(),
             rope_bytes: ropes.iter().map(|spec| RopeTable::bytes_of(spec, hyper.context)).sum(),
@@ -135,7 +146,7 @@ impl Footprint {
         MemoryReport {
             weights_bytes: (self.packed_bytes + self.vector_bytes) as u64,
             arena_bytes: SharedF32::bytes_of(self.arena_len),
-            kv_bytes: SharedF32::bytes_of(self.cache_bytes.div_ceil(size_of::<f32>())),
+            kv_bytes: self.cache_bytes as u64,
             other_bytes: self.scratch.bytes() + self.sampling_bytes + self.rope_bytes,
         }
     }
@@ -171,6 +182,7 @@ impl ScratchSizes {
             quantised: quantised_len(rows),
             normed: rows * normed_cols,
             partials: tile_partials * (threads - 1),
+            low_rank: low_rank_len(plan, rows),
             threads,
             thread: ThreadScratchSizes {
                 matmul: kernels.matmul_scratch_len(cols),
@@ -188,8 +200,8 @@ impl ScratchSizes {
     }
 
     fn bytes(&self) -> u64 {
-        let Self { quantised, normed, partials, threads, thread } = *self;
-        let shared: u64 = [quantised, normed, partials].into_iter().map(SharedF32::bytes_of).sum();
+        let Self { quantised, normed, partials, low_rank, threads, thread } = *self;
+        let shared: u64 = [quantised, normed, partials, low_rank].into_iter().map(SharedF32::bytes_of).sum();
         let ThreadScratchSizes { matmul, quantised, normed, partials, queries, encoder } = thread;
         let own: u64 = [matmul, quantised, normed, partials, queries, encoder]
             .into_iter()
@@ -229,6 +241,16 @@ fn forms(spec: &EstimateSpec<'_>) -> Result<BTreeMap<WeightId, Form>, BackendErr
 fn sampling_bytes(plan: &Plan, threads: usize) -> u64 {
     let scratches = sampling_threads(plan, threads) as u64;
     scratches * SampleScratch::bytes_of(plan.answer().cols)
+}
+
+/// Values of the first products of adapters, for the widest projection of `rows` rows.
+fn low_rank_len(plan: &Plan, rows: usize) -> usize {
+    let room = plan.adapters();
+    if room.is_none() {
+        return 0;
+    }
+    let most_segments = plan.ops().iter().map(|op| segments(op).len()).max().unwrap_or(0);
+    rows * most_segments * room.rank
 }
 
 /// How many threads choose tokens at a time, at most one for each row of logits.

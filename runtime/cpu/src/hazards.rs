@@ -58,6 +58,11 @@ fn accesses(op: &Op) -> Vec<(Resource, bool)> {
         | Op::Rope { .. }
         | Op::Gelu { .. }
         | Op::SiluMul { .. }
+        | Op::ExpertsUp { .. }
+        | Op::ExpertsDown { .. }
+        | Op::Mul { .. }
+        | Op::Scale { .. }
+        | Op::SoftCap { .. }
         | Op::Add { .. }
         | Op::GatherRows { .. }
         | Op::Pool { .. }
@@ -88,7 +93,7 @@ fn may_overlap(a: &Buf, b: &Buf) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use trustformers_plan::{AttentionShape, RopeLayout, RopeSpec, RowSpace};
+    use trustformers_plan::{AttentionShape, RopeLayout, RopeScaling, RopeSpec, RowSpace};
 
     fn buf(offset: usize, cols: usize, stride: usize) -> Buf {
         Buf { offset, cols, stride, rows: RowSpace::Tokens }
@@ -107,7 +112,8 @@ mod tests {
 
     #[test]
     fn rope_of_queries_and_keys_needs_one_barrier() {
-        let spec = RopeSpec { layout: RopeLayout::Neox, base: 1e4, dims: 8, head_dim: 8 };
+        let scaling = RopeScaling::NONE;
+        let spec = RopeSpec { layout: RopeLayout::Neox, base: 1e4, dims: 8, head_dim: 8, scaling };
         let (q, k, v) = (buf(0, 32, 64), buf(128, 16, 64), buf(192, 16, 64));
         let ops = [
             Op::Rope { data: q, spec },
@@ -119,7 +125,7 @@ mod tests {
         let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8 };
         let fused = [
             Op::RopeKvWrite { layer: 0, query: q, keys: k, values: v, spec },
-            Op::Attention { layer: 0, query: q, shape, scale: 1.0, out: buf(8192, 32, 32) },
+            Op::Attention { layer: 0, query: q, shape, scores: 1.0.into(), out: buf(8192, 32, 32) },
         ];
         assert_eq!(barriers(&fused), [false, true]);
     }

@@ -15,6 +15,7 @@
 //! rows of activations whose sums stay in registers; a *strip* is as many rows as share weights that are in a
 //! cache of the processor.
 
+mod adapter;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod arbiter;
@@ -22,6 +23,7 @@ mod executable;
 mod footprint;
 mod hazards;
 mod kernels;
+mod kv_memory;
 mod machine;
 mod memory;
 mod model;
@@ -101,6 +103,9 @@ impl CpuBackend {
             fast_kv_type: tier.fast_kv_type(),
             steps_in_flight: 1,
             rows_are_invariant: true,
+            row_buckets: Vec::new(),
+            kv_resizes: true,
+            adapters: true,
         };
         Ok(Self { caps, tier, kernels, pool: SharedPool::new(pool) })
     }

@@ -2,19 +2,21 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
 };
 
 use trustformers_plan::{
-    Activation, BackendError, Executable, Hyper, KvType, Limits, LoadProgress, LoadSpec, Loaded,
-    MemoryReport, Numerics, Op, Plan, RopeSpec, Segment, Weight, WeightId, WeightUse, Weights,
-    rope::RopeTable,
+    Activation, Adapter, AdapterSlot, AdapterTable, BackendError, Executable, Hyper, KvType, Limits,
+    LoadProgress, LoadSpec, Loaded, MemoryReport, Numerics, Op, Plan, RopeSpec, Segment, Weight, WeightId,
+    WeightUse, Weights, rope::RopeTable,
 };
 
 use crate::{
+    adapter::CpuAdapter,
     executable::CpuExecutable,
     footprint::{Footprint, ScratchSizes, segments},
     kernels::Kernels,
+    kv_memory::KvMemory,
     memory::{SharedF32, Store},
     pack::{GROUP_ROWS, Packed},
     pool::share,
@@ -27,7 +29,6 @@ pub(crate) struct ModelState {
     pub(crate) numerics: Numerics,
     pub(crate) hyper: Hyper,
     limits: Limits,
-    pub(crate) kv_blocks: usize,
     pub(crate) kv_type: KvType,
     /// As stored, for single rows of the embedding table.
     pub(crate) weights: Arc<Weights>,
@@ -36,7 +37,7 @@ pub(crate) struct ModelState {
     /// Biases of projections, filled up to whole groups.
     pub(crate) biases: HashMap<WeightId, Vec<f32>>,
     pub(crate) ropes: Vec<(RopeSpec, RopeTable)>,
-    pub(crate) cache: SharedF32,
+    pub(crate) cache: KvMemory,
     pub(crate) arena: SharedF32,
     arena_bytes: usize,
     /// Steps that any executable of the model has begun: each overwrites the arena.
@@ -44,6 +45,7 @@ pub(crate) struct ModelState {
     /// Bytes that an executable takes to choose tokens.
     sampling_bytes: u64,
     pub(crate) scratch: Scratch,
+    adapters: Mutex<AdapterTable<CpuAdapter>>,
 }
 
 /// Memory for intermediate results that are no buffers of the plan.
@@ -54,6 +56,8 @@ pub(crate) struct Scratch {
     pub(crate) normed: SharedF32,
     /// Partial attention of the few tiles that are split by chunks.
     pub(crate) partials: SharedF32,
+    /// The first products of adapters: rows × segments × rank.
+    pub(crate) low_rank: SharedF32,
     pub(crate) threads: Vec<ThreadScratch>,
 }
 
@@ -90,6 +94,7 @@ impl Scratch {
             quantised: memory(sizes.quantised)?,
             normed: memory(sizes.normed)?,
             partials: memory(sizes.partials)?,
+            low_rank: memory(sizes.low_rank)?,
             threads: (0..sizes.threads).map(|_| own()).collect::<Result<_, BackendError>>()?,
         })
     }
@@ -99,7 +104,7 @@ impl Scratch {
             let memories = [&t.matmul, &t.quantised, &t.normed, &t.partials, &t.queries, &t.encoder];
             memories.into_iter().map(SharedF32::bytes).sum::<u64>()
         };
-        let shared = [&self.quantised, &self.normed, &self.partials];
+        let shared = [&self.quantised, &self.normed, &self.partials, &self.low_rank];
         shared.into_iter().map(SharedF32::bytes).sum::<u64>() + self.threads.iter().map(own).sum::<u64>()
     }
 }
@@ -123,25 +128,26 @@ impl CpuModel {
         let LoadSpec { weights, plan, kv_blocks, kv_type, numerics, progress } = spec;
         let hyper = *plan.hyper();
         let Repacked { matrices, vectors, biases } = repack(&weights, &footprint, &pool, progress)?;
-        let rope_table = |spec: &RopeSpec| (*spec, RopeTable::new(spec, hyper.context));
+        let rope_table = |spec: &RopeSpec| (*spec, RopeTable::new(spec, &weights, hyper.context));
+        let ropes = footprint.ropes.iter().map(rope_table).collect();
         let shared = ModelState {
             kernels,
             numerics,
             hyper,
             limits: *plan.limits(),
-            kv_blocks,
             kv_type,
-            cache: SharedF32::untouched("the key/value cache", footprint.cache_bytes)?,
+            cache: KvMemory::new(footprint.cache, kv_blocks)?,
             arena: SharedF32::new("the arena", footprint.arena_len)?,
             arena_bytes: plan.arena_bytes(),
             steps: AtomicU64::new(0),
             sampling_bytes: footprint.sampling_bytes,
             scratch: Scratch::new(&footprint.scratch)?,
+            adapters: Mutex::new(AdapterTable::new(plan, &weights)),
             weights,
             matrices,
             vectors,
             biases,
-            ropes: footprint.ropes.iter().map(rope_table).collect(),
+            ropes,
         };
         on_all_threads(&pool, |number, threads| shared.cache.touch(threads, number))?;
         let model = Self { shared: Arc::new(shared), pool: PoolClient::new(shared_pool.clone()) };
@@ -214,6 +220,12 @@ fn on_all_threads(pool: &PoolClient, job: impl Fn(usize, usize) + Sync) -> Resul
 }
 
 impl ModelState {
+    /// The adapters of the model. A thread that panicked while it had them left them as they were: each
+    /// change is one assignment.
+    pub(crate) fn adapters(&self) -> MutexGuard<'_, AdapterTable<CpuAdapter>> {
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether all weights that an op reads were loaded, in a form that its kernel can read.
     fn is_ready_for(&self, op: &Op) -> bool {
         let loaded = op.weights().iter().all(|(id, how)| match how {
@@ -241,7 +253,9 @@ impl Loaded for CpuModel {
         let shared = &*self.shared;
         let vectors: usize = shared.vectors.values().chain(shared.biases.values()).map(Vec::len).sum();
         MemoryReport {
-            weights_bytes: shared.matrices.values().map(Packed::bytes).sum::<u64>() + vectors as u64 * 4,
+            weights_bytes: shared.matrices.values().map(Packed::bytes).sum::<u64>()
+                + vectors as u64 * 4
+                + shared.adapters().iter().map(|adapter| adapter.bytes()).sum::<u64>(),
             arena_bytes: shared.arena.bytes(),
             kv_bytes: shared.cache.bytes(),
             other_bytes: shared.scratch.bytes()
@@ -253,6 +267,7 @@ impl Loaded for CpuModel {
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
         let shared = &*self.shared;
         plan.check_loaded(&shared.hyper, shared.arena_bytes, &shared.weights)?;
+        shared.adapters().check_plan(plan)?;
         let (limits, loaded) = (plan.limits(), &shared.limits);
         if limits.rows > loaded.rows
             || limits.logits_rows > loaded.logits_rows
@@ -266,5 +281,23 @@ impl Loaded for CpuModel {
             }
         }
         Ok(Box::new(CpuExecutable::new(plan.clone(), self.shared.clone(), self.pool.clone())))
+    }
+
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        // With the pool no step runs.
+        let _pool = self.pool.acquire();
+        self.shared.cache.resize(blocks)
+    }
+
+    fn put_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), BackendError> {
+        let bytes = self.shared.adapters().put(slot, adapter, CpuAdapter::new)?.bytes();
+        tracing::info!(%slot, adapter = adapter.name, bytes, "adapter put");
+        Ok(())
+    }
+
+    fn drop_adapter(&mut self, slot: AdapterSlot) -> Result<(), BackendError> {
+        let bytes = self.shared.adapters().remove(slot)?.bytes();
+        tracing::info!(%slot, bytes, "adapter dropped");
+        Ok(())
     }
 }

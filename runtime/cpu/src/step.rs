@@ -4,21 +4,29 @@
 //! validated against the plan; the plan's buffers lie in the arena and do not overlap while they are live;
 //! and [`crate::hazards`] put a barrier wherever a thread accesses what another one wrote.
 
+mod adapter;
 mod attention;
 mod cache;
+mod elements;
 mod encoder;
+mod experts;
 mod projection;
 pub(crate) mod prompts;
 
-use trustformers_plan::{AttentionShape, Buf, Op, Plan, RowSpace, Segment, StepInput, WeightId};
+use std::sync::Arc;
+
+use trustformers_plan::{AttentionShape, Buf, GeluForm, Op, Plan, RowSpace, Segment, StepInput, WeightId};
 
 use crate::{
+    adapter::CpuAdapter,
     model::ModelState,
     pool::{Aborted, Barrier, share},
 };
 use attention::Attention;
 use cache::RopeKvWrite;
+use elements::RmsNormOperands;
 use encoder::{EncoderAttention, LayerNormOperands, PoolOperands};
+use experts::{ExpertsDown, ExpertsUp};
 use projection::Projection;
 use prompts::PromptRows;
 
@@ -37,6 +45,8 @@ pub(crate) struct Step<'a> {
     pub(crate) ids: &'a [u32],
     pub(crate) row_sequences: &'a [u32],
     pub(crate) prompt_rows: &'a PromptRows,
+    /// The adapter of each sequence; empty where all chose none.
+    pub(crate) adapters: &'a [Option<Arc<CpuAdapter>>],
     pub(crate) threads: usize,
 }
 
@@ -66,19 +76,15 @@ impl Step<'_> {
             Op::EmbedPositions { table, out } => self.embed(table, &self.input.positions, out, thread),
             Op::AddRow { input, weight, out } => self.add_row(input, weight, out, thread),
             Op::RmsNorm { input, weight, eps, out } => {
-                let weight = &self.shared.vectors[&weight];
-                for row in self.my_share(self.rows(out), thread) {
-                    // SAFETY: see the module; the row is this thread's.
-                    unsafe {
-                        (self.shared.kernels.rms_norm)(self.at(input, row), weight, eps, self.at(out, row));
-                    }
-                }
+                self.rms_norm(&RmsNormOperands { input, weight, eps, out }, thread);
             }
             Op::LayerNorm { input, weight, bias, eps, out } => {
                 self.layer_norm(&LayerNormOperands { input, weight, bias, eps, out }, thread);
             }
             Op::MatMul { input, norm, ref segments, activation, residual, out } => {
-                return self.matmul(&Projection { input, norm, segments, activation, residual, out }, thread);
+                let projection = Projection { input, norm, segments, activation, residual, out };
+                self.matmul(&projection, thread)?;
+                return self.adapt(&projection, thread);
             }
             Op::Logits { input, weight, out } => {
                 return self
@@ -89,13 +95,25 @@ impl Step<'_> {
             Op::RopeKvWrite { layer, query, keys, values, spec } => {
                 self.rope_kv_write(&RopeKvWrite { layer, query, keys, values, spec }, thread);
             }
-            Op::Attention { layer, query, shape, scale, out } => {
-                return self.attention(&Attention { layer, query, shape, scale, out }, thread);
+            Op::Attention { layer, query, shape, scores, out } => {
+                return self.attention(&Attention { layer, query, shape, scores, out }, thread);
             }
             Op::EncoderAttention { query, keys, values, shape, scale, out } => {
                 self.encoder_attention(&EncoderAttention { query, keys, values, shape, scale, out }, thread);
             }
-            Op::Gelu { input, out } => self.gelu(input, out, thread),
+            Op::Gelu { input, form: GeluForm::Erf, out } => self.gelu(input, out, thread),
+            Op::Gelu { input, form: GeluForm::Tanh, out } => self.gelu_tanh(input, out, thread),
+            Op::ExpertsUp { input, scores, gate, up, experts, out } => {
+                self.experts_up(&ExpertsUp { input, scores, gate, up, experts, out }, thread);
+            }
+            Op::ExpertsDown { input, scores, down, experts, out } => {
+                self.experts_down(&ExpertsDown { input, scores, down, experts, out }, thread);
+            }
+            Op::Mul { a, b, out } => {
+                self.element_wise(self.shared.kernels.mul, &ElementWise { a, b, out }, thread);
+            }
+            Op::Scale { input, factor, out } => self.scale(input, factor, out, thread),
+            Op::SoftCap { data, cap } => self.soft_cap(data, cap, thread),
             Op::SiluMul { gate, up, out } => {
                 self.element_wise(self.shared.kernels.silu_mul, &ElementWise { a: gate, b: up, out }, thread);
             }

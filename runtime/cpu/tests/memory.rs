@@ -84,6 +84,8 @@ fn check(
     let report = model.memory();
     assert!(report.total_bytes().abs_diff(estimate.total_bytes()) <= estimate.total_bytes() / 100, "{what}");
     drop((executable, model));
+    let left = ALLOCATED_BYTES.load(Ordering::Relaxed).saturating_sub(before);
+    assert!(left <= BOOKKEEPING_BYTES / 4, "{what}: {left} bytes are left after the model is gone");
     report
 }
 

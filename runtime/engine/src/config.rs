@@ -4,6 +4,7 @@
 //! refused at start: a server that silently serves a shorter context than configured is harder to operate
 //! than one that says what it needs.
 
+use crate::adapters::{MAX_ADAPTER_RANK, MAX_ADAPTERS};
 use crate::generation::ANSWER_BUFFER_BYTES;
 use crate::grammar::DEFAULT_GRAMMAR_MEMORY_BYTES;
 use crate::request::MAX_LOGIT_BIASES;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 use trustformers_model::{Model, ModelFacts, PlanRequest};
-use trustformers_plan::{Caps, FusedOps, KV_BLOCK_TOKENS, KvType, Limits, Numerics};
+use trustformers_plan::{AdapterRoom, Caps, FusedOps, KV_BLOCK_TOKENS, KvType, Limits, Numerics};
 
 /// Default context in tokens, where the model's own is longer.
 pub const DEFAULT_CONTEXT_TOKENS: usize = 8192;
@@ -94,6 +95,9 @@ pub struct EngineConfig {
     pub speculation: Option<Speculation>,
     /// What draft tokens cost.
     pub speculation_costs: SpeculationCosts,
+    /// How many adapters may be on the device at once, at most 256, and their highest rank, at most 1024. An
+    /// adapter takes its memory when it is added, scratch space for the rank when the model is loaded.
+    pub adapters: AdapterRoom,
 }
 
 impl Default for EngineConfig {
@@ -112,6 +116,7 @@ impl Default for EngineConfig {
             numerics: Numerics::Fast,
             speculation: None,
             speculation_costs: SpeculationCosts::Measured,
+            adapters: AdapterRoom::NONE,
         }
     }
 }
@@ -168,8 +173,14 @@ pub(crate) struct EngineSizes {
     pub(crate) context_tokens: usize,
     pub(crate) token_budget: usize,
     pub(crate) step_target: Option<Duration>,
+    /// The most blocks of the KV cache.
     pub(crate) kv_blocks: usize,
+    /// The blocks that it has at first: those of one full context.
+    pub(crate) first_kv_blocks: usize,
+    /// Bytes of a block, of the draft model as well.
+    pub(crate) kv_block_bytes: u64,
     pub(crate) kv_type: KvType,
+    pub(crate) adapters: AdapterRoom,
 }
 
 impl EngineSizes {
@@ -216,6 +227,23 @@ impl EngineConfig {
         let names: Vec<&str> = caps.kv_types.iter().map(|kv_type| kv_type.name()).collect();
         let why = format!("{chosen} is not supported by {}; use {}", caps.description, names.join(" or "));
         Err(StartError::Invalid { field: "kv_cache", why })
+    }
+
+    /// Checks the room for adapters.
+    pub(crate) fn check_adapters(&self, caps: &Caps) -> Result<(), StartError> {
+        let AdapterRoom { slots, rank } = self.adapters;
+        let why = if self.adapters.is_none() {
+            return Ok(());
+        } else if !caps.adapters {
+            format!("{} runs no adapters; choose another device, or none of them", caps.description)
+        } else if slots > MAX_ADAPTERS {
+            format!("{slots} are more than {MAX_ADAPTERS}")
+        } else if !(1..=MAX_ADAPTER_RANK).contains(&rank) {
+            format!("rank {rank} is not between 1 and {MAX_ADAPTER_RANK}")
+        } else {
+            return Ok(());
+        };
+        Err(StartError::Invalid { field: "adapters", why })
     }
 
     /// Checks the settings against a model's context and its KV blocks.
@@ -273,7 +301,10 @@ impl EngineConfig {
             token_budget: self.token_budget,
             step_target: self.step_target_ms.map(Duration::from_millis),
             kv_blocks,
+            first_kv_blocks: blocks_per_sequence,
+            kv_block_bytes,
             kv_type,
+            adapters: self.adapters,
         })
     }
 }

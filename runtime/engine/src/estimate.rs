@@ -5,7 +5,9 @@ use crate::encoder::{Encoder, EncoderConfig};
 use crate::generation::Engine;
 use crate::speculation::{self, MAX_VERIFY_ROWS};
 use trustformers_model::{Model, PlanRequest};
-use trustformers_plan::{Backend, BackendError, Caps, EstimateSpec, KvType, MemoryReport, Numerics};
+use trustformers_plan::{
+    AdapterRoom, Backend, BackendError, Caps, EstimateSpec, KvType, MemoryReport, Numerics,
+};
 
 /// The device memory that a generation engine will take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,18 +29,18 @@ impl Engine {
         config: &EngineConfig,
     ) -> Result<DeviceEstimate, StartError> {
         let sizes = sizes(model, backend.caps(), config)?;
-        let of = |model: &Model, draft_rows| {
+        let of = |model: &Model, draft_rows, adapters| {
             let request = sizes.plan_request(draft_rows, backend.caps().fused);
-            let EngineSizes { kv_blocks, kv_type, .. } = sizes;
-            let estimate = Estimate { kv_blocks, kv_type, numerics: config.numerics };
+            let EngineSizes { first_kv_blocks: kv_blocks, kv_type, .. } = sizes;
+            let estimate = Estimate { kv_blocks, kv_type, numerics: config.numerics, adapters };
             estimate.of(model, &request, backend)
         };
         let draft_rows = draft_rows(config.speculation.as_ref());
         let draft = match &config.speculation {
-            Some(Speculation::Draft(draft)) => of(draft, 0)?,
+            Some(Speculation::Draft(draft)) => of(draft, 0, AdapterRoom::NONE)?,
             Some(Speculation::Ngram) | None => MemoryReport::default(),
         };
-        Ok(DeviceEstimate { model: of(model, draft_rows)?, draft })
+        Ok(DeviceEstimate { model: of(model, draft_rows, sizes.adapters)?, draft })
     }
 }
 
@@ -54,7 +56,8 @@ impl Encoder {
     ) -> Result<MemoryReport, StartError> {
         let sizes = config.sizes(model.facts().context_tokens, model.tokenizer().special_tokens())?;
         let request = sizes.plan_request(backend.caps().fused);
-        let estimate = Estimate { kv_blocks: 0, kv_type: KvType::F32, numerics: config.numerics };
+        let (numerics, adapters) = (config.numerics, AdapterRoom::NONE);
+        let estimate = Estimate { kv_blocks: 0, kv_type: KvType::F32, numerics, adapters };
         estimate.of(model, &request, backend)
     }
 }
@@ -64,6 +67,7 @@ struct Estimate {
     kv_blocks: usize,
     kv_type: KvType,
     numerics: Numerics,
+    adapters: AdapterRoom,
 }
 
 impl Estimate {
@@ -73,9 +77,9 @@ impl Estimate {
         request: &PlanRequest,
         backend: &dyn Backend,
     ) -> Result<MemoryReport, StartError> {
-        let Self { kv_blocks, kv_type, numerics } = *self;
+        let Self { kv_blocks, kv_type, numerics, adapters } = *self;
         let estimate = || -> Result<MemoryReport, BackendError> {
-            let plan = model.plan(request)?;
+            let plan = model.plan_with_adapters(request, adapters)?;
             let weights = model.weights();
             backend.estimate(&EstimateSpec { weights, plan: &plan, kv_blocks, kv_type, numerics })
         };
@@ -87,13 +91,17 @@ impl Estimate {
 /// The sizes of an engine for a model on a device, after all checks of the configuration.
 pub(crate) fn sizes(model: &Model, caps: &Caps, config: &EngineConfig) -> Result<EngineSizes, StartError> {
     let kv_type = config.kv_type(caps)?;
+    config.check_adapters(caps)?;
     let block_bytes_of = |model: &Model| kv_block_bytes(model.facts(), kv_type);
     let mut block_bytes = block_bytes_of(model);
     if let Some(Speculation::Draft(draft)) = &config.speculation {
         speculation::check(model, draft)?;
         block_bytes += block_bytes_of(draft);
     }
-    let sizes = config.sizes(model.facts().context_tokens, KvBlocks { block_bytes, kv_type })?;
+    let mut sizes = config.sizes(model.facts().context_tokens, KvBlocks { block_bytes, kv_type })?;
+    if !caps.kv_resizes {
+        sizes.first_kv_blocks = sizes.kv_blocks;
+    }
     if let Some(Speculation::Draft(draft)) = &config.speculation {
         speculation::check_context(draft, sizes.context_tokens)?;
     }

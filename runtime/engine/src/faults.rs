@@ -93,7 +93,9 @@ pub(crate) fn refused_sequence(refusal: &StepError, input: &StepInput) -> Option
         StepError::Context { sequence, .. }
         | StepError::Blocks { sequence, .. }
         | StepError::BlockId { sequence, .. }
-        | StepError::Uncached { sequence, .. } => Some(sequence),
+        | StepError::Uncached { sequence, .. }
+        | StepError::Adapter { sequence, .. }
+        | StepError::EmptySlot { sequence, .. } => Some(sequence),
         _ => None,
     }
 }

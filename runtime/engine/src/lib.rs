@@ -31,6 +31,7 @@
 //! # }
 //! ```
 
+mod adapters;
 mod config;
 mod device_thread;
 pub mod encoder;
@@ -45,6 +46,7 @@ mod sampling;
 mod scheduling;
 mod speculation;
 
+pub use adapters::{AdapterChangeError, MAX_ADAPTER_NAME_BYTES};
 pub use config::{DEFAULT_CONTEXT_TOKENS, EngineConfig, Speculation, SpeculationCosts, StartError};
 pub use device_thread::Heartbeat;
 pub use estimate::DeviceEstimate;
@@ -59,4 +61,4 @@ pub use request::{
     Timings, TokenLogprobs,
 };
 pub use scheduling::priority::Priority;
-pub use trustformers_plan::{KvType, LoadProgress, MemoryReport, Numerics};
+pub use trustformers_plan::{Adapter, AdapterRoom, KvType, LoadProgress, MemoryReport, Numerics};

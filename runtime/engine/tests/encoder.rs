@@ -69,7 +69,7 @@ fn ids(len: usize, salt: usize) -> Prompt {
 }
 
 fn request(texts: Vec<Prompt>) -> EncodeParams {
-    EncodeParams { texts, truncate: true, priority: Priority::Normal, tenant: String::new() }
+    EncodeParams::inputs(texts.into_iter().map(Into::into).collect())
 }
 
 /// Texts of these lengths in tokens, of this tenant.

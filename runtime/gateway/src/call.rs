@@ -21,7 +21,9 @@ use trustformers_telemetry::traces::Trace;
 
 use crate::body::BoxError;
 use crate::error::GatewayError;
+use crate::headers::{name_revision, name_routed};
 use crate::metrics::Protocol;
+use crate::routing::Choice;
 use crate::wire::Wire;
 
 /// What one attempt sends.
@@ -57,14 +59,17 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// The request of one attempt on the pod at an address, as a part of the attempt's span. None where an
-    /// earlier attempt has taken the rest of a live body, so that no other pod can get the request.
-    pub(crate) fn outgoing(&self, address: SocketAddr, attempt: &Trace) -> Option<Outgoing> {
+    /// The request of one attempt on the pod of a choice, as a part of the attempt's span, which names a
+    /// revision where the pod holds more than one. None where an earlier attempt has taken the rest of a live
+    /// body, so that no other pod can get the request.
+    pub(crate) fn outgoing(&self, address: SocketAddr, attempt: &Trace, choice: &Choice) -> Option<Outgoing> {
         let mut request = Request::new(self.body.attempt()?);
         *request.method_mut() = self.method.clone();
         *request.version_mut() = Version::HTTP_2;
         // The sender consumes it, and a retry needs it again: a copy of the map without its texts.
         *request.headers_mut() = self.headers.clone();
+        name_revision(request.headers_mut(), choice.revision());
+        name_routed(request.headers_mut(), choice.is_routed());
         attempt.inject(request.headers_mut());
         let authority = self.authority.clone().or_else(|| address.to_string().parse().ok());
         let mut parts = http::uri::Parts::default();

@@ -120,6 +120,10 @@ pub(crate) enum GatewayError {
     #[error("the operator loads and unloads models: create, change or delete the InferenceModel")]
     #[strum(serialize = "operated")]
     Operated,
+    /// The same of a gateway inside another program.
+    #[error("this server's configuration says which models it has: change models in its file")]
+    #[strum(serialize = "configured")]
+    Configured,
     /// No such gRPC method.
     #[error("the gateway does not serve {path}; server reflection lists what it serves")]
     #[strum(serialize = "unimplemented")]
@@ -241,7 +245,7 @@ impl GatewayError {
             | Self::NotHere { .. }
             | Self::UnknownRequest { .. } => StatusCode::NOT_FOUND,
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Operated => StatusCode::FORBIDDEN,
+            Self::Operated | Self::Configured => StatusCode::FORBIDDEN,
             Self::Unimplemented { .. } => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::BodyStalled => StatusCode::REQUEST_TIMEOUT,
@@ -267,7 +271,7 @@ impl GatewayError {
             | Self::Method { .. }
             | Self::Unimplemented { .. }
             | Self::NotHere { .. } => Code::Unimplemented,
-            Self::Operated => Code::PermissionDenied,
+            Self::Operated | Self::Configured => Code::PermissionDenied,
             Self::TooLarge { .. } => Code::OutOfRange,
             Self::BodyTimeout { .. } | Self::BodyStalled | Self::FirstByteTimeout { .. } => {
                 Code::DeadlineExceeded

@@ -121,7 +121,7 @@ impl GatewayError {
             Self::UnknownPath { path } | Self::NotHere { path, .. } | Self::Unimplemented { path } => {
                 ApiError::UnknownRoute { path: path.to_string() }
             }
-            Self::Operated => ApiError::Forbidden { message },
+            Self::Operated | Self::Configured => ApiError::Forbidden { message },
             Self::TooLarge { .. } => ApiError::TooLong { message },
             Self::Overloaded(_) => {
                 ApiError::Overloaded { message, retry_after_s: retry_after_s.unwrap_or_default() }

@@ -19,6 +19,7 @@ use tonic::{Request, Status, Streaming};
 use trustformers_proto::control::v1::route_service_client::RouteServiceClient;
 use trustformers_proto::control::v1::{GatewayReport, RouteTable};
 
+use crate::ab_test::ChangedVariants;
 use crate::gateway::{Gateway, Source, TableOutcome};
 use crate::metrics::ChangedCounts;
 
@@ -40,6 +41,9 @@ const REPORTS_WAITING: usize = 4;
 /// and its names), so that this is 1,000 of them; at most 20 KB (736 buckets of 12 bytes, twice). The last
 /// one may go beyond it, and the operator takes 4 MiB. All reports that wait have 4 MiB together.
 const COUNTS_BYTES: usize = 1 << 20;
+/// Bytes of what is counted of variants in one report; see `VariantRegistry::take_changed`. With the counts
+/// of revisions a report stays below the 4 MiB that the operator takes.
+const VARIANTS_BYTES: usize = 1 << 20;
 /// The first pause before another attempt to connect; jitter makes it 25 ms to 50 ms.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 /// The longest pause; jitter makes it 0.5 s to 1 s. It is short because of the new leader's six seconds.
@@ -192,6 +196,8 @@ impl Session<'_> {
             // marked as changed.
             let Ok(room) = self.reports.try_reserve() else { return };
             let ChangedCounts { counts, has_more } = self.gateway.metrics.changed_counts(COUNTS_BYTES);
+            let variants = self.gateway.metrics.variants.take_changed(VARIANTS_BYTES);
+            let ChangedVariants { variants, has_more: has_more_variants } = variants;
             room.send(GatewayReport {
                 instance: self.settings.instance.clone(),
                 acknowledged: self.gateway.version().map(Into::into),
@@ -199,8 +205,9 @@ impl Session<'_> {
                 process: self.gateway.process.clone(),
                 counts,
                 held: self.gateway.hold.held(),
+                variants,
             });
-            if !has_more {
+            if !has_more && !has_more_variants {
                 return;
             }
         }

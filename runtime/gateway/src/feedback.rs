@@ -13,16 +13,18 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
+use crate::ab_test::ScoredBucket;
 use crate::error::{Echo, GatewayError};
 use crate::metrics::RevisionMetrics;
 use crate::request_body::BODY_TIMEOUT;
 
-/// Answers that are remembered: at 100 requests per second, those of eleven minutes. Each takes some 300
+/// Answers that are remembered: at 100 requests per second, those of eleven minutes. Each takes some 320
 /// bytes with an id of the longest length (128 bytes), 20 MiB together.
 const REMEMBERED_ANSWERS: usize = 65_536;
 /// Metrics that one answer may be scored in.
 const METRICS_OF_ANSWER: usize = 4;
-/// Metrics that scores have names for. Each makes two series for each revision.
+/// Metrics that callers may name, besides the default one and those of tests. Each makes two series for each
+/// revision.
 const METRIC_NAMES: usize = 16;
 /// The longest name of a metric.
 const MAX_METRIC_BYTES: usize = 64;
@@ -70,6 +72,8 @@ struct RememberedAnswer {
     number: u64,
     /// A score comes too late once the series of the revision are over.
     revision: Weak<RevisionMetrics>,
+    /// Where scores count in the A/B test of the route.
+    bucket: Option<ScoredBucket>,
     /// The metrics that it was scored in.
     scored: Vec<Arc<str>>,
 }
@@ -80,13 +84,19 @@ impl Feedback {
     }
 
     /// An answer of this revision has ended well.
-    pub(crate) fn remember(&self, request_id: &str, revision: &Arc<RevisionMetrics>) {
+    pub(crate) fn remember(
+        &self,
+        request_id: &str,
+        revision: &Arc<RevisionMetrics>,
+        bucket: Option<ScoredBucket>,
+    ) {
         let id: Arc<str> = request_id.into();
         let mut answers = self.answers();
         let number = answers.next_number;
         answers.next_number += 1;
         answers.order.push_back(Remembering { number, id: Arc::clone(&id) });
-        let answer = RememberedAnswer { number, revision: Arc::downgrade(revision), scored: Vec::new() };
+        let revision = Arc::downgrade(revision);
+        let answer = RememberedAnswer { number, revision, bucket, scored: Vec::new() };
         answers.by_id.insert(id, answer);
         if answers.order.len() > REMEMBERED_ANSWERS
             && let Some(oldest) = answers.order.pop_front()
@@ -124,9 +134,12 @@ impl Feedback {
                 return Err(malformed(&text));
             }
             let known = answers.metrics.iter().find(|known| &***known == metric).cloned();
+            // No caller can use up the names that count.
+            let is_reserved = metric == DEFAULT_METRIC
+                || answer.bucket.as_ref().is_some_and(|bucket| bucket.counts(metric));
             let name = match known {
                 Some(name) => name,
-                None if answers.metrics.len() < METRIC_NAMES => {
+                None if is_reserved || answers.metrics.len() < METRIC_NAMES => {
                     let name: Arc<str> = metric.into();
                     answers.metrics.push(Arc::clone(&name));
                     name
@@ -138,6 +151,9 @@ impl Feedback {
                 }
             };
             revision.scored(&name, *score);
+            if let Some(bucket) = &answer.bucket {
+                bucket.scored(&name, *score);
+            }
             answer.scored.push(name);
         }
         Ok(json!({"request_id": request_id, "revision": revision.revision, "counted": counted}))
@@ -193,7 +209,7 @@ mod tests {
     #[test]
     fn a_score_counts_once_for_its_answer_and_metric() {
         let (feedback, (metrics, revision)) = (Feedback::default(), metrics());
-        feedback.remember("id-1", &revision);
+        feedback.remember("id-1", &revision, None);
         for (metric, counted) in [(None, true), (None, false), (Some("tone"), true), (Some("score"), false)] {
             let told = feedback.count(&score("id-1", 0.5, metric)).unwrap();
             assert_eq!((&told["counted"], &told["revision"]), (&counted.into(), &"r1".into()), "{metric:?}");
@@ -212,7 +228,7 @@ mod tests {
     #[test]
     fn scores_and_metrics_have_bounds() {
         let (feedback, revision) = revision();
-        feedback.remember("id-1", &revision);
+        feedback.remember("id-1", &revision, None);
         for bad in [
             score("id-1", f64::NAN, None),
             score("id-1", 2e6, None),
@@ -225,29 +241,30 @@ mod tests {
         for index in 0..METRIC_NAMES {
             let id = format!("id-{}", index / METRICS_OF_ANSWER);
             if index % METRICS_OF_ANSWER == 0 {
-                feedback.remember(&id, &revision);
+                feedback.remember(&id, &revision, None);
             }
             feedback.count(&score(&id, 1.0, Some(&format!("m{index}")))).unwrap();
         }
         assert!(feedback.count(&score("id-0", 1.0, Some("m9"))).is_err(), "an answer in more metrics");
-        feedback.remember("more", &revision);
+        feedback.remember("more", &revision, None);
         let error = feedback.count(&score("more", 1.0, Some("new"))).unwrap_err();
         assert!(error.to_string().contains("m15"), "{error}");
         assert!(feedback.count(&score("more", 1.0, Some("m3"))).is_ok());
+        assert!(feedback.count(&score("more", 1.0, None)).is_ok(), "the default has its place");
     }
 
     #[test]
     fn the_oldest_answers_are_forgotten_and_an_id_that_came_again_is_not() {
         let (feedback, revision) = revision();
-        feedback.remember("twice", &revision);
-        feedback.remember("once", &revision);
+        feedback.remember("twice", &revision, None);
+        feedback.remember("once", &revision, None);
         for index in 0..REMEMBERED_ANSWERS - 2 {
-            feedback.remember(&format!("id-{index}"), &revision);
+            feedback.remember(&format!("id-{index}"), &revision, None);
         }
-        feedback.remember("twice", &revision);
+        feedback.remember("twice", &revision, None);
         assert!(feedback.count(&score("twice", 1.0, None)).is_ok());
         assert!(feedback.count(&score("once", 1.0, None)).is_ok());
-        feedback.remember("new", &revision);
+        feedback.remember("new", &revision, None);
         assert!(feedback.count(&score("once", 1.0, None)).is_err());
         assert!(feedback.count(&score("twice", 1.0, None)).is_ok());
         assert_eq!(feedback.answers().by_id.len(), REMEMBERED_ANSWERS);

@@ -9,8 +9,13 @@
 //! Retries wait (`retry`), but not the first one after a pod that was not reached or that is not ready: such
 //! a pod did nothing, and the next one has nothing to do with it.
 //!
+//! Where a route says so, requests that encode are sent to a second endpoint while the first one has not
+//! answered (`hedged`).
+//!
 //! If every attempt fails, the caller gets the failure that says most: a pod's 429 before its 503 before a
 //! connection that broke off before one that was not made.
+
+mod hedged;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -22,9 +27,11 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tonic::Code;
 use trustformers_api::answer_end::LOAD_HEADER;
+use trustformers_api::error::GRPC_KIND_KEY;
 use trustformers_api::surfaces::Kind;
 use trustformers_proto::control::v1::Outcome;
 
+use crate::ab_test::VARIANT_HEADER;
 use crate::answer_end::{EndOutcome, EndScan};
 use crate::attempt::{AnswerShape, Attempt};
 use crate::body::{Body, grpc_code};
@@ -33,6 +40,7 @@ use crate::endpoint::{Endpoint, InFlight};
 use crate::error::GatewayError;
 use crate::gateway::Gateway;
 use crate::headers::strip_one_hop;
+use crate::hedge::{HedgeRules, RouteHedges};
 use crate::metrics::{Protocol, RetryReason};
 use crate::outcome;
 use crate::policy::{PREFIX_BYTES, Policy};
@@ -41,6 +49,7 @@ use crate::record::{AnswerGuard, RequestContext, RequestRecord};
 use crate::retry::{self, RetryRules};
 use crate::routing::{Choice, Criteria, Routing, SplitKey};
 use crate::session::GrpcSession;
+use crate::shadow::Mirrored;
 use crate::wire::Wire;
 
 /// The row of the table of surfaces whose calls have requests of their own.
@@ -104,7 +113,7 @@ impl Failure {
     /// How much it says to the caller.
     fn rank(&self) -> u8 {
         match self.reason() {
-            RetryReason::Connect => 0,
+            RetryReason::Connect | RetryReason::Hedge => 0,
             RetryReason::Timeout => 1,
             RetryReason::Reset => 2,
             RetryReason::Unavailable => 3,
@@ -136,6 +145,11 @@ struct Attempts<'a> {
     hash: Option<u64>,
     policy: Policy,
     retries_left: u32,
+    /// Whether and when the request is sent to a second endpoint; none once it was.
+    hedge: Option<HedgeRules>,
+    hedges: Arc<RouteHedges>,
+    /// The request for another revision that answers it as well.
+    mirrored: Option<Mirrored>,
     overloaded_before: bool,
     tried: Vec<Arc<Endpoint>>,
     /// The failure that says most, so far.
@@ -170,6 +184,11 @@ pub(crate) async fn forward(
     }
     let deadline = policy.first_byte_timeout;
     let deadline = deadline.map(|limit| Deadline { at: call.ready_at + limit, limit, of_attempt: false });
+    let mut record = RequestRecord::new(context, Arc::clone(&choice.metrics));
+    // A session has any number of requests, whose callers' times are not known here.
+    if call.surface.kind != Kind::Bidirectional {
+        record.observe(routing.observe(index, &key));
+    }
     let attempts = Attempts {
         gateway,
         call,
@@ -177,11 +196,14 @@ pub(crate) async fn forward(
         key,
         hash,
         retries_left: policy.retries,
+        hedge: policy.hedge.filter(|_| hedged::may_hedge(call)),
+        hedges: Arc::clone(routing.hedges(index)),
+        mirrored: gateway.shadows.mirror(call, routing, index),
         policy,
         overloaded_before: false,
         tried: Vec::new(),
         failure: None,
-        record: RequestRecord::new(context, Arc::clone(&choice.metrics)),
+        record,
         current: None,
     };
     attempts.run(choice, deadline).await
@@ -195,7 +217,7 @@ impl Attempts<'_> {
     ) -> Result<Response<Body>, GatewayError> {
         loop {
             let limit = self.attempt_deadline(deadline);
-            let failure = match within(limit, self.attempt(&choice)).await {
+            let failure = match within(limit, self.attempt_hedged(&mut choice)).await {
                 Ok(Ok(answer)) => return Ok(self.respond(answer)),
                 Ok(Err(Failure::Upload(error))) => {
                     self.record.failed(Outcome::CallerError);
@@ -214,9 +236,7 @@ impl Attempts<'_> {
                 }
             };
             let (reason, is_final) = (failure.reason(), failure.is_final());
-            if self.failure.as_ref().is_none_or(|best| failure.rank() >= best.rank()) {
-                self.failure = Some(failure);
-            }
+            self.note(failure);
             self.tried.push(Arc::clone(&choice.endpoint));
             let next = if is_final { None } else { self.next_choice(reason, deadline).await };
             match next {
@@ -242,69 +262,24 @@ impl Attempts<'_> {
         deadline.into_iter().chain(of_attempt).min_by_key(|deadline| deadline.at)
     }
 
-    /// One attempt on one endpoint.
-    async fn attempt(&mut self, choice: &Choice) -> Result<PodAnswer, Failure> {
-        let endpoint = &choice.endpoint;
-        let span = self.call.trace.call("attempt");
-        span.set("trustformers.pod", endpoint.spec.pod_name.clone());
+    /// An attempt on an endpoint begins.
+    fn begin(&mut self, choice: &Choice) {
         self.record.attempt(choice);
         self.current = Some(Attempt::begin(&choice.metrics));
-        let mut in_flight = choice.enter();
-        let pool = endpoint.pool(self.call.protocol);
-        let address = match self.call.protocol {
-            Protocol::Http => endpoint.spec.id.http,
-            Protocol::Grpc => endpoint.spec.id.grpc,
-        };
-        match pool.send(|| self.call.outgoing(address, &span)).await {
-            Ok(PodResponse { response, permit }) => {
-                endpoint.connected();
-                endpoint.reported(response.headers());
-                let reason = declined(self.call.protocol, &response);
-                let outcome = outcome_of_head(self.call.protocol, &response);
-                if outcome.is_failure() {
-                    in_flight.ended(true);
-                } else {
-                    in_flight.answered(reason.is_none() && response.status().is_success());
-                }
-                if reason == Some(RetryReason::Unavailable)
-                    && let Some(pause) = retry_after(response.headers())
-                {
-                    endpoint.declined_for(pause);
-                }
-                let answer = PodAnswer { response, in_flight, permit };
-                match reason {
-                    Some(reason) => {
-                        span.fail(<&str>::from(reason));
-                        self.ended(outcome);
-                        let choice = choice.clone();
-                        Err(Failure::Declined(Box::new(Declined { answer, reason, choice })))
-                    }
-                    None => Ok(answer),
-                }
-            }
-            Err(SendError::Connect(error)) => {
-                self.ended(Outcome::ConnectFailed);
-                endpoint.connect_failed();
-                in_flight.ended(true);
-                choice.metrics.connect_failed();
-                span.fail("connect");
-                tracing::warn!(pod = endpoint.spec.pod_name, %error, "a pod could not be connected to");
-                Err(Failure::Connect(error.to_string()))
-            }
-            Err(error) => {
-                span.fail("reset");
-                if let Some(broken) = self.call.body.take_failure() {
-                    self.ended(Outcome::CallerError);
-                    return Err(Failure::Upload(broken));
-                }
-                self.ended(Outcome::ResetBefore);
-                if !matches!(error, SendError::BodyUsed) {
-                    in_flight.ended(true);
-                }
-                let cause = error.to_string();
-                let lost = matches!(error, SendError::Lost(_));
-                Err(if lost { Failure::Lost(cause) } else { Failure::Reset(cause) })
-            }
+    }
+
+    /// The attempt that runs has an answer, or has failed.
+    fn conclude(&mut self, tried: TriedEndpoint) -> Result<PodAnswer, Failure> {
+        if let Some(outcome) = tried.outcome {
+            self.ended(outcome);
+        }
+        tried.result
+    }
+
+    /// Keeps a failure if it says more than those before.
+    fn note(&mut self, failure: Failure) {
+        if self.failure.as_ref().is_none_or(|best| failure.rank() >= best.rank()) {
+            self.failure = Some(failure);
         }
     }
 
@@ -373,17 +348,26 @@ impl Attempts<'_> {
         let (mut parts, body) = answer.response.into_parts();
         strip_one_hop(&mut parts.headers);
         parts.headers.remove(LOAD_HEADER);
-        self.record.head(parts.status);
+        let shape = shape(self.call, &parts.headers);
+        self.record.head(parts.status, shape);
+        if let Some(variant) = self.record.variant() {
+            parts.headers.insert(VARIANT_HEADER, variant.clone());
+        }
         let scan = EndScan::new(self.call.wire, &parts.headers);
         if let Some(attempt) = &mut self.current {
-            attempt.head(shape(self.call, &parts.headers));
+            attempt.head(shape);
         }
         // The caller's connection decides in which version the answer is sent.
         parts.version = Version::default();
         let is_session = self.call.surface.name == SESSION && self.call.wire == Wire::Grpc;
         let session = is_session.then(|| GrpcSession::new(self.record.metrics()));
+        let mut mirrored = self.mirrored.take();
+        if let Some(mirrored) = &mut mirrored {
+            mirrored.head(&parts.headers, self.record.metrics());
+        }
         let guard = AnswerGuard {
             record: self.record,
+            mirrored,
             session,
             attempt: self.current,
             in_flight: answer.in_flight,
@@ -443,6 +427,82 @@ impl Attempts<'_> {
     }
 }
 
+/// What one attempt on one endpoint gave.
+struct TriedEndpoint {
+    /// How it ended, where it gave no answer to pass on.
+    outcome: Option<Outcome>,
+    result: Result<PodAnswer, Failure>,
+}
+
+impl TriedEndpoint {
+    fn failed(outcome: Outcome, failure: Failure) -> Self {
+        Self { outcome: Some(outcome), result: Err(failure) }
+    }
+}
+
+/// Sends a request to one endpoint.
+async fn try_endpoint(call: &Call, choice: &Choice) -> TriedEndpoint {
+    let endpoint = &choice.endpoint;
+    let span = call.trace.call("attempt");
+    span.set("trustformers.pod", endpoint.spec.pod_name.clone());
+    let mut in_flight = choice.enter();
+    let address = match call.protocol {
+        Protocol::Http => endpoint.spec.id.http,
+        Protocol::Grpc => endpoint.spec.id.grpc,
+    };
+    let pool = endpoint.pool(call.protocol);
+    match pool.send(|| call.outgoing(address, &span, choice)).await {
+        Ok(PodResponse { response, permit }) => {
+            endpoint.connected();
+            endpoint.reported(response.headers());
+            let reason =
+                declined(call.protocol, &response).or_else(|| lost_revision(choice, response.headers()));
+            let outcome = outcome_of_head(call.protocol, &response);
+            if outcome.is_failure() {
+                in_flight.ended(true);
+            } else {
+                in_flight.answered(reason.is_none() && response.status().is_success());
+            }
+            if reason == Some(RetryReason::Unavailable)
+                && let Some(pause) = retry_after(response.headers())
+            {
+                endpoint.declined_for(pause);
+            }
+            let answer = PodAnswer { response, in_flight, permit };
+            match reason {
+                Some(reason) => {
+                    span.fail(<&str>::from(reason));
+                    let choice = choice.clone();
+                    let declined = Declined { answer, reason, choice };
+                    TriedEndpoint::failed(outcome, Failure::Declined(Box::new(declined)))
+                }
+                None => TriedEndpoint { outcome: None, result: Ok(answer) },
+            }
+        }
+        Err(SendError::Connect(error)) => {
+            endpoint.connect_failed();
+            in_flight.ended(true);
+            choice.metrics.connect_failed();
+            span.fail("connect");
+            tracing::warn!(pod = endpoint.spec.pod_name, %error, "a pod could not be connected to");
+            TriedEndpoint::failed(Outcome::ConnectFailed, Failure::Connect(error.to_string()))
+        }
+        Err(error) => {
+            span.fail("reset");
+            if let Some(broken) = call.body.take_failure() {
+                return TriedEndpoint::failed(Outcome::CallerError, Failure::Upload(broken));
+            }
+            if !matches!(error, SendError::BodyUsed) {
+                in_flight.ended(true);
+            }
+            let cause = error.to_string();
+            let lost = matches!(error, SendError::Lost(_));
+            let failure = if lost { Failure::Lost(cause) } else { Failure::Reset(cause) };
+            TriedEndpoint::failed(Outcome::ResetBefore, failure)
+        }
+    }
+}
+
 /// What the times of an answer with these headers say.
 fn shape(call: &Call, headers: &HeaderMap) -> AnswerShape {
     let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
@@ -467,6 +527,14 @@ fn declined(protocol: Protocol, response: &Response<Incoming>) -> Option<RetryRe
         Some(Code::ResourceExhausted) => Some(RetryReason::Overloaded),
         _ => None,
     }
+}
+
+/// Whether the pod does not hold the revision that this gateway chose: it has restarted since the table was
+/// made. Another pod may hold it.
+fn lost_revision(choice: &Choice, headers: &HeaderMap) -> Option<RetryReason> {
+    let kind = headers.get(GRPC_KIND_KEY).map(HeaderValue::as_bytes);
+    (choice.revision().is_some() && kind == Some(&b"unknown_revision"[..]))
+        .then_some(RetryReason::Unavailable)
 }
 
 /// The outcome of an answer, as far as its head tells it.

@@ -23,6 +23,7 @@ use crate::limits::{Bounds, Limits};
 use crate::metrics::Metrics;
 use crate::models;
 use crate::routing::Routing;
+use crate::shadow::Shadows;
 use crate::table::{Table, TableError, Version};
 
 /// A table in its wire format, to be saved on disk.
@@ -30,7 +31,7 @@ pub(crate) type EncodedTable = Option<Arc<Vec<u8>>>;
 
 /// Compressed bodies that are looked into at a time. A decoder takes up to 16 MiB, so that two take 32 MiB
 /// whatever callers send.
-const DECODERS: usize = 2;
+pub(crate) const DECODERS: usize = 2;
 
 /// Shared by all requests.
 #[derive(Debug)]
@@ -51,8 +52,12 @@ pub(crate) struct Gateway {
     pub(crate) decoding: BlockingWork,
     /// Scores of answers.
     pub(crate) feedback: Arc<Feedback>,
+    /// Requests that another revision answers as well.
+    pub(crate) shadows: Arc<Shadows>,
     /// Makes the spans of requests.
     pub(crate) traces: Traces,
+    /// Whether another program decides what it routes, and no operator.
+    pub(crate) embedded: bool,
     /// A random id of this process, for reports.
     pub(crate) process: String,
     started: Instant,
@@ -75,12 +80,16 @@ pub(crate) struct GatewayParts {
     pub(crate) metrics: Metrics,
     /// Requests that wait for a pod of their model.
     pub(crate) hold: Hold,
+    /// Requests that another revision answers as well.
+    pub(crate) shadows: Arc<Shadows>,
     /// Longest body of one request.
     pub(crate) body_limit_bytes: usize,
     /// Headers in which a proxy in front of it says who a caller is.
     pub(crate) trusted: TrustedHeaders,
     /// Makes the spans of requests.
     pub(crate) traces: Traces,
+    /// Whether another program decides what it routes, and no operator.
+    pub(crate) embedded: bool,
 }
 
 /// The result of applying a table.
@@ -104,6 +113,8 @@ pub(crate) enum TableOutcome {
 pub(crate) enum Source {
     /// The operator's feed. Such a table is saved on disk once it is in force.
     Feed,
+    /// The program that the gateway is a part of.
+    Program,
     /// The disk, and when it was written there.
     Disk(SystemTime),
 }
@@ -114,14 +125,20 @@ impl Gateway {
     pub(crate) fn new(metrics: Metrics, body_limit_bytes: usize) -> Arc<Self> {
         let registry = prometheus::Registry::new();
         let hold = Hold::new(&registry).expect("the registry is empty");
-        let trusted = TrustedHeaders::default();
-        let traces = Traces::off();
-        Self::with(GatewayParts { metrics, hold, body_limit_bytes, trusted, traces })
+        Self::with(GatewayParts {
+            metrics,
+            hold,
+            shadows: Shadows::new(&registry).expect("the registry is empty"),
+            body_limit_bytes,
+            trusted: TrustedHeaders::default(),
+            traces: Traces::off(),
+            embedded: false,
+        })
     }
 
     /// No table, nothing in flight.
     pub(crate) fn with(parts: GatewayParts) -> Arc<Self> {
-        let GatewayParts { metrics, hold, body_limit_bytes, trusted, traces } = parts;
+        let GatewayParts { metrics, hold, shadows, body_limit_bytes, trusted, traces, embedded } = parts;
         Arc::new(Self {
             metrics,
             drain: Drain::new(),
@@ -131,8 +148,10 @@ impl Gateway {
             hold,
             decoding: BlockingWork::new(DECODERS),
             feedback: Arc::default(),
+            shadows,
             process: Uuid::new_v4().to_string(),
             traces,
+            embedded,
             started: Instant::now(),
             routing: ArcSwapOption::empty(),
             applying: Mutex::default(),
@@ -225,7 +244,7 @@ impl Gateway {
         let encoded = table.encode_to_vec();
         let parsed = Table::parse(table)?;
         let received_at = match source {
-            Source::Feed => SystemTime::now(),
+            Source::Feed | Source::Program => SystemTime::now(),
             Source::Disk(written_at) => written_at,
         };
         let before = self.routing();

@@ -14,6 +14,7 @@ use http::header::{
 use http::{HeaderMap, HeaderValue};
 use trustformers_api::answer_end::REPORT_HEADER;
 use trustformers_api::priority::{self, PRIORITY_HEADER};
+use trustformers_api::revision::{REVISION_HEADER, ROUTED_HEADER};
 use trustformers_api::tenant::TENANT_HEADER;
 
 use crate::call::{Caller, CallerRules};
@@ -110,6 +111,21 @@ pub(crate) struct Forwarding<'a> {
     pub(crate) request_id: HeaderValue,
 }
 
+/// Says that the pod's only model is meant, where the route has the name of a test and not that of the model.
+pub(crate) fn name_routed(headers: &mut HeaderMap, is_routed: bool) {
+    if is_routed {
+        headers.insert(HeaderName::from_static(ROUTED_HEADER), HeaderValue::from_static("1"));
+    }
+}
+
+/// Names the revision that must answer, unless the caller names one itself.
+pub(crate) fn name_revision(headers: &mut HeaderMap, revision: Option<&str>) {
+    let value = revision.and_then(|revision| HeaderValue::from_str(revision).ok());
+    if let Some(value) = value {
+        headers.entry(HeaderName::from_static(REVISION_HEADER)).or_insert(value);
+    }
+}
+
 /// Removes the headers of one hop, including those that `Connection` names.
 pub(crate) fn strip_one_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
@@ -135,7 +151,7 @@ pub(crate) fn forwarded(mut headers: HeaderMap, forwarding: Forwarding<'_>) -> H
     }
     // HTTP/2 sends the host as the authority, the length is that of the body that is sent, and `100 Continue`
     // was sent when the body was read.
-    for name in [HOST, CONTENT_LENGTH, EXPECT] {
+    for name in [HOST, CONTENT_LENGTH, EXPECT, HeaderName::from_static(ROUTED_HEADER)] {
         headers.remove(name);
     }
     let mut chain = Vec::new();
@@ -278,6 +294,18 @@ mod tests {
         );
         assert_eq!(sent["te"], "trailers");
         assert_eq!(sent[FORWARDED_FOR], "192.0.2.7");
+    }
+
+    #[test]
+    fn a_pod_with_two_revisions_is_asked_for_one_and_the_callers_word_counts_first() {
+        let named = |before: &[(&'static str, &'static str)], revision| {
+            let mut headers = map(before);
+            name_revision(&mut headers, revision);
+            headers.get(REVISION_HEADER).map(|value| value.to_str().unwrap().to_owned())
+        };
+        assert_eq!(named(&[], Some("r2")).as_deref(), Some("r2"));
+        assert_eq!(named(&[(REVISION_HEADER, "r1")], Some("r2")).as_deref(), Some("r1"));
+        assert_eq!(named(&[], None), None);
     }
 
     #[test]

@@ -13,10 +13,12 @@
 //! | `call`, `headers` | a request as it goes to pods; who sends it |
 //! | `error`, `error_shape` | errors, and how each protocol writes them |
 //! | [`table`], [`policy`], `routing` | the operator's table, parsed and joined with live endpoints |
-//! | [`split`], [`balance`], [`eject`], [`breaker`], [`retry`], [`ewma`] | the pure decisions |
+//! | [`split`], [`balance`], [`eject`], [`breaker`], [`retry`], [`hedge`], [`ewma`] | the pure decisions |
+//! | [`ab_test`] | the variant of a request, and what is counted of it |
 //! | [`health`] | asks pods whether they are ready |
 //! | `hold` | requests for models without a pod |
-//! | `forward`, `endpoint`, `pool` | attempts, a pod, connections to it |
+//! | `forward`, `endpoint`, `pool` | attempts, also two at once, a pod, connections to it |
+//! | [`shadow`] | requests that another revision answers as well |
 //! | `body`, `answer_end`, `late` | the answer, and how it ended |
 //! | `attempt`, `outcome`, `record`, `counts` | what is counted of attempts and requests, and reported |
 //! | `websocket`, `websocket_frames`, `websocket_relay` | WebSockets |
@@ -24,17 +26,20 @@
 //! | `local`, `services`, `models`, `feedback` | requests that the gateway answers itself |
 //! | `trace` | the spans of requests |
 //! | `feed`, [`disk`] | where tables come from, and where the last one is saved |
-//! | [`server`], [`drain`] | start and end |
+//! | [`server`], [`embedded`], [`drain`] | start, also inside another program, and end |
 //! | [`metrics`], [`config`] | metrics and flags |
 
+pub mod ab_test;
 pub mod balance;
 pub mod breaker;
 pub mod config;
 pub mod disk;
 pub mod drain;
 pub mod eject;
+pub mod embedded;
 pub mod ewma;
 pub mod health;
+pub mod hedge;
 pub mod metrics;
 pub mod policy;
 pub mod retry;
@@ -71,6 +76,7 @@ mod request_body;
 mod routing;
 mod services;
 mod session;
+pub mod shadow;
 mod stack;
 mod trace;
 mod websocket;
@@ -82,4 +88,5 @@ mod wire;
 mod fixtures;
 
 pub use config::Settings;
+pub use embedded::{EmbeddedSettings, Publisher, start_embedded};
 pub use server::{Running, StartError, start};

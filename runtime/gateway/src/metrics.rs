@@ -17,6 +17,7 @@ use strum::IntoStaticStr;
 use tokio::time::Instant;
 use trustformers_proto::control::v1::{Outcome, RevisionCounts};
 
+use crate::ab_test::VariantRegistry;
 use crate::table::Version;
 
 pub use series::RevisionMetrics;
@@ -100,10 +101,13 @@ pub enum RetryReason {
     Overloaded,
     /// The attempt's time passed without the head of an answer.
     Timeout,
+    /// The endpoint had not answered for long, and goes on beside the other one.
+    Hedge,
 }
 
 impl RetryReason {
-    const ALL: [Self; 5] = [Self::Connect, Self::Reset, Self::Unavailable, Self::Overloaded, Self::Timeout];
+    const ALL: [Self; 6] =
+        [Self::Connect, Self::Reset, Self::Unavailable, Self::Overloaded, Self::Timeout, Self::Hedge];
 }
 
 /// The series of a revision, and whether a table still names it.
@@ -155,6 +159,8 @@ pub struct Metrics {
     feed_connected: IntGauge,
     /// By route and revision.
     series: Mutex<SeriesTable>,
+    /// What is counted of the variants of tests. It is only reported.
+    pub(crate) variants: VariantRegistry,
 }
 
 /// All series.
@@ -231,6 +237,7 @@ impl Metrics {
                 "1 while the operator's feed is open.",
             )?,
             series: Mutex::default(),
+            variants: VariantRegistry::default(),
             registry,
         };
         metrics.register()?;
@@ -257,6 +264,7 @@ impl Metrics {
             tables_refused,
             feed_connected,
             series: _,
+            variants: _,
         } = self;
         let scored = &scores.count;
         let all = [requests, attempts, retries, connect_errors, tokens, scored, refused, tables_refused];
@@ -328,6 +336,8 @@ impl Metrics {
         for series in table.registered.values() {
             series.metrics.sums.set_changed();
         }
+        drop(table);
+        self.variants.report_all();
     }
 
     /// The series that have changed since they were reported, up to about `limit_bytes` of them.

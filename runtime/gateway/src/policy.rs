@@ -1,5 +1,6 @@
 //! The policy of a route and its split rule, parsed from the operator's table.
 
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use trustformers_proto::control::v1 as wire;
 use crate::balance::Algorithm;
 use crate::breaker::BreakerRules;
 use crate::health::HealthRules;
+use crate::hedge::HedgeRules;
 use crate::retry::RetryRules;
 
 /// Timeouts, retries and balancing of a route.
@@ -37,6 +39,8 @@ pub struct Policy {
     pub health: Option<HealthRules>,
     /// When a pod that fails gets no requests; `None`: always.
     pub breaker: Option<BreakerRules>,
+    /// When a request that encodes is sent to a second pod; `None`: never.
+    pub hedge: Option<HedgeRules>,
 }
 
 impl Default for Policy {
@@ -53,6 +57,7 @@ impl Default for Policy {
             balance: BalanceRules::default(),
             health: None,
             breaker: None,
+            hedge: None,
         }
     }
 }
@@ -108,6 +113,8 @@ pub struct SplitRule {
     pub by: SplitBy,
     /// Revisions that a caller may name in a header, which then gets the request.
     pub forced: Option<ForcedRevisions>,
+    /// By user the variant that the user gets whatever the bucket, where the route has a test.
+    pub forced_users: BTreeMap<Vec<u8>, String>,
 }
 
 /// What decides which backend a request gets.
@@ -184,6 +191,10 @@ impl Policy {
                 window: Duration::from_millis(breaker.window_ms),
                 open: Duration::from_millis(breaker.open_ms),
             }),
+            hedge: policy.hedge.as_ref().map(|hedge| HedgeRules {
+                delay: limit(hedge.delay_ms),
+                budget_percent: hedge.budget_percent,
+            }),
         })
     }
 }
@@ -233,7 +244,8 @@ impl SplitRule {
             let header = header("forced_header", &split.forced_header)?;
             Some(ForcedRevisions { header, revisions: split.forced_revisions })
         };
-        Ok(Self { by, forced })
+        let forced_users = split.forced_users.into_iter().map(|one| (one.user.into_bytes(), one.variant));
+        Ok(Self { by, forced, forced_users: forced_users.collect() })
     }
 }
 
@@ -281,6 +293,7 @@ mod tests {
             }),
             attempt_timeout_ms: 15_000,
             hold_requests: 64,
+            hedge: Some(wire::Hedge { delay_ms: 0, budget_percent: 5 }),
             ..Default::default()
         }
     }
@@ -319,6 +332,7 @@ mod tests {
                 window: second(10),
                 open: second(60),
             }),
+            hedge: Some(HedgeRules { delay: None, budget_percent: 5 }),
             ..Policy::default()
         };
         assert_eq!(Policy::parse(&complete()).unwrap(), expected);
@@ -337,6 +351,7 @@ mod tests {
             owners: owners.to_ranges(),
             forced_header: "x-revision".to_owned(),
             forced_revisions: vec!["r1".to_owned()],
+            ..Default::default()
         };
         assert!(SplitRule::parse(good.clone()).is_ok());
         let fault = |split| SplitRule::parse(split).unwrap_err().field;

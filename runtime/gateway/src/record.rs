@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{HeaderValue, StatusCode};
 use tokio::time::Instant;
 use trustformers_api::budget::Share;
 use trustformers_proto::control::v1::Outcome;
 
+use crate::ab_test::{Observation, ObservedEnd};
 use crate::answer_end::{AnswerEnd, EndOutcome, EndUsage};
-use crate::attempt::Attempt;
+use crate::attempt::{AnswerShape, Attempt};
 use crate::drain::DrainGuard;
 use crate::endpoint::InFlight;
 use crate::feedback::Feedback;
@@ -18,6 +19,7 @@ use crate::outcome;
 use crate::pool::StreamPermit;
 use crate::routing::Choice;
 use crate::session::GrpcSession;
+use crate::shadow::Mirrored;
 
 /// What lasts as long as a pod's answer. Dropping it without [`AnswerGuard::ended`] says that the caller
 /// left.
@@ -27,6 +29,8 @@ pub(crate) struct AnswerGuard {
     pub(crate) record: RequestRecord,
     /// The same of its last attempt; none where that was counted before, since the pod declined.
     pub(crate) attempt: Option<Attempt>,
+    /// The same request for another revision.
+    pub(crate) mirrored: Option<Mirrored>,
     /// The requests of a gRPC `Session`.
     pub(crate) session: Option<GrpcSession>,
     /// The endpoint's count.
@@ -49,6 +53,9 @@ impl AnswerGuard {
         if let Some(session) = &mut self.session {
             session.data(bytes);
         }
+        if let Some(mirrored) = &mut self.mirrored {
+            mirrored.data(bytes);
+        }
     }
 
     /// The answer has ended.
@@ -63,6 +70,11 @@ impl AnswerGuard {
         self.in_flight.ended(outcome.is_failure());
         if let Some(attempt) = self.attempt.take() {
             attempt.end(outcome, end.usage);
+        }
+        if let Some(mirrored) = self.mirrored.take()
+            && outcome == Outcome::Ok
+        {
+            mirrored.ended();
         }
     }
 }
@@ -89,6 +101,11 @@ pub(crate) struct RequestRecord {
     /// The status of the head; the end may say another thing.
     status: StatusCode,
     feedback: Arc<Feedback>,
+    /// Counts the request in the A/B test of its route.
+    observation: Option<Observation>,
+    /// The variant of the last attempt.
+    variant: Option<HeaderValue>,
+    is_stream: bool,
     _share: Share,
     _drain: DrainGuard,
 }
@@ -126,6 +143,9 @@ impl RequestRecord {
             outcome: None,
             status: StatusCode::OK,
             feedback: context.feedback,
+            observation: None,
+            variant: None,
+            is_stream: false,
             _share: context.share,
             _drain: context.drain,
         }
@@ -134,6 +154,16 @@ impl RequestRecord {
     /// The series that the request counts in.
     pub(crate) fn metrics(&self) -> &Arc<RevisionMetrics> {
         &self.metrics
+    }
+
+    /// The request counts in the A/B test of its route.
+    pub(crate) fn observe(&mut self, observation: Option<Observation>) {
+        self.observation = observation;
+    }
+
+    /// The variant whose answer the caller gets.
+    pub(crate) fn variant(&self) -> Option<&HeaderValue> {
+        self.variant.as_ref()
     }
 
     /// An attempt begins.
@@ -146,10 +176,12 @@ impl RequestRecord {
     pub(crate) fn answered_by(&mut self, choice: &Choice) {
         choice.endpoint.spec.pod_name.clone_into(&mut self.pod);
         self.metrics = Arc::clone(&choice.metrics);
+        self.variant.clone_from(&choice.variant);
     }
 
     /// The head of the answer that the caller gets has arrived.
-    pub(crate) fn head(&mut self, status: StatusCode) {
+    pub(crate) fn head(&mut self, status: StatusCode, shape: AnswerShape) {
+        self.is_stream = shape == AnswerShape::Stream;
         let first_byte = self.arrived.elapsed();
         self.first_byte = Some(first_byte);
         self.metrics.first_byte(first_byte);
@@ -178,7 +210,13 @@ impl Drop for RequestRecord {
         let outcome = self.outcome.unwrap_or(Outcome::Cancelled);
         let took = self.arrived.elapsed();
         if outcome == Outcome::Ok {
-            self.feedback.remember(&self.request_id, &self.metrics);
+            let bucket = self.observation.as_ref().and_then(Observation::scored_bucket);
+            self.feedback.remember(&self.request_id, &self.metrics, bucket);
+        }
+        if let Some(observation) = &self.observation {
+            let first_token = self.first_data.filter(|_| self.is_stream);
+            let end = ObservedEnd { outcome, took, first_token, usage: self.usage };
+            observation.ended(&end, self.variant.as_ref());
         }
         self.metrics.ended(self.protocol, outcome, took);
         tracing::debug!(

@@ -10,14 +10,16 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fastrand::Rng;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use trustformers_proto::buckets::{BUCKETS, BucketOwners};
 
+use crate::ab_test::{LiveTest, Observation, TestBackend, TestUser, VariantChoice, VariantRegistry};
 use crate::balance::{self, Balance, Candidate, slow_start_factor};
 use crate::breaker::{Admission, BreakerRules};
 use crate::call::CallerRules;
 use crate::endpoint::{Endpoint, InFlight};
 use crate::health::HealthRules;
+use crate::hedge::RouteHedges;
 use crate::metrics::{Metrics, RevisionMetrics};
 use crate::policy::{BalanceRules, SplitBy};
 use crate::retry::RetryBudget;
@@ -43,6 +45,8 @@ struct LiveRoute {
     split: Split,
     /// By bucket of users the index of the backend that owns it; `u16::MAX` where none does.
     owners: Option<Box<[u16]>>,
+    /// Decides instead, where variants share the route.
+    test: Option<LiveTest>,
     balance: BalanceRules,
     breaker: Option<BreakerRules>,
     counters: RouteCounters,
@@ -54,13 +58,16 @@ struct RouteCounters {
     /// The next sequence number of the split.
     sequence: Arc<AtomicU64>,
     retries: Arc<RetryBudget>,
+    hedges: Arc<RouteHedges>,
+    /// Number of the next request that may be mirrored.
+    shadowed: Arc<AtomicU64>,
 }
 
 impl Default for RouteCounters {
     fn default() -> Self {
         // Gateways start at different positions of the split, so that their sum is exact sooner.
         let sequence = Arc::new(AtomicU64::new(fastrand::u64(..) >> 1));
-        Self { sequence, retries: Arc::default() }
+        Self { sequence, retries: Arc::default(), hedges: Arc::default(), shadowed: Arc::default() }
     }
 }
 
@@ -70,6 +77,8 @@ struct LiveBackend {
     /// Whether it takes its share of the split: it has an endpoint, or its requests wait for one.
     takes_share: bool,
     metrics: Arc<RevisionMetrics>,
+    /// Its variant, as answers name it.
+    variant: Option<HeaderValue>,
     members: Vec<Member>,
     /// Number of its next choice, for round robin.
     sequence: AtomicU64,
@@ -80,6 +89,8 @@ struct LiveBackend {
 struct Member {
     endpoint: Arc<Endpoint>,
     weight: u32,
+    /// Whether requests name the backend's revision.
+    by_revision: bool,
 }
 
 /// What decides which backend of its route a request gets.
@@ -91,6 +102,16 @@ pub(crate) struct SplitKey {
     bucket: Option<u16>,
     /// The revision that it demands and may demand.
     forced: Option<String>,
+    /// Its user, where the route has a test and the request names one.
+    user: Option<TestUser>,
+    /// The variant that its user gets whatever the bucket.
+    forced_variant: Option<String>,
+}
+
+impl SplitKey {
+    fn variant_choice(&self) -> VariantChoice<'_> {
+        VariantChoice { sequence: self.sequence, bucket: self.bucket, forced: self.forced_variant.as_deref() }
+    }
 }
 
 /// What decides where a request goes.
@@ -114,12 +135,32 @@ pub(crate) struct Choice {
     pub(crate) endpoint: Arc<Endpoint>,
     /// The series of its revision.
     pub(crate) metrics: Arc<RevisionMetrics>,
+    /// The variant that answers, where the route has a test.
+    pub(crate) variant: Option<HeaderValue>,
     breaker: Option<BreakerRules>,
     /// Whether the attempt is the probe of the endpoint's breaker.
     probe: bool,
+    /// Whether the pod holds other revisions too.
+    by_revision: bool,
 }
 
 impl Choice {
+    /// The revision that the request must name, where the pod holds more than one.
+    pub(crate) fn revision(&self) -> Option<&str> {
+        let revision = self.metrics.revision.as_str();
+        // In a test the name of a backend begins with that of its variant.
+        let of_pod = self
+            .variant
+            .as_ref()
+            .and_then(|variant| revision.strip_prefix(variant.to_str().ok()?)?.strip_prefix(':'));
+        self.by_revision.then_some(of_pod.unwrap_or(revision))
+    }
+
+    /// Whether the route has the name of a test, which its pods do not know.
+    pub(crate) fn is_routed(&self) -> bool {
+        self.variant.is_some()
+    }
+
     /// Counts the attempt on the endpoint. Every choice is entered, since it may be a probe.
     pub(crate) fn enter(&self) -> InFlight {
         self.endpoint.enter(self.breaker, self.probe)
@@ -146,6 +187,7 @@ impl Routing {
             route.backends.iter().map(|backend| (route.name.as_str(), backend.revision.as_str()))
         });
         let series = metrics.in_force(table.version, revisions);
+        metrics.variants.in_force(table.routes.iter().filter_map(|route| route.test.as_ref()));
         let mut endpoints: HashMap<EndpointId, Arc<Endpoint>> = HashMap::new();
         let mut routes = Vec::with_capacity(table.routes.len());
         for route in &table.routes {
@@ -156,20 +198,26 @@ impl Routing {
                     let endpoint = endpoints.entry(spec.id.clone()).or_insert_with(|| {
                         existing.map_or_else(|| Arc::new(Endpoint::new(spec.clone())), Arc::clone)
                     });
-                    Member { endpoint: Arc::clone(endpoint), weight: spec.weight }
+                    Member {
+                        endpoint: Arc::clone(endpoint),
+                        weight: spec.weight,
+                        by_revision: spec.by_revision,
+                    }
                 });
                 let members: Vec<_> = members.collect();
                 let metrics = Arc::clone(&series[&(route.name.clone(), backend.revision.clone())]);
+                let has_share = route.test.as_ref().is_none_or(|test| test.weight_of(&backend.variant) > 0);
                 backends.push(LiveBackend {
-                    weight: backend.weight,
+                    weight: if has_share { backend.weight } else { 0 },
                     takes_share: !members.is_empty() || backend.keeps_share,
                     metrics,
+                    variant: HeaderValue::from_str(&backend.variant).ok().filter(|name| !name.is_empty()),
                     members,
                     sequence: AtomicU64::new(fastrand::u64(..) >> 1),
                 });
             }
             let counters = before.and_then(|before| before.counters(&route.name)).unwrap_or_default();
-            routes.push(LiveRoute::new(route, backends, counters));
+            routes.push(LiveRoute::new(route, backends, counters, &metrics.variants));
         }
         let routing = Self { table, received_at, models_json: OnceLock::new(), routes, endpoints };
         routing.forget_checks();
@@ -222,6 +270,25 @@ impl Routing {
         &self.routes[route].counters.retries
     }
 
+    /// The second attempts of a route.
+    pub(crate) fn hedges(&self, route: usize) -> &Arc<RouteHedges> {
+        &self.routes[route].counters.hedges
+    }
+
+    /// Whether the next request that can be mirrored is. Of any hundred in a row it is exactly this share.
+    pub(crate) fn takes_shadow(&self, route: usize, percent: u32) -> bool {
+        let number = self.routes[route].counters.shadowed.fetch_add(1, Ordering::Relaxed) % 100;
+        let percent = u64::from(percent);
+        (number + 1) * percent / 100 > number * percent / 100
+    }
+
+    /// Chooses an endpoint of a revision, whatever its share, without those that are left out.
+    pub(crate) fn choose_of(&self, route: usize, revision: &str) -> Option<Choice> {
+        let key = SplitKey { sequence: 0, bucket: None, forced: None, user: None, forced_variant: None };
+        let criteria = Criteria { key: &key, hash: None, revision: Some(revision), tried: &[] };
+        self.choose_beside(route, &criteria)
+    }
+
     /// What decides the backend of a request with these headers and this number.
     pub(crate) fn split_key(&self, route: usize, headers: &HeaderMap, sequence: u64) -> SplitKey {
         let rule = &self.table.routes[route].split;
@@ -229,15 +296,22 @@ impl Routing {
             let named = headers.get(&forced.header)?.to_str().ok()?;
             forced.revisions.iter().find(|revision| *revision == named).cloned()
         });
-        let bucket = match &rule.by {
+        let named = match &rule.by {
             SplitBy::Request | SplitBy::Percentage => None,
-            SplitBy::User { header, salt, .. } => {
-                headers.get(header).map(|user| bucket_of(salt, user.as_bytes()))
-            }
+            SplitBy::User { header, salt, .. } => headers.get(header).map(|user| (salt, user.as_bytes())),
         };
+        let bucket = named.map(|(salt, user)| bucket_of(salt, user));
+        let has_test = self.routes[route].test.is_some();
+        let user = named.filter(|_| has_test).map(|(salt, user)| TestUser::of(salt, user));
+        let forced_variant = named.and_then(|(_, user)| rule.forced_users.get(user)).cloned();
         // A number that is drawn makes each choice independent of the others.
         let sequence = if rule.by == SplitBy::Percentage { fastrand::u64(..) } else { sequence };
-        SplitKey { sequence, bucket, forced }
+        SplitKey { sequence, bucket, forced, user, forced_variant }
+    }
+
+    /// What counts a request of a test; none where the route has none. Its user is counted now.
+    pub(crate) fn observe(&self, route: usize, key: &SplitKey) -> Option<Observation> {
+        self.routes[route].test.as_ref()?.observe(key.variant_choice(), key.user)
     }
 
     /// Whether the backend of a request has a pod.
@@ -258,14 +332,25 @@ impl Routing {
         let route = &self.routes[route];
         let earlier = criteria.revision.and_then(|revision| route.backend_of(revision));
         let first = earlier.or_else(|| route.assigned(criteria.key))?;
-        let others = || {
-            let has_share = move |&index: &usize| index != first && route.backends[index].weight > 0;
+        let variant = &route.backends[first].variant;
+        // Of a test the same variant first: the answer of another one says nothing about it.
+        let others = |same_variant: bool| {
+            let has_share = move |&index: &usize| {
+                let other = &route.backends[index];
+                index != first && other.weight > 0 && (other.variant == *variant) == same_variant
+            };
             (0..route.backends.len()).filter(has_share)
         };
         [false, true].into_iter().find_map(|with_left_out| {
-            let mut order = std::iter::once(first).chain(others());
+            let mut order = std::iter::once(first).chain(others(true)).chain(others(false));
             order.find_map(|index| route.pick(index, criteria, with_left_out))
         })
+    }
+
+    /// Chooses an endpoint of the same revision that was not tried and is not left out.
+    pub(crate) fn choose_beside(&self, route: usize, criteria: &Criteria<'_>) -> Option<Choice> {
+        let route = &self.routes[route];
+        route.pick(route.backend_of(criteria.revision?)?, criteria, false)
     }
 
     /// The endpoint of an identity, for tests.
@@ -289,18 +374,31 @@ fn is_tried(endpoint: &Endpoint, tried: &[Arc<Endpoint>]) -> bool {
 }
 
 impl LiveRoute {
-    fn new(route: &Route, backends: Vec<LiveBackend>, counters: RouteCounters) -> Self {
+    fn new(
+        route: &Route,
+        backends: Vec<LiveBackend>,
+        counters: RouteCounters,
+        variants: &VariantRegistry,
+    ) -> Self {
         // Without this, the share of a revision without pods could only fail.
         let share = |backend: &LiveBackend| if backend.takes_share { backend.weight } else { 0 };
         let weights: Vec<u32> = backends.iter().map(share).collect();
         let owners = match &route.split.by {
             SplitBy::Request | SplitBy::Percentage => None,
-            SplitBy::User { owners, .. } => Some(live_owners(owners, &backends)),
+            SplitBy::User { owners, .. } => Some(owners),
         };
+        let test = route.test.as_ref().map(|rule| {
+            let own = route.backends.iter().zip(&weights);
+            let own = own.map(|(backend, weight)| TestBackend { variant: &backend.variant, weight: *weight });
+            LiveTest::new(rule, owners, &own.collect::<Vec<_>>(), variants)
+        });
+        // Of a test the owners are variants.
+        let owners = owners.filter(|_| test.is_none()).map(|owners| live_owners(owners, &backends));
         Self {
             backends,
             split: Split::new(&weights),
             owners,
+            test,
             balance: route.policy.balance.clone(),
             breaker: route.policy.breaker,
             counters,
@@ -320,6 +418,11 @@ impl LiveRoute {
     fn assigned(&self, key: &SplitKey) -> Option<usize> {
         if let Some(forced) = key.forced.as_deref().and_then(|revision| self.backend_of(revision)) {
             return Some(forced);
+        }
+        if let Some(test) = &self.test {
+            // The requests of a variant that has no pods are answered by the others.
+            let number = key.bucket.map_or(key.sequence, u64::from);
+            return test.backend(key.variant_choice()).or_else(|| self.split.choose(number));
         }
         let Some(bucket) = key.bucket else { return self.split.choose(key.sequence) };
         let owner = self.owners.as_ref().and_then(|owners| owners.get(usize::from(bucket)));
@@ -347,12 +450,14 @@ impl LiveRoute {
         loop {
             let candidates: Vec<Candidate> = members.iter().map(|member| self.candidate(member)).collect();
             let chosen = balance::choose(&candidates, balance, &mut rng)?;
-            let Member { endpoint, .. } = members[chosen];
+            let Member { endpoint, by_revision, .. } = members[chosen];
             let choice = |probe| Choice {
                 endpoint: Arc::clone(endpoint),
                 metrics: Arc::clone(&backend.metrics),
+                variant: backend.variant.clone(),
                 breaker,
                 probe,
+                by_revision: *by_revision,
             };
             let Some(rules) = breaker.filter(|_| endpoint.admission() != Admission::Closed) else {
                 return Some(choice(false));
@@ -367,7 +472,7 @@ impl LiveRoute {
     }
 
     fn candidate(&self, member: &Member) -> Candidate {
-        let Member { endpoint, weight } = member;
+        let Member { endpoint, weight, by_revision: _ } = member;
         let slow_start = self.balance.slow_start;
         let factor = if slow_start.is_zero() { 1.0 } else { slow_start_factor(endpoint.age(), slow_start) };
         let by_latency = self.balance.algorithm == balance::Algorithm::LatencyEwma;
@@ -405,7 +510,7 @@ mod tests {
     }
 
     fn key(sequence: u64) -> SplitKey {
-        SplitKey { sequence, bucket: None, forced: None }
+        SplitKey { sequence, bucket: None, forced: None, user: None, forced_variant: None }
     }
 
     fn chosen(routing: &Routing, sequence: u64) -> Option<Choice> {

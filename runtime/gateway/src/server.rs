@@ -22,7 +22,9 @@ use crate::hold::Hold;
 use crate::listener::{Acceptor, Reserve};
 use crate::metrics::Metrics;
 use crate::services::Services;
+use crate::shadow::{self, Shadows};
 use crate::stack::Stack;
+use crate::table::TableError;
 
 /// At the end, connections have at least this long to close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -31,10 +33,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A port can't be used.
-    #[error("{flag} {address}: {cause}")]
+    #[error("{setting} {address}: {cause}")]
     Listen {
-        /// The flag with the address.
-        flag: &'static str,
+        /// The flag or the key with the address.
+        setting: &'static str,
         /// The address.
         address: SocketAddr,
         /// The error of the system.
@@ -55,6 +57,9 @@ pub enum StartError {
     /// Nothing can be traced.
     #[error(transparent)]
     Traces(#[from] TraceError),
+    /// The first table of a gateway inside another program can't be used.
+    #[error(transparent)]
+    Table(#[from] TableError),
     /// The embedded descriptors can't be read.
     #[error(transparent)]
     Reflection(#[from] trustformers_api::grpc::ReflectionError),
@@ -66,7 +71,7 @@ pub struct Running {
     gateway: Arc<Gateway>,
     http_address: SocketAddr,
     grpc_address: SocketAddr,
-    drain_timeout: Duration,
+    ending: Ending,
     /// Ends accepting, the feed and watches.
     stop: CancellationToken,
     connections: TaskTracker,
@@ -84,33 +89,82 @@ pub async fn start(settings: Settings) -> Result<Running, StartError> {
         trustformers_telemetry::metrics::new_registry("trustformers-gateway", env!("CARGO_PKG_VERSION"))?;
     let gateway = Gateway::with(GatewayParts {
         hold: Hold::new(&registry)?,
+        shadows: Shadows::new(&registry)?,
         metrics: Metrics::new(registry)?,
         body_limit_bytes: settings.body_limit_bytes,
         trusted: settings.trusted_headers(),
         traces: Traces::start_where(settings.traces.options("trustformers-gateway")?.as_ref())?,
+        embedded: false,
     });
     // Before the listeners, so that the table is there for the first request.
     resume(&gateway, &file);
 
-    let http = listen("--http-address", settings.http_address).await?;
-    let grpc = listen("--grpc-address", settings.grpc_address).await?;
+    let listen = Listen {
+        http: ListenAddress { setting: "--http-address", address: settings.http_address },
+        grpc: ListenAddress { setting: "--grpc-address", address: settings.grpc_address },
+    };
+    let ending = Ending { drain_timeout: settings.drain_timeout, waits_for_quiet: true };
+    let running = serve(gateway, listen, ending).await?;
+    let Running { gateway, stop, background, .. } = &running;
+    let instance = settings.instance.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+    let feed = FeedSettings { endpoint, token_file: settings.feed_token_file, instance };
+    background.spawn(follow(feed, Arc::clone(gateway), stop.clone()));
+    background.spawn(save_tables(gateway.watch_tables_to_save(), file, stop.clone()));
+    Ok(running)
+}
+
+/// Where a gateway listens.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Listen {
+    /// HTTP.
+    pub(crate) http: ListenAddress,
+    /// gRPC.
+    pub(crate) grpc: ListenAddress,
+}
+
+/// An address, and the flag or key that it comes from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ListenAddress {
+    /// The name of the setting, for errors.
+    pub(crate) setting: &'static str,
+    /// The address.
+    pub(crate) address: SocketAddr,
+}
+
+/// How a gateway ends.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ending {
+    /// The longest drain.
+    pub(crate) drain_timeout: Duration,
+    /// Whether requests are accepted until none has come for a while, as those of a load balancer that has
+    /// not learned of the end yet.
+    pub(crate) waits_for_quiet: bool,
+}
+
+/// Listens and serves with a gateway whose tables come from elsewhere.
+///
+/// # Errors
+/// Names the setting that can't be used.
+pub(crate) async fn serve(
+    gateway: Arc<Gateway>,
+    listen: Listen,
+    ending: Ending,
+) -> Result<Running, StartError> {
+    let (http, grpc) = (bind(listen.http).await?, bind(listen.grpc).await?);
     let stop = CancellationToken::new();
     let stack = Stack::new(Arc::clone(&gateway), Services::new(&gateway, &stop)?);
     let running = Running {
         http_address: http.address,
         grpc_address: grpc.address,
-        drain_timeout: settings.drain_timeout,
+        ending,
         gateway,
         stop,
         connections: TaskTracker::new(),
         background: TaskTracker::new(),
     };
     let Running { gateway, stop, connections, background, .. } = &running;
-    let instance = settings.instance.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
-    let feed = FeedSettings { endpoint, token_file: settings.feed_token_file, instance };
-    background.spawn(follow(feed, Arc::clone(gateway), stop.clone()));
     background.spawn(health::run(Arc::clone(gateway), stop.clone()));
-    background.spawn(save_tables(gateway.watch_tables_to_save(), file, stop.clone()));
+    background.spawn(shadow::run(Arc::clone(gateway), stop.clone()));
     let acceptor = Acceptor {
         context: ConnectionContext { stack, drain: Arc::clone(&gateway.drain), stop: stop.clone() },
         limits: Arc::clone(&gateway.limits),
@@ -120,7 +174,13 @@ pub async fn start(settings: Settings) -> Result<Running, StartError> {
     for bound in [http, grpc] {
         background.spawn(acceptor.clone().run(bound.listener));
     }
-    tracing::info!(http = %running.http_address, grpc = %running.grpc_address, "listening");
+    let bound_mib = crate::limits::WORST_BYTES >> 20;
+    tracing::info!(
+        http = %running.http_address,
+        grpc = %running.grpc_address,
+        bound_mib,
+        "listening"
+    );
     Ok(running)
 }
 
@@ -137,6 +197,11 @@ impl Running {
         self.grpc_address
     }
 
+    /// The state that all requests share.
+    pub(crate) fn gateway(&self) -> &Arc<Gateway> {
+        &self.gateway
+    }
+
     /// Begins the drain: readiness and reports change, requests are still answered.
     pub fn start_drain(&self) {
         self.gateway.start_drain();
@@ -147,9 +212,13 @@ impl Running {
     pub async fn finish(self) -> usize {
         self.start_drain();
         let now = Instant::now();
-        let deadline = now + self.drain_timeout;
-        // Where requests never stop coming, half of the time is left for the last ones to get their answers.
-        self.gateway.drain.quiet(now + self.drain_timeout / 2).await;
+        let Ending { drain_timeout, waits_for_quiet } = self.ending;
+        let deadline = now + drain_timeout;
+        if waits_for_quiet {
+            // Where requests never stop coming, half of the time is left for the last ones to get their
+            // answers.
+            self.gateway.drain.quiet(now + drain_timeout / 2).await;
+        }
         self.stop.cancel();
         self.gateway.drain.idle(deadline).await;
         let cut = self.gateway.drain.in_flight();
@@ -218,8 +287,9 @@ struct Bound {
     address: SocketAddr,
 }
 
-async fn listen(flag: &'static str, address: SocketAddr) -> Result<Bound, StartError> {
-    let wrong = |cause| StartError::Listen { flag, address, cause };
+async fn bind(listen: ListenAddress) -> Result<Bound, StartError> {
+    let ListenAddress { setting, address } = listen;
+    let wrong = |cause| StartError::Listen { setting, address, cause };
     let listener = trustformers_api::server::bind(address).await.map_err(wrong)?;
     let address = listener.local_addr().map_err(wrong)?;
     Ok(Bound { listener, address })

@@ -7,9 +7,11 @@
 use std::sync::Arc;
 
 use axum::Router;
+use bytes::Bytes;
 use futures::future::BoxFuture;
+use http::request::Parts;
 use http::{Request, Response};
-use http_body_util::Limited;
+use http_body_util::{Full, Limited};
 use hyper::body::Incoming;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -20,7 +22,7 @@ use trustformers_api::embed::{EmbedRequest, Embedded};
 use trustformers_api::grpc::ReflectionError;
 use trustformers_api::health::{Health, Verdict};
 use trustformers_api::inference::{Answer, CountRequest, Inference, Models};
-use trustformers_api::{Api, ApiError, Generation};
+use trustformers_api::{Api, ApiError, Classified, ClassifyRequest, Generation, RerankRequest, Reranked};
 
 use crate::body::Body;
 use crate::error::GatewayError;
@@ -67,6 +69,15 @@ impl Services {
             Err(never) => match never {},
         }
     }
+
+    /// Answers a request whose body was read already.
+    pub(crate) async fn answer_whole(&self, head: Parts, body: &[u8]) -> Response<Body> {
+        let request = Request::from_parts(head, Full::new(Bytes::copy_from_slice(body)));
+        match self.0.clone().oneshot(request).await {
+            Ok(response) => response.map(Body::service),
+            Err(never) => match never {},
+        }
+    }
 }
 
 /// The share of a call: of the long listings, or of the requests in flight.
@@ -105,6 +116,14 @@ impl Inference for TableModels {
     }
 
     fn embed(&self, _request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>> {
+        is_forwarded()
+    }
+
+    fn classify(&self, _request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>> {
+        is_forwarded()
+    }
+
+    fn rerank(&self, _request: RerankRequest) -> BoxFuture<'_, Result<Reranked, ApiError>> {
         is_forwarded()
     }
 

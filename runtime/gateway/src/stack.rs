@@ -55,6 +55,9 @@ use crate::wire::Wire;
 /// Where callers score answers. It is no surface of a model, and pods do not have it.
 const FEEDBACK_PATH: &str = "/v1/feedback";
 
+/// A model that there is not is not ready: an answer and no error, as a pod has it.
+const MODEL_READY: &str = "kserve_grpc_model_ready";
+
 /// Handles requests; cloned for each connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Stack {
@@ -108,6 +111,10 @@ impl Stack {
         // 3
         let gateway = Arc::clone(&self.gateway);
         let handler = handler(&self.rows, &request, wire).and_then(|handler| admitted(handler, &peer));
+        let handler = handler.map_err(|error| match error {
+            GatewayError::Operated if gateway.embedded => GatewayError::Configured,
+            other => other,
+        });
         let reserved = peer.share.is_none();
         let span = trace::request_span(&gateway.traces, traced_surface(&handler), &request);
         let outcome = match handler {
@@ -286,7 +293,12 @@ impl Stack {
         // 7
         let waiting = Waiting { limits: &peer.limits, body_bytes: share.units(), headers: &parts.headers };
         let find = |routing: &Routing| find_route(gateway, routing, &model, surface);
-        let RoutePlace { routing, route, key } = find_served(gateway, waiting, find).await?;
+        let RoutePlace { routing, route, key } = match find_served(gateway, waiting, find).await {
+            Err(GatewayError::UnknownModel { .. }) if surface.name == MODEL_READY && body.is_whole() => {
+                return Ok(self.services.answer_whole(parts, body.prefix(usize::MAX)).await);
+            }
+            found => found?,
+        };
         // 8
         let rules = routing.caller_rules(route);
         let caller = gateway.trusted.caller(&parts.headers, arrival.caller, rules);

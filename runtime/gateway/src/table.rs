@@ -13,8 +13,10 @@ use std::sync::Arc;
 use trustformers_proto::Task;
 use trustformers_proto::control::v1 as wire;
 
+use crate::ab_test::TestRule;
 use crate::error::Choices;
 use crate::policy::{Policy, PolicyError, SplitRule};
+use crate::shadow::ShadowRule;
 
 /// Orders tables: the lease term first, then the counter of that term's leader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,6 +61,8 @@ pub struct EndpointSpec {
     pub id: EndpointId,
     /// Capacity relative to the other endpoints of its backend.
     pub weight: u32,
+    /// Whether the pod holds other revisions too, so that a request must name its backend's.
+    pub by_revision: bool,
 }
 
 /// The pods of one revision.
@@ -74,6 +78,8 @@ pub struct Backend {
     pub endpoints: Vec<EndpointSpec>,
     /// Whether its share is held while it has no pod, instead of going to the other backends.
     pub keeps_share: bool,
+    /// The variant that it belongs to; empty where the route has no test.
+    pub variant: String,
 }
 
 /// One model that callers can name.
@@ -89,6 +95,10 @@ pub struct Route {
     pub policy: Policy,
     /// Which request gets which revision.
     pub split: SplitRule,
+    /// The A/B test whose variants share it.
+    pub test: Option<TestRule>,
+    /// Which requests another revision answers as well.
+    pub shadow: Option<ShadowRule>,
     /// What the model does; `None` where the operator does not say, or says a task of a newer version.
     pub task: Option<Task>,
 }
@@ -212,8 +222,10 @@ impl Table {
             let policy = policy.map_err(refused)?;
             let split = route.split.map_or_else(|| Ok(SplitRule::default()), SplitRule::parse);
             let split = split.map_err(refused)?;
+            let shadow = route.shadow.map(parse_shadow).transpose().map_err(refused)?;
             let task = Task::from_wire(&route.task);
-            routes.push(Route { name: route.name, aliases, backends, policy, split, task });
+            let test = route.test.and_then(TestRule::parse);
+            routes.push(Route { name: route.name, aliases, backends, policy, split, test, shadow, task });
         }
         let longest_name = names.keys().map(String::len).max().unwrap_or(0);
         let choices = Arc::new(routes.iter().map(|route| route.name.as_str()).collect());
@@ -280,6 +292,19 @@ fn claim(names: &mut HashMap<String, usize>, alias: &str, index: usize, route: &
     owner == index && !alias.is_empty()
 }
 
+fn parse_shadow(shadow: wire::Shadow) -> Result<ShadowRule, PolicyError> {
+    let wire::Shadow { revision, percent } = shadow;
+    let wrong =
+        |field, value: String, expected: &str| PolicyError { field, value, expected: expected.to_owned() };
+    if revision.is_empty() {
+        return Err(wrong("shadow.revision", revision, "a revision of the route"));
+    }
+    if !(1..=100).contains(&percent) {
+        return Err(wrong("shadow.percent", percent.to_string(), "1 to 100"));
+    }
+    Ok(ShadowRule { revision, percent })
+}
+
 fn parse_backend(backend: wire::Backend, route: &str) -> Result<Backend, TableError> {
     let endpoints = backend
         .endpoints
@@ -292,6 +317,7 @@ fn parse_backend(backend: wire::Backend, route: &str) -> Result<Backend, TableEr
         weight: backend.weight,
         endpoints,
         keeps_share: backend.keeps_share,
+        variant: backend.variant,
     })
 }
 
@@ -312,7 +338,8 @@ fn parse_endpoint(endpoint: wire::Endpoint, route: &str) -> Result<EndpointSpec,
     let http = port("http_port", endpoint.http_port)?;
     let grpc = port("grpc_port", endpoint.grpc_port)?;
     let id = EndpointId { pod_uid: endpoint.pod_uid, restart_count: endpoint.restart_count, http, grpc };
-    Ok(EndpointSpec { pod_name: endpoint.pod_name, id, weight: endpoint.weight.max(1) })
+    let (weight, by_revision) = (endpoint.weight.max(1), endpoint.by_revision);
+    Ok(EndpointSpec { pod_name: endpoint.pod_name, id, weight, by_revision })
 }
 
 #[cfg(test)]

@@ -28,13 +28,13 @@ use trustformers_api::budget::Share;
 use trustformers_api::surfaces::Surface;
 use trustformers_proto::control::v1::Outcome;
 
-use crate::attempt::Attempt;
+use crate::attempt::{AnswerShape, Attempt};
 use crate::body::Body;
 use crate::connection::Peer;
 use crate::endpoint::{Endpoint, InFlight};
 use crate::error::{Echo, GatewayError};
 use crate::gateway::Gateway;
-use crate::headers::{Forwarding, forwarded};
+use crate::headers::{Forwarding, forwarded, name_revision, name_routed};
 use crate::hold::{RoutePlace, Waiting, find_served};
 use crate::limits::Resource;
 use crate::model_name::NameFinder;
@@ -265,10 +265,11 @@ impl SocketRequest {
             match self.attempted(&choice, &headers).await {
                 Ok(opened) => {
                     let Some(mut record) = record.take() else { break };
-                    record.head(StatusCode::SWITCHING_PROTOCOLS);
+                    record.head(StatusCode::SWITCHING_PROTOCOLS, AnswerShape::Session);
                     let guard = AnswerGuard {
                         record,
                         attempt: Some(opened.attempt),
+                        mirrored: None,
                         session: None,
                         in_flight: opened.in_flight,
                         _permit: None,
@@ -294,7 +295,11 @@ impl SocketRequest {
     async fn attempted(&self, choice: &Choice, headers: &HeaderMap) -> Result<Opened, FailedHandshake> {
         let attempt = Attempt::begin(&choice.metrics);
         let mut in_flight = choice.enter();
-        let failed = match timeout(HANDSHAKE_TIMEOUT, connect(&choice.endpoint, &self.path, headers)).await {
+        let mut headers = headers.clone();
+        name_revision(&mut headers, choice.revision());
+        name_routed(&mut headers, choice.is_routed());
+        let connecting = connect(&choice.endpoint, &self.path, &headers);
+        let failed = match timeout(HANDSHAKE_TIMEOUT, connecting).await {
             Ok(Ok(socket)) => {
                 choice.endpoint.connected();
                 in_flight.answered(true);

@@ -2,17 +2,21 @@
 
 use crate::arch::{self, ArchSizes, Architecture};
 use crate::chat::{ChatError, ChatTemplate, SpecialTokens};
-use crate::checkpoint::CheckpointFiles;
+use crate::checkpoint::decoder::is_decoder;
+use crate::checkpoint::{CONFIG, CheckpointFiles};
 use crate::error::{LoadError, TokenizerProblem};
 use crate::gguf::Gguf;
-use crate::source::{self, OnRead, ReadProgress};
-use crate::tokenizer::{EncodedText, Tokenizer, rows_with_token};
+use crate::parts::{self, ModelPart};
+use crate::score_head::{ScoreActivation, ScoreHead};
+use crate::source::{OnRead, ReadProgress};
+use crate::tokenizer::{EncodedPair, EncodedText, Tokenizer, rows_with_token};
+use serde::Deserialize;
 use std::borrow::Cow;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use trustformers_plan::{
-    FusedOps, Limits, Plan, PlanError, Pooling, Weight, WeightBytes, WeightError, Weights,
+    AdapterRoom, FusedOps, Limits, Plan, PlanError, Pooling, Weight, WeightBytes, Weights,
 };
 use trustformers_proto::Task;
 
@@ -35,6 +39,17 @@ pub struct EmbeddingFacts {
     pub normalised: bool,
     /// The text that is put before every text; empty where the checkpoint has no default prompt.
     pub prompt: String,
+}
+
+/// How a classifier, or a model that compares two texts, gives scores.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClassificationFacts {
+    /// Values of the row that the device gives for a text; [`Model::logits`] reads it.
+    pub width: usize,
+    /// The name of each logit.
+    pub labels: Vec<String>,
+    /// How logits become scores.
+    pub activation: ScoreActivation,
 }
 
 /// What a model's files say about it, for display, schedulers and APIs.
@@ -64,6 +79,8 @@ pub struct ModelFacts {
     pub file_bytes: u64,
     /// How texts become vectors; only of a model that embeds.
     pub embedding: Option<EmbeddingFacts>,
+    /// What scores mean; only of a model that classifies or ranks.
+    pub classification: Option<ClassificationFacts>,
     /// The chat template that the file carries, if any, as the Jinja text that it is.
     pub chat_template: Option<String>,
     /// What the operator of a server should know: the model loads, but something in its files is unusual.
@@ -90,6 +107,14 @@ pub struct Model {
     pub(crate) architecture: Box<dyn Architecture>,
     pub(crate) chat: Result<ChatTemplate, ChatError>,
     pub(crate) preparation: TextPreparation,
+    /// Only of a model that classifies or ranks.
+    pub(crate) score_head: Option<ScoreHead>,
+}
+
+/// The key of `config.json` that says what a checkpoint is.
+#[derive(Deserialize)]
+struct CheckpointKind {
+    model_type: String,
 }
 
 /// What is done to a text before an embedding model's tokenizer reads it.
@@ -133,8 +158,20 @@ impl Model {
         if path.is_dir() {
             return Self::load_checkpoint_while(&CheckpointFiles::of_folder(path)?, progress);
         }
-        let file = source::open(path, progress)?;
-        Self::from_bytes(path, file)
+        match parts::beside(path) {
+            Some(paths) => {
+                Self::load_files_while(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), progress)
+            }
+            None => Self::load_files_while(&[path], progress),
+        }
+    }
+
+    /// Reads and checks a model in one GGUF file, or in all parts that it was split into, in their order.
+    ///
+    /// # Errors
+    /// As [`Self::load_while`].
+    pub fn load_files_while(paths: &[&Path], progress: &mut OnRead<'_>) -> Result<Self, LoadError> {
+        Self::from_parts(parts::read(paths, progress)?)
     }
 
     /// Reads and checks a checkpoint, as [`Self::load_while`] does. Reads no other files than these.
@@ -145,6 +182,10 @@ impl Model {
         files: &CheckpointFiles,
         progress: &mut OnRead<'_>,
     ) -> Result<Self, LoadError> {
+        let CheckpointKind { model_type } = files.json(CONFIG)?;
+        if is_decoder(&model_type) {
+            return crate::generator::load(files, &model_type, progress);
+        }
         crate::encoder::load(files, progress)
     }
 
@@ -152,17 +193,24 @@ impl Model {
     ///
     /// # Errors
     /// The first problem of the content, by name.
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "so that callers need not spell the cast to a shared source"
-    )]
     pub fn from_bytes(path: &Path, file: WeightBytes) -> Result<Self, LoadError> {
-        let bytes: &[u8] = (*file).as_ref();
+        let gguf = Gguf::parse((*file).as_ref()).map_err(|problem| LoadError::gguf(path, problem))?;
+        let parts = vec![ModelPart { path: path.to_owned(), gguf, file }];
+        parts::check(&parts)?;
+        Self::from_parts(parts)
+    }
+
+    /// Checks the files of a model, of which the first has the keys; there is at least one.
+    fn from_parts(parts: Vec<ModelPart>) -> Result<Self, LoadError> {
+        let mut weights = weights(&parts)?;
+        let file_bytes = parts.iter().map(|part| (*part.file).as_ref().len()).sum();
+        let mut parts = parts.into_iter();
+        let Some(ModelPart { path, mut gguf, file }) = parts.next() else {
+            return Err(LoadError::NotAFile { path: PathBuf::new() });
+        };
+        gguf.tensors.extend(parts.flat_map(|part| part.gguf.tensors));
+        let (path, bytes): (&Path, &[u8]) = (&path, (*file).as_ref());
         let wrong = |problem| LoadError::gguf(path, problem);
-        let gguf = Gguf::parse(bytes).map_err(wrong)?;
-        gguf.check_whole().map_err(wrong)?;
-        let mut weights =
-            weights(&gguf, &file).map_err(|problem| LoadError::Weights { path: path.to_owned(), problem })?;
         let name = gguf.metadata.string("general.architecture").map_err(wrong)?;
         let architecture = match arch::resolve(name, &gguf, &mut weights) {
             Some(resolved) => resolved.map_err(wrong)?,
@@ -176,7 +224,7 @@ impl Model {
         };
         let tokenizer = Tokenizer::from_gguf(&gguf, bytes)
             .map_err(|problem| LoadError::Tokenizer { path: path.to_owned(), problem })?;
-        let mut facts = facts(&gguf, architecture.sizes(), bytes.len()).map_err(wrong)?;
+        let mut facts = facts(&gguf, architecture.sizes(), file_bytes).map_err(wrong)?;
         if tokenizer.eos_ids().is_empty() {
             facts.warnings.push(NO_END_TOKEN.to_owned());
         }
@@ -184,7 +232,7 @@ impl Model {
         let chat = chat(&gguf, &tokenizer, facts.chat_template.as_deref()).map_err(wrong)?;
         let weights = Arc::new(weights);
         let preparation = TextPreparation::default();
-        let model = Self { weights, tokenizer, facts, architecture, chat, preparation };
+        let model = Self { weights, tokenizer, facts, architecture, chat, preparation, score_head: None };
         model.check_plan().map_err(|problem| LoadError::Plan { path: path.to_owned(), problem })?;
         Ok(model)
     }
@@ -204,6 +252,18 @@ impl Model {
         self.architecture.plan(&self.weights, request)
     }
 
+    /// [`Self::plan`] with room for adapters. No projection of it applies an activation.
+    ///
+    /// # Errors
+    /// As [`Self::plan`].
+    pub fn plan_with_adapters(&self, request: &PlanRequest, room: AdapterRoom) -> Result<Plan, PlanError> {
+        if room.is_none() {
+            return self.plan(request);
+        }
+        let fused = request.fused.without_activations();
+        self.plan(&PlanRequest { fused, ..*request })?.with_adapters(room)
+    }
+
     /// The ids of a text as an embedding model reads it: with the model's default prompt before it, special
     /// tokens around both, and cut where it is longer than [`ModelFacts::context_tokens`].
     ///
@@ -220,6 +280,31 @@ impl Model {
     pub fn encode_up_to(&self, text: &str, max_tokens: usize) -> Result<EncodedText, TokenizerProblem> {
         let most = max_tokens.min(self.facts.context_tokens);
         self.tokenizer.encode_up_to(&self.preparation.apply(text), most)
+    }
+
+    /// The ids of two texts that a model reads together, at most `max_tokens` with special tokens, and
+    /// never more than [`ModelFacts::context_tokens`]. Where they are too long the longer one is cut
+    /// first. A default prompt is for single texts and not put before them.
+    ///
+    /// # Errors
+    /// A tokenizer whose template has no form for two texts; else as [`Self::encode`].
+    pub fn encode_pair(
+        &self,
+        first: &str,
+        second: &str,
+        max_tokens: usize,
+    ) -> Result<EncodedPair, TokenizerProblem> {
+        let most = max_tokens.min(self.facts.context_tokens);
+        if self.preparation.lowercase {
+            return self.tokenizer.encode_pair(&first.to_lowercase(), &second.to_lowercase(), most);
+        }
+        self.tokenizer.encode_pair(first, second, most)
+    }
+
+    /// The logits of a text, from its row of a model that classifies or ranks; `None` of other models.
+    /// They become scores by [`ClassificationFacts::activation`].
+    pub fn logits(&self, row: &[f32]) -> Option<Vec<f32>> {
+        self.score_head.as_ref().map(|head| head.logits(row))
     }
 
     /// The template that renders a conversation to a prompt.
@@ -251,20 +336,32 @@ impl Model {
     }
 }
 
-/// The tensors of the file. Those with a row per token lose the rows without a token: no prompt can contain
+/// The tensors of all files. Those with a row per token lose the rows without a token: no prompt can contain
 /// such a row's id, and no answer may.
-fn weights(gguf: &Gguf, file: &WeightBytes) -> Result<Weights, WeightError> {
-    let used_rows = rows_with_token(gguf, (**file).as_ref()).unwrap_or(usize::MAX);
+fn weights(parts: &[ModelPart]) -> Result<Weights, LoadError> {
+    let first = parts.first().and_then(|part| rows_with_token(&part.gguf, (*part.file).as_ref()));
+    let used_rows = first.unwrap_or(usize::MAX);
     let mut weights = Weights::new();
-    for tensor in &gguf.tensors {
-        let (mut matrix, mut range) = (tensor.matrix(), tensor.range.clone());
-        if arch::has_row_per_token(&tensor.name) && used_rows < matrix.0 && used_rows > 0 {
-            // Rows are stored one after the other, each in the same number of bytes.
-            range.end = range.start + range.len() / matrix.0 * used_rows;
-            matrix.0 = used_rows;
+    for ModelPart { path, gguf, file } in parts {
+        for tensor in &gguf.tensors {
+            let (mut matrix, mut range) = (tensor.matrix(), tensor.range.clone());
+            if arch::has_row_per_token(&tensor.name) && used_rows < matrix.0 && used_rows > 0 {
+                // Rows are stored one after the other, each in the same number of bytes.
+                range.end = range.start + range.len() / matrix.0 * used_rows;
+                matrix.0 = used_rows;
+            }
+            let mut source = Arc::clone(file);
+            if let Some(packing) = tensor.packing {
+                let bytes: &[u8] = (**file).as_ref();
+                let unpacked = packing.unpack(&tensor.name, &bytes[range]);
+                let unpacked = unpacked.map_err(|problem| LoadError::gguf(path, problem))?;
+                range = 0..unpacked.len();
+                source = Arc::new(unpacked);
+            }
+            let weight = Weight::new(tensor.name.clone(), tensor.dtype, matrix, source, range);
+            let pushed = weight.and_then(|weight| weights.push(weight));
+            pushed.map_err(|problem| LoadError::Weights { path: path.clone(), problem })?;
         }
-        let source = Arc::clone(file);
-        weights.push(Weight::new(tensor.name.clone(), tensor.dtype, matrix, source, range)?)?;
     }
     Ok(weights)
 }
@@ -304,6 +401,7 @@ fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts,
         head_dim: sizes.head_dim,
         file_bytes: file_bytes as u64,
         embedding: None,
+        classification: None,
         chat_template: meta.opt_string("tokenizer.chat_template")?.map(str::to_owned),
         warnings: Vec::new(),
     })

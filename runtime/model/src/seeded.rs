@@ -1,5 +1,5 @@
-//! Small models with random weights that depend on nothing but a seed: Llamas and Qwens as GGUF files, BERTs
-//! as checkpoints.
+//! Small models with random weights that depend on nothing but a seed: decoders of every family as GGUF
+//! files, with adapters as PEFT writes them, BERTs as checkpoints.
 //!
 //! Tests of the engine, the pod and the whole cluster need a model that loads in a millisecond and answers
 //! the same on every machine. It has the shape, the file format and the tokenizer of a real one (byte-level,
@@ -10,13 +10,19 @@
 //! SplitMix64 output function on `start + (i + 1) * 0x9E3779B97F4A7C15`; norm weights are 1, and biases are
 //! the sequence times 0.3. Quantised tensors are rounded from these values block by block.
 
+mod adapter;
+mod decoders;
 mod encoder;
+mod families;
 mod store;
 
+pub use adapter::SeededAdapter;
 pub use encoder::SeededEncoder;
+pub use families::{SeededCheckpoint, SeededEncoderFamily};
 
 use crate::gguf::{GgufValue, GgufWriter};
 use crate::tokenizer::byte_chars;
+use decoders::{Content, TensorRecipe};
 use store::store;
 use trustformers_plan::DType;
 use trustformers_plan::seeded::SeededRng;
@@ -55,6 +61,26 @@ pub enum SeededFamily {
     Llama,
     /// `qwen2`, with its own split rule.
     Qwen2,
+    /// `qwen3`: norms of query and key heads, a width that is not the queries'.
+    Qwen3,
+    /// `smollm3`: every fourth layer does not rotate.
+    SmolLm3,
+    /// `olmo2`: norms of what a block's parts add, and of rows of queries and keys.
+    Olmo2,
+    /// `granite`: factors.
+    Granite,
+    /// `phi3`: joined tensors, LongRoPE of three quarters of each head, a window.
+    Phi3,
+    /// `gemma2`: soft caps, windows.
+    Gemma2,
+    /// `gemma3`: norms of heads, two rotations, windows.
+    Gemma3,
+    /// `gpt2`: learned positions, layer norms.
+    Gpt2,
+    /// `llama` with four experts.
+    Mixtral,
+    /// `qwen3moe`: a Qwen3 with four experts.
+    Qwen3Moe,
 }
 
 impl SeededFamily {
@@ -62,13 +88,23 @@ impl SeededFamily {
         match self {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::SmolLm3 => "smollm3",
+            Self::Olmo2 => "olmo2",
+            Self::Granite => "granite",
+            Self::Phi3 => "phi3",
+            Self::Gemma2 => "gemma2",
+            Self::Gemma3 => "gemma3",
+            Self::Gpt2 => "gpt2",
+            Self::Mixtral => "llama",
+            Self::Qwen3Moe => "qwen3moe",
         }
     }
 
     fn split(self) -> &'static str {
         match self {
-            Self::Llama => "smollm",
             Self::Qwen2 => "qwen2",
+            _ => "smollm",
         }
     }
 }
@@ -159,6 +195,30 @@ impl SeededModel {
         self.file(&self.pairs(), QkvStorage::OneTensor)
     }
 
+    /// The bytes of two GGUF files that are the parts of one model, of a family beside Llama and Qwen2.
+    ///
+    /// # Panics
+    /// As [`Self::gguf`].
+    pub fn gguf_in_parts(&self) -> [Vec<u8>; 2] {
+        let recipes = decoders::tensors(self);
+        let halves = recipes.split_at(recipes.len() / 2);
+        // Sizes of a test model fit 32 bits by a wide margin.
+        let split = |number: u32| {
+            let counts = [("no", number), ("count", 2), ("tensors.count", recipes.len() as u32)];
+            counts.map(|(key, count)| (format!("split.{key}"), GgufValue::U32(count)))
+        };
+        let write = |pairs: Vec<(String, GgufValue)>, recipes: &[TensorRecipe]| {
+            let mut file = GgufWriter::new();
+            for (key, value) in &pairs {
+                file.pair(key, value);
+            }
+            recipes.iter().for_each(|recipe| self.tensor(&mut file, recipe));
+            file.finish()
+        };
+        let first = self.pairs().into_iter().chain(split(0)).collect();
+        [write(first, halves.0), write(split(1).to_vec(), halves.1)]
+    }
+
     /// The bytes of the GGUF file without one of its keys.
     ///
     /// # Panics
@@ -180,7 +240,11 @@ impl SeededModel {
         for (key, value) in pairs {
             file.pair(key, value);
         }
-        let (width, vocabulary) = (self.heads * self.head_dim, self.vocabulary());
+        if !matches!(self.family, SeededFamily::Llama | SeededFamily::Qwen2) {
+            decoders::tensors(self).iter().for_each(|recipe| self.tensor(&mut file, recipe));
+            return file.finish();
+        }
+        let (width, vocabulary) = (self.width(), self.vocabulary());
         self.matrix(&mut file, "token_embd.weight", vocabulary, width);
         for layer in 0..self.layers {
             let name = |part: &str| format!("blk.{layer}.{part}.weight");
@@ -197,6 +261,26 @@ impl SeededModel {
             self.matrix(&mut file, "output.weight", vocabulary, width);
         }
         file.finish()
+    }
+
+    /// Width of the stream.
+    fn width(&self) -> usize {
+        decoders::width(self.family, self.heads * self.head_dim)
+    }
+
+    /// Elements of a head that are rotated.
+    fn rotated_dims(&self) -> usize {
+        if self.family == SeededFamily::Phi3 { self.head_dim / 4 * 3 } else { self.head_dim }
+    }
+
+    fn tensor(&self, file: &mut GgufWriter, recipe: &TensorRecipe) {
+        match recipe.content {
+            Content::Matrix { rows } => self.matrix(file, &recipe.name, rows, recipe.cols),
+            Content::Norm | Content::Bias | Content::Divisors => {
+                let values = store(&recipe.vector_values(self.seed), DType::F32);
+                file.tensor(&recipe.name, &[recipe.cols], DType::F32, &values);
+            }
+        }
     }
 
     fn queries_keys_values(&self, file: &mut GgufWriter, layer: usize, storage: QkvStorage) {
@@ -236,18 +320,23 @@ impl SeededModel {
         // Sizes of a test model fit 32 bits by a wide margin.
         let number = |n: usize| GgufValue::U32(n as u32);
         let family = self.family.architecture();
+        let is_gpt2 = self.family == SeededFamily::Gpt2;
+        let norm = if is_gpt2 { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" };
         let pairs = [
             ("block_count", number(self.layers)),
             ("context_length", number(self.context_tokens)),
-            ("embedding_length", number(self.heads * self.head_dim)),
+            ("embedding_length", number(self.width())),
             ("feed_forward_length", number(self.feed_forward)),
             ("attention.head_count", number(self.heads)),
-            ("attention.head_count_kv", number(self.kv_heads)),
-            ("attention.layer_norm_rms_epsilon", GgufValue::F32(1e-5)),
-            ("rope.freq_base", GgufValue::F32(10_000.0)),
-            ("rope.dimension_count", number(self.head_dim)),
-            ("vocab_size", number(self.vocabulary())),
+            ("attention.head_count_kv", number(if is_gpt2 { self.heads } else { self.kv_heads })),
+            (norm, GgufValue::F32(1e-5)),
         ];
+        let base = if self.family == SeededFamily::Gemma3 { 1e6 } else { 10_000.0 };
+        let rotation =
+            [("rope.freq_base", GgufValue::F32(base)), ("rope.dimension_count", number(self.rotated_dims()))];
+        let rotation = rotation.into_iter().filter(|_| !is_gpt2);
+        let pairs = pairs.into_iter().chain(rotation);
+        let pairs = pairs.chain([("vocab_size", number(self.vocabulary()))]).chain(decoders::keys(self));
         let general = [("architecture", text(family)), ("name", text("Seeded test model"))];
         let general = general.map(|(key, value)| (format!("general.{key}"), value));
         general.into_iter().chain(pairs.map(|(key, value)| (format!("{family}.{key}"), value))).collect()

@@ -1,26 +1,24 @@
-//! Tokenizers. A GGUF file carries byte-level BPE, which is built here from the file's own vocabulary and
-//! merges. The tokenizer of a checkpoint is read from its `tokenizer.json`.
+//! Tokenizers. A GGUF file carries byte-level BPE or the pieces of SentencePiece, of which the tokenizer is
+//! built here. The tokenizer of a checkpoint is read from its `tokenizer.json`.
 
+mod generator;
 mod json;
 mod special;
+mod split;
+mod spm;
 
-pub use json::EncodedText;
+pub use json::{EncodedPair, EncodedText};
 pub(crate) use special::rows_with_token;
 
 use crate::detokenizer::Detokenizer;
 use crate::error::TokenizerProblem;
 use crate::gguf::Gguf;
-use special::SpecialIds;
+use special::{SpecialIds, SpecialRules};
+use split::{SplitRule, split_rule};
 use std::collections::HashMap;
 use std::fmt;
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::normalizers::{NFC, NormalizerWrapper};
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer as Library};
+use tokenizers::{AddedToken, Tokenizer as Library};
 
 const MODEL: &str = "tokenizer.ggml.model";
 const PRE: &str = "tokenizer.ggml.pre";
@@ -32,20 +30,8 @@ const MERGES: &str = "tokenizer.ggml.merges";
 const TYPE_CONTROL: i64 = 3;
 const TYPE_USER_DEFINED: i64 = 4;
 const TYPE_UNUSED: i64 = 5;
-
-/// Ends a document of Qwen2. Files name one end token, that of a turn; the models produce this one as well,
-/// and their own generation settings name both.
-const END_OF_TEXT: &str = "<|endoftext|>";
-
-/// How Qwen2 splits text: contractions, words with one mark or space before them, single digits, runs of
-/// marks, line ends, white space.
-const QWEN2_SPLIT: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"|\p{N}",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-);
+/// One byte, of the pieces of SentencePiece.
+const TYPE_BYTE: i64 = 6;
 
 /// Text to ids and ids to text, as one model was trained with.
 pub struct Tokenizer {
@@ -69,16 +55,18 @@ impl Tokenizer {
     /// Builds the tokenizer that `gguf`, parsed from `file`, describes.
     pub(crate) fn from_gguf(gguf: &Gguf, file: &[u8]) -> Result<Self, TokenizerProblem> {
         let meta = &gguf.metadata;
-        match meta.string(MODEL)? {
-            "gpt2" => {}
-            other => return Err(unsupported(MODEL, other, "gpt2 (byte-level BPE)")),
-        }
-        let split = split_rule(meta.opt_string(PRE)?.unwrap_or("default"))?;
         let mut tokens = texts(gguf, file, TOKENS)?;
         let mut types = token_types(gguf, file, tokens.len())?;
         let used = rows_with_token(gguf, file).unwrap_or(tokens.len());
         tokens.truncate(used);
         types.truncate(used);
+        match meta.string(MODEL)? {
+            "gpt2" => {}
+            "llama" => return Self::from_pieces(gguf, file, &tokens, &types),
+            other => return Err(unsupported(MODEL, other, "gpt2 (byte-level BPE), llama (SentencePiece)")),
+        }
+        let SplitRule { normaliser, cut, keeps_tokens, end } =
+            split_rule(meta.opt_string(PRE)?.unwrap_or("default"))?;
         let mut vocab = Vocab::default();
         for (token, id) in tokens.iter().zip(0..) {
             vocab.entry((*token).to_owned()).or_insert(id);
@@ -86,21 +74,20 @@ impl Tokenizer {
         let merges = merges(gguf, file)?;
         let model = BPE::builder()
             .vocab_and_merges(vocab, merges)
+            .ignore_merges(keeps_tokens)
             .build()
             .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
         let mut library = Library::new(model);
-        library
-            .with_normalizer(split.normaliser)
-            .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
-        library.with_pre_tokenizer(Some(split.cut));
+        library.with_normalizer(normaliser).map_err(|error| TokenizerProblem::Library(error.to_string()))?;
+        library.with_pre_tokenizer(Some(cut));
         let special =
             tokens.iter().zip(&types).filter(|(token, kind)| is_special(**kind) && !token.is_empty());
         library
             .add_special_tokens(special.map(|(token, _)| AddedToken::from(*token, true).normalized(false)))
             .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
-        let SpecialIds { begin, ends: eos } = SpecialIds::read(gguf, file, &tokens, split.end)?;
-        let unused = types.iter().zip(0..).filter(|(kind, _)| **kind == TYPE_UNUSED).map(|(_, id)| id);
-        let (unused, bytes) = (unused.collect(), TokenBytes::new(&tokens, &types));
+        let SpecialIds { begin, ends: eos } =
+            SpecialIds::read(gguf, file, &tokens, &SpecialRules::byte_level(end))?;
+        let (unused, bytes) = (unused_ids(&types), TokenBytes::new(&tokens, &types));
         Ok(Self { library, bytes, begin, eos, unused, templated: false })
     }
 
@@ -200,37 +187,13 @@ fn entry(key: &'static str, why: String) -> TokenizerProblem {
     TokenizerProblem::Entry { key, why }
 }
 
+/// The ids of tokens that the file marks as unused.
+fn unused_ids(types: &[i64]) -> Vec<u32> {
+    types.iter().zip(0..).filter(|(kind, _)| **kind == TYPE_UNUSED).map(|(_, id)| id).collect()
+}
+
 fn is_special(kind: i64) -> bool {
     matches!(kind, TYPE_CONTROL | TYPE_USER_DEFINED)
-}
-
-/// What happens to a text before merging.
-struct SplitRule {
-    normaliser: Option<NormalizerWrapper>,
-    cut: PreTokenizerWrapper,
-    /// A token that ends texts although the file does not name it.
-    end: Option<&'static str>,
-}
-
-/// The rule with that name in the GGUF key. No step adds a space.
-fn split_rule(name: &str) -> Result<SplitRule, TokenizerProblem> {
-    match name {
-        // Single digits, then the pieces of GPT-2's expression, each as bytes.
-        "smollm" => {
-            let steps = vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()];
-            Ok(SplitRule { normaliser: None, cut: Sequence::new(steps).into(), end: None })
-        }
-        // Composed characters, then the expression, each piece as bytes.
-        "qwen2" => {
-            let pattern = SplitPattern::Regex(QWEN2_SPLIT.to_owned());
-            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
-                .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
-            let steps = vec![split.into(), ByteLevel::new(false, true, false).into()];
-            let cut = Sequence::new(steps).into();
-            Ok(SplitRule { normaliser: Some(NFC.into()), cut, end: Some(END_OF_TEXT) })
-        }
-        other => Err(unsupported(PRE, other, "smollm, qwen2")),
-    }
 }
 
 fn texts<'a>(gguf: &Gguf, file: &'a [u8], key: &'static str) -> Result<Vec<&'a str>, TokenizerProblem> {
@@ -396,6 +359,25 @@ mod tests {
     }
 
     #[test]
+    fn rules_differ_in_digits_and_words() {
+        let text = "HelloWorld's 12345";
+        let cases: [(&str, &[&str]); 7] = [
+            ("gpt-2", &["HelloWorld", "'s", " 12345"]),
+            ("llama-bpe", &["HelloWorld", "'s", " ", "123", "45"]),
+            ("dbrx", &["HelloWorld", "'s", " ", "123", "45"]),
+            ("gpt-4o", &["Hello", "World's", " ", "123", "45"]),
+            ("tekken", &["Hello", "World", "'s", " ", "1", "2", "3", "4", "5"]),
+            ("falcon", &["HelloWorld", "'", "s", " ", "123", "45"]),
+            ("starcoder", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5"]),
+        ];
+        for (rule, expected) in cases {
+            assert_eq!(splits(rule, text), expected, "{rule}");
+        }
+        let keeps = |rule| split_rule(rule).unwrap().keeps_tokens;
+        assert!(keeps("llama3") && keeps("tekken") && !keeps("dbrx") && !keeps("qwen2"));
+    }
+
+    #[test]
     fn qwen2_composes_characters_and_ends_documents() {
         let load = |family| {
             let file = SeededModel { family, ..SeededModel::default() }.gguf();
@@ -436,11 +418,11 @@ mod tests {
     fn unsupported_tokenizers_are_refused_by_name() {
         let text = |t: &str| GgufValue::String(t.to_owned());
         let cases = [
-            (MODEL, text("llama"), "key tokenizer.ggml.model is \"llama\", which is not supported"),
+            (MODEL, text("bert"), "key tokenizer.ggml.model is \"bert\", which is not supported"),
             (
                 PRE,
-                text("llama-bpe"),
-                "key tokenizer.ggml.pre is \"llama-bpe\", which is not supported; supported: smollm, qwen2",
+                text("deepseek-llm"),
+                "key tokenizer.ggml.pre is \"deepseek-llm\", which is not supported; supported: default, gpt-2",
             ),
             (TOKENS, GgufValue::Strings(vec![]), "key tokenizer.ggml.tokens: it is empty"),
             (TOKENS, GgufValue::Integers(vec![1]), "key tokenizer.ggml.tokens: it is not a list of texts"),

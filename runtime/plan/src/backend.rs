@@ -12,7 +12,10 @@
 
 use std::sync::Arc;
 
-use crate::{DType, KvType, Plan, PlanError, SampleInput, StepError, StepInput, StepOutput, Weights};
+use crate::{
+    Adapter, AdapterError, AdapterSlot, DType, KvType, Plan, PlanError, SampleInput, StepError, StepInput,
+    StepOutput, Weights,
+};
 
 /// Which kind of device a backend drives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -81,6 +84,12 @@ impl FusedOps {
         rope_kv_write: false,
     };
 
+    /// These forms without activations in projections, for plans with room for adapters.
+    #[must_use]
+    pub const fn without_activations(self) -> Self {
+        Self { gelu_epilogue: false, silu_mul_epilogue: false, ..self }
+    }
+
     /// All fused forms.
     pub const ALL: Self = Self {
         concat_matmul: true,
@@ -117,6 +126,13 @@ pub struct Caps {
     /// Whether in [`Numerics::Fast`] a row of few has the bits that it has alone, as draft tokens need it to
     /// leave every answer as it is.
     pub rows_are_invariant: bool,
+    /// The numbers of rows for which it has executables of their own, ascending; none for a device that
+    /// computes as many rows as a step has. See [`mod@crate::buckets`].
+    pub row_buckets: Vec<usize>,
+    /// Whether the cache of a loaded model can change its size ([`Loaded::resize_kv`]).
+    pub kv_resizes: bool,
+    /// Whether it runs plans with room for adapters ([`mod@crate::adapter`]).
+    pub adapters: bool,
 }
 
 impl Caps {
@@ -250,6 +266,9 @@ pub enum BackendError {
         /// Number of the op.
         index: usize,
     },
+    /// An adapter that cannot be put or dropped; the others are as they were.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// A plan that does not belong to the loaded model.
     #[error("the plan does not belong to the loaded model: {0}")]
     Mismatch(&'static str),
@@ -286,12 +305,50 @@ pub trait Loaded: Send {
     /// Bytes it takes.
     fn memory(&self) -> MemoryReport;
 
-    /// Makes a plan executable. All executables of one model share its cache and arena, so one step runs at a
-    /// time.
+    /// Makes a plan executable. All executables of one model share its cache, its arena and the latest
+    /// sample, so one step runs at a time. A device with [`Caps::row_buckets`] is asked for one executable
+    /// for each.
     ///
     /// # Errors
     /// [`BackendError::Mismatch`] when the plan needs more than was loaded.
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError>;
+
+    /// Changes how many blocks the key/value cache has, up to the room of the loaded plan
+    /// ([`Plan::with_kv_room`]). Blocks below both numbers keep their content. The memory of blocks that are
+    /// gone is free for others when this returns. It may be called while steps are in flight: they have no
+    /// rows in blocks that are gone or new.
+    ///
+    /// # Errors
+    /// [`BackendError::Mismatch`] above the room, [`BackendError::OutOfMemory`], and
+    /// [`BackendError::Unsupported`] where [`Caps::kv_resizes`] is not claimed. The cache is as it was then.
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError>;
+
+    /// Whether another model was refused memory since the cache of this one last shrank. Blocks that nothing
+    /// needs should then be given back.
+    fn kv_is_wanted(&self) -> bool {
+        false
+    }
+
+    /// Puts an adapter into an empty slot: every step that is submitted afterwards may choose it. It may be
+    /// called while steps are in flight; they have no rows of this slot. [`Self::memory`] counts it as
+    /// weights.
+    ///
+    /// # Errors
+    /// [`BackendError::Adapter`] where it does not fit the model or the plan's room,
+    /// [`BackendError::OutOfMemory`], and [`BackendError::Unsupported`] where [`Caps::adapters`] is not
+    /// claimed.
+    fn put_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), BackendError> {
+        let what = format!("adapters (slot {slot}, {})", adapter.name);
+        Err(BackendError::Unsupported { device: "this device".to_owned(), what })
+    }
+
+    /// Takes the adapter out of a slot and frees its memory. Every step that chose it was awaited before.
+    ///
+    /// # Errors
+    /// [`BackendError::Adapter`] where the slot holds none.
+    fn drop_adapter(&mut self, slot: AdapterSlot) -> Result<(), BackendError> {
+        Err(AdapterError::Empty(slot).into())
+    }
 }
 
 /// A plan that can run.

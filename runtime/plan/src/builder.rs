@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use crate::{
-    Activation, AttentionShape, FusedOps, Hyper, Limits, Op, Plan, PlanError, Pooling, RopeSpec, RowSpace,
-    Segment, WeightId, Weights, arena, passes,
+    Activation, AdapterRoom, AttentionShape, Experts, FusedOps, GeluForm, Hyper, Limits, Op, Plan, PlanError,
+    Pooling, RopeSpec, RowSpace, Scores, Segment, WeightId, Weights, arena, passes,
 };
 
 /// A matrix that some op makes; belongs to its builder.
@@ -71,7 +71,19 @@ pub(crate) fn place(
     let layout = arena::lay_out(&draft, &limits)?;
     let weight_names: Arc<[String]> = weights.iter().map(|(_, w)| w.name().to_owned()).collect();
     let ops = draft.ops.iter().map(|op| op.map(|_, value| layout.buf(value))).collect();
-    Ok(Plan { ops, hyper, limits, arena_bytes: layout.bytes, weight_names })
+    let (adapters, kv_room, arena_bytes) = (AdapterRoom::NONE, 0, layout.bytes);
+    Ok(Plan { ops, hyper, limits, adapters, kv_room, arena_bytes, weight_names, second_segment: None })
+}
+
+/// The matrices of all experts of a part, each the rows of one expert after those of the last.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertWeights {
+    /// (experts · hidden) × width.
+    pub gate: WeightId,
+    /// Like `gate`.
+    pub up: WeightId,
+    /// (experts · width) × hidden.
+    pub down: WeightId,
 }
 
 /// Collects a model's ops. The crate's tests have a complete small model.
@@ -80,6 +92,7 @@ pub struct PlanBuilder<'a> {
     hyper: Hyper,
     limits: Limits,
     draft: Draft,
+    second_segment: Option<usize>,
     first_error: Option<PlanError>,
 }
 
@@ -88,7 +101,13 @@ impl<'a> PlanBuilder<'a> {
     #[must_use]
     pub fn new(weights: &'a Weights, hyper: Hyper, limits: Limits) -> Self {
         let first_error = hyper.check().and_then(|()| limits.check()).err();
-        Self { weights, hyper, limits, draft: Draft::default(), first_error }
+        Self { weights, hyper, limits, draft: Draft::default(), second_segment: None, first_error }
+    }
+
+    /// Tokens that a sequence may have.
+    #[must_use]
+    pub const fn context_tokens(&self) -> usize {
+        self.hyper.context
     }
 
     /// Rows of the embedding table for the step's tokens.
@@ -114,6 +133,19 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::EmbedPositions { table, out }, out)
     }
 
+    /// [`Self::embed_positions`] of a table that also knows the segment: its first `second` rows are those of
+    /// the positions in a first segment, the rows from there on those of the positions in a second one. So a
+    /// model that reads pairs of texts needs no further op. Steps say where a second segment begins with
+    /// [`crate::StepInput::begin_second_segment`].
+    pub fn embed_positions_of_segments(&mut self, table: WeightId, second: usize) -> Value {
+        let (rows, context) = (self.weights.get(table).rows(), self.hyper.context);
+        self.check(second >= context && rows >= second + context, "embed_positions", || {
+            format!("a table of {rows} rows, {second} of the first segment, for a context of {context}")
+        });
+        self.second_segment = Some(second);
+        self.embed_positions(table)
+    }
+
     /// Adds a vector to each row, such as a bias or BERT's embedding of the only token type in use.
     pub fn add_row(&mut self, input: Value, weight: WeightId) -> Value {
         let info = self.check_vector("add_row", input, weight);
@@ -121,9 +153,14 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::AddRow { input, weight, out }, out)
     }
 
-    /// Root-mean-square norm of each row, times `weight`.
+    /// Root-mean-square norm of each row, times `weight`; of each group of columns where the weight is
+    /// narrower than the row and its columns divide the row's.
     pub fn rms_norm(&mut self, input: Value, weight: WeightId, eps: f32) -> Value {
-        let info = self.check_vector("rms_norm", input, weight);
+        let (info, w) = (self.draft.info(input), self.weights.get(weight));
+        let (rows, cols, name) = (w.rows(), w.cols(), w.name().to_owned());
+        self.check(rows == 1 && cols > 0 && info.cols.is_multiple_of(cols), "rms_norm", || {
+            format!("{name} is {rows} x {cols}, the input has {} columns", info.cols)
+        });
         let out = self.draft.new_value(info.cols, info.rows);
         self.push(Op::RmsNorm { input, weight, eps, out }, out)
     }
@@ -155,6 +192,13 @@ impl<'a> PlanBuilder<'a> {
         self.check(dims_ok, "rope", || {
             format!("{} rotary dimensions in heads of {}", spec.dims, spec.head_dim)
         });
+        if let Some(id) = spec.scaling.frequencies {
+            let (pairs, w) = (spec.dims / 2, self.weights.get(id));
+            let (rows, cols, name) = (w.rows(), w.cols(), w.name().to_owned());
+            self.check((rows, cols) == (1, pairs), "rope", || {
+                format!("{name} is {rows} x {cols}, a frequency for each of {pairs} pairs was expected")
+            });
+        }
         self.push(Op::Rope { data, spec }, data)
     }
 
@@ -173,7 +217,11 @@ impl<'a> PlanBuilder<'a> {
 
     /// Causal attention of `query`, of all rows or of gathered ones, over the cache of `layer`, which must
     /// have been written before in this plan.
-    pub fn attention(&mut self, layer: usize, query: Value, scale: f32) -> Value {
+    pub fn attention(&mut self, layer: usize, query: Value, scores: impl Into<Scores>) -> Value {
+        let scores = scores.into();
+        self.check(scores.window != Some(0), "attention", || "a window has one position at least".into());
+        let cap_ok = scores.soft_cap.is_none_or(|cap| cap > 0.0);
+        self.check(cap_ok, "attention", || "a soft cap is above 0".into());
         let Hyper { heads, kv_heads, head_dim, .. } = self.hyper;
         let info = self.draft.info(query);
         let fits = info.cols == heads * head_dim && info.rows != RowSpace::Sequences;
@@ -186,7 +234,7 @@ impl<'a> PlanBuilder<'a> {
         self.check(written, "attention", || format!("layer {layer} is read before it is written"));
         let shape = AttentionShape { heads, kv_heads, head_dim };
         let out = self.draft.new_value(info.cols, info.rows);
-        self.push(Op::Attention { layer, query, shape, scale, out }, out)
+        self.push(Op::Attention { layer, query, shape, scores, out }, out)
     }
 
     /// Attention of each row of `query` to all rows of its sequence in the step, before and after it. For
@@ -209,9 +257,59 @@ impl<'a> PlanBuilder<'a> {
 
     /// `gelu(input)`, by the error function.
     pub fn gelu(&mut self, input: Value) -> Value {
+        self.gelu_by(input, GeluForm::Erf)
+    }
+
+    /// `gelu(input)`, by the hyperbolic tangent.
+    pub fn gelu_tanh(&mut self, input: Value) -> Value {
+        self.gelu_by(input, GeluForm::Tanh)
+    }
+
+    fn gelu_by(&mut self, input: Value, form: GeluForm) -> Value {
         let info = self.draft.info(input);
         let out = self.draft.new_value(info.cols, info.rows);
-        self.push(Op::Gelu { input, out }, out)
+        self.push(Op::Gelu { input, form, out }, out)
+    }
+
+    /// The feed-forward part of the experts that each row uses by its `scores`.
+    pub fn experts(
+        &mut self,
+        input: Value,
+        scores: Value,
+        experts: Experts,
+        weights: ExpertWeights,
+    ) -> Value {
+        let (info, scored) = (self.draft.info(input), self.draft.info(scores));
+        let Experts { count, used, hidden } = experts;
+        let fits = (1..=count).contains(&used) && scored.cols == count && scored.rows == info.rows;
+        self.check(fits, "experts", || format!("{} scores for {used} of {count} experts", scored.cols));
+        let ExpertWeights { gate, up, down } = weights;
+        for (id, rows, cols) in
+            [(gate, hidden, info.cols), (up, hidden, info.cols), (down, info.cols, hidden)]
+        {
+            let weight = self.weights.get(id);
+            let (shape, name) = ((weight.rows(), weight.cols()), weight.name().to_owned());
+            self.check(Some(shape.0) == count.checked_mul(rows) && shape.1 == cols, "experts", || {
+                format!("{name} is {} x {}, {count} times {rows} x {cols} was expected", shape.0, shape.1)
+            });
+        }
+        let middle = self.draft.new_value(used.saturating_mul(hidden), info.rows);
+        self.push(Op::ExpertsUp { input, scores, gate, up, experts, out: middle }, middle);
+        let out = self.draft.new_value(info.cols, info.rows);
+        self.push(Op::ExpertsDown { input: middle, scores, down, experts, out }, out)
+    }
+
+    /// `input * factor`.
+    pub fn scale(&mut self, input: Value, factor: f32) -> Value {
+        let info = self.draft.info(input);
+        let out = self.draft.new_value(info.cols, info.rows);
+        self.push(Op::Scale { input, factor, out }, out)
+    }
+
+    /// `a * b`, element by element.
+    pub fn mul(&mut self, a: Value, b: Value) -> Value {
+        let out = self.like("mul", a, b);
+        self.push(Op::Mul { a, b, out }, out)
     }
 
     /// `silu(gate) * up`.
@@ -245,12 +343,21 @@ impl<'a> PlanBuilder<'a> {
 
     /// Projects gathered rows onto the vocabulary: the step's answer.
     pub fn logits(&mut self, input: Value, weight: WeightId) {
+        self.capped_logits(input, weight, None);
+    }
+
+    /// [`Self::logits`] of which each value `v` becomes `cap * tanh(v / cap)`, where there is a cap.
+    pub fn capped_logits(&mut self, input: Value, weight: WeightId, soft_cap: Option<f32>) {
         let (info, rows, vocab) = (self.draft.info(input), self.weights.get(weight).rows(), self.hyper.vocab);
         self.check(info.rows == RowSpace::Logits, "logits", || "gather the rows first".into());
         self.check(rows == vocab, "logits", || format!("{rows} rows for a vocabulary of {vocab}"));
         self.check_projection("logits", input, weight);
         let out = self.draft.new_value(rows, RowSpace::Logits);
         self.push(Op::Logits { input, weight, out }, out);
+        if let Some(cap) = soft_cap {
+            self.check(cap > 0.0, "soft_cap", || format!("{cap} is not above 0"));
+            self.push(Op::SoftCap { data: out, cap }, out);
+        }
     }
 
     /// One row per sequence, the answer of an encoding plan. `normalise` divides each row by its length. With
@@ -270,7 +377,8 @@ impl<'a> PlanBuilder<'a> {
     /// The first mistake of the calls before, or an arena whose size overflows.
     pub fn finish(mut self, fused: &FusedOps) -> Result<Plan, PlanError> {
         let answers = self.draft.ops.iter().filter(|op| op.answer().is_some()).count();
-        let last = self.draft.ops.last().is_some_and(|op| op.answer().is_some());
+        let mut behind = self.draft.ops.iter().rev().skip_while(|op| matches!(op, Op::SoftCap { .. }));
+        let last = behind.next().is_some_and(|op| op.answer().is_some());
         self.check(answers == 1 && last, "answer", || {
             format!("a plan ends in logits or pool, and has one of them: found {answers}")
         });
@@ -278,7 +386,8 @@ impl<'a> PlanBuilder<'a> {
         if let Some(error) = self.first_error {
             return Err(error);
         }
-        place(self.draft, fused, self.weights, self.hyper, self.limits)
+        let plan = place(self.draft, fused, self.weights, self.hyper, self.limits)?;
+        Ok(Plan { second_segment: self.second_segment, ..plan })
     }
 
     fn push(&mut self, op: Op<Value>, result: Value) -> Value {

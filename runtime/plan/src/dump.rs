@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
-use crate::{Activation, AttentionShape, Buf, Op, Plan, Pooling, RopeLayout, RopeSpec, RowSpace, WeightId};
+use crate::{
+    Activation, AttentionShape, Buf, Experts, GeluForm, Op, Plan, Pooling, RopeLayout, RopeSpec, RowSpace,
+    Scores, WeightId,
+};
 
 pub(crate) fn dump(plan: &Plan) -> String {
     let (h, l) = (plan.hyper(), plan.limits());
@@ -21,6 +24,10 @@ pub(crate) fn dump(plan: &Plan) -> String {
         l.logits_rows,
         plan.arena_bytes(),
     );
+    if !plan.adapters().is_none() {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "adapters: {} slots of rank {}", plan.adapters().slots, plan.adapters().rank);
+    }
     for (index, op) in plan.ops().iter().enumerate() {
         let target = op.output().map_or_else(String::new, |out| format!(" -> {}", buf(out)));
         // Writing to a String cannot fail.
@@ -38,22 +45,33 @@ fn operands(plan: &Plan, op: &Op) -> String {
             format!("{} + {}", norm(plan, *input, *weight, *eps), plan.weight_name(*bias))
         }
         Op::MatMul { .. } => projection(plan, op),
-        Op::Rope { data, spec } => format!("{} {}", buf(*data), rope(spec)),
+        Op::Rope { data, spec } => format!("{} {}", buf(*data), rope(plan, spec)),
         Op::KvWrite { layer, keys, values } => format!("layer {layer}: k {} v {}", buf(*keys), buf(*values)),
         Op::RopeKvWrite { layer, query, keys, values, spec } => {
             let rotated = format!("q {} k {}", buf(*query), buf(*keys));
-            format!("layer {layer}: {rotated} v {} {}", buf(*values), rope(spec))
+            format!("layer {layer}: {rotated} v {} {}", buf(*values), rope(plan, spec))
         }
-        Op::Attention { layer, query, shape, scale, .. } => {
-            format!("layer {layer}: q {} {} scale {scale}", buf(*query), heads(shape))
+        Op::Attention { layer, query, shape, scores, .. } => {
+            format!("layer {layer}: q {} {} {}", buf(*query), heads(shape), scores_text(scores))
         }
         Op::EncoderAttention { query, keys, values, shape, scale, .. } => {
             let operands = format!("q {} k {} v {}", buf(*query), buf(*keys), buf(*values));
             format!("{operands} {} scale {scale}", heads(shape))
         }
-        Op::SiluMul { gate, up, .. } => format!("{} * {}", buf(*gate), buf(*up)),
+        Op::SiluMul { gate: a, up: b, .. } | Op::Mul { a, b, .. } => format!("{} * {}", buf(*a), buf(*b)),
+        Op::ExpertsUp { input, scores, gate, up, experts, .. } => {
+            let names = format!("{} | {}", plan.weight_name(*gate), plan.weight_name(*up));
+            format!("[{names}] . {} by {} {}", buf(*input), buf(*scores), experts_text(experts))
+        }
+        Op::ExpertsDown { input, scores, down, experts, .. } => {
+            let name = plan.weight_name(*down);
+            format!("[{name}] . {} by {} {}", buf(*input), buf(*scores), experts_text(experts))
+        }
+        Op::Scale { input, factor, .. } => format!("{} * {factor}", buf(*input)),
+        Op::SoftCap { data, cap } => format!("{} cap {cap}", buf(*data)),
         Op::Add { a, b, .. } => format!("{} + {}", buf(*a), buf(*b)),
-        Op::GatherRows { input, .. } | Op::Gelu { input, .. } => buf(*input),
+        Op::GatherRows { input, .. } | Op::Gelu { input, form: GeluForm::Erf, .. } => buf(*input),
+        Op::Gelu { input, form: GeluForm::Tanh, .. } => format!("{} by tanh", buf(*input)),
         Op::AllReduce { data } => buf(*data),
         Op::Logits { input, weight, .. } => format!("[{}] . {}", plan.weight_name(*weight), buf(*input)),
         Op::Pool { input, pooling, normalise, .. } => {
@@ -93,12 +111,28 @@ fn projection(plan: &Plan, op: &Op) -> String {
     residual.map_or_else(|| product.clone(), |r| format!("{product} + {}", buf(r)))
 }
 
-fn rope(spec: &RopeSpec) -> String {
+fn rope(plan: &Plan, spec: &RopeSpec) -> String {
     let layout = match spec.layout {
         RopeLayout::Interleaved => "interleaved",
         RopeLayout::Neox => "neox",
     };
-    format!("{layout} base {} dims {}/{}", spec.base, spec.dims, spec.head_dim)
+    let name = |id: WeightId| format!(" frequencies {}", plan.weight_name(id));
+    let frequencies = spec.scaling.frequencies.map_or_else(String::new, name);
+    let magnitude = match spec.scaling.magnitude {
+        1.0 => String::new(),
+        magnitude => format!(" magnitude {magnitude}"),
+    };
+    format!("{layout} base {} dims {}/{}{frequencies}{magnitude}", spec.base, spec.dims, spec.head_dim)
+}
+
+fn scores_text(scores: &Scores) -> String {
+    let cap = scores.soft_cap.map_or_else(String::new, |cap| format!(" cap {cap}"));
+    let window = scores.window.map_or_else(String::new, |window| format!(" window {window}"));
+    format!("scale {}{cap}{window}", scores.scale)
+}
+
+fn experts_text(experts: &Experts) -> String {
+    format!("{} of {} experts x {}", experts.used, experts.count, experts.hidden)
 }
 
 fn heads(shape: &AttentionShape) -> String {

@@ -9,14 +9,18 @@
 //! fuse the forms that the backend's [`Caps`] claim, [`arena`] assigns offsets to the buffers, and
 //! [`Backend`] → [`Loaded`] → [`Executable`] run the plan on a [`StepInput`]. [`mod@sample`] chooses tokens.
 //! [`Backend::estimate`] tells the memory before a load. [`shard`](mod@shard) divides a model among the
-//! devices of a group. The backend [`oracle::Oracle`] defines the right answers: plain loops, one thread.
-//! [`seeded`] is the generator for reproducible weights.
+//! devices of a group. [`mod@adapter`] has small changes of a model that sequences choose. The backend
+//! [`oracle::Oracle`] defines the right answers: plain loops, one thread. [`seeded`] is the generator for
+//! reproducible weights.
 
+pub mod adapter;
 pub mod arena;
 pub mod backend;
+pub mod buckets;
 pub mod builder;
 pub mod dtype;
 mod dump;
+pub mod experts;
 pub mod kv;
 pub mod op;
 pub mod oracle;
@@ -29,16 +33,18 @@ pub mod shard;
 pub mod step;
 pub mod weights;
 
+pub use adapter::{Adapter, AdapterError, AdapterRoom, AdapterSlot, AdapterTable, LowRank};
 pub use backend::{
     Backend, BackendError, Caps, DeviceKind, EstimateSpec, Executable, FusedOps, LoadProgress, LoadSpec,
     Loaded, MemoryReport, Numerics,
 };
-pub use builder::{PlanBuilder, Value};
+pub use builder::{ExpertWeights, PlanBuilder, Value};
 pub use dtype::DType;
+pub use experts::{ChosenExpert, Experts};
 pub use kv::KvType;
 pub use op::{
-    Access, Activation, AttentionShape, Buf, Norm, Op, Pooling, RopeLayout, RopeSpec, RowSpace, Segment,
-    WeightUse,
+    Access, Activation, AttentionShape, Buf, GeluForm, Norm, Op, Pooling, RopeLayout, RopeScaling, RopeSpec,
+    RowSpace, Scores, Segment, WeightUse,
 };
 pub use plan::{Hyper, Limits, Plan, PlanError};
 pub use sample::{

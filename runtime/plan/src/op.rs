@@ -6,7 +6,7 @@
 //! match over the set lists all ops without a wildcard, so that a new op does not compile until every backend
 //! implements it.
 
-use crate::WeightId;
+use crate::{Experts, WeightId};
 
 /// Which rows of a step a buffer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -44,7 +44,8 @@ pub enum RopeLayout {
     Neox,
 }
 
-/// A rotary position embedding: pair `i` rotates by `position * base^(-2i/dims)` radians.
+/// A rotary position embedding: pair `i` rotates by `position * base^(-2i/dims)` radians, or by another
+/// frequency where the rotation is scaled.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RopeSpec {
     /// How elements are paired.
@@ -55,6 +56,58 @@ pub struct RopeSpec {
     pub dims: usize,
     /// Elements of a head.
     pub head_dim: usize,
+    /// How the rotation differs from that of its base.
+    pub scaling: RopeScaling,
+}
+
+/// What the methods that extend a model's context change in its rotary embedding: linear and YaRN scaling,
+/// that of Llama 3, and LongRoPE all come down to other frequencies and a factor.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RopeScaling {
+    /// 1 × dims/2: the frequency of each pair, in place of the power of the base.
+    pub frequencies: Option<WeightId>,
+    /// Multiplies cosines and sines, and so the length of what is rotated.
+    pub magnitude: f32,
+}
+
+impl RopeScaling {
+    /// The frequencies of the base.
+    pub const NONE: Self = Self { frequencies: None, magnitude: 1.0 };
+}
+
+/// How the products of a query with keys become scores.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// Multiplies the products, usually `1/sqrt(head_dim)`.
+    pub scale: f32,
+    /// Where set, each scaled product `s` becomes `cap * tanh(s / cap)`.
+    pub soft_cap: Option<f32>,
+    /// Where set, a row attends to at most this many positions: its own and those before it. At least 1.
+    pub window: Option<usize>,
+}
+
+impl From<f32> for Scores {
+    /// Scaled products, of all positions.
+    fn from(scale: f32) -> Self {
+        Self { scale, soft_cap: None, window: None }
+    }
+}
+
+impl Scores {
+    /// The first position that the row at `position` attends to.
+    #[must_use]
+    pub fn first(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+}
+
+/// Which approximation of the Gaussian error linear unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GeluForm {
+    /// `x * (1 + erf(x / sqrt(2))) / 2`.
+    Erf,
+    /// `x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) / 2`.
+    Tanh,
 }
 
 /// Heads of an attention; `heads` is a multiple of `kv_heads`, and query head `h` reads key/value head
@@ -120,11 +173,12 @@ pub enum Op<B = Buf> {
         /// Tokens × width.
         out: B,
     },
-    /// `out[r] = input[r] / sqrt(mean(input[r]²) + eps) * weight`.
+    /// `out[r] = input[r] / sqrt(mean(input[r]²) + eps) * weight`. Where the weight is narrower than the row,
+    /// each group of as many columns (a head) is normed by itself.
     RmsNorm {
         /// Rows × width.
         input: B,
-        /// 1 × width.
+        /// 1 × width, or a divisor of the width.
         weight: WeightId,
         /// Added to the mean of squares.
         eps: f32,
@@ -208,7 +262,8 @@ pub enum Op<B = Buf> {
         /// The rotation of queries and keys.
         spec: RopeSpec,
     },
-    /// Causal softmax attention of each row over its sequence's cache, positions `0..=position[r]`.
+    /// Causal softmax attention of each row over its sequence's cache, positions
+    /// `scores.first(position[r])..=position[r]`.
     Attention {
         /// Layer of the cache.
         layer: usize,
@@ -216,8 +271,8 @@ pub enum Op<B = Buf> {
         query: B,
         /// Heads.
         shape: AttentionShape,
-        /// Multiplies the scores, usually `1/sqrt(head_dim)`.
-        scale: f32,
+        /// Scale, soft cap and window.
+        scores: Scores,
         /// Like `query`.
         out: B,
     },
@@ -237,10 +292,12 @@ pub enum Op<B = Buf> {
         /// Like `query`.
         out: B,
     },
-    /// `out = input * (1 + erf(input / sqrt(2))) / 2`.
+    /// `out = gelu(input)`.
     Gelu {
         /// Rows × features.
         input: B,
+        /// The approximation.
+        form: GeluForm,
         /// Like `input`.
         out: B,
     },
@@ -252,6 +309,61 @@ pub enum Op<B = Buf> {
         up: B,
         /// Like `gate`.
         out: B,
+    },
+    /// `out[r] = concat(silu(gate_e · input[r]) * (up_e · input[r]) for each expert e that the row uses, best
+    /// first)`; see [`Experts::choose`].
+    ExpertsUp {
+        /// Rows × width.
+        input: B,
+        /// Rows × experts.
+        scores: B,
+        /// The experts' matrices of hidden × width, one after the other.
+        gate: WeightId,
+        /// Like `gate`.
+        up: WeightId,
+        /// The experts.
+        experts: Experts,
+        /// Rows × (used · hidden).
+        out: B,
+    },
+    /// `out[r] = sum(share_i * (down_e · hidden_i) for the i-th expert e that the row uses)`, where
+    /// `hidden_i` are the `i`-th columns of the row.
+    ExpertsDown {
+        /// Rows × (used · hidden).
+        input: B,
+        /// Rows × experts.
+        scores: B,
+        /// The experts' matrices of width × hidden, one after the other.
+        down: WeightId,
+        /// The experts.
+        experts: Experts,
+        /// Rows × width.
+        out: B,
+    },
+    /// `out = a * b`, element by element.
+    Mul {
+        /// Rows × features.
+        a: B,
+        /// Like `a`.
+        b: B,
+        /// Like `a`.
+        out: B,
+    },
+    /// `out = input * factor`.
+    Scale {
+        /// Rows × features.
+        input: B,
+        /// Of every element.
+        factor: f32,
+        /// Like `input`.
+        out: B,
+    },
+    /// `data = cap * tanh(data / cap)`, in place.
+    SoftCap {
+        /// Rows × features.
+        data: B,
+        /// The bound that no element exceeds; above 0.
+        cap: f32,
     },
     /// `out = a + b`.
     Add {
@@ -271,7 +383,7 @@ pub enum Op<B = Buf> {
         out: B,
     },
     /// `out[i] = weight · input[i]`, returned to the caller as the step's logits. The last op of a generating
-    /// plan.
+    /// plan, but for a [`Op::SoftCap`] of the logits.
     Logits {
         /// Logits × width.
         input: B,
@@ -318,6 +430,11 @@ impl<B: Copy> Op<B> {
             Self::EncoderAttention { .. } => "encoder_attention",
             Self::Gelu { .. } => "gelu",
             Self::SiluMul { .. } => "silu_mul",
+            Self::ExpertsUp { .. } => "experts_up",
+            Self::ExpertsDown { .. } => "experts_down",
+            Self::Mul { .. } => "mul",
+            Self::Scale { .. } => "scale",
+            Self::SoftCap { .. } => "soft_cap",
             Self::Add { .. } => "add",
             Self::GatherRows { .. } => "gather_rows",
             Self::Logits { .. } => "logits",
@@ -365,19 +482,25 @@ impl<B: Copy> Op<B> {
                 vec![(*weight, WeightUse::Vector), (*bias, WeightUse::Vector)]
             }
             Self::Logits { weight, .. } => vec![(*weight, WeightUse::Matrix)],
+            Self::ExpertsUp { gate, up, .. } => vec![(*gate, WeightUse::Rows), (*up, WeightUse::Rows)],
+            Self::ExpertsDown { down, .. } => vec![(*down, WeightUse::Rows)],
             Self::MatMul { norm, segments, .. } => {
                 let norm = norm.iter().map(|norm| (norm.weight, WeightUse::Vector));
                 let matrices = segments.iter().map(|segment| (segment.weight, WeightUse::Matrix));
                 let biases = segments.iter().filter_map(|segment| Some((segment.bias?, WeightUse::Vector)));
                 norm.chain(matrices).chain(biases).collect()
             }
-            Self::Rope { .. }
-            | Self::KvWrite { .. }
-            | Self::RopeKvWrite { .. }
+            Self::Rope { spec, .. } | Self::RopeKvWrite { spec, .. } => {
+                spec.scaling.frequencies.map(|id| (id, WeightUse::Vector)).into_iter().collect()
+            }
+            Self::KvWrite { .. }
             | Self::Attention { .. }
             | Self::EncoderAttention { .. }
             | Self::Gelu { .. }
             | Self::SiluMul { .. }
+            | Self::Mul { .. }
+            | Self::Scale { .. }
+            | Self::SoftCap { .. }
             | Self::Add { .. }
             | Self::GatherRows { .. }
             | Self::Pool { .. }
@@ -422,17 +545,30 @@ impl<B: Copy> Op<B> {
                 let (query, keys, values) = (f(Update, query), f(Read, keys), f(Read, values));
                 Op::RopeKvWrite { layer, query, keys, values, spec }
             }
-            Self::Attention { layer, query, shape, scale, out } => {
-                Op::Attention { layer, query: f(Read, query), shape, scale, out: f(Write, out) }
+            Self::Attention { layer, query, shape, scores, out } => {
+                Op::Attention { layer, query: f(Read, query), shape, scores, out: f(Write, out) }
             }
             Self::EncoderAttention { query, keys, values, shape, scale, out } => {
                 let (query, keys, values) = (f(Read, query), f(Read, keys), f(Read, values));
                 Op::EncoderAttention { query, keys, values, shape, scale, out: f(Write, out) }
             }
-            Self::Gelu { input, out } => Op::Gelu { input: f(Read, input), out: f(Write, out) },
+            Self::Gelu { input, form, out } => Op::Gelu { input: f(Read, input), form, out: f(Write, out) },
             Self::SiluMul { gate, up, out } => {
                 Op::SiluMul { gate: f(Read, gate), up: f(Read, up), out: f(Write, out) }
             }
+            Self::ExpertsUp { input, scores, gate, up, experts, out } => {
+                let (input, scores) = (f(Read, input), f(Read, scores));
+                Op::ExpertsUp { input, scores, gate, up, experts, out: f(Write, out) }
+            }
+            Self::ExpertsDown { input, scores, down, experts, out } => {
+                let (input, scores) = (f(Read, input), f(Read, scores));
+                Op::ExpertsDown { input, scores, down, experts, out: f(Write, out) }
+            }
+            Self::Mul { a, b, out } => Op::Mul { a: f(Read, a), b: f(Read, b), out: f(Write, out) },
+            Self::Scale { input, factor, out } => {
+                Op::Scale { input: f(Read, input), factor, out: f(Write, out) }
+            }
+            Self::SoftCap { data, cap } => Op::SoftCap { data: f(Update, data), cap },
             Self::Add { a, b, out } => Op::Add { a: f(Read, a), b: f(Read, b), out: f(Write, out) },
             Self::GatherRows { input, out } => Op::GatherRows { input: f(Read, input), out: f(Write, out) },
             Self::Logits { input, weight, out } => {
@@ -460,7 +596,7 @@ pub enum Access {
 /// How an op reads a weight. A device may store the weight in a different form for each use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum WeightUse {
-    /// Single rows, selected by the step's tokens or positions.
+    /// Single rows, selected by the step's tokens or positions, or those of the experts that its rows use.
     Rows,
     /// The one row of a vector.
     Vector,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{BackendError, Buf, Op, RowSpace, WeightId, Weights};
+use crate::{Activation, AdapterRoom, BackendError, Buf, Op, RowSpace, WeightId, Weights};
 
 /// Sizes of a model that the cache, the scheduler and validation need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,9 +83,13 @@ pub struct Plan {
     pub(crate) ops: Vec<Op>,
     pub(crate) hyper: Hyper,
     pub(crate) limits: Limits,
+    pub(crate) adapters: AdapterRoom,
+    pub(crate) kv_room: usize,
     pub(crate) arena_bytes: usize,
     /// Names by id, for dumps and errors.
     pub(crate) weight_names: Arc<[String]>,
+    /// Rows of the table of positions before those of a sequence's second segment, where there may be one.
+    pub(crate) second_segment: Option<usize>,
 }
 
 impl Plan {
@@ -107,6 +111,53 @@ impl Plan {
         &self.limits
     }
 
+    /// The room for adapters that it was made with. In a plan with room no projection has an activation.
+    #[must_use]
+    pub const fn adapters(&self) -> AdapterRoom {
+        self.adapters
+    }
+
+    /// The same plan with room for adapters. It must be made with [`crate::FusedOps::without_activations`].
+    ///
+    /// # Errors
+    /// [`PlanError`] for a projection with an activation, and for room of no rank or more than 32 bits.
+    pub fn with_adapters(mut self, room: AdapterRoom) -> Result<Self, PlanError> {
+        let fused = |op: &Op| matches!(op, Op::MatMul { activation, .. } if *activation != Activation::None);
+        if let Some(index) = self.ops.iter().position(fused).filter(|_| !room.is_none()) {
+            let detail = "a projection with room for adapters has no activation".to_owned();
+            return Err(PlanError::Shape { index, op: self.ops[index].name(), detail });
+        }
+        let sizes = [("adapters.slots", room.slots), ("adapters.rank", room.rank)];
+        let wrong = |value: usize| u32::try_from(value).is_err() || value == 0;
+        if let Some(&(field, value)) = sizes.iter().find(|(_, value)| !room.is_none() && wrong(*value)) {
+            return Err(PlanError::Size { field, value, detail: "must be above zero and fit 32 bits" });
+        }
+        self.adapters = room;
+        Ok(self)
+    }
+
+    /// The same plan for steps of at most `rows` rows, not more than the plan that was lowered. Its buffers
+    /// lie where they did.
+    #[must_use]
+    pub fn for_rows(&self, rows: usize) -> Self {
+        let limits = Limits { rows, ..self.limits };
+        Self { limits, ..self.clone() }
+    }
+
+    /// The same plan for a cache that may grow to so many blocks after it was loaded with fewer
+    /// ([`crate::Loaded::resize_kv`]).
+    #[must_use]
+    pub const fn with_kv_room(mut self, blocks: usize) -> Self {
+        self.kv_room = blocks;
+        self
+    }
+
+    /// The most blocks that the cache may have: those that it is loaded with, or more.
+    #[must_use]
+    pub const fn kv_room(&self, loaded_blocks: usize) -> usize {
+        if self.kv_room > loaded_blocks { self.kv_room } else { loaded_blocks }
+    }
+
     /// Whether steps need blocks of the key/value cache. Without a cache, all tokens of a sequence come in
     /// one step.
     #[must_use]
@@ -123,6 +174,13 @@ impl Plan {
     #[must_use]
     pub fn answer(&self) -> Buf {
         self.ops.iter().find_map(Op::answer).expect("the builder refuses a plan without an answer")
+    }
+
+    /// What is added to the positions of a sequence's second segment: the table of positions has its own rows
+    /// for them. None where sequences have one segment.
+    #[must_use]
+    pub const fn second_segment(&self) -> Option<usize> {
+        self.second_segment
     }
 
     /// Bytes of the arena, which holds all buffers.

@@ -47,6 +47,11 @@ pub enum ShardError {
         /// Devices asked for.
         devices: usize,
     },
+    /// A plan with room for adapters.
+    #[error(
+        "a plan with room for adapters cannot be divided; divide one without, and serve no adapters with it"
+    )]
+    Adapters,
     /// An op of a form that only a pass or a division makes.
     #[error("op {index} ({op}) is fused or divided already; divide a plan that was made with FusedOps::NONE")]
     NotPlain {
@@ -89,6 +94,9 @@ pub fn shard(
     if devices < 2 {
         return Err(ShardError::Devices(devices));
     }
+    if !plan.adapters().is_none() {
+        return Err(ShardError::Adapters);
+    }
     let whole = plan.hyper();
     let hyper = Hyper {
         heads: share("heads", whole.heads, devices)?,
@@ -103,7 +111,8 @@ pub fn shard(
     let Division { divided, cuts, .. } = division;
     let views = (0..devices).map(|device| views(weights, &cuts, DeviceShare { device, devices }));
     let views: Vec<Weights> = views.collect::<Result<_, WeightError>>()?;
-    let plan = builder::place(divided, fused, &views[0], hyper, *plan.limits())?;
+    let placed = builder::place(divided, fused, &views[0], hyper, *plan.limits())?;
+    let plan = Plan { second_segment: plan.second_segment, ..placed };
     Ok(views.into_iter().map(|weights| Shard { plan: plan.clone(), weights: Arc::new(weights) }).collect())
 }
 
@@ -211,6 +220,10 @@ impl<'a> Division<'a> {
         let mut own = op.clone();
         match &mut own {
             Op::Embed { table, .. } | Op::EmbedPositions { table, .. } => self.cut(*table, Cut::Whole)?,
+            Op::RmsNorm { input, weight, out, .. } if self.is_grouped(*input, *weight) => {
+                self.cut(*weight, Cut::Whole)?;
+                self.follow(*input, *out)?;
+            }
             Op::RmsNorm { input, weight, .. } | Op::Logits { input, weight, .. } => {
                 self.need_whole(index, op, *input)?;
                 self.cut(*weight, Cut::Whole)?;
@@ -220,14 +233,20 @@ impl<'a> Division<'a> {
                 self.cut(*weight, Cut::Whole)?;
                 self.cut(*bias, Cut::Whole)?;
             }
-            Op::Pool { input, .. } => self.need_whole(index, op, *input)?,
+            Op::Pool { input: data, .. } | Op::SoftCap { data, .. } => self.need_whole(index, op, *data)?,
             Op::AddRow { input, weight, out } => {
                 let is_share = self.shares.contains(input);
                 self.cut(*weight, if is_share { Cut::Columns } else { Cut::Whole })?;
                 self.follow(*input, *out)?;
             }
+            Op::ExpertsUp { .. } | Op::ExpertsDown { .. } => self.keep_whole(index, op)?,
             Op::MatMul { input, segments, out, .. } => return self.project(*input, segments, *out, op),
-            Op::Rope { data, .. } => self.need_share(index, op, *data)?,
+            Op::Rope { data, spec } => {
+                self.need_share(index, op, *data)?;
+                if let Some(frequencies) = spec.scaling.frequencies {
+                    self.cut(frequencies, Cut::Whole)?;
+                }
+            }
             Op::KvWrite { keys, values, .. } => {
                 self.need_share(index, op, *keys)?;
                 self.need_share(index, op, *values)?;
@@ -240,8 +259,10 @@ impl<'a> Division<'a> {
                 shape.kv_heads = share("key/value heads", shape.kv_heads, self.devices)?;
                 self.follow(*query, *out)?;
             }
-            Op::Gelu { input, out } | Op::GatherRows { input, out } => self.follow(*input, *out)?,
-            Op::SiluMul { gate: a, up: b, out } | Op::Add { a, b, out } => {
+            Op::Gelu { input, out, .. } | Op::Scale { input, out, .. } | Op::GatherRows { input, out } => {
+                self.follow(*input, *out)?;
+            }
+            Op::SiluMul { gate: a, up: b, out } | Op::Mul { a, b, out } | Op::Add { a, b, out } => {
                 if self.shares.contains(a) != self.shares.contains(b) {
                     let detail = "one operand is whole on every device, the other is a share";
                     return Err(ShardError::Op { index, op: op.name(), detail: detail.into() });
@@ -254,6 +275,14 @@ impl<'a> Division<'a> {
         }
         self.divided.ops.push(own);
         Ok(())
+    }
+
+    /// An op that every device computes whole.
+    fn keep_whole(&mut self, index: usize, op: &Op<Value>) -> Result<(), ShardError> {
+        for value in op.inputs() {
+            self.need_whole(index, op, value)?;
+        }
+        op.weights().into_iter().try_for_each(|(weight, _)| self.cut(weight, Cut::Whole))
     }
 
     /// A projection of a share is divided by columns and summed over devices. One of whole rows is divided by
@@ -292,12 +321,20 @@ impl<'a> Division<'a> {
             | Op::Attention { .. }
             | Op::EncoderAttention { .. }
             | Op::SiluMul { .. }
+            | Op::Mul { .. }
             | Op::Gelu { .. } => true,
+            Op::RmsNorm { input, weight, out, .. } if self.is_grouped(*input, *weight) => {
+                self.is_read_as_share(*out)
+            }
             Op::AddRow { out, .. } => self.is_read_as_share(*out),
             Op::Embed { .. }
             | Op::EmbedPositions { .. }
             | Op::RmsNorm { .. }
             | Op::LayerNorm { .. }
+            | Op::ExpertsUp { .. }
+            | Op::ExpertsDown { .. }
+            | Op::Scale { .. }
+            | Op::SoftCap { .. }
             | Op::MatMul { .. }
             | Op::RopeKvWrite { .. }
             | Op::Add { .. }
@@ -306,6 +343,11 @@ impl<'a> Division<'a> {
             | Op::Pool { .. }
             | Op::AllReduce { .. } => false,
         })
+    }
+
+    /// Whether a norm is one of groups of columns, which are heads: each device norms its own.
+    fn is_grouped(&self, input: Value, weight: WeightId) -> bool {
+        self.weights.get(weight).cols() != self.whole.info(input).cols
     }
 
     /// `out` is a share where `input` is one.

@@ -4,7 +4,7 @@
 //! staging buffer at a fixed address. [`StepInput::validate`] checks it once per step; kernels then rely on
 //! every id, position and block number.
 
-use crate::{Plan, RowSpace, SampleResult};
+use crate::{AdapterSlot, Plan, RowSpace, SampleResult};
 
 /// Tokens in one block of the paged key/value cache.
 pub const KV_BLOCK_TOKENS: usize = 16;
@@ -83,6 +83,8 @@ pub struct StepInput {
     pub cu_blocks: Vec<u32>,
     /// Rows whose logits are requested, ascending.
     pub logits_rows: Vec<u32>,
+    /// The adapter that each sequence chose; its rows are computed with no other.
+    pub adapters: Vec<Option<AdapterSlot>>,
 }
 
 /// Why a step was refused; nothing was computed.
@@ -185,6 +187,24 @@ pub enum StepError {
     /// Rows of logits were requested from a plan that answers by sequence.
     #[error("{0} rows of logits were requested, but the plan answers one row per sequence: request none")]
     NoLogits(usize),
+    /// An adapter slot that the plan does not have.
+    #[error("sequence {sequence}: adapter slot {slot} of a plan with {slots}")]
+    Adapter {
+        /// Which sequence of the step.
+        sequence: usize,
+        /// The slot.
+        slot: AdapterSlot,
+        /// Slots of the plan.
+        slots: usize,
+    },
+    /// An adapter slot that holds no adapter.
+    #[error("sequence {sequence}: adapter slot {slot} is empty")]
+    EmptySlot {
+        /// Which sequence of the step.
+        sequence: usize,
+        /// The slot.
+        slot: AdapterSlot,
+    },
     /// Two sequences of the step would write to one block.
     #[error("block {0} would be written twice: only full blocks may be shared")]
     SharedWrite(u32),
@@ -202,8 +222,10 @@ impl StepInput {
 
     /// Removes all rows and keeps the memory.
     pub fn clear(&mut self) {
-        let Self { tokens, positions, cu_seqlens, context_lens, blocks, cu_blocks, logits_rows } = self;
+        let Self { tokens, positions, cu_seqlens, context_lens, blocks, cu_blocks, logits_rows, adapters } =
+            self;
         tokens.clear();
+        adapters.clear();
         for list in [positions, cu_seqlens, context_lens, blocks, cu_blocks, logits_rows] {
             list.clear();
         }
@@ -222,6 +244,16 @@ impl StepInput {
         }
     }
 
+    /// Makes the rows of the last sequence from its row `first` on those of a second segment; none where it
+    /// has fewer rows. `offset` is what the plan's [`Plan::second_segment`] says.
+    pub fn begin_second_segment(&mut self, first: usize, offset: usize) {
+        let Some(sequence) = self.sequences().checked_sub(1) else { return };
+        let rows = self.rows_of(sequence);
+        for position in self.positions[rows].iter_mut().skip(first) {
+            *position = position.saturating_add(saturating(offset));
+        }
+    }
+
     /// Adds one row of a sequence whose token the latest sample chooses. [`Self::validate`] and
     /// [`Self::resolve`] find wrong content.
     pub fn push_sampled(&mut self, step: SampledStep<'_>) {
@@ -229,6 +261,13 @@ impl StepInput {
         self.tokens.push(Token::Sampled(step.slot));
         self.end_sequence(step.cached_tokens, row, step.blocks);
         self.logits_rows.push(saturating(row));
+    }
+
+    /// Chooses the adapter of the sequence that was added last; without this call it has none.
+    pub fn choose_adapter(&mut self, slot: Option<AdapterSlot>) {
+        if let Some(last) = self.adapters.last_mut() {
+            *last = slot;
+        }
     }
 
     /// Adds the lists of a sequence whose tokens are there, from `first_row` on.
@@ -241,6 +280,7 @@ impl StepInput {
         self.positions.extend((0..rows).map(|i| saturating(cached_tokens + i)));
         self.cu_seqlens.push(saturating(self.tokens.len()));
         self.context_lens.push(saturating(cached_tokens + rows));
+        self.adapters.push(None);
         self.blocks.extend_from_slice(blocks);
         self.cu_blocks.push(saturating(self.blocks.len()));
     }
@@ -334,7 +374,8 @@ impl StepInput {
         let cached = plan.uses_cache();
         let mut written = Vec::with_capacity(if cached { self.rows() } else { 0 });
         for sequence in 0..self.sequences() {
-            self.validate_sequence(sequence, hyper.context)?;
+            self.validate_sequence(sequence, plan)?;
+            self.validate_adapter(sequence, plan)?;
             let (tokens, rows) = (self.context_lens[sequence] as usize, self.rows_of(sequence).len());
             if cached {
                 self.validate_blocks(sequence, kv_blocks)?;
@@ -372,6 +413,7 @@ impl StepInput {
         let sequences = self.sequences();
         let checks = [
             (self.positions.len() == self.rows(), "one position per token"),
+            (self.adapters.len() == sequences, "one choice of an adapter per sequence"),
             (
                 offsets_are_valid(&self.cu_seqlens, sequences, self.rows(), 1),
                 "cu_seqlens must rise from 0 to the rows",
@@ -384,7 +426,8 @@ impl StepInput {
         checks.into_iter().find(|(ok, _)| !ok).map_or(Ok(()), |(_, what)| Err(StepError::Inconsistent(what)))
     }
 
-    fn validate_sequence(&self, sequence: usize, context: usize) -> Result<(), StepError> {
+    fn validate_sequence(&self, sequence: usize, plan: &Plan) -> Result<(), StepError> {
+        let context = plan.hyper().context;
         let (rows, tokens) = (self.rows_of(sequence), self.context_lens[sequence] as usize);
         if tokens > context {
             return Err(StepError::Context { sequence, tokens, context });
@@ -392,13 +435,26 @@ impl StepInput {
         let Some(first) = tokens.checked_sub(rows.len()) else {
             return Err(StepError::Inconsistent("a context shorter than its sequence's rows"));
         };
+        // A second segment goes to the sequence's end.
+        let mut offset = 0;
         for (i, row) in rows.enumerate() {
-            let (got, expected) = (self.positions[row], saturating(first + i));
+            let got = self.positions[row];
+            let of_segment = |offset: usize| saturating(first + i + offset);
+            offset = plan.second_segment().filter(|second| got == of_segment(*second)).unwrap_or(offset);
+            let expected = of_segment(offset);
             if got != expected {
                 return Err(StepError::Position { row, got, expected });
             }
         }
         Ok(())
+    }
+
+    fn validate_adapter(&self, sequence: usize, plan: &Plan) -> Result<(), StepError> {
+        let slots = plan.adapters().slots;
+        match self.adapters[sequence] {
+            Some(slot) if slot.index() >= slots => Err(StepError::Adapter { sequence, slot, slots }),
+            _ => Ok(()),
+        }
     }
 
     fn validate_blocks(&self, sequence: usize, kv_blocks: usize) -> Result<(), StepError> {

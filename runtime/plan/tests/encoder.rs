@@ -244,3 +244,49 @@ fn mistakes_in_an_encoder_are_reported_by_op() {
     let error = PlanBuilder::new(&weights, HYPER, zero).finish(&FusedOps::NONE).unwrap_err();
     assert!(matches!(error, PlanError::Size { field: "sequences", .. }));
 }
+
+#[test]
+fn rows_of_a_second_segment_take_the_second_half_of_the_table() {
+    let mut weights = weights();
+    let mut rng = SeededRng::new(6);
+    let values: Vec<f32> = (0..2 * 24 * 32).map(|_| rng.next_signed()).collect();
+    weights.push(Weight::from_f32("segments", (48, 32), &values).unwrap()).unwrap();
+    let weights = Arc::new(weights);
+    let w = |name: &str| weights.find(name).unwrap();
+    let plan = |second: usize| {
+        let mut b = PlanBuilder::new(&weights, HYPER, LIMITS);
+        let positions = b.embed_positions_of_segments(w("segments"), second);
+        b.pool(positions, Pooling::Max, false);
+        b.finish(&FusedOps::NONE)
+    };
+    assert!(matches!(plan(23), Err(PlanError::Shape { op: "embed_positions", .. })));
+    assert!(matches!(plan(25), Err(PlanError::Shape { op: "embed_positions", .. })));
+    let plan = plan(24).unwrap();
+    let mut input = step(&[&[1, 2, 3]]);
+    input.begin_second_segment(2, 24);
+    assert_eq!(input.positions, [0, 1, 26]);
+    assert_eq!(input.validate(&plan, 0), Ok(()));
+    // A second segment does not end before its sequence, and not every plan has one.
+    let mut back = input.clone();
+    back.positions[1] = 25;
+    back.positions[2] = 2;
+    assert_eq!(back.validate(&plan, 0), Err(StepError::Position { row: 2, got: 2, expected: 26 }));
+    let one = self::plan(&weights, &FusedOps::NONE, Pooling::Mean, true);
+    assert_eq!(input.validate(&one, 0), Err(StepError::Position { row: 2, got: 26, expected: 2 }));
+    let spec = LoadSpec {
+        weights: Arc::clone(&weights),
+        plan: &plan,
+        kv_blocks: 0,
+        kv_type: KvType::F32,
+        numerics: Numerics::Exact,
+        progress: &mut |_| {},
+    };
+    let mut loaded = Oracle::new().load(spec).unwrap();
+    let mut executable = loaded.compile(&plan).unwrap();
+    executable.submit(&input).unwrap();
+    let mut output = StepOutput::new();
+    executable.wait(&mut output).unwrap();
+    let of = |row: usize, col: usize| values[row * 32 + col];
+    let wanted: Vec<f32> = (0..32).map(|col| of(0, col).max(of(1, col)).max(of(26, col))).collect();
+    assert_eq!(output.row(0), wanted);
+}

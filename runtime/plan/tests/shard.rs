@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use trustformers_plan::{
     Backend, BackendError, DType, Executable, FusedOps, Hyper, KvType, Limits, LoadSpec, LogitsRows,
-    Numerics, Op, Plan, PlanBuilder, Pooling, RopeLayout, RopeSpec, SequenceStep, StepInput, StepOutput,
-    Value, Weight, WeightError, Weights,
+    Numerics, Op, Plan, PlanBuilder, Pooling, RopeLayout, RopeScaling, RopeSpec, SequenceStep, StepInput,
+    StepOutput, Value, Weight, WeightError, Weights,
     oracle::{Oracle, OracleGroup},
     seeded::SeededRng,
     shard::{Shard, ShardError, shard},
@@ -55,7 +55,8 @@ fn weights(hidden: usize) -> Weights {
 
 fn plan(kind: Kind, weights: &Weights, hyper: Hyper) -> Plan {
     let w = |name: &str| weights.find(name).unwrap();
-    let rope = RopeSpec { layout: RopeLayout::Neox, base: 10_000.0, dims: 8, head_dim: 8 };
+    let scaling = RopeScaling::NONE;
+    let rope = RopeSpec { layout: RopeLayout::Neox, base: 10_000.0, dims: 8, head_dim: 8, scaling };
     let mut b = PlanBuilder::new(weights, hyper, LIMITS);
     let dense = |b: &mut PlanBuilder<'_>, x: Value, name: &str| {
         let product = b.matmul(x, w(name));

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use trustformers_plan::{
     Backend, BackendError, Executable, FusedOps, Hyper, KvType, Limits, LoadSpec, LogitsRows, Numerics, Plan,
-    PlanBuilder, PlanError, RopeLayout, RopeSpec, SequenceStep, StepError, StepInput, StepOutput, Token,
-    Weight, Weights, oracle::Oracle, seeded::SeededRng,
+    PlanBuilder, PlanError, RopeLayout, RopeScaling, RopeSpec, SequenceStep, StepError, StepInput,
+    StepOutput, Token, Weight, Weights, oracle::Oracle, seeded::SeededRng,
 };
 
 const HYPER: Hyper =
@@ -48,7 +48,8 @@ fn weights() -> Weights {
 
 fn plan(weights: &Weights, fused: &FusedOps) -> Plan {
     let w = |name: &str| weights.find(name).unwrap();
-    let rope = RopeSpec { layout: RopeLayout::Interleaved, base: 10_000.0, dims: 8, head_dim: 8 };
+    let scaling = RopeScaling::NONE;
+    let rope = RopeSpec { layout: RopeLayout::Interleaved, base: 10_000.0, dims: 8, head_dim: 8, scaling };
     let mut b = PlanBuilder::new(weights, HYPER, LIMITS);
     let mut x = b.embed(w("embedding"));
     for layer in 0..HYPER.layers {

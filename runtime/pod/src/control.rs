@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::generate::RETRY_AFTER_S;
 use crate::model_table::ControlError;
 use crate::models::ModelServer;
-use crate::probe::{DEFAULT_PROBE_TOKENS, GoldenProbe};
+use crate::probe::{DEFAULT_PROBE_TOKENS, GoldenProbe, beginning_tokens};
 use crate::slots::{SwapTarget, VersionFilter};
 use crate::spec::{FetchSpec, ModelSpec, TextBatching, kv_cache_of, numerics_of};
 
@@ -256,7 +256,7 @@ fn spec_of(request: LoadModel, defaults: &LoadDefaults) -> Result<ModelSpec, Api
         spec.engine.kv_cache = kv_cache_of(kv_cache).map_err(|error| ApiError::field("kv_cache", error))?;
     }
     set_sizes(&mut spec, &request, defaults)?;
-    spec.probe = request.probe.map(golden_probe).transpose()?;
+    spec.probes = request.probes.into_iter().map(golden_probe).collect::<Result<_, _>>()?;
     Ok(spec)
 }
 
@@ -288,8 +288,9 @@ fn set_sizes(spec: &mut ModelSpec, request: &LoadModel, defaults: &LoadDefaults)
 }
 
 fn golden_probe(probe: Probe) -> Result<GoldenProbe, ApiError> {
-    let Probe { prompt, max_tokens, text, tokens_sha256 } = probe;
-    let max_tokens = max_tokens.unwrap_or(DEFAULT_PROBE_TOKENS);
-    let checked = GoldenProbe { prompt, max_tokens, text, tokens_sha256 }.check();
+    let Probe { prompt, max_tokens, text, begins_with, tokens_sha256 } = probe;
+    let beginning = begins_with.as_deref().map(beginning_tokens);
+    let max_tokens = max_tokens.or(beginning).unwrap_or(DEFAULT_PROBE_TOKENS);
+    let checked = GoldenProbe { prompt, max_tokens, text, begins_with, tokens_sha256 }.check();
     checked.map_err(|error| ApiError::field(&error.field, error.message))
 }

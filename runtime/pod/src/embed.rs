@@ -1,8 +1,7 @@
 //! Translates requests for vectors between the API and the encoder engine.
 
 use trustformers_api::{ApiError, EmbedInput, EmbedRequest, Embedded, PoolingMode};
-use trustformers_engine::Prompt;
-use trustformers_engine::encoder::{EncodeError, EncodeParams, Encoded};
+use trustformers_engine::encoder::{EncodeError, EncodeInput, EncodeParams, Encoded};
 use trustformers_model::{EmbeddingFacts, Model};
 use trustformers_plan::Pooling;
 
@@ -51,8 +50,8 @@ pub(crate) fn check_ids(request: &EmbedRequest, vocabulary: usize) -> Result<(),
 pub fn encode_params(request: EmbedRequest) -> EncodeParams {
     let EmbedRequest { input, truncate, priority, tenant, .. } = request;
     let text = |input| match input {
-        EmbedInput::Text(text) => Prompt::Text(text),
-        EmbedInput::Tokens(ids) => Prompt::Tokens(ids),
+        EmbedInput::Text(text) => EncodeInput::Text(text),
+        EmbedInput::Tokens(ids) => EncodeInput::Tokens(ids),
     };
     EncodeParams { texts: input.into_iter().map(text).collect(), truncate, priority: class(priority), tenant }
 }
@@ -119,7 +118,7 @@ mod tests {
         };
         let params = encode_params(request);
         assert_eq!((params.priority, params.tenant.as_str()), (trustformers_engine::Priority::Low, "team"));
-        assert_eq!(params.texts, [Prompt::Text("a".into()), Prompt::Tokens(vec![1])]);
+        assert_eq!(params.texts, [EncodeInput::Text("a".into()), EncodeInput::Tokens(vec![1])]);
         let full = EncodeError::Overloaded { waiting: 3, retry_after: Duration::from_secs(7) };
         assert!(matches!(failed(&full), ApiError::Overloaded { retry_after_s: 7, .. }));
         assert!(matches!(

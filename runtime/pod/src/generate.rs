@@ -51,8 +51,14 @@ pub(crate) fn has_format(request: &Generation) -> bool {
     calls || request.options.format.is_some()
 }
 
-/// Gives a request to the engine: renders a conversation, tokenises a text, compiles a format.
-pub(crate) fn submit(engine: &Engine, mut request: Generation, trace: &Trace) -> Result<Submitted, ApiError> {
+/// Gives a request to the engine, which answers with the adapter if one is named: renders a conversation,
+/// tokenises a text, compiles a format.
+pub(crate) fn submit(
+    engine: &Engine,
+    mut request: Generation,
+    adapter: Option<String>,
+    trace: &Trace,
+) -> Result<Submitted, ApiError> {
     let preparing = trace.child("prepare");
     let mut visible_tokens = Vec::new();
     let asked_format = request.options.format.is_some();
@@ -75,6 +81,7 @@ pub(crate) fn submit(engine: &Engine, mut request: Generation, trace: &Trace) ->
     };
     let mut params = generate_params(request, prompt);
     params.visible_tokens = visible_tokens;
+    params.adapter = adapter;
     let generation = engine.submit_observed(&params, PhaseSpans::of(trace)).map_err(|error| match error {
         // The only grammar that the caller did not write as a format is the one of its functions.
         SubmitError::Invalid { field: "response_format", why } if !asked_format => {
@@ -91,7 +98,7 @@ pub(crate) fn count(runner: &Runner, request: &CountRequest) -> Result<u32, ApiE
     let model = runner.model();
     let tokens = match (runner, &request.prompt) {
         (_, Prompt::Tokens(ids)) => ids.len(),
-        (Runner::Embed(_), Prompt::Text(text)) => {
+        (Runner::Embed(_) | Runner::Classify(_) | Runner::Rerank(_), Prompt::Text(text)) => {
             check_bytes(model, runner.context_tokens(), text)?;
             model.encode(text).map_err(|error| untokenised(&error))?.ids.len()
         }
@@ -212,6 +219,10 @@ fn refused(error: &SubmitError) -> ApiError {
             overloaded(message, *retry_after)
         }
         SubmitError::PromptTooLong { .. } => ApiError::TooLong { message },
+        // Callers name an adapter in the model's name.
+        SubmitError::Invalid { field: "adapter", .. } => {
+            ApiError::InvalidRequest { field: Some("model".to_owned()), message }
+        }
         SubmitError::Invalid { field, .. } => {
             ApiError::InvalidRequest { field: Some((*field).to_owned()), message }
         }

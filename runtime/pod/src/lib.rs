@@ -21,6 +21,7 @@
 //! | [`model_table`] | the models of the process: added and unloaded while the others serve |
 //! | `version_table` | the versions of a model: loaded beside the one that answers, swapped and rolled back |
 //! | `load_rate` | how fast a load goes |
+//! | [`adapters`] | adapters of a model: their files, and the names by which callers choose them |
 //! | [`control`] | who may load, swap and unload them |
 //! | [`admin`] | the port on which the operator does, with its token |
 //! | [`models`] | the `Inference` over all of them |
@@ -31,6 +32,7 @@
 //! | `trace` | the spans of a generation's phases |
 //! | [`process`] | listeners, signals, drain: the whole life of the process |
 
+pub mod adapters;
 pub mod admin;
 pub mod control;
 mod conversation;
@@ -44,6 +46,7 @@ pub mod liveness;
 pub mod load;
 mod load_rate;
 mod memory;
+mod memory_ledger;
 pub mod metrics_compat;
 mod model_files;
 pub mod model_table;
@@ -52,6 +55,7 @@ pub mod params;
 pub mod probe;
 pub mod process;
 pub mod runner;
+pub mod scores;
 pub mod slots;
 pub mod spec;
 pub mod status;

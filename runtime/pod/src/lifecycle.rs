@@ -255,7 +255,7 @@ impl ManagedModel {
         statuses.enter(self.id, ModelState::Warming);
         let warmed = async {
             let took = loaded.runner.warm_up().await?;
-            if let Some(probe) = &self.spec.probe {
+            for probe in &self.spec.probes {
                 loaded.runner.check_golden(probe).await?;
             }
             Ok::<_, Failure>(took)
@@ -386,6 +386,10 @@ mod tests {
         }
         fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
             Ok(Box::new(Broken { alive: self.alive.clone(), inner: self.inner.compile(plan)? }))
+        }
+
+        fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+            self.inner.resize_kv(blocks)
         }
     }
 

@@ -10,13 +10,14 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use prometheus::{GaugeVec, IntCounterVec, Opts, Registry};
+use prometheus::{GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use trustformers_engine::{LoadProgress, Speculation};
 use trustformers_model::{CheckpointFiles, Model, ReadProgress};
 use trustformers_proto::Task;
 use trustformers_store::{Digest, Fetched, Resolved, Source};
 
+use crate::adapters;
 use crate::device::OpenDevice;
 use crate::failure::Failure;
 use crate::memory::MemoryBudget;
@@ -39,6 +40,8 @@ pub struct Loader {
     runners: RunnerMetrics,
     seconds: GaugeVec,
     swaps: IntCounterVec,
+    /// The task of each model.
+    info: IntGaugeVec,
     memory: MemoryBudget,
     /// One load at a time: two at once would only share the same disk and cores.
     one_load: Arc<Mutex<()>>,
@@ -86,9 +89,15 @@ impl Loader {
         );
         let swaps = IntCounterVec::new(options, &["model", "result"])?;
         registry.register(Box::new(swaps.clone()))?;
+        let options = Opts::new(
+            "trustformers_model_info",
+            "Always 1, with the task of a model that was loaded: joined with other series it gives them a task.",
+        );
+        let info = IntGaugeVec::new(options, &["model", "task"])?;
+        registry.register(Box::new(info.clone()))?;
         let runners = RunnerMetrics::register(registry)?;
         let (memory, one_load, cached_files) = (MemoryBudget::default(), Arc::default(), Default::default());
-        Ok(Self { open_device, runners, seconds, swaps, memory, one_load, cached_files })
+        Ok(Self { open_device, runners, seconds, swaps, info, memory, one_load, cached_files })
     }
 
     /// Loads a model.
@@ -133,14 +142,14 @@ impl Loader {
         };
         let model = match checkpoint(&root, &files) {
             Some(checkpoint) => Model::load_checkpoint_while(&checkpoint, &mut reading),
-            None => Model::load_while(model_file(&files)?, &mut reading),
+            None => Model::load_files_while(&model_files(&files)?, &mut reading),
         };
         check_wanted()?;
         let model = model?;
         check_task(spec, &model)?;
         if spec.speculation.is_some() && model.task() != Task::Generate {
             let why = format!(
-                "speculation: {} turns texts into vectors and has no tokens to guess; remove it",
+                "speculation: {} generates no text and has no tokens to guess; remove it",
                 spec.name()
             );
             return Err(Failure::permanent("InvalidConfiguration", why));
@@ -150,9 +159,13 @@ impl Loader {
             spec.speculation.as_ref().map(|guessing| speculation(guessing, &spec, is_wanted)).transpose();
         check_wanted()?;
         spec.engine.speculation = drafts?;
+        let adapters = adapters::read(&spec, &model, is_wanted);
+        check_wanted()?;
+        let adapters = adapters?;
+        spec.engine.adapters = adapters::room(&adapters);
         let read = Instant::now();
         let backend = (self.open_device)(&spec)?;
-        let backend = self.memory.admit(&mut spec, &model, backend)?;
+        let backend = self.memory.admit(&mut spec, &model, backend, adapters::bytes(&adapters))?;
         let spec = &spec;
         let on_device = {
             let progress = Arc::clone(progress);
@@ -166,6 +179,7 @@ impl Loader {
             }
         };
         let runner = Runner::start(model, backend, spec, &self.runners, Box::new(on_device))?;
+        adapters::put(&runner, adapters)?;
         progress(total, total);
         self.keep_files(spec.name(), fetched);
         let timings = LoadTimings { digest: hashed - started, read: read - hashed, device: read.elapsed() };
@@ -210,6 +224,14 @@ impl Loader {
             // An error means that there is no such series: the model was never loaded.
             let _ = self.seconds.remove_label_values(&[spec.name(), phase]);
         }
+        self.forget_task(spec);
+    }
+
+    /// Another version of a model may have another task.
+    fn forget_task(&self, spec: &ModelSpec) {
+        for task in Task::ALL {
+            let _ = self.info.remove_label_values(&[spec.name(), task.as_str()]);
+        }
     }
 
     fn note(&self, spec: &ModelSpec, runner: &Runner, digest: &Digest, timings: LoadTimings) {
@@ -217,6 +239,8 @@ impl Loader {
         for (phase, took) in phases {
             self.seconds.with_label_values(&[spec.name(), phase]).set(took.as_secs_f64());
         }
+        self.forget_task(spec);
+        self.info.with_label_values(&[spec.name(), runner.task().as_str()]).set(1);
         let (facts, memory) = (runner.model().facts(), runner.memory());
         tracing::info!(
             model = spec.name(),
@@ -260,7 +284,7 @@ impl Loaded {
     }
 }
 
-fn wanted_files<'a>(spec: &'a ModelSpec, source: &'a Source) -> WantedFiles<'a> {
+pub(crate) fn wanted_files<'a>(spec: &'a ModelSpec, source: &'a Source) -> WantedFiles<'a> {
     WantedFiles {
         model: spec.name(),
         source,
@@ -287,7 +311,7 @@ fn speculation(
             }
             None => source.resolve(&[])?,
         };
-        Ok(Model::load_while(model_file(&files)?, &mut |_| go_on(is_wanted))?)
+        Ok(Model::load_files_while(&model_files(&files)?, &mut |_| go_on(is_wanted))?)
     };
     let draft = read().map_err(|failure: Failure| Failure {
         message: format!("the draft model: {}", failure.message),
@@ -296,7 +320,7 @@ fn speculation(
     Ok(Speculation::Draft(Arc::new(draft)))
 }
 
-fn go_on(is_wanted: &dyn Fn() -> bool) -> ControlFlow<()> {
+pub(crate) fn go_on(is_wanted: &dyn Fn() -> bool) -> ControlFlow<()> {
     if is_wanted() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
 }
 
@@ -331,10 +355,13 @@ fn check_task(spec: &ModelSpec, model: &Model) -> Result<(), Failure> {
     }
 }
 
-/// The checkpoint among the files picked, if they are one: `model.safetensors` and what lies beside and below
-/// it.
+/// The checkpoint among the files picked, if they are one: `model.safetensors`, or the list of its parts, and
+/// what lies beside and below it.
 fn checkpoint(root: &std::path::Path, files: &Resolved) -> Option<CheckpointFiles> {
-    let mut folders = files.files().iter().filter_map(|file| file.name.strip_suffix("model.safetensors"));
+    let mut folders = files.files().iter().filter_map(|file| {
+        let name = file.name.strip_suffix(".index.json").unwrap_or(&file.name);
+        name.strip_suffix("model.safetensors")
+    });
     let folder = folders.find(|folder| folder.is_empty() || folder.ends_with('/'))?;
     let below = files.files().iter().filter_map(|file| {
         let name = file.name.strip_prefix(folder)?;
@@ -343,19 +370,24 @@ fn checkpoint(root: &std::path::Path, files: &Resolved) -> Option<CheckpointFile
     Some(CheckpointFiles::new(root.join(folder), below))
 }
 
-/// The file among those picked that is the model. The others (a licence, a card) only count in the digest.
-fn model_file(files: &Resolved) -> Result<&std::path::Path, Failure> {
+/// The file among those picked that is the model, or all its parts in their order. The others (a licence, a
+/// card) only count in the digest.
+fn model_files(files: &Resolved) -> Result<Vec<&std::path::Path>, Failure> {
     let is_model = |name: &str| name.to_ascii_lowercase().ends_with(".gguf");
-    let mut models = files.files().iter().filter(|file| is_model(&file.name));
+    let models = || files.files().iter().filter(|file| is_model(&file.name));
+    if trustformers_store::are_parts(models().map(|file| file.name.as_str())) {
+        return Ok(models().map(|file| file.path.as_path()).collect());
+    }
+    let mut models = models();
     match (models.next(), models.next()) {
-        (Some(file), None) => Ok(&file.path),
-        (None, _) if files.files().len() == 1 => Ok(&files.files()[0].path),
+        (Some(file), None) => Ok(vec![file.path.as_path()]),
+        (None, _) if files.files().len() == 1 => Ok(vec![files.files()[0].path.as_path()]),
         (None, _) => Err(Failure::permanent("ModelFileNotFound", "none of the picked files is a .gguf file")),
         (Some(one), Some(other)) => Err(Failure::permanent(
             "UnsupportedModel",
             format!(
-                "{} and {} were both picked; models in several .gguf files cannot be read by this version, so pick \
-                 one with \"files\"",
+                "{} and {} were both picked, and they are not all the parts of one model; pick one model with \
+                 \"files\"",
                 one.name, other.name
             ),
         )),

@@ -1,6 +1,6 @@
 //! `trustformers-runtime`: the program of a model's pod.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use trustformers_api::browser::AllowedOrigins;
-use trustformers_proto::pod_config::PodConfig;
+use trustformers_proto::pod_config::{PodAdmin, PodConfig};
 use trustformers_runtime::admin::{AdminSettings, TokenRules};
 use trustformers_runtime::control::{LoadDefaults, ModelControl};
 use trustformers_runtime::device;
@@ -42,7 +42,8 @@ const QUIET: Duration = Duration::from_secs(2);
 struct Flags {
     /// What to load: a YAML file with model.names, model.revision, model.path and, where wanted, model.files,
     /// model.sha256, model.task, engine.{device, numerics, kvCache, contextTokens, maxBatchSize, maxQueue,
-    /// batchStrategy, maxWaitMs, priority} and drainTimeoutMs.
+    /// batchStrategy, maxWaitMs, priority}, drainTimeoutMs and, for the admin port, admin.{port, keysFile,
+    /// audience, subject, issuer}.
     #[arg(long, value_name = "FILE", default_value = "/etc/trustformers/pod.yaml")]
     config: PathBuf,
     /// Address of HTTP; [::] listens on every address, IPv4 too.
@@ -52,7 +53,8 @@ struct Flags {
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:9090")]
     grpc_address: SocketAddr,
     /// Address of the admin port: gRPC ModelService and POST /v1/models/{load, swap, rollback, unload}, for
-    /// whoever sends a token that the next three flags describe.
+    /// whoever sends a token that the next three flags describe. Without it the section admin of --config
+    /// says where it is, if there is one.
     #[arg(long, value_name = "ADDRESS", requires_all = ["admin_keys", "admin_audience", "admin_subject"])]
     admin_address: Option<SocketAddr>,
     /// The public keys that tokens are signed with: a file with what the API server answers at
@@ -105,7 +107,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(flags: Flags) -> anyhow::Result<()> {
-    let mut admin = admin_settings(&flags);
+    let asked = admin_settings(&flags);
     let Flags {
         config,
         http_address,
@@ -125,6 +127,9 @@ fn serve(flags: Flags) -> anyhow::Result<()> {
     let parsed = PodConfig::parse(&text).with_context(|| format!("{} is not valid", config.display()))?;
     let spec = ModelSpec::from_pod(&parsed, threads.map(usize::from))
         .with_context(|| format!("{} cannot be honoured", config.display()))?;
+    let threads = threads.map(usize::from);
+    let of_config = || parsed.admin.as_ref().map(|admin| pod_admin(admin, config.clone(), threads));
+    let mut admin = asked.or_else(of_config);
     if let Some(admin) = &mut admin {
         // Whoever has the token may name what the pod's own cache and Secret are for.
         admin.defaults.fetch.clone_from(&spec.fetch);
@@ -159,5 +164,15 @@ fn admin_settings(flags: &Flags) -> Option<AdminSettings> {
         issuer: flags.admin_issuer.clone(),
     };
     let defaults = LoadDefaults { threads: flags.threads.map(usize::from), ..LoadDefaults::default() };
-    Some(AdminSettings { address: flags.admin_address?, tokens, defaults })
+    Some(AdminSettings { address: flags.admin_address?, tokens, pod_config: None, defaults })
+}
+
+/// The admin port that the operator's configuration asks for.
+fn pod_admin(admin: &PodAdmin, config: PathBuf, threads: Option<usize>) -> AdminSettings {
+    AdminSettings {
+        address: SocketAddr::from((Ipv6Addr::UNSPECIFIED, admin.port)),
+        tokens: TokenRules::of_pod(admin),
+        pod_config: Some(config),
+        defaults: LoadDefaults { threads, ..LoadDefaults::default() },
+    }
 }

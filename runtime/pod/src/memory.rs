@@ -6,15 +6,15 @@
 //! has the arithmetic.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use trustformers_engine::encoder::Encoder;
 use trustformers_engine::{Engine, MemoryReport, max_grammar_bytes};
 use trustformers_model::Model;
-use trustformers_plan::{Backend, BackendError, Caps, EstimateSpec, LoadSpec, Loaded};
+use trustformers_plan::Backend;
 use trustformers_proto::Task;
 
 use crate::failure::Failure;
+use crate::memory_ledger::{MemoryLedger, ReservedBackend};
 use crate::spec::ModelSpec;
 
 /// The process without models: runtime, connections, metrics and the allocator's reserves. 13 MiB were
@@ -42,6 +42,7 @@ impl MemoryDemand {
         spec: &mut ModelSpec,
         model: &Model,
         backend: &dyn Backend,
+        adapter_bytes: u64,
         free_bytes: u64,
     ) -> Result<Self, Failure> {
         let facts = model.facts();
@@ -65,6 +66,7 @@ impl MemoryDemand {
         let mut items = device(&estimate.model);
         items.extend([
             ("draft model", estimate.draft.total_bytes()),
+            ("adapters", adapter_bytes),
             tokenizer,
             ("answers", config.answer_bytes(facts)),
         ]);
@@ -91,20 +93,29 @@ impl MemoryDemand {
     }
 }
 
-/// The memory that the models of this process have reserved.
+/// The memory that the models of this process share.
 #[derive(Debug, Default)]
 pub(crate) struct MemoryBudget {
-    reserved_bytes: Arc<AtomicU64>,
+    ledger: Arc<MemoryLedger>,
 }
 
 impl MemoryBudget {
     /// Bytes that are reserved now.
     pub(crate) fn reserved_bytes(&self) -> u64 {
-        self.reserved_bytes.load(Ordering::Relaxed)
+        self.ledger.bytes()
     }
 
-    /// Compares the memory that a model will take with the device's limit, and reserves it for as long as the
-    /// returned backend exists. Loads must not run at the same time.
+    /// Who has how much of a device: the process and the models, such as `48.0 MiB for the process, a 1.2
+    /// GiB`.
+    fn holders(&self) -> String {
+        let models = self.ledger.holders();
+        let models = models.iter().map(|own| format!(", {} {}", own.model, size(own.bytes())));
+        format!("{} for the process{}", size(PROCESS_BYTES), models.collect::<String>())
+    }
+
+    /// Compares the memory that a model will take with what is left of the device's limit, and reserves it
+    /// for as long as the returned backend exists. Waits a few seconds for what idle models can give back.
+    /// `adapter_bytes` are those of its adapters. Loads must not run at the same time.
     ///
     /// # Errors
     /// `InsufficientMemory` with the arithmetic, or a setting that the engine refuses.
@@ -113,73 +124,37 @@ impl MemoryBudget {
         spec: &mut ModelSpec,
         model: &Model,
         backend: Box<dyn Backend>,
+        adapter_bytes: u64,
     ) -> Result<Box<dyn Backend>, Failure> {
         let limit_bytes = backend.caps().memory_bytes;
-        let others_bytes = self.reserved_bytes();
-        let free_bytes = limit_bytes.saturating_sub(PROCESS_BYTES).saturating_sub(others_bytes);
-        let demand = MemoryDemand::of(spec, model, &*backend, free_bytes)?;
+        let models_bytes = limit_bytes.saturating_sub(PROCESS_BYTES);
+        // With no memory for it the budget of grammars is the least.
+        let least = MemoryDemand::of(&mut spec.clone(), model, &*backend, adapter_bytes, 0)?;
+        self.ledger.wait_for(least.total_bytes(), models_bytes);
+        let free_bytes = models_bytes.saturating_sub(self.reserved_bytes());
+        let demand = MemoryDemand::of(spec, model, &*backend, adapter_bytes, free_bytes)?;
         let (name, arithmetic) = (spec.name(), demand.arithmetic());
-        let others = if others_bytes > 0 {
-            format!(" and {} for the other models", size(others_bytes))
-        } else {
-            String::new()
-        };
-        let limit =
-            format!("limit {} less {} for the process{others}", size(limit_bytes), size(PROCESS_BYTES));
+        let left = format!("{} left of the limit of {}", size(free_bytes), size(limit_bytes));
         if demand.total_bytes() > free_bytes {
+            let advice = if self.reserved_bytes() > 0 { "unload another model, " } else { "" };
             return Err(Failure::permanent(
                 "InsufficientMemory",
                 format!(
-                    "{name} does not fit in the memory of {}: {arithmetic}, {limit} = {}; lower contextTokens or \
-                     maxBatchSize, take a smaller quantisation, or raise resources.limits.memory",
+                    "{name} does not fit in the memory of {}; {advice}lower contextTokens or maxBatchSize, take a \
+                     smaller quantisation, or raise resources.limits.memory\nneeded: {arithmetic}\nthere: {left} \
+                     ({})",
                     backend.caps().description,
-                    size(free_bytes)
+                    self.holders()
                 ),
             ));
         }
-        tracing::info!(model = name, "memory that the model will take: {arithmetic}, {limit}");
-        let reservation = Reservation::new(&self.reserved_bytes, demand.total_bytes());
-        Ok(Box::new(ReservedBackend { inner: backend, _reservation: reservation }))
-    }
-}
-
-/// Bytes that are reserved until this is dropped.
-struct Reservation {
-    reserved_bytes: Arc<AtomicU64>,
-    bytes: u64,
-}
-
-impl Reservation {
-    fn new(reserved_bytes: &Arc<AtomicU64>, bytes: u64) -> Self {
-        reserved_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Self { reserved_bytes: Arc::clone(reserved_bytes), bytes }
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.reserved_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
-
-/// A backend that holds its model's reservation. The engine's thread owns it, so the memory is free when the
-/// engine ends.
-struct ReservedBackend {
-    inner: Box<dyn Backend>,
-    _reservation: Reservation,
-}
-
-impl Backend for ReservedBackend {
-    fn caps(&self) -> &Caps {
-        self.inner.caps()
-    }
-
-    fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
-        self.inner.estimate(spec)
-    }
-
-    fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
-        self.inner.load(spec)
+        tracing::info!(
+            model = name,
+            holders = self.holders(),
+            "memory that the model will take: {arithmetic}, {left}"
+        );
+        let reservation = self.ledger.reserve(name, demand.total_bytes(), models_bytes);
+        Ok(Box::new(ReservedBackend::new(backend, reservation)))
     }
 }
 
@@ -199,6 +174,7 @@ mod tests {
     use trustformers_engine::Speculation;
     use trustformers_model::seeded::SeededModel;
     use trustformers_plan::oracle::Oracle;
+    use trustformers_plan::{BackendError, Caps, EstimateSpec, LoadSpec, Loaded};
     use trustformers_store::Source;
 
     /// The oracle on a device with little memory.
@@ -243,7 +219,7 @@ mod tests {
 
     /// What the model takes when this much memory is free.
     fn demand(folder: &TempDir, spec: &ModelSpec, free_bytes: u64) -> MemoryDemand {
-        MemoryDemand::of(&mut spec.clone(), &model(folder), &Oracle::new(), free_bytes).unwrap()
+        MemoryDemand::of(&mut spec.clone(), &model(folder), &Oracle::new(), 0, free_bytes).unwrap()
     }
 
     fn loader(limit_bytes: u64) -> Loader {
@@ -264,9 +240,20 @@ mod tests {
         assert!(model(&folder).facts().file_bytes < needed_bytes / 10);
         let failure = load(&loader(PROCESS_BYTES + needed_bytes - 1), &spec).unwrap_err();
         assert_eq!((failure.reason, failure.transient), ("InsufficientMemory", false));
-        for text in
-            ["KV cache ", " + activations ", " + answers ", " + grammars ", " = ", "limit ", "contextTokens"]
-        {
+        // Two lines of figures: what it needs, and what is left and who has the rest.
+        assert_eq!(failure.message.lines().count(), 3, "{failure}");
+        for text in [
+            "contextTokens",
+            "\nneeded: ",
+            "KV cache ",
+            " + activations ",
+            " + answers ",
+            " + grammars ",
+            " = ",
+            "\nthere: ",
+            " left of the limit of ",
+            "48.0 MiB for the process)",
+        ] {
             assert!(failure.message.contains(text), "{text} in {failure}");
         }
         load(&loader(PROCESS_BYTES + needed_bytes), &spec).unwrap();
@@ -283,8 +270,12 @@ mod tests {
         };
         let first = load_one().await.unwrap().unwrap();
         let failure = load_one().await.unwrap().unwrap_err();
-        assert!(failure.message.contains("for the other models"), "{failure}");
+        let holder = format!("48.0 MiB for the process, m {})", size(most.total_bytes()));
+        assert!(failure.message.ends_with(&holder), "{failure}");
+        assert!(failure.message.contains("unload another model"), "{failure}");
+        assert_eq!(loader.reserved_bytes(), most.total_bytes());
         first.stop().await;
+        assert_eq!(loader.reserved_bytes(), 0, "every byte is back");
         load_one().await.unwrap().unwrap();
     }
 
@@ -303,7 +294,7 @@ mod tests {
         let (folder, spec) = seeded();
         let grammar_bytes = |free_bytes| {
             let mut spec = spec.clone();
-            MemoryDemand::of(&mut spec, &model(&folder), &Oracle::new(), free_bytes).unwrap();
+            MemoryDemand::of(&mut spec, &model(&folder), &Oracle::new(), 0, free_bytes).unwrap();
             spec.engine.grammar_memory_bytes
         };
         let least = demand(&folder, &spec, 0).total_bytes();

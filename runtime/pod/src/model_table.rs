@@ -14,6 +14,7 @@ use futures::future::join_all;
 use tokio::task::JoinHandle;
 use trustformers_proto::v1::{ModelState, ModelStatus, SlotRole};
 
+use crate::adapters;
 use crate::failure::Failure;
 use crate::inflight::InflightRequests;
 use crate::lifecycle::ManagedModel;
@@ -169,9 +170,26 @@ impl ModelSnapshot {
         self.by_name.get(name)
     }
 
-    /// The first name of each model.
+    /// What answers to a name: a model, or an adapter of one, whose name is beside it. A model's own name
+    /// comes before an adapter's.
+    pub(crate) fn resolve(&self, name: &str) -> Option<(NamedModel, Option<String>)> {
+        if let Some(named) = self.named(name) {
+            return Some((named.clone(), None));
+        }
+        let (model, adapter) = adapters::split_name(name)?;
+        let named = self.named(model)?;
+        Some((named.clone(), Some(adapter.to_owned())))
+    }
+
+    /// The first name of each model, and the names of its adapters.
     pub(crate) fn choices(&self) -> Vec<String> {
-        self.models.iter().map(|model| model.name().to_owned()).collect()
+        let names = |model: &Arc<ServedModel>| {
+            let name = model.name();
+            let of_adapters =
+                model.current.spec.adapters.iter().map(|own| adapters::full_name(name, &own.name));
+            std::iter::once(name.to_owned()).chain(of_adapters).collect::<Vec<_>>()
+        };
+        self.models.iter().flat_map(names).collect()
     }
 
     fn versions(&self) -> impl Iterator<Item = &Arc<ManagedModel>> {

@@ -12,13 +12,15 @@ use tokio::sync::watch;
 use trustformers_api::inference::Models;
 use trustformers_api::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use trustformers_api::{
-    Answer, ApiError, BlockingWork, CountRequest, EmbedInput, EmbedRequest, Embedded, Generation, Health,
-    Inference, Prompt, Verdict,
+    Answer, ApiError, BlockingWork, Classified, ClassifyRequest, CountRequest, EmbedInput, EmbedRequest,
+    Embedded, Generation, Health, Inference, Prompt, RerankRequest, Reranked, Verdict,
 };
+use trustformers_engine::encoder::{EncodeParams, Encoded, Encoder};
 use trustformers_proto::Task;
 use trustformers_proto::v1::{ModelState, ModelStatus};
 use trustformers_telemetry::traces::Trace;
 
+use crate::adapters::full_name;
 use crate::control::ModelControl;
 use crate::generate::{LONG_PROMPT_BYTES, RETRY_AFTER_S, Submitted};
 use crate::inflight::{InflightGuard, InflightRequests};
@@ -29,7 +31,7 @@ use crate::model_table::{ModelTable, NamedModel, ServedModel};
 use crate::runner::Runner;
 use crate::spec::{ModelSpec, SpecError};
 use crate::status::{ModelStatuses, describe};
-use crate::{embed, generate, trace};
+use crate::{embed, generate, scores, trace};
 
 /// Long requests that are tokenised at a time. Tokenising takes at most some 340 bytes for each byte of a
 /// text; a prompt that fits a context of 8,192 tokens has at most some 400 KiB, which makes 140 MiB for each
@@ -66,14 +68,11 @@ pub struct ModelServer {
 }
 
 impl ModelServer {
-    /// Takes the models, Pending.
+    /// Takes the models, Pending. There may be none yet.
     ///
     /// # Errors
-    /// When there are none, or two claim one name.
+    /// When two claim one name.
     pub fn new(specs: Vec<ModelSpec>) -> Result<Self, SpecError> {
-        if specs.is_empty() {
-            return Err(SpecError::new("models", "is empty: give at least one model"));
-        }
         Ok(Self {
             table: Arc::new(ModelTable::new(specs)?),
             control: ModelControl::default(),
@@ -113,13 +112,23 @@ impl ModelServer {
         self.table.stop().await;
     }
 
-    /// The model that is asked for. Without a name: the only one there is, or the only one of this task.
-    fn find(&self, asked: Option<&str>, task: Task) -> Result<NamedModel, ApiError> {
-        let models = self.table.snapshot();
-        if let Some(name) = asked {
-            let unknown = || ApiError::UnknownModel { asked: name.to_owned(), choices: models.choices() };
-            return models.named(name).cloned().ok_or_else(unknown);
+    /// The model that is asked for by name, and its adapter where the name is that of one; without a name as
+    /// [`Self::only`].
+    fn find(&self, asked: Option<&str>, task: Task) -> Result<FoundModel, ApiError> {
+        let Some(name) = asked else { return Ok(FoundModel { named: self.only(task)?, adapter: None }) };
+        match self.table.snapshot().resolve(name) {
+            Some((named, adapter)) => Ok(FoundModel { named, adapter }),
+            None => Err(self.unknown(name)),
         }
+    }
+
+    fn unknown(&self, asked: &str) -> ApiError {
+        ApiError::UnknownModel { asked: asked.to_owned(), choices: self.table.snapshot().choices() }
+    }
+
+    /// The only model there is, or the only one of this task.
+    fn only(&self, task: Task) -> Result<NamedModel, ApiError> {
+        let models = self.table.snapshot();
         let any_version = |model: &Arc<ServedModel>| NamedModel { model: Arc::clone(model), version: None };
         // Whatever the only one does, its own error is the best answer.
         if let [only] = models.models() {
@@ -157,14 +166,21 @@ impl ModelServer {
     /// meanwhile. The request is in flight until the guard is dropped.
     fn acquire(&self, asked: &Asked<'_>) -> Result<AcquiredModel, ApiError> {
         loop {
-            let found = self.find(asked.model, asked.task)?;
-            let version = version_of(&found, asked.revision)?;
+            let FoundModel { named, adapter } = self.find(asked.model, asked.task)?;
+            let version = version_of(&named, asked.revision)?;
+            // Versions may have different adapters.
+            let has = |name: &String| version.spec.adapters.iter().any(|adapter| adapter.name == *name);
+            if adapter.as_ref().is_some_and(|name| !has(name)) {
+                return Err(self.unknown(asked.model.unwrap_or_default()));
+            }
             let busy = version.inflight().register();
             // It is counted first and looked at afterwards; an unload does it the other way round. So it
             // waits for this request, or this request sees it: then a table without the version is in force.
             if !version.is_retired() {
                 let serving = self.serving(&version)?;
-                return Ok(AcquiredModel { name: found.model.name().to_owned(), version, serving, busy });
+                let model = named.model.name();
+                let name = adapter.as_ref().map_or_else(|| model.to_owned(), |own| full_name(model, own));
+                return Ok(AcquiredModel { name, version, serving, adapter, busy });
             }
         }
     }
@@ -191,7 +207,7 @@ impl ModelServer {
     async fn admit(&self, request: Generation) -> Result<Answer, ApiError> {
         let trace = Trace::current();
         let (model, revision) = (request.model.as_deref(), request.revision.as_deref());
-        let AcquiredModel { name, version, serving, busy } =
+        let AcquiredModel { name, version, serving, adapter, busy } =
             self.acquire(&Asked { model, revision, task: Task::Generate })?;
         let Runner::Generate(engine) = &serving.runner else {
             return Err(wrong_task(name, &serving));
@@ -201,9 +217,9 @@ impl ModelServer {
             let (engine, trace) = (engine.clone(), trace.clone());
             let pool =
                 if generate::has_format(&request) { &self.formatted } else { self.pool(&request.prompt) };
-            pool.run(move || generate::submit(&engine, request, &trace)).await??
+            pool.run(move || generate::submit(&engine, request, adapter, &trace)).await??
         } else {
-            generate::submit(engine, request, &trace)?
+            generate::submit(engine, request, adapter, &trace)?
         };
         // The tokenizer and what describes the model; the engine with its weights ends without it.
         let model = Arc::clone(engine.model());
@@ -235,7 +251,7 @@ impl ModelServer {
 
     async fn encode(&self, request: EmbedRequest) -> Result<Embedded, ApiError> {
         let (model, revision) = (request.model.as_deref(), request.revision.as_deref());
-        let AcquiredModel { name, version, serving, busy: _busy } =
+        let AcquiredModel { name, version, serving, busy: _busy, adapter: _ } =
             self.acquire(&Asked { model, revision, task: Task::Embed })?;
         let Runner::Embed(encoder) = &serving.runner else {
             return Err(wrong_task(name, &serving));
@@ -259,13 +275,52 @@ impl ModelServer {
         let span = Trace::current().child("encode");
         let encoded = submitted.map_err(failed)?.await.map_err(failed)?;
         drop(span);
-        let by = embed::ModelIdentity {
-            name,
-            digest: serving.digest.clone(),
-            revision: version.spec.revision.clone(),
-        };
+        let by = identity(name, &serving, &version);
         Ok(embed::embedded(by, facts, encoded))
     }
+
+    async fn classify_texts(&self, request: ClassifyRequest) -> Result<Classified, ApiError> {
+        let (model, revision) = (request.model.as_deref(), request.revision.as_deref());
+        let AcquiredModel { name, version, serving, busy: _busy, adapter: _ } =
+            self.acquire(&Asked { model, revision, task: Task::Classify })?;
+        let Runner::Classify(encoder) = &serving.runner else {
+            return Err(wrong_task(name, &serving));
+        };
+        let raw = request.raw_scores;
+        let encoded = self.encode_inputs(encoder, scores::classify_params(request)).await?;
+        let by = identity(name, &serving, &version);
+        scores::classified(by, encoder.model(), &encoded, raw)
+    }
+
+    async fn rank_documents(&self, request: RerankRequest) -> Result<Reranked, ApiError> {
+        let (model, revision) = (request.model.as_deref(), request.revision.as_deref());
+        let AcquiredModel { name, version, serving, busy: _busy, adapter: _ } =
+            self.acquire(&Asked { model, revision, task: Task::Rerank })?;
+        let Runner::Rerank(encoder) = &serving.runner else {
+            return Err(wrong_task(name, &serving));
+        };
+        let raw = request.raw_scores;
+        let encoded = self.encode_inputs(encoder, scores::rerank_params(request)).await?;
+        let by = identity(name, &serving, &version);
+        scores::reranked(by, encoder.model(), &encoded, raw)
+    }
+
+    /// Encodes texts. Many or long ones are tokenised away from the threads that serve connections.
+    async fn encode_inputs(&self, encoder: &Encoder, params: EncodeParams) -> Result<Encoded, ApiError> {
+        let submitted = if scores::text_bytes(&params.texts) > LONG_PROMPT_BYTES {
+            let encoder = encoder.clone();
+            self.long_requests.run(move || encoder.submit(&params)).await?
+        } else {
+            encoder.submit(&params)
+        };
+        let failed = |error| embed::failed(&error);
+        let _span = Trace::current().child("encode");
+        submitted.map_err(failed)?.await.map_err(failed)
+    }
+}
+
+fn identity(name: String, serving: &Serving, version: &ManagedModel) -> embed::ModelIdentity {
+    embed::ModelIdentity { name, digest: serving.digest.clone(), revision: version.spec.revision.clone() }
 }
 
 /// What a request says of the model that is to answer.
@@ -275,6 +330,12 @@ struct Asked<'a> {
     task: Task,
 }
 
+/// What the name of a request stands for.
+struct FoundModel {
+    named: NamedModel,
+    adapter: Option<String>,
+}
+
 /// A model that a request asks.
 struct AcquiredModel {
     /// The name that the answer carries.
@@ -282,6 +343,8 @@ struct AcquiredModel {
     /// The version that answers.
     version: Arc<ManagedModel>,
     serving: Arc<Serving>,
+    /// The adapter that answers, which its version has.
+    adapter: Option<String>,
     /// The request is in flight until this is dropped.
     busy: InflightGuard,
 }
@@ -351,6 +414,14 @@ impl Inference for ModelServer {
         Box::pin(self.encode(request))
     }
 
+    fn classify(&self, request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>> {
+        Box::pin(self.classify_texts(request))
+    }
+
+    fn rerank(&self, request: RerankRequest) -> BoxFuture<'_, Result<Reranked, ApiError>> {
+        Box::pin(self.rank_documents(request))
+    }
+
     fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {
         Box::pin(self.count(request))
     }
@@ -382,11 +453,12 @@ impl Inference for ModelServer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapters::AdapterSpec;
     use trustformers_api::{
         CallSyntax, Conversation, Event, FinishReason, Format, Options, PoolingMode, Priority, ToolChoice,
     };
     use trustformers_model::gguf::GgufValue;
-    use trustformers_model::seeded::{SeededEncoder, SeededModel};
+    use trustformers_model::seeded::{SeededAdapter, SeededEncoder, SeededModel};
     use trustformers_plan::oracle::Oracle;
     use trustformers_store::Source;
 
@@ -449,6 +521,50 @@ mod tests {
         assert_eq!(server.statuses().status(0).names, ["ns/m", "m"]);
         assert!(all.iter().all(|one| *one == all[0]), "greedy answers are the same: {all:?}");
         assert_eq!(server.inflight().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_adapter_answers_to_its_model_and_its_own_name() {
+        let folder = tempfile::tempdir().unwrap();
+        SeededAdapter::of(SeededModel::default(), 7).write(folder.path()).unwrap();
+        let source = Source::from_path(folder.path());
+        let adapter = AdapterSpec { name: "sql".into(), source };
+        let (server, _folder) = ready(|spec| spec.adapters.push(adapter)).await;
+        let plain = tokens(server.generate(request(Some("m"))).await.unwrap()).await;
+        let mut adapted = Vec::new();
+        for name in ["m:sql", "ns/m:sql"] {
+            let answer = server.generate(request(Some(name))).await.unwrap();
+            assert_eq!(answer.model, "ns/m:sql");
+            adapted.push(tokens(answer).await);
+        }
+        assert_eq!(adapted[0], adapted[1]);
+        assert_ne!(adapted[0], plain, "the adapter changes the answer");
+        for name in ["m:other", "other:sql", ":sql", "m:"] {
+            let refused = server.generate(request(Some(name))).await.map(|answer| answer.model);
+            let Err(ApiError::UnknownModel { asked, choices }) = refused else {
+                panic!("{name}: {refused:?}")
+            };
+            assert_eq!((asked.as_str(), choices), (name, vec!["ns/m".to_owned(), "ns/m:sql".to_owned()]));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_adapter_of_another_model_fails_the_load_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let other = SeededModel { feed_forward: 64, ..SeededModel::default() };
+        SeededAdapter::of(other, 7).write(folder.path()).unwrap();
+        let model = folder.path().join("m.gguf");
+        std::fs::write(&model, SeededModel::default().gguf()).unwrap();
+        let mut spec = ModelSpec::new("m", Source::from_path(&model));
+        spec.adapters.push(AdapterSpec { name: "sql".into(), source: Source::from_path(folder.path()) });
+        let loader =
+            Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &prometheus::Registry::new()).unwrap();
+        let quiet: crate::load::OnProgress = Arc::new(|_, _| {});
+        let load = move || loader.load(&spec, &quiet);
+        let failure = tokio::task::spawn_blocking(load).await.unwrap().unwrap_err();
+        assert_eq!((failure.reason, failure.transient), ("MalformedModel", false));
+        assert!(failure.message.starts_with("adapter sql: "), "{failure}");
+        assert!(failure.message.contains("was the adapter trained for another model?"), "{failure}");
     }
 
     /// Prints the roles and contents of the messages, as the seeded tokenizer's control tokens have it.
@@ -658,7 +774,8 @@ mod tests {
             "{error}"
         );
         assert!(ModelServer::new(vec![spec("a"), spec("a")]).is_err());
-        assert!(ModelServer::new(Vec::new()).is_err());
+        // A server in front of models of others may have none of its own.
+        assert!(ModelServer::new(Vec::new()).unwrap().statuses().watch().borrow().is_empty());
     }
 
     #[tokio::test]

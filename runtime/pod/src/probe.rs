@@ -1,4 +1,4 @@
-//! The golden probe: a prompt whose greedy answer is known, asked before a model may serve.
+//! Golden probes: prompts whose greedy answer is known, asked before a model may serve.
 
 use std::fmt::Write as _;
 
@@ -13,6 +13,9 @@ use crate::spec::SpecError;
 pub const DEFAULT_PROBE_TOKENS: u32 = 16;
 /// Most tokens of the answer: the warm-up of a large model on a slow CPU takes a minute then.
 pub const MAX_PROBE_TOKENS: u32 = 256;
+/// A token has at least one byte of text, so that the bytes of a text are the most tokens that it takes, and
+/// these: tokens without text, and the first bytes of a character that is not complete.
+const SHORT_TOKENS: usize = 4;
 /// Longest prompt and text.
 const MAX_PROBE_BYTES: usize = 16 * 1024;
 
@@ -25,11 +28,38 @@ pub struct GoldenProbe {
     pub max_tokens: u32,
     /// The text of the answer.
     pub text: Option<String>,
+    /// How the answer begins: no more tokens are generated than are needed to decide.
+    pub begins_with: Option<String>,
     /// sha256 of the ids of the answer's tokens in decimal with one space between two, 64 hex digits.
     pub tokens_sha256: Option<String>,
 }
 
+/// The most tokens that an answer takes to begin with a text.
+#[must_use]
+pub fn beginning_tokens(text: &str) -> u32 {
+    u32::try_from(text.len() + SHORT_TOKENS).unwrap_or(u32::MAX).min(MAX_PROBE_TOKENS)
+}
+
 impl GoldenProbe {
+    /// A probe of which only the beginning of the answer is known.
+    ///
+    /// # Errors
+    /// What is out of range.
+    pub fn of_beginning(prompt: &str, expect: &str) -> Result<Self, SpecError> {
+        if !(1..=MAX_PROBE_TOKENS as usize).contains(&expect.len()) {
+            let why = format!("{} bytes are not within 1 to {MAX_PROBE_TOKENS}", expect.len());
+            return Err(SpecError::new("expect", why));
+        }
+        let probe = Self {
+            prompt: prompt.to_owned(),
+            max_tokens: beginning_tokens(expect),
+            text: None,
+            begins_with: Some(expect.to_owned()),
+            tokens_sha256: None,
+        };
+        probe.check()
+    }
+
     /// # Errors
     /// What is missing or out of range.
     pub fn check(self) -> Result<Self, SpecError> {
@@ -48,10 +78,23 @@ impl GoldenProbe {
         if self.text.as_ref().is_some_and(|text| text.len() > MAX_PROBE_BYTES) {
             return wrong("text", format!("give at most {MAX_PROBE_BYTES} bytes"));
         }
-        if self.text.is_none() && digest.is_none() {
-            return wrong("text", "give the text of the answer, or tokens_sha256, or both".to_owned());
+        let beginning_bytes = self.begins_with.as_ref().map(String::len);
+        if beginning_bytes.is_some_and(|bytes| !(1..=MAX_PROBE_TOKENS as usize).contains(&bytes)) {
+            return wrong("begins_with", format!("give 1 to {MAX_PROBE_TOKENS} bytes"));
+        }
+        if self.text.is_none() && self.begins_with.is_none() && digest.is_none() {
+            return wrong("text", "give the text of the answer, or begins_with, or tokens_sha256".to_owned());
         }
         Ok(self)
+    }
+
+    /// Whether more of the answer changes nothing: only its beginning is compared, and it is there or
+    /// differs.
+    fn is_decided(&self, text: &str) -> bool {
+        let only_beginning = self.text.is_none() && self.tokens_sha256.is_none();
+        self.begins_with.as_ref().is_some_and(|expected| {
+            only_beginning && (text.starts_with(expected) || !expected.starts_with(text))
+        })
     }
 }
 
@@ -60,6 +103,31 @@ impl GoldenProbe {
 /// # Errors
 /// `WrongAnswer` with both answers, or whatever stood in the way of one.
 pub(crate) async fn check(engine: &Engine, golden: &GoldenProbe) -> Result<(), Failure> {
+    let Answer { text, ids } = greedy_answer(engine, golden).await?;
+    if let Some(expected) = golden.text.as_ref().filter(|expected| **expected != text) {
+        return Err(wrong_answer(golden, &format!("{text:?} and not {expected:?}")));
+    }
+    if let Some(expected) = golden.begins_with.as_ref().filter(|expected| !text.starts_with(*expected)) {
+        return Err(wrong_answer(golden, &format!("{text:?}, which does not begin with {expected:?}")));
+    }
+    let found = tokens_sha256(&ids);
+    match &golden.tokens_sha256 {
+        Some(expected) if !expected.eq_ignore_ascii_case(&found) => {
+            let why = format!("{text:?}, whose tokens have the sha256 {found} and not {expected}");
+            Err(wrong_answer(golden, &why))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What a model answered.
+struct Answer {
+    text: String,
+    ids: Vec<u32>,
+}
+
+/// The answer, as far as the probe needs it. Its end is dropped, which cancels the rest.
+async fn greedy_answer(engine: &Engine, golden: &GoldenProbe) -> Result<Answer, Failure> {
     let params = GenerateParams::greedy(golden.prompt.as_str(), golden.max_tokens as usize);
     let refused =
         |error| Failure::permanent("WarmUpFailed", format!("the golden probe was refused: {error}"));
@@ -73,18 +141,11 @@ pub(crate) async fn check(engine: &Engine, golden: &GoldenProbe) -> Result<(), F
             }
             GenerationEvent::Finished { .. } => break,
         }
-    }
-    if let Some(expected) = golden.text.as_ref().filter(|expected| **expected != text) {
-        return Err(wrong_answer(golden, &format!("{text:?} and not {expected:?}")));
-    }
-    let found = tokens_sha256(&ids);
-    match &golden.tokens_sha256 {
-        Some(expected) if !expected.eq_ignore_ascii_case(&found) => {
-            let why = format!("{text:?}, whose tokens have the sha256 {found} and not {expected}");
-            Err(wrong_answer(golden, &why))
+        if golden.is_decided(&text) {
+            break;
         }
-        _ => Ok(()),
     }
+    Ok(Answer { text, ids })
 }
 
 fn wrong_answer(golden: &GoldenProbe, why: &str) -> Failure {
@@ -118,6 +179,7 @@ mod tests {
             prompt: prompt.into(),
             max_tokens,
             text: text.map(str::to_owned),
+            begins_with: None,
             tokens_sha256: digest.map(str::to_owned),
         };
         for (wrong, field) in [
@@ -130,6 +192,18 @@ mod tests {
             assert_eq!(wrong.check().unwrap_err().field, field);
         }
         assert!(probe("a", 1, Some(""), None).check().is_ok(), "an answer may be empty");
+    }
+
+    #[test]
+    fn a_beginning_is_decided_as_soon_as_it_is_there_or_differs() {
+        let probe = GoldenProbe::of_beginning("2 + 2 =", " 4").unwrap();
+        assert_eq!((probe.max_tokens, probe.begins_with.as_deref()), (6, Some(" 4")));
+        assert!(!probe.is_decided("") && !probe.is_decided(" "));
+        assert!(probe.is_decided(" 4") && probe.is_decided(" 42") && probe.is_decided(" 5"));
+        for (prompt, expect, field) in [("a", "", "expect"), ("a", &"b".repeat(257), "expect")] {
+            assert_eq!(GoldenProbe::of_beginning(prompt, expect).unwrap_err().field, field);
+        }
+        assert_eq!(GoldenProbe::of_beginning("", "b").unwrap_err().field, "probe.prompt");
     }
 
     #[test]

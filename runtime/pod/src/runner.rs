@@ -20,6 +20,10 @@ pub enum Runner {
     Generate(Engine),
     /// It turns texts into vectors.
     Embed(Encoder),
+    /// It gives texts the scores of labels.
+    Classify(Encoder),
+    /// It gives pairs of a query and a document a score.
+    Rerank(Encoder),
 }
 
 /// The series of all engines of a process.
@@ -59,7 +63,7 @@ impl Runner {
                     tracing::warn!(
                         model = spec.name(),
                         batching = ?spec.batching,
-                        "generation is batched continuously: strategy, waiting time and priority of batching are for models that embed and do nothing here"
+                        "generation is batched continuously: strategy, waiting time and priority of batching are for models that read texts and generate none, and do nothing here"
                     );
                 }
                 let engines = &metrics.engines;
@@ -71,9 +75,14 @@ impl Runner {
                     progress,
                 )?)
             }
-            Task::Embed => {
+            Task::Embed | Task::Classify | Task::Rerank => {
                 let config = spec.encoder_config();
-                Self::Embed(Encoder::start(model, backend, &config, &metrics.encoders, progress)?)
+                let encoder = Encoder::start(model, backend, &config, &metrics.encoders, progress)?;
+                match task {
+                    Task::Classify => Self::Classify(encoder),
+                    Task::Rerank => Self::Rerank(encoder),
+                    Task::Generate | Task::Embed => Self::Embed(encoder),
+                }
             }
         })
     }
@@ -83,6 +92,8 @@ impl Runner {
         match self {
             Self::Generate(_) => Task::Generate,
             Self::Embed(_) => Task::Embed,
+            Self::Classify(_) => Task::Classify,
+            Self::Rerank(_) => Task::Rerank,
         }
     }
 
@@ -90,7 +101,7 @@ impl Runner {
     pub fn model(&self) -> &Arc<Model> {
         match self {
             Self::Generate(engine) => engine.model(),
-            Self::Embed(encoder) => encoder.model(),
+            Self::Embed(encoder) | Self::Classify(encoder) | Self::Rerank(encoder) => encoder.model(),
         }
     }
 
@@ -98,7 +109,7 @@ impl Runner {
     pub fn device(&self) -> &str {
         match self {
             Self::Generate(engine) => &engine.info().device,
-            Self::Embed(encoder) => &encoder.info().device,
+            Self::Embed(encoder) | Self::Classify(encoder) | Self::Rerank(encoder) => &encoder.info().device,
         }
     }
 
@@ -106,7 +117,9 @@ impl Runner {
     pub fn context_tokens(&self) -> usize {
         match self {
             Self::Generate(engine) => engine.info().context_tokens,
-            Self::Embed(encoder) => encoder.info().context_tokens,
+            Self::Embed(encoder) | Self::Classify(encoder) | Self::Rerank(encoder) => {
+                encoder.info().context_tokens
+            }
         }
     }
 
@@ -114,7 +127,7 @@ impl Runner {
     pub fn memory(&self) -> &MemoryReport {
         match self {
             Self::Generate(engine) => &engine.info().memory,
-            Self::Embed(encoder) => &encoder.info().memory,
+            Self::Embed(encoder) | Self::Classify(encoder) | Self::Rerank(encoder) => &encoder.info().memory,
         }
     }
 
@@ -122,7 +135,7 @@ impl Runner {
     pub fn heartbeat(&self) -> Heartbeat {
         match self {
             Self::Generate(engine) => engine.heartbeat(),
-            Self::Embed(encoder) => encoder.heartbeat(),
+            Self::Embed(encoder) | Self::Classify(encoder) | Self::Rerank(encoder) => encoder.heartbeat(),
         }
     }
 
@@ -133,7 +146,9 @@ impl Runner {
     pub async fn warm_up(&self) -> Result<Duration, Failure> {
         Ok(match self {
             Self::Generate(engine) => engine.warm_up().await?,
-            Self::Embed(encoder) => encoder.warm_up().await?,
+            Self::Embed(encoder) | Self::Classify(encoder) | Self::Rerank(encoder) => {
+                encoder.warm_up().await?
+            }
         })
     }
 
@@ -144,9 +159,9 @@ impl Runner {
     pub async fn check_golden(&self, golden: &GoldenProbe) -> Result<(), Failure> {
         match self {
             Self::Generate(engine) => probe::check(engine, golden).await,
-            Self::Embed(_) => Err(Failure::permanent(
+            Self::Embed(_) | Self::Classify(_) | Self::Rerank(_) => Err(Failure::permanent(
                 "InvalidConfiguration",
-                "the probe compares a text that is generated, and this model turns texts into vectors; leave it out",
+                "the probe compares a text that is generated, and this model generates none; leave it out",
             )),
         }
     }
@@ -155,7 +170,7 @@ impl Runner {
     pub async fn stop(&self) {
         match self {
             Self::Generate(engine) => engine.stop().await,
-            Self::Embed(encoder) => encoder.stop().await,
+            Self::Embed(encoder) | Self::Classify(encoder) | Self::Rerank(encoder) => encoder.stop().await,
         }
     }
 
@@ -174,7 +189,7 @@ impl Runner {
                     "generation engine"
                 );
             }
-            Self::Embed(encoder) => {
+            Self::Embed(encoder) | Self::Classify(encoder) | Self::Rerank(encoder) => {
                 let info = encoder.info();
                 tracing::info!(
                     model = name,

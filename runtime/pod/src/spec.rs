@@ -7,9 +7,10 @@ use std::str::FromStr;
 use trustformers_engine::encoder::{BatchStrategy, EncoderConfig, MAX_WAIT_MS};
 use trustformers_engine::{EngineConfig, KvType, Numerics};
 use trustformers_proto::Task;
-use trustformers_proto::pod_config::PodConfig;
+use trustformers_proto::pod_config::{PodConfig, PodGoldenPrompt};
 use trustformers_store::Source;
 
+use crate::adapters::AdapterSpec;
 use crate::device::DeviceChoice;
 use crate::probe::GoldenProbe;
 
@@ -38,10 +39,12 @@ pub struct ModelSpec {
     pub engine: EngineConfig,
     /// Speculative decoding, of a model that generates.
     pub speculation: Option<SpeculationSpec>,
+    /// Adapters of a model that generates; callers choose one as `model:adapter`.
+    pub adapters: Vec<AdapterSpec>,
     /// How the engine of a model that embeds gathers texts; the other figures are those of `engine`.
     pub batching: TextBatching,
     /// What it must answer before it may serve.
-    pub probe: Option<GoldenProbe>,
+    pub probes: Vec<GoldenProbe>,
 }
 
 /// Where the files of other machines go, and what they are fetched with.
@@ -155,8 +158,9 @@ impl ModelSpec {
             threads: None,
             engine,
             speculation: None,
+            adapters: Vec::new(),
             batching: TextBatching::default(),
-            probe: None,
+            probes: Vec::new(),
         }
     }
 
@@ -164,7 +168,7 @@ impl ModelSpec {
     /// same again. Names and revision do not count, and a task that it leaves out is any.
     pub fn same_settings(&self, other: &Self) -> bool {
         let Self { names: _, revision: _, source, files, sha256, device, .. } = self;
-        let Self { threads, engine: _, speculation, batching, probe, .. } = self;
+        let Self { threads, engine: _, speculation, adapters, batching, probes, .. } = self;
         let same_task = other.task.is_none() || other.task == self.task;
         let what = same_task && (source, files, sha256) == (&other.source, &other.files, &other.sha256);
         let how = (device, threads, batching) == (&other.device, &other.threads, &other.batching);
@@ -177,7 +181,8 @@ impl ModelSpec {
                 other.engine.max_batch_size,
                 other.engine.max_queue,
             );
-        what && how && engine && (speculation, probe) == (&other.speculation, &other.probe)
+        let beside = (speculation, adapters, probes) == (&other.speculation, &other.adapters, &other.probes);
+        what && how && engine && beside
     }
 
     /// The first name.
@@ -191,7 +196,7 @@ impl ModelSpec {
     /// The setting that cannot be honoured. Figures that depend on the model (a context longer than its own)
     /// are checked when it is loaded.
     pub fn from_pod(config: &PodConfig, threads: Option<usize>) -> Result<Self, SpecError> {
-        let PodConfig { model, engine, drain_timeout_ms: _ } = config;
+        let PodConfig { model, engine, drain_timeout_ms: _, admin: _ } = config;
         let name =
             model.names.first().ok_or_else(|| SpecError::new("model.names", "give at least one name"))?;
         let source = Source::from_str(&model.path).map_err(|error| SpecError::new("model.path", error))?;
@@ -215,6 +220,7 @@ impl ModelSpec {
         spec.sha256.clone_from(&model.sha256);
         spec.task = model.task;
         spec.threads = threads;
+        spec.probes = golden_probes(&model.golden_prompts)?;
         if let Some(device) = &engine.device {
             spec.device = device.parse().map_err(|error| SpecError::new("engine.device", error))?;
         }
@@ -274,6 +280,14 @@ impl ModelSpec {
     }
 }
 
+fn golden_probes(prompts: &[PodGoldenPrompt]) -> Result<Vec<GoldenProbe>, SpecError> {
+    let probe = |(index, one): (usize, &PodGoldenPrompt)| {
+        GoldenProbe::of_beginning(&one.prompt, &one.expect)
+            .map_err(|error| SpecError::new(format!("model.goldenPrompts[{index}]"), error))
+    };
+    prompts.iter().enumerate().map(probe).collect()
+}
+
 /// `fast` or `exact`.
 ///
 /// # Errors
@@ -308,7 +322,8 @@ mod tests {
     #[test]
     fn every_setting_of_pod_yaml_reaches_the_engine() {
         let spec = spec(
-            "model: {names: [ns/a, a], revision: r1, path: /m, files: ['*.gguf'], sha256: ab, task: embed}\n\
+            "model: {names: [ns/a, a], revision: r1, path: /m, files: ['*.gguf'], sha256: ab, task: embed, \
+             goldenPrompts: [{prompt: a, expect: b}]}\n\
              engine: {device: cpu, numerics: exact, kvCache: bf16, contextTokens: 64, maxBatchSize: 200, maxQueue: 3, \
              batchStrategy: size, maxWaitMs: 7, priority: true}\n",
         )
@@ -319,6 +334,7 @@ mod tests {
             (DeviceChoice::Cpu, Some(2), Some("ab"))
         );
         assert_eq!(spec.task, Some(Task::Embed));
+        assert_eq!(spec.probes[0].begins_with.as_deref(), Some("b"));
         let encoder = spec.encoder_config();
         assert_eq!((encoder.strategy, encoder.max_wait_ms, encoder.priority), (BatchStrategy::Size, 7, true));
         assert!(spec.engine_config().priority, "classes count for generation, too");
@@ -372,6 +388,10 @@ mod tests {
                 "engine.batchStrategy",
             ),
             ("model: {names: [a], revision: r, path: /m}\nengine: {maxWaitMs: 0}", "engine.maxWaitMs"),
+            (
+                "model: {names: [a], revision: r, path: /m, goldenPrompts: [{prompt: a, expect: ''}]}",
+                "model.goldenPrompts[0]",
+            ),
         ] {
             assert_eq!(spec(text).unwrap_err().field, field);
         }

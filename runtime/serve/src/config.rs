@@ -13,6 +13,7 @@ use trustformers_api::browser::AllowedOrigins;
 use trustformers_engine::{EngineConfig, KvType, Numerics};
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{self, YamlError};
+use trustformers_runtime::adapters::AdapterSpec;
 use trustformers_runtime::admin::{AdminSettings, TokenRules};
 use trustformers_runtime::control::{LoadDefaults, ModelControl};
 use trustformers_runtime::device::DeviceChoice;
@@ -24,6 +25,7 @@ use trustformers_telemetry::traces::TraceOptions;
 use crate::config_file::ConfigFile;
 use crate::config_source::SourceOverrides;
 use crate::documents;
+use crate::remote::{EndpointConfig, HighAvailabilityConfig, LoadBalancerConfig};
 
 pub use trustformers_engine::encoder::BatchStrategy as BatchingStrategy;
 
@@ -62,13 +64,21 @@ models:
     # numerics: fast       # fast | exact: f32 activations, answers that do not depend on other requests
     # kv_cache: auto       # auto | f32 | f16 | bf16: the type in which keys and values are cached
     # max_queue: 512       # requests that may wait; one more is answered 429
-    # task: generate       # generate | embed: refuses files that are made for another task
+    # task: generate       # generate | embed | classify | rerank: refuses files that are made for another task
     # files: [\"*.gguf\"]    # picks the files of a folder
     # sha256: ...          # the digest that the files must have
     # batching: {strategy: dynamic, max_wait_time_ms: 10, enable_priority: false}    # of this model alone
     # Guesses tokens and checks several in one step: the same answers, sooner where few requests run at once.
     # speculation: {ngram: {}}                          # from the text itself
     # speculation: {draft: {path: /models/small.gguf}}  # by a smaller model of the same vocabulary
+  # A model that other servers have. Its requests are balanced among them, and what fails is retried:
+  # - {name: large, endpoints: [{url: \"http://gpu-1:8080\", weight: 2}, {url: \"http://gpu-2:8080\"}]}
+# load_balancing: {algorithm: least_connections, health_check_interval_sec: 30, unhealthy_threshold: 3, healthy_threshold: 2}
+#   algorithm: least_connections | round_robin | weighted | latency | consistent_hash
+# high_availability: {enable_circuit_breaker: true, circuit_breaker_threshold: 5, circuit_breaker_timeout_sec: 60,
+#                     retry_max_attempts: 3, retry_backoff_ms: [100, 200, 400]}
+    # Small changes of the model (LoRA, in a folder as PEFT writes it): callers name the model smollm2:sql.
+    # adapters: [{name: sql, path: /models/sql-lora}]
 monitoring:
   prometheus: {enabled: true, port: 9090}    # may equal grpc_port; /metrics is always on server.port too
   # Spans of requests go to one collector: otlp, jaeger (its older ports become that of OTLP) or zipkin.
@@ -92,6 +102,10 @@ pub struct Config {
     pub prometheus_port: Option<u16>,
     /// Where the spans of requests go; none: nothing is traced.
     pub tracing: Option<TraceOptions>,
+    /// How the endpoints of models are chosen and checked; none: as the default says.
+    pub load_balancing: Option<LoadBalancerConfig>,
+    /// What happens when endpoints fail; none: as the default says.
+    pub high_availability: Option<HighAvailabilityConfig>,
 }
 
 /// Where to listen, and what callers may do.
@@ -201,8 +215,10 @@ pub struct ModelConfig {
     /// Further names.
     pub aliases: Vec<String>,
     /// A file, or a folder that holds one model file or a checkpoint; a relative path counts from the working
-    /// directory. Also `file://` URIs.
+    /// directory. Also `file://` URIs. Empty where the model has endpoints.
     pub path: String,
+    /// Servers that have the model, which then is not loaded here: its requests are forwarded.
+    pub endpoints: Vec<EndpointConfig>,
     /// Patterns that pick the model's files in its folder; empty picks the only one there is.
     pub files: Vec<String>,
     /// The digest that the files must have, 64 hex digits.
@@ -225,6 +241,8 @@ pub struct ModelConfig {
     pub batching: Option<TextBatching>,
     /// How tokens are guessed.
     pub speculation: Option<SpeculationSpec>,
+    /// Adapters that callers choose as `model:adapter`.
+    pub adapters: Vec<AdapterSpec>,
 }
 
 impl ModelConfig {
@@ -234,6 +252,7 @@ impl ModelConfig {
             name: name.into(),
             aliases: Vec::new(),
             path: path.into(),
+            endpoints: Vec::new(),
             files: Vec::new(),
             sha256: None,
             task: None,
@@ -245,7 +264,13 @@ impl ModelConfig {
             max_queue: None,
             batching: None,
             speculation: None,
+            adapters: Vec::new(),
         }
+    }
+
+    /// Whether other servers have it.
+    pub fn is_remote(&self) -> bool {
+        !self.endpoints.is_empty()
     }
 
     /// The name, then the further ones.
@@ -267,6 +292,7 @@ impl ModelConfig {
             name,
             aliases,
             path,
+            endpoints: _,
             files,
             sha256,
             task,
@@ -278,6 +304,7 @@ impl ModelConfig {
             max_queue,
             batching: own,
             speculation,
+            adapters,
         } = self;
         let source = Source::from_str(path).map_err(|error| wrong(&format!("{section}.path"), error))?;
         let mut spec = ModelSpec::new(name.clone(), source);
@@ -295,6 +322,7 @@ impl ModelConfig {
         spec.engine.max_queue = max_queue.unwrap_or(spec.engine.max_queue);
         spec.batching = own.unwrap_or_else(|| batching.texts());
         spec.speculation.clone_from(speculation);
+        spec.adapters.clone_from(adapters);
         spec.set_max_batch_size(max_batch_size.unwrap_or(batching.max_batch_size));
         Ok(spec)
     }
@@ -423,10 +451,10 @@ impl Config {
         let AdminConfig { port, keys, audience, subject, issuer } = self.server.admin.clone()?;
         let tokens = TokenRules { keys_file: keys.into(), audience, subject, issuer };
         let address = SocketAddr::new(self.server.host, port);
-        Some(AdminSettings { address, tokens, defaults: self.load_defaults(threads) })
+        Some(AdminSettings { address, tokens, pod_config: None, defaults: self.load_defaults(threads) })
     }
 
-    /// The models with everything that an engine needs.
+    /// The models that are loaded here, with everything that an engine needs.
     ///
     /// # Errors
     /// A path whose scheme cannot be read, with the model's place in the list.
@@ -434,7 +462,8 @@ impl Config {
         let spec = |(index, model): (usize, &ModelConfig)| {
             model.spec(&format!("models[{index}]"), &self.batching, threads)
         };
-        self.models.iter().enumerate().map(spec).collect()
+        let local = self.models.iter().enumerate().filter(|(_, model)| !model.is_remote());
+        local.map(spec).collect()
     }
 
     /// The same configuration with each default written out in each model, where it does not depend on the
@@ -442,7 +471,7 @@ impl Config {
     #[must_use]
     pub fn effective(&self) -> Self {
         let mut config = self.clone();
-        for model in &mut config.models {
+        for model in config.models.iter_mut().filter(|model| !model.is_remote()) {
             model.max_batch_size.get_or_insert(self.batching.max_batch_size);
             model.max_queue.get_or_insert(EngineConfig::default().max_queue);
             model.batching.get_or_insert(self.batching.texts());
@@ -531,6 +560,33 @@ mod tests {
     }
 
     #[test]
+    fn adapters_have_a_name_and_a_path() {
+        let adapters = |text: &str| {
+            let config = Config::from_str(&format!("models: [{{name: a, path: /a, adapters: {text}}}]"))?;
+            Ok(config.specs(None)?.remove(0).adapters)
+        };
+        let adapter =
+            |name: &str, path: &str| AdapterSpec { name: name.into(), source: Source::from_path(path) };
+        let two = adapters("[{name: sql, path: /b}, {name: chat, path: 'file:///c'}]").unwrap();
+        assert_eq!(two, [adapter("sql", "/b"), adapter("chat", "/c")]);
+        assert!(adapters("[]").unwrap().is_empty());
+        for (text, says) in [
+            ("[{path: /b}]", "models[0].adapters[0].name: is missing"),
+            ("[{name: sql}]", "models[0].adapters[0].path: is missing"),
+            ("[{name: 'a:b', path: /b}]", "models[0].adapters[0].name: \"a:b\" must have"),
+            (
+                "[{name: a, path: /b}, {name: a, path: /c}]",
+                "models[0].adapters[1].name: \"a\" is the name of another",
+            ),
+            ("[{name: a, path: 'ftp://b/c'}]", "models[0].adapters[0].path: ftp://"),
+            ("[{name: a, path: /b, rank: 3}]", "models[0].adapters[0].rank: there is no such key"),
+        ] {
+            let error: ConfigError = adapters(text).unwrap_err();
+            assert!(error.to_string().starts_with(says), "{error}");
+        }
+    }
+
+    #[test]
     fn every_key_of_a_model_reaches_its_engine() {
         let text = "models: [{name: a, aliases: [b], path: /a, files: ['*.gguf'], sha256: ab, task: embed, numerics: exact, kv_cache: bf16, \
              context_tokens: 64, max_batch_size: 200, max_queue: 3, \
@@ -553,7 +609,7 @@ mod tests {
     fn what_is_printed_is_read_back_with_every_default() {
         let text = "server: {host: '::1', port: 1, allowed_origins: ['https://a.example'], model_control: false, drain_timeout_ms: 5, admin: {port: 2, keys: /k, audience: a, subject: s, issuer: i}}\nbatching: {strategy: time}\n\
              models: [{name: a, path: 'file:///a%20b'}, {name: b, path: /b, aliases: [c], speculation: {ngram: {}}}, \
-             {name: d, path: /d, speculation: {draft: {path: /e}}}]\nmonitoring: {prometheus: {port: 7}}";
+             {name: d, path: /d, speculation: {draft: {path: /e}}, adapters: [{name: sql, path: /f}]}]\nmonitoring: {prometheus: {port: 7}}";
         for text in [text, "models: [{name: a, path: /a}]", EXAMPLE] {
             let config = Config::from_str(text).unwrap();
             let printed = config.effective().to_yaml().unwrap();

@@ -4,7 +4,6 @@
 
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use trustformers_api::browser::AllowedOrigins;
@@ -12,13 +11,16 @@ use trustformers_api::nearest;
 use trustformers_engine::{KvType, Numerics};
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{Document, UnknownKey, keys_of};
-use trustformers_runtime::spec::{SpeculationSpec, TextBatching, kv_cache_of, numerics_of};
+use trustformers_runtime::adapters::AdapterSpec;
+use trustformers_runtime::spec::{TextBatching, kv_cache_of, numerics_of};
 use trustformers_store::Source;
 
 use crate::config::{
     AdminConfig, BatchingConfig, Config, ConfigError, ModelConfig, NOT_YET, ServerConfig, check_batch_size,
     wrong,
 };
+use crate::remote::{self, EndpointSection, HighAvailabilitySection, LoadBalancingSection};
+use crate::speculation_config::{DraftSection, SpeculationSection};
 use crate::tracing_config::{self, ExporterSection};
 
 /// The whole file.
@@ -31,6 +33,10 @@ pub(crate) struct ConfigFile {
     batching: Option<BatchingSection>,
     #[serde(skip_serializing_if = "Option::is_none")]
     models: Option<Vec<ModelSection>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    load_balancing: Option<LoadBalancingSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    high_availability: Option<HighAvailabilitySection>,
     #[serde(skip_serializing_if = "Option::is_none")]
     monitoring: Option<MonitoringSection>,
 }
@@ -78,21 +84,27 @@ struct ModelBatchingSection {
     enable_priority: Option<bool>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
 struct ModelSection {
     name: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     aliases: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    endpoints: Option<Vec<EndpointSection>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     files: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     sha256: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     task: Option<Task>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     numerics: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     kv_cache: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     context_tokens: Option<u32>,
@@ -104,24 +116,14 @@ struct ModelSection {
     batching: Option<ModelBatchingSection>,
     #[serde(skip_serializing_if = "Option::is_none")]
     speculation: Option<SpeculationSection>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapters: Option<Vec<AdapterSection>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(expecting = "keys and values")]
-struct SpeculationSection {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ngram: Option<NgramSection>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    draft: Option<DraftSection>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(expecting = "keys and values")]
-struct NgramSection {}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(expecting = "keys and values")]
-struct DraftSection {
+struct AdapterSection {
+    name: Option<String>,
     path: Option<String>,
 }
 
@@ -152,6 +154,8 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         (false, "") => keys_of::<ConfigFile>(),
         (false, "server") => keys_of::<ServerSection>(),
         (false, "batching") => keys_of::<BatchingSection>(),
+        (false, "load_balancing") => keys_of::<LoadBalancingSection>(),
+        (false, "high_availability") => keys_of::<HighAvailabilitySection>(),
         (false, "monitoring") => keys_of::<MonitoringSection>(),
         (false, "monitoring.prometheus") => keys_of::<PrometheusSection>(),
         (false, "monitoring.otlp" | "monitoring.jaeger" | "monitoring.zipkin") => {
@@ -159,8 +163,10 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         }
         (true, "") => keys_of::<ModelSection>(),
         (true, "batching") => keys_of::<ModelBatchingSection>(),
+        (true, kind) if kind.starts_with("endpoints[") => keys_of::<EndpointSection>(),
         (true, "speculation") => keys_of::<SpeculationSection>(),
         (true, "speculation.draft") => keys_of::<DraftSection>(),
+        (true, kind) if kind.starts_with("adapters") => keys_of::<AdapterSection>(),
         _ => &[],
     }
 }
@@ -215,12 +221,15 @@ impl ConfigFile {
                 "is the same as server.port; gRPC needs a port of its own",
             ));
         }
-        Ok(Config { server, batching, models, prometheus_port, tracing })
+        let load_balancing = self.load_balancing.map(LoadBalancingSection::read).transpose()?;
+        let high_availability = self.high_availability.map(HighAvailabilitySection::read);
+        Ok(Config { server, batching, models, prometheus_port, tracing, load_balancing, high_availability })
     }
 
     /// The sections of a configuration.
     pub(crate) fn of(config: &Config) -> Self {
-        let Config { server, batching, models, prometheus_port, tracing } = config;
+        let Config { server, batching, models, prometheus_port, tracing, load_balancing, high_availability } =
+            config;
         let ServerConfig { host, port, grpc_port, ref allowed_origins, model_control, .. } = *server;
         let prometheus =
             prometheus_port.map(|port| PrometheusSection { enabled: Some(true), port: Some(port) });
@@ -238,6 +247,8 @@ impl ConfigFile {
             }),
             batching: Some(BatchingSection::of(batching)),
             models: Some(models.iter().map(ModelSection::of).collect()),
+            load_balancing: load_balancing.as_ref().map(LoadBalancingSection::of),
+            high_availability: high_availability.as_ref().map(HighAvailabilitySection::of),
             monitoring: monitored.then_some(MonitoringSection { prometheus, otlp, jaeger, zipkin }),
         }
     }
@@ -285,6 +296,7 @@ impl ModelSection {
             name,
             aliases,
             path,
+            endpoints,
             files,
             sha256,
             task,
@@ -296,12 +308,28 @@ impl ModelSection {
             max_queue,
             batching,
             speculation,
+            adapters,
         } = model;
+        let adapter = |adapter: &AdapterSpec| AdapterSection {
+            name: Some(adapter.name.clone()),
+            path: Some(adapter.source.path().map_or_else(|| adapter.source.to_string(), source_text)),
+        };
+        let adapters: Vec<AdapterSection> = adapters.iter().map(adapter).collect();
         let given = |list: &Vec<String>| Some(list.clone()).filter(|list| !list.is_empty());
+        if model.is_remote() {
+            return Self {
+                name: Some(name.clone()),
+                aliases: given(aliases),
+                task: *task,
+                endpoints: Some(endpoints.iter().map(EndpointSection::of).collect()),
+                ..Self::default()
+            };
+        }
         Self {
             name: Some(name.clone()),
             aliases: given(aliases),
             path: Some(path.clone()),
+            endpoints: None,
             files: given(files),
             sha256: sha256.clone(),
             task: *task,
@@ -317,23 +345,13 @@ impl ModelSection {
                 enable_priority: Some(texts.priority),
             }),
             speculation: speculation.as_ref().map(SpeculationSection::of),
+            adapters: Some(adapters).filter(|adapters| !adapters.is_empty()),
         }
     }
 }
 
-impl SpeculationSection {
-    fn of(speculation: &SpeculationSpec) -> Self {
-        match speculation {
-            SpeculationSpec::Ngram => Self { ngram: Some(NgramSection {}), draft: None },
-            SpeculationSpec::Draft(source) => {
-                let path = source.path().map_or_else(|| source.to_string(), source_text);
-                Self { ngram: None, draft: Some(DraftSection { path: Some(path) }) }
-            }
-        }
-    }
-}
-
-/// A path as the text that [`Source`] reads it from: one that looks like a URI is written as one.
+/// A path as the text that [`trustformers_store::Source`] reads it from: one that looks like a URI is written
+/// as one.
 pub(crate) fn source_text(path: &Path) -> String {
     let text = path.to_string_lossy();
     if text.contains("://") { format!("file://{}", text.replace('%', "%25")) } else { text.into_owned() }
@@ -422,11 +440,15 @@ fn model(index: usize, section: ModelSection) -> Result<ModelConfig, ConfigError
     let place = format!("models[{index}]");
     let at = |key: &str| format!("{place}.{key}");
     let missing = |key: &str, what: &str| wrong(&at(key), format!("is missing: give {what}"));
-    let name = section.name.ok_or_else(|| missing("name", "the name that callers use"))?;
+    let name = section.name.clone().ok_or_else(|| missing("name", "the name that callers use"))?;
     if name.is_empty() {
         return Err(wrong(&at("name"), "is empty: give the name that callers use"));
     }
-    let what = "a .gguf file, or a folder with one or with a checkpoint";
+    if section.endpoints.is_some() {
+        return remote_model(&place, name, section);
+    }
+    let what =
+        "a .gguf file, or a folder with one or with a checkpoint, or endpoints of servers that have it";
     let mut model = ModelConfig::new(name, section.path.ok_or_else(|| missing("path", what))?);
     model.aliases = section.aliases.unwrap_or_default();
     model.files = section.files.unwrap_or_default();
@@ -452,19 +474,70 @@ fn model(index: usize, section: ModelSection) -> Result<ModelConfig, ConfigError
     }
     model.max_batch_size = section.max_batch_size;
     model.batching = section.batching.map(|own| text_batching(&at("batching"), own)).transpose()?;
-    model.speculation = section.speculation.map(|own| speculation(&at("speculation"), own)).transpose()?;
+    model.speculation = section.speculation.map(|own| own.read(&at("speculation"))).transpose()?;
+    model.adapters = adapters(&at("adapters"), section.adapters.unwrap_or_default())?;
     Ok(model)
 }
 
-fn speculation(path: &str, section: SpeculationSection) -> Result<SpeculationSpec, ConfigError> {
-    match (section.ngram, section.draft) {
-        (Some(NgramSection {}), None) => Ok(SpeculationSpec::Ngram),
-        (None, Some(DraftSection { path: draft })) => {
-            let at = format!("{path}.draft.path");
-            let text =
-                draft.ok_or_else(|| wrong(&at, "is missing: give a .gguf file, or a folder with one"))?;
-            Ok(SpeculationSpec::Draft(Source::from_str(&text).map_err(|error| wrong(&at, error))?))
-        }
-        _ => Err(wrong(path, "give one of {ngram: {}} and {draft: {path: ...}}")),
+fn adapters(path: &str, sections: Vec<AdapterSection>) -> Result<Vec<AdapterSpec>, ConfigError> {
+    let read = |(index, section): (usize, AdapterSection)| {
+        let at = |key: &str| format!("{path}[{index}].{key}");
+        let missing = |key: &str, what: &str| wrong(&at(key), format!("is missing: give {what}"));
+        let name =
+            section.name.ok_or_else(|| missing("name", "the name that callers write after the model's"))?;
+        let text =
+            section.path.ok_or_else(|| missing("path", "a folder with an adapter as PEFT writes it"))?;
+        let source = text.parse::<Source>().map_err(|error| wrong(&at("path"), error))?;
+        Ok(AdapterSpec { name, source })
+    };
+    let read: Result<Vec<AdapterSpec>, ConfigError> = sections.into_iter().enumerate().map(read).collect();
+    let adapters = read?;
+    AdapterSpec::check_names(adapters.iter().map(|adapter| adapter.name.as_str()))
+        .map_err(|(index, why)| wrong(&format!("{path}[{index}].name"), why))?;
+    Ok(adapters)
+}
+
+/// A model that other servers have. What it is computed with is theirs.
+fn remote_model(place: &str, name: String, section: ModelSection) -> Result<ModelConfig, ConfigError> {
+    let ModelSection {
+        name: _,
+        aliases,
+        path,
+        endpoints,
+        files,
+        sha256,
+        task,
+        device,
+        numerics,
+        kv_cache,
+        context_tokens,
+        max_batch_size,
+        max_queue,
+        batching,
+        speculation,
+        adapters,
+    } = section;
+    let given = [
+        ("path", path.is_some()),
+        ("files", files.is_some()),
+        ("sha256", sha256.is_some()),
+        ("device", device.is_some()),
+        ("numerics", numerics.is_some()),
+        ("kv_cache", kv_cache.is_some()),
+        ("context_tokens", context_tokens.is_some()),
+        ("max_batch_size", max_batch_size.is_some()),
+        ("max_queue", max_queue.is_some()),
+        ("batching", batching.is_some()),
+        ("speculation", speculation.is_some()),
+        ("adapters", adapters.is_some()),
+    ];
+    if let Some((key, _)) = given.into_iter().find(|(_, given)| *given) {
+        let message = "belongs to the servers that have the model; remove it, or remove endpoints";
+        return Err(wrong(&format!("{place}.{key}"), message));
     }
+    let mut model = ModelConfig::new(name, "");
+    model.endpoints = remote::endpoints(place, endpoints.unwrap_or_default())?;
+    model.aliases = aliases.unwrap_or_default();
+    model.task = task;
+    Ok(model)
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use trustformers_store::Source;
 
-use crate::config::{BatchingConfig, Config, ConfigError, FILE_NAME, ModelConfig, ServerConfig, wrong};
+use crate::config::{Config, ConfigError, FILE_NAME, ModelConfig, wrong};
 use crate::documents;
 use crate::model_folder::{FoundModel, find_models};
 
@@ -169,13 +169,13 @@ impl ConfigSource {
 
 /// Models with the defaults of a configuration.
 fn of_models(models: Vec<ModelConfig>) -> Config {
-    let (server, batching) = (ServerConfig::default(), BatchingConfig::default());
-    Config { server, batching, models, prometheus_port: None, tracing: None }
+    Config { models, ..Config::default() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ServerConfig;
 
     #[test]
     fn a_model_of_another_machine_is_served_under_its_own_name() {

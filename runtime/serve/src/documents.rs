@@ -36,6 +36,7 @@ pub(crate) fn read(text: &str, sources: &SourceOverrides) -> Result<Config, Conf
     }
     config.models.extend(models.into_iter().map(|model| model.config));
     config.check_names()?;
+    config.check_remote()?;
     Ok(config)
 }
 

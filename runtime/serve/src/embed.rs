@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use trustformers_engine::Prompt;
-use trustformers_engine::encoder::{EncodeError, EncodeParams, MAX_TEXTS};
+use trustformers_engine::encoder::{EncodeError, EncodeInput, EncodeParams, MAX_TEXTS};
+use trustformers_proto::Task;
 use trustformers_runtime::runner::Runner;
 use trustformers_runtime::spec::ModelSpec;
 
@@ -33,8 +33,8 @@ pub(crate) enum EmbedFailure {
     #[error(transparent)]
     Load(#[from] LoadingError),
     /// The model is made for something else.
-    #[error("--model: it generates text and has no vectors to give; use trustformers-serve generate")]
-    WrongTask,
+    #[error("--model: its task is {0} and it has no vectors to give; use trustformers-serve {0}")]
+    WrongTask(Task),
     /// A text cannot be encoded, or the engine failed.
     #[error(transparent)]
     Encode(#[from] EncodeError),
@@ -53,7 +53,7 @@ impl EmbedFailure {
             Self::Model(_)
             | Self::File(_)
             | Self::NoText
-            | Self::WrongTask
+            | Self::WrongTask(_)
             | Self::Encode(EncodeError::TooLong { .. } | EncodeError::Invalid { .. }) => 2,
             _ => 1,
         }
@@ -98,16 +98,31 @@ struct Item<'a> {
     embedding: &'a [f32],
 }
 
+/// Tokens of an answer without new ones.
 #[derive(Serialize)]
-struct Usage {
+pub(crate) struct Usage {
     prompt_tokens: usize,
     total_tokens: usize,
 }
 
+impl Usage {
+    pub(crate) const fn of(tokens: usize) -> Self {
+        Self { prompt_tokens: tokens, total_tokens: tokens }
+    }
+}
+
+/// Milliseconds by phase.
 #[derive(Serialize)]
-struct Timings {
+pub(crate) struct Timings {
     load: f64,
     encode: f64,
+}
+
+impl Timings {
+    pub(crate) fn of(load: Duration, encode: Duration) -> Self {
+        let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
+        Self { load: ms(load), encode: ms(encode) }
+    }
 }
 
 /// Runs the subcommand.
@@ -136,7 +151,7 @@ fn job(flags: EmbedFlags) -> Result<EmbedJob, EmbedFailure> {
 }
 
 /// The lines of a text, empty ones too. Each ends in `\n`; the last may do without.
-fn lines(text: &str) -> Vec<String> {
+pub(crate) fn lines(text: &str) -> Vec<String> {
     if text.is_empty() {
         return Vec::new();
     }
@@ -146,7 +161,9 @@ fn lines(text: &str) -> Vec<String> {
 async fn embed(job: EmbedJob, began: Instant) -> Result<(), EmbedFailure> {
     let EmbedJob { spec, texts, truncate, json } = job;
     let loaded = loading::load(spec).await?;
-    let Runner::Embed(encoder) = &loaded.runner else { return Err(EmbedFailure::WrongTask) };
+    let Runner::Embed(encoder) = &loaded.runner else {
+        return Err(EmbedFailure::WrongTask(loaded.runner.task()));
+    };
     let facts = encoder.model().facts().embedding.as_ref();
     let mut all = Vectors {
         load: began.elapsed(),
@@ -155,7 +172,7 @@ async fn embed(job: EmbedJob, began: Instant) -> Result<(), EmbedFailure> {
     };
     let (started, mut first) = (Instant::now(), 0);
     for texts in texts.chunks(MAX_TEXTS) {
-        let prompts = texts.iter().cloned().map(Prompt::Text).collect();
+        let prompts = texts.iter().cloned().map(EncodeInput::Text).collect();
         let params = EncodeParams { texts: prompts, truncate, ..EncodeParams::texts([""; 0]) };
         let encoded = match encoder.submit(&params) {
             // Counted from the first text of all, as the caller does.
@@ -196,14 +213,13 @@ impl Vectors {
     }
 
     fn object(&self) -> Object<'_> {
-        let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
         let data = self.rows().enumerate().map(|(index, embedding)| Item { index, embedding });
         Object {
             data: data.collect(),
-            usage: Usage { prompt_tokens: self.tokens, total_tokens: self.tokens },
+            usage: Usage::of(self.tokens),
             truncated: &self.truncated,
             pooling_note: self.pooling_note.as_deref(),
-            timings_ms: Timings { load: ms(self.load), encode: ms(self.encode) },
+            timings_ms: Timings::of(self.load, self.encode),
         }
     }
 }

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_telemetry::logs::LogFormat;
 
-/// Serves models over HTTP and gRPC in one process; with `generate` or `embed`,
+/// Serves models over HTTP and gRPC in one process; with `generate`, `embed`, `classify` or `rerank`,
 /// answers once and ends; with `bench`, measures.
 ///
 /// Without a subcommand it reads config.yaml of the working directory (or
@@ -130,6 +130,27 @@ pub(crate) enum Command {
     /// Exit status: 0 done; 1 the model could not be loaded or failed; 2 the command line or a text is wrong;
     /// 130 interrupted.
     Embed(EmbedFlags),
+    /// Gives texts the scores of a model's labels: a line for each text on stdout, or with --json one object.
+    ///
+    /// The model is a checkpoint with a head for sequence classification: a folder with model.safetensors,
+    /// config.json (which names the labels) and tokenizer.json.
+    ///
+    /// Exit status: as of embed.
+    Classify(ClassifyFlags),
+    /// Orders documents by how well they answer a query: a line for each, best first, or with --json one
+    /// object.
+    ///
+    /// The model is a cross-encoder: a checkpoint whose head for sequence classification has one logit.
+    ///
+    /// Exit status: as of embed.
+    Rerank(RerankFlags),
+    /// Describes a model without serving it: architecture, parameters, types, tokens, memory of the cache.
+    ///
+    /// The model is read and checked as a server does it, so that a key, tensor or type that is not supported
+    /// is named here.
+    ///
+    /// Exit status: 0 it can be served; 1 it cannot; 2 the command line is wrong.
+    Inspect(crate::inspect::InspectFlags),
     /// Measures speed: of an engine in this process, or of a server under load.
     Bench(crate::bench::BenchFlags),
 }
@@ -223,6 +244,66 @@ pub(crate) struct EmbedFlags {
     /// there are any.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// A model that gives scores, and how they are given.
+#[derive(Debug, Args)]
+pub(crate) struct ScoreFlags {
+    /// The model: its folder, as a path or a URI (file, hf, s3, gs, az, https, oci).
+    #[arg(long, value_name = "PATH|URI")]
+    pub(crate) model: String,
+    /// The scores are the logits as the model gives them.
+    #[arg(long)]
+    pub(crate) raw_scores: bool,
+    /// Texts that are too long are an error instead of being cut.
+    #[arg(long)]
+    pub(crate) no_truncate: bool,
+    #[command(flatten)]
+    pub(crate) device: DeviceFlags,
+    /// Prints one JSON object: results, usage, timings_ms; truncated (places of texts that were cut) only
+    /// where there are any.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Texts and the model that classifies them.
+#[derive(Debug, Args)]
+pub(crate) struct ClassifyFlags {
+    /// A text; an empty one has scores, too. May be given several times.
+    #[arg(long, value_name = "TEXT", required_unless_present = "input_file", conflicts_with = "input_file")]
+    pub(crate) input: Vec<String>,
+    /// A file with one text a line, empty ones too; lines end in \\n. Must be UTF-8.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input_file: Option<PathBuf>,
+    /// Only this many labels of each text, best first.
+    #[arg(long, value_name = "N")]
+    pub(crate) top_k: Option<u32>,
+    #[command(flatten)]
+    pub(crate) score: ScoreFlags,
+}
+
+/// A query, documents and the model that compares them.
+#[derive(Debug, Args)]
+pub(crate) struct RerankFlags {
+    /// What the documents are to answer.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) query: String,
+    /// A document. May be given several times.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        required_unless_present = "documents_file",
+        conflicts_with = "documents_file"
+    )]
+    pub(crate) document: Vec<String>,
+    /// A file with one document a line, empty ones too; lines end in \\n. Must be UTF-8.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) documents_file: Option<PathBuf>,
+    /// Only this many of the best documents.
+    #[arg(long, value_name = "N")]
+    pub(crate) top_n: Option<u32>,
+    #[command(flatten)]
+    pub(crate) score: ScoreFlags,
 }
 
 /// One prompt and how to answer it.

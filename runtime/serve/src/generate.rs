@@ -14,6 +14,7 @@ use trustformers_api::{Asked, Format, Logprobs, Options};
 use trustformers_engine::{
     GenerateError, GenerateParams, Generation, GenerationEvent, StopCause, SubmitError, TokenLogprobs,
 };
+use trustformers_proto::Task;
 use trustformers_runtime::params::generate_params;
 use trustformers_runtime::runner::Runner;
 use trustformers_runtime::spec::{ModelSpec, SpeculationSpec};
@@ -42,8 +43,8 @@ pub(crate) enum GenerateFailure {
     #[error(transparent)]
     Load(#[from] LoadingError),
     /// The model is made for something else.
-    #[error("--model: it turns texts into vectors and generates nothing; use trustformers-serve embed")]
-    WrongTask,
+    #[error("--model: its task is {0} and it generates nothing; use trustformers-serve {0}")]
+    WrongTask(Task),
     /// The engine refused the request.
     #[error(transparent)]
     Refused(#[from] SubmitError),
@@ -67,7 +68,7 @@ impl GenerateFailure {
             | Self::Flag(_)
             | Self::Refused(SubmitError::Invalid { .. })
             | Self::Broken(GenerateError::Request(_))
-            | Self::WrongTask
+            | Self::WrongTask(_)
             | Self::File(_) => 2,
             _ => 1,
         }
@@ -204,7 +205,9 @@ async fn answer(job: GenerateJob, began: Instant) -> Result<(), GenerateFailure>
     let GenerateJob { spec, params, json } = job;
     let loaded = loading::load(spec).await?;
     let load = began.elapsed();
-    let Runner::Generate(engine) = &loaded.runner else { return Err(GenerateFailure::WrongTask) };
+    let Runner::Generate(engine) = &loaded.runner else {
+        return Err(GenerateFailure::WrongTask(loaded.runner.task()));
+    };
     let generation = engine.submit(&params)?;
     let answer = collect(generation, !json).await?;
     if json {

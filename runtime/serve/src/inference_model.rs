@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use trustformers_api::nearest;
 use trustformers_crds::{
-    BatchStrategy, Batching, CircuitBreaker, Disruption, GROUP, HashOn, HealthCheck, Hold,
+    Analysis, BatchStrategy, Batching, CircuitBreaker, Disruption, GROUP, HashOn, HealthCheck, Hedge, Hold,
     InferenceModelSpec, PodSettings, Resources, RetryBudget, Rollout, Runtime, Scaling, Source, Traffic,
     VERSION,
 };
@@ -112,11 +112,13 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         "spec.runtime.resources" => keys_of::<Resources>(),
         "spec.scaling" => keys_of::<Scaling>(),
         "spec.rollout" => keys_of::<Rollout>(),
+        "spec.rollout.analysis" => keys_of::<Analysis>(),
         "spec.traffic" => keys_of::<Traffic>(),
         "spec.traffic.retryBudget" => keys_of::<RetryBudget>(),
         "spec.traffic.hashOn" => keys_of::<HashOn>(),
         "spec.traffic.hold" => keys_of::<Hold>(),
         "spec.traffic.healthCheck" => keys_of::<HealthCheck>(),
+        "spec.traffic.hedge" => keys_of::<Hedge>(),
         "spec.traffic.circuitBreaker" => keys_of::<CircuitBreaker>(),
         "spec.disruption" => keys_of::<Disruption>(),
         "spec.pod" => keys_of::<PodSettings>(),
@@ -230,7 +232,7 @@ fn honour_runtime(place: &str, runtime: Runtime, config: &mut ModelConfig) -> Re
     let Batching { strategy, max_batch_size, max_wait_ms, max_queue, priority } = batching;
     if config.task == Some(Task::Generate) && matches!(strategy, BatchStrategy::Time | BatchStrategy::Size) {
         let message = format!(
-            "{} is for models that embed; generation is batched continuously, so use dynamic or priority",
+            "{} is for models that read texts and generate none; generation is batched continuously, so use dynamic or priority",
             strategy.as_str()
         );
         return Err(wrong(&at("batching.strategy"), message));

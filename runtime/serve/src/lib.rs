@@ -23,25 +23,30 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`config`], `config_file.rs` | `config.yaml` and its values |
+//! | [`config`], `config_file.rs`, `speculation_config.rs` | `config.yaml` and its values |
 //! | `inference_model.rs`, `documents.rs` | the YAML of an `InferenceModel`, and files of several documents |
 //! | [`config_source`], `model_folder.rs` | where a configuration comes from: a file, or a folder of models |
 //! | `reload.rs` | a configuration that changes while the server runs |
 //! | `tracing_config.rs` | where the spans of requests go |
+//! | [`remote`], `front.rs` | models that other servers have, and the gateway to them |
 //! | [`server`] | the server as a library |
 
 pub mod config;
 mod config_file;
 pub mod config_source;
 mod documents;
+mod front;
 mod inference_model;
 mod model_folder;
 mod reload;
+pub mod remote;
 pub mod server;
+mod speculation_config;
 mod tracing_config;
 
 pub use config::{BatchingConfig, BatchingStrategy, Config, ConfigError, ModelConfig};
 pub use config_source::ConfigSource;
+pub use remote::{EndpointConfig, HighAvailabilityConfig, LoadBalancerConfig, LoadBalancingAlgorithm};
 pub use server::{Running, ServerError, TrustformersResult, TrustformersServer};
 pub use tracing_config::{TracingConfig, TracingExporter};
 pub use trustformers_proto::v1 as proto;

@@ -1,12 +1,14 @@
-//! `trustformers-serve`: models behind HTTP and gRPC in one process, one prompt or texts to embed on the
+//! `trustformers-serve`: models behind HTTP and gRPC in one process, one prompt or texts on the
 //! command line, or a measurement.
 
 mod bench;
 mod embed;
 mod flags;
 mod generate;
+mod inspect;
 mod loading;
 mod one_shot;
+mod score;
 
 use std::process::ExitCode;
 
@@ -46,6 +48,9 @@ fn main() -> ExitCode {
                 failed(&error.into(), code)
             }
         },
+        Some(Command::Classify(flags)) => scored(score::classify(flags)),
+        Some(Command::Rerank(flags)) => scored(score::rerank(flags)),
+        Some(Command::Inspect(flags)) => inspect::run(flags).unwrap_or_else(|error| failed(&error.into(), 1)),
         Some(Command::Bench(flags)) => match bench::run(flags) {
             Ok(code) => code,
             Err(error) => {
@@ -70,6 +75,13 @@ fn main() -> ExitCode {
             ended(serve(source, server))
         }
     }
+}
+
+fn scored(outcome: Result<ExitCode, score::ScoreFailure>) -> ExitCode {
+    outcome.unwrap_or_else(|error| {
+        let code = error.exit_code();
+        failed(&error.into(), code)
+    })
 }
 
 fn ended(outcome: anyhow::Result<()>) -> ExitCode {

@@ -1,7 +1,7 @@
 //! Every model in a folder, for a server without a configuration: what `docker run -v models:/models` mounts.
 //!
 //! A `.gguf` file is a model with the file's name without its end; a folder with `model.safetensors` and
-//! `config.json` is a model with the folder's name.
+//! `config.json`, or with all parts of a split `.gguf` file, is a model with the folder's name.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -56,6 +56,15 @@ pub(crate) fn find_models(folder: &Path) -> Result<Vec<FoundModel>, ConfigError>
     Ok(found)
 }
 
+/// The first of the `.gguf` files of a folder, where they are all the parts of one model.
+fn first_part(folder: &Path) -> Option<PathBuf> {
+    let entries = fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = entries.filter(|name| name.ends_with(".gguf")).collect();
+    names.sort_unstable();
+    let is_split = names.len() > 1 && trustformers_store::are_parts(names.iter().map(String::as_str));
+    is_split.then(|| folder.join(&names[0]))
+}
+
 struct Search<'a> {
     folder: &'a Path,
     entries: usize,
@@ -65,9 +74,14 @@ struct Search<'a> {
 impl Search<'_> {
     fn look_into(&mut self, folder: &Path, depth: usize) -> Result<(), ConfigError> {
         let unreadable = |cause| ConfigError::UnreadableFolder { path: folder.to_owned(), cause };
-        let weights = folder.join("model.safetensors");
+        // The weights of a checkpoint, or the list of their files.
+        let whole = folder.join("model.safetensors");
+        let weights = if whole.is_file() { whole } else { folder.join("model.safetensors.index.json") };
         if weights.is_file() && folder.join("config.json").is_file() {
             return self.add(folder, &weights);
+        }
+        if let Some(first) = first_part(folder) {
+            return self.add(folder, &first);
         }
         for entry in fs::read_dir(folder).map_err(unreadable)? {
             let path = entry.map_err(unreadable)?.path();
@@ -147,6 +161,22 @@ mod tests {
             })
             .collect();
         assert_eq!(found, [("a.Q4_1", "a.Q4_1.gguf"), ("bert", "bert"), ("b", "publisher/model/b.GGUF"),]);
+    }
+
+    #[test]
+    fn models_that_are_split_are_found_as_one() {
+        let folder = tempfile::tempdir().unwrap();
+        for file in [
+            "big/x-00001-of-00002.gguf",
+            "big/x-00002-of-00002.gguf",
+            "sharded/config.json",
+            "sharded/model.safetensors.index.json",
+        ] {
+            write(folder.path(), file);
+        }
+        let found = find_models(folder.path()).unwrap();
+        let found: Vec<_> = found.iter().map(|model| (model.name.as_str(), model.path.is_dir())).collect();
+        assert_eq!(found, [("big", true), ("sharded", true)]);
     }
 
     #[test]

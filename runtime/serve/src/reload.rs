@@ -14,12 +14,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
+use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use trustformers_proto::v1::ModelState;
 use trustformers_runtime::models::ModelServer;
 
 use crate::config::{Config, ModelConfig};
 use crate::config_source::{ConfigSource, SourceContent};
+use crate::remote::RemoteConfig;
 
 /// Time between two readings.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -39,6 +41,8 @@ pub(crate) struct Reloader {
     settled: Settled,
     /// The configuration that was applied last, with the models as they are served.
     applied: Config,
+    /// Takes the models that other servers have; none where the server is no gateway.
+    remote: Option<watch::Sender<RemoteConfig>>,
 }
 
 /// The reading that is in force, and the one that may follow.
@@ -79,7 +83,8 @@ enum Step {
 /// are loaded.
 fn steps(old: &Config, new: &Config, states: &BTreeMap<String, ModelState>) -> Vec<Step> {
     let named = |config: &Config| -> BTreeMap<String, ModelConfig> {
-        config.models.iter().map(|model| (model.name.clone(), model.clone())).collect()
+        let local = config.models.iter().filter(|model| !model.is_remote());
+        local.map(|model| (model.name.clone(), model.clone())).collect()
     };
     let (before, after) = (named(old), named(new));
     let is_there = |name: &String| states.contains_key(name);
@@ -120,7 +125,13 @@ impl Reloader {
     ) -> Self {
         let Followed { source, reading } = followed;
         let settled = Settled { current: Ok(reading), next: None };
-        Self { source, threads, models, settled, applied: applied.effective() }
+        Self { source, threads, models, settled, applied: applied.effective(), remote: None }
+    }
+
+    /// Sets what takes the models that other servers have.
+    pub(crate) fn with_remote(mut self, remote: Option<watch::Sender<RemoteConfig>>) -> Self {
+        self.remote = remote;
+        self
     }
 
     /// Reads and applies for ever.
@@ -159,9 +170,16 @@ impl Reloader {
         if new.server != applied.server || monitoring(&new) != monitoring(applied) {
             tracing::warn!("changes of server and monitoring take effect when the server is started again");
         }
+        self.apply_remote(&new);
         let names = self.applied.models.iter().chain(&new.models).map(|model| model.name.clone());
         let states = names.filter_map(|name| Some((name.clone(), self.models.state_of(&name)?))).collect();
-        let steps = steps(&self.applied, &new, &states);
+        let mut steps = steps(&self.applied, &new, &states);
+        if self.remote.is_none() {
+            // Nothing is forwarded, so what is loaded here answers until the next start.
+            let is_remote =
+                |name: &String| new.models.iter().any(|model| model.name == *name && model.is_remote());
+            steps.retain(|step| !matches!(step, Step::Remove(name) if is_remote(name)));
+        }
         tracing::info!(steps = steps.len(), "the configuration changed");
         let removed = |name: &String| steps.contains(&Step::Remove(name.clone()));
         let gone = self.applied.models.iter().filter(|model| removed(&model.name));
@@ -179,6 +197,27 @@ impl Reloader {
         }
         self.applied.batching = new.batching;
         tracing::info!(models = self.applied.models.len(), "the changed configuration is applied");
+    }
+
+    /// Whether a server is a gateway is decided when it starts.
+    fn apply_remote(&self, new: &Config) {
+        let remote = RemoteConfig::of(new);
+        match &self.remote {
+            Some(sender) => {
+                sender.send_if_modified(|present| {
+                    let changes = *present != remote;
+                    *present = remote;
+                    changes
+                });
+            }
+            None if remote.models.is_empty() => {}
+            None => {
+                tracing::error!(
+                    "the first model with endpoints takes effect when the server is started again; \
+                     until then what is loaded here answers"
+                );
+            }
+        }
     }
 
     async fn take(&mut self, step: Step, new: &Config) {
@@ -374,6 +413,15 @@ mod tests {
         assert_eq!(fixture.serving(), before, "the file is gone");
         fixture.change("[{name: a, path: $/2.gguf}]").await;
         assert_ne!(fixture.serving(), before);
+    }
+
+    #[tokio::test]
+    async fn a_model_that_gets_endpoints_stays_where_nothing_is_forwarded() {
+        let mut fixture = Fixture::start("[{name: a, path: $/1.gguf}, {name: b, path: $/1.gguf}]").await;
+        fixture.change("[{name: a, endpoints: [{url: 'http://127.0.0.1:9'}]}]").await;
+        assert_eq!(fixture.serving().into_keys().collect::<Vec<_>>(), ["a"]);
+        fixture.change("[{name: a, path: $/2.gguf}]").await;
+        assert_eq!(fixture.serving().len(), 1);
     }
 
     #[tokio::test]

@@ -1,24 +1,27 @@
 //! The server as a library: the same as the program, started and ended by the caller.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::Registry;
 use tokio::task::JoinHandle;
+use trustformers_gateway::EmbeddedSettings;
 use trustformers_proto::v1::ModelStatus;
 use trustformers_runtime::device;
 use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_runtime::model_table::ControlError;
 use trustformers_runtime::models::ModelServer;
-use trustformers_runtime::process::{Drain, EndSignals, Process, Settings, Sight, StartError};
+use trustformers_runtime::process::{Drain, EndSignals, Listen, Process, Settings, Sight, StartError};
 use trustformers_runtime::slots::SwapTarget;
 use trustformers_telemetry::metrics::{self, MetricsError};
 
 use crate::config::{BatchingConfig, Config, ConfigError, ModelConfig, wrong};
 use crate::config_source::ConfigSource;
+use crate::front::{Front, LocalProcess};
 use crate::reload::{Followed, Reloader};
+use crate::remote::{HighAvailabilityConfig, LoadBalancerConfig, RemoteConfig};
 use crate::tracing_config::TracingConfig;
 
 /// What the functions of this library return.
@@ -33,6 +36,9 @@ pub enum ServerError {
     /// A listener, a metric or a setting stands in the way.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// The gateway in front of models with endpoints can't start.
+    #[error(transparent)]
+    Front(#[from] trustformers_gateway::server::StartError),
     /// The metrics do not fit together.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
@@ -93,6 +99,8 @@ pub struct Running {
     process: Process,
     batching: BatchingConfig,
     threads: Option<usize>,
+    /// What callers reach, where other servers have models.
+    front: Option<Front>,
     _following: Option<Following>,
 }
 
@@ -160,6 +168,31 @@ impl TrustformersServer {
         Ok(())
     }
 
+    /// Sets how the endpoints of models ([`ModelConfig::endpoints`]) are chosen and checked. A server whose
+    /// models have none does not start with it.
+    ///
+    /// # Errors
+    /// A figure that is out of its range.
+    pub fn enable_load_balancing(&mut self, balancing: LoadBalancerConfig) -> TrustformersResult<()> {
+        balancing.check()?;
+        self.config.load_balancing = Some(balancing);
+        Ok(())
+    }
+
+    /// Sets what happens when endpoints of models fail. A server whose models have none does not start with
+    /// it.
+    ///
+    /// # Errors
+    /// A figure that is out of its range.
+    pub fn enable_high_availability(
+        &mut self,
+        availability: HighAvailabilityConfig,
+    ) -> TrustformersResult<()> {
+        availability.check()?;
+        self.config.high_availability = Some(availability);
+        Ok(())
+    }
+
     /// Adds the figures of `/metrics` under the names of another server.
     #[must_use]
     pub fn with_metrics_compat(mut self, compat: MetricsCompat) -> Self {
@@ -203,12 +236,19 @@ impl TrustformersServer {
     pub async fn start(self) -> TrustformersResult<Running> {
         let (settings, registry) = self.settings()?;
         let Self { config, threads, followed, .. } = self;
-        let process = Process::start(settings, registry, device::real()).await?;
+        let process = Process::start(settings, registry.clone(), device::real()).await?;
+        let front = if config.models.iter().any(ModelConfig::is_remote) {
+            let (settings, local) = (front_settings(&config, registry), LocalProcess::of(&process));
+            Some(Front::start(settings, RemoteConfig::of(&config), local).await?)
+        } else {
+            None
+        };
         let following = followed.map(|followed| {
             let reloader = Reloader::new(followed, &config, threads, Arc::clone(process.models()));
+            let reloader = reloader.with_remote(front.as_ref().map(Front::remote));
             Following(tokio::spawn(reloader.run()))
         });
-        Ok(Running { process, batching: config.batching, threads, _following: following })
+        Ok(Running { process, batching: config.batching, threads, front, _following: following })
     }
 
     /// Listens, loads and serves until SIGTERM or SIGINT, then drains. A second signal ends at once.
@@ -226,9 +266,10 @@ impl TrustformersServer {
         if self.config.models.is_empty() {
             return Err(wrong("models", "is empty: give at least one model").into());
         }
+        self.config.check_remote()?;
         let settings = Settings {
             models: self.config.specs(self.threads)?,
-            listen: self.config.listen(),
+            listen: process_listen(&self.config),
             // No router sends requests to a single process, so there is no routing table to wait for.
             drain: Drain { quiet: Duration::ZERO, timeout: self.config.drain_timeout() },
             model_control: self.config.model_control(self.threads),
@@ -243,18 +284,42 @@ impl TrustformersServer {
     }
 }
 
+/// Where the process of the loaded models listens: where callers reach it, or behind the gateway.
+fn process_listen(config: &Config) -> Listen {
+    let listen = config.listen();
+    if !config.models.iter().any(ModelConfig::is_remote) {
+        return listen;
+    }
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    // Both ports of the gateway have the metrics already.
+    let metrics = listen.metrics.filter(|address| *address != listen.http && *address != listen.grpc);
+    Listen { http: loopback, grpc: loopback, metrics, allowed_origins: listen.allowed_origins }
+}
+
+/// What the gateway in front needs.
+fn front_settings(config: &Config, registry: Registry) -> EmbeddedSettings {
+    let listen = config.listen();
+    EmbeddedSettings {
+        http_address: listen.http,
+        grpc_address: listen.grpc,
+        drain_timeout: config.drain_timeout(),
+        traces: config.tracing.clone(),
+        registry,
+    }
+}
+
 impl Running {
     /// Where HTTP is served.
     pub fn http_address(&self) -> SocketAddr {
-        self.process.http_address()
+        self.front.as_ref().map_or_else(|| self.process.http_address(), Front::http_address)
     }
 
     /// Where gRPC is served.
     pub fn grpc_address(&self) -> SocketAddr {
-        self.process.grpc_address()
+        self.front.as_ref().map_or_else(|| self.process.grpc_address(), Front::grpc_address)
     }
 
-    /// The models and their states.
+    /// The models that are loaded here, and their states.
     pub fn models(&self) -> &Arc<ModelServer> {
         self.process.models()
     }
@@ -319,8 +384,12 @@ impl Running {
 
     /// Ends: answers in flight are given, at most for the configured time. Returns whether all could be.
     pub async fn drain(self) -> bool {
-        let Self { process, _following: following, .. } = self;
+        let Self { process, front, _following: following, .. } = self;
         drop(following);
-        process.drain().await
+        let all_forwarded = match front {
+            Some(front) => front.drain().await,
+            None => true,
+        };
+        process.drain().await && all_forwarded
     }
 }

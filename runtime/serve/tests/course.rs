@@ -18,7 +18,7 @@ mod grpc;
 mod library;
 
 /// The files that the course's configuration names.
-const MODELS: &[&str] = &["SmolLM2-135M-Instruct.Q4_1.gguf", "all-minilm-l6-v2"];
+const MODELS: &[&str] = &["SmolLM2-135M-Instruct.Q4_1.gguf", "all-minilm-l6-v2", "seeded-classifier"];
 
 /// Each lesson that is a script, with what its output must hold.
 const LESSONS: &[(&str, &[&str])] = &[
@@ -32,6 +32,7 @@ const LESSONS: &[(&str, &[&str])] = &[
         "07-operate.sh",
         &["live: {\"status\":\"ok\"", "trustformers_generated_tokens_total{model=\"smollm2\"}"],
     ),
+    ("10-classify.sh", &["\"label\":\"greeting\"", "\"score\":"]),
 ];
 
 fn course() -> PathBuf {
@@ -47,7 +48,7 @@ fn models() -> Option<PathBuf> {
     })?;
     let Some(missing) = MODELS.iter().find(|model| !folder.join(model).exists()) else { return Some(folder) };
     let required = std::env::var("TRUSTFORMERS_REQUIRE_MODELS").is_ok_and(|value| value == "1");
-    let what = format!("{missing} is missing; run `make models MODELS=\"smollm2 minilm\"`");
+    let what = format!("{missing} is missing; run `make models MODELS=\"smollm2 minilm classifier\"`");
     assert!(!required, "{what}");
     eprintln!("skipped: {what}");
     None
@@ -83,7 +84,7 @@ impl CourseServer {
             .unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
         let mut server = Self { child, log, http: String::new(), grpc: String::new() };
-        let mut loading = vec!["smollm2", "minilm"];
+        let mut loading = vec!["smollm2", "minilm", "labels"];
         while server.http.is_empty() || !loading.is_empty() {
             let mut line = String::new();
             assert_ne!(
@@ -158,5 +159,5 @@ fn the_course_lists_each_of_its_files() {
             lessons += 1;
         }
     }
-    assert_eq!(lessons, 9);
+    assert_eq!(lessons, 10);
 }

@@ -111,8 +111,7 @@ pub enum StoreError {
     },
     /// The folder has several model files and nothing selects one.
     #[error(
-        "{} holds several .gguf files; pick one with \"files\" or by its path, and join the parts of one model with \
-         \"llama-gguf-split --merge\" first: {}",
+        "{} holds several .gguf files that are not all the parts of one model; pick one with \"files\" or by its path: {}",
         folder.display(),
         list(found)
     )]

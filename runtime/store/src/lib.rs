@@ -29,6 +29,6 @@ pub use digest::{Digest, HashProgress};
 pub use error::StoreError;
 pub use fetch::{FetchRequest, Fetched, Store};
 pub use progress::{FetchPhase, FetchProgress, ProgressMeter};
-pub use select::{ModelFile, Resolved};
+pub use select::{ModelFile, Resolved, are_parts};
 pub use settings::{Environment, FetchLimits, StoreSettings};
 pub use source::{RemoteSource, SUPPORTED, Scheme, Source};

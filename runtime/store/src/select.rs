@@ -23,6 +23,10 @@ const MAX_DEPTH: usize = 8;
 const CHECKPOINT_DEPTH: usize = 2;
 /// The weights of a checkpoint, which make its folder one.
 const CHECKPOINT_WEIGHTS: &str = "model.safetensors";
+/// The list of files of weights that are split, which makes its folder one, too.
+const SHARDS_INDEX: &str = "model.safetensors.index.json";
+/// The chat template of newer checkpoints.
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Names that a message lists.
 const LISTED: usize = 12;
 
@@ -46,7 +50,8 @@ pub struct Resolved {
 impl Source {
     /// Picks the model's files: the source itself where it is a file; what `patterns` match below it where it
     /// is a folder (`*` stays within a folder, `**` does not); without patterns its only `.gguf` file, or
-    /// where there is none the `model.safetensors` and all `.json` files of a checkpoint.
+    /// where there is none the weights of a checkpoint, in one file or several, its `.json` files and its
+    /// chat template.
     ///
     /// # Errors
     /// A source that does not exist or cannot be read, or a choice that is empty or not clear.
@@ -135,7 +140,8 @@ fn only_model_file(folder: &Path, list: List<'_>) -> Result<Vec<ModelFile>, Stor
     let found: Vec<ModelFile> = all.iter().filter(is_model).cloned().collect();
     match found.len() {
         1 => Ok(found),
-        0 if all.iter().any(|file| file.name == CHECKPOINT_WEIGHTS) => {
+        count if count > 1 && are_parts(found.iter().map(|file| file.name.as_str())) => Ok(found),
+        0 if all.iter().any(|file| [CHECKPOINT_WEIGHTS, SHARDS_INDEX].contains(&file.name.as_str())) => {
             Ok(checkpoint(list(CHECKPOINT_DEPTH)?))
         }
         0 => Err(match other_weights(&all) {
@@ -146,9 +152,20 @@ fn only_model_file(folder: &Path, list: List<'_>) -> Result<Vec<ModelFile>, Stor
     }
 }
 
+/// Whether files are all parts of one model, `NAME-00001-of-00003.gguf` and so on, in their order.
+pub fn are_parts<'n>(names: impl Iterator<Item = &'n str>) -> bool {
+    let names: Vec<&str> = names.collect();
+    let Some((start, _)) = names.first().and_then(|name| name.rsplit_once("-00001-of-")) else {
+        return false;
+    };
+    let count = names.len();
+    let mut numbered = names.iter().zip(1..);
+    numbered.all(|(name, number)| *name == format!("{start}-{number:05}-of-{count:05}.gguf"))
+}
+
 /// A file of weights that is not read: one of several, or in another format.
 fn other_weights(files: &[ModelFile]) -> Option<&str> {
-    let begins = ["model.safetensors.index", "model-", "pytorch_model", "tf_model", "flax_model"];
+    let begins = ["model-", "pytorch_model", "tf_model", "flax_model"];
     let ends = [".safetensors", ".bin", ".h5", ".msgpack", ".index.json"];
     let names = files.iter().map(|file| file.name.as_str());
     let mut weights = names.filter(|name| begins.iter().any(|word| name.starts_with(word)));
@@ -157,7 +174,13 @@ fn other_weights(files: &[ModelFile]) -> Option<&str> {
 
 /// Weights and descriptions; the descriptions decide what the weights compute, so they count in the digest.
 fn checkpoint(mut files: Vec<ModelFile>) -> Vec<ModelFile> {
-    files.retain(|file| file.name == CHECKPOINT_WEIGHTS || file.name.ends_with(".json"));
+    // Where the weights are there as a whole, their parts are not read.
+    let is_whole = files.iter().any(|file| file.name == CHECKPOINT_WEIGHTS);
+    let is_shard = |name: &str| !is_whole && name.starts_with("model-") && name.ends_with(".safetensors");
+    files.retain(|file| {
+        let name = file.name.as_str();
+        [CHECKPOINT_WEIGHTS, CHAT_TEMPLATE].contains(&name) || is_shard(name) || name.ends_with(".json")
+    });
     files
 }
 
@@ -266,6 +289,30 @@ mod tests {
         );
         all.push("m.gguf");
         assert_eq!(picked(&folder(&all), &[]).unwrap(), ["m.gguf"]);
+    }
+
+    #[test]
+    fn all_parts_of_a_model_are_picked_and_some_are_not() {
+        let parts = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
+        assert_eq!(picked(&folder(&parts), &[]).unwrap(), parts);
+        let names = ["m-00001-of-00003.gguf", "m-00002-of-00003.gguf"];
+        assert!(matches!(picked(&folder(&names), &[]), Err(StoreError::SeveralModelFiles { .. })));
+        assert!(!are_parts(["a-00001-of-00002.gguf", "b-00002-of-00002.gguf"].into_iter()));
+    }
+
+    #[test]
+    fn weights_may_be_split_over_files() {
+        let parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+        let mut all = vec!["chat_template.jinja", "config.json", "model.safetensors.index.json", "README.md"];
+        all.extend(parts);
+        let mut expected = vec!["chat_template.jinja", "config.json", parts[0], parts[1]];
+        expected.push("model.safetensors.index.json");
+        assert_eq!(picked(&folder(&all), &[]).unwrap(), expected);
+        all.push("model.safetensors");
+        let whole = picked(&folder(&all), &[]).unwrap();
+        assert!(!whole.contains(&parts[0].to_owned()) && whole.contains(&"model.safetensors".to_owned()));
+        let unlisted = picked(&folder(&parts), &[]).unwrap_err();
+        assert!(unlisted.to_string().contains("model-00001-of-00002.safetensors"), "{unlisted}");
     }
 
     #[test]

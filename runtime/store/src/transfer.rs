@@ -90,7 +90,7 @@ impl Transfer {
         Ok(())
     }
 
-    async fn range_with_retries(&self, range: Range<u64>) -> Result<RangeOutcome, StoreError> {
+    async fn range_with_retries(self: &Arc<Self>, range: Range<u64>) -> Result<RangeOutcome, StoreError> {
         let mut pauses = Pauses::new(&self.limits);
         let mut at = range.start;
         loop {
@@ -113,7 +113,7 @@ impl Transfer {
     }
 
     /// Fetches from `at` to the end of a range; `at` moves with what is written.
-    async fn range(&self, range: &Range<u64>, at: &mut u64) -> Result<RangeOutcome, StoreError> {
+    async fn range(self: &Arc<Self>, range: &Range<u64>, at: &mut u64) -> Result<RangeOutcome, StoreError> {
         let answer = self.origin.get(&self.file, Some(*at..range.end)).await?;
         self.check_version(answer.headers())?;
         let is_all = *at == 0 && range.end == self.partial.total_bytes();
@@ -123,21 +123,23 @@ impl Transfer {
             _ => return Ok(RangeOutcome::NoRanges),
         }
         let mut body = BodyReader::new(self, answer);
-        while *at < range.end {
-            let left = range.end - *at;
-            let (bytes, failure) = body.next_block(left).await;
-            if !bytes.is_empty() {
-                let end = *at + bytes.len() as u64;
-                // A write into the page cache takes about 0.2 ms for a MiB, as long as a thread's wake-up.
-                self.partial.write(&bytes, *at)?;
-                self.progress.add(bytes.len() as u64);
-                *at = end;
-                self.partial.mark(range.start..end)?;
-            }
+        let mut writing = Writing::new(self, range.start, *at);
+        while writing.end() < range.end {
+            let (bytes, failure) = body.next_block(range.end - writing.end()).await;
+            // What came before a failure counts, so it is written before the failure is told.
+            let written = writing.then(bytes).await;
+            *at = writing.written();
+            written?;
             if let Some(error) = failure {
+                let finished = writing.finish().await;
+                *at = writing.written();
+                finished?;
                 return Err(error);
             }
         }
+        let finished = writing.finish().await;
+        *at = writing.written();
+        finished?;
         Ok(RangeOutcome::Complete)
     }
 
@@ -160,21 +162,26 @@ impl Transfer {
         }
     }
 
-    async fn whole(&self, at: &mut u64) -> Result<(), StoreError> {
+    async fn whole(self: &Arc<Self>, at: &mut u64) -> Result<(), StoreError> {
         let answer = self.origin.get(&self.file, None).await?;
         self.check_version(answer.headers())?;
         let mut body = BodyReader::new(self, answer);
-        while *at < self.partial.total_bytes() {
-            let (bytes, failure) = body.next_block(self.partial.total_bytes() - *at).await;
-            self.partial.write(&bytes, *at)?;
-            self.progress.add(bytes.len() as u64);
-            *at += bytes.len() as u64;
-            self.partial.mark(0..*at)?;
+        let mut writing = Writing::new(self, 0, 0);
+        while writing.end() < self.partial.total_bytes() {
+            let (bytes, failure) = body.next_block(self.partial.total_bytes() - writing.end()).await;
+            let written = writing.then(bytes).await;
+            *at = writing.written();
+            written?;
             if let Some(error) = failure {
+                let finished = writing.finish().await;
+                *at = writing.written();
+                finished?;
                 return Err(error);
             }
         }
-        Ok(())
+        let finished = writing.finish().await;
+        *at = writing.written();
+        finished
     }
 
     /// An answer from another version of the file must not be mixed with what is there.
@@ -270,6 +277,57 @@ impl HashFollower {
 
 fn broken(error: tokio::task::JoinError) -> StoreError {
     StoreError::cache("", "running the transfer", std::io::Error::other(error))
+}
+
+/// Writes the blocks of one range on another thread, each while the next one is received.
+struct Writing<'a> {
+    transfer: &'a Arc<Transfer>,
+    /// Where the range begins: chunks are marked from here.
+    start: u64,
+    /// Bytes up to here are written.
+    written: u64,
+    /// The block that is being written, and its length.
+    running: Option<(JoinHandle<Result<(), StoreError>>, u64)>,
+}
+
+impl<'a> Writing<'a> {
+    fn new(transfer: &'a Arc<Transfer>, start: u64, at: u64) -> Self {
+        Self { transfer, start, written: at, running: None }
+    }
+
+    fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// The end of what was given, which may still be being written.
+    fn end(&self) -> u64 {
+        self.written + self.running.as_ref().map_or(0, |(_, length)| *length)
+    }
+
+    /// Begins to write a block once the one before is written.
+    async fn then(&mut self, bytes: BytesMut) -> Result<(), StoreError> {
+        self.finish().await?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let (transfer, start, at) = (Arc::clone(self.transfer), self.start, self.written);
+        let length = bytes.len() as u64;
+        let task = spawn_blocking(move || {
+            transfer.partial.write(&bytes, at)?;
+            transfer.progress.add(length);
+            transfer.partial.mark(start..at + length)
+        });
+        self.running = Some((task, length));
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<(), StoreError> {
+        if let Some((task, length)) = self.running.take() {
+            task.await.map_err(broken)??;
+            self.written += length;
+        }
+        Ok(())
+    }
 }
 
 /// Reads a body in blocks, and ends where nothing comes for too long.

@@ -48,6 +48,10 @@ fn load(folder: &Path) -> String {
                 assert!(ids.iter().all(|id| (*id as usize) < rows), "{ids:?} of {rows}");
             }
             assert!(encoded.iter().all(Result::is_ok), "{encoded:?}");
+            // A template may have no form for pairs; then an error says so.
+            if let Ok(pair) = model.encode_pair("the cat sat", "[SEP] b", 8) {
+                assert!(pair.ids.iter().all(|id| (*id as usize) < rows), "{:?} of {rows}", pair.ids);
+            }
             "loaded".to_owned()
         }
     }

@@ -14,10 +14,12 @@ const BOUNDS: Bounds = Bounds { input_bytes: 64 * KIB, heap_bytes: 16 * MIB, tim
 /// A refusal repeats at most some hundred characters of the request, whatever its size.
 const MAX_MESSAGE_BYTES: usize = 4 * KIB;
 
-const WORDS: [&str; 14] = [
+const WORDS: [&str; 16] = [
     "/trustformers.v1.InferenceService/Generate\n",
     "/trustformers.v1.InferenceService/GenerateStream\n",
     "/trustformers.v1.InferenceService/Embed\n",
+    "/trustformers.v1.InferenceService/Classify\n",
+    "/trustformers.v1.InferenceService/Rerank\n",
     "/trustformers.v1.ModelService/ListModels\n",
     "/inference.GRPCInferenceService/ModelInfer\n",
     "/inference.GRPCInferenceService/ModelStreamInfer\n",

@@ -7,15 +7,16 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use trustformers_api::inference::Models;
 use trustformers_api::{
-    Answer, AnswerSyntax, Api, ApiError, CountRequest, EmbedRequest, Embedded, Event, FinishReason,
-    Generation, Health, Inference, PoolingMode, TokenText, Usage, Verdict,
+    Answer, AnswerSyntax, Api, ApiError, Classified, ClassifyRequest, CountRequest, EmbedRequest, Embedded,
+    Event, FinishReason, Generation, Health, Inference, PoolingMode, RerankRequest, Reranked, TokenText,
+    Usage, Verdict,
 };
 use trustformers_proto::v1;
 
 /// Vectors of this many values.
 const WIDTH: usize = 2;
 
-/// A server with a model that generates, `fake`, and one that embeds, `vectors`.
+/// A server with a model of each task: `fake`, `vectors`, `labels` and `order`.
 pub(crate) struct Scripted {
     models: watch::Sender<Models>,
     ready: watch::Sender<Verdict>,
@@ -28,7 +29,12 @@ pub(crate) fn api() -> Api {
         model.set_state(v1::ModelState::Ready);
         model
     };
-    let models = [ready("fake", "generate"), ready("vectors", "embed")];
+    let models = [
+        ready("fake", "generate"),
+        ready("vectors", "embed"),
+        ready("labels", "classify"),
+        ready("order", "rerank"),
+    ];
     let scripted = Scripted {
         models: watch::Sender::new(models.into()),
         ready: watch::Sender::new(Verdict::yes("ready")),
@@ -95,6 +101,33 @@ impl Inference for Scripted {
                 pooling_note: None,
             })
         })
+    }
+
+    fn classify(&self, request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>> {
+        let classified = Classified {
+            id: "cls-1".into(),
+            model: "fake".into(),
+            model_digest: "d1".into(),
+            revision: "r1".into(),
+            labels: ["no".to_owned(), "yes".to_owned()].into(),
+            scores: [0.25, 0.75].repeat(request.input.len()),
+            tokens: 3,
+            truncated: Vec::new(),
+        };
+        Box::pin(async { Ok(classified) })
+    }
+
+    fn rerank(&self, request: RerankRequest) -> BoxFuture<'_, Result<Reranked, ApiError>> {
+        let reranked = Reranked {
+            id: "rnk-1".into(),
+            model: "fake".into(),
+            model_digest: "d1".into(),
+            revision: "r1".into(),
+            scores: vec![0.5; request.documents.len()],
+            tokens: 3,
+            truncated: Vec::new(),
+        };
+        Box::pin(async { Ok(reranked) })
     }
 
     fn count_tokens(&self, _: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {

@@ -94,7 +94,7 @@ const TEMPLATES: [(&str, &str); 3] = [
     ),
 ];
 
-const REQUESTS: [(&str, &str); 9] = [
+const REQUESTS: [(&str, &str); 11] = [
     (
         "generate",
         "POST /v1/generate\n{\"prompt\": \"hi\", \"max_tokens\": 4, \"temperature\": 0.5, \"top_p\": 0.9, \"seed\": 7, \"stop\": [\"a\"], \
@@ -107,6 +107,14 @@ const REQUESTS: [(&str, &str); 9] = [
     (
         "embeddings",
         "POST /v1/embeddings\n{\"input\": [\"a\", \"b\"], \"encoding_format\": \"base64\", \"dimensions\": 2}",
+    ),
+    (
+        "classify",
+        "POST /v1/classify\n{\"input\": [\"a\", [\"b\", \"c\"]], \"top_k\": 1, \"raw_scores\": true, \"truncate\": false}",
+    ),
+    (
+        "rerank",
+        "POST /v1/rerank\n{\"query\": \"a\", \"documents\": [\"b\", {\"text\": \"c\"}], \"top_n\": 1, \"return_documents\": true}",
     ),
     ("tokens", "POST /v1/embeddings\n{\"input\": [[1, 2], [3]], \"truncate\": true, \"user\": \"u\"}"),
     (
@@ -148,11 +156,15 @@ const FORMATS: [(&str, &str); 6] = [
 fn messages() {
     let generate = v1::GenerateRequest { prompt: "hi".into(), ..Default::default() };
     let embed = v1::EmbedRequest { ..Default::default() };
+    let classify = v1::ClassifyRequest { input: vec!["hi".into()], ..Default::default() };
+    let rerank = v1::RerankRequest { query: "hi".into(), documents: vec!["a".into()], ..Default::default() };
     let service = "/trustformers.v1.InferenceService";
     for (name, method, content) in [
         ("generate", "Generate", generate.encode_to_vec()),
         ("stream", "GenerateStream", generate.encode_to_vec()),
         ("embed", "Embed", embed.encode_to_vec()),
+        ("classify", "Classify", classify.encode_to_vec()),
+        ("rerank", "Rerank", rerank.encode_to_vec()),
     ] {
         put("grpc", name, [format!("{service}/{method}\n").as_bytes(), &content].concat());
     }

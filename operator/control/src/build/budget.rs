@@ -10,6 +10,11 @@ use super::meta;
 use crate::names;
 use crate::validate::ValidatedModel;
 
+/// Whether the budget can refuse an eviction: more pods are desired than may be unavailable.
+pub(super) fn binds(model: &ValidatedModel) -> bool {
+    model.replicas > model.max_unavailable
+}
+
 pub(super) fn budget(model: &ValidatedModel) -> PodDisruptionBudget {
     PodDisruptionBudget {
         metadata: meta(model, &model.name),

@@ -1,7 +1,8 @@
-//! The Deployment of one revision: the pool of pods that load it.
+//! The Deployment of one pool.
 //!
-//! Its name and its selector contain the revision, so that the pods of two revisions are counted, scaled and
-//! replaced apart. A change of the pod alone (image, resources) replaces the pods of the Deployment.
+//! Its name and its selector contain the revision that the pool was made for, so that two pools are counted,
+//! scaled and replaced apart. The name stays when its pods load another revision in place. A change of the
+//! pod alone (image, resources) replaces the pods of the Deployment.
 
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -16,14 +17,10 @@ use crate::validate::ValidatedModel;
 const PROGRESS_DEADLINE_S: i32 = 7 * 24 * 3600;
 
 /// A changed pod serves before an old one ends: `maxUnavailable: 0`, `maxSurge: 1`.
-pub(super) fn deployment(
-    model: &ValidatedModel,
-    platform: &Platform,
-    revision: &str,
-    config_map: &str,
-) -> Deployment {
-    let labels = names::revision_labels(&model.name, revision);
-    let mut metadata = meta(model, &names::deployment(&model.name, revision));
+pub(super) fn deployment(model: &ValidatedModel, platform: &Platform, pool: &str) -> Deployment {
+    let labels = names::revision_labels(&model.name, pool);
+    let config_map = names::config_map(&model.name, pool);
+    let mut metadata = meta(model, &names::deployment(&model.name, pool));
     metadata.labels = Some(labels.clone());
     Deployment {
         metadata,
@@ -39,7 +36,7 @@ pub(super) fn deployment(
             }),
             progress_deadline_seconds: Some(PROGRESS_DEADLINE_S),
             revision_history_limit: Some(1),
-            template: pod::template(model, platform, revision, config_map),
+            template: pod::template(model, platform, pool, &config_map),
             ..DeploymentSpec::default()
         }),
         status: None,

@@ -9,13 +9,18 @@ mod deployment;
 mod network;
 mod pod;
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use trustformers_proto::pod_config::PodConfigError;
 
+pub use config::{PoolFiles, pod_config};
+
 use crate::kinds::{self, ChildKind};
+use crate::rollout::PoolSize;
 use crate::validate::ValidatedModel;
 use crate::{hash, names};
 
@@ -26,6 +31,28 @@ pub struct Platform {
     pub runtime_image: String,
     /// `IfNotPresent`, `Always` or `Never`, for the container and for image volumes.
     pub pull_policy: String,
+    /// How pods recognise the operator on their admin port; none: they have none.
+    pub admin: Option<PodAccess>,
+}
+
+/// How pods recognise the operator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodAccess {
+    /// The operator's account: `system:serviceaccount:NAMESPACE:NAME`.
+    pub subject: String,
+    /// The issuer of the cluster's tokens; none until known.
+    pub issuer: Option<String>,
+    /// The public keys that they are signed with, a JSON Web Key Set; none until known.
+    pub keys: Option<String>,
+}
+
+/// The pools of a model as they should be.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Pools {
+    /// The pool whose pods hold the spec's revision, or are to; none: that revision was rolled back.
+    pub of_spec: Option<PoolSize>,
+    /// The files of pools, by the pool's name.
+    pub files: BTreeMap<String, PoolFiles>,
 }
 
 /// Everything that should exist for one model.
@@ -33,6 +60,8 @@ pub struct Platform {
 pub struct Desired {
     /// Hash of what is loaded.
     pub revision: String,
+    /// The pool whose pods hold it, if it should have any.
+    pub pool: Option<String>,
     /// The objects, in the order in which they are applied.
     pub objects: Vec<DesiredObject>,
 }
@@ -46,6 +75,8 @@ pub struct DesiredObject {
     pub name: String,
     /// The object as it is applied.
     pub object: Value,
+    /// Hash of the object, which its annotation contains.
+    pub hash: String,
 }
 
 /// Why objects could not be built. Metrics use the variant's name.
@@ -59,36 +90,43 @@ pub enum BuildError {
     Json(#[from] serde_json::Error),
 }
 
-/// The objects that should exist for `model`. `replicas` are those of the pods that load the spec's revision;
-/// none: they should not exist, because that revision was rolled back.
+/// The objects that should exist for `model`, with these pools.
 ///
 /// # Errors
 /// Only if an object cannot be serialised, which no validated model causes.
-pub fn build(
-    model: &ValidatedModel,
-    platform: &Platform,
-    replicas: Option<u32>,
-) -> Result<Desired, BuildError> {
+pub fn build(model: &ValidatedModel, platform: &Platform, pools: &Pools) -> Result<Desired, BuildError> {
     let revision = hash::revision(model);
-    let config_map = config::config_map(model, &revision)?;
-    let config_name = config_map.metadata.name.clone().unwrap_or_default();
     // What pods need comes before the pods, and the budget before there is anything to evict.
     let mut objects = Vec::new();
     if model.pod.service_account_name.is_none() {
         objects.push(child(&kinds::SERVICE_ACCOUNT, network::service_account(model))?);
     }
-    if replicas.is_some() {
-        objects.push(child(&kinds::CONFIG_MAP, config_map)?);
+    for (pool, files) in &pools.files {
+        objects.push(child(&kinds::CONFIG_MAP, config::config_map(model, pool, files))?);
     }
     objects.push(child(&kinds::SERVICE, network::headless_service(model))?);
-    objects.push(child(&kinds::DISRUPTION_BUDGET, budget::budget(model))?);
-    if let Some(replicas) = replicas {
-        let mut deployment = deployment::deployment(model, platform, &revision, &config_name);
-        let replicas = i32::try_from(replicas).unwrap_or(i32::MAX);
+    if budget::binds(model) {
+        objects.push(child(&kinds::DISRUPTION_BUDGET, budget::budget(model))?);
+    }
+    if let Some(PoolSize { pool, replicas }) = &pools.of_spec {
+        let mut deployment = deployment::deployment(model, platform, pool);
+        let replicas = i32::try_from(*replicas).unwrap_or(i32::MAX);
         deployment.spec.get_or_insert_default().replicas = Some(replicas);
         objects.push(child(&kinds::DEPLOYMENT, deployment)?);
     }
-    Ok(Desired { revision, objects })
+    let pool = pools.of_spec.as_ref().map(|one| one.pool.clone());
+    Ok(Desired { revision, pool, objects })
+}
+
+/// The part of a pool's Deployment that makes its pods, as the spec asks for it: pods of a Deployment that
+/// has it differ in what they load alone.
+///
+/// # Errors
+/// Only if it cannot be serialised, which no validated model causes.
+pub fn pod_template(model: &ValidatedModel, platform: &Platform, pool: &str) -> Result<Value, BuildError> {
+    let deployment = deployment::deployment(model, platform, pool);
+    let template = serde_json::to_value(deployment.spec.map(|spec| spec.template))?;
+    Ok(json!({"spec": {"template": template}}))
 }
 
 /// Metadata of a child: it is watched by its labels and deleted with its owner.
@@ -109,9 +147,9 @@ fn child<K: Resource + Serialize>(
 ) -> Result<DesiredObject, serde_json::Error> {
     let hash = hash::short(&serde_json::to_string(&object)?);
     let meta = object.meta_mut();
-    meta.annotations.get_or_insert_default().insert(names::APPLIED_ANNOTATION.to_owned(), hash);
+    meta.annotations.get_or_insert_default().insert(names::APPLIED_ANNOTATION.to_owned(), hash.clone());
     let name = meta.name.clone().unwrap_or_default();
-    Ok(DesiredObject { kind, name, object: serde_json::to_value(&object)? })
+    Ok(DesiredObject { kind, name, object: serde_json::to_value(&object)?, hash })
 }
 
 #[cfg(test)]
@@ -123,12 +161,27 @@ mod tests {
         Platform {
             runtime_image: "localhost/trustformers-runtime:v0.1.0".to_owned(),
             pull_policy: "IfNotPresent".to_owned(),
+            admin: Some(PodAccess {
+                subject: "system:serviceaccount:sys:operator".to_owned(),
+                issuer: Some("https://cluster".to_owned()),
+                keys: Some(r#"{"keys":[]}"#.to_owned()),
+            }),
         }
+    }
+
+    /// One pool, which the spec's revision has made.
+    fn own_pool(model: &ValidatedModel) -> Pools {
+        let pool = hash::revision(model);
+        let access = platform().admin;
+        let config = pod_config(model, &pool, access.as_ref());
+        let files = PoolFiles::next(&pool, &config, None, access.as_ref()).unwrap().unwrap();
+        let replicas = u32::try_from(model.replicas).unwrap();
+        Pools { files: BTreeMap::from([(pool.clone(), files)]), of_spec: Some(PoolSize { pool, replicas }) }
     }
 
     fn desired(spec: &str) -> Desired {
         let model = valid("chat", spec);
-        build(&model, &platform(), u32::try_from(model.replicas).ok()).unwrap()
+        build(&model, &platform(), &own_pool(&model)).unwrap()
     }
 
     /// All objects as one YAML text, in the order in which they are applied.
@@ -146,7 +199,7 @@ mod tests {
 
     #[test]
     fn every_object_is_of_a_listed_kind_and_in_their_order() {
-        let objects = desired("{source: {uri: 'oci://x'}}").objects;
+        let objects = desired("{source: {uri: 'oci://x'}, scaling: {replicas: 2}}").objects;
         let built: Vec<_> = objects.iter().map(|one| one.kind).collect();
         assert_eq!(built, kinds::CHILDREN, "a kind that is built must be in kinds::CHILDREN");
         for one in &objects {
@@ -208,26 +261,74 @@ mod tests {
     }
 
     #[test]
-    fn a_new_pod_configuration_has_a_new_name() {
+    fn golden_prompts_are_in_the_configuration_of_the_pods() {
+        let spec = "{source: {uri: 'oci://x'}, rollout: {analysis: {goldenPrompts: [{prompt: '2 + 2 =', expect: ' 4'}]}}}";
+        let all = desired(spec).objects;
+        let map = &all.iter().find(|one| one.kind == &kinds::CONFIG_MAP).unwrap().object;
+        let config =
+            trustformers_proto::pod_config::PodConfig::parse(map["data"]["pod.yaml"].as_str().unwrap())
+                .unwrap();
+        assert_eq!(config.model.golden_prompts[0].expect, " 4");
+        let limits = "{source: {uri: 'oci://x'}, rollout: {analysis: {minRequests: 5}}}";
+        assert_eq!(
+            names_of(limits, &kinds::CONFIG_MAP),
+            names_of("{source: {uri: 'oci://x'}}", &kinds::CONFIG_MAP),
+            "limits are no matter of pods"
+        );
+    }
+
+    #[test]
+    fn a_pool_has_one_config_map_whatever_it_says() {
         let name = |spec: &str| names_of(spec, &kinds::CONFIG_MAP);
         let base = name("{source: {uri: 'oci://x'}}");
-        assert_eq!(name("{source: {uri: 'oci://x'}, scaling: {replicas: 2}}"), base);
+        assert_eq!(name("{source: {uri: 'oci://x'}, traffic: {drainTimeout: 1s}}"), base);
         assert_ne!(name("{source: {uri: 'oci://x'}, runtime: {numerics: exact}}"), base);
-        assert_ne!(name("{source: {uri: 'oci://x'}, traffic: {drainTimeout: 1s}}"), base);
+    }
+
+    #[test]
+    fn a_pool_whose_pods_hold_another_revision_keeps_its_name_and_its_template() {
+        let template = |spec: &str| pod_template(&valid("chat", spec), &platform(), "r1").unwrap();
+        let base = template("{source: {uri: 'pvc://weights/a'}}");
+        assert_eq!(template("{source: {uri: 'pvc://weights/b'}, runtime: {contextTokens: 64}}"), base);
+        for other in [
+            "{source: {uri: 'pvc://others/a'}}",
+            "{source: {uri: 'pvc://weights/a'}, runtime: {image: other}}",
+            "{source: {uri: 'pvc://weights/a'}, traffic: {drainTimeout: 1s}}",
+        ] {
+            assert_ne!(template(other), base, "{other}");
+        }
+        let model = valid("chat", "{source: {uri: 'pvc://weights/b'}}");
+        let pool = Some(PoolSize { pool: "r1".to_owned(), replicas: 2 });
+        let desired = build(&model, &platform(), &Pools { of_spec: pool, ..Pools::default() }).unwrap();
+        let names: Vec<_> = desired.objects.iter().map(|one| one.name.as_str()).collect();
+        assert_eq!((names.last(), desired.pool.as_deref()), (Some(&"chat-r1"), Some("r1")));
     }
 
     #[test]
     fn a_revision_that_was_rolled_back_has_no_pods() {
-        let objects = build(&valid("chat", "{source: {uri: 'oci://x'}}"), &platform(), None).unwrap().objects;
+        let model = valid("chat", "{source: {uri: 'oci://x'}}");
+        let objects = build(&model, &platform(), &Pools::default()).unwrap().objects;
         let kinds: Vec<_> = objects.iter().map(|one| one.kind.kind).collect();
-        assert_eq!(kinds, ["ServiceAccount", "Service", "PodDisruptionBudget"]);
+        assert_eq!(kinds, ["ServiceAccount", "Service"]);
+    }
+
+    #[test]
+    fn a_budget_that_cannot_refuse_an_eviction_is_not_made() {
+        let budgets = |spec: &str| names_of(spec, &kinds::DISRUPTION_BUDGET).len();
+        assert_eq!(budgets("{source: {uri: 'oci://x'}}"), 0);
+        assert_eq!(budgets("{source: {uri: 'oci://x'}, scaling: {replicas: 2}}"), 1);
+        assert_eq!(
+            budgets("{source: {uri: 'oci://x'}, scaling: {replicas: 2}, disruption: {maxUnavailable: 2}}"),
+            0
+        );
+        assert_eq!(budgets("{source: {uri: 'oci://x'}, disruption: {maxUnavailable: 0}}"), 1);
     }
 
     #[test]
     fn names_made_from_the_longest_name_fit_a_service() {
         let long = "a".repeat(45);
         let model = valid(&long, "{source: {uri: 'oci://x'}}");
-        for one in build(&model, &platform(), Some(1)).unwrap().objects {
+        for one in build(&model, &platform(), &own_pool(&model)).unwrap().objects {
             assert!(one.name.len() <= 63, "{}", one.name);
         }
     }

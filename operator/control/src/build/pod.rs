@@ -28,7 +28,7 @@ const CACHE_VOLUME: &str = "cache";
 pub(super) const SECRET_DIR: &str = "/etc/trustformers-source";
 const SECRET_VOLUME: &str = "source-credentials";
 /// Where `pod.yaml` is mounted.
-const CONFIG_DIR: &str = "/etc/trustformers";
+pub(super) const CONFIG_DIR: &str = "/etc/trustformers";
 /// User and group of the process; the images know them as `nonroot`.
 const NONROOT: i64 = 65_532;
 /// Time after the drain until kubelet kills the process: the last responses are written and files closed.
@@ -37,11 +37,11 @@ const END_MARGIN_S: i64 = 10;
 pub(super) fn template(
     model: &ValidatedModel,
     platform: &Platform,
-    revision: &str,
+    pool: &str,
     config_map: &str,
 ) -> PodTemplateSpec {
     let mut labels = model.pod.labels.clone();
-    labels.extend(names::revision_labels(&model.name, revision));
+    labels.extend(names::revision_labels(&model.name, pool));
     let mut annotations = model.pod.annotations.clone();
     annotations.insert(names::POOL_ANNOTATION.to_owned(), hash::pool(model));
     annotations.insert(names::DEFAULT_CONTAINER.to_owned(), names::CONTAINER.to_owned());
@@ -101,13 +101,15 @@ fn container(model: &ValidatedModel, platform: &Platform) -> Container {
         value: Some(one.value.clone()),
         value_from: None,
     });
+    let mut ports = vec![port("http", names::HTTP_PORT), port("grpc", names::GRPC_PORT)];
+    ports.extend(platform.admin.as_ref().map(|_| port("admin", names::ADMIN_PORT)));
     Container {
         name: names::CONTAINER.to_owned(),
         image: Some(model.runtime.image.clone().unwrap_or_else(|| platform.runtime_image.clone())),
         image_pull_policy: Some(platform.pull_policy.clone()),
         args: Some(vec!["--config".to_owned(), format!("{CONFIG_DIR}/{FILE_NAME}")]),
         env: some_list(env.collect()),
-        ports: Some(vec![port("http", names::HTTP_PORT), port("grpc", names::GRPC_PORT)]),
+        ports: Some(ports),
         resources: resources(&model.runtime.resources),
         volume_mounts: Some(volume_mounts(model)),
         readiness_probe: Some(probe("/health/ready", 1)),
@@ -195,27 +197,25 @@ fn model_volume(source: &Mount, platform: &Platform) -> Volume {
 }
 
 fn volume_mounts(model: &ValidatedModel) -> Vec<VolumeMount> {
-    let mut mounts = vec![mount("config", CONFIG_DIR, None), model_mount(&model.mount)];
+    let mut mounts = vec![mount("config", CONFIG_DIR), model_mount(&model.mount)];
     if model.source.secret_ref.is_some() {
-        mounts.push(mount(SECRET_VOLUME, SECRET_DIR, None));
+        mounts.push(mount(SECRET_VOLUME, SECRET_DIR));
     }
     mounts
 }
 
 fn model_mount(source: &Mount) -> VolumeMount {
     match source {
-        Mount::Claim { path, .. } if !path.is_empty() => mount("model", MODEL_DIR, Some(path.clone())),
-        Mount::Claim { .. } | Mount::Image { .. } => mount("model", MODEL_DIR, None),
-        Mount::Fetched(_) => VolumeMount { read_only: None, ..mount(CACHE_VOLUME, CACHE_DIR, None) },
+        Mount::Claim { .. } | Mount::Image { .. } => mount("model", MODEL_DIR),
+        Mount::Fetched(_) => VolumeMount { read_only: None, ..mount(CACHE_VOLUME, CACHE_DIR) },
     }
 }
 
-fn mount(name: &str, at: &str, sub_path: Option<String>) -> VolumeMount {
+fn mount(name: &str, at: &str) -> VolumeMount {
     VolumeMount {
         name: name.to_owned(),
         mount_path: at.to_owned(),
         read_only: Some(true),
-        sub_path,
         ..VolumeMount::default()
     }
 }

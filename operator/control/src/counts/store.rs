@@ -103,6 +103,20 @@ impl CountStore {
         sum
     }
 
+    /// What each process has counted of a revision since it started, by its id. A process that ended is there
+    /// for [`PROCESS_ENDED`]. The sums of one process do not decrease while this store lives.
+    #[must_use]
+    pub fn by_process(&self, key: &SeriesKey) -> BTreeMap<String, Counts> {
+        let counted = self.processes.iter().filter(|(_, process)| process.has(key));
+        let sum = |process: &Process| {
+            process.of(key).fold(Counts::default(), |mut sum, (_, counts)| {
+                sum.merge(counts);
+                sum
+            })
+        };
+        counted.map(|(id, process)| (id.clone(), sum(process))).collect()
+    }
+
     /// Attempts on a revision that have not ended, of the processes that reported within `fresh` of `now`.
     #[must_use]
     pub fn in_flight(&self, key: &SeriesKey, now: Duration, fresh: Duration) -> u64 {

@@ -239,3 +239,28 @@ fn the_error_rate_counts_failures_of_pods_alone() {
     assert_eq!((outcomes.failures(), outcomes.judged(), outcomes.total()), (10, 100, 720));
     assert_eq!(outcomes.error_rate(), Some(0.1));
 }
+
+#[test]
+fn each_process_keeps_its_own_sums() {
+    let (mut store, key) = (CountStore::default(), key(0, 0));
+    let counted = |attempts| wire(&key, 1, &Counts { attempts, ..Counts::default() });
+    store.report("one", only(&[counted(10)]), Duration::ZERO);
+    store.report("two", only(&[counted(4)]), SECOND);
+    store.report("one", only(&[counted(12)]), SECOND);
+    let sums: Vec<_> = store.by_process(&key).into_iter().map(|(id, counts)| (id, counts.attempts)).collect();
+    assert_eq!(sums, [("one".to_owned(), 12), ("two".to_owned(), 4)]);
+}
+
+#[test]
+fn buckets_have_their_bounds_in_milliseconds() {
+    let mut histogram = Histogram::default();
+    for latency in [Duration::from_micros(10), Duration::from_millis(100), Duration::MAX] {
+        histogram.observe(latency);
+    }
+    let buckets: Vec<_> = histogram.buckets().collect();
+    assert_eq!((buckets[0].lower_ms, buckets[0].upper_ms, buckets[0].requests), (0.0, 0.032, 1));
+    assert!(buckets[1].lower_ms <= 100.0 && 100.0 < buckets[1].upper_ms, "{buckets:?}");
+    assert!(buckets[2].upper_ms.is_infinite());
+    let again: u64 = histogram.bucket_counts().map(|counted| counted.count).sum();
+    assert_eq!(again, histogram.count());
+}

@@ -62,15 +62,6 @@ pub struct SampleKey {
     pub attempt: u32,
 }
 
-/// Answers to prompts whose answer is fixed.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct GoldenOutcome {
-    /// Prompts that have not been answered yet.
-    pub waiting: u32,
-    /// The prompts with a wrong answer.
-    pub wrong: Vec<String>,
-}
-
 /// What was counted since a step started.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepSample {
@@ -80,8 +71,6 @@ pub struct StepSample {
     pub candidate: RequestSample,
     /// Requests of the stable revision since the attempt started: the last step may leave it none.
     pub stable: RequestSample,
-    /// Fixed prompts, where the rollout has some.
-    pub golden: Option<GoldenOutcome>,
 }
 
 /// What a sample says about the candidate.
@@ -114,7 +103,6 @@ pub fn verdict(limits: AnalysisLimits, sample: Option<&StepSample>, stable_serve
         return Verdict::Inconclusive { figures: format!("0 of {} requests", limits.min_requests) };
     };
     let mut all = vec![enough_requests(limits, &sample.candidate)];
-    all.extend(sample.golden.as_ref().map(golden));
     all.extend(limits.max_error_rate.map(|limit| error_rate(limit, &sample.candidate)));
     if stable_serves {
         all.extend(limits.max_latency_ratio.map(|limit| latency_ratio(limit, sample)));
@@ -145,19 +133,6 @@ fn enough_requests(limits: AnalysisLimits, candidate: &RequestSample) -> Verdict
     }
 }
 
-fn golden(outcome: &GoldenOutcome) -> Verdict {
-    match outcome.wrong.first() {
-        Some(first) => Verdict::Fail {
-            reason: "GoldenAnswerWrong",
-            figures: format!("{} fixed prompts have a wrong answer, first: {first}", outcome.wrong.len()),
-        },
-        None if outcome.waiting > 0 => {
-            Verdict::Inconclusive { figures: format!("{} fixed prompts wait for an answer", outcome.waiting) }
-        }
-        None => Verdict::Pass { figures: "all fixed prompts have the right answer".to_owned() },
-    }
-}
-
 fn error_rate(limit: f64, candidate: &RequestSample) -> Verdict {
     let RequestSample { requests, errors, .. } = *candidate;
     let figures = format!(
@@ -170,7 +145,9 @@ fn error_rate(limit: f64, candidate: &RequestSample) -> Verdict {
 
 fn latency_ratio(limit: f64, sample: &StepSample) -> Verdict {
     let Some(stable_ms) = percentile_bound_ms(&sample.stable.latency) else {
-        return Verdict::Inconclusive { figures: "the stable revision has too few requests".to_owned() };
+        let few = total(&sample.stable.latency);
+        let figures = format!("{few} requests of the stable revision are too few to compare latencies with");
+        return Verdict::Inconclusive { figures };
     };
     let limit_ms = limit * stable_ms;
     let (slow, all) = (slower_than(&sample.candidate.latency, limit_ms), total(&sample.candidate.latency));
@@ -254,7 +231,7 @@ mod tests {
 
     fn sample(candidate: RequestSample, stable: RequestSample) -> StepSample {
         let key = SampleKey { revision: "r2".to_owned(), step: 0, attempt: 1 };
-        StepSample { key, candidate, stable, golden: None }
+        StepSample { key, candidate, stable }
     }
 
     fn of(candidate: RequestSample, stable: RequestSample) -> Verdict {
@@ -298,18 +275,6 @@ mod tests {
     fn a_stable_revision_that_does_not_serve_is_not_compared_with() {
         let sample = sample(requests(200, 0, 0, 200), requests(0, 0, 0, 0));
         assert!(matches!(verdict(LIMITS, Some(&sample), false), Verdict::Pass { .. }));
-    }
-
-    #[test]
-    fn a_wrong_fixed_answer_fails_and_a_missing_one_waits() {
-        let mut sample = sample(requests(200, 0, 200, 0), requests(1000, 0, 1000, 0));
-        sample.golden = Some(GoldenOutcome { waiting: 1, wrong: Vec::new() });
-        assert!(matches!(verdict(LIMITS, Some(&sample), true), Verdict::Inconclusive { .. }));
-        sample.golden = Some(GoldenOutcome { waiting: 0, wrong: vec!["2+2".to_owned()] });
-        assert!(matches!(
-            verdict(LIMITS, Some(&sample), true),
-            Verdict::Fail { reason: "GoldenAnswerWrong", .. }
-        ));
     }
 
     #[test]

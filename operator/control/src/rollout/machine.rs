@@ -27,7 +27,7 @@ pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
 pub(super) struct Machine<'a, 'f> {
     pub(super) state: RolloutState,
     pub(super) facts: &'a RolloutFacts<'f>,
-    now: Timestamp,
+    pub(super) now: Timestamp,
 }
 
 impl<'a, 'f> Machine<'a, 'f> {
@@ -58,8 +58,9 @@ impl<'a, 'f> Machine<'a, 'f> {
         if self.state.phase != phase {
             return Some(self.now);
         }
-        let counts =
-            matches!(phase, RolloutPhase::Shifting | RolloutPhase::Verifying | RolloutPhase::Promoted);
+        // What waits for a person is decided already.
+        let counts = !self.state.held
+            && matches!(phase, RolloutPhase::Shifting | RolloutPhase::Verifying | RolloutPhase::Promoted);
         let look = self.facts.policy.analysis.filter(|_| counts).map(|_| later(self.now, LOOK_EVERY));
         wake_at.into_iter().chain(look).min()
     }
@@ -76,7 +77,9 @@ impl<'a, 'f> Machine<'a, 'f> {
                 .is_some_and(|loads| loads.routable + loads.warming + loads.loading > 0);
             // In a pool that stays, it ends when no pod has it loaded.
             let stays = host.as_ref() == Some(&one.member.pool);
-            if stays { loaded } else { pool.pods + pool.terminating + pool.replicas > 0 }
+            let failed =
+                facts.revisions.get(&one.member.revision).is_some_and(|loads| loads.failure.is_some());
+            if stays { loaded || failed } else { pool.pods + pool.terminating + pool.replicas > 0 }
         });
     }
 
@@ -137,14 +140,15 @@ impl<'a, 'f> Machine<'a, 'f> {
         state.retiring.extend(previous);
         let same = |one: &Retiring| one.member.revision == revision;
         let retired = state.retiring.iter().position(same).map(|at| state.retiring.remove(at).member);
-        state.candidate = Some(retired.unwrap_or_else(|| own_pool(revision)));
+        state.attempt = state.attempt.saturating_add(1);
+        let pool = state.new_pool(revision);
+        state.candidate = Some(retired.unwrap_or_else(|| Member { revision: revision.to_owned(), pool }));
         state.refused = None;
         state.forced = false;
         state.held = false;
         state.weight = 0;
         state.step = 0;
         state.reached = false;
-        state.attempt = state.attempt.saturating_add(1);
         state.base = self.facts.replicas;
         self.enter(RolloutPhase::Pending, "NewRevision", String::new());
     }
@@ -179,17 +183,27 @@ impl<'a, 'f> Machine<'a, 'f> {
             }
         };
         self.use_placement(choice);
+        self.state.restarts = if choice == Placement::InPlace { self.host_restarts() } else { 0 };
         self.enter(RolloutPhase::Placing, choice.as_str(), String::new());
         None
     }
 
-    fn use_placement(&mut self, placement: Placement) {
+    pub(super) fn use_placement(&mut self, placement: Placement) {
         self.state.placement = placement;
         let Some(stable) = self.state.stable.as_ref().map(|one| one.pool.clone()) else { return };
-        if let Some(candidate) = &mut self.state.candidate {
-            candidate.pool =
-                if placement == Placement::InPlace { stable } else { candidate.revision.clone() };
-        }
+        let Some(mut candidate) = self.state.candidate.take() else { return };
+        candidate.pool = match placement {
+            Placement::InPlace => stable,
+            Placement::Surge | Placement::DrainFirst => {
+                // One that it has already stays, whatever becomes of the placement.
+                let own = format!("{}-", candidate.revision);
+                match candidate.pool.starts_with(&own) && candidate.pool != stable {
+                    true => candidate.pool,
+                    false => self.state.new_pool(&candidate.revision),
+                }
+            }
+        };
+        self.state.candidate = Some(candidate);
     }
 
     fn what_is_missing(&self, needed: u32) -> String {
@@ -207,7 +221,7 @@ impl<'a, 'f> Machine<'a, 'f> {
             self.enter(RolloutPhase::Pending, "Stopped", String::new());
             return None;
         }
-        if self.fail_if_broken() {
+        if self.leave_in_place() || self.fail_if_broken() {
             return None;
         }
         let loads = self.candidate_loads();
@@ -232,7 +246,7 @@ impl<'a, 'f> Machine<'a, 'f> {
         if phase != self.state.phase {
             self.enter(phase, phase.as_str(), String::new());
         }
-        None
+        self.refused_at()
     }
 
     /// When it is certain that the pods of this step do not fit.
@@ -389,9 +403,13 @@ impl<'a, 'f> Machine<'a, 'f> {
         self.enter(RolloutPhase::Promoted, "Promoted", String::new());
     }
 
-    /// Waits with the previous revision ready.
+    /// Waits with the previous revision ready. A failure that a person must decide about keeps it ready for
+    /// as long as that takes.
     fn bake(&mut self) -> Option<Timestamp> {
         let until = later(self.state.since, self.facts.policy.bake);
+        if self.state.held {
+            return None;
+        }
         if self.now >= until {
             self.finish_bake();
             return None;
@@ -408,7 +426,13 @@ impl<'a, 'f> Machine<'a, 'f> {
         match self.facts.policy.on_failure {
             // Without a pod of the previous revision there is nothing to return to.
             OnFailure::Rollback if self.previous_routable() > 0 => self.undo(reason, message),
-            OnFailure::Rollback | OnFailure::Hold => self.explain(reason, message),
+            OnFailure::Rollback => self.explain(reason, message),
+            OnFailure::Hold => {
+                let revision = self.state.stable.as_ref().map(|one| one.revision.clone());
+                self.record(&revision.unwrap_or_default(), "Held", reason, message.clone());
+                self.state.held = true;
+                self.explain(reason, message);
+            }
         }
     }
 
@@ -416,12 +440,14 @@ impl<'a, 'f> Machine<'a, 'f> {
         if let Some(previous) = self.state.previous.take() {
             self.state.retiring.push(Retiring { member: previous, failed: false });
         }
+        self.state.held = false;
         self.enter(RolloutPhase::Done, "Complete", String::new());
     }
 
     /// The previous revision becomes the stable one again.
     pub(super) fn undo(&mut self, reason: &str, message: String) {
         let Some(previous) = self.state.previous.take() else { return };
+        self.state.held = false;
         if let Some(failed) = self.state.stable.replace(previous) {
             self.record(&failed.revision.clone(), "RolledBack", reason, message.clone());
             self.state.refused = Some(failed.revision.clone());
@@ -453,12 +479,13 @@ impl<'a, 'f> Machine<'a, 'f> {
 
     /// Why a revision can be neither loaded nor run.
     fn broken(&self, member: Option<&Member>) -> Option<(String, String)> {
-        let loads = self.facts.revisions.get(&member?.revision)?;
-        if let Some(cause) = &loads.failure {
+        let member = member?;
+        let loads = self.facts.revisions.get(&member.revision);
+        if let Some(cause) = loads.and_then(|loads| loads.failure.as_ref()) {
             return Some((cause.reason.clone(), cause.message.clone()));
         }
-        let restarts = loads.restarts;
-        (restarts >= RESTARTS_TO_FAIL)
+        let restarts = self.restarts_of(member, loads.map_or(0, |loads| loads.restarts));
+        (restarts >= self.restarts_to_fail(member))
             .then(|| ("Crashing".to_owned(), format!("its containers were restarted {restarts} times")))
     }
 
@@ -484,12 +511,13 @@ impl<'a, 'f> Machine<'a, 'f> {
     fn retire_candidate(&mut self, failed: bool) {
         self.state.weight = 0;
         self.state.step = 0;
+        self.state.held = false;
         if let Some(member) = self.state.candidate.take() {
             self.state.retiring.push(Retiring { member, failed });
         }
     }
 
-    fn enter(&mut self, phase: RolloutPhase, reason: &str, message: String) {
+    pub(super) fn enter(&mut self, phase: RolloutPhase, reason: &str, message: String) {
         self.state.phase = phase;
         self.state.since = self.now;
         self.explain(reason, message);
@@ -500,7 +528,7 @@ impl<'a, 'f> Machine<'a, 'f> {
         self.state.message = message;
     }
 
-    fn record_candidate(&mut self, decision: &str, reason: &str, message: String) {
+    pub(super) fn record_candidate(&mut self, decision: &str, reason: &str, message: String) {
         if let Some(revision) = self.state.candidate.as_ref().map(|one| one.revision.clone()) {
             self.record(&revision, decision, reason, message);
         }
@@ -519,7 +547,7 @@ impl<'a, 'f> Machine<'a, 'f> {
         self.state.history.drain(..excess);
     }
 
-    fn candidate_loads(&self) -> RevisionFacts {
+    pub(super) fn candidate_loads(&self) -> RevisionFacts {
         let candidate = self.state.candidate.as_ref();
         candidate.and_then(|one| self.facts.revisions.get(&one.revision)).cloned().unwrap_or_default()
     }
@@ -542,7 +570,7 @@ fn figures(verdict: Option<&Verdict>) -> String {
     }
 }
 
-fn later(since: Timestamp, by: Duration) -> Timestamp {
+pub(super) fn later(since: Timestamp, by: Duration) -> Timestamp {
     SignedDuration::try_from(by).ok().and_then(|by| since.checked_add(by).ok()).unwrap_or(Timestamp::MAX)
 }
 

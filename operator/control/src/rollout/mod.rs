@@ -7,11 +7,13 @@
 
 pub mod analysis;
 mod command;
+pub mod in_place;
 mod machine;
 pub mod observe;
 pub mod plan;
 pub mod state;
 mod stored;
+pub mod window;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -65,6 +67,18 @@ pub enum OnFailure {
     Hold,
 }
 
+/// A prompt with the beginning of the greedy answer that pods must give before they serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GoldenPrompt {
+    /// The prompt.
+    pub prompt: String,
+    /// How its answer begins, at most [`MAX_EXPECT_BYTES`].
+    pub expect: String,
+}
+
+/// Longest beginning of an answer: a token has at least one byte, and a pod asks for 256 tokens at most.
+pub const MAX_EXPECT_BYTES: usize = 256;
+
 /// The settings of rollouts of one model.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RolloutPolicy {
@@ -74,6 +88,8 @@ pub struct RolloutPolicy {
     pub steps: Vec<ShiftStep>,
     /// Limits that the candidate must stay within.
     pub analysis: Option<AnalysisLimits>,
+    /// What pods must answer before they serve.
+    pub golden_prompts: Vec<GoldenPrompt>,
     /// How long the previous revision stays ready after a promotion.
     pub bake: Duration,
     /// What happens when a candidate fails.

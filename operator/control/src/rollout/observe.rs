@@ -4,16 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::jiff::Timestamp;
-use trustformers_proto::v1::ModelState;
+use trustformers_proto::v1::{ModelSlot, ModelState};
 
 use super::machine::RESTARTS_TO_FAIL;
-use super::{Command, CommandText, PoolFacts, RevisionFacts};
-use crate::causes;
-use crate::names;
+use super::{Command, CommandText, PoolFacts, RevisionFacts, RolloutState};
+use crate::causes::{self, Cause};
 use crate::pods::PodView;
 use crate::status::PodReport;
+use crate::{names, versions};
 
-/// The Deployments of a model, by revision.
+/// The Deployments of a model, by the revision that each was made for.
 #[must_use]
 pub fn pools(deployments: &BTreeMap<String, Deployment>, pods: &[PodView]) -> BTreeMap<String, PoolFacts> {
     let mut pools: BTreeMap<String, PoolFacts> = BTreeMap::new();
@@ -32,17 +32,35 @@ pub fn pools(deployments: &BTreeMap<String, Deployment>, pods: &[PodView]) -> BT
     pools
 }
 
-/// What pods do with each revision.
+/// What pods do with each revision, the state of the rollout given. A pod that has not reported yet counts
+/// for what it was asked to hold.
 #[must_use]
 pub fn revisions(
     deployments: &BTreeMap<String, Deployment>,
     pods: &[PodView],
     reports: &BTreeMap<String, PodReport>,
+    state: &RolloutState,
 ) -> BTreeMap<String, RevisionFacts> {
     let mut revisions: BTreeMap<String, RevisionFacts> = BTreeMap::new();
     for pod in pods.iter().filter(|pod| pod.counts()) {
-        let facts = revisions.entry(pod.revision.clone()).or_default();
         let report = reports.get(&pod.uid).map(|report| &report.model);
+        let slots = report.map(|report| versions::slots(pod, report)).unwrap_or_default();
+        for slot in slots.iter().skip(1) {
+            let facts = revisions.entry(slot.revision.clone()).or_default();
+            count_second(pod, slot, state, facts);
+        }
+        if report.is_none() && is_routable(pod) {
+            for revision in state.held_besides(&pod.revision) {
+                revisions.entry(revision.to_owned()).or_default().routable += 1;
+            }
+            // Whether it still holds these is not certain, so that none of them counts as gone.
+            for revision in state.doubtful(&pod.revision) {
+                revisions.entry(revision.to_owned()).or_default().loading += 1;
+            }
+        }
+        let first =
+            slots.first().map_or_else(|| state.start_revision(&pod.revision), |slot| slot.revision.as_str());
+        let facts = revisions.entry(first.to_owned()).or_default();
         match report.map(trustformers_proto::v1::ModelStatus::state) {
             _ if is_routable(pod) => facts.routable += 1,
             _ if pod.containers_ready => facts.warming += 1,
@@ -59,10 +77,32 @@ pub fn revisions(
         facts.failure = facts.failure.take().or(failed);
     }
     for (revision, deployment) in deployments {
-        let facts = revisions.entry(revision.clone()).or_default();
+        let revision = state.start_revision(revision).to_owned();
+        let facts = revisions.entry(revision).or_default();
         facts.unschedulable_since = earlier(facts.unschedulable_since, not_created_since(deployment));
     }
     revisions
+}
+
+/// Counts a version that a pod holds beside the one that answers.
+fn count_second(pod: &PodView, slot: &ModelSlot, state: &RolloutState, facts: &mut RevisionFacts) {
+    match slot.state() {
+        ModelState::Ready if is_routable(pod) => facts.routable += 1,
+        ModelState::Ready | ModelState::Warming => facts.warming += 1,
+        // It is there until it has ended.
+        ModelState::Pending | ModelState::Loading | ModelState::Draining => facts.loading += 1,
+        ModelState::Unspecified | ModelState::Unloaded | ModelState::Failed => {}
+    }
+    // What another pool could not load says nothing about a revision that has pods of its own by now.
+    if !state.members().any(|member| member.revision == slot.revision && member.pool == pod.revision) {
+        return;
+    }
+    facts.restarts = facts.restarts.saturating_add(pod.restarts);
+    if slot.state() == ModelState::Failed {
+        let reason = if slot.reason.is_empty() { "ModelFailed" } else { &slot.reason };
+        let failure = Cause { reason: reason.to_owned(), message: slot.message.clone() };
+        facts.failure.get_or_insert(failure);
+    }
 }
 
 /// Whether every gateway can route to the pod: its gate is open, and it still serves.

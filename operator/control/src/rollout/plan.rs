@@ -4,6 +4,8 @@
 //! are removed only while enough others serve. A pool whose revision still gets requests is not made smaller
 //! while others can take them.
 
+use std::collections::BTreeMap;
+
 use super::state::{Member, RolloutPhase, RolloutState};
 use super::{Placement, PodCommand, PoolSize, RevisionWeight, RolloutFacts};
 
@@ -75,7 +77,14 @@ fn wanted<'a>(state: &'a RolloutState, facts: &'a RolloutFacts<'_>) -> Vec<Wante
     if let Some(member) = &state.stable {
         add(Role::Stable, member, stable);
     }
-    if let Some(member) = &state.candidate {
+    // A candidate that running pods are to load gets no pool of its own.
+    let waits_in_place = state.phase == RolloutPhase::Pending
+        && match facts.policy.placement {
+            Some(placement) => placement == Placement::InPlace,
+            None => facts.in_place.is_ok(),
+        };
+    let exists = |member: &&Member| !waits_in_place || facts.pools.contains_key(&member.pool);
+    if let Some(member) = state.candidate.as_ref().filter(exists) {
         add(Role::Candidate, member, needed);
     }
     if let Some(member) = state.previous.as_ref().filter(|_| state.phase == RolloutPhase::Promoted) {
@@ -96,8 +105,14 @@ fn wanted<'a>(state: &'a RolloutState, facts: &'a RolloutFacts<'_>) -> Vec<Wante
 
 /// Serving pods that may be removed now, over all revisions. Pods of a revision without requests do not
 /// serve.
-fn removable(facts: &RolloutFacts<'_>, shares: &[RevisionWeight]) -> u32 {
-    let serving: u32 = shares.iter().map(|share| facts.routable(&share.revision)).sum();
+fn removable(state: &RolloutState, facts: &RolloutFacts<'_>, shares: &[RevisionWeight]) -> u32 {
+    // A pod that serves two revisions counts once.
+    let mut by_pool: BTreeMap<&str, u32> = BTreeMap::new();
+    for share in shares {
+        let serving = by_pool.entry(state.pool_of(&share.revision)).or_default();
+        *serving = facts.routable(&share.revision).max(*serving);
+    }
+    let serving: u32 = by_pool.values().sum();
     // Removals that were decided and have not happened yet.
     let pending: u32 = facts.pools.values().map(|pool| pool.pods.saturating_sub(pool.replicas)).sum();
     let least = facts.replicas.saturating_sub(facts.max_unavailable);
@@ -106,8 +121,9 @@ fn removable(facts: &RolloutFacts<'_>, shares: &[RevisionWeight]) -> u32 {
 
 fn shrink(state: &RolloutState, facts: &RolloutFacts<'_>, wanted: &[Wanted<'_>], sizes: &mut [PoolSize]) {
     let shares = split(state, facts.replicas, &|revision| facts.routable(revision));
-    let mut removable = removable(facts, &shares);
-    let is_stuck = is_stuck(state, facts);
+    let mut removable = removable(state, facts, &shares);
+    // One pod ends whatever disruption allows, and no more.
+    let mut may_force = is_stuck(state, facts);
     // Whoever asks for fewer replicas gets them at once. Those pods are not there to be removed again.
     if let Some(at) = wanted.iter().position(|one| one.role == Role::Stable) {
         let by_user = sizes[at].replicas.saturating_sub(facts.replicas);
@@ -120,19 +136,22 @@ fn shrink(state: &RolloutState, facts: &RolloutFacts<'_>, wanted: &[Wanted<'_>],
         }
         let excess = size.replicas.saturating_sub(one.goal);
         let pool = facts.pool(one.pool);
-        let routable = facts.routable(one.revision).min(pool.pods);
+        // Its pods may hold several revisions that are named.
+        let named = state.members().filter(|member| member.pool == one.pool);
+        let held: Vec<&str> = named.map(|member| member.revision.as_str()).chain([one.revision]).collect();
+        let routable = held.iter().map(|revision| facts.routable(revision)).max().unwrap_or(0).min(pool.pods);
         // The Deployment's controller removes pods that are not ready first.
         let pending = pool.pods.saturating_sub(pool.replicas);
         let removed = pending + pool.replicas.saturating_sub(size.replicas);
         let idle = pool.pods.max(pool.replicas).saturating_sub(routable).saturating_sub(removed);
-        let has_share = shares.iter().any(|share| share.revision == one.revision);
-        let is_unrouted = !has_share && facts.unrouted.contains(one.revision);
+        let has_share = shares.iter().any(|share| held.contains(&share.revision.as_str()));
+        let is_unrouted = !has_share && held.iter().all(|revision| facts.unrouted.contains(*revision));
         let cut = match one.role {
             Role::Candidate => 0,
             // It makes room pod by pod, as the candidate needs it.
             Role::Stable => (idle + removable).min(missing(facts, wanted)),
             Role::Previous | Role::Retiring if is_unrouted => excess,
-            Role::Previous | Role::Retiring if has_share && is_stuck => idle + removable.max(1),
+            Role::Previous | Role::Retiring if has_share && may_force => idle + removable.max(1),
             Role::Previous | Role::Retiring if has_share => idle + removable,
             Role::Previous | Role::Retiring => idle,
         };
@@ -140,6 +159,7 @@ fn shrink(state: &RolloutState, facts: &RolloutFacts<'_>, wanted: &[Wanted<'_>],
         size.replicas -= cut;
         if has_share {
             removable = removable.saturating_sub(cut.saturating_sub(idle));
+            may_force &= cut <= idle;
         }
     }
 }
@@ -241,12 +261,20 @@ pub fn commands(state: &RolloutState, facts: &RolloutFacts<'_>) -> Vec<PodComman
     if let Some(candidate) = state.candidate.as_ref().filter(shares_pool) {
         commands.push(PodCommand::Load { pool: pool.clone(), revision: candidate.revision.clone() });
     }
-    if stable.pool != stable.revision {
+    let gone: Vec<&Member> = state.retiring.iter().map(|one| &one.member).filter(shares_pool).collect();
+    let was_swapped = stable.pool != stable.revision
+        || gone.iter().copied().chain(&state.previous).any(|one| shares_pool(&one));
+    if was_swapped {
         commands.push(PodCommand::Swap { pool: pool.clone(), revision: stable.revision.clone() });
     }
-    let gone = state.retiring.iter().map(|one| &one.member).filter(shares_pool);
-    for member in gone.filter(|member| member.revision != stable.revision) {
-        if facts.unrouted.contains(&member.revision) {
+    // What the present share gives requests to stays, whatever the tables so far say.
+    let shares = split(state, facts.replicas, &|revision| facts.routable(revision));
+    let is_silent = |member: &Member| {
+        facts.unrouted.contains(&member.revision)
+            && shares.iter().all(|share| share.revision != member.revision)
+    };
+    for member in gone.into_iter().filter(|member| member.revision != stable.revision) {
+        if is_silent(member) {
             commands.push(PodCommand::Unload { pool: pool.clone(), revision: member.revision.clone() });
         }
     }

@@ -79,6 +79,7 @@ impl Sim {
                 bake: Duration::from_secs(120),
                 on_failure: OnFailure::Rollback,
                 history_limit: 10,
+                golden_prompts: Vec::new(),
             },
             desired: 1,
             replicas: setup.replicas,
@@ -219,7 +220,7 @@ impl Sim {
         let sample = self.state.sample_key().map(|key| {
             let errors = if key.revision == name(4) { self.requests } else { 0 };
             let candidate = RequestSample { requests: self.requests, errors, latency: Vec::new() };
-            StepSample { key, candidate, stable: RequestSample::default(), golden: None }
+            StepSample { key, candidate, stable: RequestSample::default() }
         });
         let facts = self.facts(&desired, sample.as_ref());
         let outcome = step(&self.state, &facts, self.now());

@@ -7,6 +7,7 @@ use k8s_openapi::jiff::Timestamp;
 use super::analysis::SampleKey;
 use super::machine::Machine;
 use super::plan::{self, pods_for};
+use super::window::SampleWindow;
 use super::{Command, CommandText, Placement, RolloutFacts, StepOutcome};
 
 /// Decisions that a status can hold.
@@ -141,6 +142,8 @@ pub struct RolloutState {
     pub weight: u32,
     /// Replicas of the model when the step started.
     pub base: u32,
+    /// Restarts of the stable revision's pods when they were asked to load the candidate too.
+    pub restarts: u32,
     /// Attempts since the model exists: it makes the samples of two rollouts of one revision differ.
     pub attempt: u32,
     /// Whether somebody asked to skip what remains.
@@ -151,6 +154,8 @@ pub struct RolloutState {
     pub message: String,
     /// Whether it waits for a person: a failure with `onFailure: Hold`.
     pub held: bool,
+    /// What was counted of the requests, while limits are compared with it.
+    pub window: Option<SampleWindow>,
     /// The last command of each kind that was followed or refused.
     pub consumed: BTreeMap<Command, CommandText>,
     /// The last decisions, the newest last.

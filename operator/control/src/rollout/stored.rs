@@ -7,8 +7,10 @@ use trustformers_crds::{
     RolloutFailure, RolloutPlacement, RolloutStatus, StableRevision,
 };
 
-use super::state::{Decision, Member, Retiring, RolloutPhase, RolloutState, own_pool};
-use super::{Command, CommandText, OnFailure, Placement, RolloutPolicy, ShiftStep};
+use super::analysis::AnalysisLimits;
+use super::state::{Decision, Member, Retiring, RolloutPhase, RolloutState};
+use super::window::SampleWindow;
+use super::{Command, CommandText, GoldenPrompt, OnFailure, Placement, RolloutPolicy, ShiftStep};
 use crate::duration::{self, DurationError};
 
 impl RolloutPolicy {
@@ -26,10 +28,15 @@ impl RolloutPolicy {
                 RolloutPlacement::Auto => None,
                 RolloutPlacement::DrainFirst => Some(Placement::DrainFirst),
                 RolloutPlacement::Surge => Some(Placement::Surge),
+                RolloutPlacement::InPlace => Some(Placement::InPlace),
             },
             steps: steps.collect::<Result<_, _>>()?,
-            // The spec has no limits yet.
-            analysis: None,
+            analysis: rollout.analysis.as_ref().map(|one| AnalysisLimits {
+                max_error_rate: Some(one.max_error_rate),
+                max_latency_ratio: one.max_latency_ratio,
+                min_requests: u64::from(one.min_requests),
+            }),
+            golden_prompts: rollout.analysis.iter().flat_map(|one| &one.golden_prompts).map(golden).collect(),
             bake: duration::parse(&rollout.bake).map_err(|cause| ("bake", cause))?,
             on_failure: match rollout.on_failure {
                 RolloutFailure::Rollback => OnFailure::Rollback,
@@ -45,28 +52,25 @@ impl RolloutState {
     /// again.
     #[must_use]
     pub fn of(status: &InferenceModelStatus) -> Self {
-        let stable = status.stable.as_ref().map(|one| own_pool(&one.revision));
+        let stable = status.stable.as_ref().map(|one| member(&one.revision, one.pool.as_ref()));
         let history = status.history.iter().map(decision).collect();
         let Some(rollout) = &status.rollout else {
             return Self { stable, history, ..Self::default() };
         };
         let phase = RolloutPhase::ALL.into_iter().find(|phase| phase.as_str() == rollout.phase);
         let candidate = status.candidate.as_ref();
-        let placement = if rollout.placement == Placement::DrainFirst.as_str() {
-            Placement::DrainFirst
-        } else {
-            Placement::Surge
-        };
+        let known = [Placement::DrainFirst, Placement::InPlace];
+        let placement = known.into_iter().find(|one| one.as_str() == rollout.placement).unwrap_or_default();
         Self {
             phase: phase.unwrap_or(RolloutPhase::Pending),
             since: rollout.since.0,
             stable,
-            candidate: candidate.map(|one| own_pool(&one.revision)),
-            previous: status.previous.as_ref().map(|one| own_pool(&one.revision)),
+            candidate: candidate.map(|one| member(&one.revision, one.pool.as_ref())),
+            previous: status.previous.as_ref().map(|one| member(&one.revision, one.pool.as_ref())),
             retiring: rollout
                 .retiring
                 .iter()
-                .map(|one| Retiring { member: own_pool(&one.revision), failed: one.failed })
+                .map(|one| Retiring { member: member(&one.revision, one.pool.as_ref()), failed: one.failed })
                 .collect(),
             refused: rollout.refused.clone(),
             placement,
@@ -74,11 +78,13 @@ impl RolloutState {
             reached: rollout.reached,
             weight: candidate.map_or(0, |one| one.weight),
             base: rollout.base,
+            restarts: rollout.restarts,
             attempt: rollout.attempt,
             forced: rollout.forced,
             reason: rollout.reason.clone(),
             message: rollout.message.clone(),
             held: rollout.held,
+            window: rollout.sample.as_ref().and_then(SampleWindow::of),
             consumed: consumed(&rollout.consumed).collect(),
             history,
         }
@@ -91,12 +97,14 @@ impl RolloutState {
         let known = |revision: &str| digest(&before, revision);
         let revision = |member: &Member| StableRevision {
             revision: member.revision.clone(),
+            pool: other_pool(member),
             digest: known(&member.revision),
         };
         status.stable = self.stable.as_ref().map(revision);
         status.previous = self.previous.as_ref().map(revision);
         status.candidate = self.candidate.as_ref().map(|member| CandidateRevision {
             revision: member.revision.clone(),
+            pool: other_pool(member),
             digest: known(&member.revision),
             weight: self.weight,
             step: self.step,
@@ -116,15 +124,21 @@ impl RolloutState {
             placement: self.placement.as_str().to_owned(),
             since: Time(self.since),
             base: self.base,
+            restarts: self.restarts,
             attempt: self.attempt,
             reached: self.reached,
             forced: self.forced,
             held: self.held,
+            sample: self.window.as_ref().map(SampleWindow::stored),
             refused: self.refused.clone(),
             retiring: self
                 .retiring
                 .iter()
-                .map(|one| RetiringRevision { revision: one.member.revision.clone(), failed: one.failed })
+                .map(|one| RetiringRevision {
+                    revision: one.member.revision.clone(),
+                    pool: other_pool(&one.member),
+                    failed: one.failed,
+                })
                 .collect(),
             consumed: ConsumedCommands {
                 abort: command(Command::Abort),
@@ -133,6 +147,20 @@ impl RolloutState {
             },
         }
     }
+}
+
+/// A revision in the pool that the status names, or else in its own.
+fn member(revision: &str, pool: Option<&String>) -> Member {
+    Member { revision: revision.to_owned(), pool: pool.map_or(revision, String::as_str).to_owned() }
+}
+
+/// The pool, unless it is the revision's own.
+fn other_pool(member: &Member) -> Option<String> {
+    (member.pool != member.revision).then(|| member.pool.clone())
+}
+
+fn golden(stored: &trustformers_crds::GoldenPrompt) -> GoldenPrompt {
+    GoldenPrompt { prompt: stored.prompt.clone(), expect: stored.expect.clone() }
 }
 
 /// The digest that a status has for a revision.
@@ -183,6 +211,13 @@ fn whole_seconds(at: Timestamp) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+    use trustformers_proto::control::v1::LatencyHistogram;
+
+    use super::super::analysis::SampleKey;
+    use super::super::state::own_pool;
+    use super::super::window::{ProcessTally, Tally};
+    use crate::counts::Histogram;
 
     fn state() -> RolloutState {
         let at = Timestamp::from_second(1_800_000_000).unwrap();
@@ -199,11 +234,13 @@ mod tests {
             reached: true,
             weight: 50,
             base: 4,
+            restarts: 2,
             attempt: 3,
             forced: true,
             reason: "Holding".to_owned(),
             message: "99 of 100 requests".to_owned(),
             held: true,
+            window: Some(window()),
             consumed: [(Command::Promote, CommandText("r2/1".to_owned()))].into(),
             history: vec![Decision {
                 at,
@@ -213,6 +250,44 @@ mod tests {
                 message: "5 of 10".to_owned(),
             }],
         }
+    }
+
+    fn window() -> SampleWindow {
+        let answered = |requests, errors| {
+            let mut tally = Tally { requests, errors, latency: Histogram::default() };
+            for latency_ms in [1, 90, 90, 4000] {
+                tally.latency.observe(Duration::from_millis(latency_ms));
+            }
+            // The sum of latencies is not stored: nothing is decided by a mean.
+            Tally { latency: Histogram::from(&wire(&tally.latency)), ..tally }
+        };
+        let wire_sums = ProcessTally { candidate: answered(7, 1), stable: answered(900, 0) };
+        SampleWindow {
+            key: SampleKey { revision: "r2".to_owned(), step: 1, attempt: 3 },
+            stable_revision: "r1".to_owned(),
+            candidate: answered(5, 1),
+            stable: Tally::default(),
+            processes: [("p".to_owned(), wire_sums)].into(),
+        }
+    }
+
+    fn wire(histogram: &Histogram) -> LatencyHistogram {
+        LatencyHistogram::of_buckets(histogram.bucket_counts(), 0)
+    }
+
+    #[test]
+    fn limits_and_prompts_of_the_spec_become_the_policy() {
+        let rollout: Rollout = serde_yaml::from_str(
+            "analysis: {maxLatencyRatio: 1.2, goldenPrompts: [{prompt: '2 + 2 =', expect: ' 4'}]}",
+        )
+        .unwrap();
+        let policy = RolloutPolicy::of(&rollout).unwrap();
+        let limits =
+            AnalysisLimits { max_error_rate: Some(0.01), max_latency_ratio: Some(1.2), min_requests: 200 };
+        assert_eq!(policy.analysis, Some(limits));
+        let prompt = GoldenPrompt { prompt: "2 + 2 =".to_owned(), expect: " 4".to_owned() };
+        assert_eq!(policy.golden_prompts, [prompt]);
+        assert_eq!(RolloutPolicy::of(&Rollout::default()).unwrap().analysis, None);
     }
 
     /// As it comes back from the API server.
@@ -239,6 +314,19 @@ mod tests {
         let mut status = InferenceModelStatus::default();
         promoted.store(&mut status);
         assert_eq!(RolloutState::of(&read_back(&status)), promoted);
+        // In place: the pods of an earlier revision hold all of them.
+        let in_r1 = |revision: &str| Member { revision: revision.to_owned(), pool: "r1".to_owned() };
+        let in_place = RolloutState {
+            placement: Placement::InPlace,
+            stable: Some(in_r1("r2")),
+            candidate: Some(in_r1("r3")),
+            previous: Some(own_pool("r1")),
+            retiring: vec![Retiring { member: in_r1("r0"), failed: false }],
+            ..state()
+        };
+        let mut status = InferenceModelStatus::default();
+        in_place.store(&mut status);
+        assert_eq!(RolloutState::of(&read_back(&status)), in_place);
     }
 
     #[test]

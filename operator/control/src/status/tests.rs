@@ -31,6 +31,7 @@ struct Case {
     reports: BTreeMap<String, PodReport>,
     name_owner: Option<ModelKey>,
     rollout: RolloutState,
+    gate_hold: Option<Cause>,
     previous: InferenceModelStatus,
     at: i64,
 }
@@ -44,6 +45,7 @@ impl Case {
             reports: BTreeMap::new(),
             name_owner: None,
             rollout: RolloutState { stable: Some(member("r1")), ..RolloutState::default() },
+            gate_hold: None,
             previous: InferenceModelStatus::default(),
             at: NOW,
         }
@@ -67,6 +69,7 @@ impl Case {
             reports: &self.reports,
             name_owner: self.name_owner.as_ref(),
             rollout: &self.rollout,
+            gate_hold: self.gate_hold.as_ref(),
             url: "http://gateway",
             now: Timestamp::from_second(self.at).unwrap(),
         };
@@ -161,7 +164,11 @@ fn a_failed_update_is_degraded_and_the_old_revision_serves() {
         reason: "Surge".to_owned(),
         ..RolloutState::default()
     };
-    case.previous.stable = Some(StableRevision { revision: "r0".to_owned(), digest: Some("d0".to_owned()) });
+    case.previous.stable = Some(StableRevision {
+        revision: "r0".to_owned(),
+        digest: Some("d0".to_owned()),
+        ..StableRevision::default()
+    });
     case.reports.clear();
     let status = case.status();
     assert_eq!((status.replicas, status.ready_replicas), (1, 1), "/scale shows the stable revision only");
@@ -306,4 +313,26 @@ fn a_report_does_not_outlive_its_container() {
     assert!(report.is_current(&pod));
     assert!(!report.is_current(&PodView { restarts: 1, ..pod.clone() }));
     assert!(!report.is_current(&PodView { running: false, ..pod }));
+}
+
+#[test]
+fn a_pod_that_waits_for_silent_gateways_says_so() {
+    let waits = PodView { ready: false, ..view("chat", "a") };
+    let mut case = Case::new(1).pod(waits, Some(report(ModelState::Ready)));
+    let message = "gateway pods that are ready do not report: gateway-0".to_owned();
+    case.gate_hold = Some(Cause { reason: "GatewaysSilent".to_owned(), message: message.clone() });
+    let status = case.status();
+    assert_eq!(condition(&status, "Ready"), ("False", "GatewaysSilent"));
+    assert!(status.conditions.iter().any(|one| one.type_ == "Progressing" && one.message == message));
+    // A model whose pods are acknowledged does not depend on gateways.
+    let mut case = Case::new(1).pod(view("chat", "a"), Some(report(ModelState::Ready)));
+    case.gate_hold = Some(Cause { reason: "GatewaysSilent".to_owned(), message });
+    assert_eq!(condition(&case.status(), "Ready"), ("True", "AllPodsServe"));
+}
+
+#[test]
+fn a_pod_on_a_lost_node_has_the_node_as_the_cause() {
+    let lost = PodView { ready: false, node: Some("n1".to_owned()), ..view("chat", "a") }.on_lost_node();
+    let status = Case::new(1).pod(lost, None).status();
+    assert_eq!(condition(&status, "Degraded"), ("True", "NodeNotReady"));
 }

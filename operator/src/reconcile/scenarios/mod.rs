@@ -2,7 +2,11 @@
 //! with the responses, and fails on one more or one fewer. Caches of models and pods are filled by hand, as
 //! watches would.
 
+mod analysis;
 mod children;
+mod gateways;
+mod in_place;
+mod requests;
 mod rollouts;
 mod statuses;
 
@@ -25,9 +29,11 @@ use crate::testing::{MockRequest, mock_client};
 /// An expected request, and its response.
 #[derive(Debug, Clone)]
 enum Expect {
+    /// POST of a child. The response is the created object.
+    Create { kind: &'static str },
     /// Server-side apply of a child. The response is the applied object.
     Apply { kind: &'static str, force: bool },
-    /// Server-side apply of a child, refused.
+    /// POST or server-side apply of a child, refused.
     Refuse { kind: &'static str, code: u16, message: &'static str },
     /// Read of a child. The response is this object, or 404.
     Get { kind: &'static str, found: Option<Value> },
@@ -66,7 +72,8 @@ impl Expect {
             Self::Apply { kind, force } => {
                 method == Method::PATCH && body["kind"] == *kind && query.contains("force=true") == *force
             }
-            Self::Refuse { kind, .. } => method == Method::PATCH && body["kind"] == *kind,
+            Self::Create { kind } => method == Method::POST && body["kind"] == *kind,
+            Self::Refuse { kind, .. } => body["kind"] == *kind,
             Self::Get { kind, .. } => method == Method::GET && plural(kind),
             Self::JsonPatch { kind, .. } => method == Method::PATCH && body.is_array() && plural(kind),
             Self::Scale { revision, replicas } => {
@@ -153,7 +160,7 @@ impl ScriptedServer {
                 (200, json!({"kind": "Status", "status": "Success"}))
             }
             Expect::Event { .. } => (200, request.body),
-            Expect::Apply { .. } => (200, stored(&request.body, version)),
+            Expect::Create { .. } | Expect::Apply { .. } => (200, stored(&request.body, version)),
         };
         (StatusCode::from_u16(code).unwrap(), body)
     }
@@ -187,10 +194,12 @@ fn stored(applied: &Value, version: u64) -> Value {
     object
 }
 
+/// A model. Another spec has another generation, as the API server counts.
 fn model(spec: &str, status: Value) -> InferenceModel {
+    let generation = if spec == SPEC { 2 } else { 3 + spec.bytes().map(u64::from).sum::<u64>() };
     let mut model: InferenceModel = serde_yaml::from_str(&format!(
         "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
-         metadata: {{name: chat, namespace: team, uid: u1, generation: 2}}\nspec: {spec}\n"
+         metadata: {{name: chat, namespace: team, uid: u1, generation: {generation}}}\nspec: {spec}\n"
     ))
     .unwrap();
     model.status = serde_json::from_value(status).unwrap();
@@ -199,10 +208,9 @@ fn model(spec: &str, status: Value) -> InferenceModel {
 
 const SPEC: &str = "{source: {uri: 'oci://localhost/m:1'}}";
 
-/// The requests for the children of a new model.
+/// The requests for the children of a new model: first what its pods need.
 fn create() -> Vec<Expect> {
-    let applies = CHILDREN.iter().map(|kind| Expect::apply(kind.kind, false));
-    [Expect::Get { kind: "ServiceAccount", found: None }].into_iter().chain(applies).collect()
+    ["ServiceAccount", "ConfigMap", "Deployment", "Service"].map(|kind| Expect::Create { kind }).into()
 }
 
 fn created(phase: &'static str) -> Vec<Expect> {
@@ -227,7 +235,7 @@ async fn with_new_model(server: &ScriptedServer) -> (Arc<Context>, Writers, Arc<
 /// The present object of the cache, for a change by somebody else.
 fn cached(context: &Context, kind: &'static ChildKind) -> Value {
     let child = context.children.of_owner("u1").into_iter().find(|child| child.kind == kind);
-    child.unwrap().object.clone()
+    child.unwrap().object()
 }
 
 /// The revision of a spec.

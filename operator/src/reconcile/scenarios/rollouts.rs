@@ -13,7 +13,7 @@ use trustformers_control::gate::{Report, SETTLE};
 const NEXT: &str = "{source: {uri: 'oci://localhost/m:2'}, rollout: {steps: [{weight: 50}], bake: 1h}}";
 
 /// A pod that serves a revision, acknowledged by all gateways.
-fn serving(name: &str, revision: &str) -> Pod {
+pub(super) fn serving(name: &str, revision: &str) -> Pod {
     let conditions =
         ["PodScheduled", "ContainersReady", "Ready"].map(|one| json!({"type": one, "status": "True"}));
     let mut pod = pod(name, json!({"podIP": "10.0.0.1", "conditions": conditions}));
@@ -22,38 +22,44 @@ fn serving(name: &str, revision: &str) -> Pod {
 }
 
 /// What a scenario works with: a model whose first revision serves.
-struct Serving {
-    server: ScriptedServer,
-    context: Arc<Context>,
-    writers: Writers,
-    feed: Arc<FeedState>,
+pub(super) struct Serving {
+    pub(super) server: ScriptedServer,
+    pub(super) context: Arc<Context>,
+    pub(super) writers: Writers,
+    pub(super) feed: Arc<FeedState>,
 }
 
 impl Serving {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         let server = ScriptedServer::default();
         let (context, mut writers, model) = with_new_model(&server).await;
         let feed = Arc::new(FeedState::new(1));
         feed.set_reachable();
+        feed.set_gateway_pods([]);
         context.feed.set(Arc::clone(&feed)).unwrap();
         let mut complete = cached(&context, &DEPLOYMENT);
         complete["status"] = json!({"replicas": 1, "updatedReplicas": 1});
         deliver(&context, &DEPLOYMENT, complete);
         writers.pods.apply_watcher_event(&Event::Apply(serving("old", &revision(SPEC))));
-        server.expect([Expect::Status { phase: "Ready" }, Expect::Event { reason: "Ready" }]);
+        server.expect([Expect::Status { phase: "Ready" }]);
         reconcile(model, Arc::clone(&context)).await.unwrap();
         server.is_done();
         Self { server, context, writers, feed }
     }
 
     /// Reconciles a model with this spec, as it is stored after the last write.
-    async fn reconcile(&self, spec: &str) -> Result<Action, ReconcileError> {
+    pub(super) async fn reconcile(&self, spec: &str) -> Result<Action, ReconcileError> {
         let mut model = model(spec, self.server.statuses().pop().unwrap());
         model.metadata.resource_version = Some("1".to_owned());
         reconcile(Arc::new(model), Arc::clone(&self.context)).await
     }
 
-    fn history(&self) -> Value {
+    /// `status.rollout` as it was written last.
+    pub(super) fn rollout(&self) -> Value {
+        self.server.statuses().last().unwrap()["rollout"].clone()
+    }
+
+    pub(super) fn history(&self) -> Value {
         self.server.statuses().last().unwrap()["history"].clone()
     }
 
@@ -85,8 +91,8 @@ async fn a_new_revision_is_stored_then_created_and_shifted_before_the_old_one_en
     // The decision to roll out is stored; the Deployment is made, first without a pod, then with one.
     case.server.expect([
         Expect::Rollout { phase: "Pending" },
-        Expect::apply("ConfigMap", false),
-        Expect::apply("Deployment", false),
+        Expect::Create { kind: "ConfigMap" },
+        Expect::Create { kind: "Deployment" },
         Expect::Status { phase: "Updating" },
     ]);
     case.reconcile(NEXT).await.unwrap();
@@ -103,7 +109,7 @@ async fn a_new_revision_is_stored_then_created_and_shifted_before_the_old_one_en
 
     // The new pod serves: half of the requests, then all.
     let child = case.context.children.get(&DEPLOYMENT, "team", &deployment(NEXT)).unwrap();
-    let mut complete = child.object.clone();
+    let mut complete = child.object();
     complete["status"] = json!({"replicas": 1, "updatedReplicas": 1});
     deliver(&case.context, &DEPLOYMENT, complete);
     case.writers.pods.apply_watcher_event(&Event::Apply(serving("new", &new)));
@@ -145,8 +151,8 @@ async fn a_rolled_back_revision_ends_after_gateways_acknowledge() {
     tokio::time::advance(SETTLE).await;
     case.server.expect([
         Expect::Rollout { phase: "Pending" },
-        Expect::apply("ConfigMap", false),
-        Expect::apply("Deployment", false),
+        Expect::Create { kind: "ConfigMap" },
+        Expect::Create { kind: "Deployment" },
         Expect::Status { phase: "Updating" },
         Expect::Rollout { phase: "Placing" },
         Expect::apply("Deployment", true),
@@ -193,8 +199,8 @@ async fn a_first_revision_that_never_served_is_replaced_at_once() {
     let (context, _writers, _model) = with_new_model(&server).await;
     let changed = Arc::new(model(NEXT, Value::Null));
     server.expect([
-        Expect::apply("ConfigMap", false),
-        Expect::apply("Deployment", false),
+        Expect::Create { kind: "ConfigMap" },
+        Expect::Create { kind: "Deployment" },
         Expect::Scale { revision: revision(SPEC), replicas: 0 },
         Expect::Status { phase: "Pending" },
     ]);

@@ -119,6 +119,10 @@ impl ApiError {
         if matches!(self, Self::Unauthenticated { .. }) {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        if matches!(self, Self::UnknownRevision { .. }) {
+            // A gateway that chose the revision tries another pod.
+            headers.insert(super::GRPC_KIND_KEY, HeaderValue::from_static(self.kind()));
+        }
         if matches!(self, Self::UnsupportedEncoding { .. }) {
             headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED_ENCODINGS));
         }

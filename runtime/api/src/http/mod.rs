@@ -8,7 +8,10 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 
 use crate::error::ApiError;
-use crate::{Api, answer_end, anthropic, embed, encoding, health, openai, openapi, responses, websocket};
+use crate::{
+    Api, answer_end, anthropic, classify, embed, encoding, health, openai, openapi, rerank, responses,
+    websocket,
+};
 
 pub(crate) mod generate;
 mod layer;
@@ -58,6 +61,8 @@ pub(crate) fn routes() -> Router<Api> {
         .route("/v1/generate/stream", post(generate::generate_stream))
         .route("/v1/embeddings", post(embed::embeddings))
         .route("/openai/v1/embeddings", post(embed::embeddings))
+        .route("/v1/classify", post(classify::classify))
+        .route("/v1/rerank", post(rerank::rerank))
         .route("/v1/models", get(model_list::models))
         .route("/v1/models/{*model}", get(model_list::model))
         .route("/openai/v1/models", get(model_list::models))

@@ -17,6 +17,8 @@ const REQUESTS: &[(&str, &str)] = &[
     ("generate", r#"{"prompt": "a"}"#),
     ("generate_stream", r#"{"prompt": "a"}"#),
     ("embeddings", r#"{"input": "a"}"#),
+    ("classify", r#"{"input": "a"}"#),
+    ("rerank", r#"{"query": "a", "documents": ["b"]}"#),
     ("chat_completions", r#"{"model": "fake", "messages": [{"role": "user", "content": "a"}]}"#),
     ("completions", r#"{"model": "fake", "prompt": "a"}"#),
     ("responses", r#"{"model": "fake", "input": "a"}"#),
@@ -56,7 +58,7 @@ async fn every_kind_of_error_has_the_shape_of_every_route_that_asks_a_model() {
             };
             let answer = send(Script::refused(error.clone()), "POST", path, body).await;
             assert_in_shape(&error, surface.errors, &answer);
-            if !matches!(surface.name, "embeddings" | "count_tokens") {
+            if !matches!(surface.name, "embeddings" | "classify" | "rerank" | "count_tokens") {
                 let answer = send(Script::fails_before_a_token(error.clone()), "POST", path, body).await;
                 assert_in_shape(&error, surface.errors, &answer);
             }
@@ -95,10 +97,15 @@ async fn every_kind_of_error_is_a_status_with_its_kind_over_grpc() {
         let api = Fake::with(Script::refused(error.clone())).with_task(Task::Generate).api();
         let asked = || tonic::Request::new(v1::GenerateRequest { prompt: "a".into(), ..Default::default() });
         let embed = v1::EmbedRequest { input: vec!["a".into()], ..Default::default() };
+        let classify = v1::ClassifyRequest { input: vec!["a".into()], ..Default::default() };
+        let rerank =
+            v1::RerankRequest { query: "a".into(), documents: vec!["b".into()], ..Default::default() };
         let statuses = [
             InferenceService::generate(&api, asked()).await.err().unwrap(),
             InferenceService::generate_stream(&api, asked()).await.err().unwrap(),
             InferenceService::embed(&api, tonic::Request::new(embed)).await.err().unwrap(),
+            InferenceService::classify(&api, tonic::Request::new(classify)).await.err().unwrap(),
+            InferenceService::rerank(&api, tonic::Request::new(rerank)).await.err().unwrap(),
             GrpcInferenceService::model_infer(&api, tonic::Request::new(tensors())).await.err().unwrap(),
         ];
         for status in statuses {

@@ -11,13 +11,16 @@ use serde_json::{Map, Value};
 use trustformers_proto::{Task, v1};
 
 use super::metadata::{self, TensorRule};
+use super::scores::{SCORE_PARAMETERS, classify_request, rerank_request};
 use super::tensors::{InputTensor, OutputTensor, TensorValues, shape_text};
+use crate::classify::ClassifyRequest;
 use crate::echo::echo;
 use crate::embed::{EmbedInput, EmbedRequest};
 use crate::error::ApiError;
 use crate::fields::{Asked, Generation, HTTP_DEFAULTS};
 use crate::json_body::{float, found, take};
 use crate::options::{OPTION_FIELDS, Options};
+use crate::rerank::RerankRequest;
 use crate::{nearest, priority, revision, tenant};
 
 /// Prompts of one request, each of which becomes one request of the engine: a 32nd of the 512 that may wait
@@ -104,6 +107,8 @@ pub(super) enum InferWork {
         shape: Vec<u64>,
     },
     Embed(EmbedRequest),
+    Classify(ClassifyRequest),
+    Rerank(RerankRequest),
 }
 
 impl InferWork {
@@ -112,16 +117,18 @@ impl InferWork {
         match self {
             Self::Generate { requests, .. } => requests.len(),
             Self::Embed(request) => request.input.len(),
+            Self::Classify(request) => request.input.len(),
+            Self::Rerank(request) => request.documents.len(),
         }
     }
 }
 
 /// The model of a request, with what the request's headers ask of it.
-struct Addressee<'a> {
-    model: &'a v1::ModelStatus,
+pub(super) struct Addressee<'a> {
+    pub(super) model: &'a v1::ModelStatus,
     /// The revision that must answer, where the request named a version.
-    revision: Option<String>,
-    headers: &'a HeaderMap,
+    pub(super) revision: Option<String>,
+    pub(super) headers: &'a HeaderMap,
 }
 
 /// Finds the model and reads the request by the tables of its task.
@@ -161,13 +168,17 @@ pub(crate) fn prepare(
         }
         Task::Embed => {
             let parameters = normalized(request.parameters, EMBED_PARAMETERS)?;
-            PreparedInfer {
-                head,
-                outputs,
-                stream: None,
-                timeout: timeout(&parameters)?,
-                work: InferWork::Embed(embed_request(&parameters, &request.inputs, &addressee)?),
-            }
+            let work = InferWork::Embed(embed_request(&parameters, &request.inputs, &addressee)?);
+            PreparedInfer { head, outputs, stream: None, timeout: timeout(&parameters)?, work }
+        }
+        Task::Classify | Task::Rerank => {
+            let parameters = normalized(request.parameters, SCORE_PARAMETERS)?;
+            let work = if task == Task::Classify {
+                InferWork::Classify(classify_request(&parameters, &request.inputs, &addressee)?)
+            } else {
+                InferWork::Rerank(rerank_request(&parameters, &request.inputs, &addressee)?)
+            };
+            PreparedInfer { head, outputs, stream: None, timeout: timeout(&parameters)?, work }
         }
     };
     Ok(prepared)
@@ -259,12 +270,12 @@ fn check_inputs(rules: &[TensorRule], inputs: &[InputTensor]) -> Result<(), ApiE
     Ok(())
 }
 
-fn input<'a>(inputs: &'a [InputTensor], name: &str) -> Option<&'a InputTensor> {
+pub(super) fn input<'a>(inputs: &'a [InputTensor], name: &str) -> Option<&'a InputTensor> {
     inputs.iter().find(|tensor| tensor.name == name)
 }
 
 /// The texts of a tensor with one text a row: a single value, `[n]` or `[n, 1]`.
-fn rows_of_texts(tensor: &InputTensor, max: usize) -> Result<Vec<String>, ApiError> {
+pub(super) fn rows_of_texts(tensor: &InputTensor, max: usize) -> Result<Vec<String>, ApiError> {
     if !matches!(tensor.shape[..], [] | [_] | [_, 1]) {
         let shape = shape_text(&tensor.shape);
         return Err(tensor.error(format!("expected the shape [n] or [n, 1], found {shape}")));
@@ -437,7 +448,7 @@ fn embed_request(
     let class = priority::of_json(parameters)?.or(priority::of_headers(addressee.headers)?);
     Ok(EmbedRequest {
         input,
-        model: Some(addressee.model.name.clone()),
+        model: revision::addressed(addressee.headers, Some(addressee.model.name.clone())),
         revision: match &addressee.revision {
             Some(revision) => Some(revision.clone()),
             None => revision::of_headers(addressee.headers)?,
@@ -541,17 +552,13 @@ mod tests {
     }
 
     fn generations(prepared: PreparedInfer) -> Vec<Generation> {
-        match prepared.work {
-            InferWork::Generate { requests, .. } => requests,
-            InferWork::Embed(request) => panic!("{request:?}"),
-        }
+        let InferWork::Generate { requests, .. } = prepared.work else { panic!("{:?}", prepared.work) };
+        requests
     }
 
     fn embedding(prepared: PreparedInfer) -> EmbedRequest {
-        match prepared.work {
-            InferWork::Embed(request) => request,
-            InferWork::Generate { requests, .. } => panic!("{requests:?}"),
-        }
+        let InferWork::Embed(request) = prepared.work else { panic!("{:?}", prepared.work) };
+        request
     }
 
     #[track_caller]

@@ -12,10 +12,12 @@ use trustformers_proto::inference::{self, model_metadata_response, repository_in
 use trustformers_proto::{Task, v1};
 
 use super::infer::{EMBED_PARAMETERS, MAX_PROMPTS, MAX_TEXTS, generate_parameters};
+use super::scores::SCORE_PARAMETERS;
 use super::tensors::Datatype;
 use crate::echo::echo;
 use crate::error::ApiError;
 use crate::http::state_word;
+use crate::rerank::MAX_DOCUMENTS;
 
 /// The name of this server in its metadata, and the backend of every model.
 const SERVER_NAME: &str = "trustformers-serve";
@@ -83,11 +85,35 @@ pub(crate) const EMBED_INPUTS: &[TensorRule] = &[
 pub(crate) const EMBED_OUTPUTS: &[TensorRule] =
     &[rule("embedding", Datatype::Fp32, &[ANY, ANY]), rule("truncated", Datatype::Bool, &[ANY])];
 
+/// Inputs of a model that classifies: the texts, and perhaps another one that is read beside each.
+pub(crate) const CLASSIFY_INPUTS: &[TensorRule] = &[
+    rule("text", Datatype::Bytes, &[ANY]),
+    TensorRule { name: "text_pair", datatype: Datatype::Bytes, shape: &[ANY], optional: true },
+];
+
+/// Outputs of a model that classifies: the labels, for each text a score of each, and whether it was cut.
+pub(crate) const CLASSIFY_OUTPUTS: &[TensorRule] = &[
+    rule("label", Datatype::Bytes, &[ANY]),
+    rule("score", Datatype::Fp32, &[ANY, ANY]),
+    rule("truncated", Datatype::Bool, &[ANY]),
+];
+
+/// Inputs of a model that ranks: one query, and the documents.
+pub(crate) const RERANK_INPUTS: &[TensorRule] =
+    &[rule("query", Datatype::Bytes, &[1]), rule("documents", Datatype::Bytes, &[ANY])];
+
+/// Outputs of a model that ranks: a score for each document in the order of the request, and whether it was
+/// cut.
+pub(crate) const RERANK_OUTPUTS: &[TensorRule] =
+    &[rule("score", Datatype::Fp32, &[ANY]), rule("truncated", Datatype::Bool, &[ANY])];
+
 /// The tensors of a task.
 pub(crate) fn inputs_of(task: Task) -> &'static [TensorRule] {
     match task {
         Task::Generate => GENERATE_INPUTS,
         Task::Embed => EMBED_INPUTS,
+        Task::Classify => CLASSIFY_INPUTS,
+        Task::Rerank => RERANK_INPUTS,
     }
 }
 
@@ -96,6 +122,8 @@ pub(crate) fn outputs_of(task: Task) -> &'static [TensorRule] {
     match task {
         Task::Generate => GENERATE_OUTPUTS,
         Task::Embed => EMBED_OUTPUTS,
+        Task::Classify => CLASSIFY_OUTPUTS,
+        Task::Rerank => RERANK_OUTPUTS,
     }
 }
 
@@ -218,6 +246,14 @@ pub(crate) fn describe_model(model: &v1::ModelStatus) -> Result<ModelDescription
         Task::Embed => {
             properties.insert("max_texts".to_owned(), MAX_TEXTS.to_string());
             properties.insert("parameters".to_owned(), EMBED_PARAMETERS.join(", "));
+        }
+        Task::Classify => {
+            properties.insert("max_texts".to_owned(), MAX_TEXTS.to_string());
+            properties.insert("parameters".to_owned(), SCORE_PARAMETERS.join(", "));
+        }
+        Task::Rerank => {
+            properties.insert("max_documents".to_owned(), MAX_DOCUMENTS.to_string());
+            properties.insert("parameters".to_owned(), SCORE_PARAMETERS.join(", "));
         }
     }
     Ok(ModelDescription {
@@ -391,7 +427,9 @@ pub(crate) mod tests {
 
     #[test]
     fn tensors_are_described_alike_in_metadata_and_configuration() {
-        for (task, first) in [("generate", "text_input"), ("embed", "text")] {
+        let cases =
+            [("generate", "text_input"), ("embed", "text"), ("classify", "text"), ("rerank", "query")];
+        for (task, first) in cases {
             let model = v1::ModelStatus { embedding_dimensions: 384, ..model(task) };
             let described = inference::ModelMetadataResponse::from(describe_model(&model).unwrap());
             let config = config(&model).unwrap();

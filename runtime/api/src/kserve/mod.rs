@@ -6,6 +6,7 @@
 //! | `tensors.rs` | data types and values: JSON, little-endian bytes, typed lists |
 //! | `metadata.rs` | the tensors of each task; descriptions of models |
 //! | `infer.rs`, `run.rs` | a request becomes requests of [`crate::Inference`], and answers become tensors |
+//! | `scores.rs` | the same of models that give scores |
 //! | `json.rs`, `http.rs` | the codec over HTTP, with binary tensors and the generate extension |
 //! | `messages.rs`, `grpc.rs` | the codec over gRPC |
 //! | `statistics.rs` | counts of the requests over this protocol |
@@ -17,6 +18,7 @@ pub(crate) mod json;
 mod messages;
 mod metadata;
 mod run;
+mod scores;
 mod statistics;
 mod tensors;
 

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout_at};
 
 use super::infer::{InferAnswer, InferWork, PreparedInfer};
+use super::scores::{classified_tensors, reranked_tensors, token_parameter, truncated_tensor};
 use super::statistics::Outcome;
 use super::tensors::{OutputData, OutputTensor};
 use crate::Api;
@@ -70,6 +71,16 @@ impl PreparedInfer {
             InferWork::Embed(request) => {
                 let embedded = inference.embed(request).await?;
                 (embedded.head_headers(), embedding_parameters(&embedded), embedding_tensors(embedded))
+            }
+            InferWork::Classify(request) => {
+                let classified = inference.classify(request).await?;
+                let parameters = token_parameter(classified.tokens);
+                (classified.head_headers(), parameters, classified_tensors(classified))
+            }
+            InferWork::Rerank(request) => {
+                let reranked = inference.rerank(request).await?;
+                let parameters = token_parameter(reranked.tokens);
+                (reranked.head_headers(), parameters, reranked_tensors(reranked))
             }
         };
         let outputs = select(all, &self.outputs);
@@ -219,20 +230,14 @@ fn embedding_parameters(embedded: &Embedded) -> Map<String, Value> {
 fn embedding_tensors(embedded: Embedded) -> Vec<OutputTensor> {
     let width = embedded.width.max(1);
     let rows = embedded.values.len() / width;
-    let mut truncated = vec![false; rows];
-    for index in embedded.truncated {
-        let index = usize::try_from(index).unwrap_or(usize::MAX);
-        if let Some(flag) = truncated.get_mut(index) {
-            *flag = true;
-        }
-    }
+    let truncated = truncated_tensor(&embedded.truncated, rows);
     vec![
         OutputTensor {
             name: "embedding",
             shape: vec![rows as u64, width as u64],
             data: OutputData::Floats(embedded.values),
         },
-        OutputTensor { name: "truncated", shape: vec![rows as u64], data: OutputData::Flags(truncated) },
+        truncated,
     ]
 }
 

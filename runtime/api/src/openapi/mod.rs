@@ -14,6 +14,7 @@ mod openai;
 mod operation;
 mod responses;
 mod schema;
+mod scores;
 
 use axum::Router;
 use axum::body::Bytes;
@@ -187,6 +188,8 @@ mod tests {
             ("generate", crate::http::generate::generate_fields()),
             ("generate_stream", crate::http::generate::generate_fields()),
             ("embeddings", crate::embed::FIELDS.to_vec()),
+            ("classify", crate::classify::FIELDS.to_vec()),
+            ("rerank", crate::rerank::FIELDS.to_vec()),
             ("chat_completions", crate::openai::chat::FIELDS.names()),
             ("completions", crate::openai::completions::FIELDS.names()),
             ("responses", crate::responses::request::fields()),

@@ -1,6 +1,7 @@
 //! This server's own routes, the models, and health.
 
 use serde_json::{Value, json};
+use trustformers_proto::Task;
 
 use super::operation::{DescribedAnswer, EVENTS, Operation, events};
 use super::schema::{
@@ -36,6 +37,18 @@ pub(super) fn operations() -> Vec<Operation> {
             DescribedAnswer::json(200, "A vector for each text.", reference("Embeddings")),
         )
         .body(reference("EmbeddingsRequest")),
+        Operation::new(
+            "classify",
+            "Gives texts the scores of a model's labels",
+            DescribedAnswer::json(200, "The scores of each text.", reference("Classified")),
+        )
+        .body(reference("ClassifyRequest")),
+        Operation::new(
+            "rerank",
+            "Orders documents by how well they answer a query",
+            DescribedAnswer::json(200, "The documents, best first.", reference("Reranked")),
+        )
+        .body(reference("RerankRequest")),
         Operation::new(
             "list_models",
             "Lists the models and their states",
@@ -167,7 +180,7 @@ pub(super) fn json_schema_format() -> Value {
 
 /// The schemas of these routes, by name.
 pub(super) fn schemas() -> Vec<(&'static str, Value)> {
-    vec![
+    let mut schemas = vec![
         ("GenerateRequest", generate_request()),
         ("Generated", generated()),
         ("EmbeddingsRequest", embeddings_request()),
@@ -187,7 +200,9 @@ pub(super) fn schemas() -> Vec<(&'static str, Value)> {
         ("Health", health()),
         ("ResponseFormat", described(any_of(formats()), "What the answer must look like.")),
         ("Usage", usage()),
-    ]
+    ];
+    schemas.extend(super::scores::schemas());
+    schemas
 }
 
 fn generate_request() -> Value {
@@ -301,7 +316,7 @@ fn model() -> Value {
         .required("object", constant("model"))
         .required("created", count("Seconds since 1970 at which the model entered its state."))
         .required("owned_by", text("Always trustformers."))
-        .required("task", text("What the model does: generate, embed; empty until it is known."))
+        .required("task", text("What the model does, a word of the tasks; empty until it is known."))
         .required("state", word(&states, "The state of the model."))
         .required("reason", text("Why it failed, in one word."))
         .required("message", text("What is wrong and what to do."))
@@ -369,6 +384,7 @@ fn golden_probe() -> Value {
         .required("prompt", text("The prompt."))
         .optional("max_tokens", whole(1, 256, "Tokens of the answer; by default 16."))
         .optional("text", text("The text of the answer."))
+        .optional("begins_with", described(text_within(1, 256), "How the answer begins."))
         .optional(
             "tokens_sha256",
             digest("sha256 of the ids of the answer's tokens in decimal with one space between two."),
@@ -378,6 +394,7 @@ fn golden_probe() -> Value {
 
 fn load_request() -> Value {
     let name = described(text_within(1, 256), "The name that callers will use.");
+    let tasks: Vec<&str> = Task::ALL.iter().map(|task| task.as_str()).collect();
     object()
         .required("name", name)
         .required(
@@ -386,7 +403,7 @@ fn load_request() -> Value {
         )
         .optional("files", list(text("A pattern that picks the model's files in the folder.")))
         .optional("sha256", described(sha256(), "The digest that the files must have."))
-        .optional("task", word(&["generate", "embed"], "The task that the files must serve."))
+        .optional("task", word(&tasks, "The task that the files must serve."))
         .optional("device", text("Where it runs: auto or cpu."))
         .optional("numerics", word(&["fast", "exact"], "Whether activations may be quantised."))
         .optional("context_tokens", whole(1, MAX_U32, "Longest prompt and answer together."))
@@ -404,6 +421,7 @@ fn load_request() -> Value {
         .optional("max_wait_ms", whole(1, 1000, "Longest time that a free device waits for more texts."))
         .optional("priority", flag("Whether the priority class of a request decides its order."))
         .optional("probe", described(golden_probe(), "What the model must answer before it may serve."))
+        .optional("probes", list(golden_probe()))
         .build()
 }
 

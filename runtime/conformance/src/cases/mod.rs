@@ -1,5 +1,6 @@
 //! The cases of the suite. Each opens backends, runs models and compares their answers.
 
+mod adapters;
 mod batch_invariance;
 mod cache;
 mod fused;
@@ -8,6 +9,7 @@ mod order;
 mod pruned;
 mod sample;
 mod views;
+mod windowed;
 
 use crate::{CaseError, Open};
 
@@ -37,8 +39,14 @@ pub const ALL: &[Case] = &[
     Case { name: "decoder/pruned", run: pruned::decoder },
     Case { name: "encoder/pruned", run: pruned::encoder },
     Case { name: "weights/views", run: views::decoder },
+    Case { name: "windowed/numerics", run: windowed::numerics },
+    Case { name: "windowed/chunks", run: windowed::chunks },
+    Case { name: "adapters/mixed", run: adapters::mixed },
+    Case { name: "adapters/fast", run: adapters::fast },
+    Case { name: "adapters/slots", run: adapters::slots },
     Case { name: "cache/types", run: cache::types },
     Case { name: "cache/poison", run: cache::poison },
+    Case { name: "cache/resize", run: cache::resize },
     Case { name: "sample/choices", run: sample::choices },
     Case { name: "sample/slots", run: sample::slots },
     Case { name: "sample/flight", run: sample::flight },

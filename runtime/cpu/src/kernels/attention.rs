@@ -36,7 +36,9 @@ const SMALL_TILE: usize = 3;
 pub(crate) struct Query {
     /// Its `head_dim` elements.
     pub(crate) ptr: *const f32,
-    /// Positions that it attends to: its row's own and all earlier ones.
+    /// The first position that it attends to.
+    pub(crate) first: usize,
+    /// The one after the last: its row's own is the last.
     pub(crate) positions: usize,
 }
 
@@ -45,6 +47,8 @@ pub(crate) struct Query {
 pub(crate) struct Attend<'a> {
     pub(crate) shape: AttentionShape,
     pub(crate) scale: f32,
+    /// Where set, scaled scores `s` become `cap * tanh(s / cap)`.
+    pub(crate) soft_cap: Option<f32>,
     /// The layer's cache, and the type of its elements.
     pub(crate) cache: *const u8,
     pub(crate) kv_type: KvType,
@@ -81,7 +85,7 @@ pub(crate) const fn chunk_len(shape: &AttentionShape) -> usize {
 }
 
 /// Writes the queries' partial results over each of `chunks` to `out`, [`chunk_len`] apart. The partial
-/// result of a chunk after a query's positions is undefined.
+/// result of a chunk before or after a query's positions is undefined.
 ///
 /// # Safety
 /// The tier's instructions exist; the table's blocks lie in the cache, whose elements are `K`; queries,
@@ -130,27 +134,37 @@ unsafe fn query_tile<S: Simd, K: KvElement, const H: usize>(
         }
         for (i, chunk) in chunks.enumerate() {
             let first = chunk * CHUNK_TOKENS;
-            let counts: [usize; H] =
-                std::array::from_fn(|h| queries[h].positions.saturating_sub(first).min(CHUNK_TOKENS));
-            one_chunk::<S, K, H>(a, chunk * CHUNK_BLOCKS, &counts, out.add(i * chunk_len(&a.shape)));
+            let within = |position: usize| position.saturating_sub(first).min(CHUNK_TOKENS);
+            let attended = Attended {
+                starts: std::array::from_fn(|h| within(queries[h].first)),
+                counts: std::array::from_fn(|h| within(queries[h].positions)),
+            };
+            one_chunk::<S, K, H>(a, chunk * CHUNK_BLOCKS, &attended, out.add(i * chunk_len(&a.shape)));
         }
     }
     H
 }
 
-/// Computes one chunk, of which the queries attend to `counts` positions, in rising order.
+/// The positions of a chunk that each query attends to: `starts[h]..counts[h]`, both in rising order.
+struct Attended<const H: usize> {
+    starts: [usize; H],
+    counts: [usize; H],
+}
+
+/// Computes one chunk.
 #[inline(always)]
 unsafe fn one_chunk<S: Simd, K: KvElement, const H: usize>(
     a: &Attend<'_>,
     first_block: usize,
-    counts: &[usize; H],
+    attended: &Attended<H>,
     out: *mut f32,
 ) {
-    let blocks = counts[H - 1].div_ceil(KV_BLOCK_TOKENS);
+    let Attended { starts, counts } = attended;
+    let (first, blocks) = (starts[0] / KV_BLOCK_TOKENS, counts[H - 1].div_ceil(KV_BLOCK_TOKENS));
     let mut shares = [[f32::NEG_INFINITY; CHUNK_TOKENS]; H];
-    // SAFETY: every block that the last query sees is in the table and the cache.
+    // SAFETY: every block that a query sees is in the table and the cache.
     unsafe {
-        let mut i = 0;
+        let mut i = first;
         while i < blocks {
             // As many sums as fit in registers and hide the latency of a multiplication.
             i += match blocks - i {
@@ -160,14 +174,20 @@ unsafe fn one_chunk<S: Simd, K: KvElement, const H: usize>(
             };
         }
         for h in 0..H {
+            if let Some(cap) = a.soft_cap {
+                let own = shares[h].as_mut_ptr().add(first * LANES);
+                super::rows::soft_cap::<S>(own, cap, blocks.saturating_sub(first) * LANES);
+            }
             // Slots after the row's own position belong to later tokens, or are unused.
             shares[h][counts[h]..].fill(f32::NEG_INFINITY);
+            // Those before its window are not its own either.
+            shares[h][..starts[h]].fill(f32::NEG_INFINITY);
             let (max, sum) = softmax::<S>(&mut shares[h], blocks);
             let partial = out.add(h * partial_len(&a.shape));
             *partial = max;
             *partial.add(1) = sum;
         }
-        let chunk = ChunkShares { first_block, counts, shares: &shares };
+        let chunk = ChunkShares { first_block, attended, shares: &shares };
         let (mut at, dim) = (0, a.shape.head_dim);
         while at < dim {
             at += match (dim - at) / LANES {
@@ -243,8 +263,7 @@ unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS], vectors: usize) -> 
 struct ChunkShares<'a, const H: usize> {
     /// Its first block in the sequence's block table.
     first_block: usize,
-    /// Positions that each query sees, in rising order.
-    counts: &'a [usize; H],
+    attended: &'a Attended<H>,
     /// `exp(score - max)` of each query and position.
     shares: &'a [[f32; CHUNK_TOKENS]; H],
 }
@@ -258,12 +277,12 @@ unsafe fn mix<S: Simd, K: KvElement, const H: usize, const W: usize>(
     at: usize,
     out: *mut f32,
 ) -> usize {
-    let ChunkShares { first_block, counts, shares } = *chunk;
+    let ChunkShares { first_block, attended: Attended { starts, counts }, shares } = *chunk;
     let dim = a.shape.head_dim;
     // SAFETY: elements `at..at + 16 * W` exist.
     unsafe {
         let mut sums = [[S::splat(0.0); W]; H];
-        let mut t = 0;
+        let mut t = starts[0] / KV_BLOCK_TOKENS * KV_BLOCK_TOKENS;
         while t < counts[H - 1] {
             let values = a.keys::<K>(first_block + t / KV_BLOCK_TOKENS).add(dim * KV_BLOCK_TOKENS + at);
             let end = (t + KV_BLOCK_TOKENS).min(counts[H - 1]);
@@ -272,7 +291,7 @@ unsafe fn mix<S: Simd, K: KvElement, const H: usize, const W: usize>(
                 for w in 0..W {
                     value[w] = K::load::<S>(values.add(slot * dim + w * LANES));
                 }
-                if t + slot < counts[0] {
+                if (starts[H - 1]..counts[0]).contains(&(t + slot)) {
                     for h in 0..H {
                         let share = S::splat(*shares[h].as_ptr().add(t + slot));
                         for w in 0..W {
@@ -281,7 +300,7 @@ unsafe fn mix<S: Simd, K: KvElement, const H: usize, const W: usize>(
                     }
                 } else {
                     for h in 0..H {
-                        if t + slot < counts[h] {
+                        if (starts[h]..counts[h]).contains(&(t + slot)) {
                             let share = S::splat(*shares[h].as_ptr().add(t + slot));
                             for w in 0..W {
                                 sums[h][w] = S::fma(share, value[w], sums[h][w]);
@@ -309,11 +328,11 @@ unsafe fn mix_one<K: KvElement, const H: usize>(
     at: usize,
     out: *mut f32,
 ) -> usize {
-    let ChunkShares { first_block, counts, shares } = *chunk;
+    let ChunkShares { first_block, attended: Attended { starts, counts }, shares } = *chunk;
     let dim = a.shape.head_dim;
     for h in 0..H {
         let mut sum = 0.0;
-        for t in 0..counts[h] {
+        for t in starts[h]..counts[h] {
             let values = a.keys::<K>(first_block + t / KV_BLOCK_TOKENS);
             let slot = t % KV_BLOCK_TOKENS;
             // SAFETY: element `at` of the slot exists.

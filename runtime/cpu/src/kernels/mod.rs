@@ -7,6 +7,7 @@ pub(crate) mod attention;
 pub(crate) mod choice;
 pub(crate) mod encoder;
 pub(crate) mod kv;
+pub(crate) mod low_rank;
 pub(crate) mod matmul;
 pub(crate) mod quantise;
 pub(crate) mod rows;
@@ -20,6 +21,7 @@ mod tests;
 use attention::Attend;
 use choice::{PromptProducts, TileChoice, TileRule};
 use encoder::{EncoderAttend, LayerNorm};
+use low_rank::UpColumns;
 use matmul::MatMul;
 use quantise::{Bf16Rows, BlockScaledRows, Int8Rows, Layout};
 
@@ -50,6 +52,14 @@ pub(crate) struct Kernels {
     pub(crate) silu_mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
     /// [`rows::add`]
     pub(crate) add: unsafe fn(*const f32, *const f32, *mut f32, usize),
+    /// [`rows::mul`]
+    pub(crate) mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
+    /// [`rows::scale`]
+    pub(crate) scale: unsafe fn(*const f32, f32, *mut f32, usize),
+    /// [`rows::gelu_tanh`]
+    pub(crate) gelu_tanh: unsafe fn(*const f32, *mut f32, usize),
+    /// [`rows::soft_cap`]
+    pub(crate) soft_cap: unsafe fn(*mut f32, f32, usize),
     /// [`attention::tile`]
     pub(crate) attend: unsafe fn(&Attend<'_>, std::ops::Range<usize>, *mut f32),
     /// [`attention::merge`]
@@ -60,6 +70,10 @@ pub(crate) struct Kernels {
     pub(crate) gelu: unsafe fn(*const f32, *mut f32, usize),
     /// [`encoder::attend`]
     pub(crate) encoder_attend: unsafe fn(&EncoderAttend),
+    /// [`low_rank::dot`]
+    pub(crate) low_rank_dot: unsafe fn(&[f32], &[f32]) -> f32,
+    /// [`low_rank::add_up`]
+    pub(crate) low_rank_add: unsafe fn(&UpColumns<'_>),
     /// [`trustformers_plan::sample::choose`]
     pub(crate) choose: unsafe fn(&[f32], &SampleSpec<'_>, &mut SampleScratch) -> SampleResult,
 }
@@ -123,7 +137,8 @@ macro_rules! tier {
         mod $table {
             use super::{
                 Attend, BlockScaledRows, EncoderAttend, Int8Rows, Kernels, KvType, LayerNorm, MatMul, SampleResult,
-                SampleScratch, SampleSpec, TileChoice, attention, encoder, kv, matmul, rows, sample,
+                SampleScratch, SampleSpec, TileChoice, UpColumns, attention, encoder, kv, low_rank, matmul, rows,
+                sample,
             };
             use crate::{kernels::matmul::{Input, Rows}, pack::Form};
 
@@ -182,6 +197,26 @@ macro_rules! tier {
                 // SAFETY: the caller's contract is the same.
                 unsafe { rows::add(a, b, out, len) }
             }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn mul(a: *const f32, b: *const f32, out: *mut f32, len: usize) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { rows::mul(a, b, out, len) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn scale(input: *const f32, factor: f32, out: *mut f32, len: usize) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { rows::scale(input, factor, out, len) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn gelu_tanh(input: *const f32, out: *mut f32, len: usize) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { rows::gelu_tanh::<$lanes>(input, out, len) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn soft_cap(data: *mut f32, cap: f32, len: usize) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { rows::soft_cap::<$lanes>(data, cap, len) }
+            }
             attention!(attend_f32, $lanes, f32 $(, $features)?);
             attention!(attend_f16, $lanes, kv::HalfElement $(, $features)?);
             attention!(attend_bf16, $lanes, kv::Bf16Element $(, $features)?);
@@ -217,6 +252,15 @@ macro_rules! tier {
                 unsafe { encoder::attend::<$lanes>(a) }
             }
             $(#[target_feature(enable = $features)])?
+            unsafe fn low_rank_dot(a: &[f32], b: &[f32]) -> f32 {
+                low_rank::dot(a, b)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn low_rank_add(job: &UpColumns<'_>) {
+                // SAFETY: the caller's contract is the same.
+                unsafe { low_rank::add_up(job) }
+            }
+            $(#[target_feature(enable = $features)])?
             unsafe fn choose(
                 logits: &[f32],
                 spec: &SampleSpec<'_>,
@@ -226,8 +270,8 @@ macro_rules! tier {
             }
 
             pub(super) const TABLE: Kernels = Kernels {
-                matmul, has_tiles: false, has_panels: false, tiles: TileChoice::NEVER, quantise, quantise_int8, quantise_bf16: None, rms_norm, silu_mul, add, attend,
-                merge, layer_norm, gelu, encoder_attend, choose,
+                matmul, has_tiles: false, has_panels: false, tiles: TileChoice::NEVER, quantise, quantise_int8, quantise_bf16: None, rms_norm, silu_mul, add, mul,
+                scale, gelu_tanh, soft_cap, attend, merge, layer_norm, gelu, encoder_attend, low_rank_dot, low_rank_add, choose,
             };
         }
     };

@@ -67,6 +67,116 @@ pub(crate) unsafe fn gated<S: Simd>(gate: S::F, up: S::F) -> S::F {
     }
 }
 
+/// `out = input * (1 + tanh(u)) / 2` with `u = sqrt(2/pi) (input + 0.044715 input³)`, which is `input / (1 +
+/// exp(-2 u))`, for `len` values.
+///
+/// # Safety
+/// The tier's instructions exist and the pointers have `len` values.
+#[inline(always)]
+pub(crate) unsafe fn gelu_tanh<S: Simd>(input: *const f32, out: *mut f32, len: usize) {
+    let mut at = 0;
+    while at < len {
+        let lanes = LANES.min(len - at);
+        // SAFETY: full vectors lie inside; the rest is computed in an array of a full vector.
+        unsafe {
+            if lanes == LANES {
+                S::store(out.add(at), gelu_tanh_of::<S>(S::load(input.add(at))));
+            } else {
+                let mut rest = [0.0; LANES];
+                std::ptr::copy_nonoverlapping(input.add(at), rest.as_mut_ptr(), lanes);
+                S::store(rest.as_mut_ptr(), gelu_tanh_of::<S>(S::load(rest.as_ptr())));
+                std::ptr::copy_nonoverlapping(rest.as_ptr(), out.add(at), lanes);
+            }
+        }
+        at += lanes;
+    }
+}
+
+/// # Safety
+/// The tier's instructions exist.
+#[inline(always)]
+unsafe fn gelu_tanh_of<S: Simd>(x: S::F) -> S::F {
+    // -2 sqrt(2/pi)
+    const FACTOR: f32 = -1.595_769_2;
+    // SAFETY: arithmetic only.
+    unsafe {
+        let cubic = S::fma(S::mul(x, x), S::splat(0.044_715), S::splat(1.0));
+        let e = exp::<S>(S::mul(S::mul(x, S::splat(FACTOR)), cubic));
+        S::div(x, S::add(S::splat(1.0), e))
+    }
+}
+
+/// `data = cap * tanh(data / cap)` for `len` values, in place; the hyperbolic tangent is exact to some 1e-7.
+///
+/// # Safety
+/// The tier's instructions exist and the pointer has `len` values.
+#[inline(always)]
+pub(crate) unsafe fn soft_cap<S: Simd>(data: *mut f32, cap: f32, len: usize) {
+    let mut at = 0;
+    while at < len {
+        let lanes = LANES.min(len - at);
+        // SAFETY: full vectors lie inside; the rest is computed in an array of a full vector.
+        unsafe {
+            if lanes == LANES {
+                S::store(data.add(at), soft_capped::<S>(S::load(data.add(at)), cap));
+            } else {
+                let mut rest = [0.0; LANES];
+                std::ptr::copy_nonoverlapping(data.add(at), rest.as_mut_ptr(), lanes);
+                S::store(rest.as_mut_ptr(), soft_capped::<S>(S::load(rest.as_ptr()), cap));
+                std::ptr::copy_nonoverlapping(rest.as_ptr(), data.add(at), lanes);
+            }
+        }
+        at += lanes;
+    }
+}
+
+/// `cap (1 - 2 / (exp(2 x / cap) + 1))`.
+///
+/// # Safety
+/// The tier's instructions exist.
+#[inline(always)]
+unsafe fn soft_capped<S: Simd>(x: S::F, cap: f32) -> S::F {
+    // SAFETY: arithmetic only.
+    unsafe {
+        let one = S::splat(1.0);
+        let e = exp::<S>(S::mul(x, S::splat(2.0 / cap)));
+        S::mul(S::splat(cap), S::sub(one, S::div(S::splat(2.0), S::add(e, one))))
+    }
+}
+
+/// `out = input * factor` for `len` values.
+///
+/// # Safety
+/// The pointers have `len` values; `out` does not overlap `input`.
+#[inline(always)]
+pub(crate) unsafe fn scale(input: *const f32, factor: f32, out: *mut f32, len: usize) {
+    // SAFETY: the caller's pointers have these lengths.
+    let (input, out) =
+        unsafe { (std::slice::from_raw_parts(input, len), std::slice::from_raw_parts_mut(out, len)) };
+    for (out, v) in out.iter_mut().zip(input) {
+        *out = v * factor;
+    }
+}
+
+/// `out = a * b` for `len` values.
+///
+/// # Safety
+/// The pointers have `len` values; `out` overlaps neither input.
+#[inline(always)]
+pub(crate) unsafe fn mul(a: *const f32, b: *const f32, out: *mut f32, len: usize) {
+    // SAFETY: the caller's pointers have these lengths.
+    let (a, b, out) = unsafe {
+        (
+            std::slice::from_raw_parts(a, len),
+            std::slice::from_raw_parts(b, len),
+            std::slice::from_raw_parts_mut(out, len),
+        )
+    };
+    for (out, (a, b)) in out.iter_mut().zip(a.iter().zip(b)) {
+        *out = a * b;
+    }
+}
+
 /// `out = a + b` for `len` values.
 ///
 /// # Safety

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use proptest::prelude::*;
-use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, KvType, Weight, seeded::SeededRng};
+use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, KvType, Scores, Weight, seeded::SeededRng};
 
 use super::{
     Kernels,
@@ -126,11 +126,13 @@ proptest! {
     #[test]
     fn attention_follows_its_definition(
         seed in any::<u64>(), positions in 1usize..300, kv_heads in 1usize..4, group in 1usize..7, dim in 1usize..70,
+        window in prop::option::of(1usize..300), soft_cap in prop::option::of(0.5f32..20.0),
     ) {
         let recipe = AttentionRecipe {
             seed,
             positions,
             shape: AttentionShape { heads: kv_heads * group, kv_heads, head_dim: dim },
+            scores: Scores { scale: 0.5, soft_cap, window },
         };
         recipe.check::<f32>(KvType::F32)?;
         recipe.check::<HalfElement>(KvType::F16)?;
@@ -144,12 +146,13 @@ struct AttentionRecipe {
     seed: u64,
     positions: usize,
     shape: AttentionShape,
+    scores: Scores,
 }
 
 impl AttentionRecipe {
     /// Compares every tier with the definition, over a cache of elements `K`.
     fn check<K: KvElement>(self, kv_type: KvType) -> Result<(), TestCaseError> {
-        let Self { seed, positions, shape } = self;
+        let Self { seed, positions, shape, scores } = self;
         let AttentionShape { kv_heads, head_dim: dim, .. } = shape;
         let group = shape.heads / kv_heads;
         let mut samples = Samples::new(seed);
@@ -181,7 +184,8 @@ impl AttentionRecipe {
         let rows = 1 + samples.0.next_u8() as usize % positions.min(9);
         let query: Vec<f32> = samples.floats(rows * shape.heads * dim).iter().map(|v| v * 4.0).collect();
         let cache = cache.as_ptr().cast();
-        let case = AttentionCase { shape, cache, kv_type, table: &table, query: &query, rows, positions };
+        let (table, query) = (&table[..], &query[..]);
+        let case = AttentionCase { shape, scores, cache, kv_type, table, query, rows, positions };
         for tier in tiers() {
             let run = |kv_head, first, count| case.tile(tier, kv_head, first..first + count);
             for kv_head in 0..kv_heads {
@@ -192,7 +196,7 @@ impl AttentionRecipe {
                         let (row, head) = ((first + i) / group, kv_head * group + (first + i) % group);
                         let own = &query[row * shape.heads * dim..(row + 1) * shape.heads * dim];
                         let positions = positions - rows + row + 1;
-                        let cached = Cached { keys: &keys, values: &values, shape, positions };
+                        let cached = Cached { keys: &keys, values: &values, shape, scores, positions };
                         for (got, want) in together.iter().zip(attention_of(head, own, &cached)) {
                             prop_assert!(
                                 (f64::from(*got) - want).abs() < 1e-5,
@@ -211,6 +215,7 @@ impl AttentionRecipe {
 /// A sequence of `positions` positions, of whose last `rows` the queries are given.
 struct AttentionCase<'a> {
     shape: AttentionShape,
+    scores: Scores,
     cache: *const u8,
     kv_type: KvType,
     table: &'a [u32],
@@ -222,19 +227,21 @@ struct AttentionCase<'a> {
 impl AttentionCase<'_> {
     /// Queries `range` of a key/value head through a tier's kernels, all chunks merged.
     fn tile(&self, tier: Tier, kv_head: usize, range: std::ops::Range<usize>) -> Vec<Vec<f32>> {
-        let Self { ref shape, cache, kv_type, table, query, rows, positions } = *self;
+        let Self { ref shape, scores, cache, kv_type, table, query, rows, positions } = *self;
         let (kernels, group, dim) = (Kernels::of(tier), shape.heads / shape.kv_heads, shape.head_dim);
         let count = range.len();
         let queries: Vec<Query> = range
-            .map(|q| Query {
-                ptr: query[(q / group * shape.heads + kv_head * group + q % group) * dim..].as_ptr(),
-                positions: positions - rows + q / group + 1,
+            .map(|q| {
+                let ptr = query[(q / group * shape.heads + kv_head * group + q % group) * dim..].as_ptr();
+                let position = positions - rows + q / group;
+                Query { ptr, first: scores.first(position), positions: position + 1 }
             })
             .collect();
         let mut scratch = vec![0.0; TILE * dim];
         let attend = Attend {
             shape: *shape,
-            scale: 0.5,
+            scale: scores.scale,
+            soft_cap: scores.soft_cap,
             cache,
             kv_type,
             table,
@@ -248,8 +255,9 @@ impl AttentionCase<'_> {
         unsafe {
             (kernels.attend)(&attend, 0..attend.chunks(), partials.as_mut_ptr());
             for (i, (query, out)) in queries.iter().zip(&mut out).enumerate() {
-                let chunks = query.positions.div_ceil(CHUNK_TOKENS);
-                let first = partials[i * partial_len(shape)..].as_ptr();
+                let before = query.first / CHUNK_TOKENS;
+                let chunks = query.positions.div_ceil(CHUNK_TOKENS) - before;
+                let first = partials[before * chunk_len(shape) + i * partial_len(shape)..].as_ptr();
                 (kernels.merge)(first, chunk_len(shape), chunks, out.as_mut_ptr(), dim);
             }
         }
@@ -262,21 +270,24 @@ struct Cached<'a> {
     keys: &'a [f32],
     values: &'a [f32],
     shape: AttentionShape,
+    scores: Scores,
     positions: usize,
 }
 
 /// Attention by its definition.
 fn attention_of(head: usize, query: &[f32], cached: &Cached<'_>) -> Vec<f64> {
-    let Cached { keys, values, ref shape, positions } = *cached;
+    let Cached { keys, values, ref shape, scores: how, positions } = *cached;
     let (dim, kv) = (shape.head_dim, head / (shape.heads / shape.kv_heads));
     let at = |p: usize| (p * shape.kv_heads + kv) * dim;
-    let scores: Vec<f64> = (0..positions)
-        .map(|p| {
-            (0..dim).map(|d| f64::from(query[head * dim + d]) * f64::from(keys[at(p) + d])).sum::<f64>() * 0.5
-        })
-        .collect();
+    let first = how.first(positions - 1);
+    let score = |p: usize| {
+        let product = |d: usize| f64::from(query[head * dim + d]) * f64::from(keys[at(p) + d]);
+        let scaled = (0..dim).map(product).sum::<f64>() * f64::from(how.scale);
+        how.soft_cap.map_or(scaled, |cap| f64::from(cap) * (scaled / f64::from(cap)).tanh())
+    };
+    let scores: Vec<f64> = (first..positions).map(score).collect();
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-    let share = |p: usize| (scores[p] - max).exp() / total;
-    (0..dim).map(|d| (0..positions).map(|p| share(p) * f64::from(values[at(p) + d])).sum()).collect()
+    let share = |p: usize| (scores[p - first] - max).exp() / total;
+    (0..dim).map(|d| (first..positions).map(|p| share(p) * f64::from(values[at(p) + d])).sum()).collect()
 }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use trustformers_plan::{AttentionShape, Buf};
+use trustformers_plan::{AttentionShape, Buf, Scores};
 
 use super::{Step, ThreadContext};
 use crate::{
@@ -18,7 +18,7 @@ pub(super) struct Attention {
     pub(super) layer: usize,
     pub(super) query: Buf,
     pub(super) shape: AttentionShape,
-    pub(super) scale: f32,
+    pub(super) scores: Scores,
     pub(super) out: Buf,
 }
 
@@ -37,7 +37,7 @@ struct Tile {
 const READING_COST: usize = 4;
 
 /// An unused entry of a tile's queries.
-const NO_QUERY: Query = Query { ptr: std::ptr::null(), positions: 0 };
+const NO_QUERY: Query = Query { ptr: std::ptr::null(), first: 0, positions: 0 };
 
 impl Step<'_> {
     pub(super) fn attention(&self, a: &Attention, thread: ThreadContext<'_>) -> Result<(), Aborted> {
@@ -58,7 +58,8 @@ impl Step<'_> {
             // of the common one. The queries of a tile that is not split are its own too.
             unsafe {
                 let out = partials.add(pieces.start * chunk_len(&a.shape));
-                (self.shared.kernels.attend)(&attend, pieces, out);
+                let first = self.first_chunk(a, &tile);
+                (self.shared.kernels.attend)(&attend, first + pieces.start..first + pieces.end, out);
                 if !is_split {
                     tile.queries.clone().for_each(|query| self.merge(a, &tile, query, partials));
                 }
@@ -91,8 +92,8 @@ impl Step<'_> {
     fn deal_tiles(&self, a: &Attention, thread: ThreadContext<'_>, mut each: impl FnMut(Tile, Dealt)) {
         let cost_of = |tile: &Tile| {
             let (row, _) = self.query(a, tile, tile.queries.end - 1);
-            let pieces = (self.position(a.query, row) + 1).div_ceil(CHUNK_TOKENS);
-            Pieces { count: pieces, cost: READING_COST + tile.queries.len() }
+            let end = (self.position(a.query, row) + 1).div_ceil(CHUNK_TOKENS);
+            Pieces { count: end - self.first_chunk(a, tile), cost: READING_COST + tile.queries.len() }
         };
         let total = self.tiles(a).map(|tile| cost_of(&tile).work()).sum();
         let mut dealer = Dealer::new(total, self.threads);
@@ -129,6 +130,13 @@ impl Step<'_> {
         (tile.first_row + query / group, tile.kv_head * group + query % group)
     }
 
+    /// The first chunk that a tile reads: its first query's window begins there. Pieces of the tile's work,
+    /// and its partial results, are numbered from this chunk on.
+    fn first_chunk(&self, a: &Attention, tile: &Tile) -> usize {
+        let (row, _) = self.query(a, tile, tile.queries.start);
+        a.scores.first(self.position(a.query, row)) / CHUNK_TOKENS
+    }
+
     fn attend<'a>(
         &'a self,
         a: &Attention,
@@ -139,11 +147,13 @@ impl Step<'_> {
         for (entry, query) in queries.iter_mut().zip(tile.queries.clone()) {
             let (row, head) = self.query(a, tile, query);
             let ptr = self.at(a.query, row).wrapping_add(head * a.shape.head_dim).cast_const();
-            *entry = Query { ptr, positions: self.position(a.query, row) + 1 };
+            let position = self.position(a.query, row);
+            *entry = Query { ptr, first: a.scores.first(position), positions: position + 1 };
         }
         Attend {
             shape: a.shape,
-            scale: a.scale,
+            scale: a.scores.scale,
+            soft_cap: a.scores.soft_cap,
             cache: self.layer_cache(a.layer),
             kv_type: self.shared.kv_type,
             table: self.input.blocks_of(tile.sequence),
@@ -157,11 +167,14 @@ impl Step<'_> {
     /// `partials` are all chunks of the tile; no other thread writes the query's head.
     unsafe fn merge(&self, a: &Attention, tile: &Tile, query: usize, partials: *const f32) {
         let (row, head) = self.query(a, tile, query);
-        let chunks = (self.position(a.query, row) + 1).div_ceil(CHUNK_TOKENS);
+        let position = self.position(a.query, row);
+        let (base, first) = (self.first_chunk(a, tile), a.scores.first(position) / CHUNK_TOKENS);
+        let chunks = (position + 1).div_ceil(CHUNK_TOKENS) - first;
         let dim = a.shape.head_dim;
-        // SAFETY: as above, and see the parent module.
+        // SAFETY: as above, and see the parent module. A query's first chunk is none before the tile's.
         unsafe {
-            let from = partials.add((query - tile.queries.start) * partial_len(&a.shape));
+            let own = (query - tile.queries.start) * partial_len(&a.shape);
+            let from = partials.add((first - base) * chunk_len(&a.shape) + own);
             let out = self.at(a.out, row).add(head * dim);
             (self.shared.kernels.merge)(from, chunk_len(&a.shape), chunks, out, dim);
         }

@@ -63,9 +63,7 @@ impl Step<'_> {
 
     /// First byte of a layer's cache.
     pub(super) fn layer_cache(&self, layer: usize) -> *mut u8 {
-        let (hyper, shared) = (&self.shared.hyper, self.shared);
-        let layer_len = shared.kv_blocks * 2 * KV_BLOCK_TOKENS * hyper.kv_heads * hyper.head_dim;
-        shared.cache.ptr().cast::<u8>().wrapping_add(layer * layer_len * shared.kv_type.bytes())
+        self.shared.cache.layer(layer)
     }
 
     /// The slot of one of the step's rows in the cache of one head.

@@ -57,6 +57,8 @@ pub(crate) async fn run(
     let memory = on.engine.info().memory;
     let mib = |bytes: u64| format!("{:.2}", bytes as f64 / f64::from(1 << 20));
     let [before, highest, last] = run.bytes;
+    // The cache grows to its limit while the run needs it.
+    let allowed = memory.arena_bytes + on.engine.info().kv_limit_bytes - memory.kv_bytes;
     report.number("memory seconds of the mixed run", run.took.as_secs());
     report.number("memory MiB before it", mib(before));
     report.number("memory MiB after it", mib(last));
@@ -65,8 +67,8 @@ pub(crate) async fn run(
     report.objective(
         "memory MiB grown in a mixed run",
         mib(grown),
-        format!("<= {}", mib(memory.arena_bytes)),
-        grown <= memory.arena_bytes,
+        format!("<= {}", mib(allowed)),
+        grown <= allowed,
     );
     for (name, end) in [
         ("finished", RequestEnd::Finished),

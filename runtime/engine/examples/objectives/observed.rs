@@ -170,6 +170,10 @@ impl Loaded for Observed<dyn Loaded> {
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
         Ok(Box::new(Observed::new(self.inner.compile(plan)?, Arc::clone(&self.work))))
     }
+
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        self.inner.resize_kv(blocks)
+    }
 }
 
 impl Executable for Observed<dyn Executable> {

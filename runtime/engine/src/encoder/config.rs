@@ -83,7 +83,9 @@ impl EncoderConfig {
     #[must_use]
     pub fn answer_bytes(&self, facts: &ModelFacts) -> u64 {
         let context_tokens = self.context_tokens.unwrap_or(facts.context_tokens);
-        let width = facts.embedding.as_ref().map_or(0, |embedding| embedding.width);
+        let embedded = facts.embedding.as_ref().map(|embedding| embedding.width);
+        let classified = facts.classification.as_ref().map(|classification| classification.width);
+        let width = embedded.or(classified).unwrap_or(0);
         let in_flight = self.max_batch_size + 2 * self.max_queue + 2 * MAX_TEXTS;
         (in_flight as u64) * (context_tokens + width) as u64 * 4
     }

@@ -24,14 +24,29 @@ use tokio::sync::oneshot;
 use trustformers_model::Model;
 use trustformers_plan::{
     Backend, BackendError, Executable, KvType, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics,
-    SequenceStep, StepError, StepInput, StepOutput,
+    SequenceStep, StepError, StepInput, StepOutput, buckets,
 };
+
+/// The tokens of a text, or of a pair of texts.
+#[derive(Debug)]
+pub(super) struct TextTokens {
+    /// At least one.
+    pub(super) ids: Vec<u32>,
+    /// The index of the first token of the second segment; `None` where all belong to the first one.
+    pub(super) second_segment: Option<usize>,
+}
+
+impl TextTokens {
+    pub(super) fn of_one_text(ids: Vec<u32>) -> Self {
+        Self { ids, second_segment: None }
+    }
+}
 
 /// A request on its way to the device thread.
 #[derive(Debug)]
 pub(super) struct EncodeJob {
-    /// Ids of each text, at least one text of at least one id.
-    pub(super) texts: Vec<Vec<u32>>,
+    /// At least one text.
+    pub(super) texts: Vec<TextTokens>,
     /// The indices of those that were truncated.
     pub(super) truncated: Vec<usize>,
     pub(super) class: Priority,
@@ -83,8 +98,8 @@ impl EncoderStart {
             numerics: self.numerics,
             progress: &mut self.progress,
         })?;
-        let executable = loaded.compile(&plan)?;
-        let memory = loaded.memory();
+        let executable = buckets::compile(&mut *loaded, &plan, &self.backend.caps().row_buckets)?;
+        let (memory, second_segment) = (loaded.memory(), plan.second_segment());
         let device = EncoderDevice {
             executable,
             _loaded: loaded,
@@ -96,6 +111,7 @@ impl EncoderStart {
             jobs: self.jobs,
             shared: self.shared,
             series: self.series,
+            second_segment,
             batch: Vec::new(),
             input: StepInput::new(),
             output: StepOutput::new(),
@@ -136,6 +152,8 @@ struct EncoderDevice {
     jobs: Receiver<EncodeJob>,
     shared: Arc<Shared>,
     series: EncoderSeries,
+    /// What the plan adds to the positions of a second segment; `None` where its model knows one segment.
+    second_segment: Option<usize>,
     /// Buffers of a step. Reused, so that steps do not allocate.
     batch: Vec<TextRef>,
     input: StepInput,
@@ -187,8 +205,8 @@ impl EncoderDevice {
         let tenant = self.batcher.request_arrived(&job.tenant);
         let request = self.next_request;
         self.next_request += 1;
-        for (index, ids) in job.texts.iter().enumerate() {
-            let text = NewText { arrived, class: job.class, tenant, tokens: ids.len() };
+        for (index, tokens) in job.texts.iter().enumerate() {
+            let text = NewText { arrived, class: job.class, tenant, tokens: tokens.ids.len() };
             self.batcher.push(text, TextRef { request, index });
         }
         let remaining_texts = job.texts.len();
@@ -270,12 +288,16 @@ impl EncoderDevice {
         for text in &self.batch {
             let Some(request) = self.requests.get_mut(&text.request) else { continue };
             request.note_started(started);
+            let tokens = &request.job.texts[text.index];
             self.input.push_sequence(SequenceStep {
-                tokens: &request.job.texts[text.index],
+                tokens: &tokens.ids,
                 cached_tokens: 0,
                 blocks: &[],
                 logits: LogitsRows::None,
             });
+            if let (Some(first), Some(offset)) = (tokens.second_segment, self.second_segment) {
+                self.input.begin_second_segment(first, offset);
+            }
         }
         self.executable.submit(&self.input)?;
         self.executable.wait(&mut self.output)
@@ -310,7 +332,7 @@ impl EncoderDevice {
             request.values[text.index * width..(text.index + 1) * width].copy_from_slice(values);
             request.remaining_texts -= 1;
             if let Some(series) = &request.job.caller.series {
-                series.prompt_tokens.inc_by(request.job.texts[text.index].len() as u64);
+                series.prompt_tokens.inc_by(request.job.texts[text.index].ids.len() as u64);
             }
             if request.remaining_texts == 0
                 && let Some(done) = self.requests.remove(&text.request)
@@ -366,7 +388,7 @@ impl PendingRequest {
     fn answer(self, width: usize) {
         let EncodeJob { texts, truncated, submitted, caller, tenant, .. } = self.job;
         let Caller { reply, series, gauge, inflight, permit } = caller;
-        let tokens: usize = texts.iter().map(Vec::len).sum();
+        let tokens: usize = texts.iter().map(|tokens| tokens.ids.len()).sum();
         if let Some(series) = series {
             series.done.inc();
             series.request_seconds.observe(submitted.elapsed().as_secs_f64());

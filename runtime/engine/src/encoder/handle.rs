@@ -1,15 +1,15 @@
 //! The encoder engine as its callers see it: a handle that is cheap to clone and never blocks on the device.
 
 use super::config::{EncoderConfig, EncoderSizes};
-use super::device::{Caller, EncodeJob, EncoderStart};
+use super::device::{Caller, EncodeJob, EncoderStart, TextTokens};
 use super::metrics::{EncoderMetrics, EncoderSeries};
-use super::request::{EncodeError, EncodeParams, Encoded, MAX_TEXTS};
+use super::request::{EncodeError, EncodeInput, EncodeParams, Encoded, MAX_TEXTS};
 use super::strategy::BatchStrategy;
 use crate::config::StartError;
 use crate::device_thread::{Heartbeat, Permit, Shared};
 use crate::faults::check_tokenizer_ids;
 use crate::metrics::GaugeGuard;
-use crate::request::{MAX_TENANT_BYTES, Prompt};
+use crate::request::MAX_TENANT_BYTES;
 use crate::scheduling::admission::AdmissionCounts;
 use crate::scheduling::priority::Priority;
 use crate::scheduling::tenants::Tenant;
@@ -195,14 +195,14 @@ impl Encoder {
         let submitted = Instant::now();
         let (mut texts, mut truncated) = (Vec::with_capacity(count), Vec::new());
         for (index, text) in params.texts.iter().enumerate() {
-            let (ids, cut) = self.ids(text)?;
+            let (tokens, cut) = self.tokens_of(text)?;
             if cut {
                 if !params.truncate {
                     return Err(EncodeError::TooLong { index, limit: self.inner.sizes.context_tokens });
                 }
                 truncated.push(index);
             }
-            texts.push(ids);
+            texts.push(tokens);
         }
         let (reply, result) = oneshot::channel();
         let series = Some(self.inner.series.clone());
@@ -243,18 +243,24 @@ impl Encoder {
         sender.try_send(job).map_err(|_| EncodeError::Stopped)
     }
 
-    /// The ids that are computed, and whether the text was truncated.
-    fn ids(&self, text: &Prompt) -> Result<(Vec<u32>, bool), EncodeError> {
+    /// The tokens that are computed, and whether the text was truncated.
+    fn tokens_of(&self, text: &EncodeInput) -> Result<(TextTokens, bool), EncodeError> {
         let invalid = |why: String| EncodeError::Invalid { field: "input", why };
         let (limit, vocabulary) = (self.inner.sizes.context_tokens, self.inner.model.facts().vocabulary);
         match text {
-            Prompt::Text(text) => {
+            EncodeInput::Text(text) => {
                 let encoded =
                     self.inner.model.encode_up_to(text, limit).map_err(|error| invalid(error.to_string()))?;
                 check_tokenizer_ids(&encoded.ids, vocabulary)?;
-                Ok((encoded.ids, encoded.cut))
+                Ok((TextTokens::of_one_text(encoded.ids), encoded.cut))
             }
-            Prompt::Tokens(ids) => {
+            EncodeInput::Pair { first, second } => {
+                let pair = self.inner.model.encode_pair(first, second, limit);
+                let pair = pair.map_err(|error| invalid(error.to_string()))?;
+                check_tokenizer_ids(&pair.ids, vocabulary)?;
+                Ok((TextTokens { ids: pair.ids, second_segment: pair.second_segment }, pair.cut))
+            }
+            EncodeInput::Tokens(ids) => {
                 if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
                     let why = format!("token id {id} is outside the model's vocabulary of {vocabulary}");
                     return Err(invalid(why));
@@ -262,7 +268,8 @@ impl Encoder {
                 if ids.is_empty() {
                     return Err(invalid("a list of token ids is empty; at least one is needed".to_owned()));
                 }
-                Ok((ids[..ids.len().min(limit)].to_vec(), ids.len() > limit))
+                let cut_ids = ids[..ids.len().min(limit)].to_vec();
+                Ok((TextTokens::of_one_text(cut_ids), ids.len() > limit))
             }
         }
     }
@@ -279,7 +286,7 @@ impl Encoder {
         for tokens in WARM_UP_LENGTHS {
             let (reply, result) = oneshot::channel();
             let length = tokens.min(self.inner.sizes.context_tokens);
-            let texts = vec![ids.iter().copied().cycle().take(length).collect()];
+            let texts = vec![TextTokens::of_one_text(ids.iter().copied().cycle().take(length).collect())];
             let permit = self.inner.shared.acquire_unbounded();
             let caller = Caller { reply, series: None, gauge: None, inflight: None, permit };
             let (class, tenant) = (Priority::High, Tenant::from(""));
@@ -292,8 +299,8 @@ impl Encoder {
 
     /// The ids of a text with its special tokens; at least one.
     fn warm_up_ids(&self) -> Result<Vec<u32>, EncodeError> {
-        match self.ids(&Prompt::Text(WARM_UP_TEXT.to_owned())) {
-            Ok((ids, _)) if !ids.is_empty() => Ok(ids),
+        match self.tokens_of(&EncodeInput::Text(WARM_UP_TEXT.to_owned())) {
+            Ok((tokens, _)) if !tokens.ids.is_empty() => Ok(tokens.ids),
             Err(error @ EncodeError::Model(_)) => Err(error),
             // A vocabulary without these letters is no fault.
             _ => Ok(vec![0]),

@@ -28,5 +28,5 @@ mod strategy;
 pub use config::{EncoderConfig, MAX_WAIT_MS};
 pub use handle::{Encoder, EncoderInfo, Encoding};
 pub use metrics::EncoderMetrics;
-pub use request::{EncodeError, EncodeParams, EncodeTimings, Encoded, MAX_TEXTS};
+pub use request::{EncodeError, EncodeInput, EncodeParams, EncodeTimings, Encoded, MAX_TEXTS};
 pub use strategy::BatchStrategy;

@@ -3,19 +3,44 @@
 use crate::faults::{DeviceFault, ModelFault, RequestFault};
 use crate::request::Prompt;
 use crate::scheduling::priority::Priority;
+use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 
 /// Most texts of one request: the limit of OpenAI's API.
 pub const MAX_TEXTS: usize = 2048;
 
+/// What one row is computed from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EncodeInput {
+    /// A text; may be empty. The model's special tokens are put around it.
+    Text(String),
+    /// Token ids, used as they are, without added special tokens; at least one.
+    Tokens(Vec<u32>),
+    /// Two texts that the model reads together. Where both are too long, the longer one is cut first.
+    Pair {
+        /// The first text, such as the query that many documents are compared with.
+        first: Arc<str>,
+        /// The second one.
+        second: String,
+    },
+}
+
+impl From<Prompt> for EncodeInput {
+    fn from(prompt: Prompt) -> Self {
+        match prompt {
+            Prompt::Text(text) => Self::Text(text),
+            Prompt::Tokens(ids) => Self::Tokens(ids),
+        }
+    }
+}
+
 /// Texts of one request. They may be computed in one step or in several, together with the texts of other
 /// requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EncodeParams {
-    /// 1 to [`MAX_TEXTS`] texts, empty ones included. Token ids are used as they are, without added special
-    /// tokens; each list needs at least one.
-    pub texts: Vec<Prompt>,
+    /// 1 to [`MAX_TEXTS`] of them.
+    pub texts: Vec<EncodeInput>,
     /// Whether a text that is too long is truncated as the model's files say; otherwise it is refused.
     pub truncate: bool,
     /// The priority class, where classes count.
@@ -29,7 +54,11 @@ pub struct EncodeParams {
 impl EncodeParams {
     /// These texts, truncated where they are too long.
     pub fn texts<T: Into<String>>(texts: impl IntoIterator<Item = T>) -> Self {
-        let texts = texts.into_iter().map(|text| Prompt::Text(text.into())).collect();
+        Self::inputs(texts.into_iter().map(|text| EncodeInput::Text(text.into())).collect())
+    }
+
+    /// These, truncated where they are too long.
+    pub fn inputs(texts: Vec<EncodeInput>) -> Self {
         Self { texts, truncate: true, priority: Priority::Normal, tenant: String::new() }
     }
 }

@@ -4,13 +4,15 @@
 //! and sends the tokens of one (see [`super::flight`]). Everything that a request holds is released when its
 //! sequence is dropped.
 
+use super::adapters::LeavingAdapter;
 use super::flight::LaunchedStep;
 use super::sequence::{GenerationJob, Sequence};
+use crate::adapters::{AdapterRegistry, DropAdapter, PutAdapter};
 use crate::config::{EngineSizes, Speculation, SpeculationCosts, StartError};
 use crate::device_thread::{self, OnProgress, Shared};
 use crate::estimate;
 use crate::metrics::ModelMetrics;
-use crate::prefix_cache::{BlockPool, BlockTable, blocks_for};
+use crate::prefix_cache::{BlockPool, BlockTable, PrefixRoot, blocks_for};
 use crate::request::GenerateError;
 use crate::scheduling::preemption::{
     Candidate, Requester, Shortage, select_victim, select_victim_for_growth,
@@ -26,8 +28,17 @@ use std::time::{Duration, Instant};
 use trustformers_model::Model;
 use trustformers_plan::{
     Backend, BackendError, Executable, LoadSpec, Loaded, MemoryReport, Numerics, SampleInput, StepInput,
-    StepOutput,
+    StepOutput, buckets,
 };
+
+/// What callers send to the device thread.
+#[derive(Debug)]
+pub(crate) enum DeviceJob {
+    /// A request.
+    Generate(Box<GenerationJob>),
+    PutAdapter(PutAdapter),
+    DropAdapter(DropAdapter),
+}
 
 /// Everything that the device thread starts with.
 pub(crate) struct GenerationStart {
@@ -37,7 +48,8 @@ pub(crate) struct GenerationStart {
     pub(crate) speculation: Option<Speculation>,
     pub(crate) speculation_costs: SpeculationCosts,
     pub(crate) sizes: EngineSizes,
-    pub(crate) jobs: Receiver<GenerationJob>,
+    pub(crate) jobs: Receiver<DeviceJob>,
+    pub(crate) adapters: Arc<AdapterRegistry>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) metrics: ModelMetrics,
     pub(crate) progress: OnProgress,
@@ -53,16 +65,17 @@ impl GenerationStart {
     fn load(mut self) -> Result<(GenerationDevice, MemoryReport), BackendError> {
         let sizes = self.sizes;
         let draft_rows = estimate::draft_rows(self.speculation.as_ref());
-        let plan = self.model.plan(&sizes.plan_request(draft_rows, self.backend.caps().fused))?;
+        let request = sizes.plan_request(draft_rows, self.backend.caps().fused);
+        let plan = self.model.plan_with_adapters(&request, sizes.adapters)?.with_kv_room(sizes.kv_blocks);
         let mut loaded = self.backend.load(LoadSpec {
             weights: Arc::clone(self.model.weights()),
             plan: &plan,
-            kv_blocks: sizes.kv_blocks,
+            kv_blocks: sizes.first_kv_blocks,
             kv_type: sizes.kv_type,
             numerics: self.numerics,
             progress: &mut self.progress,
         })?;
-        let executable = loaded.compile(&plan)?;
+        let executable = buckets::compile(&mut *loaded, &plan, &self.backend.caps().row_buckets)?;
         let mut memory = loaded.memory();
         let proposer = match &self.speculation {
             None => None,
@@ -73,7 +86,8 @@ impl GenerationStart {
                 Some(Proposer::draft(draft, self.speculation_costs))
             }
         };
-        let pool = BlockPool::new(sizes.kv_blocks, self.metrics.cache.blocks.clone());
+        let gauges = self.metrics.cache.blocks.clone();
+        let pool = BlockPool::new(sizes.first_kv_blocks, gauges).with_limit(sizes.kv_blocks);
         let device = GenerationDevice {
             runs_ahead: proposer.is_none() && self.backend.caps().steps_in_flight > 1,
             proposer,
@@ -81,7 +95,9 @@ impl GenerationStart {
             steps: 0,
             last_answer: Instant::now(),
             executable,
-            _loaded: loaded,
+            loaded,
+            adapters: self.adapters,
+            leaving: Vec::new(),
             _backend: self.backend,
             running: Vec::new(),
             waiting: Queue::default(),
@@ -133,10 +149,13 @@ pub(super) struct GenerationDevice {
     /// When a step last ended.
     pub(super) last_answer: Instant,
     pub(super) executable: Box<dyn Executable>,
-    _loaded: Box<dyn Loaded>,
+    pub(super) loaded: Box<dyn Loaded>,
     _backend: Box<dyn Backend>,
+    pub(super) adapters: Arc<AdapterRegistry>,
+    /// Adapters that take no new requests.
+    pub(super) leaving: Vec<LeavingAdapter>,
     pub(super) pool: BlockPool,
-    jobs: Receiver<GenerationJob>,
+    pub(super) jobs: Receiver<DeviceJob>,
     pub(super) shared: Arc<Shared>,
     pub(super) metrics: ModelMetrics,
     pub(super) model: Arc<Model>,
@@ -155,6 +174,7 @@ impl GenerationDevice {
                 self.step();
                 self.shared.set_running(self.running.len());
             }
+            self.drop_unused_adapters();
         }
         self.end();
     }
@@ -162,15 +182,23 @@ impl GenerationDevice {
     /// Takes new jobs, and waits for one where there is nothing to do. False when no more can come.
     fn take_jobs(&mut self) -> bool {
         if self.running.is_empty() && self.waiting.is_empty() && self.launched.is_empty() {
-            match self.jobs.recv() {
-                Ok(job) => self.enqueue(job),
+            match self.next_job_when_idle() {
+                Ok(job) => self.take(job),
                 Err(_) => return false,
             }
         }
         while let Ok(job) = self.jobs.try_recv() {
-            self.enqueue(job);
+            self.take(job);
         }
         true
+    }
+
+    fn take(&mut self, job: DeviceJob) {
+        match job {
+            DeviceJob::Generate(job) => self.enqueue(*job),
+            DeviceJob::PutAdapter(put) => self.put_adapter(put),
+            DeviceJob::DropAdapter(asked) => self.leaving.push(asked.into()),
+        }
     }
 
     fn enqueue(&mut self, job: GenerationJob) {
@@ -226,6 +254,9 @@ impl GenerationDevice {
             // The cached prefix is looked up only where the batch has room: a full batch would look it up in
             // every step.
             let is_full = self.running.len() >= self.sizes.max_batch_size;
+            if !is_full {
+                self.grow_kv(self.blocks_wanted(&next));
+            }
             let found = if is_full { Err(Shortage::Batch) } else { self.find_blocks(&next) };
             let blocks = match found {
                 Ok(blocks) => blocks,
@@ -249,13 +280,19 @@ impl GenerationDevice {
         }
     }
 
+    /// Blocks for all tokens of the next sequence, and those that running sequences still need.
+    fn blocks_wanted(&self, next: &NextInQueue) -> usize {
+        let own = self.waiting.peek(next).map_or(0, |sequence| blocks_for(sequence.tokens().len()));
+        own + self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum::<usize>()
+    }
+
     /// The cached blocks of the next sequence, where the cache has room for the rest of it.
     fn find_blocks(&self, next: &NextInQueue) -> Result<BlockTable, Shortage> {
-        let (prefix, tokens) = match self.waiting.peek(next) {
-            Some(sequence) => (sequence.cacheable_prefix(), sequence.tokens().len()),
-            None => (&[][..], 0),
+        let (root, prefix, tokens) = match self.waiting.peek(next) {
+            Some(sequence) => (sequence.prefix_root(), sequence.cacheable_prefix(), sequence.tokens().len()),
+            None => (PrefixRoot::MODEL, &[][..], 0),
         };
-        let blocks = self.pool.match_prefix(prefix);
+        let blocks = self.pool.match_prefix(root, prefix);
         let own = blocks_for(tokens);
         let promised: usize = self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum();
         let short = (own - blocks.ids().len() + promised).saturating_sub(self.pool.available());
@@ -304,6 +341,10 @@ impl GenerationDevice {
                 may_pause: self.pacer.may_pause(),
             };
             allocation.allocate(requests, budget);
+            let rows = running.iter().zip(&allocation.rows);
+            let missing = rows.map(|(sequence, rows)| sequence.blocks_missing_for(*rows)).sum();
+            self.grow_kv(missing);
+            let Self { running, step: StepBuffers { allocation, .. }, .. } = self;
             let mut rows = allocation.rows.iter();
             let short =
                 running.iter_mut().any(|sequence| rows.next().is_some_and(|rows| !sequence.reserve(*rows)));
@@ -319,7 +360,10 @@ impl GenerationDevice {
     fn end(mut self) {
         self.discard_launched();
         while let Ok(job) = self.jobs.try_recv() {
-            self.enqueue(job);
+            // A change of adapters is not answered, which its caller reads as the end of the engine.
+            if let DeviceJob::Generate(job) = job {
+                self.enqueue(*job);
+            }
         }
         for mut sequence in self.waiting.drain().chain(self.running.drain(..)) {
             sequence.fail(GenerateError::Stopped);

@@ -32,6 +32,13 @@ pub(crate) struct LaunchedStep {
     decode: Option<DecodeStep>,
 }
 
+impl LaunchedStep {
+    /// Its number among the steps of the engine.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+}
+
 impl GenerationDevice {
     /// Launches a step, and processes the answer of the step before, or of the same one where no step runs
     /// ahead.

@@ -1,11 +1,14 @@
 //! The generation engine as its callers see it: a handle that is cheap to clone and never blocks on the
 //! device.
 
+mod adapters;
+
 use super::buffer::{ANSWER_BUFFER_BYTES, AnswerBudget};
 use super::completion::{Completion, CompletionLimits};
-use super::device::GenerationStart;
+use super::device::{DeviceJob, GenerationStart};
 use super::sequence::GenerationJob;
 use super::stream::Generation;
+use crate::adapters::AdapterRegistry;
 use crate::config::{EngineConfig, EngineSizes, MAX_DISPLACING, StartError};
 use crate::device_thread::{Heartbeat, Permit, Shared};
 use crate::estimate;
@@ -50,11 +53,13 @@ pub struct EngineInfo {
     pub max_queue: usize,
     /// Most token rows of one step.
     pub token_budget: usize,
-    /// KV blocks of 16 tokens.
+    /// The most KV blocks of 16 tokens.
     pub kv_blocks: usize,
+    /// Bytes of the KV cache at its largest; at first it has those in `memory`.
+    pub kv_limit_bytes: u64,
     /// The type in which keys and values are cached.
     pub kv_type: KvType,
-    /// Bytes that the model takes on the device, by purpose.
+    /// Bytes that the model takes on the device after the load, by purpose.
     pub memory: MemoryReport,
 }
 
@@ -78,7 +83,8 @@ struct EngineInner {
     metrics: ModelMetrics,
     grammars: Grammars,
     /// `stop` drops the sender, which wakes an idle device thread.
-    jobs: Mutex<Option<SyncSender<GenerationJob>>>,
+    jobs: Mutex<Option<SyncSender<DeviceJob>>>,
+    adapters: Arc<AdapterRegistry>,
     /// Only one warm-up at a time, because the job channel has room for one.
     warming_up: tokio::sync::Mutex<()>,
 }
@@ -123,9 +129,11 @@ impl Engine {
         let sizes = estimate::sizes(&model, backend.caps(), config)?;
         let shared = Arc::new(Shared::new(sizes.max_batch_size + sizes.max_queue));
         let own = metrics.for_model(&config.model_label);
-        // Room for every request that `Shared` admits and for one warm-up: a send never finds the channel
-        // full.
-        let (sender, receiver) = sync_channel(sizes.max_batch_size + sizes.max_queue + MAX_DISPLACING + 1);
+        let adapters = Arc::new(AdapterRegistry::new(sizes.adapters.slots));
+        let requests = sizes.max_batch_size + sizes.max_queue + MAX_DISPLACING + 1;
+        // Room for every request that `Shared` admits and for one warm-up, and for adding and dropping each
+        // adapter: a send never finds the channel full.
+        let (sender, receiver) = sync_channel(requests + 2 * sizes.adapters.slots);
         let device = backend.caps().description.clone();
         let start = GenerationStart {
             model: Arc::clone(&model),
@@ -135,6 +143,7 @@ impl Engine {
             speculation_costs: config.speculation_costs,
             sizes,
             jobs: receiver,
+            adapters: Arc::clone(&adapters),
             shared: Arc::clone(&shared),
             metrics: own.clone(),
             progress,
@@ -149,6 +158,7 @@ impl Engine {
             max_queue: sizes.max_queue,
             token_budget: sizes.token_budget,
             kv_blocks: sizes.kv_blocks,
+            kv_limit_bytes: sizes.kv_blocks as u64 * sizes.kv_block_bytes,
             kv_type: sizes.kv_type,
             memory,
         };
@@ -163,6 +173,7 @@ impl Engine {
             answers: AnswerBudget::new(ANSWER_BUFFER_BYTES),
             metrics: own,
             jobs: Mutex::new(Some(sender)),
+            adapters,
             warming_up: tokio::sync::Mutex::new(()),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -210,6 +221,7 @@ impl Engine {
     ) -> Result<Generation, SubmitError> {
         params.check()?;
         params.check_ids(self.inner.model.facts().vocabulary)?;
+        params.adapter.as_deref().map_or(Ok(()), |name| self.inner.adapters.check(name))?;
         let shared = &self.inner.shared;
         let (queue, retry_after) = (shared.waiting(), shared.retry_after());
         let displace = || {
@@ -286,11 +298,12 @@ impl Engine {
         let class = self.effective_class(params);
         let tenant: Tenant = params.tenant.as_str().into();
         let admission = &self.inner.admission;
-        let job = GenerationJob {
+        let mut job = GenerationJob {
             completion: Completion::new(params, &prompt, limits, constraint)
                 .excluding(self.inner.model.tokenizer().unused_ids()),
             prompt: Arc::clone(&prompt),
             class,
+            adapter: None,
             _inflight: metrics.is_some().then(|| admission.register(class, Arc::clone(&tenant), 1)),
             tenant,
             submitted: Instant::now(),
@@ -303,7 +316,9 @@ impl Engine {
         };
         let jobs = self.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let sender = jobs.as_ref().ok_or(SubmitError::Stopped)?;
-        sender.try_send(job).map_err(|_| SubmitError::Stopped)?;
+        // Under the lock, so that an adapter that is removed is removed before this or after it.
+        job.adapter = params.adapter.as_deref().map(|name| self.inner.adapters.find(name)).transpose()?;
+        sender.try_send(DeviceJob::Generate(Box::new(job))).map_err(|_| SubmitError::Stopped)?;
         Ok(Generation::new(receiver, prompt))
     }
 

@@ -6,10 +6,11 @@ pub(crate) use steps::{AnsweredStep, StepOutcome};
 
 use super::buffer::EventSender;
 use super::completion::{Completion, CompletionEnd, EmittedToken};
+use crate::adapters::ServedAdapter;
 use crate::device_thread::Permit;
 use crate::faults::RequestFault;
 use crate::metrics::{GaugeGuard, ModelMetrics};
-use crate::prefix_cache::{BlockTable, blocks_for};
+use crate::prefix_cache::{BlockTable, PrefixRoot, blocks_for};
 use crate::request::{
     EventResult, FinishReason, GenerateError, GenerationEvent, GenerationObserver, GenerationOutcome,
     GenerationProgress, Timings,
@@ -40,6 +41,8 @@ pub(crate) struct GenerationJob {
     pub(crate) served_tokens: Option<IntCounter>,
     /// Is told its course.
     pub(crate) observer: Option<Box<dyn GenerationObserver>>,
+    /// Held until the request has ended.
+    pub(crate) adapter: Option<Arc<ServedAdapter>>,
     pub(crate) class: Priority,
     pub(crate) tenant: Tenant,
     /// Keeps it in the admission counts.
@@ -115,6 +118,11 @@ impl Sequence {
         if self.job.metrics.is_some() { &self.tokens } else { &[] }
     }
 
+    /// The root of its blocks in the prefix cache.
+    pub(crate) fn prefix_root(&self) -> PrefixRoot {
+        self.job.adapter.as_ref().map_or(PrefixRoot::MODEL, |adapter| adapter.root)
+    }
+
     /// Starts it with the cached blocks of its prefix.
     pub(crate) fn admit(&mut self, blocks: BlockTable) {
         self.cached = blocks.ids().len() * KV_BLOCK_TOKENS;
@@ -148,6 +156,12 @@ impl Sequence {
     pub(crate) fn missing_blocks(&self) -> usize {
         let allocated = self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len());
         blocks_for(self.tokens.len() + self.awaited_tokens()).saturating_sub(allocated)
+    }
+
+    /// Blocks that it needs for `rows` more tokens in the cache and does not have.
+    pub(crate) fn blocks_missing_for(&self, rows: usize) -> usize {
+        let allocated = self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len());
+        if rows == 0 { 0 } else { blocks_for(self.computed() + rows).saturating_sub(allocated) }
     }
 
     /// Allocates blocks for `rows` more tokens in the cache. False where there are not enough.

@@ -6,6 +6,8 @@
 //! The key is the whole content (tokens, and the number of the block before, which is never reused), not a
 //! hash of it: a match is equal, not merely likely to be.
 //!
+//! The first block of a sequence comes after a root: one of the model, and one of each adapter.
+//!
 //! A cached block without users is *evictable*: it keeps its content until the block is needed. The block
 //! that was released first is evicted first, and since a sequence releases its last block first, a block is
 //! always evicted before the one that precedes it. Blocks without content are allocated lowest first, so that
@@ -26,18 +28,27 @@ pub(crate) fn blocks_for(tokens: usize) -> usize {
 #[derive(Debug)]
 pub(crate) struct BlockPool {
     state: Arc<Mutex<PoolState>>,
+    /// The most blocks that it may have, which the gauge shows.
+    limit: usize,
 }
 
 /// The key of a full block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct BlockContent {
-    /// Number of the block before it, [`ROOT`] for the first block of a sequence.
+    /// Number of the block before it, or the sequence's root for its first block.
     parent: u64,
     tokens: [u32; KV_BLOCK_TOKENS],
 }
 
-/// The parent of the first block of a sequence.
-const ROOT: u64 = 0;
+/// The parent of the first block of a sequence. Sequences of different roots share no block: what is computed
+/// with an adapter is valid for that adapter alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PrefixRoot(u64);
+
+impl PrefixRoot {
+    /// Of sequences without an adapter.
+    pub(crate) const MODEL: Self = Self(0);
+}
 
 /// How a cached block is registered.
 #[derive(Debug, Clone, Copy)]
@@ -65,7 +76,7 @@ struct PoolState {
     cached: HashMap<BlockContent, u32>,
     /// Cached blocks without users, by the time of their release.
     evictable: BTreeMap<u64, u32>,
-    /// Counts releases and registrations.
+    /// Counts releases, registrations and roots.
     clock: u64,
     /// Incremented when everything is invalidated.
     epoch: u64,
@@ -78,20 +89,67 @@ impl BlockPool {
         let ids = 0..u32::try_from(count).unwrap_or(u32::MAX);
         gauges.total.add(signed(count));
         Self {
+            limit: count,
             state: Arc::new(Mutex::new(PoolState {
                 blocks: vec![Block::default(); count],
                 free: ids.map(Reverse).collect(),
                 cached: HashMap::new(),
                 evictable: BTreeMap::new(),
-                clock: ROOT,
+                clock: PrefixRoot::MODEL.0,
                 epoch: 0,
                 gauges,
             })),
         }
     }
 
+    /// The same pool, which may grow to `limit` blocks.
+    pub(crate) fn with_limit(mut self, limit: usize) -> Self {
+        let more = limit.saturating_sub(self.limit);
+        self.lock().gauges.total.add(signed(more));
+        self.limit += more;
+        self
+    }
+
     fn lock(&self) -> MutexGuard<'_, PoolState> {
         lock(&self.state)
+    }
+
+    /// How many blocks there are.
+    pub(crate) fn total(&self) -> usize {
+        self.lock().blocks.len()
+    }
+
+    /// Blocks without users and without content.
+    pub(crate) fn free(&self) -> usize {
+        self.lock().free.len()
+    }
+
+    /// Adds blocks until there are `total`.
+    pub(crate) fn grow(&self, total: usize) {
+        let mut state = self.lock();
+        let before = state.blocks.len();
+        let numbers = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        state.blocks.resize(total.max(before), Block::default());
+        state.free.extend((numbers(before)..numbers(total)).map(Reverse));
+    }
+
+    /// Removes the blocks from number `total` on, with their content. False, and nothing is changed, where
+    /// one of them is in use.
+    pub(crate) fn shrink(&self, total: usize) -> bool {
+        let mut state = self.lock();
+        let before = state.blocks.len();
+        if total >= before || state.blocks[total..].iter().any(|block| block.users > 0) {
+            return total >= before;
+        }
+        for block in state.blocks.split_off(total) {
+            if let Some(registration) = block.registration {
+                state.cached.remove(&registration.content);
+                state.evictable.remove(&block.released_at);
+                state.gauges.evictable.dec();
+            }
+        }
+        state.free.retain(|Reverse(id)| (*id as usize) < total);
+        true
     }
 
     /// Blocks that can be allocated now.
@@ -100,14 +158,21 @@ impl BlockPool {
         state.free.len() + state.evictable.len()
     }
 
-    /// A block table with the longest cached prefix of `tokens`. At least the last token is left out, so that
-    /// there is something to compute.
-    pub(crate) fn match_prefix(&self, tokens: &[u32]) -> BlockTable {
+    /// A root that no sequence has or had.
+    pub(crate) fn new_root(&self) -> PrefixRoot {
+        let mut state = self.lock();
+        state.clock += 1;
+        PrefixRoot(state.clock)
+    }
+
+    /// A block table with the longest prefix of `tokens` that is cached under `root`. At least the last token
+    /// is left out, so that there is something to compute.
+    pub(crate) fn match_prefix(&self, root: PrefixRoot, tokens: &[u32]) -> BlockTable {
         let mut state = self.lock();
         let mut table = BlockTable {
             ids: Vec::new(),
             cached_blocks: 0,
-            last_number: ROOT,
+            last_number: root.0,
             epoch: state.epoch,
             state: Arc::clone(&self.state),
         };
@@ -140,8 +205,7 @@ impl BlockPool {
 impl Drop for BlockPool {
     fn drop(&mut self) {
         self.invalidate();
-        let state = self.lock();
-        state.gauges.total.sub(signed(state.blocks.len()));
+        self.lock().gauges.total.sub(signed(self.limit));
     }
 }
 
@@ -159,7 +223,7 @@ impl PoolState {
 
     /// The number by which a cached block is the parent of its successors.
     fn number(&self, id: u32) -> u64 {
-        self.blocks[id as usize].registration.map_or(ROOT, |registration| registration.number)
+        self.blocks[id as usize].registration.map_or(PrefixRoot::MODEL.0, |registration| registration.number)
     }
 
     /// A block without content; where none is free, the one that was released first is evicted.

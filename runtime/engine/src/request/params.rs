@@ -94,6 +94,8 @@ pub struct GenerateParams {
     pub margins: bool,
     /// Requests of a more urgent class precede others, within a bound.
     pub priority: Priority,
+    /// The adapter that answers, by the name that it was added under. `None`: the model itself.
+    pub adapter: Option<String>,
     /// The tenant that the request is accounted to: the least served tenant is next. At most
     /// [`MAX_TENANT_BYTES`] bytes; all requests with an empty name count as one tenant.
     pub tenant: String,
@@ -122,6 +124,7 @@ impl GenerateParams {
             visible_tokens: Vec::new(),
             margins: false,
             priority: Priority::Normal,
+            adapter: None,
             tenant: String::new(),
         }
     }

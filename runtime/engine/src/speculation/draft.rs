@@ -9,16 +9,16 @@ use super::DraftTokens;
 use crate::config::{EngineSizes, StartError};
 use crate::generation::Sequence;
 use std::sync::Arc;
-use trustformers_model::Model;
+use trustformers_model::{Model, Task};
 use trustformers_plan::{
     Backend, BackendError, Executable, LoadSpec, Loaded, LogitsRows, MemoryReport, Numerics, SampleInput,
-    SampleSpec, SequenceStep, StepInput, StepOutput,
+    SampleSpec, SequenceStep, StepInput, StepOutput, buckets,
 };
 
 /// A draft model on its device. Fields are dropped in order: the executable before the model.
 pub(crate) struct DraftModel {
     executable: Box<dyn Executable>,
-    _loaded: Box<dyn Loaded>,
+    loaded: Box<dyn Loaded>,
     /// Most rows of a step.
     max_rows: usize,
     input: StepInput,
@@ -44,8 +44,8 @@ pub(crate) struct DraftFeed<'a> {
 /// [`StartError::Draft`] where it has another vocabulary or does not generate text.
 pub(crate) fn check(model: &Model, draft: &Model) -> Result<(), StartError> {
     let refused = |why: String| Err(StartError::Draft { why });
-    if draft.facts().embedding.is_some() {
-        return refused("it turns texts into vectors and does not generate text".to_owned());
+    if draft.task() != Task::Generate {
+        return refused(format!("its task is {}, and it does not generate text", draft.task()));
     }
     let (ours, its) = (model.tokenizer(), draft.tokenizer());
     let (rows, its_rows) = (model.facts().vocabulary, draft.facts().vocabulary);
@@ -87,20 +87,20 @@ impl DraftModel {
         sizes: &EngineSizes,
         numerics: Numerics,
     ) -> Result<(Self, MemoryReport), BackendError> {
-        let plan = model.plan(&sizes.plan_request(0, backend.caps().fused))?;
+        let plan = model.plan(&sizes.plan_request(0, backend.caps().fused))?.with_kv_room(sizes.kv_blocks);
         let mut loaded = backend.load(LoadSpec {
             weights: Arc::clone(model.weights()),
             plan: &plan,
-            kv_blocks: sizes.kv_blocks,
+            kv_blocks: sizes.first_kv_blocks,
             kv_type: sizes.kv_type,
             numerics,
             progress: &mut |_| {},
         })?;
-        let executable = loaded.compile(&plan)?;
+        let executable = buckets::compile(&mut *loaded, &plan, &backend.caps().row_buckets)?;
         let memory = loaded.memory();
         let own = Self {
             executable,
-            _loaded: loaded,
+            loaded,
             max_rows: sizes.token_budget,
             input: StepInput::new(),
             sample: SampleInput::new(),
@@ -108,6 +108,11 @@ impl DraftModel {
             targets: Vec::new(),
         };
         Ok((own, memory))
+    }
+
+    /// Resizes its cache, which has the blocks of the model's.
+    pub(crate) fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        self.loaded.resize_kv(blocks)
     }
 
     /// Proposes the number of tokens in `wanted` for each sequence, the most likely one each time. A sequence

@@ -143,6 +143,14 @@ impl Proposer {
         Self { source, costs: StepCosts::new(costs, EXPECTED_OF_MODELS) }
     }
 
+    /// Resizes the cache of the draft model.
+    pub(crate) fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        match &mut self.source {
+            DraftSource::Ngram => Ok(()),
+            DraftSource::Draft(model) => model.resize_kv(blocks),
+        }
+    }
+
     /// The draft state of a new sequence.
     pub(crate) fn new_sequence(&self) -> DraftTokens {
         let (drafted, max_len, max_pause) = match &self.source {

@@ -142,7 +142,8 @@ fn a_request_waits_for_the_cache_or_is_refused() {
         EngineConfig { context_tokens: Some(64), kv_memory_bytes: Some(5 * block_bytes), ..config() };
     let (engine, steps, registry) = start_stepped(&config);
     assert_eq!(engine.info().kv_blocks, 5);
-    assert_eq!(engine.info().memory.kv_bytes, 5 * block_bytes);
+    assert_eq!(engine.info().memory.kv_bytes, 4 * block_bytes, "at first it holds one full context");
+    assert_eq!(engine.info().kv_limit_bytes, 5 * block_bytes);
     let too_long = engine.submit(&tokens(&prompt(64, 1), 1)).unwrap_err();
     assert_eq!(too_long, SubmitError::PromptTooLong { tokens: 64, limit: 63 });
     let large = engine.submit(&tokens(&prompt(33, 1), 16)).unwrap();

@@ -6,8 +6,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
 
+mod adapters;
 mod ahead;
 mod faults;
+mod growth;
 mod lifecycle;
 mod observing;
 mod paging;

@@ -10,18 +10,21 @@ use trustformers_model::Model;
 use trustformers_model::seeded::SeededModel;
 use trustformers_plan::{Backend, BackendError, Caps, EstimateSpec, LoadSpec, Loaded, MemoryReport};
 
-/// One processor for several engines.
+/// One device for several engines.
 #[derive(Clone)]
-struct SharedCpu(Caps, Arc<Mutex<CpuBackend>>);
+pub(crate) struct SharedDevice(Caps, Arc<Mutex<Box<dyn Backend>>>);
 
-impl SharedCpu {
-    fn new() -> Self {
-        let cpu = CpuBackend::new(CpuConfig::default()).unwrap();
-        Self(cpu.caps().clone(), Arc::new(Mutex::new(cpu)))
+impl SharedDevice {
+    pub(crate) fn new(device: Box<dyn Backend>) -> Self {
+        Self(device.caps().clone(), Arc::new(Mutex::new(device)))
+    }
+
+    fn cpu() -> Self {
+        Self::new(Box::new(CpuBackend::new(CpuConfig::default()).unwrap()))
     }
 }
 
-impl Backend for SharedCpu {
+impl Backend for SharedDevice {
     fn caps(&self) -> &Caps {
         &self.0
     }
@@ -35,7 +38,7 @@ impl Backend for SharedCpu {
     }
 }
 
-fn start_on(cpu: &SharedCpu, model: Arc<Model>) -> Engine {
+fn start_on(cpu: &SharedDevice, model: Arc<Model>) -> Engine {
     let config = EngineConfig { numerics: Numerics::Exact, ..config() };
     let metrics = EngineMetrics::unregistered().unwrap();
     Engine::start(model, Box::new(cpu.clone()), &config, &metrics).unwrap()
@@ -65,10 +68,10 @@ async fn models_on_one_device_give_the_answers_that_they_give_alone() {
     let models = [model(), other];
     let mut alone = Vec::new();
     for model in &models {
-        alone.push(answers(&start_on(&SharedCpu::new(), Arc::clone(model))).await);
+        alone.push(answers(&start_on(&SharedDevice::cpu(), Arc::clone(model))).await);
     }
     assert_ne!(alone[0], alone[1]);
-    let cpu = SharedCpu::new();
+    let cpu = SharedDevice::cpu();
     let [first, second] = models.map(|model| start_on(&cpu, model));
     let together = futures::join!(answers(&first), answers(&second));
     assert_eq!([together.0, together.1], [alone[0].clone(), alone[1].clone()]);

@@ -254,6 +254,10 @@ impl Loaded for BrokenModel {
     fn compile(&mut self, _plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
         Ok(Box::new(BrokenSteps))
     }
+
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        self.0.resize_kv(blocks)
+    }
 }
 
 impl Executable for BrokenSteps {

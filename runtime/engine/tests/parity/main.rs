@@ -8,6 +8,9 @@
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
 
 mod chat;
+mod gemma3;
+mod heads;
+mod lora;
 mod minilm;
 mod qwen2;
 mod smollm2;
@@ -152,7 +155,8 @@ fn logits(
     let logits_rows = inputs.iter().map(|(_, wanted)| *wanted).max().unwrap();
     let limits = Limits { rows, sequences: 1, logits_rows };
     let fused = backend.caps().fused;
-    let plan = model.plan(&PlanRequest { context_tokens: 512, limits, fused }).unwrap();
+    let context_tokens = rows.max(512);
+    let plan = model.plan(&PlanRequest { context_tokens, limits, fused }).unwrap();
     let blocks: Vec<u32> = (0..rows.div_ceil(KV_BLOCK_TOKENS) as u32).collect();
     let spec = LoadSpec {
         weights: Arc::clone(model.weights()),

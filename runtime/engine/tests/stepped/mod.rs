@@ -4,8 +4,8 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded, MemoryReport, Plan, SampleFault,
-    SampleInput, StepError, StepInput, StepOutput,
+    Adapter, AdapterSlot, Backend, BackendError, Caps, EstimateSpec, Executable, LoadSpec, Loaded,
+    MemoryReport, Plan, SampleFault, SampleInput, StepError, StepInput, StepOutput,
 };
 
 /// What a step does.
@@ -98,6 +98,18 @@ impl Loaded for SteppedModel {
         let inner = self.inner.compile(plan)?;
         let ends = self.ends.take().expect("compiled once");
         Ok(Box::new(SteppedExecutable { inner, ends, verdict: Verdict::Run }))
+    }
+
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        self.inner.resize_kv(blocks)
+    }
+
+    fn put_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), BackendError> {
+        self.inner.put_adapter(slot, adapter)
+    }
+
+    fn drop_adapter(&mut self, slot: AdapterSlot) -> Result<(), BackendError> {
+        self.inner.drop_adapter(slot)
     }
 }
 

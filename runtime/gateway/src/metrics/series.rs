@@ -26,7 +26,7 @@ pub struct RevisionMetrics {
     number: u64,
     requests: [[IntCounter; 5]; 2],
     attempts: [IntCounter; Outcome::ALL.len()],
-    retries: [IntCounter; 5],
+    retries: [IntCounter; 6],
     in_flight: IntGauge,
     connect_errors: IntCounter,
     duration: Histogram,
@@ -203,7 +203,7 @@ impl RevisionMetrics {
         self.first_byte.observe(duration.as_secs_f64());
     }
 
-    /// A request of this revision is retried on another endpoint.
+    /// A request of this revision is sent to another endpoint.
     pub fn retried(&self, reason: RetryReason) {
         self.retries[reason as usize].inc();
     }

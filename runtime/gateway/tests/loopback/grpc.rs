@@ -18,8 +18,9 @@ use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
 use trustformers_proto::v1::inference_service_server::{InferenceService, InferenceServiceServer};
 use trustformers_proto::v1::model_service_client::ModelServiceClient;
 use trustformers_proto::v1::{
-    EmbedRequest, EmbedResponse, GenerateRequest, GenerateResponse, GenerateStreamResponse,
-    ListModelsRequest, ModelState, SessionRequest, SessionResponse, WatchModelsRequest,
+    ClassifyRequest, ClassifyResponse, EmbedRequest, EmbedResponse, GenerateRequest, GenerateResponse,
+    GenerateStreamResponse, ListModelsRequest, ModelState, RerankRequest, RerankResponse, SessionRequest,
+    SessionResponse, WatchModelsRequest,
 };
 
 use crate::operator::TableBuilder;
@@ -69,6 +70,19 @@ impl InferenceService for GrpcPod {
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
         let EmbedRequest { model, input, .. } = request.into_inner();
         Ok(Response::new(EmbedResponse { model, id: input.join("|"), ..Default::default() }))
+    }
+
+    async fn classify(
+        &self,
+        request: Request<ClassifyRequest>,
+    ) -> Result<Response<ClassifyResponse>, Status> {
+        let model = request.into_inner().model;
+        Ok(Response::new(ClassifyResponse { model, ..Default::default() }))
+    }
+
+    async fn rerank(&self, request: Request<RerankRequest>) -> Result<Response<RerankResponse>, Status> {
+        let model = request.into_inner().model;
+        Ok(Response::new(RerankResponse { model, ..Default::default() }))
     }
 }
 

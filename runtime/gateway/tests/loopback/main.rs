@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, reason = "an unexpected value fails the test")]
 
+mod ab_tests;
+mod abuse;
 mod counts;
 mod drain;
 mod feed;
@@ -17,6 +19,7 @@ mod policies;
 mod retry;
 mod routing;
 mod scripted;
+mod shadow;
 mod streams;
 mod surfaces;
 mod websockets;

@@ -56,9 +56,28 @@ impl TableBuilder {
         self
     }
 
+    /// The last route is shared by variants.
+    pub(crate) fn test(mut self, test: wire::RouteTest) -> Self {
+        self.0.routes.last_mut().unwrap().test = Some(test);
+        self
+    }
+
+    /// The last backend belongs to this variant.
+    pub(crate) fn variant(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.0.routes.last_mut().unwrap().backends.last_mut().unwrap().variant);
+        self
+    }
+
     /// Sets the last route's split.
     pub(crate) fn split(mut self, split: wire::Split) -> Self {
         self.0.routes.last_mut().unwrap().split = Some(split);
+        self
+    }
+
+    /// Another revision answers a share of the last route's requests as well.
+    pub(crate) fn shadow(mut self, revision: &str, percent: u32) -> Self {
+        let shadow = wire::Shadow { revision: revision.to_owned(), percent };
+        self.0.routes.last_mut().unwrap().shadow = Some(shadow);
         self
     }
 
@@ -99,6 +118,13 @@ impl TableBuilder {
             endpoints: endpoints.collect(),
             ..wire::Backend::default()
         });
+        self
+    }
+
+    /// The pods of all backends of the last route hold more than one revision.
+    pub(crate) fn by_revision(mut self) -> Self {
+        let backends = &mut self.0.routes.last_mut().unwrap().backends;
+        backends.iter_mut().flat_map(|one| &mut one.endpoints).for_each(|end| end.by_revision = true);
         self
     }
 
@@ -224,6 +250,12 @@ impl Operator {
         let received = self.received.lock().unwrap();
         let counts = received.reports.iter().flat_map(|report| &report.counts);
         counts.map(|counts| ((counts.route.clone(), counts.revision.clone()), counts.clone())).collect()
+    }
+
+    /// Everything that was reported of variants.
+    pub(crate) fn variants(&self) -> Vec<wire::VariantCounts> {
+        let received = self.received.lock().unwrap();
+        received.reports.iter().flat_map(|report| report.variants.clone()).collect()
     }
 
     /// Waits for a report that matches, among those behind the first `skip`.

@@ -76,6 +76,48 @@ async fn an_attempts_limit_leaves_a_hung_pod_and_opens_its_breaker() {
 }
 
 #[tokio::test]
+async fn a_request_that_encodes_gets_the_answer_of_the_faster_of_two_pods() {
+    let (slow, good) = (hung().await, Pod::named("good").await);
+    let (slow_to_generate, other) = (hung().await, Pod::named("other").await);
+    let hedged = |policy: &mut wire::Policy| {
+        policy.hedge = Some(wire::Hedge { delay_ms: 5, budget_percent: 100 });
+    };
+    let table = TableBuilder::new(1, 1).route("a").with_policy(hedged);
+    let table = table.backend("r1", 1, &[slow.address, good.address]).route("b").with_policy(hedged);
+    let scene = Scene::with_table(table.backend("r1", 1, &[slow_to_generate.address, other.address])).await;
+    // What generates is never sent twice: this one waits.
+    let waiting = loop {
+        let body = r#"{"model": "b", "prompt": "p"}"#;
+        let sent = tokio::spawn(client(false).request(post(scene.http(), "/v1/generate", body)));
+        until("a prompt to be there", || async { slow_to_generate.requests() > 0 || sent.is_finished() })
+            .await;
+        if slow_to_generate.requests() > 0 {
+            break sent;
+        }
+    };
+    for _ in 0..20 {
+        let request = post(scene.http(), "/v1/embeddings", r#"{"model": "a", "input": "p"}"#);
+        let response = soon("an answer", scene.client.request(request)).await.unwrap();
+        assert_eq!(text(response).await, (StatusCode::OK, "good".to_owned()));
+    }
+    let series = |name: &str, label: &str, route: &str| {
+        format!("trustformers_gateway_{name}_total{{{label},revision=\"r1\",route=\"default/{route}\"}}")
+    };
+    let hedges = scene.metric(&series("retries", "reason=\"hedge\"", "a")).await;
+    assert!(hedges > 0.5, "the slow pod was asked first at least once in 20 requests");
+    // The loser is cancelled, and has not failed.
+    until("the losers to be counted", || async {
+        let cancelled = scene.metric(&series("attempts", "outcome=\"cancelled\"", "a")).await;
+        (cancelled - hedges).abs() < 1e-9
+    })
+    .await;
+    assert!((scene.metric(&series("attempts", "outcome=\"ok\"", "a")).await - 20.0).abs() < 1e-9);
+    assert!(scene.metric(&series("retries", "reason=\"hedge\"", "b")).await < 0.5);
+    assert!(!waiting.is_finished());
+    waiting.abort();
+}
+
+#[tokio::test]
 async fn without_a_budget_a_failure_is_not_retried() {
     let resetting = || Pod::start(|_, _| async { Err("reset by the test".into()) });
     let (one, two) = (resetting().await, resetting().await);
@@ -132,6 +174,7 @@ fn split(owners: &BucketOwners) -> wire::Split {
         owners: owners.to_ranges(),
         forced_header: "x-revision".to_owned(),
         forced_revisions: vec!["candidate".to_owned()],
+        ..wire::Split::default()
     }
 }
 

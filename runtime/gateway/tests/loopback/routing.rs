@@ -35,6 +35,46 @@ async fn requests_go_to_the_route_of_their_model() {
 }
 
 #[tokio::test]
+async fn a_pod_that_holds_two_revisions_is_asked_for_each_by_its_share() {
+    let pod = Pod::start(|head, _| async move {
+        let asked = head.headers.get("x-trustformers-revision").map(|value| value.to_str().unwrap());
+        Ok(full(StatusCode::OK, asked.unwrap_or_default().to_owned()))
+    })
+    .await;
+    let table = |counter| {
+        let table = TableBuilder::new(1, counter).route("a").backend("r1", 3, &[pod.address]);
+        table.backend("r2", 1, &[pod.address])
+    };
+    let scene = Scene::with_table(table(1).by_revision()).await;
+    let mut asked = HashMap::new();
+    for _ in 0..8 {
+        *asked.entry(scene.answer("a").await.1).or_insert(0) += 1;
+    }
+    assert_eq!(asked, HashMap::from([("r1".to_owned(), 6), ("r2".to_owned(), 2)]));
+    // A pod with one revision is not asked for it.
+    scene.publish(table(2)).await;
+    assert_eq!(scene.answer("a").await.1, "");
+}
+
+#[tokio::test]
+async fn a_pod_that_lost_the_revision_of_its_table_fails_no_request() {
+    let lost = Pod::start(|_, _| async {
+        let mut answer = full(StatusCode::NOT_FOUND, "no such revision");
+        answer.headers_mut().insert("trustformers-error", "unknown_revision".parse().unwrap());
+        Ok(answer)
+    })
+    .await;
+    let here = Pod::named("here").await;
+    let addresses = [lost.address, here.address];
+    let table = |counter| TableBuilder::new(1, counter).route("a").backend("r2", 1, &addresses);
+    let scene = Scene::with_table(table(1).by_revision()).await;
+    for _ in 0..20 {
+        assert_eq!(scene.answer("a").await, (StatusCode::OK, "here".to_owned()));
+    }
+    assert!(lost.requests() > 0, "the pod that lost it was not chosen in 20 requests");
+}
+
+#[tokio::test]
 async fn without_a_name_the_path_decides_on_the_model() {
     let (words, vectors) = (Pod::named("words").await, Pod::named("vectors").await);
     let table = |counter| {
@@ -242,7 +282,7 @@ async fn unserved_paths_and_methods_are_refused_with_a_reason() {
     };
     for (method, path, body, status, kind) in [
         ("GET", "/elsewhere", "", 404, "unknown_route"),
-        ("POST", "/v1/rerank", "{}", 404, "unknown_route"),
+        ("POST", "/v1/reverse", "{}", 404, "unknown_route"),
         ("POST", "/", "{}", 404, "unknown_route"),
         ("GET", "/v1/generate", "", 405, "method_not_allowed"),
         ("POST", "/v1/models/load", "{}", 403, "operated"),

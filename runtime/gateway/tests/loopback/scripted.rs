@@ -11,8 +11,8 @@ use trustformers_api::browser::{AllowedOrigins, http_listener};
 use trustformers_api::inference::Models;
 use trustformers_api::server::{Limits, bind, serve};
 use trustformers_api::{
-    Answer, AnswerSyntax, Api, ApiError, CountRequest, EmbedRequest, Embedded, Event, FinishReason,
-    Generation, Health, Inference, PoolingMode, Usage, Verdict,
+    Answer, AnswerSyntax, Api, ApiError, Classified, ClassifyRequest, CountRequest, EmbedRequest, Embedded,
+    Event, FinishReason, Generation, Health, Inference, PoolingMode, RerankRequest, Reranked, Usage, Verdict,
 };
 use trustformers_proto::v1;
 
@@ -103,6 +103,33 @@ impl Inference for Scripted {
             pooling_note: None,
         };
         Box::pin(async { Ok(embedded) })
+    }
+
+    fn classify(&self, request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>> {
+        let classified = Classified {
+            id: "cls-1".into(),
+            model: self.name.clone(),
+            model_digest: "d1".into(),
+            revision: "r1".into(),
+            labels: ["no".to_owned(), "yes".to_owned()].into(),
+            scores: [0.25, 0.75].repeat(request.input.len()),
+            tokens: 3,
+            truncated: Vec::new(),
+        };
+        Box::pin(async { Ok(classified) })
+    }
+
+    fn rerank(&self, request: RerankRequest) -> BoxFuture<'_, Result<Reranked, ApiError>> {
+        let reranked = Reranked {
+            id: "rnk-1".into(),
+            model: self.name.clone(),
+            model_digest: "d1".into(),
+            revision: "r1".into(),
+            scores: vec![0.5; request.documents.len()],
+            tokens: 3,
+            truncated: Vec::new(),
+        };
+        Box::pin(async { Ok(reranked) })
     }
 
     fn count_tokens(&self, _: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {

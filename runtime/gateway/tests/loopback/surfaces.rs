@@ -17,10 +17,12 @@ use tonic::Code;
 use tonic::codec::CompressionEncoding;
 use trustformers_api::surfaces::{Endpoint, Kind, ModelPlace, SURFACES};
 use trustformers_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
-use trustformers_proto::inference::{ModelMetadataRequest, ServerReadyRequest};
+use trustformers_proto::inference::{ModelMetadataRequest, ModelReadyRequest, ServerReadyRequest};
 use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
 use trustformers_proto::v1::session_request::Action;
-use trustformers_proto::v1::{EmbedRequest, GenerateRequest, GenerateResponse, SessionRequest};
+use trustformers_proto::v1::{
+    ClassifyRequest, EmbedRequest, GenerateRequest, GenerateResponse, RerankRequest, SessionRequest,
+};
 
 use crate::operator::TableBuilder;
 use crate::{Scene, client, json, post, scripted, soon, until};
@@ -60,7 +62,8 @@ async fn ask(address: SocketAddr, method: Method, path: &str, body: String) -> (
 fn accepted(name: &str, model: &str) -> String {
     let body = match name {
         "generate" | "generate_stream" | "completions" => serde_json::json!({"model": model, "prompt": "Hi"}),
-        "embeddings" => serde_json::json!({"model": model, "input": "Hi"}),
+        "embeddings" | "classify" => serde_json::json!({"model": model, "input": "Hi"}),
+        "rerank" => serde_json::json!({"model": model, "query": "Hi", "documents": ["a", "b"]}),
         "responses" => serde_json::json!({"model": model, "input": "Hi"}),
         "kserve_infer" => serde_json::json!({"inputs": [
             {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["Hi"]}
@@ -173,6 +176,17 @@ async fn grpc_calls_of_both_protocols_pass_compressed_or_not() {
         assert_eq!(pieces.len(), 3);
         let request = EmbedRequest { input: vec!["Hi".into()], ..Default::default() };
         assert_eq!(caller.embed(request).await.unwrap().into_inner().data.len(), 1);
+        let request =
+            ClassifyRequest { model: "words".into(), input: vec!["Hi".into()], ..Default::default() };
+        let classified = caller.classify(request).await.unwrap().into_inner();
+        assert_eq!(classified.results[0].scores[0].label, "yes");
+        let request = RerankRequest {
+            model: "words".into(),
+            query: "Hi".into(),
+            documents: vec!["a".into(), "b".into()],
+            ..Default::default()
+        };
+        assert_eq!(caller.rerank(request).await.unwrap().into_inner().results.len(), 2);
     }
     let mut kserve = GrpcInferenceServiceClient::connect(scene.grpc()).await.unwrap();
     let request = ModelMetadataRequest { name: "words".into(), version: String::new() };
@@ -226,6 +240,19 @@ async fn a_session_goes_where_its_first_message_says_also_when_the_caller_waits_
         soon("the head", caller.session(ReceiverStream::new(messages))).await.unwrap().into_inner();
     sender.send(started("one", "other")).await.unwrap();
     assert_eq!(soon("a status", late.message()).await.unwrap_err().code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn a_model_that_there_is_not_is_not_ready() {
+    let (scene, _) = scene().await;
+    let mut triton = GrpcInferenceServiceClient::connect(scene.grpc()).await.unwrap();
+    for (name, expected) in [("words", true), ("missing", false)] {
+        let request = ModelReadyRequest { name: name.into(), ..Default::default() };
+        let ready = soon("an answer", triton.model_ready(request)).await.unwrap().into_inner().ready;
+        assert_eq!(ready, expected, "{name}");
+    }
+    let request = ModelMetadataRequest { name: "missing".into(), ..Default::default() };
+    assert_eq!(triton.model_metadata(request).await.unwrap_err().code(), Code::NotFound);
 }
 
 #[tokio::test]

@@ -1,15 +1,18 @@
-//! What Llama and similar decoders share: RMS norms, rotary positions, grouped-query attention, a SwiGLU
+//! What Llama and similar decoders share: RMS norms, rotary positions, grouped-query attention, a gated
 //! feed-forward and a vocabulary head that may be tied to the embedding. [`Family`] holds the differences
-//! between families.
+//! between families, `blocks` finds the tensors of a block and lowers it.
+
+mod blocks;
 
 use super::keys::ArchKeys;
+use super::rope::{PlainRotation, Rotation};
 use super::tensors::TensorFinder;
 use super::{ArchSizes, Architecture};
 use crate::gguf::GgufProblem;
 use crate::model::PlanRequest;
-use std::ops::Range;
+use blocks::{Block, BlockRows, Blocks};
 use trustformers_plan::{
-    Hyper, Plan, PlanBuilder, PlanError, RopeLayout, RopeSpec, Value, WeightId, WeightView, Weights,
+    Experts, Hyper, Plan, PlanBuilder, PlanError, RopeLayout, Scores, Value, WeightId, Weights,
 };
 
 /// The base of rotary frequencies where a file has no key for it, as in the first Llama.
@@ -24,15 +27,157 @@ pub(super) const EMBEDDING: &str = "token_embd.weight";
 /// The vocabulary head where it is not tied.
 pub(super) const HEAD: &str = "output.weight";
 
+/// Multiplies the products of queries and keys, in place of `1/sqrt(head_dim)`.
+pub(super) const ATTENTION_SCALE: &str = "attention.scale";
+/// Divides the logits.
+pub(super) const LOGIT_DIVISOR: &str = "logit_scale";
+/// Multiplies the rows of the embedding.
+pub(super) const EMBEDDING_SCALE: &str = "embedding_scale";
+/// Multiplies what a block's parts add to the stream.
+pub(super) const RESIDUAL_SCALE: &str = "residual_scale";
+/// Soft cap of the scores of an attention.
+pub(super) const SCORE_CAP: &str = "attn_logit_softcapping";
+/// Soft cap of the logits.
+pub(super) const LOGIT_CAP: &str = "final_logit_softcapping";
+/// Positions that a row of a windowed layer attends to, its own included.
+pub(super) const WINDOW: &str = "attention.sliding_window";
+/// Experts of a feed-forward part, and how many of them each row uses.
+pub(super) const EXPERTS: &str = "expert_count";
+pub(super) const EXPERTS_USED: &str = "expert_used_count";
+
 /// Where a family of models differs from the others.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Family {
-    /// How the elements of a head are paired, given how files store queries and keys.
+    /// How the elements of a head are paired, given how GGUF files store queries and keys. Checkpoints store
+    /// them as they were trained: [`RopeLayout::Neox`].
     pub(super) rope: RopeLayout,
     /// The only `tensor_data_layout` that a file may name.
     pub(super) data_layout: Option<&'static str>,
     /// Whether queries, keys and values have biases.
     pub(super) qkv_bias: bool,
+    /// Which norm queries and keys have.
+    pub(super) qk_norm: QkNorm,
+    /// Where a block has norms.
+    pub(super) norms: BlockNorms,
+    /// What gates the feed-forward part.
+    pub(super) gate: Gate,
+    /// Whether gate and up projection are the halves of one tensor.
+    pub(super) joined_gate: bool,
+    /// Whether the rows of the embedding are multiplied by the root of the width.
+    pub(super) scales_embedding: bool,
+    /// Whether checkpoints store the weights of norms less one.
+    pub(super) norms_less_one: bool,
+    /// Keys with an effect that the family has.
+    pub(super) honoured: &'static [&'static str],
+    /// What multiplies the products of queries and keys where no key says it.
+    pub(super) score_scale: fn(&Hyper) -> f32,
+    /// Which layers have a window, and which rotate.
+    pub(super) layers: fn(&ArchKeys<'_>) -> Result<LayerKinds, GgufProblem>,
+}
+
+impl Family {
+    /// A family without any of the others' differences.
+    pub(super) const PLAIN: Self = Self {
+        rope: RopeLayout::Neox,
+        data_layout: None,
+        qkv_bias: false,
+        qk_norm: QkNorm::None,
+        norms: BlockNorms::Pre,
+        gate: Gate::Silu,
+        joined_gate: false,
+        scales_embedding: false,
+        norms_less_one: false,
+        honoured: &[],
+        score_scale: |hyper| 1.0 / (hyper.head_dim as f32).sqrt(),
+        layers: |_| Ok(LayerKinds::ALIKE),
+    };
+}
+
+/// Norms of queries and keys, before they are rotated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum QkNorm {
+    None,
+    /// Each head by itself.
+    Heads,
+    /// The whole row.
+    Rows,
+}
+
+/// Where the norms of a block's two parts are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BlockNorms {
+    /// Of what a part reads.
+    Pre,
+    /// Of what a part adds.
+    Post,
+    Both,
+}
+
+/// The function of a feed-forward's gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Gate {
+    Silu,
+    /// GELU by the hyperbolic tangent.
+    Gelu,
+}
+
+/// Which layers of a model do something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum LayerPattern {
+    All,
+    None,
+    /// All but every `n`-th, counted from 1.
+    ExceptEvery(usize),
+    Listed(Vec<bool>),
+}
+
+impl LayerPattern {
+    fn has(&self, layer: usize) -> bool {
+        match self {
+            Self::All => true,
+            Self::None => false,
+            Self::ExceptEvery(n) => !(layer + 1).is_multiple_of(*n),
+            Self::Listed(layers) => layers.get(layer).copied().unwrap_or(false),
+        }
+    }
+}
+
+/// What the attention of a model's layers differs in.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct LayerKinds {
+    /// Positions that a row of a windowed layer attends to.
+    pub(super) window: Option<usize>,
+    pub(super) windowed: LayerPattern,
+    pub(super) rotated: LayerPattern,
+    /// The base of the frequencies of windowed layers, where it is not that of the others. Their rotation is
+    /// not scaled.
+    pub(super) window_base: Option<f32>,
+}
+
+impl LayerKinds {
+    /// All layers attend to all positions and rotate alike.
+    pub(super) const ALIKE: Self =
+        Self { window: None, windowed: LayerPattern::None, rotated: LayerPattern::All, window_base: None };
+
+    /// Layers with a window, where the file names its size.
+    pub(super) fn windowed(keys: &ArchKeys<'_>, windowed: LayerPattern) -> Result<Self, GgufProblem> {
+        Ok(Self { window: keys.optional_count(WINDOW)?, windowed, ..Self::ALIKE })
+    }
+
+    fn window_of(&self, layer: usize) -> Option<usize> {
+        self.window.filter(|_| self.windowed.has(layer))
+    }
+}
+
+/// The factors and bounds of a family that has them; neutral in others.
+#[derive(Debug, Clone, Copy)]
+struct Factors {
+    embedding: f32,
+    residual: f32,
+    scores: f32,
+    logits: f32,
+    score_cap: Option<f32>,
+    logit_cap: Option<f32>,
 }
 
 /// A checked model.
@@ -40,31 +185,16 @@ pub(super) struct Family {
 struct Decoder {
     hyper: Hyper,
     eps: f32,
-    rope: RopeSpec,
+    gate: Gate,
+    factors: Factors,
+    kinds: LayerKinds,
+    rotation: Rotation,
+    window_rotation: Rotation,
     embedding: WeightId,
-    layers: Vec<DecoderLayer>,
+    blocks: Vec<Block>,
     output_norm: WeightId,
     /// The embedding itself where the head is tied.
     output: WeightId,
-}
-
-#[derive(Debug)]
-struct DecoderLayer {
-    attention_norm: WeightId,
-    query: Projection,
-    key: Projection,
-    value: Projection,
-    attention_output: WeightId,
-    feed_forward_norm: WeightId,
-    gate: WeightId,
-    up: WeightId,
-    down: WeightId,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Projection {
-    weight: WeightId,
-    bias: Option<WeightId>,
 }
 
 /// Reads sizes and tensors from a file of this family.
@@ -73,28 +203,109 @@ pub(super) fn resolve(
     keys: &ArchKeys<'_>,
     tensors: &mut TensorFinder<'_>,
 ) -> Result<Box<dyn Architecture>, GgufProblem> {
-    keys.refuse_effects()?;
+    keys.refuse_effects(family.honoured)?;
     keys.only_text("tensor_data_layout", family.data_layout)?;
     let hyper = hyper(keys, tensors)?;
     let feed_forward = keys.size("feed_forward_length")?;
+    let experts = experts(family, keys, feed_forward)?;
     let eps = keys.float(EPSILON)?;
     if eps < 0.0 {
         return Err(keys.invalid(EPSILON, format!("{eps} is negative")));
     }
     let Hyper { width, vocab, .. } = hyper;
     let embedding = tensors.matrix(EMBEDDING, vocab, width)?;
-    // Layers are pushed one by one, so a missing tensor stops a wrong count before it costs memory.
-    let mut layers = Vec::new();
+    let less_one = family.norms_less_one && keys.config().is_some();
+    let mut finder = Blocks { family, hyper, feed_forward, experts, less_one, tensors: &mut *tensors };
+    // Blocks are pushed one by one, so a missing tensor stops a wrong count before it costs memory.
+    let mut blocks = Vec::new();
     for index in 0..hyper.layers {
-        layers.push(layer(index, family, &hyper, feed_forward, tensors)?);
+        blocks.push(finder.find(index)?);
     }
-    let output_norm = tensors.vector("output_norm.weight", width)?;
+    let output_norm = finder.norm("output_norm.weight", width)?;
     let output = tensors.optional_matrix(HEAD, vocab, width)?.unwrap_or(embedding);
-    let rope = rope(family, keys, &hyper)?;
-    Ok(Box::new(Decoder { hyper, eps, rope, embedding, layers, output_norm, output }))
+    let kinds = kinds(family, keys, hyper.layers)?;
+    let factors = factors(family, keys, &hyper)?;
+    let plain = plain_rotation(family, keys, &hyper)?;
+    let window_base = kinds.window_base;
+    let rotation = Rotation::read(plain, keys, tensors)?;
+    let window_rotation =
+        window_base.map_or(rotation, |base| Rotation::plain(PlainRotation { base, ..plain }));
+    let gate = family.gate;
+    Ok(Box::new(Decoder {
+        hyper,
+        eps,
+        gate,
+        factors,
+        kinds,
+        rotation,
+        window_rotation,
+        embedding,
+        blocks,
+        output_norm,
+        output,
+    }))
 }
 
-fn hyper(keys: &ArchKeys<'_>, tensors: &TensorFinder<'_>) -> Result<Hyper, GgufProblem> {
+/// The experts of each block, where the family may have them and the file does.
+fn experts(
+    family: &Family,
+    keys: &ArchKeys<'_>,
+    feed_forward: usize,
+) -> Result<Option<Experts>, GgufProblem> {
+    if !family.honoured.contains(&EXPERTS) {
+        return Ok(None);
+    }
+    let hidden = keys.optional_count("expert_feed_forward_length")?.unwrap_or(feed_forward);
+    let (count, used) = (keys.optional_count(EXPERTS)?, keys.optional_count(EXPERTS_USED)?);
+    match (count, used) {
+        (None, _) => Ok(None),
+        (Some(count), Some(used)) if used <= count => Ok(Some(Experts { count, used, hidden })),
+        (Some(count), _) => {
+            let why = format!("a number from 1 to the {count} of {} is needed", keys.name(EXPERTS));
+            Err(keys.invalid(EXPERTS_USED, why))
+        }
+    }
+}
+
+/// The kinds of the layers, by the family, or as the configuration of a checkpoint lists them.
+fn kinds(family: &Family, keys: &ArchKeys<'_>, layers: usize) -> Result<LayerKinds, GgufProblem> {
+    let mut kinds = (family.layers)(keys)?;
+    let Some(config) = keys.config() else { return Ok(kinds) };
+    let lists = [(&config.windowed, &mut kinds.windowed), (&config.rotated, &mut kinds.rotated)];
+    for (listed, pattern) in lists {
+        let Some(listed) = listed else { continue };
+        if listed.len() != layers {
+            let why = format!("{layers} layers, but a list of layers has {}", listed.len());
+            return Err(keys.invalid("block_count", why));
+        }
+        *pattern = LayerPattern::Listed(listed.clone());
+    }
+    Ok(kinds)
+}
+
+fn factors(family: &Family, keys: &ArchKeys<'_>, hyper: &Hyper) -> Result<Factors, GgufProblem> {
+    // A number that is 0 is not set. Keys that the family does not honour were checked to have no effect.
+    let number = |key: &'static str| -> Result<Option<f32>, GgufProblem> {
+        if !family.honoured.contains(&key) {
+            return Ok(None);
+        }
+        match keys.optional_float(key)?.filter(|value| *value != 0.0) {
+            Some(value) if value < 0.0 => Err(keys.invalid(key, format!("{value} is negative"))),
+            value => Ok(value),
+        }
+    };
+    let own = if family.scales_embedding { (hyper.width as f32).sqrt() } else { 1.0 };
+    Ok(Factors {
+        embedding: number(EMBEDDING_SCALE)?.unwrap_or(own),
+        residual: number(RESIDUAL_SCALE)?.unwrap_or(1.0),
+        scores: number(ATTENTION_SCALE)?.unwrap_or_else(|| (family.score_scale)(hyper)),
+        logits: 1.0 / number(LOGIT_DIVISOR)?.unwrap_or(1.0),
+        score_cap: number(SCORE_CAP)?,
+        logit_cap: number(LOGIT_CAP)?,
+    })
+}
+
+pub(super) fn hyper(keys: &ArchKeys<'_>, tensors: &TensorFinder<'_>) -> Result<Hyper, GgufProblem> {
     let width = keys.size("embedding_length")?;
     let heads = keys.size("attention.head_count")?;
     let kv_heads = keys.optional_size("attention.head_count_kv")?.unwrap_or(heads);
@@ -132,7 +343,7 @@ fn hyper(keys: &ArchKeys<'_>, tensors: &TensorFinder<'_>) -> Result<Hyper, GgufP
     })
 }
 
-fn rope(family: &Family, keys: &ArchKeys<'_>, hyper: &Hyper) -> Result<RopeSpec, GgufProblem> {
+fn plain_rotation(family: &Family, keys: &ArchKeys<'_>, hyper: &Hyper) -> Result<PlainRotation, GgufProblem> {
     let base = keys.optional_float("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_BASE);
     if base <= 0.0 {
         return Err(keys.invalid("rope.freq_base", format!("{base} is not above 0")));
@@ -142,77 +353,8 @@ fn rope(family: &Family, keys: &ArchKeys<'_>, hyper: &Hyper) -> Result<RopeSpec,
         let why = format!("{dims} is odd or more than the {} elements of a head", hyper.head_dim);
         return Err(keys.invalid("rope.dimension_count", why));
     }
-    Ok(RopeSpec { layout: family.rope, base, dims, head_dim: hyper.head_dim })
-}
-
-fn layer(
-    index: usize,
-    family: &Family,
-    hyper: &Hyper,
-    feed_forward: usize,
-    tensors: &mut TensorFinder<'_>,
-) -> Result<DecoderLayer, GgufProblem> {
-    let Hyper { width, heads, kv_heads, head_dim, .. } = *hyper;
-    let name = |part: &str| format!("blk.{index}.{part}.weight");
-    // Sizes are below 2³¹ each, so their products fit 64 bits.
-    let (query, kv) = (heads * head_dim, kv_heads * head_dim);
-    let attention_norm = tensors.vector(&name("attn_norm"), width)?;
-    let mut attention = AttentionTensors::find(index, family, hyper, tensors)?;
-    Ok(DecoderLayer {
-        attention_norm,
-        query: attention.projection("attn_q", 0..query)?,
-        key: attention.projection("attn_k", query..query + kv)?,
-        value: attention.projection("attn_v", query + kv..query + 2 * kv)?,
-        attention_output: tensors.matrix(&name("attn_output"), width, query)?,
-        feed_forward_norm: tensors.vector(&name("ffn_norm"), width)?,
-        gate: tensors.matrix(&name("ffn_gate"), feed_forward, width)?,
-        up: tensors.matrix(&name("ffn_up"), feed_forward, width)?,
-        down: tensors.matrix(&name("ffn_down"), width, feed_forward)?,
-    })
-}
-
-/// The projections to queries, keys and values, which files store as three tensors or, one after the other,
-/// as the rows of one.
-struct AttentionTensors<'t, 'a> {
-    tensors: &'t mut TensorFinder<'a>,
-    layer: usize,
-    width: usize,
-    is_biased: bool,
-    /// Where one tensor holds all three.
-    whole: Option<Projection>,
-}
-
-impl<'t, 'a> AttentionTensors<'t, 'a> {
-    fn find(
-        layer: usize,
-        family: &Family,
-        hyper: &Hyper,
-        tensors: &'t mut TensorFinder<'a>,
-    ) -> Result<Self, GgufProblem> {
-        let Hyper { width, heads, kv_heads, head_dim, .. } = *hyper;
-        let (rows, is_biased) = ((heads + 2 * kv_heads) * head_dim, family.qkv_bias);
-        let whole = match tensors.optional_matrix(&format!("blk.{layer}.attn_qkv.weight"), rows, width)? {
-            Some(weight) => {
-                let bias = is_biased.then(|| tensors.vector(&format!("blk.{layer}.attn_qkv.bias"), rows));
-                Some(Projection { weight, bias: bias.transpose()? })
-            }
-            None => None,
-        };
-        Ok(Self { tensors, layer, width, is_biased, whole })
-    }
-
-    /// The projection of that name; `rows` are its rows where one tensor holds all three.
-    fn projection(&mut self, part: &str, rows: Range<usize>) -> Result<Projection, GgufProblem> {
-        let name = |kind: &str| format!("blk.{}.{part}.{kind}", self.layer);
-        if let Some(Projection { weight, bias }) = self.whole {
-            let weight = self.tensors.part(weight, name("weight"), &WeightView::Rows(rows.clone()))?;
-            let bias = bias.map(|bias| self.tensors.part(bias, name("bias"), &WeightView::Cols(rows)));
-            return Ok(Projection { weight, bias: bias.transpose()? });
-        }
-        let weight = self.tensors.matrix(&name("weight"), rows.len(), self.width)?;
-        let bias = self.is_biased.then(|| self.tensors.vector(&name("bias"), rows.len()));
-        Ok(Projection { weight, bias: bias.transpose()? })
-    }
+    let layout = if keys.config().is_some() { RopeLayout::Neox } else { family.rope };
+    Ok(PlainRotation { layout, base, dims, head_dim: hyper.head_dim })
 }
 
 impl Architecture for Decoder {
@@ -224,62 +366,57 @@ impl Architecture for Decoder {
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError> {
         let hyper = Hyper { context: request.context_tokens.min(self.hyper.context), ..self.hyper };
         let mut plan = PlanBuilder::new(weights, hyper, request.limits);
-        let mut stream = plan.embed(self.embedding);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let input = plan.rms_norm(stream, layer.attention_norm, self.eps);
+        let stream = plan.embed(self.embedding);
+        let mut stream = scaled(&mut plan, stream, self.factors.embedding);
+        for (index, block) in self.blocks.iter().enumerate() {
+            let input = self.norm(&mut plan, stream, block.attention.before);
             // Every row's keys and values are cached. After that all ops work row by row, so of the last
             // layer only the rows that need logits are computed.
-            let is_last = index + 1 == self.layers.len();
+            let is_last = index + 1 == self.blocks.len();
             let asking = if is_last {
                 stream = plan.gather_rows(stream);
-                plan.rms_norm(stream, layer.attention_norm, self.eps)
+                self.norm(&mut plan, stream, block.attention.before)
             } else {
                 input
             };
-            let attended = self.attention(&mut plan, DecoderRows { index, input, asking }, layer);
-            stream = plan.add(stream, attended);
-            let fed = self.feed_forward(&mut plan, stream, layer);
-            stream = plan.add(stream, fed);
+            let attended = self.attention(&mut plan, BlockRows { index, input, asking }, block);
+            stream = self.add_part(&mut plan, stream, attended, block.attention.after);
+            let fed = self.feed_forward(&mut plan, stream, block);
+            stream = self.add_part(&mut plan, stream, fed, block.feed_forward.after);
         }
         let last = plan.rms_norm(stream, self.output_norm, self.eps);
-        plan.logits(last, self.output);
+        let last = scaled(&mut plan, last, self.factors.logits);
+        plan.capped_logits(last, self.output, self.factors.logit_cap);
         plan.finish(&request.fused)
     }
 }
 
-/// The normed rows of a decoder's layer.
-#[derive(Debug, Clone, Copy)]
-struct DecoderRows {
-    index: usize,
-    /// All rows, for keys and values.
-    input: Value,
-    /// The rows that attend.
-    asking: Value,
+/// `value * factor`, without an op where the factor is 1.
+fn scaled(plan: &mut PlanBuilder<'_>, value: Value, factor: f32) -> Value {
+    if factor == 1.0 { value } else { plan.scale(value, factor) }
 }
 
 impl Decoder {
-    fn attention(&self, plan: &mut PlanBuilder<'_>, input: DecoderRows, layer: &DecoderLayer) -> Value {
-        let DecoderRows { index, input, asking } = input;
-        let query = project(plan, asking, layer.query);
-        let key = project(plan, input, layer.key);
-        let value = project(plan, input, layer.value);
-        let query = plan.rope(query, self.rope);
-        let key = plan.rope(key, self.rope);
-        plan.kv_write(index, key, value);
-        let mixed = plan.attention(index, query, 1.0 / (self.hyper.head_dim as f32).sqrt());
-        plan.matmul(mixed, layer.attention_output)
-    }
-
-    fn feed_forward(&self, plan: &mut PlanBuilder<'_>, stream: Value, layer: &DecoderLayer) -> Value {
-        let input = plan.rms_norm(stream, layer.feed_forward_norm, self.eps);
-        let gate = plan.matmul(input, layer.gate);
-        let up = plan.matmul(input, layer.up);
-        let gated = plan.silu_mul(gate, up);
-        plan.matmul(gated, layer.down)
+    /// How the scores of a layer are computed.
+    fn scores(&self, layer: usize) -> Scores {
+        let Factors { scores: scale, score_cap: soft_cap, .. } = self.factors;
+        Scores { scale, soft_cap, window: self.kinds.window_of(layer) }
     }
 }
 
-fn project(plan: &mut PlanBuilder<'_>, input: Value, by: Projection) -> Value {
-    let product = plan.matmul(input, by.weight);
-    by.bias.map_or(product, |bias| plan.add_row(product, bias))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_say_which_layers() {
+        let layers = |pattern: LayerPattern| (0..7).map(|layer| pattern.has(layer)).collect::<Vec<_>>();
+        assert_eq!(layers(LayerPattern::ExceptEvery(2)), [true, false, true, false, true, false, true]);
+        assert_eq!(layers(LayerPattern::ExceptEvery(6)), [true, true, true, true, true, false, true]);
+        assert_eq!(layers(LayerPattern::Listed(vec![false, true]))[..3], [false, true, false]);
+        let kinds =
+            LayerKinds { window: Some(8), windowed: LayerPattern::ExceptEvery(2), ..LayerKinds::ALIKE };
+        assert_eq!([0, 1].map(|layer| kinds.window_of(layer)), [Some(8), None]);
+        assert_eq!(LayerKinds::ALIKE.window_of(0), None);
+    }
 }

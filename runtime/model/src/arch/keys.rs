@@ -1,15 +1,17 @@
-//! The `<architecture>.*` keys of a GGUF file, with a record of those that were read.
+//! The `<architecture>.*` keys of a GGUF file, with a record of those that were read. The configuration of a
+//! checkpoint is brought into the same keys, with lists that GGUF files do not have.
 //!
 //! A key that no code reads may still change what the model computes, so [`ArchKeys::all_read`] refuses it by
 //! name, as `TensorFinder::all_used` does for tensors.
 
+use super::rope::Scaling;
 use crate::gguf::{GgufProblem, Metadata};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
 /// Keys that cannot change a result, at any value.
 const WITHOUT_EFFECT: [&str; 3] = [
-    // They describe a scaling of rotary positions, and every scaling is refused.
+    // What the scaling of rotary positions is computed from, where the file has one.
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
     // These architectures have RMS norms only; llama.cpp does not read the key for them either.
@@ -17,7 +19,7 @@ const WITHOUT_EFFECT: [&str; 3] = [
 ];
 
 /// Keys that change what a model computes, with the only values at which they change nothing.
-const NEUTRAL: [(&str, Neutral); 20] = [
+const NEUTRAL: [(&str, Neutral); 17] = [
     ("attention.causal", Neutral::Bool(true)),
     ("attention.clamp_kqv", Neutral::Number(&[0.0])),
     ("attention.max_alibi_bias", Neutral::Number(&[0.0])),
@@ -34,9 +36,6 @@ const NEUTRAL: [(&str, Neutral); 20] = [
     ("pooling_type", Neutral::Zero),
     ("residual_scale", Neutral::Number(&[1.0, 0.0])),
     ("rope.scale_linear", Neutral::Number(&[1.0, 0.0])),
-    ("rope.scaling.attn_factor", Neutral::Number(&[1.0])),
-    ("rope.scaling.factor", Neutral::Number(&[1.0, 0.0])),
-    ("rope.scaling.type", Neutral::Text("none")),
     ("use_parallel_residual", Neutral::Bool(false)),
 ];
 
@@ -45,7 +44,6 @@ const NEUTRAL: [(&str, Neutral); 20] = [
 enum Neutral {
     Bool(bool),
     Number(&'static [f32]),
-    Text(&'static str),
     Zero,
 }
 
@@ -53,12 +51,34 @@ enum Neutral {
 pub(super) struct ArchKeys<'a> {
     meta: &'a Metadata,
     architecture: &'a str,
+    config: Option<&'a ConfigKeys>,
     read: RefCell<BTreeSet<String>>,
+}
+
+/// What the configuration of a checkpoint says beyond keys.
+#[derive(Debug, Clone)]
+pub(crate) struct ConfigKeys {
+    /// Of all layers, or of those without a window where these have a rotation of their own.
+    pub(crate) scaling: Scaling,
+    /// For each layer, whether its attention has a window; `None` where the architecture decides.
+    pub(crate) windowed: Option<Vec<bool>>,
+    /// For each layer, whether queries and keys are rotated; `None`: of all layers.
+    pub(crate) rotated: Option<Vec<bool>>,
 }
 
 impl<'a> ArchKeys<'a> {
     pub(super) fn new(meta: &'a Metadata, architecture: &'a str) -> Self {
-        Self { meta, architecture, read: RefCell::default() }
+        Self { meta, architecture, config: None, read: RefCell::default() }
+    }
+
+    /// The keys of a checkpoint.
+    pub(super) fn of_config(meta: &'a Metadata, architecture: &'a str, config: &'a ConfigKeys) -> Self {
+        Self { config: Some(config), ..Self::new(meta, architecture) }
+    }
+
+    /// What a checkpoint's configuration says beyond keys; `None` in a GGUF file.
+    pub(super) fn config(&self) -> Option<&'a ConfigKeys> {
+        self.config
     }
 
     /// The full name of the key in the file. The key counts as read from now on.
@@ -81,6 +101,14 @@ impl<'a> ArchKeys<'a> {
     /// A count of at least 1 that may be left out.
     pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>, GgufProblem> {
         if self.meta.has(&self.name(key)) { self.size(key).map(Some) } else { Ok(None) }
+    }
+
+    /// A count that may be left out; nought means the same.
+    pub(super) fn optional_count(&self, key: &str) -> Result<Option<usize>, GgufProblem> {
+        match self.meta.opt_unsigned(&self.name(key))? {
+            None | Some(0) => Ok(None),
+            Some(_) => self.size(key).map(Some),
+        }
     }
 
     /// A finite number that must be there.
@@ -108,15 +136,36 @@ impl<'a> ArchKeys<'a> {
         }
     }
 
-    /// Refuses every key of [`NEUTRAL`] that has an effect.
-    pub(super) fn refuse_effects(&self) -> Result<(), GgufProblem> {
-        NEUTRAL.iter().try_for_each(|(key, neutral)| self.refuse_effect(key, *neutral))
+    /// The text under `key`, which may be left out and must be one of `supported`.
+    pub(super) fn one_of_texts(
+        &self,
+        key: &str,
+        supported: &[&'static str],
+    ) -> Result<Option<&'static str>, GgufProblem> {
+        let Some(found) = self.meta.opt_string(&self.name(key))? else { return Ok(None) };
+        match supported.iter().find(|text| **text == found) {
+            Some(text) => Ok(Some(text)),
+            None => {
+                let why = format!("{found:?} is not supported; supported: {}", supported.join(", "));
+                Err(self.invalid(key, why))
+            }
+        }
+    }
+
+    /// A problem for a key that must be there because of another one.
+    pub(super) fn missing(&self, key: &str) -> GgufProblem {
+        GgufProblem::MissingKey { key: self.name(key) }
+    }
+
+    /// Refuses every key of [`NEUTRAL`] that has an effect, except those that the architecture honours.
+    pub(super) fn refuse_effects(&self, honoured: &[&str]) -> Result<(), GgufProblem> {
+        let mut others = NEUTRAL.iter().filter(|(key, _)| !honoured.contains(key));
+        others.try_for_each(|(key, neutral)| self.refuse_effect(key, *neutral))
     }
 
     fn refuse_effect(&self, key: &str, neutral: Neutral) -> Result<(), GgufProblem> {
         let name = self.name(key);
         let refused = match neutral {
-            Neutral::Text(only) => return self.only_text(key, Some(only)),
             Neutral::Bool(only) => {
                 let found = self.meta.opt_bool(&name)?.filter(|found| *found != only);
                 found.map(|found| (found.to_string(), only.to_string()))

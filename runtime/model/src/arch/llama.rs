@@ -1,11 +1,17 @@
-//! Llama, and models whose files name it, such as SmolLM2.
+//! Llama, and models whose files name it, such as SmolLM2, Mistral and Mixtral. Those of Mistral may have a
+//! window in every layer, and Mixtral has experts.
 
-use super::decoder::Family;
+use super::decoder::{EXPERTS, EXPERTS_USED, Family, LayerKinds, LayerPattern, WINDOW};
 use trustformers_plan::RopeLayout;
 
 /// Converters store queries and keys so that neighbouring elements rotate together.
-pub(super) const FAMILY: Family =
-    Family { rope: RopeLayout::Interleaved, data_layout: Some("Meta AI original pth"), qkv_bias: false };
+pub(super) const FAMILY: Family = Family {
+    rope: RopeLayout::Interleaved,
+    data_layout: Some("Meta AI original pth"),
+    honoured: &[EXPERTS, EXPERTS_USED, WINDOW],
+    layers: |keys| LayerKinds::windowed(keys, LayerPattern::All),
+    ..Family::PLAIN
+};
 
 #[cfg(test)]
 mod tests {
@@ -124,11 +130,14 @@ mod tests {
     fn unsupported_behaviour_is_refused_by_its_key() {
         let (number, count) = (GgufValue::F32, GgufValue::U32);
         let cases = [
-            ("rope.scaling.type", text("yarn"), "\"yarn\" is not supported; only \"none\" is"),
-            ("rope.scaling.factor", number(4.0), "4 is not supported; only 1 is"),
-            ("rope.scaling.attn_factor", number(0.5), "0.5 is not supported; only 1 is"),
-            ("expert_count", count(8), "8 is not supported; only 0 is"),
-            ("attention.sliding_window", count(128), "128 is not supported; only 0 is"),
+            (
+                "rope.scaling.type",
+                text("dynamic"),
+                "\"dynamic\" is not supported; supported: none, linear, yarn",
+            ),
+            ("rope.scaling.factor", number(4.0), "4 has no rope.scaling.type"),
+            ("rope.scaling.attn_factor", number(0.5), "0.5 is not supported beside rope.scaling.type"),
+            ("expert_shared_count", count(1), "1 is not supported; only 0 is"),
             ("pooling_type", count(1), "1 is not supported; only 0 is"),
             ("attention.causal", GgufValue::Bool(false), "false is not supported; only true is"),
             ("use_parallel_residual", GgufValue::Bool(true), "true is not supported; only false is"),
@@ -145,6 +154,8 @@ mod tests {
             let error = with_key(key, value).unwrap_err();
             assert!(error.contains(&format!("key llama.{key}: {expected}")), "{error}");
         }
+        let error = with_key("expert_count", count(8)).unwrap_err();
+        assert!(error.contains("llama.expert_used_count: a number from 1 to the 8 of"), "{error}");
         let error =
             load(GgufWriter::new().pair("general.architecture", &text("mamba")).finish()).unwrap_err();
         // The list itself is in one place, so that a new architecture does not touch this file.
@@ -176,8 +187,26 @@ mod tests {
     }
 
     #[test]
+    fn windows_and_scaled_rotations_are_in_the_plan() {
+        let model = load(TINY.gguf_with(&[
+            ("llama.attention.sliding_window", GgufValue::U32(24)),
+            ("llama.rope.scaling.type", text("yarn")),
+            ("llama.rope.scaling.factor", GgufValue::F32(4.0)),
+            ("llama.rope.scaling.original_context_length", GgufValue::U32(16)),
+        ]));
+        let limits = Limits { rows: 8, sequences: 2, logits_rows: 2 };
+        let request = PlanRequest { context_tokens: 32, limits, fused: FusedOps::NONE };
+        let dump = model.unwrap().plan(&request).unwrap().dump();
+        assert!(dump.contains("frequencies rope.frequencies magnitude 1.138"), "{dump}");
+        assert!(dump.contains(" window 24"), "{dump}");
+        let error = with_key("rope.scaling.type", text("yarn")).unwrap_err();
+        assert!(error.contains("key llama.rope.scaling.original_context_length is missing"), "{error}");
+    }
+
+    #[test]
     fn keys_without_an_effect_load() {
         let cases = [
+            ("attention.sliding_window", GgufValue::U32(0)),
             ("rope.scaling.original_context_length", GgufValue::U32(64)),
             ("rope.scaling.finetuned", GgufValue::Bool(false)),
             ("rope.scaling.factor", GgufValue::F32(1.0)),

@@ -3,14 +3,28 @@
 
 pub(crate) mod bert;
 mod decoder;
+mod distilbert;
+mod electra;
+pub(crate) mod encoder_family;
+mod gemma;
+mod gpt2;
+mod granite;
 mod keys;
 mod llama;
+mod olmo2;
+mod phi3;
 mod qwen2;
+mod qwen3;
+mod roberta;
+mod rope;
+mod smollm3;
 mod tensors;
 
-use crate::gguf::{Gguf, GgufProblem};
+use crate::gguf::{Gguf, GgufProblem, Metadata};
 use crate::model::PlanRequest;
 use keys::ArchKeys;
+pub(crate) use keys::ConfigKeys;
+pub(crate) use rope::{Scaling, yarn_magnitude};
 use std::fmt;
 use tensors::TensorFinder;
 pub use tensors::TensorProblem;
@@ -40,8 +54,17 @@ type Resolve = fn(&ArchKeys<'_>, &mut TensorFinder<'_>) -> Result<Box<dyn Archit
 /// Every architecture of GGUF files by the name in `general.architecture`, which is also the prefix of its
 /// keys.
 const ARCHITECTURES: &[(&str, Resolve)] = &[
+    ("gemma2", |keys, tensors| decoder::resolve(&gemma::GEMMA2, keys, tensors)),
+    ("gemma3", |keys, tensors| decoder::resolve(&gemma::GEMMA3, keys, tensors)),
+    ("gpt2", gpt2::resolve),
+    ("granite", |keys, tensors| decoder::resolve(&granite::FAMILY, keys, tensors)),
     ("llama", |keys, tensors| decoder::resolve(&llama::FAMILY, keys, tensors)),
+    ("olmo2", |keys, tensors| decoder::resolve(&olmo2::FAMILY, keys, tensors)),
+    ("phi3", |keys, tensors| decoder::resolve(&phi3::FAMILY, keys, tensors)),
     ("qwen2", |keys, tensors| decoder::resolve(&qwen2::FAMILY, keys, tensors)),
+    ("qwen3", |keys, tensors| decoder::resolve(&qwen3::FAMILY, keys, tensors)),
+    ("qwen3moe", |keys, tensors| decoder::resolve(&qwen3::WITH_EXPERTS, keys, tensors)),
+    ("smollm3", |keys, tensors| decoder::resolve(&smollm3::FAMILY, keys, tensors)),
 ];
 
 /// The names of all architectures of GGUF files, for messages.
@@ -65,6 +88,27 @@ pub(crate) fn resolve(
         finder.all_used(name)?;
         Ok(architecture)
     }))
+}
+
+/// The same for a checkpoint whose configuration and tensors have the names that GGUF files give them.
+///
+/// # Errors
+/// The first key or tensor that does not fit, or that nothing reads.
+pub(crate) fn resolve_checkpoint(
+    name: &str,
+    metadata: &Metadata,
+    config: &ConfigKeys,
+    weights: &mut Weights,
+) -> Result<Box<dyn Architecture>, GgufProblem> {
+    let Some((_, resolve)) = ARCHITECTURES.iter().find(|(known, _)| *known == name) else {
+        return Err(GgufProblem::MissingKey { key: "general.architecture".to_owned() });
+    };
+    let keys = ArchKeys::of_config(metadata, name, config);
+    let mut finder = TensorFinder::new(weights);
+    let architecture = resolve(&keys, &mut finder)?;
+    keys.all_read()?;
+    finder.all_used(name)?;
+    Ok(architecture)
 }
 
 /// Whether the rows of this tensor are the vocabulary's.

@@ -2,7 +2,7 @@
 
 use crate::gguf::Gguf;
 use thiserror::Error;
-use trustformers_plan::{DType, WeightId, WeightView, Weights};
+use trustformers_plan::{DType, Weight, WeightError, WeightId, WeightView, Weights};
 
 /// A tensor that an architecture cannot work with.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -90,6 +90,59 @@ impl<'a> TensorFinder<'a> {
         })?;
         self.used.push(true);
         Ok(id)
+    }
+
+    /// The values of a vector that may be left out. The architecture computes with them when it is read.
+    pub(super) fn optional_floats(
+        &mut self,
+        name: &str,
+        len: usize,
+    ) -> Result<Option<Vec<f32>>, TensorProblem> {
+        if self.weights.find(name).is_some() { self.floats(name, len).map(Some) } else { Ok(None) }
+    }
+
+    /// The values of a vector that must be there; they are finite and above 0.
+    pub(super) fn floats(&mut self, name: &str, len: usize) -> Result<Vec<f32>, TensorProblem> {
+        let id = self.vector(name, len)?;
+        let mut values = vec![0.0; len];
+        self.weights.get(id).dequantise_row(0, &mut values);
+        match values.iter().find(|value| !(value.is_finite() && **value > 0.0)) {
+            None => Ok(values),
+            Some(value) => {
+                let why = format!("it has the value {value}; numbers above 0 were expected");
+                Err(TensorProblem { name: name.to_owned(), why })
+            }
+        }
+    }
+
+    /// A vector whose stored values are too small by one, as those of Gemma's norms in a checkpoint.
+    pub(super) fn vector_plus_one(&mut self, name: &str, len: usize) -> Result<WeightId, TensorProblem> {
+        let id = self.vector(name, len)?;
+        let mut values = vec![0.0; len];
+        self.weights.get(id).dequantise_row(0, &mut values);
+        values.iter_mut().for_each(|value| *value += 1.0);
+        self.made(Weight::from_f32(format!("{name}.plus_one"), (1, len), &values))
+    }
+
+    /// Adds a weight that the architecture computed.
+    pub(super) fn made(&mut self, weight: Result<Weight, WeightError>) -> Result<WeightId, TensorProblem> {
+        let id = weight.and_then(|weight| self.weights.push(weight)).map_err(|problem| TensorProblem {
+            name: "computed by the architecture".to_owned(),
+            why: problem.to_string(),
+        })?;
+        self.used.push(true);
+        Ok(id)
+    }
+
+    /// The transpose of a matrix that is stored as features in × features out.
+    pub(super) fn transposed(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<WeightId, TensorProblem> {
+        let stored = self.matrix(name, cols, rows)?;
+        self.part(stored, format!("{name}.transposed"), &WeightView::Transposed)
     }
 
     /// Rows of a tensor.

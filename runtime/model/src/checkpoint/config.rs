@@ -1,29 +1,39 @@
-//! `config.json` of a BERT.
+//! `config.json` of a BERT, or of another encoder of its kind.
 
 use super::CheckpointProblem;
+use crate::arch::encoder_family::EncoderFamily;
 use serde::Deserialize;
 
 /// Largest size that is believed: every number that a plan carries fits 32 bits.
 const MOST: usize = u32::MAX as usize / 2;
 
-/// What a BERT's `config.json` says. Keys without meaning for inference (dropout, initialisation) are left
-/// out.
+/// What a BERT's `config.json` says; DistilBERT spells some keys otherwise. Keys without meaning for
+/// inference (dropout, initialisation) are left out.
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct BertConfig {
     /// Classes of the library that wrote it; the first decides what the checkpoint is for.
     #[serde(default)]
     architectures: Vec<String>,
+    #[serde(alias = "dim")]
     pub(crate) hidden_size: usize,
+    #[serde(alias = "n_layers")]
     pub(crate) num_hidden_layers: usize,
+    #[serde(alias = "n_heads")]
     pub(crate) num_attention_heads: usize,
+    #[serde(alias = "hidden_dim")]
     pub(crate) intermediate_size: usize,
+    /// Width of the embeddings, where the blocks have another one.
+    embedding_size: Option<usize>,
+    /// The id of padding. Where positions begin after it, that is the id and the number of rows before
+    /// the first position.
+    pad_token_id: Option<usize>,
     pub(crate) max_position_embeddings: usize,
     pub(crate) vocab_size: usize,
     #[serde(default = "two")]
     pub(crate) type_vocab_size: usize,
     #[serde(default = "tiny")]
     pub(crate) layer_norm_eps: f32,
-    #[serde(default = "gelu")]
+    #[serde(default = "gelu", alias = "activation")]
     hidden_act: String,
     #[serde(default = "absolute")]
     position_embedding_type: String,
@@ -49,17 +59,12 @@ fn absolute() -> String {
     "absolute".to_owned()
 }
 
-/// Classes whose encoder is a plain BERT; what else they have (a pooler, a head that guesses words) gives no
-/// embedding.
-const CLASSES: [&str; 3] = ["BertModel", "BertForMaskedLM", "BertForPreTraining"];
-
 impl BertConfig {
     /// Refuses what a plan of this crate would not compute.
-    pub(crate) fn check(&self) -> Result<(), CheckpointProblem> {
+    pub(crate) fn check(&self, family: &EncoderFamily) -> Result<(), CheckpointProblem> {
         let unsupported = CheckpointProblem::unsupported;
-        if let Some(class) = self.architectures.first().filter(|class| !CLASSES.contains(&class.as_str())) {
-            let supported = "BertModel, BertForMaskedLM, BertForPreTraining";
-            return Err(unsupported("architectures", format!("{class:?}"), supported));
+        if let Some(class) = self.architectures.first().filter(|class| !family.has_class(class)) {
+            return Err(unsupported("architectures", format!("{class:?}"), family.classes));
         }
         if self.hidden_act != "gelu" {
             return Err(unsupported("hidden_act", format!("{:?}", self.hidden_act), "\"gelu\""));
@@ -74,7 +79,34 @@ impl BertConfig {
         if self.add_cross_attention {
             return Err(unsupported("add_cross_attention", "true".to_owned(), "false"));
         }
-        self.check_sizes()
+        self.check_sizes()?;
+        let first = self.first_position(family);
+        if first >= self.max_position_embeddings {
+            let why =
+                format!("{first} leaves no row of the {} positions for a text", self.max_position_embeddings);
+            return Err(CheckpointProblem::Malformed { key: "pad_token_id", why });
+        }
+        Ok(())
+    }
+
+    /// Whether the checkpoint is for scores instead of vectors.
+    pub(crate) fn is_classifier(&self) -> bool {
+        self.architectures.first().is_some_and(|class| EncoderFamily::is_classifier(class))
+    }
+
+    /// Values of an embedding.
+    pub(crate) fn embedding_width(&self) -> usize {
+        self.embedding_size.unwrap_or(self.hidden_size)
+    }
+
+    /// The row of the table of positions for the first token of a text.
+    pub(crate) fn first_position(&self, family: &EncoderFamily) -> usize {
+        if family.positions_after_padding { self.pad_token_id.unwrap_or(1).saturating_add(1) } else { 0 }
+    }
+
+    /// Rows of the table of positions for a text's tokens.
+    pub(crate) fn positions(&self, family: &EncoderFamily) -> usize {
+        self.max_position_embeddings.saturating_sub(self.first_position(family))
     }
 
     fn check_sizes(&self) -> Result<(), CheckpointProblem> {
@@ -86,6 +118,7 @@ impl BertConfig {
             ("max_position_embeddings", self.max_position_embeddings),
             ("vocab_size", self.vocab_size),
             ("type_vocab_size", self.type_vocab_size),
+            ("embedding_size", self.embedding_width()),
         ];
         if let Some((key, size)) = sizes.into_iter().find(|(_, size)| !(1..=MOST).contains(size)) {
             return Err(CheckpointProblem::Malformed {

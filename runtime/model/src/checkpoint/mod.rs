@@ -4,25 +4,31 @@
 //! All of it comes from outside. The safetensors library checks every offset against the file before a tensor
 //! is used. A JSON key that changes what a model computes and is not supported is refused by name.
 
+mod classifier;
 mod config;
+pub(crate) mod decoder;
 mod error;
 mod json;
 mod sentence;
+pub(crate) mod tensor_names;
 
 pub use error::CheckpointProblem;
 
+pub(crate) use classifier::{HeadConfig, Scoring};
 pub(crate) use config::BertConfig;
+pub(crate) use decoder::DecoderConfig;
 pub(crate) use sentence::Sentence;
 
 use crate::error::LoadError;
 use crate::foreign::ForeignFile;
-use crate::source::{self, OnRead};
+use crate::source::{self, OnRead, ReadProgress};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use trustformers_plan::{DType, WeightBytes};
 
@@ -144,9 +150,57 @@ impl CheckpointFiles {
 
     /// The weights, mapped, and the place of each tensor in them.
     pub(crate) fn tensors(&self, progress: &mut OnRead<'_>) -> Result<StoredTensors, LoadError> {
-        let path = self.files.get(WEIGHTS).ok_or_else(|| self.wrong(WEIGHTS, self.no_weights()))?;
+        self.tensors_in(WEIGHTS, self.no_weights(), progress)
+    }
+
+    /// The file of tensors of that name, mapped; `missing` is the problem where it is not there.
+    pub(crate) fn tensors_in(
+        &self,
+        name: &str,
+        missing: CheckpointProblem,
+        progress: &mut OnRead<'_>,
+    ) -> Result<StoredTensors, LoadError> {
+        let path = self.files.get(name).ok_or_else(|| self.wrong(name, missing))?;
         let source = source::open(path, progress)?;
-        StoredTensors::parse(source).map_err(|problem| self.wrong(WEIGHTS, problem))
+        StoredTensors::parse(source).map_err(|problem| self.wrong(name, problem))
+    }
+
+    /// The weights in one file, or in the files that their list names, mapped.
+    pub(crate) fn shards(&self, progress: &mut OnRead<'_>) -> Result<Vec<Shard>, LoadError> {
+        let names = self.shard_names()?;
+        let mut total_bytes = 0;
+        for name in &names {
+            let path =
+                self.files.get(name).ok_or_else(|| self.wrong(name, CheckpointProblem::MissingShard))?;
+            total_bytes += source::open_file(path)?.1;
+        }
+        let (mut shards, mut before) = (Vec::new(), 0);
+        for name in names {
+            let mut of_file = |read: ReadProgress| -> ControlFlow<()> {
+                progress(ReadProgress { bytes: before + read.bytes, total_bytes })
+            };
+            let source = source::open(&self.path(&name), &mut of_file)?;
+            before += (*source).as_ref().len() as u64;
+            let stored = StoredTensors::parse(source).map_err(|problem| self.wrong(&name, problem))?;
+            shards.push(Shard { name, stored });
+        }
+        Ok(shards)
+    }
+
+    /// The files of the weights, each once.
+    fn shard_names(&self) -> Result<Vec<String>, LoadError> {
+        if self.files.contains_key(WEIGHTS) {
+            return Ok(vec![WEIGHTS.to_owned()]);
+        }
+        let Some(ShardsIndex { weight_map }) = self.optional_json(SHARDS_INDEX)? else {
+            return Err(self.wrong(WEIGHTS, self.no_weights()));
+        };
+        let names: BTreeSet<String> = weight_map.into_values().collect();
+        if names.is_empty() {
+            let why = "it names no file".to_owned();
+            return Err(self.wrong(SHARDS_INDEX, CheckpointProblem::key("weight_map", why)));
+        }
+        Ok(names.into_iter().collect())
     }
 
     fn no_weights(&self) -> CheckpointProblem {
@@ -166,6 +220,20 @@ impl CheckpointFiles {
             (None, None) => CheckpointProblem::Missing,
         }
     }
+}
+
+/// The list of files of weights that are split.
+#[derive(Deserialize)]
+struct ShardsIndex {
+    /// The file of each tensor.
+    weight_map: BTreeMap<String, String>,
+}
+
+/// One file of weights.
+pub(crate) struct Shard {
+    /// Its path below the checkpoint's folder.
+    pub(crate) name: String,
+    pub(crate) stored: StoredTensors,
 }
 
 /// A file of tensors. The place of each was checked against the file.

@@ -127,12 +127,33 @@ impl Sentence {
             "the checkpoint has no pooling configuration: the mean over the text's tokens is used".to_owned()
         });
         let config: SentenceConfig = files.optional_json(SENTENCE)?.unwrap_or_default();
-        let max_tokens = match config.max_seq_length {
-            Some(tokens) => Some(tokens),
-            None => tokenizer_limit(files)?,
-        };
+        let max_tokens = config.max_tokens(files)?;
         let pooling = pooling.unwrap_or(Pooling::Mean);
         Ok(Self { pooling, note, normalised, max_tokens, lowercase: config.do_lower_case, prompt })
+    }
+}
+
+impl Sentence {
+    /// What there is of these files beside a classifier: it reads the first row of a text, and has no prompt.
+    pub(crate) fn of_classifier(files: &CheckpointFiles) -> Result<Self, LoadError> {
+        let config: SentenceConfig = files.optional_json(SENTENCE)?.unwrap_or_default();
+        Ok(Self {
+            pooling: Pooling::Cls,
+            note: None,
+            normalised: false,
+            max_tokens: config.max_tokens(files)?,
+            lowercase: config.do_lower_case,
+            prompt: String::new(),
+        })
+    }
+}
+
+impl SentenceConfig {
+    fn max_tokens(&self, files: &CheckpointFiles) -> Result<Option<usize>, LoadError> {
+        match self.max_seq_length {
+            Some(tokens) => Ok(Some(tokens)),
+            None => tokenizer_limit(files),
+        }
     }
 }
 

@@ -40,8 +40,8 @@ pub enum GgufProblem {
     },
     /// One of several files of a model.
     #[error(
-        "it is part {number} of {count} of a model that is split over several files; join them with \
-         \"llama-gguf-split --merge FIRST_PART OUTPUT\" and give the joined file"
+        "it is part {number} of {count} of a model that is split over several files; give the folder that holds all of \
+         them, NAME-00001-of-{count:05}.gguf and the others, and nothing else that ends in .gguf"
     )]
     Part {
         /// Which part, counted from 1.

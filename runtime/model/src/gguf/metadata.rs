@@ -167,6 +167,14 @@ impl<'a> Array<'a> {
     }
 }
 
+impl Array<'_> {
+    /// The elements as single-precision numbers, or `None` when they are something else.
+    pub fn floats(&self) -> Option<Vec<f32>> {
+        let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        (self.element == ValueType::F32).then(|| self.bytes.chunks_exact(4).map(number).collect())
+    }
+}
+
 /// All key-value pairs of a file. Keys are borrowed from `file` when arrays are read, so it must be the file
 /// that was parsed.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -175,6 +183,16 @@ pub struct Metadata {
 }
 
 impl Metadata {
+    /// Sets a count, where another format is brought into these keys.
+    pub(crate) fn set_size(&mut self, key: String, size: u64) {
+        self.values.insert(key, Value::Unsigned(ValueType::U64, size));
+    }
+
+    /// Sets a number, where another format is brought into these keys.
+    pub(crate) fn set_number(&mut self, key: String, number: f64) {
+        self.values.insert(key, Value::Float(ValueType::F64, number));
+    }
+
     /// Whether the key is there.
     pub fn has(&self, key: &str) -> bool {
         self.values.contains_key(key)

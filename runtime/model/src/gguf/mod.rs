@@ -12,6 +12,7 @@ mod error;
 mod metadata;
 mod parse;
 mod tensor;
+mod unpack;
 mod whole;
 mod write;
 
@@ -19,4 +20,5 @@ pub use error::{GgufError, GgufProblem};
 pub use metadata::{Array, Metadata, ValueType};
 pub use parse::Gguf;
 pub use tensor::TensorInfo;
+pub use unpack::Packing;
 pub use write::{GgufValue, GgufWriter};

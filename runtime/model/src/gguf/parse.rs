@@ -393,7 +393,8 @@ mod tests {
             (one_tensor(&[32], 0, 1), "not a multiple of the file's alignment 32"),
             (one_tensor(&[32], 0, 4096), "the file is truncated"),
             (one_tensor(&[32], 0, u64::MAX - 31), "the file is truncated"),
-            (one_tensor(&[32], 10, 0), "stored as Q2_K, which is not supported"),
+            (one_tensor(&[32], 16, 0), "stored as IQ2_XXS, which is not supported"),
+            (one_tensor(&[128], 10, 0), "cannot be stored as Q2_K"),
             (one_tensor(&[32], 4, 0), "stored as type 4"),
             (one_tensor(&[32], u32::MAX, 0), "stored as type 4294967295"),
         ];

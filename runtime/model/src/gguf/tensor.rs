@@ -1,6 +1,6 @@
 //! A tensor's description: name, shape, type and where its bytes are.
 
-use super::GgufProblem;
+use super::{GgufProblem, Packing};
 use std::ops::Range;
 use trustformers_plan::DType;
 
@@ -52,8 +52,10 @@ pub struct TensorInfo {
     pub name: String,
     /// The shape in the file's order: the first dimension is contiguous. One to four of them, none zero.
     pub dims: Vec<usize>,
-    /// How elements are stored.
+    /// How elements are stored, or how they are once they are unpacked.
     pub dtype: DType,
+    /// How the file stores them, where they are unpacked when the file is read.
+    pub packing: Option<Packing>,
     /// The bytes within the file.
     pub range: Range<usize>,
 }
@@ -87,7 +89,8 @@ pub(super) struct DataRegion {
 impl RawTensor {
     /// Checks type, shape and place.
     pub(super) fn resolve(self, region: DataRegion) -> Result<TensorInfo, GgufProblem> {
-        let Some(dtype) = dtype(self.type_code) else {
+        let packing = Packing::of_code(self.type_code);
+        let Some(dtype) = dtype(self.type_code).or(packing.map(Packing::dtype)) else {
             let known = TYPE_NAMES.get(self.type_code as usize).filter(|name| !name.is_empty());
             let dtype = known.map_or_else(|| format!("type {}", self.type_code), |name| (*name).to_owned());
             return Err(GgufProblem::UnsupportedType { name: self.name, dtype });
@@ -101,8 +104,10 @@ impl RawTensor {
             return Err(wrong(format!("its shape {dims:?} has a zero; the file is corrupt")));
         }
         let cols = dims[0];
-        let row_bytes = dtype.row_bytes(cols).ok_or_else(|| {
-            wrong(format!("rows of {cols} values cannot be stored as {dtype}; the file is corrupt"))
+        let row_bytes = packing.map_or_else(|| dtype.row_bytes(cols), |packing| packing.row_bytes(cols));
+        let row_bytes = row_bytes.ok_or_else(|| {
+            let name = TYPE_NAMES.get(self.type_code as usize).copied().unwrap_or_default();
+            wrong(format!("rows of {cols} values cannot be stored as {name}; the file is corrupt"))
         })?;
         let size =
             dims[1..].iter().try_fold(row_bytes, |size, d| size.checked_mul(*d)).ok_or_else(too_large)?;
@@ -123,7 +128,7 @@ impl RawTensor {
                 self.offset, region.end
             ))
         })?;
-        Ok(TensorInfo { name: self.name, dims, dtype, range })
+        Ok(TensorInfo { name: self.name, dims, dtype, packing, range })
     }
 }
 

@@ -6,8 +6,8 @@ use super::{Gguf, GgufProblem};
 const MODEL: &str = "model";
 
 impl Gguf {
-    /// Refuses a file that is not a whole model.
-    pub(crate) fn check_whole(&self) -> Result<(), GgufProblem> {
+    /// Refuses a file that is not part `index` of a model in `count` files. The first says what it is.
+    pub(crate) fn check_part(&self, index: u64, count: u64) -> Result<(), GgufProblem> {
         let meta = &self.metadata;
         let kind = meta.opt_string("general.type")?.unwrap_or(MODEL);
         if kind != MODEL || meta.has("adapter.type") {
@@ -17,21 +17,19 @@ impl Gguf {
             };
             return Err(GgufProblem::NotModel { found });
         }
-        self.check_parts()
+        let own = meta.opt_unsigned("split.no")?.unwrap_or(0);
+        let all = meta.opt_unsigned("split.count")?.unwrap_or(1);
+        if (own, all.max(1)) != (index, count) {
+            return Err(GgufProblem::Part { number: own.saturating_add(1), count: all });
+        }
+        Ok(())
     }
 
-    /// Refuses a part of a model that is split over several files.
-    fn check_parts(&self) -> Result<(), GgufProblem> {
-        let meta = &self.metadata;
-        let index = meta.opt_unsigned("split.no")?.unwrap_or(0);
-        let count = meta.opt_unsigned("split.count")?.unwrap_or(1);
-        if count > 1 || index > 0 {
-            return Err(GgufProblem::Part { number: index.saturating_add(1), count });
-        }
-        let here = self.tensors.len() as u64;
-        match meta.opt_unsigned("split.tensors.count")? {
-            Some(total) if total != here => {
-                let why = format!("{total} tensors in all parts, and this single part has {here}");
+    /// Refuses parts that together have another number of tensors than this one, the first, says.
+    pub(crate) fn check_tensor_count(&self, found: u64) -> Result<(), GgufProblem> {
+        match self.metadata.opt_unsigned("split.tensors.count")? {
+            Some(total) if total != found => {
+                let why = format!("{total} tensors in all parts, and {found} were found");
                 Err(GgufProblem::BadValue { key: "split.tensors.count".to_owned(), why })
             }
             _ => Ok(()),
@@ -51,7 +49,10 @@ mod tests {
             file.pair(key, value);
         }
         file.tensor("t", &[4], DType::F32, &[0; 16]);
-        Gguf::parse(&file.finish()).unwrap().check_whole().err().map(|problem| problem.to_string())
+        let file = file.finish();
+        let gguf = Gguf::parse(&file).unwrap();
+        let whole = gguf.check_part(0, 1).and_then(|()| gguf.check_tensor_count(1));
+        whole.err().map(|problem| problem.to_string())
     }
 
     #[test]
@@ -61,7 +62,7 @@ mod tests {
         let single = [("split.no", number(0)), ("split.count", number(1))];
         assert_eq!(problem(&single), None);
         let first = problem(&[("split.no", number(0)), ("split.count", number(2))]).unwrap();
-        assert!(first.contains("part 1 of 2") && first.contains("llama-gguf-split --merge"), "{first}");
+        assert!(first.contains("part 1 of 2") && first.contains("NAME-00001-of-00002.gguf"), "{first}");
         let second = problem(&[("split.no", number(1)), ("split.count", number(2))]).unwrap();
         assert!(second.contains("part 2 of 2"), "{second}");
         let lacking = problem(&[("split.tensors.count", number(9))]).unwrap();

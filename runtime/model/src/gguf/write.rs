@@ -22,6 +22,8 @@ pub enum GgufValue {
     Strings(Vec<String>),
     /// A list of integers.
     Integers(Vec<i32>),
+    /// A list of numbers.
+    Floats(Vec<f32>),
 }
 
 /// Collects key-value pairs and tensors and gives the bytes of a version 3 file.
@@ -58,6 +60,10 @@ impl GgufWriter {
                 put_type(ValueType::Array);
                 put_type(ValueType::I32);
             }
+            GgufValue::Floats(_) => {
+                put_type(ValueType::Array);
+                put_type(ValueType::F32);
+            }
         }
         match value {
             GgufValue::U32(number) => out.extend(number.to_le_bytes()),
@@ -69,6 +75,10 @@ impl GgufWriter {
                 texts.iter().for_each(|text| put_text(out, text));
             }
             GgufValue::Integers(numbers) => {
+                out.extend((numbers.len() as u64).to_le_bytes());
+                out.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+            }
+            GgufValue::Floats(numbers) => {
                 out.extend((numbers.len() as u64).to_le_bytes());
                 out.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
             }

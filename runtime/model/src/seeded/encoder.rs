@@ -109,7 +109,7 @@ impl SeededEncoder {
         files
     }
 
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.heads * self.head_dim
     }
 
@@ -155,6 +155,8 @@ impl SeededEncoder {
         let words: serde_json::Map<String, Value> =
             vocabulary.iter().zip(0..).map(|(word, id)| (word.clone(), Value::from(id))).collect();
         let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+        let second = json!({"Sequence": {"id": "B", "type_id": 1}});
+        let second_end = json!({"SpecialToken": {"id": "[SEP]", "type_id": 1}});
         json!({
             "version": "1.0",
             "truncation": null,
@@ -166,7 +168,7 @@ impl SeededEncoder {
             "post_processor": {
                 "type": "TemplateProcessing",
                 "single": [around("[CLS]"), text, around("[SEP]")],
-                "pair": [around("[CLS]"), text, around("[SEP]")],
+                "pair": [around("[CLS]"), text, around("[SEP]"), second, second_end],
                 "special_tokens": {"[CLS]": ids("[CLS]"), "[SEP]": ids("[SEP]")},
             },
             "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
@@ -201,10 +203,10 @@ impl SeededEncoder {
 }
 
 /// Tensors on their way into a file.
-struct Tensors {
-    seed: u64,
-    dtype: DType,
-    list: Vec<(String, Vec<usize>, Vec<u8>)>,
+pub(super) struct Tensors {
+    pub(super) seed: u64,
+    pub(super) dtype: DType,
+    pub(super) list: Vec<(String, Vec<usize>, Vec<u8>)>,
 }
 
 impl Tensors {
@@ -214,12 +216,12 @@ impl Tensors {
         store(&values, self.dtype)
     }
 
-    fn matrix(&mut self, name: &str, rows: usize, cols: usize) {
+    pub(super) fn matrix(&mut self, name: &str, rows: usize, cols: usize) {
         let bytes = self.random(name, rows * cols, SCALE / (cols as f32).sqrt());
         self.list.push((name.to_owned(), vec![rows, cols], bytes));
     }
 
-    fn dense(&mut self, name: &str, rows: usize, cols: usize) {
+    pub(super) fn dense(&mut self, name: &str, rows: usize, cols: usize) {
         self.matrix(&format!("{name}.weight"), rows, cols);
         self.bias(&format!("{name}.bias"), rows);
     }
@@ -229,13 +231,13 @@ impl Tensors {
         self.list.push((name.to_owned(), vec![len], bytes));
     }
 
-    fn norm(&mut self, name: &str, width: usize) {
+    pub(super) fn norm(&mut self, name: &str, width: usize) {
         let ones = store(&vec![1.0; width], self.dtype);
         self.list.push((format!("{name}.weight"), vec![width], ones));
         self.bias(&format!("{name}.bias"), width);
     }
 
-    fn file(&self) -> Vec<u8> {
+    pub(super) fn file(&self) -> Vec<u8> {
         let dtype = match self.dtype {
             DType::F32 => Dtype::F32,
             DType::F16 => Dtype::F16,
@@ -252,7 +254,7 @@ impl Tensors {
 }
 
 /// Every token, in the order of the ids.
-fn vocabulary() -> Vec<String> {
+pub(super) fn vocabulary() -> Vec<String> {
     let mut tokens: Vec<String> = SPECIAL_TOKENS.map(str::to_owned).to_vec();
     let letters: Vec<char> = ('a'..='z').chain('0'..='9').collect();
     tokens.extend(letters.iter().map(char::to_string));

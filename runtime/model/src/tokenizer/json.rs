@@ -1,5 +1,5 @@
-//! The tokenizer of a `tokenizer.json`: WordPiece, with the special tokens that its template puts around a
-//! text.
+//! The tokenizer of a `tokenizer.json` as encoders have it: WordPiece, byte-level BPE or Unigram, with
+//! the special tokens that its template puts around a text, or around two.
 
 use super::{TokenBytes, Tokenizer};
 use crate::error::TokenizerProblem;
@@ -31,6 +31,18 @@ pub struct EncodedText {
     pub cut: bool,
 }
 
+/// The ids of two texts that a model reads together, cut to a length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncodedPair {
+    /// The ids, special tokens included.
+    pub ids: Vec<u32>,
+    /// The index of the first id whose token type is that of a second text; `None` where the template
+    /// gives all tokens one type.
+    pub second_segment: Option<usize>,
+    /// Whether the texts were longer.
+    pub cut: bool,
+}
+
 impl Tokenizer {
     /// Builds the tokenizer that the bytes of a `tokenizer.json` describe. The file's own truncation and
     /// padding are dropped: callers set the length of a text.
@@ -40,13 +52,13 @@ impl Tokenizer {
         let mut library =
             Library::from_bytes(serde_json::to_vec(&content).map_err(not_json)?).map_err(failed)?;
         library.with_padding(None).with_truncation(None).map_err(failed)?;
-        let ModelWrapper::WordPiece(model) = library.get_model() else {
-            let found = kind(library.get_model()).to_owned();
-            return Err(TokenizerProblem::Unsupported { key: KIND, found, supported: "WordPiece" });
-        };
-        check_word_piece(model)?;
+        check_kind(library.get_model())?;
+        check_unknown(&content, &library)?;
         check_added_tokens(&content, &library)?;
-        let bytes = word_piece_bytes(&library, model)?;
+        let bytes = match library.get_model() {
+            ModelWrapper::WordPiece(model) => word_piece_bytes(&library, model)?,
+            _ => piece_bytes(&library)?,
+        };
         let tokenizer =
             Self { library, bytes, begin: None, eos: Vec::new(), unused: Vec::new(), templated: true };
         check_template_pieces(&tokenizer.library)?;
@@ -77,22 +89,61 @@ impl Tokenizer {
     pub fn encode_up_to(&self, text: &str, max_tokens: usize) -> Result<EncodedText, TokenizerProblem> {
         let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
         let room = max_tokens.saturating_sub(self.special_tokens());
-        let mut bytes = max_tokens.saturating_mul(BYTES_PER_TOKEN).max(FIRST_PIECE_BYTES);
-        let mut encoding = loop {
-            let piece = self.beginning(text, bytes);
-            let encoding = self.library.encode_fast(piece, false).map_err(failed)?;
-            if encoding.len() > room || piece.len() == text.len() {
-                break encoding;
-            }
-            bytes = bytes.saturating_mul(4);
-        };
-        let cut = encoding.len() > room;
-        encoding.truncate(room, 0, TruncationDirection::Right);
-        // The library keeps the rest of the text, and would put special tokens around each piece of it.
-        encoding.take_overflowing();
+        let mut encoding = self.encode_beginning(text, max_tokens, room)?;
+        let cut = cut_to(&mut encoding, room);
         let encoding = self.library.post_process(encoding, None, self.templated).map_err(failed)?;
         let ids = self.begin.into_iter().chain(encoding.get_ids().iter().copied()).collect();
         Ok(EncodedText { ids, cut })
+    }
+
+    /// The ids of two texts that a model reads together, at most `max_tokens` of them. Of two texts that
+    /// are too long the longer one loses its end first, and both the same share where each is longer than
+    /// half.
+    ///
+    /// # Errors
+    /// A template without a form for two texts, or one that mixes their token types; else the library's own.
+    pub fn encode_pair(
+        &self,
+        first: &str,
+        second: &str,
+        max_tokens: usize,
+    ) -> Result<EncodedPair, TokenizerProblem> {
+        let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
+        let template = self.library.get_post_processor().filter(|_| self.templated);
+        let special = template.map_or(0, |template| template.added_tokens(true));
+        let room = max_tokens.saturating_sub(special);
+        let mut first = self.encode_beginning(first, max_tokens, room)?;
+        let mut second = self.encode_beginning(second, max_tokens, room)?;
+        let rooms = PairRooms::of(first.len(), second.len(), room);
+        let cut = [cut_to(&mut first, rooms.first), cut_to(&mut second, rooms.second)].contains(&true);
+        let wanted = first.len() + second.len() + special;
+        let both = self.library.post_process(first, Some(second), self.templated).map_err(failed)?;
+        let types = both.get_type_ids();
+        let second_segment = types.iter().position(|kind| *kind != 0);
+        let mixed = second_segment.is_some_and(|from| types[from..].iter().any(|kind| *kind != 1));
+        if both.len() != wanted || mixed {
+            return Err(no_pairs());
+        }
+        Ok(EncodedPair { ids: both.get_ids().to_vec(), second_segment, cut })
+    }
+
+    /// The tokens of a text without special ones: all of them, or more than `room`.
+    fn encode_beginning(
+        &self,
+        text: &str,
+        max_tokens: usize,
+        room: usize,
+    ) -> Result<Encoding, TokenizerProblem> {
+        let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
+        let mut bytes = max_tokens.saturating_mul(BYTES_PER_TOKEN).max(FIRST_PIECE_BYTES);
+        loop {
+            let piece = self.beginning(text, bytes);
+            let encoding = self.library.encode_fast(piece, false).map_err(failed)?;
+            if encoding.len() > room || piece.len() == text.len() {
+                return Ok(encoding);
+            }
+            bytes = bytes.saturating_mul(4);
+        }
     }
 
     /// The first words of `text`, `bytes` long or shorter, and all of it where no word ends before that.
@@ -126,6 +177,42 @@ impl Tokenizer {
     }
 }
 
+/// Cuts a text to `room` tokens. Whether it was longer.
+fn cut_to(encoding: &mut Encoding, room: usize) -> bool {
+    let cut = encoding.len() > room;
+    encoding.truncate(room, 0, TruncationDirection::Right);
+    // The library keeps the rest of the text, and would put special tokens around each piece of it.
+    encoding.take_overflowing();
+    cut
+}
+
+fn no_pairs() -> TokenizerProblem {
+    let why = "it has no form for two texts, the first with token type 0 and the second with 0 or 1; this model \
+         cannot read pairs";
+    TokenizerProblem::Entry { key: "post_processor", why: why.to_owned() }
+}
+
+/// Tokens that each of two texts may keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct PairRooms {
+    first: usize,
+    second: usize,
+}
+
+impl PairRooms {
+    /// The library's rule `longest_first`: the shorter text stays whole up to half of the room, and the
+    /// longer one gets what is left.
+    fn of(first: usize, second: usize, room: usize) -> Self {
+        let shorter = first.min(second).min(room / 2);
+        let longer = first.max(second).min(room - shorter);
+        if first > second {
+            Self { first: longer, second: shorter }
+        } else {
+            Self { first: shorter, second: longer }
+        }
+    }
+}
+
 /// The characters in front of which a text can be split without changing the tokens before them.
 struct WordSplits {
     /// Punctuation marks are words of their own.
@@ -150,12 +237,17 @@ impl WordSplits {
 
 /// Parts of the file whose kind decides the ids, with the supported kinds; `null` where the first is empty.
 const KINDS: [(&str, &str, &[&str], &str); 3] = [
-    ("/normalizer", "normalizer.type", &["", "BertNormalizer"], "BertNormalizer"),
+    (
+        "/normalizer",
+        "normalizer.type",
+        &["", "BertNormalizer", "Precompiled", "Sequence"],
+        "BertNormalizer, Precompiled, a Sequence of Precompiled and Replace",
+    ),
     (
         "/pre_tokenizer",
         "pre_tokenizer.type",
-        &["BertPreTokenizer", "Whitespace", "WhitespaceSplit"],
-        "BertPreTokenizer, Whitespace, WhitespaceSplit",
+        &["BertPreTokenizer", "Whitespace", "WhitespaceSplit", "ByteLevel", "Metaspace", "Sequence"],
+        "BertPreTokenizer, Whitespace, WhitespaceSplit, ByteLevel, Metaspace, a Sequence of these",
     ),
     (
         "/post_processor",
@@ -185,7 +277,69 @@ fn checked(file: &[u8]) -> Result<Value, TokenizerProblem> {
             return Err(TokenizerProblem::Unsupported { key, found, supported });
         }
     }
+    check_sequences(&content)?;
     Ok(content)
+}
+
+/// Parts that may stand in a sequence: where the list is, the key for messages, and the kinds.
+const SEQUENCES: [(&str, &str, &[&str], &str); 2] = [
+    (
+        "/normalizer/normalizers",
+        "normalizer.type",
+        &["Precompiled", "Replace"],
+        "a Sequence of Precompiled and Replace",
+    ),
+    (
+        "/pre_tokenizer/pretokenizers",
+        "pre_tokenizer.type",
+        &["BertPreTokenizer", "Whitespace", "WhitespaceSplit", "ByteLevel", "Metaspace"],
+        "a Sequence of BertPreTokenizer, Whitespace, WhitespaceSplit, ByteLevel, Metaspace",
+    ),
+];
+
+/// Refuses a sequence with a part of another kind.
+fn check_sequences(content: &Value) -> Result<(), TokenizerProblem> {
+    for (place, key, kinds, supported) in SEQUENCES {
+        for part in content.pointer(place).and_then(Value::as_array).into_iter().flatten() {
+            let found = part["type"].as_str().unwrap_or("unknown");
+            if !kinds.contains(&found) {
+                return Err(TokenizerProblem::Unsupported { key, found: found.to_owned(), supported });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses kinds of models that no encoder has.
+fn check_kind(model: &ModelWrapper) -> Result<(), TokenizerProblem> {
+    match model {
+        ModelWrapper::WordPiece(model) => check_word_piece(model),
+        ModelWrapper::BPE(_) | ModelWrapper::Unigram(_) => Ok(()),
+        ModelWrapper::WordLevel(_) => Err(TokenizerProblem::Unsupported {
+            key: KIND,
+            found: kind(model).to_owned(),
+            supported: "WordPiece, BPE, Unigram",
+        }),
+    }
+}
+
+/// Refuses a model of another kind than WordPiece that names a token for unknown pieces which it does not
+/// have: texts with such pieces could not be tokenised. Byte-level BPE needs none.
+fn check_unknown(content: &Value, library: &Library) -> Result<(), TokenizerProblem> {
+    let (model, tokens) = (&content["model"], library.get_vocab_size(false));
+    let known = match library.get_model() {
+        ModelWrapper::BPE(_) => match model["unk_token"].as_str() {
+            Some(unknown) => library.get_model().token_to_id(unknown).is_some(),
+            None => true,
+        },
+        ModelWrapper::Unigram(_) => model["unk_id"].as_u64().is_some_and(|id| id < tokens as u64),
+        _ => true,
+    };
+    if known {
+        return Ok(());
+    }
+    let why = "the token for unknown pieces is not in the vocabulary; download tokenizer.json again";
+    Err(TokenizerProblem::Entry { key: "model.unk_token", why: why.to_owned() })
 }
 
 /// Refuses a model for which some texts could not be tokenised, or only in a long time.
@@ -226,16 +380,18 @@ fn check_template_pieces(library: &Library) -> Result<(), TokenizerProblem> {
     let wrong = |why: String| TokenizerProblem::Entry { key: "post_processor", why };
     // The library keeps the pieces to itself, but writes each form of them in one way.
     let written = serde_json::to_value(template).map_err(not_json)?;
-    for piece in written["single"].as_array().into_iter().flatten() {
+    let pieces =
+        |form: &'static str| written[form].as_array().into_iter().flatten().map(move |piece| (form, piece));
+    for (form, piece) in pieces("single").chain(pieces("pair")) {
         let special = &piece["SpecialToken"]["id"];
         if let Some(name) =
             special.as_str().filter(|name| !template.get_special_tokens().0.contains_key(*name))
         {
             return Err(wrong(format!(
-                "single has the token {name:?}, which special_tokens does not define"
+                "{form} has the token {name:?}, which special_tokens does not define"
             )));
         }
-        if piece["Sequence"]["id"] == "B" {
+        if form == "single" && piece["Sequence"]["id"] == "B" {
             return Err(wrong("single has the sequence B, but it is for one text, A".to_owned()));
         }
     }
@@ -260,8 +416,27 @@ fn kind(model: &ModelWrapper) -> &'static str {
 }
 
 /// WordPiece drops the spaces of a text, so the bytes of a word begin with a space, and those of a continuing
-/// piece do not. Special tokens have no bytes.
+/// piece do not.
 fn word_piece_bytes(library: &Library, model: &WordPiece) -> Result<TokenBytes, TokenizerProblem> {
+    token_bytes(library, |word, bytes| match word.strip_prefix(&model.continuing_subword_prefix) {
+        Some(piece) => bytes.extend_from_slice(piece.as_bytes()),
+        None => bytes.extend_from_slice(format!(" {word}").as_bytes()),
+    })
+}
+
+/// The other vocabularies write a space as a character of their own: byte-level BPE as "\u{120}", Unigram as
+/// "\u{2581}". What else byte-level BPE writes otherwise stays as it is: encoders produce no text.
+fn piece_bytes(library: &Library) -> Result<TokenBytes, TokenizerProblem> {
+    token_bytes(library, |word, bytes| {
+        bytes.extend_from_slice(word.replace(['\u{120}', '\u{2581}'], " ").as_bytes());
+    })
+}
+
+/// The bytes of every token, as `write` gives them. Special tokens have none.
+fn token_bytes(
+    library: &Library,
+    write: impl Fn(&str, &mut Vec<u8>),
+) -> Result<TokenBytes, TokenizerProblem> {
     let vocabulary = library.get_vocab(true);
     // An id far beyond the number of tokens would take memory out of proportion to the file.
     let most = vocabulary.len().saturating_mul(2);
@@ -280,10 +455,7 @@ fn word_piece_bytes(library: &Library, model: &WordPiece) -> Result<TokenBytes, 
     let mut bytes = TokenBytes { bytes: Vec::new(), ends: Vec::with_capacity(words.len()) };
     for (word, id) in words.iter().zip(0..) {
         if !special.contains(&id) && !word.is_empty() {
-            match word.strip_prefix(&model.continuing_subword_prefix) {
-                Some(piece) => bytes.bytes.extend_from_slice(piece.as_bytes()),
-                None => bytes.bytes.extend_from_slice(format!(" {word}").as_bytes()),
-            }
+            write(word, &mut bytes.bytes);
         }
         bytes.ends.push(bytes.bytes.len());
     }
@@ -326,6 +498,65 @@ mod tests {
         );
         assert_eq!(tokenizer.encode("🦀").unwrap(), [first, id("[UNK]"), last]);
         assert_eq!(tokenizer.decode(&whole.ids), " the cat sat");
+    }
+
+    #[test]
+    fn a_pair_of_texts_has_its_special_tokens_and_types() {
+        let tokenizer = seeded();
+        let id = |token: &str| tokenizer.library.token_to_id(token).unwrap();
+        let (first, sep) = (id("[CLS]"), id("[SEP]"));
+        let whole = tokenizer.encode_pair("the cat", "hello", 8).unwrap();
+        assert_eq!(whole.ids, [first, id("the"), id("cat"), sep, id("hello"), sep]);
+        assert_eq!((whole.second_segment, whole.cut), (Some(4), false));
+        let empty = tokenizer.encode_pair("", "", 8).unwrap();
+        assert_eq!((empty.ids, empty.second_segment), (vec![first, sep, sep], Some(2)));
+        let cut = tokenizer.encode_pair("the cat the cat the", "hello world", 7).unwrap();
+        assert_eq!(cut.ids, [first, id("the"), id("cat"), sep, id("hello"), id("world"), sep]);
+        assert!(cut.cut);
+        let one_type = changed(|file| {
+            file["post_processor"] = serde_json::json!({
+                "type": "RobertaProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2], "trim_offsets": true,
+                "add_prefix_space": false});
+        });
+        let pair = one_type.unwrap().encode_pair("the", "cat", 8).unwrap();
+        assert_eq!(pair.ids, [first, id("the"), sep, sep, id("cat"), sep]);
+        assert_eq!(pair.second_segment, None);
+        let single = changed(|file| {
+            file["post_processor"]["pair"] = file["post_processor"]["single"].clone();
+        });
+        // The library refuses a form for pairs without a second text when it reads the file, or we do later.
+        assert!(single.map_or(true, |tokenizer| tokenizer.encode_pair("the", "cat", 8).is_err()));
+    }
+
+    #[test]
+    fn two_long_texts_share_the_room() {
+        let cases = [
+            (3, 4, 10, PairRooms { first: 3, second: 4 }),
+            (3, 40, 10, PairRooms { first: 3, second: 7 }),
+            (40, 3, 10, PairRooms { first: 7, second: 3 }),
+            (40, 30, 11, PairRooms { first: 6, second: 5 }),
+            (40, 40, 11, PairRooms { first: 5, second: 6 }),
+            (2, 2, 0, PairRooms { first: 0, second: 0 }),
+        ];
+        for (first, second, room, wanted) in cases {
+            assert_eq!(PairRooms::of(first, second, room), wanted, "{first} {second} {room}");
+        }
+    }
+
+    #[test]
+    fn byte_level_vocabularies_are_read() {
+        let bpe = changed(|file| {
+            let vocab = serde_json::json!({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4,
+                "c": 5, "a": 6, "t": 7, "\u{120}": 8, "ca": 9, "cat": 10, "\u{120}cat": 11});
+            file["model"] = serde_json::json!({"type": "BPE", "vocab": vocab, "unk_token": null,
+                "merges": [["c", "a"], ["ca", "t"], ["\u{120}", "cat"]]});
+            file["normalizer"] = Value::Null;
+            file["pre_tokenizer"] = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false,
+                "trim_offsets": true, "use_regex": true});
+        });
+        let bpe = bpe.unwrap();
+        assert_eq!(bpe.encode("cat cat").unwrap(), [2, 10, 11, 3]);
+        assert_eq!(bpe.decode(&[10, 11]), "cat cat");
     }
 
     #[test]
@@ -428,8 +659,13 @@ mod tests {
         assert!(unknown.unwrap_err().contains("\"<unknown>\" for unknown words is not in the vocabulary"));
         let far = changed(|file| file["model"]["vocab"]["far"] = 4_000_000_000_u32.into());
         assert!(far.unwrap_err().contains("\"far\" has the id 4000000000"));
-        let table = changed(|file| file["normalizer"] = serde_json::json!({"type": "Precompiled"}));
-        assert!(table.unwrap_err().contains("key normalizer.type is \"Precompiled\""));
+        let lower = changed(|file| file["normalizer"] = serde_json::json!({"type": "Lowercase"}));
+        assert!(lower.unwrap_err().contains("key normalizer.type is \"Lowercase\""));
+        let nested = changed(|file| {
+            let inner = serde_json::json!({"type": "Digits", "individual_digits": true});
+            file["pre_tokenizer"] = serde_json::json!({"type": "Sequence", "pretokenizers": [inner]});
+        });
+        assert!(nested.unwrap_err().contains("key pre_tokenizer.type is \"Digits\""));
         for (part, found) in [("pre_tokenizer", "null"), ("post_processor", "Sequence")] {
             let kind = if found == "null" { Value::Null } else { serde_json::json!({"type": "Sequence"}) };
             let error = changed(|file| file[part] = kind.clone()).unwrap_err();

@@ -53,6 +53,29 @@ const WITHOUT_EFFECT: [&str; 16] = [
 /// Keys that the rest of the tokenizer reads.
 const VOCABULARY: [&str; 5] = ["model", "pre", "tokens", "token_type", "merges"];
 
+/// How the keys of a kind of tokenizer are read.
+pub(super) struct SpecialRules {
+    /// A token that ends texts although the file does not name it.
+    end: Option<&'static str>,
+    /// Switches that the tokenizer honours.
+    honoured: &'static [&'static str],
+    /// Whether a text begins with the begin token where the file does not say it.
+    begins: bool,
+    /// The kind, for messages.
+    kind: &'static str,
+}
+
+impl SpecialRules {
+    pub(super) fn byte_level(end: Option<&'static str>) -> Self {
+        Self { end, honoured: &[], begins: false, kind: "byte-level BPE" }
+    }
+
+    pub(super) fn pieces() -> Self {
+        let honoured = &["tokenizer.ggml.add_space_prefix", "tokenizer.ggml.escape_whitespaces"];
+        Self { end: None, honoured, begins: true, kind: "SentencePiece" }
+    }
+}
+
 /// The special tokens of a file.
 #[derive(Debug)]
 pub(super) struct SpecialIds {
@@ -63,18 +86,17 @@ pub(super) struct SpecialIds {
 }
 
 impl SpecialIds {
-    /// Reads and checks the ids and switches. `end` is a token that ends texts although the file does not
-    /// name it.
+    /// Reads and checks the ids and switches.
     pub(super) fn read(
         gguf: &Gguf,
         file: &[u8],
         tokens: &[&str],
-        end: Option<&'static str>,
+        rules: &SpecialRules,
     ) -> Result<Self, TokenizerProblem> {
-        let meta = &gguf.metadata;
-        refuse_switches(meta)?;
-        refuse_unread(meta)?;
-        let begin = begin_id(meta, tokens.len())?;
+        let (meta, end) = (&gguf.metadata, rules.end);
+        refuse_switches(meta, rules)?;
+        refuse_unread(meta, rules)?;
+        let begin = begin_id(meta, tokens.len(), rules.begins)?;
         for key in PRINTED {
             id_of(meta, key, tokens.len())?;
         }
@@ -94,8 +116,8 @@ impl SpecialIds {
     }
 }
 
-fn refuse_switches(meta: &Metadata) -> Result<(), TokenizerProblem> {
-    for (key, why) in SWITCHES {
+fn refuse_switches(meta: &Metadata, rules: &SpecialRules) -> Result<(), TokenizerProblem> {
+    for (key, why) in SWITCHES.into_iter().filter(|(key, _)| !rules.honoured.contains(key)) {
         if meta.opt_bool(key)? == Some(true) {
             return Err(entry(key, why.to_owned()));
         }
@@ -103,7 +125,7 @@ fn refuse_switches(meta: &Metadata) -> Result<(), TokenizerProblem> {
     Ok(())
 }
 
-fn refuse_unread(meta: &Metadata) -> Result<(), TokenizerProblem> {
+fn refuse_unread(meta: &Metadata, rules: &SpecialRules) -> Result<(), TokenizerProblem> {
     let read = |key: &str| {
         let switch = SWITCHES.iter().any(|(name, _)| *name == key);
         switch || ENDS.contains(&key) || PRINTED.contains(&key) || [BEGIN, ADD_BEGIN, END_LIST].contains(&key)
@@ -115,7 +137,7 @@ fn refuse_unread(meta: &Metadata) -> Result<(), TokenizerProblem> {
     match unread {
         None => Ok(()),
         Some(key) => {
-            let group = "the tokenizer (byte-level BPE)".to_owned();
+            let group = format!("the tokenizer ({})", rules.kind);
             Err(GgufProblem::UnreadKey { key: key.to_owned(), group }.into())
         }
     }
@@ -134,9 +156,10 @@ fn in_vocabulary(key: &'static str, id: u64, count: usize) -> Result<u32, Tokeni
     }
 }
 
-fn begin_id(meta: &Metadata, count: usize) -> Result<Option<u32>, TokenizerProblem> {
+fn begin_id(meta: &Metadata, count: usize, begins: bool) -> Result<Option<u32>, TokenizerProblem> {
     let begin = id_of(meta, BEGIN, count)?;
-    if !meta.opt_bool(ADD_BEGIN)?.unwrap_or(false) {
+    let Some(asked) = meta.opt_bool(ADD_BEGIN)? else { return Ok(begin.filter(|_| begins)) };
+    if !asked {
         return Ok(None);
     }
     begin.map(Some).ok_or_else(|| entry(BEGIN, "it is missing although add_bos_token is true".to_owned()))

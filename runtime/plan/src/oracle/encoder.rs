@@ -1,7 +1,7 @@
 //! The ops of encoders by their definitions.
 
 use super::ops::{Heads, Step, dot};
-use crate::{AttentionShape, Buf, Pooling, WeightId};
+use crate::{AttentionShape, Buf, GeluForm, Pooling, WeightId};
 
 /// Parameters of a layer norm.
 pub(super) struct LayerNorm {
@@ -44,7 +44,11 @@ impl Step<'_> {
         }
     }
 
-    pub(super) fn gelu(&mut self, input: Buf, out: Buf) {
+    pub(super) fn gelu(&mut self, input: Buf, form: GeluForm, out: Buf) {
+        let gelu = match form {
+            GeluForm::Erf => gelu,
+            GeluForm::Tanh => gelu_tanh,
+        };
         for r in 0..self.rows(out) {
             let values: Vec<f32> = self.row(input, r).iter().map(|v| gelu(*v)).collect();
             self.store(out, r, &values);
@@ -113,6 +117,12 @@ pub(super) fn gelu(x: f32) -> f32 {
     (x * 0.5 * erfc(-x * std::f64::consts::FRAC_1_SQRT_2)) as f32
 }
 
+fn gelu_tanh(x: f32) -> f32 {
+    let x = f64::from(x);
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+    (x * 0.5 * (1.0 + inner.tanh())) as f32
+}
+
 /// `2/sqrt(pi) · ∫ e^(-t²) dt` from `x` to infinity, to about twelve digits: the power series of the error
 /// function near zero, the continued fraction beyond.
 fn erfc(x: f64) -> f64 {
@@ -157,5 +167,7 @@ mod tests {
         assert_eq!(gelu(0.0), 0.0);
         assert!((gelu(1.0) - 0.841_345).abs() < 1e-6 && (gelu(-1.0) + 0.158_655).abs() < 1e-6);
         assert_eq!((gelu(20.0), gelu(-40.0)), (20.0, -0.0));
+        assert_eq!(gelu_tanh(0.0), 0.0);
+        assert!((gelu_tanh(1.0) - 0.841_192).abs() < 1e-6 && (gelu_tanh(-1.0) + 0.158_808).abs() < 1e-6);
     }
 }

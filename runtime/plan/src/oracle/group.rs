@@ -38,7 +38,7 @@ impl OracleGroup {
         let load = |Shard { plan, weights }: &Shard| {
             let cache = KvCache::new(plan.hyper(), kv_blocks, kv_type)?;
             let arena = zeros("the arena", plan.arena_bytes() / size_of::<f32>())?;
-            let ropes = rope_tables(plan);
+            let ropes = rope_tables(plan, weights);
             Ok(Device {
                 plan: plan.clone(),
                 weights: weights.clone(),
@@ -81,7 +81,9 @@ impl OracleGroup {
 
 impl Device {
     fn step<'a>(&'a mut self, input: &'a StepInput, ids: &'a [u32]) -> Step<'a> {
-        Step { input, ids, weights: &self.weights, ropes: &self.ropes, memory: &mut self.memory }
+        // A divided plan has no room for adapters.
+        let (weights, ropes, memory) = (&self.weights, &self.ropes, &mut self.memory);
+        Step { input, ids, weights, ropes, memory, adapters: &[] }
     }
 }
 

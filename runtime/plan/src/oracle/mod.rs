@@ -4,22 +4,24 @@
 //! a step is computed by itself, in an order that depends on its own values only, so answers do not depend on
 //! the batch. The code is written to be read and is fast enough for tests with small models.
 
+mod adapter;
 mod answer;
 mod encoder;
+mod experts;
 mod group;
 mod ops;
 
 use std::{
     borrow::Cow,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use half::{bf16, f16};
 
 use crate::{
-    Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec, Executable, FusedOps, Hyper,
-    KV_BLOCK_TOKENS, KvType, LoadProgress, LoadSpec, Loaded, MemoryReport, Op, Plan, RopeSpec, SampleInput,
-    StepInput, StepOutput, Weights, rope::RopeTable,
+    Adapter, AdapterSlot, AdapterTable, Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec,
+    Executable, FusedOps, Hyper, KV_BLOCK_TOKENS, KvType, LoadProgress, LoadSpec, Loaded, MemoryReport, Op,
+    Plan, RopeSpec, SampleInput, StepInput, StepOutput, Weights, rope::RopeTable,
 };
 
 use answer::PendingAnswer;
@@ -46,6 +48,9 @@ impl Oracle {
                 fast_kv_type: KvType::F32,
                 steps_in_flight: 1,
                 rows_are_invariant: true,
+                adapters: true,
+                row_buckets: Vec::new(),
+                kv_resizes: true,
             },
         }
     }
@@ -75,11 +80,13 @@ impl Backend for Oracle {
         // Weights are read where they are stored, so the load is complete at once.
         let total_bytes = spec.weights.stored_bytes();
         (spec.progress)(LoadProgress { done_bytes: total_bytes, total_bytes });
+        let adapters = AdapterTable::new(spec.plan, &spec.weights);
         Ok(Box::new(OracleModel {
+            adapters: Arc::new(Mutex::new(adapters)),
             weights: spec.weights,
             hyper,
             memory: Arc::new(Mutex::new(Memory { arena, cache })),
-            kv_blocks: spec.kv_blocks,
+            kv_room: spec.plan.kv_room(spec.kv_blocks),
             kv_type: spec.kv_type,
             arena_bytes: spec.plan.arena_bytes(),
         }))
@@ -93,40 +100,69 @@ struct Memory {
 }
 
 struct OracleModel {
+    adapters: Arc<Mutex<AdapterTable<Adapter>>>,
     weights: Arc<Weights>,
     hyper: Hyper,
     memory: Arc<Mutex<Memory>>,
-    kv_blocks: usize,
+    /// The most blocks that the cache may have.
+    kv_room: usize,
     kv_type: KvType,
     arena_bytes: usize,
 }
 
 impl Loaded for OracleModel {
     fn memory(&self) -> MemoryReport {
-        memory(&self.hyper, self.kv_blocks, self.kv_type, self.arena_bytes)
+        let kv_blocks = self.memory.lock().unwrap_or_else(PoisonError::into_inner).cache.blocks;
+        let own = memory(&self.hyper, kv_blocks, self.kv_type, self.arena_bytes);
+        let weights_bytes = locked(&self.adapters).iter().map(|adapter| adapter.bytes()).sum();
+        MemoryReport { weights_bytes, ..own }
     }
 
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
         plan.check_loaded(&self.hyper, self.arena_bytes, &self.weights)?;
+        locked(&self.adapters).check_plan(plan)?;
         Ok(Box::new(OracleExecutable {
             plan: plan.clone(),
             weights: self.weights.clone(),
             memory: self.memory.clone(),
-            kv_blocks: self.kv_blocks,
-            ropes: rope_tables(plan),
+            ropes: rope_tables(plan, &self.weights),
+            adapters: self.adapters.clone(),
+            chosen: Vec::new(),
             answer: PendingAnswer::default(),
         }))
     }
+
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        if blocks > self.kv_room {
+            return Err(BackendError::Mismatch("more blocks than the plan has room for"));
+        }
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.cache = memory.cache.resized(&self.hyper, blocks)?;
+        Ok(())
+    }
+
+    fn put_adapter(&mut self, slot: AdapterSlot, adapter: &Adapter) -> Result<(), BackendError> {
+        locked(&self.adapters).put(slot, adapter, |adapter| Ok(adapter.clone())).map(|_| ())
+    }
+
+    fn drop_adapter(&mut self, slot: AdapterSlot) -> Result<(), BackendError> {
+        Ok(locked(&self.adapters).remove(slot).map(|_| ())?)
+    }
+}
+
+/// The table, whatever happened to a thread that had it: each change of it is one assignment.
+fn locked(table: &Mutex<AdapterTable<Adapter>>) -> MutexGuard<'_, AdapterTable<Adapter>> {
+    table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A table for each rotation of a plan.
-fn rope_tables(plan: &Plan) -> Vec<(RopeSpec, RopeTable)> {
+fn rope_tables(plan: &Plan, weights: &Weights) -> Vec<(RopeSpec, RopeTable)> {
     let mut tables: Vec<(RopeSpec, RopeTable)> = Vec::new();
     for op in plan.ops() {
         if let Op::Rope { spec, .. } | Op::RopeKvWrite { spec, .. } = op
             && !tables.iter().any(|(own, _)| own == spec)
         {
-            tables.push((*spec, RopeTable::new(spec, plan.hyper().context)));
+            tables.push((*spec, RopeTable::new(spec, weights, plan.hyper().context)));
         }
     }
     tables
@@ -146,8 +182,10 @@ struct OracleExecutable {
     plan: Plan,
     weights: Arc<Weights>,
     memory: Arc<Mutex<Memory>>,
-    kv_blocks: usize,
     ropes: Vec<(RopeSpec, RopeTable)>,
+    adapters: Arc<Mutex<AdapterTable<Adapter>>>,
+    /// The adapter of each sequence of a step.
+    chosen: Vec<Option<Arc<Adapter>>>,
     answer: PendingAnswer,
 }
 
@@ -156,12 +194,19 @@ impl Executable for OracleExecutable {
         if self.answer.is_in_flight() {
             return Err(BackendError::Order("submit before the last step was awaited"));
         }
-        input.validate(&self.plan, self.kv_blocks)?;
-        let ids = self.answer.resolve(input)?;
         // A step that panicked can have left wrong numbers in the blocks of its own sequences only.
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut step =
-            ops::Step { input, ids, weights: &self.weights, ropes: &self.ropes, memory: &mut memory };
+        input.validate(&self.plan, memory.cache.blocks)?;
+        locked(&self.adapters).chosen(input, &mut self.chosen)?;
+        let ids = self.answer.resolve(input)?;
+        let mut step = ops::Step {
+            input,
+            ids,
+            weights: &self.weights,
+            ropes: &self.ropes,
+            memory: &mut memory,
+            adapters: &self.chosen,
+        };
         for op in self.plan.ops() {
             step.run(op);
         }
@@ -210,6 +255,23 @@ impl KvCache {
         Ok(Self { values, kv_type, blocks, width })
     }
 
+    /// A cache of another size with the content of the blocks that both have.
+    fn resized(&self, hyper: &Hyper, blocks: usize) -> Result<Self, BackendError> {
+        let mut new = Self::new(hyper, blocks, self.kv_type)?;
+        let (old_len, new_len) = (self.side_len(), new.side_len());
+        match (&self.values, &mut new.values) {
+            (KvValues::Floats(from), KvValues::Floats(to)) => copy_sides(from, to, old_len, new_len),
+            (KvValues::Halves(from), KvValues::Halves(to)) => copy_sides(from, to, old_len, new_len),
+            _ => unreachable!("both caches have one type"),
+        }
+        Ok(new)
+    }
+
+    /// Values of the keys, or of the values, of one layer.
+    const fn side_len(&self) -> usize {
+        self.blocks * KV_BLOCK_TOKENS * self.width
+    }
+
     /// First index of one position's keys (`side` 0) or values (`side` 1).
     fn index(&self, layer: usize, side: usize, table: &[u32], position: usize) -> usize {
         let block = table[position / KV_BLOCK_TOKENS] as usize;
@@ -247,6 +309,17 @@ impl KvCache {
                 }
             }
         }
+    }
+}
+
+/// Copies the beginning of each side of each layer.
+fn copy_sides<T: Copy>(from: &[T], to: &mut [T], old_len: usize, new_len: usize) {
+    let both = old_len.min(new_len);
+    if both == 0 {
+        return;
+    }
+    for (from, to) in from.chunks_exact(old_len).zip(to.chunks_exact_mut(new_len)) {
+        to[..both].copy_from_slice(&from[..both]);
     }
 }
 

@@ -1,12 +1,15 @@
 //! Each op by its definition, row by row.
 
+use std::sync::Arc;
+
 use super::{
     Memory,
     encoder::{EncoderAttention, LayerNorm},
+    experts::FirstMatrices,
 };
 use crate::{
-    Activation, AttentionShape, Buf, Op, RopeLayout, RopeSpec, RowSpace, Segment, StepInput, WeightId,
-    Weights, rope::RopeTable,
+    Activation, Adapter, AttentionShape, Buf, Op, RopeLayout, RopeSpec, RowSpace, Scores, Segment, StepInput,
+    WeightId, Weights, rope::RopeTable,
 };
 
 /// What a projection does to its products.
@@ -22,6 +25,13 @@ pub(super) struct Heads {
     pub(super) scale: f32,
 }
 
+/// How an attention over the cache computes its scores.
+#[derive(Clone, Copy)]
+struct CachedHeads {
+    shape: AttentionShape,
+    scores: Scores,
+}
+
 /// A step that runs.
 pub(super) struct Step<'a> {
     pub(super) input: &'a StepInput,
@@ -30,6 +40,8 @@ pub(super) struct Step<'a> {
     pub(super) weights: &'a Weights,
     pub(super) ropes: &'a [(RopeSpec, RopeTable)],
     pub(super) memory: &'a mut Memory,
+    /// The adapter of each sequence; empty where all chose none.
+    pub(super) adapters: &'a [Option<Arc<Adapter>>],
 }
 
 impl Step<'_> {
@@ -53,6 +65,7 @@ impl Step<'_> {
                     None => self.all_rows(input),
                 };
                 self.matmul(&rows, segments, &Epilogue { activation, residual }, out);
+                self.adapt(&rows, segments, out);
             }
             Op::Rope { data, spec } => self.rope(data, &spec),
             Op::KvWrite { layer, keys, values } => self.kv_write(layer, keys, values),
@@ -66,15 +79,24 @@ impl Step<'_> {
                     self.store(keys, r, &row);
                 }
             }
-            Op::Attention { layer, query, shape, scale, out } => {
-                self.attention(layer, query, &Heads { shape, scale }, out);
+            Op::Attention { layer, query, shape, scores, out } => {
+                self.attention(layer, query, &CachedHeads { shape, scores }, out);
             }
             Op::EncoderAttention { query, keys, values, shape, scale, out } => {
                 let operands = EncoderAttention { query, keys, values, heads: Heads { shape, scale } };
                 self.encoder_attention(&operands, out);
             }
-            Op::Gelu { input, out } => self.gelu(input, out),
+            Op::Gelu { input, form, out } => self.gelu(input, form, out),
             Op::SiluMul { gate, up, out } => self.zip(gate, up, out, silu_mul),
+            Op::ExpertsUp { input, scores, gate, up, experts, out } => {
+                self.experts_up([input, scores], &FirstMatrices { gate, up }, experts, out);
+            }
+            Op::ExpertsDown { input, scores, down, experts, out } => {
+                self.experts_down([input, scores], down, experts, out);
+            }
+            Op::Mul { a, b, out } => self.zip(a, b, out, |a, b| a * b),
+            Op::Scale { input, factor, out } => self.zip(input, input, out, |v, _| v * factor),
+            Op::SoftCap { data, cap } => self.zip(data, data, data, |v, _| soft_capped(v, cap)),
             Op::Add { a, b, out } => self.zip(a, b, out, |a, b| a + b),
             Op::GatherRows { input, out } => {
                 for i in 0..self.rows(out) {
@@ -143,13 +165,13 @@ impl Step<'_> {
 
     fn rms_norm(&self, input: Buf, weight: WeightId, eps: f32) -> Vec<Vec<f32>> {
         let weights = self.vector(weight);
-        let norm = |r| {
-            let row = self.row(input, r);
-            let mean = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / row.len() as f64;
+        let norm = |group: &[f32]| -> Vec<f32> {
+            let mean = group.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / group.len() as f64;
             let factor = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
-            row.iter().zip(&weights).map(|(v, w)| v * factor * w).collect()
+            group.iter().zip(&weights).map(|(v, w)| v * factor * w).collect()
         };
-        (0..self.rows(input)).map(norm).collect()
+        let groups = |r| self.row(input, r).chunks_exact(weights.len()).flat_map(norm).collect();
+        (0..self.rows(input)).map(groups).collect()
     }
 
     fn matmul(&mut self, inputs: &[Vec<f32>], segments: &[Segment], epilogue: &Epilogue, out: Buf) {
@@ -217,21 +239,25 @@ impl Step<'_> {
         }
     }
 
-    fn attention(&mut self, layer: usize, query: Buf, heads: &Heads, out: Buf) {
-        let Heads { shape: AttentionShape { heads, kv_heads, head_dim }, scale } = *heads;
+    fn attention(&mut self, layer: usize, query: Buf, heads: &CachedHeads, out: Buf) {
+        let CachedHeads { shape: AttentionShape { heads, kv_heads, head_dim }, scores: how } = *heads;
         for i in 0..self.rows(query) {
             let row = self.input.token_row(query.rows, i);
             let table = self.input.blocks_of(self.input.sequence_of(row));
-            let (cache, positions) = (&self.memory.cache, self.input.positions[row] as usize + 1);
+            let (cache, position) = (&self.memory.cache, self.input.positions[row] as usize);
+            let seen = how.first(position)..position + 1;
             let cached =
-                |side| -> Vec<_> { (0..positions).map(|p| cache.read(layer, side, table, p)).collect() };
+                |side| -> Vec<_> { seen.clone().map(|p| cache.read(layer, side, table, p)).collect() };
             let (cached_keys, cached_values) = (cached(0), cached(1));
             let mut values = vec![0.0; query.cols];
             for h in 0..heads {
                 let kv = h / (heads / kv_heads) * head_dim..(h / (heads / kv_heads) + 1) * head_dim;
                 let q = &self.row(query, i)[h * head_dim..(h + 1) * head_dim];
-                let scores: Vec<f64> =
-                    cached_keys.iter().map(|k| f64::from(dot(q, &k[kv.clone()]) * scale)).collect();
+                let score = |key: &[f32]| {
+                    let scaled = dot(q, key) * how.scale;
+                    f64::from(how.soft_cap.map_or(scaled, |cap| soft_capped(scaled, cap)))
+                };
+                let scores: Vec<f64> = cached_keys.iter().map(|k| score(&k[kv.clone()])).collect();
                 let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let shares: Vec<f64> = scores.iter().map(|v| (v - largest).exp()).collect();
                 let total: f64 = shares.iter().sum();
@@ -248,7 +274,11 @@ impl Step<'_> {
     }
 }
 
-fn silu_mul(gate: f32, up: f32) -> f32 {
+fn soft_capped(v: f32, cap: f32) -> f32 {
+    (f64::from(cap) * (f64::from(v) / f64::from(cap)).tanh()) as f32
+}
+
+pub(super) fn silu_mul(gate: f32, up: f32) -> f32 {
     (f64::from(gate) / (1.0 + f64::from(-gate).exp()) * f64::from(up)) as f32
 }
 

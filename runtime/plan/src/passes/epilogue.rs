@@ -1,7 +1,7 @@
 //! Epilogues: the bias, the activation and the residual that follow a projection become part of its op.
 
 use super::{Uses, changed_between, remove};
-use crate::{Activation, Op, Value, builder::Draft};
+use crate::{Activation, GeluForm, Op, Value, builder::Draft};
 
 /// `t = w·x; y = t + bias` becomes one op where no other op reads `t`.
 pub(super) fn fold_bias(draft: &mut Draft) {
@@ -22,10 +22,10 @@ pub(super) fn fold_bias(draft: &mut Draft) {
     });
 }
 
-/// `t = w·x + bias; y = gelu(t)` becomes one op where no other op reads `t`.
+/// `t = w·x + bias; y = gelu(t)`, by the error function, becomes one op where no other op reads `t`.
 pub(super) fn fold_gelu(draft: &mut Draft) {
     fold(draft, |draft, index, uses| {
-        let Op::Gelu { input, out } = draft.ops[index] else { return None };
+        let Op::Gelu { input, form: GeluForm::Erf, out } = draft.ops[index] else { return None };
         let at = uses.made_for_one_reader(input)?;
         let Op::MatMul { activation: activation @ Activation::None, residual: None, out: target, .. } =
             &mut draft.ops[at]

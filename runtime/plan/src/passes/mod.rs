@@ -46,7 +46,7 @@ pub(crate) fn run(draft: &mut Draft, fused: &FusedOps, weights: &Weights) {
         concat::concat_matmuls(draft, weights, fused);
     }
     if fused.norm_matmul {
-        norm::fold_norm(draft);
+        norm::fold_norm(draft, weights);
     }
     if fused.rope_kv_write {
         rope::fold_rope_kv_write(draft);
@@ -110,7 +110,7 @@ fn remove(draft: &mut Draft, folded: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DType, Hyper, Limits, PlanBuilder, RopeLayout, RopeSpec, Weight, WeightId};
+    use crate::{DType, Hyper, Limits, PlanBuilder, RopeLayout, RopeScaling, RopeSpec, Weight, WeightId};
 
     /// Ids of the weights that [`ops`] makes.
     #[derive(Clone, Copy)]
@@ -166,7 +166,8 @@ mod tests {
     }
 
     fn rope() -> RopeSpec {
-        RopeSpec { layout: RopeLayout::Neox, base: 1e4, dims: 8, head_dim: 8 }
+        let scaling = RopeScaling::NONE;
+        RopeSpec { layout: RopeLayout::Neox, base: 1e4, dims: 8, head_dim: 8, scaling }
     }
 
     const NONE: FusedOps = FusedOps::NONE;

@@ -8,6 +8,7 @@ mod signatures;
 mod token;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
@@ -23,8 +24,8 @@ use trustformers_api::browser::{self, AllowedOrigins};
 use trustformers_api::inference::Models;
 use trustformers_api::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use trustformers_api::{
-    Answer, Api, ApiError, CountRequest, EmbedRequest, Embedded, ErrorShape, Generation, Health, Inference,
-    Verdict, grpc, http,
+    Answer, Api, ApiError, Classified, ClassifyRequest, CountRequest, EmbedRequest, Embedded, ErrorShape,
+    Generation, Health, Inference, RerankRequest, Reranked, Verdict, grpc, http,
 };
 use trustformers_proto::v1::ModelStatus;
 
@@ -40,6 +41,8 @@ pub struct AdminSettings {
     pub address: SocketAddr,
     /// Which tokens are accepted.
     pub tokens: TokenRules,
+    /// The `pod.yaml` whose section `admin` is read again, where the rules are those of its pod.
+    pub pod_config: Option<PathBuf>,
     /// Settings of models that a request leaves out.
     pub defaults: LoadDefaults,
 }
@@ -53,8 +56,8 @@ pub(crate) struct AdminPort {
 impl AdminPort {
     /// Reads the keys.
     pub(crate) fn new(settings: AdminSettings) -> Result<Self, KeysError> {
-        let AdminSettings { address: _, tokens, defaults } = settings;
-        Ok(Self { verifier: Arc::new(TokenVerifier::new(tokens)?), defaults })
+        let AdminSettings { address: _, tokens, pod_config, defaults } = settings;
+        Ok(Self { verifier: Arc::new(TokenVerifier::new(tokens, pod_config)?), defaults })
     }
 
     /// Follows the keys until `stop`.
@@ -111,6 +114,14 @@ impl Inference for AdministeredModels {
 
     fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embedded, ApiError>> {
         self.models.embed(request)
+    }
+
+    fn classify(&self, request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>> {
+        self.models.classify(request)
+    }
+
+    fn rerank(&self, request: RerankRequest) -> BoxFuture<'_, Result<Reranked, ApiError>> {
+        self.models.rerank(request)
     }
 
     fn count_tokens(&self, request: CountRequest) -> BoxFuture<'_, Result<u32, ApiError>> {

@@ -40,6 +40,7 @@ async fn start(cluster: &Cluster) -> Process {
         admin: Some(AdminSettings {
             address: any,
             tokens: cluster.rules(),
+            pod_config: None,
             defaults: LoadDefaults::default(),
         }),
         sight: Sight::default(),

@@ -15,6 +15,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 use trustformers_api::ApiError;
+use trustformers_proto::pod_config::{PodAdmin, PodConfig};
 
 use super::signatures;
 
@@ -24,7 +25,7 @@ const ALGORITHMS: [Algorithm; 2] = [Algorithm::RS256, Algorithm::ES256];
 const CLOCK_SKEW_S: u64 = 30;
 /// Longest token. Those of ServiceAccounts have about 1.2 KiB.
 const MAX_TOKEN_BYTES: usize = 16 * 1024;
-/// Time between two readings of the file. Kubelet brings a changed ConfigMap within about a minute, and a
+/// Time between two readings of the files. Kubelet brings a changed ConfigMap within about a minute, and a
 /// cluster publishes a new key long before it signs with it.
 const KEYS_PERIOD: Duration = Duration::from_secs(30);
 
@@ -39,6 +40,19 @@ pub struct TokenRules {
     pub subject: String,
     /// The issuer, where it is checked.
     pub issuer: Option<String>,
+}
+
+impl TokenRules {
+    /// The rules of a `pod.yaml`.
+    #[must_use]
+    pub fn of_pod(admin: &PodAdmin) -> Self {
+        Self {
+            keys_file: admin.keys_file.clone().into(),
+            audience: admin.audience.clone(),
+            subject: admin.subject.clone(),
+            issuer: admin.issuer.clone(),
+        }
+    }
 }
 
 /// Why the keys cannot be used.
@@ -67,8 +81,15 @@ pub enum KeysError {
 
 /// Checks tokens.
 pub(super) struct TokenVerifier {
+    in_force: ArcSwap<RulesInForce>,
+    /// The `pod.yaml` whose section `admin` has the rules; none: they stay as they are.
+    pod_config: Option<PathBuf>,
+}
+
+/// The rules and the keys that go with them.
+struct RulesInForce {
     rules: TokenRules,
-    keys: ArcSwap<JwkSet>,
+    keys: JwkSet,
 }
 
 /// The claim that is compared here; the others are compared by the decoder.
@@ -78,15 +99,21 @@ struct Claims {
 }
 
 impl TokenVerifier {
-    /// Reads the keys.
-    pub(super) fn new(rules: TokenRules) -> Result<Self, KeysError> {
+    /// Reads the keys. Those of a pod of the operator may come later: until then no token is accepted.
+    pub(super) fn new(rules: TokenRules, pod_config: Option<PathBuf>) -> Result<Self, KeysError> {
         signatures::install();
-        let keys = ArcSwap::from_pointee(read_keys(&rules.keys_file)?);
-        Ok(Self { rules, keys })
+        let keys = match read_keys(&rules.keys_file) {
+            Err(error) if pod_config.is_some() => {
+                tracing::warn!("the admin port accepts no token yet: {error}");
+                JwkSet { keys: Vec::new() }
+            }
+            keys => keys?,
+        };
+        Ok(Self { in_force: ArcSwap::from_pointee(RulesInForce { rules, keys }), pod_config })
     }
 
-    /// Reads the keys again and again, until `stop`. Keys that cannot be read leave the present ones in
-    /// force.
+    /// Reads the rules and the keys again and again, until `stop`. What cannot be read leaves the present
+    /// ones in force.
     pub(super) async fn follow_keys(self: Arc<Self>, stop: CancellationToken) {
         let mut ticks = tokio::time::interval(KEYS_PERIOD);
         ticks.tick().await;
@@ -95,9 +122,13 @@ impl TokenVerifier {
                 _ = ticks.tick() => {}
                 () = stop.cancelled() => return,
             }
-            let path = self.rules.keys_file.clone();
-            match tokio::task::spawn_blocking(move || read_keys(&path)).await {
-                Ok(Ok(keys)) => self.keys.store(Arc::new(keys)),
+            let (config, present) = (self.pod_config.clone(), self.in_force.load().rules.clone());
+            let read = move || {
+                let rules = config.and_then(|path| read_rules(&path)).unwrap_or(present);
+                read_keys(&rules.keys_file).map(|keys| RulesInForce { rules, keys })
+            };
+            match tokio::task::spawn_blocking(read).await {
+                Ok(Ok(in_force)) => self.in_force.store(Arc::new(in_force)),
                 Ok(Err(error)) => tracing::warn!("the keys of the admin port stay as they are: {error}"),
                 // The process ends.
                 Err(_) => return,
@@ -110,10 +141,12 @@ impl TokenVerifier {
     /// # Errors
     /// `Unauthenticated` for a token that proves nothing, `Forbidden` for that of another account.
     pub(super) fn check(&self, authorization: Option<&[u8]>) -> Result<(), ApiError> {
+        let in_force = self.in_force.load();
+        let RulesInForce { rules, keys } = &**in_force;
         let refused = |why: &str| ApiError::Unauthenticated {
             message: format!(
                 "{why}; send \"authorization: Bearer TOKEN\" with a token of {} for the audience {:?}",
-                self.rules.subject, self.rules.audience
+                rules.subject, rules.audience
             ),
         };
         let Some(header) = authorization else { return Err(refused("there is no token")) };
@@ -122,38 +155,37 @@ impl TokenVerifier {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(refused("the token is too long"));
         }
-        let claims = self.verify(token).map_err(|why| refused(&why))?;
-        if claims.sub != self.rules.subject {
-            let message = format!("models are changed here by {} alone", self.rules.subject);
+        let claims = verify(rules, keys, token).map_err(|why| refused(&why))?;
+        if claims.sub != rules.subject {
+            let message = format!("models are changed here by {} alone", rules.subject);
             return Err(ApiError::Forbidden { message });
         }
         Ok(())
     }
+}
 
-    fn verify(&self, token: &str) -> Result<Claims, String> {
-        let header = decode_header(token).map_err(|_| "it is no signed token".to_owned())?;
-        if !ALGORITHMS.contains(&header.alg) {
-            return Err(format!("tokens signed with {:?} are not accepted", header.alg));
-        }
-        let keys = self.keys.load();
-        let key = match &header.kid {
-            Some(id) => keys.find(id),
-            None => keys.keys.first().filter(|_| keys.keys.len() == 1),
-        };
-        let key = key.ok_or("the cluster has no key that it could be signed with")?;
-        let key = DecodingKey::from_jwk(key).map_err(|error| format!("its key cannot be used: {error}"))?;
-        let mut validation = Validation::new(header.alg);
-        validation.leeway = CLOCK_SKEW_S;
-        validation.validate_nbf = true;
-        validation.set_audience(&[&self.rules.audience]);
-        validation.set_required_spec_claims(&["exp", "aud", "sub"]);
-        if let Some(issuer) = &self.rules.issuer {
-            validation.set_issuer(&[issuer]);
-            validation.set_required_spec_claims(&["exp", "aud", "sub", "iss"]);
-        }
-        let decoded = decode::<Claims>(token, &key, &validation);
-        decoded.map(|token| token.claims).map_err(|error| format!("the token is refused ({error})"))
+fn verify(rules: &TokenRules, keys: &JwkSet, token: &str) -> Result<Claims, String> {
+    let header = decode_header(token).map_err(|_| "it is no signed token".to_owned())?;
+    if !ALGORITHMS.contains(&header.alg) {
+        return Err(format!("tokens signed with {:?} are not accepted", header.alg));
     }
+    let key = match &header.kid {
+        Some(id) => keys.find(id),
+        None => keys.keys.first().filter(|_| keys.keys.len() == 1),
+    };
+    let key = key.ok_or("the cluster has no key that it could be signed with")?;
+    let key = DecodingKey::from_jwk(key).map_err(|error| format!("its key cannot be used: {error}"))?;
+    let mut validation = Validation::new(header.alg);
+    validation.leeway = CLOCK_SKEW_S;
+    validation.validate_nbf = true;
+    validation.set_audience(&[&rules.audience]);
+    validation.set_required_spec_claims(&["exp", "aud", "sub"]);
+    if let Some(issuer) = &rules.issuer {
+        validation.set_issuer(&[issuer]);
+        validation.set_required_spec_claims(&["exp", "aud", "sub", "iss"]);
+    }
+    let decoded = decode::<Claims>(token, &key, &validation);
+    decoded.map(|token| token.claims).map_err(|error| format!("the token is refused ({error})"))
 }
 
 /// The token of `Bearer TOKEN`; the word in any case.
@@ -161,6 +193,18 @@ fn bearer(text: &str) -> Option<&str> {
     let (scheme, token) = text.split_once(' ')?;
     let token = token.trim();
     (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
+}
+
+/// The rules of a `pod.yaml`; none where it cannot be read.
+fn read_rules(pod_config: &Path) -> Option<TokenRules> {
+    let text = std::fs::read_to_string(pod_config).ok()?;
+    match PodConfig::parse(&text) {
+        Ok(config) => config.admin.as_ref().map(TokenRules::of_pod),
+        Err(error) => {
+            tracing::warn!("who may use the admin port stays as it is: {error}");
+            None
+        }
+    }
 }
 
 fn read_keys(path: &Path) -> Result<JwkSet, KeysError> {
@@ -243,7 +287,7 @@ pub(super) mod tests {
     #[test]
     fn only_a_valid_token_of_the_account_for_this_audience_is_accepted() {
         let cluster = Cluster::new();
-        let verifier = TokenVerifier::new(cluster.rules()).unwrap();
+        let verifier = TokenVerifier::new(cluster.rules(), None).unwrap();
         assert_eq!(check(&verifier, &cluster.token(&json!({}))), Ok(()));
         let now = get_current_timestamp();
         for (claims, why) in [
@@ -268,7 +312,7 @@ pub(super) mod tests {
     #[test]
     fn what_is_no_token_of_a_cluster_is_refused() {
         let cluster = Cluster::new();
-        let verifier = TokenVerifier::new(cluster.rules()).unwrap();
+        let verifier = TokenVerifier::new(cluster.rules(), None).unwrap();
         for header in [None, Some(&b"Basic abc"[..]), Some(b"Bearer "), Some(b"Bearer a.b.c"), Some(b"\xff")]
         {
             assert!(matches!(verifier.check(header), Err(ApiError::Unauthenticated { .. })), "{header:?}");
@@ -297,14 +341,14 @@ pub(super) mod tests {
             subject: SUBJECT.to_owned(),
             issuer: None,
         };
-        let verifier = TokenVerifier::new(rules).unwrap();
+        let verifier = TokenVerifier::new(rules, None).unwrap();
         assert_eq!(check(&verifier, include_str!("testdata/rs256.jwt").trim()), Ok(()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn keys_that_change_are_read_again_and_a_broken_file_leaves_them() {
         let (old, new) = (Cluster::new(), Cluster::new());
-        let verifier = Arc::new(TokenVerifier::new(old.rules()).unwrap());
+        let verifier = Arc::new(TokenVerifier::new(old.rules(), None).unwrap());
         let stop = CancellationToken::new();
         let following = tokio::spawn(Arc::clone(&verifier).follow_keys(stop.clone()));
         let until = async |accepted: &Cluster| {
@@ -318,6 +362,28 @@ pub(super) mod tests {
         std::fs::write(old.rules().keys_file, "{}").unwrap();
         tokio::time::sleep(2 * KEYS_PERIOD).await;
         until(&new).await;
+        stop.cancel();
+        following.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_takes_keys_and_rules_that_its_config_map_brings_later() {
+        let cluster = Cluster::new();
+        let (keys, config) = (cluster.folder.path().join("later"), cluster.folder.path().join("pod.yaml"));
+        let rules = TokenRules { keys_file: keys.clone(), subject: "nobody".to_owned(), ..cluster.rules() };
+        let verifier = Arc::new(TokenVerifier::new(rules, Some(config.clone())).unwrap());
+        assert!(check(&verifier, &cluster.token(&json!({}))).is_err(), "there is no key yet");
+        let stop = CancellationToken::new();
+        let following = tokio::spawn(Arc::clone(&verifier).follow_keys(stop.clone()));
+        std::fs::copy(cluster.rules().keys_file, &keys).unwrap();
+        let text = format!(
+            "model: {{names: [m], revision: r, path: /m}}\nadmin: {{port: 1, keysFile: {}, audience: {AUDIENCE}, subject: '{SUBJECT}'}}\n",
+            keys.display()
+        );
+        std::fs::write(&config, text).unwrap();
+        while check(&verifier, &cluster.token(&json!({}))).is_err() {
+            tokio::time::sleep(KEYS_PERIOD).await;
+        }
         stop.cancel();
         following.await.unwrap();
     }

@@ -128,12 +128,8 @@ fn seeded(folder: &std::path::Path, revision: &str, seed: u64) -> ModelSpec {
     version(revision, Source::from_path(file))
 }
 
-async fn answer(
-    server: &ModelServer,
-    model: &str,
-    revision: Option<&str>,
-) -> Result<(String, Vec<u32>), ApiError> {
-    let request = Generation {
+fn greedy(model: &str, revision: Option<&str>) -> Generation {
+    Generation {
         prompt: "Hello".into(),
         model: Some(model.to_owned()),
         revision: revision.map(str::to_owned),
@@ -144,8 +140,15 @@ async fn answer(
         priority: Priority::Normal,
         tenant: String::new(),
         options: Options::default(),
-    };
-    let mut answer = server.generate(request).await?;
+    }
+}
+
+async fn answer(
+    server: &ModelServer,
+    model: &str,
+    revision: Option<&str>,
+) -> Result<(String, Vec<u32>), ApiError> {
+    let mut answer = server.generate(greedy(model, revision)).await?;
     let mut ids = Vec::new();
     while let Some(event) = answer.events.next().await {
         if let Event::Token { id, .. } = event? {
@@ -240,6 +243,7 @@ async fn a_bad_candidate_says_why_and_never_touches_what_serves() {
         prompt: "Hello".into(),
         max_tokens: 24,
         text: text.map(str::to_owned),
+        begins_with: None,
         tokens_sha256: tokens,
     };
     let mut broken = good.clone();
@@ -255,14 +259,19 @@ async fn a_bad_candidate_says_why_and_never_touches_what_serves() {
         (version("other", Source::from_path(fixture.folder.path().join("model.safetensors"))), "", ""),
         (with(&|spec| spec.task = Some(Task::Embed)), "TaskMismatch", "the task embed"),
         (
-            with(&|spec| spec.probe = Some(probe(Some("no such answer"), None))),
+            with(&|spec| spec.probes = vec![probe(Some("no such answer"), None)]),
             "WrongAnswer",
             "no such answer",
         ),
         (
-            with(&|spec| spec.probe = Some(probe(None, Some(tokens_sha256(&before.1))))),
+            with(&|spec| spec.probes = vec![probe(None, Some(tokens_sha256(&before.1)))]),
             "WrongAnswer",
             "sha256",
+        ),
+        (
+            with(&|spec| spec.probes = vec![GoldenProbe::of_beginning("Hello", "no such answer").unwrap()]),
+            "WrongAnswer",
+            "does not begin with",
         ),
     ];
     for (spec, reason, says) in cases {
@@ -283,16 +292,26 @@ async fn a_bad_candidate_says_why_and_never_touches_what_serves() {
     }
     fixture.device.limit_bytes.store(64 << 20, Ordering::SeqCst);
     let error = fixture.server.load(fixture.seeded("large", 2)).await.unwrap_err().to_string();
-    assert!(error.contains("(InsufficientMemory)") && error.contains("for the other models"), "{error}");
+    assert!(error.contains("(InsufficientMemory)") && error.contains("unload another model"), "{error}");
 }
 
 #[tokio::test]
 async fn a_golden_probe_that_is_answered_lets_the_version_serve() {
     let fixture = Fixture::ready().await;
     let (_, ids) = fixture.answer("m", None).await.unwrap();
+    let (mut answer, mut text) = (fixture.server.generate(greedy("m", None)).await.unwrap(), String::new());
+    while let Some(event) = answer.events.next().await {
+        if let Event::Token { text: piece, .. } = event.unwrap() {
+            text.push_str(&piece);
+        }
+    }
+    // The end of the first character: the answer of random weights may be any text.
+    let first = text.chars().next().map(char::len_utf8).unwrap();
     let mut spec = fixture.seeded("r2", 1);
     let tokens_sha256 = Some(tokens_sha256(&ids));
-    spec.probe = Some(GoldenProbe { prompt: "Hello".into(), max_tokens: 24, text: None, tokens_sha256 });
+    let whole =
+        GoldenProbe { prompt: "Hello".into(), max_tokens: 24, text: None, begins_with: None, tokens_sha256 };
+    spec.probes = vec![whole, GoldenProbe::of_beginning("Hello", &text[..first]).unwrap()];
     let loaded = fixture.server.load(spec).await.unwrap();
     assert_eq!(loaded.slots[1].state(), ModelState::Ready);
 }

@@ -90,6 +90,10 @@ impl Loaded for Gated<dyn Loaded> {
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
         Ok(Box::new(Gated(self.0.clone(), self.1.compile(plan)?)))
     }
+
+    fn resize_kv(&mut self, blocks: usize) -> Result<(), BackendError> {
+        self.1.resize_kv(blocks)
+    }
 }
 
 impl Executable for Gated<dyn Executable> {

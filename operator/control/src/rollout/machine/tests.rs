@@ -76,7 +76,7 @@ impl RolloutCase {
         let sample = self.errors.and_then(|errors| {
             let candidate = RequestSample { requests: self.requests, errors, latency: Vec::new() };
             let key = self.state.sample_key()?;
-            Some(StepSample { key, candidate, stable: RequestSample::default(), golden: None })
+            Some(StepSample { key, candidate, stable: RequestSample::default() })
         });
         let facts = RolloutFacts {
             desired: &self.desired,
@@ -227,7 +227,7 @@ fn a_sample_of_another_step_says_nothing() {
     let mut case = RolloutCase::shifting();
     let key = SampleKey { step: 7, ..case.state.sample_key().unwrap() };
     let candidate = RequestSample { requests: 1000, errors: 1000, latency: Vec::new() };
-    let sample = StepSample { key, candidate, stable: RequestSample::default(), golden: None };
+    let sample = StepSample { key, candidate, stable: RequestSample::default() };
     let machine = Machine {
         state: case.state.clone(),
         facts: &RolloutFacts {
@@ -441,6 +441,33 @@ fn errors_while_the_previous_revision_is_ready_return_to_it() {
 }
 
 #[test]
+fn errors_while_the_previous_revision_is_ready_wait_for_a_person_with_hold() {
+    let mut case = RolloutCase::promoted();
+    case.policy.on_failure = OnFailure::Hold;
+    case.errors = Some(500);
+    case.run();
+    assert_eq!((case.state.phase, case.state.held), (RolloutPhase::Promoted, true));
+    assert_eq!(case.state.history.last().unwrap().decision, "Held");
+    case.wait_s(10_000);
+    assert_eq!(case.state.phase, RolloutPhase::Promoted, "the previous revision stays ready");
+    assert_eq!(case.state.history.iter().filter(|one| one.decision == "Held").count(), 1);
+    case.command(Command::Undo, "r2");
+    assert_eq!((case.state.phase, case.state.held), (RolloutPhase::RollingBack, false));
+}
+
+#[test]
+fn a_return_to_the_stable_revision_ends_what_waits_for_a_person() {
+    let mut case = RolloutCase::shifting();
+    case.policy.on_failure = OnFailure::Hold;
+    case.errors = Some(100);
+    case.run();
+    assert!(case.state.held);
+    case.desired = "r1".to_owned();
+    case.run();
+    assert_eq!((case.state.reason.as_str(), case.state.held), ("Reverted", false));
+}
+
+#[test]
 fn a_return_to_the_previous_revision_uses_its_pods() {
     let mut case = RolloutCase::promoted();
     case.desired = "r1".to_owned();
@@ -521,6 +548,20 @@ fn in_place_loads_the_candidate_into_the_pods_of_the_stable_revision() {
     let unload = PodCommand::Unload { pool: "r1".to_owned(), revision: "r1".to_owned() };
     let outcome = case.run();
     assert_eq!((sizes(&outcome), outcome.commands.clone()), (vec![("r1", 4)], vec![swap, unload]));
+}
+
+#[test]
+fn new_pods_of_the_revision_that_a_swapped_pool_is_named_after_are_a_pool_of_their_own() {
+    let mut case = RolloutCase::changed();
+    case.state.stable = Some(Member { revision: "r2".to_owned(), pool: "r1".to_owned() });
+    case.revisions.clear();
+    case.loads("r2").routable = 4;
+    case.desired = "r1".to_owned();
+    let outcome = case.run();
+    assert_eq!(sizes(&outcome), [("r1", 4), ("r1-1", 1)]);
+    assert_eq!((case.state.placement, case.state.pool_of("r1")), (Placement::Surge, "r1-1"));
+    let swap = PodCommand::Swap { pool: "r1".to_owned(), revision: "r2".to_owned() };
+    assert_eq!(outcome.commands, [swap], "the pods that serve load nothing");
 }
 
 #[test]

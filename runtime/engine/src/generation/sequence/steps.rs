@@ -89,6 +89,7 @@ impl Sequence {
             let logits = if end == self.tokens.len() { logits } else { LogitsRows::None };
             input.push_sequence(SequenceStep { tokens, cached_tokens, blocks, logits });
         }
+        input.choose_adapter(self.job.adapter.as_ref().map(|adapter| adapter.slot));
         self.in_flight.push_back(RowsInFlight {
             step,
             rows,

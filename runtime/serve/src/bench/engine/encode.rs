@@ -3,8 +3,7 @@
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
-use trustformers_engine::Prompt;
-use trustformers_engine::encoder::{EncodeParams, Encoder};
+use trustformers_engine::encoder::{EncodeInput, EncodeParams, Encoder};
 
 use crate::bench::{BenchFailure, prompts};
 
@@ -45,7 +44,7 @@ pub(super) async fn measure(
     while began.elapsed().as_secs_f64() < AT_LEAST_S {
         let texts = (0..what.texts).map(|_| {
             *fresh += 1;
-            Prompt::Tokens(prompts::ids(*fresh, what.tokens, vocabulary))
+            EncodeInput::Tokens(prompts::ids(*fresh, what.tokens, vocabulary))
         });
         let params = EncodeParams { texts: texts.collect(), ..EncodeParams::texts([""; 0]) };
         encoder.submit(&params)?.await?;

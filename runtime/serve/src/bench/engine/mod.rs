@@ -83,7 +83,7 @@ pub(super) async fn run(flags: EngineFlags) -> Result<(), BenchFailure> {
             )
         }
         // The task was asked for, so loading has refused every other.
-        (Runner::Generate(_), Measures::Embed(_)) | (Runner::Embed(_), Measures::Generate(..)) => {
+        _ => {
             return Err(BenchFailure::flag("model", "its task is not the one that was asked for"));
         }
     };
@@ -102,10 +102,14 @@ fn other_task(failure: Failure, measures: &Measures) -> BenchFailure {
     match measures {
         _ if failure.reason != "TaskMismatch" => failure.into(),
         Measures::Generate(..) => {
-            let why = "it turns texts into vectors; say how many at once with --texts, such as --texts 1,32";
+            let why = "it generates no text; one that turns texts into vectors is measured with --texts, such as \
+                --texts 1,32";
             BenchFailure::flag("model", why)
         }
-        Measures::Embed(_) => BenchFailure::flag("texts", "the model generates text; leave this flag away"),
+        Measures::Embed(_) => BenchFailure::flag(
+            "texts",
+            "the model generates text or scores and has no vectors; leave this flag away",
+        ),
     }
 }
 

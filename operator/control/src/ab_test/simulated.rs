@@ -1,0 +1,230 @@
+//! Tests over simulated users: what is there is found, what is not there is not, and breaches end a test.
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use trustformers_crds::{ABTestPhase, ABTestStatus, ABTestVerdict};
+use trustformers_proto::ab_test::latency_cell;
+
+use super::assess::{AssessInputs, EpochSample, Judgement, assess};
+use super::sample::{SampleStore, VariantId, VariantSums};
+use super::status::{StepInputs, TestFacts, step};
+use super::validate::tests::{spec, stored};
+use super::validate::{ValidatedTest, validate};
+
+/// `SplitMix64`: the same numbers on every machine.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        hashed(self.0)
+    }
+
+    /// From 0 to 1.
+    fn share(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
+
+fn hashed(number: u64) -> u64 {
+    let mut mixed = number;
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+/// Users with levels of their own, who return.
+struct Population {
+    random: Random,
+    users: u64,
+    /// Percent of the users that get the treatment.
+    treatment_percent: u64,
+    /// Share of the requests of each variant that fail.
+    error_rates: [f64; 2],
+    sums: [VariantSums; 2],
+}
+
+impl Population {
+    fn new(seed: u64, treatment_percent: u64, error_rates: [f64; 2]) -> Self {
+        let sums = [VariantSums::default(), VariantSums::default()];
+        Self { random: Random(seed), users: 20_000, treatment_percent, error_rates, sums }
+    }
+
+    /// Some users send a request.
+    fn send(&mut self, requests: u32) {
+        for _ in 0..requests {
+            let user = self.random.next() % self.users;
+            let hash = hashed(user.wrapping_mul(0x9e37_79b9_7f4a_7c15) + 77);
+            let variant = usize::from(hashed(hash) % 100 < self.treatment_percent);
+            // A user's own level is half to one and a half times the mean.
+            let level = 0.5 + (hash >> 40) as f64 / (1_u64 << 24) as f64;
+            let failed = self.random.share() < self.error_rates[variant] * level;
+            let latency = std::time::Duration::from_micros(10_000 + self.random.next() % 40_000);
+            let sums = &mut self.sums[variant];
+            sums.users.insert(hashed(hash + 1));
+            let bucket = &mut sums.buckets[(hash & 255) as usize];
+            bucket.requests += 1;
+            bucket.errors += u64::from(failed);
+            if !failed {
+                bucket.answers_within[latency_cell(latency)] += 1;
+                sums.answer.observe(latency);
+            }
+        }
+    }
+
+    fn epoch(&self, weights: [u32; 2]) -> EpochSample {
+        EpochSample { weights: weights.to_vec(), variants: self.sums.to_vec() }
+    }
+}
+
+fn half_and_half(more: &str) -> ValidatedTest {
+    let even = spec(more).replace("weight: 90", "weight: 50").replace("weight: 10", "weight: 50");
+    validate(&stored(&even)).unwrap()
+}
+
+const AT_ONCE: &str = ", stopWhen: {minDuration: 0s, maxDuration: 60d}";
+
+/// What each of `looks` says, until the first verdict.
+fn until_verdict(test: &ValidatedTest, population: &mut Population, looks: u32) -> Vec<Judgement> {
+    let mut judgements = Vec::new();
+    let mut information = vec![0.0, 0.0];
+    for look in 1..=looks {
+        population.send(400);
+        let epochs = [population.epoch([5000, 5000])];
+        let days = f64::from(look) / 12.0;
+        let judgement = assess(&AssessInputs { test, epochs: &epochs, information: &information, days });
+        information = judgement.variants.iter().map(|variant| variant.information).collect();
+        let is_over = judgement.conclusion.is_some();
+        judgements.push(judgement);
+        if is_over {
+            break;
+        }
+    }
+    judgements
+}
+
+#[test]
+fn no_difference_is_not_concluded_over_thirty_days_of_looks() {
+    let test = half_and_half(AT_ONCE);
+    for seed in [1, 2] {
+        let mut population = Population::new(seed, 50, [0.05, 0.05]);
+        let looks = until_verdict(&test, &mut population, 360);
+        assert_eq!(looks.len(), 360, "seed {seed}: {:?}", looks.last().unwrap().conclusion);
+        let last = looks.last().unwrap();
+        assert!(!last.split_is_broken() && last.breach.is_none());
+        // The interval holds at every look that has one.
+        for look in &looks {
+            let comparison = look.variants[1].metrics[0].comparison.as_ref();
+            assert!(comparison.is_none_or(|one| one.low <= 0.0 && one.high >= 0.0), "seed {seed}");
+        }
+        assert!(last.detectable_effect.is_some_and(|effect| effect > 0.0 && effect < 1.0));
+    }
+}
+
+#[test]
+fn a_true_difference_is_found_and_its_interval_holds() {
+    let test = half_and_half(AT_ONCE);
+    let mut population = Population::new(11, 50, [0.10, 0.05]);
+    let looks = until_verdict(&test, &mut population, 360);
+    let last = looks.last().unwrap();
+    let conclusion = last.conclusion.unwrap();
+    assert_eq!((conclusion.verdict, conclusion.winner), (ABTestVerdict::Winner, Some(1)));
+    assert!(looks.len() > 3, "not before each variant has its least users and events");
+    let comparison = last.variants[1].metrics[0].comparison.as_ref().unwrap();
+    let truth = 0.5_f64.ln();
+    assert!(comparison.low <= truth && truth <= comparison.high && comparison.high < 0.0, "{comparison:?}");
+    assert_eq!(last.leader, Some(1));
+    assert!(last.confidence.is_some_and(|confidence| confidence > 0.95));
+}
+
+#[test]
+fn a_worse_treatment_makes_the_control_the_winner() {
+    let test = half_and_half(AT_ONCE);
+    let mut population = Population::new(12, 50, [0.05, 0.10]);
+    let looks = until_verdict(&test, &mut population, 360);
+    let conclusion = looks.last().unwrap().conclusion.unwrap();
+    assert_eq!((conclusion.verdict, conclusion.winner), (ABTestVerdict::Winner, Some(0)));
+}
+
+#[test]
+fn variants_that_hardly_differ_are_equivalent_within_a_margin() {
+    let margin = half_and_half(AT_ONCE);
+    let mut test = margin;
+    test.goal.margin = 0.3;
+    let mut population = Population::new(13, 50, [0.10, 0.10]);
+    let looks = until_verdict(&test, &mut population, 360);
+    assert_eq!(looks.last().unwrap().conclusion.unwrap().verdict, ABTestVerdict::Equivalent);
+}
+
+#[test]
+fn a_verdict_waits_for_the_least_duration() {
+    let test = half_and_half(", stopWhen: {minDuration: 4d, maxDuration: 60d}");
+    let mut population = Population::new(11, 50, [0.10, 0.05]);
+    let looks = until_verdict(&test, &mut population, 360);
+    assert_eq!(looks.len(), 48, "four days of twelve looks");
+}
+
+#[test]
+fn users_that_are_divided_otherwise_trip_the_ratio_check() {
+    let test = half_and_half(AT_ONCE);
+    let mut population = Population::new(14, 40, [0.05, 0.05]);
+    let looks = until_verdict(&test, &mut population, 100);
+    assert_eq!(looks.last().unwrap().conclusion.unwrap().verdict, ABTestVerdict::Invalid);
+    assert!(looks.len() < 20, "{} looks of 400 requests", looks.len());
+}
+
+/// Steps a test checkpoint by checkpoint, as the operator does, until `looks` or a phase beyond sampling.
+fn stepped(test: &ValidatedTest, population: &mut Population, looks: i64) -> (ABTestStatus, i64) {
+    let facts = TestFacts {
+        conflict: None,
+        revisions: vec!["r1".to_owned(), "r1".to_owned()],
+        checkpoint_error: None,
+    };
+    let begin = Timestamp::from_second(1_800_000_000).unwrap();
+    let inputs =
+        StepInputs { test, stored: &ABTestStatus::default(), facts: &facts, samples: None, now: begin };
+    let mut status = step(&inputs);
+    let mut store = SampleStore::default();
+    for look in 1..=looks {
+        population.send(200);
+        let epoch = u64::try_from(status.epochs.last().unwrap().epoch).unwrap();
+        let counts = ["control", "treatment"].iter().zip(&population.sums).map(|(variant, sums)| {
+            let id = VariantId { test: test.uid.clone(), epoch, variant: (*variant).to_owned() };
+            sums.to_wire(&id, 0)
+        });
+        store.report("gateway", &counts.collect::<Vec<_>>());
+        let now = begin.checked_add(SignedDuration::from_secs(30 * look)).unwrap();
+        status = step(&StepInputs { test, stored: &status, facts: &facts, samples: Some(&store), now });
+        if status.phase != Some(ABTestPhase::Running) {
+            return (status, look);
+        }
+    }
+    (status, looks)
+}
+
+#[test]
+fn a_guardrail_stops_within_two_checkpoints_and_the_control_gets_everything() {
+    let more = ", guardrails: [{metric: errorRate, max: 0.02}], stopWhen: {maxDuration: 60d}";
+    let mut population = Population::new(15, 50, [0.0, 0.4]);
+    let (status, looks) = stepped(&half_and_half(more), &mut population, 10);
+    assert_eq!(status.phase, Some(ABTestPhase::Stopped));
+    assert!(looks <= 2, "{looks} checkpoints");
+    assert_eq!(status.epochs.last().unwrap().weights, [10_000, 0]);
+    assert!(status.owners.iter().all(|owner| owner.variant == "control"));
+    let sampling = status.conditions.iter().find(|one| one.type_ == "Sampling").unwrap();
+    assert_eq!(sampling.reason, "GuardrailBroken");
+    assert!(sampling.message.contains("ErrorRate of treatment"), "{}", sampling.message);
+}
+
+#[test]
+fn a_guardrail_that_holds_ends_no_test() {
+    let more = ", guardrails: [{metric: errorRate, max: 0.06}, {metric: latencyP95Ms, max: 60}], \
+                stopWhen: {maxDuration: 60d}";
+    let mut population = Population::new(16, 50, [0.02, 0.02]);
+    let (status, looks) = stepped(&half_and_half(more), &mut population, 300);
+    assert_eq!((status.phase, looks), (Some(ABTestPhase::Running), 300));
+    let slow = more.replace("max: 60}", "max: 20}");
+    let mut population = Population::new(17, 50, [0.02, 0.02]);
+    let (status, looks) = stepped(&half_and_half(&slow), &mut population, 300);
+    assert_eq!(status.phase, Some(ABTestPhase::Stopped), "half of the requests take more than 20 ms");
+    assert!(looks <= 3, "{looks}");
+}

@@ -1,0 +1,195 @@
+//! A test step by step: its beginning, its ramp, a variant that moves, its promotion, and its Events.
+
+use k8s_openapi::jiff::SignedDuration;
+use serde_json::{Value, json};
+
+use super::super::validate::tests::{spec, stored};
+use super::super::validate::validate;
+use super::*;
+
+fn test(more: &str) -> ValidatedTest {
+    validate(&stored(&spec(more))).unwrap()
+}
+
+fn facts(revisions: [&str; 2]) -> TestFacts {
+    let revisions = revisions.map(str::to_owned).to_vec();
+    TestFacts { conflict: None, revisions, checkpoint_error: None }
+}
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_800_000_000).unwrap().checked_add(SignedDuration::from_secs(second)).unwrap()
+}
+
+fn stepped(test: &ValidatedTest, stored: &ABTestStatus, facts: &TestFacts, second: i64) -> ABTestStatus {
+    step(&StepInputs { test, stored, facts, samples: None, now: at(second) })
+}
+
+fn reason(status: &ABTestStatus, kind: &str) -> (String, String) {
+    let found = status.conditions.iter().find(|one| one.type_ == kind).unwrap();
+    (found.status.clone(), found.reason.clone())
+}
+
+fn pair(one: &str, other: &str) -> (String, String) {
+    (one.to_owned(), other.to_owned())
+}
+
+#[test]
+fn the_first_status_of_a_test_is_this_one() {
+    let status = stepped(&test(""), &ABTestStatus::default(), &facts(["r1", "r2"]), 0);
+    let mut found = serde_json::to_value(&status).unwrap();
+    let conditions = found["conditions"].take();
+    let words: Vec<String> = conditions
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| format!("{}={} {}", one["type"], one["status"], one["reason"]).replace('"', ""))
+        .collect();
+    assert_eq!(
+        words,
+        [
+            "Accepted=True Accepted",
+            "Serving=True Serving",
+            "Sampling=True Started",
+            "SamplesStored=True Stored"
+        ]
+    );
+    found["samplesOf"].take();
+    let variant = |name: &str, revision: &str| {
+        json!({"name": name, "revision": revision, "users": 0, "requests": 0, "errors": 0, "fallbacks": 0,
+               "uncounted": 0, "tokens": 0, "scores": 0})
+    };
+    let began = "2027-01-15T08:00:00Z";
+    let expected = json!({
+        "observedGeneration": 1,
+        "phase": "Running",
+        "srm": "-",
+        "weights": "90/10",
+        "samples": 0,
+        "startedAt": began,
+        "rampStep": 0,
+        "rampSince": began,
+        "promoted": 0,
+        "epochs": [{"epoch": 1_800_000_000, "since": began, "weights": [9000, 1000]}],
+        "owners": [{"end": 9000, "variant": "control"}, {"end": 10_000, "variant": "treatment"}],
+        "variants": [variant("control", "r1"), variant("treatment", "r2")],
+        "samplesOf": Value::Null,
+        "conditions": Value::Null,
+    });
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn a_test_waits_for_its_variants_and_for_its_route() {
+    let test = test("");
+    let waits = stepped(&test, &ABTestStatus::default(), &facts(["r1", ""]), 0);
+    assert_eq!((waits.phase, waits.epochs.len()), (Some(ABTestPhase::Pending), 0));
+    assert_eq!(reason(&waits, "Serving"), pair("False", "VariantNotServing"));
+    let conflict = TestConflict::RouteIsModel { route: "chat".to_owned() };
+    let refused = TestFacts { conflict: Some(conflict), ..facts(["r1", "r2"]) };
+    let refused = stepped(&test, &waits, &refused, 1);
+    assert_eq!(reason(&refused, "Accepted"), pair("False", "RouteIsModel"));
+    assert!(refused.epochs.is_empty());
+    let begins = stepped(&test, &refused, &facts(["r1", "r2"]), 2);
+    assert_eq!(begins.phase, Some(ABTestPhase::Running));
+    // A variant that ends serving later keeps the test.
+    let lost = stepped(&test, &begins, &facts(["r1", ""]), 3);
+    assert_eq!((lost.phase, lost.epochs.len()), (Some(ABTestPhase::Running), 1));
+    assert_eq!(lost.variants[1].revision, "r2");
+    let back = stepped(&test, &lost, &facts(["r1", "r2"]), 4);
+    assert_eq!(back.epochs, begins.epochs);
+}
+
+#[test]
+fn a_ramp_moves_users_to_the_treatment_alone() {
+    let test = test(", ramp: [{percent: 10, hold: 1h}, {percent: 50, hold: 1h}]");
+    let serving = facts(["r1", "r2"]);
+    let first = stepped(&test, &ABTestStatus::default(), &serving, 0);
+    assert_eq!((first.phase, first.weights.as_deref()), (Some(ABTestPhase::Ramping), Some("99/1")));
+    assert_eq!(wake_in(&test, &first, at(3590)), Duration::from_secs(10));
+    assert_eq!(stepped(&test, &first, &serving, 3599).epochs.len(), 1);
+    let second = stepped(&test, &first, &serving, 3600);
+    assert_eq!((second.weights.as_deref(), second.epochs.len()), (Some("95/5"), 2));
+    assert!(second.epochs[1].epoch > second.epochs[0].epoch);
+    let last = stepped(&test, &second, &serving, 7200);
+    assert_eq!((last.phase, last.weights.as_deref()), (Some(ABTestPhase::Running), Some("90/10")));
+    let treatment = |status: &ABTestStatus| {
+        let mut from = 0;
+        let mut all = BTreeSet::new();
+        for owner in &status.owners {
+            if owner.variant == "treatment" {
+                all.extend(from..owner.end);
+            }
+            from = owner.end;
+        }
+        all
+    };
+    assert!(treatment(&first).is_subset(&treatment(&second)));
+    assert!(treatment(&second).is_subset(&treatment(&last)));
+    assert_eq!(last.epochs.len(), 3);
+}
+
+#[test]
+fn a_variant_that_moves_to_another_revision_restarts_the_samples_and_says_so() {
+    let test = test("");
+    let begins = stepped(&test, &ABTestStatus::default(), &facts(["r1", "r2"]), 0);
+    let moved = stepped(&test, &begins, &facts(["r1", "r2+r3"]), 60);
+    assert_eq!(reason(&moved, "Sampling"), pair("True", "VariantChanged"));
+    assert_eq!((moved.epochs.len(), moved.started_at.as_ref().unwrap().0), (1, at(60)));
+    assert!(moved.epochs[0].epoch > begins.epochs[0].epoch);
+    assert_eq!((moved.owners, moved.weights.as_deref()), (begins.owners.clone(), Some("90/10")));
+    let moved = stepped(&test, &begins, &facts(["r1", "r3"]), 60);
+    let notes = events(&begins, &moved);
+    assert_eq!((notes.len(), notes[0].reason.as_str()), (1, "VariantChanged"));
+    assert!(notes[0].note.contains("treatment from r2 to r3"), "{}", notes[0].note);
+}
+
+#[test]
+fn other_weights_are_an_epoch_and_another_goal_begins_anew() {
+    let begins = stepped(&test(""), &ABTestStatus::default(), &facts(["r1", "r2"]), 0);
+    let weights = spec("").replace("weight: 90", "weight: 80").replace("weight: 10", "weight: 20");
+    let reweighed = stepped(&validate(&stored(&weights)).unwrap(), &begins, &facts(["r1", "r2"]), 60);
+    assert_eq!((reweighed.epochs.len(), &reweighed.started_at), (2, &begins.started_at));
+    let goal = validate(&stored(&spec("").replace("errorRate", "tokensPerSecond"))).unwrap();
+    let anew = stepped(&goal, &reweighed, &facts(["r1", "r2"]), 120);
+    assert_eq!((anew.epochs.len(), anew.started_at.unwrap().0), (1, at(120)));
+}
+
+#[test]
+fn a_winner_is_promoted_in_two_steps() {
+    let test = test(", onConclusion: Promote");
+    let serving = facts(["r1", "r2"]);
+    let mut won = stepped(&test, &ABTestStatus::default(), &serving, 0);
+    won.phase = Some(ABTestPhase::Promoting);
+    (won.winner, won.promoted) = (Some("treatment".to_owned()), 50);
+    won.promoted_since = Some(Time(at(100)));
+    let half = stepped(&test, &won, &serving, 101);
+    assert_eq!((half.weights.as_deref(), half.phase), (Some("45/55"), Some(ABTestPhase::Promoting)));
+    let whole = stepped(&test, &half, &serving, 160);
+    assert_eq!((whole.weights.as_deref(), whole.promoted), (Some("0/100"), 100));
+    assert_eq!(events(&half, &whole)[0].reason, "Promoted");
+    let done = stepped(&test, &whole, &serving, 220);
+    assert_eq!((done.phase, done.weights.as_deref()), (Some(ABTestPhase::Concluded), Some("0/100")));
+    // It stays so.
+    assert_eq!(stepped(&test, &done, &serving, 900).weights.as_deref(), Some("0/100"));
+}
+
+#[test]
+fn a_spec_that_cannot_be_honoured_leaves_a_running_test_as_it_is() {
+    let begins = stepped(&test(""), &ABTestStatus::default(), &facts(["r1", "r2"]), 0);
+    let refused = refused(&TestSpecError::MinDuration, 2, &begins, at(5));
+    assert_eq!(reason(&refused, "Accepted"), pair("False", "InvalidSpec"));
+    assert_eq!((refused.phase, refused.epochs.clone()), (begins.phase, begins.epochs.clone()));
+    let notes = events(&begins, &refused);
+    assert!(notes.len() == 1 && notes[0].warning && notes[0].reason == "InvalidSpec");
+    assert!(events(&refused, &refused).is_empty());
+}
+
+#[test]
+fn events_say_how_a_test_began_one_time() {
+    let begins = stepped(&test(""), &ABTestStatus::default(), &facts(["r1", "r2"]), 0);
+    let notes = events(&ABTestStatus::default(), &begins);
+    assert_eq!((notes.len(), notes[0].reason.as_str(), notes[0].warning), (1, "Started", false));
+    let later = stepped(&test(""), &begins, &facts(["r1", "r2"]), 30);
+    assert!(events(&begins, &later).is_empty());
+    assert_eq!(later, begins, "nothing to write");
+}

@@ -1,0 +1,65 @@
+//! Norms of rows or of their heads, and ops on single elements.
+
+use trustformers_plan::{Buf, WeightId};
+
+use super::{Step, ThreadContext, UNIT_COLS};
+
+/// The operands of a [`trustformers_plan::Op::RmsNorm`].
+pub(super) struct RmsNormOperands {
+    pub(super) input: Buf,
+    pub(super) weight: WeightId,
+    pub(super) eps: f32,
+    pub(super) out: Buf,
+}
+
+impl Step<'_> {
+    pub(super) fn rms_norm(&self, operands: &RmsNormOperands, thread: ThreadContext<'_>) {
+        let RmsNormOperands { input, weight, eps, out } = *operands;
+        let weight = &self.shared.vectors[&weight];
+        let groups = out.cols / weight.len();
+        for unit in self.my_share(self.rows(out) * groups, thread) {
+            let (row, first) = (unit / groups, unit % groups * weight.len());
+            // SAFETY: see the parent module; the group of columns is this thread's.
+            unsafe {
+                let (input, out) = (self.at(input, row).add(first), self.at(out, row).add(first));
+                (self.shared.kernels.rms_norm)(input, weight, eps, out);
+            }
+        }
+    }
+
+    pub(super) fn gelu_tanh(&self, input: Buf, out: Buf, thread: ThreadContext<'_>) {
+        self.for_each_unit(out, thread, |row, first, len| {
+            // SAFETY: see the parent module; the columns are this thread's.
+            unsafe {
+                let (input, out) = (self.at(input, row).add(first), self.at(out, row).add(first));
+                (self.shared.kernels.gelu_tanh)(input, out, len);
+            }
+        });
+    }
+
+    pub(super) fn scale(&self, input: Buf, factor: f32, out: Buf, thread: ThreadContext<'_>) {
+        self.for_each_unit(out, thread, |row, first, len| {
+            // SAFETY: see the parent module; the columns are this thread's.
+            unsafe {
+                let (input, out) = (self.at(input, row).add(first), self.at(out, row).add(first));
+                (self.shared.kernels.scale)(input, factor, out, len);
+            }
+        });
+    }
+
+    pub(super) fn soft_cap(&self, data: Buf, cap: f32, thread: ThreadContext<'_>) {
+        self.for_each_unit(data, thread, |row, first, len| {
+            // SAFETY: see the parent module; the columns are this thread's.
+            unsafe { (self.shared.kernels.soft_cap)(self.at(data, row).add(first), cap, len) };
+        });
+    }
+
+    /// Calls `each` with the row, the first column and the number of columns of this thread's units.
+    fn for_each_unit(&self, out: Buf, thread: ThreadContext<'_>, mut each: impl FnMut(usize, usize, usize)) {
+        let units = out.cols.div_ceil(UNIT_COLS);
+        for unit in self.my_share(self.rows(out) * units, thread) {
+            let (row, first) = (unit / units, unit % units * UNIT_COLS);
+            each(row, first, UNIT_COLS.min(out.cols - first));
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Encoders of every family, with and without a head, through the encoder engine: small seeded
+//! checkpoints, made here and by the recipe from one seed, and a real classifier where its folder is
+//! given.
+
+use super::{cpu, models, tiers};
+use serde::Deserialize;
+use serde_json::Value;
+use std::path::PathBuf;
+use std::sync::Arc;
+use trustformers_cpu::Tier;
+use trustformers_engine::encoder::{
+    EncodeInput, EncodeParams, Encoded, Encoder, EncoderConfig, EncoderMetrics,
+};
+use trustformers_engine::{EngineMetrics, Numerics};
+use trustformers_model::seeded::{SeededCheckpoint, SeededEncoder, SeededEncoderFamily};
+use trustformers_model::{Model, Task};
+
+/// Names the folder of a spam classifier, which no package has.
+const CLASSIFIER: &str = "TRUSTFORMERS_CLASSIFIER";
+
+/// Largest difference of a logit in exact numerics, where only the order of sums differs.
+const LOGIT_TOLERANCE: f32 = 1e-3;
+
+/// Least cosine of an embedding in exact numerics.
+const COSINE: f64 = 0.9999;
+
+/// Longest text of the real classifier on the scalar tier.
+const SCALAR_TOKENS: usize = 32;
+
+/// Largest difference of a score in fast numerics, where weights and activations have eight bits. Texts of
+/// which the model is unsure differ most: 0.06 at a score of 0.65.
+const FAST_SCORE_TOLERANCE: f32 = 0.1;
+
+#[derive(Deserialize)]
+struct HeadReference {
+    seed: u64,
+    cases: Vec<HeadCase>,
+}
+
+/// The answers of one checkpoint.
+#[derive(Deserialize)]
+struct HeadCase {
+    family: String,
+    labels: usize,
+    keys: Value,
+    #[serde(default)]
+    texts: Vec<TextValues>,
+    #[serde(default)]
+    pairs: Vec<PairValues>,
+}
+
+#[derive(Deserialize)]
+struct TextValues {
+    text: String,
+    ids: Vec<u32>,
+    values: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+struct PairValues {
+    first: String,
+    second: String,
+    ids: Vec<u32>,
+    values: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+struct ClassifierReference {
+    labels: Vec<String>,
+    items: Vec<ClassifiedText>,
+}
+
+#[derive(Deserialize)]
+struct ClassifiedText {
+    text: String,
+    ids: Vec<u32>,
+    logits: Vec<f32>,
+    scores: Vec<f32>,
+}
+
+fn start(model: &Arc<Model>, tier: Tier, numerics: Numerics) -> Encoder {
+    let registry = prometheus::Registry::new();
+    let engines = EngineMetrics::register(&registry).unwrap();
+    let metrics = EncoderMetrics::register(&registry, &engines).unwrap();
+    let config = EncoderConfig { numerics, ..EncoderConfig::default() };
+    Encoder::start(Arc::clone(model), cpu(tier), &config, &metrics, Box::new(|_| {})).unwrap()
+}
+
+/// The rows of all inputs, computed together.
+fn encode(encoder: &Encoder, inputs: &[EncodeInput]) -> Encoded {
+    encoder.submit(&EncodeParams::inputs(inputs.to_vec())).unwrap().blocking_wait().unwrap()
+}
+
+impl HeadCase {
+    fn model(&self, seed: u64) -> Arc<Model> {
+        let family = SeededEncoderFamily::ALL.into_iter().find(|family| family.model_type() == self.family);
+        let shape = SeededEncoder { seed, ..SeededEncoder::default() };
+        let (family, keys, labels) = (family.unwrap(), self.keys.clone(), self.labels);
+        let folder = tempfile::tempdir().unwrap();
+        SeededCheckpoint { family, shape, labels, keys }.write(folder.path()).unwrap();
+        Arc::new(Model::load(folder.path(), &mut |_| {}).unwrap())
+    }
+
+    fn inputs(&self) -> Vec<EncodeInput> {
+        let texts = self.texts.iter().map(|one| EncodeInput::Text(one.text.clone()));
+        let pairs = self.pairs.iter().map(|one| {
+            let (first, second) = (one.first.as_str().into(), one.second.clone());
+            EncodeInput::Pair { first, second }
+        });
+        texts.chain(pairs).collect()
+    }
+
+    fn wanted(&self) -> Vec<&[f32]> {
+        let texts = self.texts.iter().map(|one| one.values.as_slice());
+        texts.chain(self.pairs.iter().map(|one| one.values.as_slice())).collect()
+    }
+
+    fn check_ids(&self, model: &Model) {
+        for one in &self.texts {
+            assert_eq!(model.encode(&one.text).unwrap().ids, one.ids, "{:?}", one.text);
+        }
+        for one in &self.pairs {
+            let found = model.encode_pair(&one.first, &one.second, 64).unwrap();
+            assert_eq!(found.ids, one.ids, "{:?}, {:?}", one.first, one.second);
+        }
+    }
+}
+
+fn cosine(found: &[f32], wanted: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+    dot(found, wanted) / (dot(found, found) * dot(wanted, wanted)).sqrt()
+}
+
+fn best(scores: &[f32]) -> Option<usize> {
+    (0..scores.len()).max_by(|&one, &other| scores[one].total_cmp(&scores[other]))
+}
+
+fn largest_difference(found: &[f32], wanted: &[f32]) -> f32 {
+    assert_eq!(found.len(), wanted.len());
+    found.iter().zip(wanted).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn every_family_and_head_gives_the_values_of_the_reference() {
+    let reference: HeadReference = serde_json::from_str(include_str!("../reference/heads.json")).unwrap();
+    assert_eq!(reference.cases.len(), 12);
+    for case in &reference.cases {
+        let model = case.model(reference.seed);
+        let wanted_task = [Task::Embed, Task::Rerank, Task::Classify][case.labels.min(2)];
+        assert_eq!(model.task(), wanted_task);
+        case.check_ids(&model);
+        let (inputs, wanted) = (case.inputs(), case.wanted());
+        for tier in tiers() {
+            let encoder = start(&model, tier, Numerics::Exact);
+            let together = encode(&encoder, &inputs);
+            for ((row, input), wanted) in together.rows().zip(&inputs).zip(&wanted) {
+                let alone = encode(&encoder, std::slice::from_ref(input));
+                assert_eq!(alone.values, row, "{} {tier:?}: {input:?} alone and batched", case.family);
+                let what = format!("{} with {} labels, {tier:?}: {input:?}", case.family, case.labels);
+                match model.logits(row) {
+                    Some(logits) => {
+                        let off = largest_difference(&logits, wanted);
+                        assert!(off <= LOGIT_TOLERANCE, "{what}: off by {off}");
+                    }
+                    None => {
+                        let cosine = cosine(row, wanted);
+                        assert!(cosine >= COSINE, "{what}: {cosine}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The real classifier, or `None` with a printed reason.
+fn classifier() -> Option<Arc<Model>> {
+    let named = std::env::var_os(CLASSIFIER).map(PathBuf::from);
+    let folder = named.or_else(|| models().map(|models| models.join("minilm-spam-classifier")))?;
+    if !folder.is_dir() {
+        println!(
+            "skipped: {} is missing: name the folder of the classifier in {CLASSIFIER}",
+            folder.display()
+        );
+        return None;
+    }
+    Some(Arc::new(Model::load(&folder, &mut |_| {}).unwrap()))
+}
+
+#[test]
+fn a_real_classifier_gives_the_scores_of_the_reference() {
+    let Some(model) = classifier() else { return };
+    let reference: ClassifierReference =
+        serde_json::from_str(include_str!("../reference/minilm-spam-classifier.json")).unwrap();
+    let facts = model.facts().classification.clone().unwrap();
+    assert_eq!((model.task(), facts.labels), (Task::Classify, reference.labels));
+    for item in &reference.items {
+        assert_eq!(model.encode(&item.text).unwrap().ids, item.ids, "{:.40}", item.text);
+    }
+    for tier in tiers() {
+        // The scalar tier is plain loops: a text of 512 tokens takes a minute there.
+        let most = if tier == Tier::Scalar { SCALAR_TOKENS } else { usize::MAX };
+        let items: Vec<&ClassifiedText> =
+            reference.items.iter().filter(|item| item.ids.len() <= most).collect();
+        let inputs: Vec<EncodeInput> =
+            items.iter().map(|item| EncodeInput::Text(item.text.clone())).collect();
+        let exact = encode(&start(&model, tier, Numerics::Exact), &inputs);
+        for (row, item) in exact.rows().zip(&items) {
+            let off = largest_difference(&model.logits(row).unwrap(), &item.logits);
+            println!("{tier:?}: {:.40}: off by {off}", item.text);
+            assert!(off <= LOGIT_TOLERANCE, "{tier:?}: {:.40}: off by {off}", item.text);
+        }
+        let fast = encode(&start(&model, tier, Numerics::Fast), &inputs);
+        for (row, item) in fast.rows().zip(&items) {
+            let mut scores = model.logits(row).unwrap();
+            facts.activation.apply(&mut scores);
+            let off = largest_difference(&scores, &item.scores);
+            println!("{tier:?} fast: {:.40}: off by {off}", item.text);
+            assert!(off <= FAST_SCORE_TOLERANCE, "{tier:?} fast: {:.40}: off by {off}", item.text);
+            assert_eq!(best(&scores), best(&item.scores), "{tier:?} fast: {:.40}", item.text);
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! The gateway beside other proxies, in one run and before the same mock pod.
+//!
+//! Each proxy is a process of its own on one core, with one worker. The mock pod and the callers are this
+//! process, which `e2e/bench/gateway.sh` keeps on the other cores. Measurements of the proxies alternate, so
+//! that other load on the machine affects all of them. Measured are the latency added at 1,000 and 5,000
+//! requests per second, sent at fixed times; requests and streamed tokens per second of the proxy's processor
+//! time; and resident memory at 10,000 open streams, or as many as the limit of file descriptors allows.
+//!
+//! The script gets the peers, builds the gateway and runs this. BENCH_GATEWAY, BENCH_ENVOY and BENCH_NGINX
+//! are the programs; a peer without one is left out, and so is one that fails. GATEWAY_BENCH_SECONDS is the
+//! time of each proxy at each rate, 12 where it is not set; BENCH_REPORT a file for the figures.
+//!
+//! Bounded: rounds of at most four seconds for each proxy and rate, counts in proportion, time limits on
+//! every request.
+#![allow(clippy::unwrap_used, reason = "an unexpected value ends the measurement")]
+
+mod load;
+mod programs;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use load::{LoadError, TOKENS_PER_STREAM};
+use programs::Program;
+
+const NAMES: [&str; 3] = ["ours", "envoy", "nginx"];
+const RATES: [u64; 2] = [1000, 5000];
+const LONGEST_ROUND_S: u64 = 4;
+/// Per second of the measurement.
+const BURST: u64 = 2000;
+const STREAMS: u64 = 30;
+/// Linux counts processor time in 1/100 s, so that fewer would say little.
+const LEAST_BURST: u64 = 6000;
+const LEAST_STREAMS: u64 = 64;
+const OPEN_STREAMS: usize = 10_000;
+/// Descriptors that this program needs beside those of streams.
+const OTHER_DESCRIPTORS: usize = 500;
+
+/// How much is measured.
+#[derive(Debug, Clone, Copy)]
+struct Amounts {
+    rounds: u64,
+    round_s: f64,
+    burst: usize,
+    streams: usize,
+    open_streams: usize,
+}
+
+impl Amounts {
+    fn of_environment() -> Self {
+        let seconds = std::env::var("GATEWAY_BENCH_SECONDS").ok().and_then(|text| text.parse().ok());
+        let seconds: u64 = seconds.unwrap_or(12).clamp(1, 600);
+        let rounds = seconds.div_ceil(LONGEST_ROUND_S);
+        let count =
+            |per_second: u64, least: u64| (per_second * seconds).max(least) as usize / rounds as usize;
+        Self {
+            rounds,
+            round_s: seconds as f64 / rounds as f64,
+            burst: count(BURST, LEAST_BURST),
+            streams: count(STREAMS, LEAST_STREAMS),
+            // A stream has a descriptor as its caller, and one in the pod where the proxy does not share.
+            open_streams: OPEN_STREAMS.min(programs::descriptors().saturating_sub(OTHER_DESCRIPTORS) / 2),
+        }
+    }
+}
+
+/// A proxy, or none: the pod itself.
+struct Proxy {
+    name: &'static str,
+    address: SocketAddr,
+    program: Option<Program>,
+    latencies: [Vec<Duration>; RATES.len()],
+    requests_per_core_second: Vec<f64>,
+    tokens_per_core_second: Vec<f64>,
+    memory_mib: f64,
+}
+
+fn main() {
+    let amounts = Amounts::of_environment();
+    let began = Instant::now();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let (proxies, left_out) = runtime.block_on(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let pod = listener.local_addr().unwrap();
+        tokio::spawn(load::serve_pod(listener));
+        let folder = tempfile::tempdir().unwrap();
+        let mut left_out = Vec::new();
+        let mut proxies = started(pod, folder.path(), &mut left_out).await;
+        for round in 0..amounts.rounds {
+            eprintln!("round {} of {}", round + 1, amounts.rounds);
+            proxies =
+                each(proxies, &mut left_out, async |proxy: &mut Proxy| measure(proxy, amounts).await).await;
+        }
+        proxies =
+            each(proxies, &mut left_out, async |proxy: &mut Proxy| hold_streams(proxy, amounts).await).await;
+        (proxies, left_out)
+    });
+    let figures = figures(&proxies, amounts, &left_out);
+    print(&figures, began.elapsed());
+    if let Some(file) = std::env::var_os("BENCH_REPORT") {
+        std::fs::write(&file, format!("{figures:#}\n")).unwrap();
+    }
+    assert!(proxies.iter().any(|proxy| proxy.name == "ours"), "our gateway could not be measured");
+}
+
+/// Does something with each proxy; one that fails is ended and left out.
+async fn each(
+    proxies: Vec<Proxy>,
+    left_out: &mut Vec<String>,
+    action: impl AsyncFn(&mut Proxy) -> Result<(), LoadError>,
+) -> Vec<Proxy> {
+    let mut good = Vec::with_capacity(proxies.len());
+    for mut proxy in proxies {
+        match action(&mut proxy).await {
+            Ok(()) => good.push(proxy),
+            Err(error) => {
+                let words = proxy.program.as_ref().map(Program::last_words).unwrap_or_default();
+                left_out.push(format!("{}: {error}; {words}", proxy.name));
+            }
+        }
+    }
+    good
+}
+
+/// The pod itself, and the proxies that answer.
+async fn started(pod: SocketAddr, folder: &Path, left_out: &mut Vec<String>) -> Vec<Proxy> {
+    let mut proxies = vec![proxy("direct", pod, None)];
+    for name in NAMES {
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        match Program::start(name, folder, address, pod) {
+            Ok(Some(program)) => proxies.push(proxy(name, address, Some(program))),
+            Ok(None) => left_out.push(format!("{name}: there is no program")),
+            Err(error) => left_out.push(format!("{name}: {error}")),
+        }
+    }
+    each(proxies, left_out, async |proxy: &mut Proxy| until_ready(proxy).await).await
+}
+
+fn proxy(name: &'static str, address: SocketAddr, program: Option<Program>) -> Proxy {
+    Proxy {
+        name,
+        address,
+        program,
+        latencies: Default::default(),
+        requests_per_core_second: Vec::new(),
+        tokens_per_core_second: Vec::new(),
+        memory_mib: 0.0,
+    }
+}
+
+async fn until_ready(proxy: &Proxy) -> Result<(), LoadError> {
+    let caller = load::client();
+    let mut last = Ok(0);
+    for _ in 0..500 {
+        last = load::send(&caller, proxy.address, None).await;
+        if last.is_ok() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    last.map(|_length| ())
+}
+
+async fn measure(proxy: &mut Proxy, amounts: Amounts) -> Result<(), LoadError> {
+    let address = proxy.address;
+    eprintln!("  {}", proxy.name);
+    load::paced(address, RATES[0], RATES[0] as usize / 2).await?;
+    for (index, rate) in RATES.into_iter().enumerate() {
+        let count = (rate as f64 * amounts.round_s) as usize;
+        proxy.latencies[index].extend(load::paced(address, rate, count).await?);
+    }
+    let Some(program) = &proxy.program else { return Ok(()) };
+    let used = |before: Duration| (programs::processor_time(program.id()) - before).as_secs_f64().max(0.01);
+    let before = programs::processor_time(program.id());
+    load::burst(address, amounts.burst).await?;
+    proxy.requests_per_core_second.push(amounts.burst as f64 / used(before));
+    let before = programs::processor_time(program.id());
+    load::streams(address, amounts.streams).await?;
+    proxy.tokens_per_core_second.push((amounts.streams * TOKENS_PER_STREAM) as f64 / used(before));
+    Ok(())
+}
+
+/// Resident memory while streams are open.
+async fn hold_streams(proxy: &mut Proxy, amounts: Amounts) -> Result<(), LoadError> {
+    let Some(program) = &proxy.program else { return Ok(()) };
+    let streams = load::open_streams(proxy.address, amounts.open_streams).await?;
+    proxy.memory_mib = programs::resident_mib(program.id());
+    drop(streams);
+    Ok(())
+}
+
+fn quantile_ms(latencies: &[Duration], share: f64) -> f64 {
+    let mut sorted = latencies.to_vec();
+    sorted.sort_unstable();
+    let index = (sorted.len().saturating_sub(1) as f64 * share) as usize;
+    sorted.get(index).map_or(f64::NAN, |latency| latency.as_secs_f64() * 1e3)
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// The names of the figures, and whether more is better.
+const FIGURES: [(&str, bool); 7] = [
+    ("p50_added_ms_at_1000", false),
+    ("p99_added_ms_at_1000", false),
+    ("p50_added_ms_at_5000", false),
+    ("p99_added_ms_at_5000", false),
+    ("requests_per_core_second", true),
+    ("tokens_per_core_second", true),
+    ("mib_at_open_streams", false),
+];
+
+/// All figures, and those of each peer divided by ours or the other way round, so that above 1 is better for
+/// us.
+fn figures(proxies: &[Proxy], amounts: Amounts, left_out: &[String]) -> Value {
+    let direct = proxies.iter().find(|proxy| proxy.name == "direct");
+    let row = |proxy: &Proxy| {
+        let added = |index: usize, share| {
+            let base = direct.map_or(f64::NAN, |direct| quantile_ms(&direct.latencies[index], share));
+            quantile_ms(&proxy.latencies[index], share) - base
+        };
+        [
+            added(0, 0.5),
+            added(0, 0.99),
+            added(1, 0.5),
+            added(1, 0.99),
+            mean(&proxy.requests_per_core_second),
+            mean(&proxy.tokens_per_core_second),
+            proxy.memory_mib,
+        ]
+    };
+    let named = |values: [f64; 7]| -> Value {
+        FIGURES.iter().zip(values).map(|((name, _), value)| ((*name).to_owned(), json!(value))).collect()
+    };
+    let peers = proxies.iter().filter(|proxy| proxy.program.is_some());
+    let all: Vec<(&str, [f64; 7])> = peers.map(|proxy| (proxy.name, row(proxy))).collect();
+    let ours = all.iter().find(|(name, _)| *name == "ours").map(|(_, row)| *row);
+    let ratios = all.iter().filter(|(name, _)| *name != "ours").filter_map(|(name, row)| {
+        let ours = ours?;
+        let mut ratios = [0.0; 7];
+        for (index, (_, more_is_better)) in FIGURES.iter().enumerate() {
+            let (mine, theirs) = (ours[index], row[index]);
+            ratios[index] = if *more_is_better { mine / theirs } else { theirs / mine };
+        }
+        Some(((*name).to_owned(), named(ratios)))
+    });
+    let base = |index: usize, share| direct.map(|direct| quantile_ms(&direct.latencies[index], share));
+    json!({
+        "amounts": {
+            "rounds": amounts.rounds, "round_s": amounts.round_s, "burst": amounts.burst,
+            "streams": amounts.streams, "open_streams": amounts.open_streams,
+        },
+        "direct_ms": {"p50_at_1000": base(0, 0.5), "p99_at_1000": base(0, 0.99),
+                      "p50_at_5000": base(1, 0.5), "p99_at_5000": base(1, 0.99)},
+        "proxies": all.iter().map(|(name, row)| ((*name).to_owned(), named(*row))).collect::<Value>(),
+        "ratios": ratios.collect::<Value>(),
+        "left_out": left_out,
+    })
+}
+
+fn print(figures: &Value, took: Duration) {
+    println!(
+        "| proxy | p50, p99 added at 1k/s (ms) | p50, p99 added at 5k/s (ms) | requests per core-second | \
+         tokens per core-second | MiB at {} streams |\n|---|---|---|---|---|---|",
+        figures["amounts"]["open_streams"]
+    );
+    let number = |row: &Value, index: usize| row[FIGURES[index].0].as_f64().unwrap_or(f64::NAN);
+    let rows = |section: &str| figures[section].as_object().cloned().unwrap_or_default();
+    for name in NAMES {
+        let Some(row) = rows("proxies").get(name).cloned() else { continue };
+        let at = |index| number(&row, index);
+        println!(
+            "| {name} | {:.3}, {:.3} | {:.3}, {:.3} | {:.0} | {:.0} | {:.0} |",
+            at(0),
+            at(1),
+            at(2),
+            at(3),
+            at(4),
+            at(5),
+            at(6)
+        );
+    }
+    for (name, row) in rows("ratios") {
+        let at = |index| {
+            let ratio = number(&row, index);
+            // Where we add nothing that can be measured there is no ratio.
+            if ratio.is_finite() && ratio > 0.0 { format!("{ratio:.2}×") } else { "-".to_owned() }
+        };
+        let cells: Vec<String> = [0, 2].map(|index| format!("{}, {}", at(index), at(index + 1))).to_vec();
+        let rest: Vec<String> = (4..7).map(at).collect();
+        println!("| ours beside {name} | {} | {} |", cells.join(" | "), rest.join(" | "));
+    }
+    for reason in figures["left_out"].as_array().into_iter().flatten() {
+        println!("left out: {}", reason.as_str().unwrap_or_default());
+    }
+    let note =
+        "Above 1× is better for us. Latency is the quantile through the proxy minus that of the pod itself.";
+    println!("{note} The measurement took {} s.", took.as_secs());
+}

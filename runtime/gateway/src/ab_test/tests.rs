@@ -1,0 +1,149 @@
+//! What a test counts, without a route around it.
+
+use std::collections::BTreeMap;
+
+use trustformers_proto::ab_test::UserSet;
+use trustformers_proto::buckets::RevisionWeight;
+
+use super::*;
+
+fn rule(epoch: u64, weights: &[(&str, u32)]) -> TestRule {
+    let variant = |&(name, weight): &(&str, u32)| VariantWeight { name: name.to_owned(), weight };
+    TestRule {
+        uid: "t".to_owned(),
+        epoch,
+        variants: weights.iter().map(variant).collect(),
+        feedback_metric: "score".to_owned(),
+    }
+}
+
+fn backend(variant: &str, weight: u32) -> TestBackend<'_> {
+    TestBackend { variant, weight }
+}
+
+fn numbered(sequence: u64) -> VariantChoice<'static> {
+    VariantChoice { sequence, bucket: None, forced: None }
+}
+
+fn end(outcome: Outcome, took_ms: u64) -> ObservedEnd {
+    let usage = Some(EndUsage { prompt_tokens: 3, completion_tokens: 10 });
+    ObservedEnd { outcome, took: Duration::from_millis(took_ms), first_token: None, usage }
+}
+
+#[test]
+fn requests_are_divided_exactly_and_within_a_variant_by_the_shares_of_its_revisions() {
+    let registry = VariantRegistry::default();
+    let backends = [backend("a", 1), backend("b", 1), backend("b", 3)];
+    let live = LiveTest::new(&rule(1, &[("a", 90), ("b", 10)]), None, &backends, &registry);
+    let mut counts = [0_u32; 3];
+    for sequence in 0..40_000 {
+        counts[live.backend(numbered(sequence)).unwrap()] += 1;
+    }
+    assert_eq!(counts[0], 36_000);
+    // One quarter of 4,000; seven standard deviations are 190.
+    assert!(counts[1].abs_diff(1000) < 190, "{counts:?}");
+}
+
+#[test]
+fn a_user_keeps_the_variant_and_a_forced_one_gets_the_named() {
+    let weights = [("a", 50), ("b", 50)]
+        .map(|(revision, weight)| RevisionWeight { revision: revision.to_owned(), weight });
+    let owners = BucketOwners::with_weights(&weights).unwrap();
+    let registry = VariantRegistry::default();
+    let backends = [backend("a", 1), backend("b", 1)];
+    let live = LiveTest::new(&rule(1, &[("a", 50), ("b", 50)]), Some(&owners), &backends, &registry);
+    for sequence in 0..50 {
+        for (bucket, expected) in [(4999, 0), (5000, 1)] {
+            let choice = VariantChoice { sequence, bucket: Some(bucket), forced: None };
+            assert_eq!(live.backend(choice), Some(expected));
+            assert_eq!(live.backend(VariantChoice { forced: Some("b"), ..choice }), Some(1));
+        }
+    }
+    let without_pods = LiveTest::new(
+        &rule(1, &[("a", 50), ("b", 50)]),
+        Some(&owners),
+        &[backend("a", 1), backend("b", 0)],
+        &registry,
+    );
+    let choice = VariantChoice { sequence: 0, bucket: Some(9999), forced: None };
+    assert_eq!(without_pods.backend(choice), None, "the route chooses another variant's");
+}
+
+#[test]
+fn every_end_counts_one_time_and_reports_have_what_changed() {
+    let registry = VariantRegistry::default();
+    let live = LiveTest::new(&rule(7, &[("a", 1)]), None, &[backend("a", 1)], &registry);
+    let user = |number: u8| TestUser { bucket: number, fingerprint: u64::from(number) + 1 };
+    let answered = HeaderValue::from_static("a");
+    for (number, outcome) in [
+        (1, Outcome::Ok),
+        (1, Outcome::PodError),
+        (2, Outcome::Ok),
+        (2, Outcome::Cancelled),
+        (3, Outcome::Overloaded),
+    ] {
+        let observation = live.observe(numbered(0), Some(user(number))).unwrap();
+        observation.ended(&end(outcome, 5), Some(&answered));
+    }
+    let other = HeaderValue::from_static("b");
+    live.observe(numbered(0), Some(user(9))).unwrap().ended(&end(Outcome::Ok, 5), Some(&other));
+    let report = registry.take_changed(usize::MAX);
+    let counts = &report.variants[0];
+    assert_eq!((counts.epoch, counts.variant.as_str(), counts.fallbacks), (7, "a", 1));
+    let mut users = counts.users.clone();
+    users.sort_unstable();
+    assert_eq!(users, [2, 3, 4, 10]);
+    let buckets: BTreeMap<u32, (u64, u64, u64)> = counts
+        .buckets
+        .iter()
+        .map(|one| (one.bucket, (one.requests, one.errors, one.completion_tokens)))
+        .collect();
+    assert_eq!(buckets, BTreeMap::from([(1, (2, 1, 10)), (2, (1, 0, 10)), (9, (1, 0, 10))]));
+    // 5 ms is in the cell up to 8 ms.
+    assert_eq!(counts.buckets[0].answers_within, [0, 0, 0, 0, 1]);
+    assert!(registry.take_changed(usize::MAX).variants.is_empty());
+
+    // A score alone sends its bucket, and another metric none.
+    let scored = live.observe(numbered(0), Some(user(2))).unwrap().scored_bucket().unwrap();
+    scored.scored("score", 0.5);
+    scored.scored("tone", 0.5);
+    let counts = registry.take_changed(usize::MAX).variants.remove(0);
+    let sums: Vec<_> = counts.buckets.iter().map(|one| (one.bucket, one.scores, one.score_sum)).collect();
+    assert_eq!((sums, counts.users.len()), (vec![(2, 1, 0.5)], 0));
+
+    // A new stream gets all of it.
+    registry.report_all();
+    let counts = registry.take_changed(usize::MAX).variants.remove(0);
+    assert_eq!((counts.buckets.len(), counts.users.len()), (3, 4));
+}
+
+#[test]
+fn users_are_distinguished_by_the_salt_and_spread_over_the_buckets() {
+    let mut buckets = [0_u32; 256];
+    let mut users = UserSet::new(1 << 20);
+    for number in 0..25_600 {
+        let user = TestUser::of("salt", format!("user-{number}").as_bytes());
+        buckets[usize::from(user.bucket)] += 1;
+        assert!(users.insert(user.fingerprint));
+    }
+    // 100 expected in each; six standard deviations are 60.
+    assert!(buckets.iter().all(|count| (40..=160).contains(count)), "{buckets:?}");
+    assert_ne!(TestUser::of("salt", b"u"), TestUser::of("other", b"u"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_series_of_an_old_epoch_are_kept_until_they_are_reported() {
+    let registry = VariantRegistry::default();
+    let (old, new) = (rule(1, &[("a", 1)]), rule(2, &[("a", 1)]));
+    let live = LiveTest::new(&old, None, &[backend("a", 1)], &registry);
+    let running = live.observe(numbered(0), None).unwrap();
+    registry.in_force([&new].into_iter());
+    // A request of the old epoch ends behind the change.
+    running.ended(&end(Outcome::Ok, 1), None);
+    tokio::time::advance(Duration::from_secs(7200)).await;
+    registry.in_force([&new].into_iter());
+    assert_eq!(registry.take_changed(usize::MAX).variants[0].buckets[0].requests, 1);
+    registry.in_force([&new].into_iter());
+    registry.report_all();
+    assert!(registry.take_changed(usize::MAX).variants.is_empty());
+}
