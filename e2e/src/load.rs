@@ -16,6 +16,9 @@ use crate::{
 /// The most streams at a time: more would measure the two cores and not the system.
 const MOST_STREAMS: usize = 16;
 
+/// The fewest requests of a steady load, so that none passes for having made no requests.
+pub const FEWEST_REQUESTS: usize = 5;
+
 /// The most requests of a steady load in all: two minutes at five a second.
 const MOST_REQUESTS: usize = 600;
 
@@ -102,7 +105,7 @@ impl Steady {
         Ok(Self { stop, task })
     }
 
-    /// Sends no more requests, waits for those in flight and returns every outcome.
+    /// Sends the rest of the first [`FEWEST_REQUESTS`], waits for those in flight and returns every outcome.
     ///
     /// # Errors
     /// When the task was ended from outside.
@@ -121,10 +124,14 @@ async fn run(
 ) -> Vec<Outcome> {
     let mut ticks = tokio::time::interval(period);
     let mut requests = JoinSet::new();
+    let mut stopping = false;
     for index in 0..MOST_REQUESTS {
         tokio::select! {
-            _ = &mut stopped => break,
+            _ = &mut stopped, if !stopping => stopping = true,
             _ = ticks.tick() => {}
+        }
+        if stopping && index >= FEWEST_REQUESTS {
+            break;
         }
         let (gateway, request) = (gateway.clone(), request.clone());
         requests.spawn(async move {

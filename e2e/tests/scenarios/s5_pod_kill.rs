@@ -83,7 +83,6 @@ async fn a_killed_pod_breaks_only_its_own_streams() -> Result<()> {
         );
         // Clients repeat what is refused so.
         assert!(failed.iter().all(|it| matches!(it.status(), Some(502 | 503))), "{failed:?}");
-        assert!(requests.len() >= 5, "only {} requests were made", requests.len());
         Ok(())
     })
     .await
