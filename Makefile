@@ -30,7 +30,7 @@ test-overload: ## four times as many requests as a server can answer, for a minu
 test-clients: ## clients of OpenAI, Anthropic, KServe, gRPC and WebSocket, unchanged, against trustformers-serve [CLIENTS=curl,grpcio]
 	@e2e/tasks/test-clients.sh $${CLIENTS:+--only $$CLIENTS}
 
-fuzz: ## the fuzz targets of everything that reads bytes from outside; 10 minutes each, two at a time [FUZZ_SEED=1]
+fuzz: ## the fuzz targets of everything that reads bytes from outside; 10 minutes of processor time each, two at a time [FUZZ_SEED=1]
 	@e2e/tasks/fuzz.sh $${FUZZ_SECONDS:-600}
 
 cluster-up: ## a Kubernetes on this machine [NODES=2] [WITH="metrics-server kwok=20 gpu=2"]

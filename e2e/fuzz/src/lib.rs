@@ -8,7 +8,7 @@
 //!
 //! | variable | meaning |
 //! |---|---|
-//! | `FUZZ_SECONDS` | how long each target mutates; default 1 |
+//! | `FUZZ_SECONDS` | processor time, in seconds, of the mutations of each target; default 1 |
 //! | `FUZZ_SEED` | an integer that selects another sequence of mutations; default 0 |
 //!
 //! The input in progress lies in the folder that [`Target::work`] names. It survives an abort of the process,
@@ -33,7 +33,7 @@ use std::fs::{self, File};
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use watchdog::Watchdog;
 
 /// Inputs between two looks at the clock.
@@ -173,7 +173,7 @@ struct Session<'a, F> {
 
 impl<F: FnMut(&[u8]) -> String> Session<'_, F> {
     fn mutate(&mut self, time: Duration) {
-        let began = Instant::now();
+        let began = CpuTime::start();
         let mut batches = 0_u64;
         let target = self.target;
         let strategy = (any::<Index>(), vec(Mutation::any(), 1..=MAX_MUTATIONS));
