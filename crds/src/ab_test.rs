@@ -1,13 +1,17 @@
 //! `ABTest`: a route that several models share, and what their users show.
 #![allow(unreachable_pub, reason = "the derive repeats the struct inside a function")]
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+mod status;
+
 use kube::{CustomResource, CustomResourceExt, KubeSchema};
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use trustformers_proto::yaml::{self, YamlError};
 
-use crate::Condition;
+pub use status::{
+    ABTestPhase, ABTestStatus, ABTestVerdict, LookEffect, MetricStatus, OwnerRange, TestEpoch, TestLook,
+    VariantStatus,
+};
 
 /// Most variants of a test. The sums of more would not fit into the test's ConfigMap (see
 /// `docs/ab-tests.md`).
@@ -101,6 +105,18 @@ pub struct ABTestSpec {
     )]
     pub ramp: Vec<RampStep>,
 
+    /// Before the test all users get the control for this time, such as `1d`, at most `90d`, and count at the
+    /// variant that will be theirs. What they did then explains some of their differences later, so that the
+    /// test needs fewer of them (CUPED). Not with `ramp`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h|d))+$"))]
+    pub baseline: Option<String>,
+
+    /// Requests that a variant answers as well; its answers are compared with those that callers got, and
+    /// thrown away. They do not count in the test.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<TestShadow>,
+
     /// What decides which variant is better.
     pub goal: Goal,
 
@@ -129,10 +145,38 @@ pub struct ABTestSpec {
     /// every request of the route, in two steps. No other object is changed.
     #[serde(default)]
     pub on_conclusion: OnConclusion,
+
+    /// `Promote`: how long each of its two steps lasts, at most `90d`. Guardrails are watched meanwhile.
+    #[serde(default = "default_promote_hold")]
+    #[schemars(length(min = 2, max = 16), regex(pattern = r"^([0-9]{1,6}(ms|s|m|h|d))+$"))]
+    pub promote_hold: String,
+}
+
+fn default_promote_hold() -> String {
+    "1m".to_owned()
+}
+
+/// Requests that a variant answers as well.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TestShadow {
+    /// Name of the variant, such as one of weight 0 that is to get users later.
+    #[schemars(length(min = 1, max = 32))]
+    pub variant: String,
+    /// Share of the requests, in percent. It is exact.
+    #[schemars(range(min = 1, max = 100), extend("format" = "int64"))]
+    pub percent: u32,
+    /// Whether the answers are compared: texts by edit distance, vectors by their cosine.
+    #[serde(default = "default_compare")]
+    pub compare: bool,
+}
+
+fn default_compare() -> bool {
+    true
 }
 
 /// One variant.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Variant {
     /// Its name, which answers carry in `x-trustformers-variant`.
@@ -143,9 +187,30 @@ pub struct Variant {
     /// Percent of the users.
     #[schemars(range(min = 0, max = 100), extend("format" = "int64"))]
     pub weight: u32,
+    /// What its requests cost, for the metric `costPerRequest`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<Cost>,
 }
 
-/// A model of the test's namespace.
+/// What requests cost, in any unit of money that all variants share.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Cost {
+    /// Of each request that was answered or failed.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub per_request: f64,
+    /// Of a million tokens that answers say they read.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub per_million_prompt_tokens: f64,
+    /// Of a million tokens that answers have.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub per_million_completion_tokens: f64,
+}
+
+/// A model of the same namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelRef {
@@ -172,6 +237,21 @@ pub struct Assignment {
     #[serde(default = "default_header")]
     #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9][-A-Za-z0-9]*$"))]
     pub header: String,
+    /// `User`: the claim of the caller's bearer token (a JWT) that is the user, such as `sub`, in place of
+    /// the header. The gateway verifies no signature: a proxy in front of it must refuse tokens that are not
+    /// valid.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9_.:/-]+$"))]
+    pub jwt_claim: Option<String>,
+    /// `User`: tests of one namespace in one layer share its users, and none is in two of them. Users outside
+    /// get the control and do not count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer: Option<Layer>,
+    /// `User`: percent of the namespace's users that get the control in every test with a holdout, and count
+    /// in none. The same users are held out of all these tests.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 50), extend("format" = "int64"))]
+    pub holdout_percent: u32,
     /// `User`: users that get a variant whatever the weights. They do not count in the analysis.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
@@ -183,8 +263,34 @@ pub struct Assignment {
 
 impl Default for Assignment {
     fn default() -> Self {
-        Self { by: AssignBy::default(), header: default_header(), forced: Vec::new() }
+        Self {
+            by: AssignBy::default(),
+            header: default_header(),
+            jwt_claim: None,
+            layer: None,
+            holdout_percent: 0,
+            forced: Vec::new(),
+        }
     }
+}
+
+/// A test's part of the users that several tests share.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "self.from < self.to",
+    "message": "spec.assignment.layer: from must be below to"
+}]))]
+pub struct Layer {
+    /// Its name, which tests of one namespace share.
+    #[schemars(length(min = 1, max = 32), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    pub name: String,
+    /// Percent of the users where this test's part begins.
+    #[schemars(range(min = 0, max = 99), extend("format" = "int64"))]
+    pub from: u32,
+    /// Percent of the users where it ends.
+    #[schemars(range(min = 1, max = 100), extend("format" = "int64"))]
+    pub to: u32,
 }
 
 fn default_header() -> String {
@@ -245,6 +351,8 @@ pub enum Metric {
     FirstTokenP95Ms,
     /// Produced tokens, by the time of the answers with them.
     TokensPerSecond,
+    /// Cost by requests that were answered or failed, from `variants[].cost`.
+    CostPerRequest,
 }
 
 /// Which direction of a metric is better.
@@ -372,240 +480,9 @@ pub enum OnConclusion {
     /// The status says it.
     #[default]
     Report,
-    /// The winner gets every request of the route.
+    /// The winner gets every request of the route. `Report` written over it later undoes that: the variants
+    /// have their weights again.
     Promote,
-}
-
-/// The state of the test as the operator stored it last. The operator goes on from it.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ABTestStatus {
-    /// `metadata.generation` that this status is about.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub observed_generation: Option<i64>,
-    /// Where the test is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub phase: Option<ABTestPhase>,
-    /// What it says; absent while it goes on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub verdict: Option<ABTestVerdict>,
-    /// The variant that won.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub winner: Option<String>,
-    /// The variant that is ahead, which may be chance.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub leader: Option<String>,
-    /// How sure it is that the leader and the control differ, 0 to 1, whenever one looks.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub confidence: Option<String>,
-    /// `ok`, `broken`, or `-` where requests are assigned or nobody was seen.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub srm: Option<String>,
-    /// Bound of the probability of such a division of users if they are divided as configured, whenever one
-    /// looks.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub srm_p_value: Option<String>,
-    /// Percent of the users that each variant gets, in the order of the spec.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub weights: Option<String>,
-    /// Users, or requests, of all variants.
-    #[serde(default)]
-    pub samples: i64,
-    /// When the samples began.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "optional_time_schema")]
-    pub started_at: Option<Time>,
-    /// When the test came to its verdict.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "optional_time_schema")]
-    pub concluded_at: Option<Time>,
-    /// Effect of the goal that the test finds now with a probability of 80 %, in the units of
-    /// `smallestEffect`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub detectable_effect: Option<String>,
-    /// Days until the smallest effect that matters is found, as the samples grow now.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub days_left: Option<String>,
-    /// The step of the ramp, from 0; the number of steps when variants have their weights.
-    #[serde(default)]
-    pub ramp_step: u32,
-    /// Since when it is in this step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "optional_time_schema")]
-    pub ramp_since: Option<Time>,
-    /// Percent of the route that the winner was given beyond its weight.
-    #[serde(default)]
-    pub promoted: u32,
-    /// Since when.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "optional_time_schema")]
-    pub promoted_since: Option<Time>,
-    /// Times of constant weights since the samples began, the newest last.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(
-        length(max = 3),
-        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["epoch"])
-    )]
-    pub epochs: Vec<TestEpoch>,
-    /// Who owns the buckets of users, in ascending order.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 512), extend("x-kubernetes-list-type" = "atomic"))]
-    pub owners: Vec<OwnerRange>,
-    /// The variants, in the order of the spec.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(
-        length(max = 4),
-        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"])
-    )]
-    pub variants: Vec<VariantStatus>,
-    /// Hash of what restarts the samples when it changes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub samples_of: Option<String>,
-    /// `Accepted`, `Serving`, `Sampling`, `SplitHealthy` and `SamplesStored`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(
-        length(max = 8),
-        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"])
-    )]
-    pub conditions: Vec<Condition>,
-}
-
-/// Where a test is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum ABTestPhase {
-    /// It has not started: the condition `Accepted` or `Serving` says why.
-    Pending,
-    /// The variants come to their weights.
-    Ramping,
-    /// Users are divided by the weights.
-    Running,
-    /// The winner gets more and more of the route.
-    Promoting,
-    /// It has a verdict.
-    Concluded,
-    /// A guardrail ended it: the control gets every request.
-    Stopped,
-}
-
-/// What a test says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum ABTestVerdict {
-    /// A variant is better than the others.
-    Winner,
-    /// The variants differ by less than the margin.
-    Equivalent,
-    /// Nothing can be said.
-    Inconclusive,
-    /// Users were not divided as configured.
-    Invalid,
-}
-
-/// A time of constant weights.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct TestEpoch {
-    /// Its number, which only grows.
-    pub epoch: i64,
-    /// When it began.
-    #[schemars(schema_with = "time_schema")]
-    pub since: Time,
-    /// Share of each variant, in the order of the spec, in ten-thousandths.
-    #[schemars(length(max = 4), extend("x-kubernetes-list-type" = "atomic"))]
-    pub weights: Vec<u32>,
-}
-
-/// The buckets behind those of the range before, up to `end` (exclusive).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct OwnerRange {
-    /// End of the range.
-    pub end: u32,
-    /// Name of the variant.
-    pub variant: String,
-}
-
-/// What is known of one variant.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct VariantStatus {
-    /// Its name.
-    pub name: String,
-    /// The revisions that serve it; another one restarts the samples.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub revision: String,
-    /// Users since the samples began.
-    #[serde(default)]
-    pub users: i64,
-    /// Requests that were answered or failed.
-    #[serde(default)]
-    pub requests: i64,
-    /// Requests that failed.
-    #[serde(default)]
-    pub errors: i64,
-    /// Requests that another variant answered, since this one had no pod for them.
-    #[serde(default)]
-    pub fallbacks: i64,
-    /// Requests of forced users, and of none, which do not count.
-    #[serde(default)]
-    pub uncounted: i64,
-    /// Tokens of the answers.
-    #[serde(default)]
-    pub tokens: i64,
-    /// Median latency in ms.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub latency_p50_ms: Option<String>,
-    /// 95th percentile of the latency in ms.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub latency_p95_ms: Option<String>,
-    /// Scores.
-    #[serde(default)]
-    pub scores: i64,
-    /// The goal and the secondary metrics, the goal first.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(
-        length(max = 6),
-        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["metric"])
-    )]
-    pub metrics: Vec<MetricStatus>,
-    /// Why it has too little for a verdict.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "set"))]
-    pub shortfalls: Vec<String>,
-    /// Information of the goal so far, in the scale of its comparison: it must not fall.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub information: Option<String>,
-}
-
-/// One metric of a variant.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct MetricStatus {
-    /// Which one.
-    pub metric: Metric,
-    /// Its value.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub value: Option<String>,
-    /// How it differs from the control's, relative to it: 0.02 is 2 % more. Of `feedbackScore` the
-    /// difference.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub effect: Option<String>,
-    /// The lower end of the effect's interval, which holds whenever one looks.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub low: Option<String>,
-    /// The upper end.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub high: Option<String>,
-    /// Whether the difference is one beyond chance.
-    #[serde(default)]
-    pub differs: bool,
-}
-
-fn time_schema(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({"type": "string", "format": "date-time"})
-}
-
-fn optional_time_schema(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({"type": "string", "format": "date-time", "nullable": true})
 }
 
 /// The CustomResourceDefinition as YAML, as the committed copies hold it.
@@ -637,7 +514,7 @@ mod tests {
         assert_eq!((assignment.by, assignment.header.as_str()), (AssignBy::User, "x-user-id"));
         assert_eq!((stop_when.confidence, stop_when.min_samples_per_variant), (0.95, 500));
         assert_eq!((stop_when.min_duration.as_str(), stop_when.max_duration.as_str()), ("7d", "14d"));
-        assert_eq!(*on_conclusion, OnConclusion::Report);
+        assert_eq!((*on_conclusion, test.spec.promote_hold.as_str()), (OnConclusion::Report, "1m"));
         assert_eq!((goal.feedback_metric.as_str(), goal.smallest_effect, goal.margin), ("score", 0.05, 0.0));
         let schema = spec_schema();
         let properties = &schema["properties"];

@@ -7,7 +7,10 @@ use serde::{Deserialize, Serialize};
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{self, YamlError};
 
-use crate::{InferenceModelStatus, PodSettings, Rollout, Runtime, Source, Traffic};
+use crate::{
+    InferenceModelStatus, Monitoring, NetworkPolicySettings, PodSettings, Rollout, Runtime, Scaling, Source,
+    Traffic,
+};
 
 /// Longest name of an InferenceModel. Names of its children add at most 18 characters, and the name of a
 /// Service has at most 63: 45 + 18 = 63.
@@ -95,6 +98,15 @@ pub const MAX_NAME_CHARS: usize = 45;
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "!has(self.traffic) || !has(self.traffic.hedge) || (has(self.task) && self.task != 'generate')",
     "message": "spec.traffic.hedge: only requests that encode are sent twice; set spec.task to embed, or remove hedge"
+}, {
+    "rule": "!has(self.scaling) || !has(self.scaling.metrics) || !self.scaling.metrics.exists(one, has(one.cpu)) || has(self.runtime) && has(self.runtime.resources) && (has(self.runtime.resources.requests) && 'cpu' in self.runtime.resources.requests || has(self.runtime.resources.limits) && 'cpu' in self.runtime.resources.limits)",
+    "message": "spec.scaling.metrics: cpu is in percent of a request that the pods do not have; set spec.runtime.resources.requests.cpu"
+}, {
+    "rule": "!has(self.scaling) || !has(self.scaling.metrics) || !self.scaling.metrics.exists(one, has(one.memory)) || has(self.runtime) && has(self.runtime.resources) && (has(self.runtime.resources.requests) && 'memory' in self.runtime.resources.requests || has(self.runtime.resources.limits) && 'memory' in self.runtime.resources.limits)",
+    "message": "spec.scaling.metrics: memory is in percent of a request that the pods do not have; set spec.runtime.resources.requests.memory"
+}, {
+    "rule": "!has(self.task) || self.task == 'generate' || !has(self.runtime) || !has(self.runtime.adapters) || self.runtime.adapters.size() == 0",
+    "message": "spec.runtime.adapters: adapters are for models that generate text; remove them"
 }]))]
 pub struct InferenceModelSpec {
     /// The model's task: `generate` continues texts, `embed` turns texts into vectors, `classify` gives texts
@@ -127,6 +139,14 @@ pub struct InferenceModelSpec {
     #[serde(default)]
     pub disruption: Disruption,
 
+    /// Who may reach its pods.
+    #[serde(default)]
+    pub network_policy: NetworkPolicySettings,
+
+    /// How its metrics are collected.
+    #[serde(default)]
+    pub monitoring: Monitoring,
+
     /// Where its pods run, and their labels and annotations.
     #[serde(default)]
     pub pod: PodSettings,
@@ -136,26 +156,6 @@ pub struct InferenceModelSpec {
 fn task_schema(_: &mut SchemaGenerator) -> Schema {
     let words: Vec<&str> = Task::ALL.iter().map(|task| task.as_str()).collect();
     json_schema!({"type": "string", "nullable": true, "enum": words})
-}
-
-/// How many pods serve the model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Scaling {
-    /// Pods that serve the model. Zero stops it.
-    #[serde(default = "default_replicas")]
-    #[schemars(range(min = 0, max = 1000))]
-    pub replicas: i32,
-}
-
-fn default_replicas() -> i32 {
-    1
-}
-
-impl Default for Scaling {
-    fn default() -> Self {
-        Self { replicas: default_replicas() }
-    }
 }
 
 /// How many of the model's pods may be evicted at the same time.
@@ -227,6 +227,12 @@ mod tests {
         assert_eq!(spec["runtime"]["default"], serde_json::to_value(Runtime::default()).unwrap());
         assert_eq!(spec["rollout"]["default"], serde_json::to_value(Rollout::default()).unwrap());
         assert_eq!(spec["traffic"]["default"], serde_json::to_value(Traffic::default()).unwrap());
+        let network = serde_json::to_value(NetworkPolicySettings::default()).unwrap();
+        assert_eq!(spec["networkPolicy"]["default"], network);
+        assert_eq!(spec["scaling"]["properties"]["minReplicas"]["default"], 1);
+        assert_eq!(spec["monitoring"]["default"], serde_json::to_value(Monitoring::default()).unwrap());
+        let behavior = &spec["scaling"]["properties"]["behavior"]["properties"];
+        assert_eq!(behavior["scaleDown"]["default"]["stabilization"], "5m");
         assert_eq!(spec["scaling"]["properties"]["replicas"]["default"], 1);
         assert_eq!(spec["runtime"]["properties"]["batching"]["properties"]["maxQueue"]["default"], 512);
     }
@@ -258,6 +264,17 @@ mod tests {
             ["x-kubernetes-validations"]
             .to_string();
         assert!(rules.contains("oci://IMAGE") && rules.contains("pvc://CLAIM[/PATH]"), "{rules}");
+    }
+
+    #[test]
+    fn adapters_are_keyed_by_name_and_for_models_that_generate() {
+        let spec = &schema()["properties"]["spec"];
+        let adapters = &spec["properties"]["runtime"]["properties"]["adapters"];
+        assert_eq!(adapters["x-kubernetes-list-map-keys"], serde_json::json!(["name"]));
+        let source = &adapters["items"]["properties"]["source"]["properties"]["uri"];
+        let rules = source["x-kubernetes-validations"].to_string();
+        assert!(rules.contains("oci://IMAGE") && !rules.contains("https"), "{rules}");
+        assert!(spec["x-kubernetes-validations"].to_string().contains("spec.runtime.adapters: "), "{spec}");
     }
 
     #[test]

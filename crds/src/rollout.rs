@@ -1,5 +1,7 @@
 //! How a model moves to another revision: the settings, and what the status stores of a rollout.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
@@ -211,9 +213,11 @@ pub struct RolloutStatus {
     pub since: Time,
     /// Replicas of the model when the step started.
     pub base: u32,
-    /// Restarts of the pods that were asked to load the new revision, before they were asked.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub restarts: u32,
+    /// Restarts of the pods that were asked to load the new revision, before they were asked, by pod. Pods
+    /// without any are left out.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 2000))]
+    pub restarts_by_pod: BTreeMap<String, u32>,
     /// Rollouts that have started so far.
     pub attempt: u32,
     /// Whether the step had all its pods.
@@ -339,11 +343,6 @@ pub struct RolloutDecision {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
 fn is_false(value: &bool) -> bool {
     !*value
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
-fn is_zero(value: &u32) -> bool {
-    *value == 0
 }
 
 fn time_schema(_: &mut SchemaGenerator) -> Schema {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Quantity;
+use crate::{AdapterSource, Quantity};
 
 /// How the model is run.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -31,6 +31,16 @@ pub struct Runtime {
     #[schemars(range(min = 16, max = 1_048_576), extend("format" = "int64"))]
     pub context_tokens: Option<u32>,
 
+    /// Adapters (LoRA) of a model that generates. Callers name one instead of the model, as `MODEL:ADAPTER`
+    /// or by its own name where no other model has it. A change is a rollout, as of every setting of the
+    /// engine.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 16),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"])
+    )]
+    pub adapters: Vec<Adapter>,
+
     /// How requests share the engine.
     #[serde(default)]
     pub batching: Batching,
@@ -51,6 +61,17 @@ pub struct Runtime {
     /// Requests and limits of the pod's container.
     #[serde(default)]
     pub resources: Resources,
+}
+
+/// An adapter, as PEFT writes it: `adapter_config.json` and `adapter_model.safetensors`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Adapter {
+    /// The name that callers use, at most 63 letters, digits, `-`, `_` and `.`.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?$"))]
+    pub name: String,
+    /// Where its files come from.
+    pub source: AdapterSource,
 }
 
 /// A device that can compute.

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Settings that the operator passes to the pods.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -18,6 +19,12 @@ pub struct PodSettings {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]
     pub tolerations: Vec<Toleration>,
+
+    /// Rules about nodes and other pods, as in a pod. What Kubernetes does not know is named by the model's
+    /// conditions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "affinity_schema")]
+    pub affinity: Option<Value>,
 
     /// How the pods of this model are spread over the cluster.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -66,11 +73,32 @@ pub struct PodSettings {
     pub annotations: BTreeMap<String, String>,
 }
 
+/// The three parts of a pod's affinity; what is below them is read by the operator.
+fn affinity_schema(_: &mut SchemaGenerator) -> Schema {
+    let part = |description: &str| {
+        json_schema!({
+            "type": "object",
+            "nullable": true,
+            "description": description,
+            "x-kubernetes-preserve-unknown-fields": true,
+        })
+    };
+    json_schema!({
+        "type": "object",
+        "nullable": true,
+        "properties": {
+            "nodeAffinity": part("Nodes that the pods must or should run on."),
+            "podAffinity": part("Pods that they must or should run beside."),
+            "podAntiAffinity": part("Pods that they must not or should not run beside."),
+        },
+    })
+}
+
 /// A label's value.
 #[derive(JsonSchema)]
 #[schemars(inline)]
 #[allow(dead_code, reason = "carries the schema of the map's values alone")]
-struct LabelValue(
+pub(crate) struct LabelValue(
     #[schemars(length(max = 63), regex(pattern = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"))] String,
 );
 

@@ -94,6 +94,47 @@ pub struct Source {
     pub cache: Option<SourceCache>,
 }
 
+/// Where an adapter's files come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {
+        "rule": "!has(self.revision) || self.uri.startsWith('hf://')",
+        "message": "spec.runtime.adapters: only hf:// has branches, tags and commits; remove source.revision"
+    }
+]))]
+pub struct AdapterSource {
+    /// `oci://IMAGE` mounts an OCI image or artifact, `pvc://CLAIM[/PATH]` a PersistentVolumeClaim of this
+    /// namespace, read-only. The pod itself fetches `hf://ORG/NAME`, `s3://BUCKET/KEY`, `gs://BUCKET/KEY` and
+    /// `az://CONTAINER/KEY`, into the cache and with the credentials of `spec.source` where that is fetched
+    /// too, else without credentials.
+    #[schemars(
+        length(min = 7, max = 512),
+        extend("x-kubernetes-validations" = [
+            {
+                "rule": "self.matches('^(oci://[a-zA-Z0-9][a-zA-Z0-9._/:@-]*|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/:]+)*/?|hf://[^/@]+/[^/@]+|(s3|gs|az)://.+)$')",
+                "message": "spec.runtime.adapters: source.uri is none of oci://IMAGE, pvc://CLAIM[/PATH], hf://ORG/NAME, s3://BUCKET/KEY, gs://BUCKET/KEY and az://CONTAINER/KEY"
+            },
+            {
+                "rule": "!self.contains('..') && !self.matches('[\\\\s]')",
+                "message": "spec.runtime.adapters: '..' and white space are not allowed in source.uri"
+            }
+        ])
+    )]
+    pub uri: String,
+
+    /// Branch, tag or commit of a repository (`hf://`). Default: `main`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256))]
+    pub revision: Option<String>,
+
+    /// Expected sha256 of the sorted lines `<sha256>  <path>` of its two files, 64 lower-case hex digits. A
+    /// pod refuses to load files with another digest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64), regex(pattern = r"^[0-9a-f]{64}$"))]
+    pub sha256: Option<String>,
+}
+
 /// How an OCI image or artifact is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub enum OciAccess {

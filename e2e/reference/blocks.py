@@ -8,6 +8,7 @@ import argparse
 import json
 import pathlib
 import random
+import struct
 
 import gguf
 import numpy as np
@@ -34,6 +35,19 @@ def block(chance, kind):
     return bytes(data)
 
 
+def q8_k():
+    """Blocks of Q8_K with their values. The package has no function for the type."""
+    chance = random.Random(20)
+    data, values = b"", b""
+    for _ in range(BLOCKS):
+        scale = struct.unpack("<f", struct.pack("<f", chance.uniform(-0.01, 0.01)))[0]
+        quants = [chance.randint(-128, 127) for _ in range(256)]
+        sums = [sum(quants[at : at + 16]) for at in range(0, 256, 16)]
+        data += struct.pack("<f256b16h", scale, *quants, *sums)
+        values += struct.pack("<256f", *[scale * quant for quant in quants])
+    return {"stored": data.hex(), "values": values.hex()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the file to write")
@@ -46,6 +60,7 @@ def main():
         values = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[kind])
         bits = values.astype("<f4").tobytes().hex()
         made[kind] = {"stored": data.hex(), "values": bits}
+    made["Q8_K"] = q8_k()
     arguments.out.write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -48,6 +48,17 @@ pub struct Gateway {
     client: Client<HttpConnector, Full<Bytes>>,
 }
 
+/// What the head of an answer names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedAnswer {
+    /// The variant, where the route has an A/B test.
+    pub variant: Option<String>,
+    /// The id with which the answer can be scored.
+    pub request_id: String,
+    /// What lets any gateway count the score.
+    pub token: Option<String>,
+}
+
 #[derive(Deserialize)]
 struct GenerateAnswer {
     text: String,
@@ -169,9 +180,22 @@ impl Gateway {
     /// When there is no whole answer.
     pub async fn embed_as(&self, user: &str, model: &str, text: &str) -> Result<Option<String>, Failure> {
         let body = serde_json::json!({"model": model, "input": [text]});
+        Ok(self.post_as(user, "/v1/embeddings", &body).await?.variant)
+    }
+
+    /// `POST path` as this user.
+    ///
+    /// # Errors
+    /// When there is no whole answer.
+    pub async fn post_as(
+        &self,
+        user: &str,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> Result<NamedAnswer, Failure> {
         let request = hyper::Request::builder()
             .method(Method::POST)
-            .uri(format!("{}/v1/embeddings", self.endpoint().http))
+            .uri(format!("{}{path}", self.endpoint().http))
             .header("content-type", "application/json")
             .header("x-user-id", user)
             .body(Full::from(body.to_string()))
@@ -180,11 +204,14 @@ impl Gateway {
             let response = self.client.request(request).await;
             let response = response.map_err(|error| Failure::connection(&error_chain(&error)))?;
             let status = response.status();
-            let variant = response.headers().get("x-trustformers-variant");
-            let variant = variant.and_then(|name| name.to_str().ok()).map(str::to_owned);
+            let header = |name: &str| {
+                response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+            };
+            let (variant, request_id) = (header("x-trustformers-variant"), header("x-request-id"));
+            let token = header("x-trustformers-feedback");
             let body = response.into_body().collect().await.map_err(|error| Failure::connection(&error))?;
             if status.is_success() {
-                return Ok(variant);
+                return Ok(NamedAnswer { variant, request_id: request_id.unwrap_or_default(), token });
             }
             let message = String::from_utf8_lossy(&body.to_bytes()).into_owned();
             Err(Failure::Refused { status: status.as_u16(), message })
@@ -197,10 +224,14 @@ impl Gateway {
     /// # Errors
     /// When there is no whole answer.
     pub async fn grpc_embeddings(&self, model: &str, texts: &[&str]) -> Result<Vec<Vec<f32>>, Failure> {
-        let mut client = InferenceServiceClient::new(self.endpoint().grpc.clone());
+        let client = InferenceServiceClient::new(self.endpoint().grpc.clone());
         let input = texts.iter().map(ToString::to_string).collect();
         let request = EmbedRequest { input, model: model.to_owned(), ..EmbedRequest::default() };
-        let answer = limited(async { client.embed(request).await.map_err(|it| refused(&it)) }).await?;
+        let call = || {
+            let (mut client, request) = (client.clone(), request.clone());
+            async move { client.embed(request).await }
+        };
+        let answer = limited(async { sent_again(call).await.map_err(|it| refused(&it)) }).await?;
         Ok(answer.into_inner().data.into_iter().map(|one| one.values).collect())
     }
 
@@ -284,10 +315,12 @@ impl Gateway {
     /// When there is no whole answer.
     pub async fn grpc(&self, request: &Request) -> Result<Answer, Failure> {
         let started = Instant::now();
-        let mut client = InferenceServiceClient::new(self.endpoint().grpc.clone());
-        let answer =
-            limited(async { client.generate(generate_request(request)).await.map_err(|it| refused(&it)) })
-                .await?;
+        let client = InferenceServiceClient::new(self.endpoint().grpc.clone());
+        let call = || {
+            let mut client = client.clone();
+            async move { client.generate(generate_request(request)).await }
+        };
+        let answer = limited(async { sent_again(call).await.map_err(|it| refused(&it)) }).await?;
         let answer = answer.into_inner();
         Ok(Answer {
             finish_reason: reason(answer.finish_reason).unwrap_or_default(),
@@ -308,12 +341,12 @@ impl Gateway {
     ) -> Result<Answer, Failure> {
         let mut gathered = Gathered::new(on_token);
         limited(async {
-            let mut client = InferenceServiceClient::new(self.endpoint().grpc.clone());
-            let mut stream = client
-                .generate_stream(generate_request(request))
-                .await
-                .map_err(|it| refused(&it))?
-                .into_inner();
+            let client = InferenceServiceClient::new(self.endpoint().grpc.clone());
+            let call = || {
+                let mut client = client.clone();
+                async move { client.generate_stream(generate_request(request)).await }
+            };
+            let mut stream = sent_again(call).await.map_err(|it| refused(&it))?.into_inner();
             loop {
                 match stream.message().await {
                     Ok(Some(GenerateStreamResponse { text, token, finish_reason, .. })) => {
@@ -374,6 +407,30 @@ impl<F: FnMut(usize)> Gathered<F> {
 async fn limited<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let ended = tokio::time::timeout(REQUEST_LIMIT, work).await;
     ended.unwrap_or_else(|_| Err(Failure::connection(&format!("no end within {REQUEST_LIMIT:?}"))))
+}
+
+/// A call that is made once more where its connection was closed before the request left this process.
+/// Clients of gRPC do that by themselves (transparent retries), and so does the HTTP client here; tonic does
+/// not.
+async fn sent_again<T, F>(call: impl Fn() -> F) -> Result<T, tonic::Status>
+where
+    F: Future<Output = Result<T, tonic::Status>>,
+{
+    match call().await {
+        Err(status) if was_not_sent(&status) => call().await,
+        ended => ended,
+    }
+}
+
+fn was_not_sent(status: &tonic::Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 fn generate_request(request: &Request) -> GenerateRequest {

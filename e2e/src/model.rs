@@ -22,6 +22,9 @@ pub const MINILM: &str = "oci://localhost/all-minilm-l6-v2:f32";
 /// The image with a classifier of seeded values, several files, that the test nodes hold.
 pub const CLASSIFIER: &str = "oci://localhost/seeded-classifier:f32";
 
+/// The image with an adapter of [`SMOLLM2`] of seeded values, two files, that the test nodes hold.
+pub const ADAPTER: &str = "oci://localhost/seeded-adapter:f32";
+
 /// The InferenceModels of one namespace.
 #[derive(Clone)]
 pub struct Models {

@@ -8,7 +8,7 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::core::v1::Pod;
 
-use crate::command::Invocation;
+use crate::{command::Invocation, settings::Settings};
 
 /// The pid, on this machine, of the first process of `container` in `pod`.
 ///
@@ -57,9 +57,36 @@ pub async fn kill_hard(pid: u32) -> Result<()> {
     Invocation::new(Path::new("kill"), ["-9", &pid.to_string()]).stdout().await.map(drop)
 }
 
+/// The pid of a daemon of the test cluster, such as `kube-apiserver`, by the record that its start left.
+///
+/// # Errors
+/// When the daemon does not run.
+pub fn daemon_pid(settings: &Settings, name: &str) -> Result<u32> {
+    let record = settings.cache.join("cluster/run").join(format!("{name}.pid"));
+    let text = fs::read_to_string(&record).with_context(|| record.display().to_string())?;
+    let (pid, began) = text.trim().split_once(' ').context("a record has a pid and a start time")?;
+    let stat =
+        fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("{name} has ended"))?;
+    // A pid that now belongs to another program has another start time.
+    ensure!(start_time(&stat) == Some(began), "{name} has ended: its pid {pid} belongs to another process");
+    Ok(pid.parse()?)
+}
+
+/// Field 22 of `/proc/PID/stat`, counted after the last `)`, because a program's name may hold blanks.
+fn start_time(stat: &str) -> Option<&str> {
+    stat.rsplit_once(") ")?.1.split_whitespace().nth(19)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_start_time_is_found_behind_a_name_with_blanks() {
+        let numbers: Vec<String> = (4..=30).map(|number| number.to_string()).collect();
+        let stat = format!("7 (a ) b) S {}", numbers.join(" "));
+        assert_eq!(start_time(&stat), Some("22"));
+    }
 
     #[test]
     fn only_the_first_process_of_the_container_counts() {

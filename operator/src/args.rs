@@ -1,7 +1,6 @@
 //! The command line. Every flag can be given by an environment variable as well, as the chart does.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use trustformers_telemetry::logs::{LogFormat, LogOptions};
@@ -73,12 +72,12 @@ pub struct RunArgs {
     #[arg(long, env = "TRUSTFORMERS_IMAGE_PULL_POLICY", value_enum, default_value_t = PullPolicy::IfNotPresent)]
     pub image_pull_policy: PullPolicy,
 
-    /// A file with the operator's own token for the audience trustformers-pods, with which it changes models
-    /// in running pods. Default: new revisions are loaded by new pods only.
-    #[arg(long, env = "TRUSTFORMERS_POD_TOKEN_FILE", value_name = "FILE")]
-    pub pod_token_file: Option<PathBuf>,
+    /// How pods recognise the operator when it changes their models.
+    #[arg(long, env = "TRUSTFORMERS_POD_AUTH", value_enum, default_value_t = PodAuth::Token)]
+    pub pod_auth: PodAuth,
 
-    /// ServiceAccount of the operator, in its namespace: pods accept its token alone.
+    /// ServiceAccount of the operator, in its namespace: pods accept its tokens alone. It must be allowed to
+    /// create serviceaccounts/token of itself.
     #[arg(long, env = "TRUSTFORMERS_SERVICE_ACCOUNT", default_value = "trustformers-operator")]
     pub service_account: String,
 
@@ -117,6 +116,16 @@ pub enum FeedAuth {
     /// By a ServiceAccount token for the audience `trustformers-feed`, checked with a TokenReview.
     Token,
     /// Gateways do not authenticate: for tests and single machines.
+    None,
+}
+
+/// How pods recognise the operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PodAuth {
+    /// By a token of its ServiceAccount for the audience `trustformers-pods.NAMESPACE`, NAMESPACE being that
+    /// of the pods.
+    Token,
+    /// They do not: new revisions are loaded by new pods only.
     None,
 }
 

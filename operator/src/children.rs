@@ -14,14 +14,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentCondition, DeploymentSpec, DeploymentStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ManagedFieldsEntry, ObjectMeta, OwnerReference};
 use k8s_openapi::jiff::Timestamp;
-use kube::api::DynamicObject;
-use kube::core::TypeMeta;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use trustformers_control::drift::{FieldPath, foreign_fields};
-use trustformers_control::kinds::{CHILDREN, ChildKind, DEPLOYMENT};
+use trustformers_control::kinds::{AUTOSCALER, CHILDREN, ChildKind, DEPLOYMENT};
 use trustformers_control::names;
+use trustformers_control::scaling::AutoscalerReport;
 use trustformers_crds::GROUP;
+
+use crate::decode::{StoredObject, is_foreign};
 
 /// One stored child.
 #[derive(Debug)]
@@ -47,6 +49,8 @@ pub struct Child {
     text: Box<str>,
     /// What is read of a Deployment; none for other kinds.
     pub deployment: Option<Arc<Deployment>>,
+    /// What an autoscaler reports of itself; none for other kinds, and before its first report.
+    pub autoscaler: Option<AutoscalerReport>,
     /// What other field managers set in the part that belongs to the operator alone.
     pub foreign: Vec<FieldPath>,
     /// Index of the managed fields that a POST of the operator left, while it has applied nothing.
@@ -56,7 +60,7 @@ pub struct Child {
 impl Child {
     /// Reads a stored object; `None` if it lacks metadata that every stored object has.
     #[must_use]
-    pub fn of(kind: &'static ChildKind, mut object: DynamicObject) -> Option<Self> {
+    pub fn of(kind: &'static ChildKind, mut object: StoredObject) -> Option<Self> {
         let meta = &object.metadata;
         let is_model = |owner: &&OwnerReference| {
             owner.controller == Some(true)
@@ -71,17 +75,20 @@ impl Child {
         let managers = meta.managed_fields.as_deref().unwrap_or_default();
         let posted = posted(managers);
         let foreign = match managers.iter().any(is_foreign) {
-            true => foreign_fields(&serde_json::to_value(&object).ok()?, kind),
+            true => foreign_fields(&object.value(kind).ok()?, kind),
             false => Vec::new(),
         };
-        // Items of a list come without them.
-        object.types = Some(TypeMeta { api_version: kind.api_version(), kind: kind.kind.to_owned() });
-        let status = object.data.as_object_mut().and_then(|data| data.remove("status"));
-        let deployment = (kind == &DEPLOYMENT).then(|| Arc::new(trimmed(&object, status)));
-        object.metadata.managed_fields = None;
-        object.metadata.resource_version = None;
-        object.metadata.generation = None;
-        let text = serde_json::to_string(&object).ok()?.into_boxed_str();
+        let autoscaler = (kind == &AUTOSCALER)
+            .then(|| object.status::<Value>())
+            .flatten()
+            .as_ref()
+            .and_then(AutoscalerReport::of);
+        let deployment = (kind == &DEPLOYMENT).then(|| Arc::new(trimmed(&object)));
+        let mut metadata = std::mem::take(&mut object.metadata);
+        metadata.managed_fields = None;
+        metadata.resource_version = None;
+        metadata.generation = None;
+        let text = object.text(kind, &metadata).ok()?.into_boxed_str();
         Some(Self {
             kind,
             namespace,
@@ -93,6 +100,7 @@ impl Child {
             labels,
             text,
             deployment,
+            autoscaler,
             foreign,
             posted,
         })
@@ -112,6 +120,7 @@ impl Child {
         self.uid == other.uid
             && self.text == other.text
             && self.deployment == other.deployment
+            && self.autoscaler == other.autoscaler
             && self.foreign == other.foreign
             && self.posted == other.posted
     }
@@ -138,12 +147,6 @@ impl Child {
     }
 }
 
-/// Whether managed fields are another manager's. What a subresource sets (status, scale) is not part of the
-/// desired object.
-fn is_foreign(entry: &ManagedFieldsEntry) -> bool {
-    entry.manager.as_deref() != Some(names::MANAGER) && entry.subresource.as_deref().unwrap_or("").is_empty()
-}
-
 /// The managed fields of a POST: the operator's, while it has applied nothing.
 fn posted(managers: &[ManagedFieldsEntry]) -> Option<usize> {
     let is_own = |entry: &ManagedFieldsEntry, operation: &str| {
@@ -158,13 +161,16 @@ fn posted(managers: &[ManagedFieldsEntry]) -> Option<usize> {
 }
 
 /// What is read of a Deployment: how many pods it should have, and how many of them are as its template says.
-fn trimmed(object: &DynamicObject, status: Option<Value>) -> Deployment {
-    let status: DeploymentStatus =
-        status.and_then(|status| serde_json::from_value(status).ok()).unwrap_or_default();
+fn trimmed(object: &StoredObject) -> Deployment {
+    #[derive(Deserialize)]
+    struct Replicas {
+        replicas: Option<i32>,
+    }
+    let status: DeploymentStatus = object.status().unwrap_or_default();
     let failures = |conditions: Vec<DeploymentCondition>| {
         conditions.into_iter().filter(|one| one.type_ == "ReplicaFailure").collect::<Vec<_>>()
     };
-    let replicas = object.data["spec"]["replicas"].as_i64().and_then(|replicas| i32::try_from(replicas).ok());
+    let replicas = object.member::<Replicas>("spec").and_then(|spec| spec.replicas);
     Deployment {
         metadata: ObjectMeta { generation: object.metadata.generation, ..ObjectMeta::default() },
         spec: Some(DeploymentSpec { replicas, ..DeploymentSpec::default() }),
@@ -354,11 +360,35 @@ impl Children {
         });
     }
 
-    /// Waits until every kind has been listed.
+    /// Waits until every kind that is a part of Kubernetes has been listed.
     pub async fn complete(&self) {
-        let all = |kinds: &BTreeSet<&'static str>| CHILDREN.iter().all(|kind| kinds.contains(kind.kind));
+        let own = CHILDREN.iter().filter(|kind| !kind.needs_definition).map(|kind| kind.kind).collect();
+        self.listed(&own).await;
+    }
+
+    /// Waits until these kinds have been listed.
+    pub async fn listed(&self, kinds: &BTreeSet<&'static str>) {
+        let all = |listed: &BTreeSet<&'static str>| kinds.is_subset(listed);
         // The sender lives as long as `self`, so the wait cannot fail.
         let _ = self.complete.subscribe().wait_for(all).await;
+    }
+
+    /// Whether a kind has been listed, so that all objects of it are known.
+    #[must_use]
+    pub fn is_listed(&self, kind: &ChildKind) -> bool {
+        self.complete.borrow().contains(kind.kind)
+    }
+
+    /// Removes all children of a kind that the cluster does not have any more.
+    pub fn forget(&self, kind: &ChildKind) {
+        self.complete.send_modify(|kinds| {
+            kinds.remove(kind.kind);
+        });
+        let mut index = self.lock();
+        let gone: Vec<ChildKey> = index.entries.keys().filter(|key| key.kind == kind.kind).cloned().collect();
+        for key in &gone {
+            index.remove(key);
+        }
     }
 
     /// Records that these foreign fields of a child came back after their removal.

@@ -196,7 +196,7 @@ mod tests {
         let access = context.platform().admin.unwrap();
         assert_eq!(access.issuer.as_deref(), Some("https://cluster"));
         assert_eq!(access.keys.as_deref(), Some(r#"{"keys":[{"kid":"k1"}]}"#));
-        assert_eq!(access.subject, identity().subject);
+        assert_eq!(access.subject, identity().subject());
         let following = tokio::spawn(run(Arc::clone(&context)));
         context.cluster_keys.doubt();
         while !context.platform().admin.unwrap().keys.unwrap().contains("k2") {

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use trustformers_control::build::Platform;
 use trustformers_control::causes::Cause;
+use trustformers_control::kinds::{CHILDREN, ChildKind};
 use trustformers_control::pods::PodView;
 use trustformers_control::routes::ModelKey;
 use trustformers_control::status::PodReport;
@@ -26,11 +27,13 @@ use crate::ab_tests::samples::TestSamples;
 use crate::changes::Changes;
 use crate::children::Children;
 use crate::cluster_keys::ClusterKeys;
+use crate::definitions::Definitions;
 use crate::feed::FeedState;
 use crate::feed::counts::GatewaySums;
 use crate::metrics::Metrics;
 use crate::models::{ModelNames, ModelWriter};
 use crate::pod_admin::Identity;
+use crate::pod_tokens::PodTokens;
 use crate::pods::{PodWriter, Pods};
 use crate::queue::{Lane, Queue};
 use crate::reconcile::settled::Settled;
@@ -127,6 +130,8 @@ pub struct Context {
     pub ab_tests: Store<ABTest>,
     /// What the operator made for them.
     pub children: Children,
+    /// Which optional kinds of children the cluster has definitions of.
+    pub definitions: Definitions,
     /// What gateways have counted.
     pub counts: GatewaySums,
     /// What gateways have counted of A/B tests.
@@ -135,6 +140,8 @@ pub struct Context {
     pub event_counts: EventCounts,
     /// With which keys pods recognise the operator.
     pub cluster_keys: ClusterKeys,
+    /// The operator's tokens for pods.
+    pub pod_tokens: PodTokens,
     /// The feed of this lead: which tables gateways have.
     pub feed: OnceLock<Arc<FeedState>>,
     memories: Mutex<HashMap<ModelKey, Memory>>,
@@ -198,10 +205,12 @@ impl Context {
             pods,
             ab_tests,
             children: Children::default(),
+            definitions: Definitions::default(),
             counts: GatewaySums::default(),
             samples: TestSamples::default(),
             event_counts: EventCounts::default(),
             cluster_keys: ClusterKeys::default(),
+            pod_tokens: PodTokens::default(),
             feed: OnceLock::new(),
             memories: Mutex::default(),
             unreadable: Mutex::default(),
@@ -216,11 +225,24 @@ impl Context {
         NewContext { context: Arc::new(context), writers, queue }
     }
 
-    /// What the operator's settings add to every model, with the keys as they are known now.
+    /// What the operator's settings add to every model, with the keys and the optional kinds as they are
+    /// known now.
     #[must_use]
     pub fn platform(&self) -> Platform {
-        let access = |identity: &Identity| self.cluster_keys.access(&identity.subject);
-        Platform { admin: self.settings.identity.as_ref().map(access), ..self.settings.platform.clone() }
+        let access = |identity: &Identity| self.cluster_keys.access(&identity.subject());
+        Platform {
+            admin: self.settings.identity.as_ref().map(access),
+            optional_kinds: self.optional_kinds(),
+            ..self.settings.platform.clone()
+        }
+    }
+
+    /// The kinds of children that are no part of Kubernetes and that the cluster has definitions of.
+    #[must_use]
+    pub fn optional_kinds(&self) -> BTreeSet<&'static str> {
+        let is_there = |kind: &ChildKind| self.definitions.has(kind) && self.children.is_listed(kind);
+        let optional = CHILDREN.iter().filter(|kind| kind.needs_definition && is_there(kind));
+        optional.map(|kind| kind.kind).collect()
     }
 
     /// Waits until every cache has been filled.
@@ -232,6 +254,7 @@ impl Context {
         self.ab_tests.wait_until_ready().await.map_err(|_| WatchesEnded)?;
         self.pods.complete().await;
         self.children.complete().await;
+        self.definitions.complete(&self.children).await;
         Ok(())
     }
 
@@ -383,6 +406,8 @@ pub(crate) mod tests {
             gateway_url: "http://gateway:8080".to_owned(),
             platform: Platform {
                 runtime_image: "localhost/trustformers-runtime:v0.1.0".to_owned(),
+                namespace: "trustformers-system".to_owned(),
+                optional_kinds: BTreeSet::new(),
                 pull_policy: "IfNotPresent".to_owned(),
                 admin: None,
             },
@@ -393,10 +418,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn identity() -> Identity {
-        Identity {
-            token_file: "/nonexistent/token".into(),
-            subject: "system:serviceaccount:trustformers-system:trustformers-operator".to_owned(),
-        }
+        Identity { namespace: "trustformers-system".to_owned(), account: "trustformers-operator".to_owned() }
     }
 
     pub(crate) fn metrics() -> Metrics {

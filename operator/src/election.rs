@@ -13,7 +13,7 @@ use trustformers_control::lease::{Election, LEASE, RENEW_EVERY, Record, Step, fi
 use crate::requests::LEASE_LIMIT;
 
 /// Name of the Lease.
-pub const LEASE_NAME: &str = "trustformers-operator";
+pub const LEASE_NAME: &str = trustformers_crds::names::OPERATOR_LEASE;
 
 /// A pause after a failed renewal: several attempts fit before the deadline.
 const RETRY: Duration = Duration::from_millis(500);

@@ -4,13 +4,17 @@
 //! a pod that serves costs nothing.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, sleep};
-use tonic::transport::{Endpoint, Uri};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::{Channel, Endpoint, Uri};
+use tower::service_fn;
 use trustformers_control::names;
 use trustformers_control::pods::PodView;
 use trustformers_control::routes::ModelKey;
@@ -69,6 +73,7 @@ impl Target {
 /// Keeps the streams open that are needed, without end.
 pub async fn run(context: Arc<Context>) {
     let mut streams: HashMap<ModelKey, HashMap<Target, AbortHandle>> = HashMap::new();
+    let mut open_streams = 0_usize;
     // Dropping the set ends every stream with this task.
     let mut tasks = JoinSet::new();
     loop {
@@ -80,6 +85,7 @@ pub async fn run(context: Arc<Context>) {
         for key in models {
             let wanted = wanted(&context, &key);
             let open = streams.entry(key.clone()).or_default();
+            open_streams = open_streams.saturating_sub(open.len());
             open.retain(|target, stream| {
                 let stays = wanted.contains(target);
                 if !stays {
@@ -91,13 +97,13 @@ pub async fn run(context: Arc<Context>) {
                 open.entry(target)
                     .or_insert_with_key(|target| tasks.spawn(observe(Arc::clone(&context), target.clone())));
             }
+            open_streams += open.len();
             if open.is_empty() {
                 streams.remove(&key);
             }
         }
         while tasks.try_join_next().is_some() {}
-        let open: usize = streams.values().map(HashMap::len).sum();
-        context.metrics.observed_pods.set(i64::try_from(open).unwrap_or(i64::MAX));
+        context.metrics.observed_pods.set(i64::try_from(open_streams).unwrap_or(i64::MAX));
     }
 }
 
@@ -148,12 +154,13 @@ async fn observe(context: Arc<Context>, target: Target) {
 }
 
 /// The pause after this many failed attempts: at first short, because a container that starts is about to
-/// answer, then twice as long each time.
+/// answer, then twice as long each time. A pod that serves and does not answer is looked at less: four times
+/// as long each time.
 fn pause(attempt: u32, serves: bool) -> Duration {
     let doubled =
         |from: Duration, times: u32| from.saturating_mul(1_u32.checked_shl(times).unwrap_or(u32::MAX));
     if serves {
-        return doubled(START_PAUSE, attempt).min(SERVING_PAUSE);
+        return doubled(START_PAUSE, attempt.saturating_mul(2)).min(SERVING_PAUSE);
     }
     match attempt.checked_sub(START_ATTEMPTS) {
         None => doubled(FIRST_PAUSE, attempt).min(START_PAUSE),
@@ -161,14 +168,34 @@ fn pause(attempt: u32, serves: bool) -> Duration {
     }
 }
 
-/// Follows one stream to its end. An error is returned only if no message arrived before.
-async fn follow(context: &Context, target: &Target, uri: Uri) -> Result<(), tonic::Status> {
-    let channel = Endpoint::from(uri)
+/// A channel over one new connection. A pod that cannot be reached costs one connection attempt and no
+/// channel: while many models start, most attempts are made before the container listens.
+async fn channel(address: SocketAddr, uri: Uri) -> Result<Channel, tonic::Status> {
+    let unavailable = |error: &dyn std::error::Error| tonic::Status::unavailable(error.to_string());
+    let connection = timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
+        .await
+        .map_err(|late| unavailable(&late))?
+        .map_err(|error| unavailable(&error))?;
+    connection.set_nodelay(true).map_err(|error| unavailable(&error))?;
+    let mut connection = Some(TokioIo::new(connection));
+    // A channel that has lost its connection is not used again: `observe` makes another one.
+    let connect_once = service_fn(move |_: Uri| {
+        let connected = connection.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
+        async move { connected }
+    });
+    Endpoint::from(uri)
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true)
-        .connect_lazy();
+        .connect_with_connector(connect_once)
+        .await
+        .map_err(|error| unavailable(&error))
+}
+
+/// Follows one stream to its end. An error is returned only if no message arrived before.
+async fn follow(context: &Context, target: &Target, uri: Uri) -> Result<(), tonic::Status> {
+    let channel = channel(SocketAddr::new(target.address, names::GRPC_PORT), uri).await?;
     let mut client = ModelServiceClient::new(channel);
     let mut stream = client.watch_models(WatchModelsRequest {}).await?.into_inner();
     let mut requested = None::<Instant>;
@@ -256,12 +283,24 @@ mod tests {
         assert!(is_changing(&model(&format!("status: {{observedGeneration: 2, candidate: {candidate}}}"))));
     }
 
+    #[tokio::test]
+    async fn a_pod_that_refuses_connections_is_unavailable() {
+        // Nobody listens there: the port is free again.
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let uri = pod_admin::uri(address.ip(), address.port()).unwrap();
+        let status = channel(address, uri).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::Unavailable, "{status}");
+    }
+
     #[test]
     fn a_pod_that_never_answers_is_tried_less_and_less() {
         let pauses = |serves| (0..60).map(|attempt| pause(attempt, serves)).collect::<Vec<_>>();
         let starting = pauses(false);
         assert!(starting[..20].iter().all(|pause| *pause <= START_PAUSE), "{starting:?}");
         assert_eq!((starting[0], starting[59]), (FIRST_PAUSE, LONGEST_PAUSE));
+        assert_eq!(pauses(true)[..4], [1, 4, 16, 64].map(Duration::from_secs));
         assert_eq!(pauses(true)[59], SERVING_PAUSE);
         assert!(starting.is_sorted() && pauses(true).is_sorted());
     }

@@ -44,6 +44,8 @@ pub fn everywhere() -> Vec<Permission> {
         permission("", "pods/status", &["patch"]),
         // nodes: pods of a node that is lost are not routed
         permission("", "nodes", &["list", "watch"]),
+        // definitions: which optional kinds there are
+        permission("apiextensions.k8s.io", "customresourcedefinitions", &["list", "watch"]),
         // recorder; watchers: a volume that cannot be mounted is reported by Events only
         permission("", "events", &["create", "get", "list", "patch", "watch"]),
         // feed::identity
@@ -60,6 +62,8 @@ pub fn at_home() -> Vec<Permission> {
         permission("coordination.k8s.io", "leases", &["create", "get", "update"]),
         // leader: the label of the leader's pod
         permission("", "pods", &["patch"]),
+        // pod_tokens: tokens of the operator's own account; the chart's rule names it
+        permission("", "serviceaccounts/token", &["create"]),
     ]
 }
 
@@ -79,7 +83,7 @@ mod tests {
     use trustformers_crds::InferenceModel;
 
     use crate::children::Child;
-    use crate::context::tests::{metrics, settings};
+    use crate::context::tests::{identity, metrics, settings};
     use crate::context::{Context, NewContext};
     use crate::election::Candidate;
     use crate::feed::gates;
@@ -122,6 +126,16 @@ mod tests {
         let is_event = path.contains("/events/") || path.ends_with("/events");
         match request.method {
             Method::GET if is_watch => (StatusCode::OK, Value::Null),
+            // The cluster has every optional kind.
+            Method::GET if path.ends_with("/customresourcedefinitions") => {
+                let optional = CHILDREN.iter().filter(|kind| kind.needs_definition);
+                let items = optional.map(|kind| json!({"metadata": {"name": kind.definition()}}));
+                let items: Vec<Value> = items.collect();
+                (
+                    StatusCode::OK,
+                    json!({"kind": "List", "metadata": {"resourceVersion": "1"}, "items": items}),
+                )
+            }
             Method::GET if !path.contains("/namespaces/") => {
                 (StatusCode::OK, json!({"kind": "List", "metadata": {"resourceVersion": "1"}, "items": []}))
             }
@@ -175,7 +189,9 @@ mod tests {
         tasks.shutdown().await;
         // Children are created, corrected, and deleted when they are no longer needed: the pool of the first
         // revision has no pod.
-        let first = "{source: {uri: 'oci://localhost/m:1'}, disruption: {maxUnavailable: 0}}";
+        let first = "{source: {uri: 'oci://localhost/m:1'}, disruption: {maxUnavailable: 0}, \
+            runtime: {resources: {requests: {cpu: 1}}}, scaling: {maxReplicas: 2, metrics: [{cpu: 70}]}, \
+            networkPolicy: {enabled: true}, monitoring: {serviceMonitor: true}}";
         reconcile(model(1, first), Arc::clone(&context)).await.unwrap();
         drift(&context);
         reconcile(model(1, first), Arc::clone(&context)).await.unwrap();
@@ -189,6 +205,8 @@ mod tests {
         let about = recorder::about(&("team".to_owned(), "chat".to_owned()), "u1");
         recorder::publish(&context, &about, &[note("Test"), note("Other")]).await;
         gates::tests::write_one(&context).await;
+        let token = context.pod_tokens.header(&context.client, &identity(), "team").await;
+        assert!(token.is_err(), "the answer has no token");
         ab_tests::tests::write_one(&context).await;
         let authenticator = FeedAuthenticator::for_account(client.clone(), "sys", "gateway");
         let mut headers = MetadataMap::new();

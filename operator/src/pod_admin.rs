@@ -4,7 +4,6 @@
 //! that does not come within seconds is none that anybody waits for.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -20,13 +19,21 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A load answers when it is complete and an unload when its last answer has ended; neither is waited for.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
-/// Who the operator is for pods.
+/// Who the operator is for pods: the ServiceAccount that it runs with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// A file with its token for the audience `trustformers-pods`; kubelet renews it.
-    pub token_file: PathBuf,
-    /// Its account: `system:serviceaccount:NAMESPACE:NAME`.
-    pub subject: String,
+    /// The account's namespace.
+    pub namespace: String,
+    /// The account's name.
+    pub account: String,
+}
+
+impl Identity {
+    /// The account as tokens name it: `system:serviceaccount:NAMESPACE:NAME`.
+    #[must_use]
+    pub fn subject(&self) -> String {
+        format!("system:serviceaccount:{}:{}", self.namespace, self.account)
+    }
 }
 
 /// What a pod is asked for, complete.
@@ -43,14 +50,6 @@ pub enum AdminRequest {
 /// Why a pod was not asked, or refused.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The operator has no token.
-    #[error("the operator's token {}: {cause}", path.display())]
-    Token {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        cause: String,
-    },
     /// The pod has no address that can be connected to.
     #[error("it has no address")]
     NoAddress,
@@ -77,32 +76,24 @@ pub fn uri(address: IpAddr, port: u16) -> Option<Uri> {
     format!("http://{host}:{port}").parse().ok()
 }
 
-/// Asks a pod at a port.
+/// Asks a pod at a port, with the operator's token for the pods of its namespace.
 ///
 /// # Errors
 /// When it refused within [`ANSWER_LIMIT`], or was not reached.
 pub async fn ask(
-    identity: &Identity,
+    token: MetadataValue<Ascii>,
     pod: &PodView,
     port: u16,
     request: AdminRequest,
 ) -> Result<(), AdminError> {
     let address = pod.address.as_deref().and_then(|address| address.parse().ok());
     let uri = address.and_then(|address| uri(address, port)).ok_or(AdminError::NoAddress)?;
-    let token = token(identity).await?;
     let channel = Endpoint::from(uri).connect_timeout(CONNECT_TIMEOUT).connect_lazy();
     match timeout(ANSWER_LIMIT, call(channel, token, request)).await {
         Ok(answer) => answer.map_err(|status| AdminError::Refused(Box::new(status))),
         // The pod goes on.
         Err(_elapsed) => Ok(()),
     }
-}
-
-async fn token(identity: &Identity) -> Result<MetadataValue<Ascii>, AdminError> {
-    let wrong = |cause: String| AdminError::Token { path: identity.token_file.clone(), cause };
-    let text = tokio::fs::read_to_string(&identity.token_file).await;
-    let text = text.map_err(|error| wrong(error.to_string()))?;
-    format!("Bearer {}", text.trim()).parse().map_err(|_| wrong("it is not ASCII text".to_owned()))
 }
 
 async fn call(channel: Channel, token: MetadataValue<Ascii>, request: AdminRequest) -> Result<(), Status> {

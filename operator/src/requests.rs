@@ -17,12 +17,16 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use kube::api::{Patch, PatchParams};
 use kube::client::retry::RetryPolicy;
 use kube::client::{Body, ClientBuilder, ConfigExt, DynBody};
-use kube::{Client, Config};
+use kube::{Client, Config, Resource};
+use serde::Serialize;
 use tokio::time::timeout;
 use tower::retry::RetryLayer;
 use tower::{BoxError, Layer, Service, ServiceBuilder};
+
+use crate::decode::Receipt;
 
 /// Longest time of one request. The API server itself gives up on a request after 60 s; one that takes longer
 /// than this is made again by whoever needs it.
@@ -38,6 +42,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// A connection whose peer acknowledges nothing for this long is dead.
 #[cfg(target_os = "linux")]
 const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(20);
+
+/// Largest buffer of a connection for what it reads. hyper's own limit is six times as large, and a watch
+/// that delivers a burst reaches it: 16 watches and some 80 connections of writers × 64 KiB = 6 MiB at most.
+const READ_BUFFER_BYTES: usize = 64 * 1024;
 
 /// The API server did not answer in time.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +72,20 @@ pub fn clients(config: Config) -> Result<Clients, kube::Error> {
     Ok(Clients { lease: client(config.clone(), LEASE_LIMIT)?, objects: client(config, REQUEST_LIMIT)? })
 }
 
+/// Writes the status of the object with this namespace and name. Of the response only the resource version is
+/// read: the watch delivers the object.
+pub(crate) async fn patch_status<K: Resource<DynamicType = ()>, P: Serialize>(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    params: &PatchParams,
+    patch: &Patch<P>,
+) -> Result<Receipt, kube::Error> {
+    let requests = kube::api::Request::new(K::url_path(&(), Some(namespace)));
+    let request = requests.patch_subresource("status", name, params, patch);
+    client.request(request.map_err(kube::Error::BuildRequest)?).await
+}
+
 /// As kube builds its clients, with other settings of their connections.
 fn client(config: Config, limit: Duration) -> Result<Client, kube::Error> {
     if config.proxy_url.is_some() {
@@ -80,7 +102,9 @@ fn client(config: Config, limit: Duration) -> Result<Client, kube::Error> {
     #[cfg(target_os = "linux")]
     connector.set_tcp_user_timeout(Some(UNACKNOWLEDGED_LIMIT));
     let connector = config.rustls_https_connector_with_connector(connector)?;
-    let http = legacy::Client::builder(TokioExecutor::new()).build::<_, Body>(connector);
+    let http = legacy::Client::builder(TokioExecutor::new())
+        .http1_max_buf_size(READ_BUFFER_BYTES)
+        .build::<_, Body>(connector);
     let service = ServiceBuilder::new()
         .layer(TimeLimit { limit })
         .map_response(|response: Response<Incoming>| {

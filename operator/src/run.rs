@@ -1,6 +1,7 @@
 //! `trustformers-operator run`: opens the ports, takes part in the leader election, leads when elected, and
 //! shuts down.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use trustformers_control::names;
 use trustformers_proto::control::v1::route_service_server::RouteServiceServer;
 use trustformers_telemetry::metrics::{MetricsError, new_registry};
 
-use crate::args::{FeedAuth, RunArgs};
+use crate::args::{FeedAuth, PodAuth, RunArgs};
 use crate::context::{Context, Settings};
 use crate::election::Candidate;
 use crate::feed::identity::FeedAuthenticator;
@@ -138,15 +139,16 @@ fn settings(args: &RunArgs) -> Settings {
         gateway_url: args.gateway_url.clone(),
         platform: Platform {
             runtime_image: args.runtime_image.clone(),
+            namespace: args.namespace.clone(),
+            // Not known before the definitions are listed.
+            optional_kinds: BTreeSet::new(),
             pull_policy: args.image_pull_policy.as_str().to_owned(),
             // The keys are not known before the API server is asked.
             admin: None,
         },
         concurrency: args.concurrency,
-        identity: args.pod_token_file.clone().map(|token_file| Identity {
-            token_file,
-            subject: format!("system:serviceaccount:{}:{}", args.namespace, args.service_account),
-        }),
+        identity: (args.pod_auth == PodAuth::Token)
+            .then(|| Identity { namespace: args.namespace.clone(), account: args.service_account.clone() }),
         admin_port: names::ADMIN_PORT,
     }
 }

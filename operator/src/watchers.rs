@@ -4,17 +4,16 @@
 //! status of a child that says nothing new, wakes none.
 //!
 //! Children are selected by their managed-by label, so that the API server sends only what the operator made.
-//! Managed fields of models and pods are dropped on arrival: they are the larger half of an object and are
-//! not read.
+//! What is not read of an object is skipped when it arrives, see [`crate::decode`].
 
 use std::collections::HashSet;
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt, future};
-use k8s_openapi::api::core::v1::{Event as PodEvent, Pod};
+use k8s_openapi::api::core::v1::Event as PodEvent;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{ApiResource, DynamicObject};
+use kube::api::ApiResource;
 use kube::core::DeserializeGuard;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
@@ -30,6 +29,8 @@ use trustformers_crds::InferenceModel;
 use crate::ab_tests;
 use crate::children::Child;
 use crate::context::{Context, Unreadable, Writers, lane_of};
+use crate::decode::{StoredModel, StoredObject, StoredPod};
+use crate::definitions;
 use crate::models::ModelWriter;
 use crate::nodes;
 use crate::pods::PodWriter;
@@ -42,7 +43,8 @@ pub fn spawn(context: &Arc<Context>, writers: Writers, tasks: &mut JoinSet<()>) 
     tasks.spawn(watch_models(Arc::clone(context), models));
     tasks.spawn(watch_pods(Arc::clone(context), pods));
     tasks.spawn(nodes::run(Arc::clone(context)));
-    for kind in CHILDREN {
+    tasks.spawn(definitions::run(Arc::clone(context)));
+    for kind in CHILDREN.iter().filter(|kind| !kind.needs_definition) {
         tasks.spawn(watch_children(Arc::clone(context), kind));
     }
     for reason in causes::EVENT_REASONS {
@@ -53,10 +55,11 @@ pub fn spawn(context: &Arc<Context>, writers: Writers, tasks: &mut JoinSet<()>) 
 /// Models are decoded one by one, so that one which this version cannot decode does not stop the watch of
 /// all.
 async fn watch_models(context: Arc<Context>, mut writer: ModelWriter) {
-    let api = Api::<DeserializeGuard<InferenceModel>>::all(context.client.clone());
-    let mut events = events(api, watcher::Config::default(), ManagedFields::Drop);
+    let api = Api::<StoredModel>::all(context.client.clone());
+    let mut events = events(api, watcher::Config::default(), ManagedFields::Keep);
     let mut listed_unreadable = HashSet::new();
     while let Some(event) = events.next().await {
+        let event = map(event, |StoredModel(model)| model);
         apply_model_event(&context, &mut writer, &mut listed_unreadable, event);
     }
 }
@@ -133,18 +136,20 @@ fn is_own_write(context: &Context, key: &ModelKey, model: &InferenceModel) -> bo
 }
 
 async fn watch_pods(context: Arc<Context>, mut writer: PodWriter) {
-    let api = Api::<Pod>::all(context.client.clone());
+    let api = Api::<StoredPod>::all(context.client.clone());
     let config = watcher::Config::default().labels(names::MANAGED_SELECTOR);
-    let mut events = events(api, config, ManagedFields::Drop);
+    let mut events = events(api, config, ManagedFields::Keep);
     while let Some(event) = events.next().await {
+        let event = map(event, |StoredPod(pod)| pod);
         for (namespace, name) in writer.apply_watcher_event(&event) {
             context.request(&namespace, &name, Lane::Child);
         }
     }
 }
 
-async fn watch_children(context: Arc<Context>, kind: &'static ChildKind) {
-    let api = Api::<DynamicObject>::all_with(context.client.clone(), &resource(kind));
+/// Follows the children of one kind without end.
+pub(crate) async fn watch_children(context: Arc<Context>, kind: &'static ChildKind) {
+    let api = Api::<StoredObject>::all_with(context.client.clone(), &resource(kind));
     let config = watcher::Config::default().labels(names::MANAGED_SELECTOR);
     let mut events = events(api, config, ManagedFields::Keep);
     while let Some(event) = events.next().await {
@@ -153,7 +158,7 @@ async fn watch_children(context: Arc<Context>, kind: &'static ChildKind) {
 }
 
 /// Updates the cache of children and wakes the model that the event concerns.
-pub(crate) fn apply_child_event(context: &Context, kind: &'static ChildKind, event: Event<DynamicObject>) {
+pub(crate) fn apply_child_event(context: &Context, kind: &'static ChildKind, event: Event<StoredObject>) {
     match event {
         Event::Apply(object) | Event::InitApply(object) => {
             let Some(child) = Child::of(kind, object) else { return };
@@ -234,6 +239,17 @@ where
         .boxed()
 }
 
+/// The same event with another object.
+fn map<A, B>(event: Event<A>, object: impl FnOnce(A) -> B) -> Event<B> {
+    match event {
+        Event::Apply(one) => Event::Apply(object(one)),
+        Event::Delete(one) => Event::Delete(object(one)),
+        Event::Init => Event::Init,
+        Event::InitApply(one) => Event::InitApply(object(one)),
+        Event::InitDone => Event::InitDone,
+    }
+}
+
 /// The resource of a kind of children.
 pub(crate) fn resource(kind: &ChildKind) -> ApiResource {
     ApiResource {
@@ -264,12 +280,15 @@ fn wake_model_of(context: &Context, child: &Child) {
 }
 
 /// After a new list: objects may have been deleted while no watch was open.
-fn wake_all(context: &Context) {
+pub(crate) fn wake_all(context: &Context) {
     for model in context.models.state() {
         let (namespace, name) = key(&model.metadata);
         context.request(&namespace, &name, lane_of(&model));
     }
 }
+
+#[cfg(test)]
+mod faults;
 
 #[cfg(test)]
 mod tests {

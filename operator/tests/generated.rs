@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failure here is a failed test")]
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -82,6 +83,160 @@ fn objects(text: &str) -> BTreeMap<String, Value> {
 fn the_definitions_in_the_chart_are_up_to_date() {
     assert_up_to_date("charts/trustformers/files/inferencemodels.yaml", &crd::text().unwrap());
     assert_up_to_date("charts/trustformers/files/abtests.yaml", &crd::ab_test_text().unwrap());
+}
+
+/// The type of a field, in the words of its schema.
+fn type_of(node: &Value) -> String {
+    if let Some(words) = node["enum"].as_sequence() {
+        let words = words.iter().filter_map(Value::as_str).map(|word| format!("`{word}`"));
+        return words.collect::<Vec<_>>().join(", ");
+    }
+    if node["x-kubernetes-int-or-string"] == true {
+        return "quantity".to_owned();
+    }
+    let kind = node["type"].as_str().unwrap_or_default();
+    match kind {
+        "array" => format!("list of {}", type_of(&node["items"])),
+        "object" if !node["additionalProperties"].is_null() => {
+            format!("map to {}", type_of(&node["additionalProperties"]))
+        }
+        _ => kind.to_owned(),
+    }
+}
+
+/// The bounds of a field.
+fn limits(node: &Value) -> String {
+    let number = |key: &str| match &node[key] {
+        // The schema has whole numbers as `1.0`.
+        Value::Number(number) => Some(number.to_string().trim_end_matches(".0").to_owned()),
+        _ => None,
+    };
+    let mut limits = Vec::new();
+    for (least, most, unit) in [
+        ("minimum", "maximum", ""),
+        ("minLength", "maxLength", " characters"),
+        ("minItems", "maxItems", " entries"),
+        ("minProperties", "maxProperties", " entries"),
+    ] {
+        match (number(least), number(most)) {
+            (Some(least), Some(most)) => limits.push(format!("{least} to {most}{unit}")),
+            (Some(least), None) => limits.push(format!("at least {least}{unit}")),
+            (None, Some(most)) => limits.push(format!("at most {most}{unit}")),
+            (None, None) => {}
+        }
+    }
+    limits.join(", ")
+}
+
+/// Calls `visit` with the path of every field below a node, the field, and whether it is required.
+fn walk(node: &Value, path: &str, visit: &mut dyn FnMut(&str, &Value, bool)) {
+    let required: Vec<&str> =
+        node["required"].as_sequence().into_iter().flatten().filter_map(Value::as_str).collect();
+    for (name, field) in node["properties"].as_mapping().into_iter().flatten() {
+        let name = name.as_str().unwrap();
+        let path = format!("{path}.{name}");
+        visit(&path, field, required.contains(&name));
+        walk(field, &path, visit);
+        walk(&field["items"], &format!("{path}[]"), visit);
+    }
+}
+
+/// The messages of the rules of a node and of all below it, each one time.
+fn rules(node: &Value, found: &mut Vec<String>) {
+    for rule in node["x-kubernetes-validations"].as_sequence().into_iter().flatten() {
+        let message = rule["message"].as_str().unwrap().to_owned();
+        if !found.contains(&message) {
+            found.push(message);
+        }
+    }
+    for (_, field) in node["properties"].as_mapping().into_iter().flatten() {
+        rules(field, found);
+        rules(&field["items"], found);
+    }
+}
+
+/// A table of the fields below `part` of a schema.
+fn table(schema: &Value, part: &str) -> String {
+    let mut table = "| field | type | default | limits | meaning |\n|---|---|---|---|---|\n".to_owned();
+    walk(&schema["properties"][part], part, &mut |path, field, required| {
+        let default = match &field["default"] {
+            _ if required => "required".to_owned(),
+            Value::Null | Value::Mapping(_) | Value::Sequence(_) => String::new(),
+            scalar => format!("`{}`", serde_yaml::to_string(scalar).unwrap().trim()),
+        };
+        let meaning = field["description"].as_str().unwrap_or_default();
+        let meaning = meaning.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "\\|");
+        let (kind, limits) = (type_of(field), limits(field));
+        writeln!(table, "| `{path}` | {kind} | {default} | {limits} | {meaning} |").unwrap();
+    });
+    table
+}
+
+/// The page about all fields.
+fn page() -> String {
+    let mut page = "# Fields of the custom resources\n\nGenerated from the types in `crds/`; change those. \
+                    Defaults are in the stored object. `kubectl explain` shows the same.\n"
+        .to_owned();
+    for text in [crd::text().unwrap(), crd::ab_test_text().unwrap()] {
+        let definition: Value = serde_yaml::from_str(&text).unwrap();
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let kind = definition["spec"]["names"]["kind"].as_str().unwrap();
+        let mut messages = Vec::new();
+        rules(schema, &mut messages);
+        let messages: String = messages.iter().map(|message| format!("- {message}\n")).collect();
+        let (spec, status) = (table(schema, "spec"), table(schema, "status"));
+        write!(
+            page,
+            "\n## {kind}\n\n{spec}\nThe API server refuses a spec that breaks one of these rules:\n\n\
+             {messages}\n### Status of {kind}\n\n{status}"
+        )
+        .unwrap();
+    }
+    page
+}
+
+#[test]
+fn the_page_of_the_fields_is_up_to_date() {
+    assert_up_to_date("docs/crds.md", &page());
+}
+
+/// Fields that the fullest example cannot have beside those that it has, or that depend on a cluster.
+const NOT_IN_THE_FULLEST_EXAMPLE: &[&str] = &[
+    "spec.source.sha256",
+    "spec.source.oci",
+    "spec.runtime.adapters",
+    "spec.source.cache.pvc",
+    "spec.scaling.replicas",
+    "spec.rollout.analysis.goldenPrompts",
+    "spec.pod.priorityClassName",
+    "spec.pod.runtimeClassName",
+    "spec.pod.tolerations[].value",
+    "spec.pod.tolerations[].tolerationSeconds",
+];
+
+#[test]
+fn the_fullest_example_has_every_field() {
+    let text = std::fs::read_to_string(root().join("examples/every-setting.yaml")).unwrap();
+    let example: Value = serde_yaml::from_str(&text).unwrap();
+    let definition: Value = serde_yaml::from_str(&crd::text().unwrap()).unwrap();
+    let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+    let mut missing = Vec::new();
+    walk(&schema["properties"]["spec"], "spec", &mut |path, _, _| {
+        let mut found = vec![&example];
+        for segment in path.split('.') {
+            let (name, is_list) = segment.strip_suffix("[]").map_or((segment, false), |name| (name, true));
+            found = found.into_iter().map(|value| &value[name]).filter(|value| !value.is_null()).collect();
+            if is_list {
+                found =
+                    found.into_iter().flat_map(|value| value.as_sequence().into_iter().flatten()).collect();
+            }
+        }
+        let is_left_out = |left_out: &&str| path.starts_with(*left_out);
+        if found.is_empty() && !NOT_IN_THE_FULLEST_EXAMPLE.iter().any(is_left_out) {
+            missing.push(path.to_owned());
+        }
+    });
+    assert!(missing.is_empty(), "add to examples/every-setting.yaml: {missing:#?}");
 }
 
 #[test]
@@ -178,6 +333,10 @@ fn the_charts_roles_grant_the_declared_permissions() {
     };
     assert_eq!(granted("ClusterRole/trustformers-operator"), declared(everywhere()));
     assert_eq!(granted("Role/trustformers-operator"), declared(at_home()));
+    // It may ask for tokens of its own account, and of no other.
+    let rules = objects["Role/trustformers-operator"]["rules"].as_sequence().unwrap();
+    let of_tokens = rules.iter().find(|rule| rule["resources"][0] == "serviceaccounts/token");
+    assert_eq!(of_tokens.unwrap()["resourceNames"][0], Value::from("trustformers-operator"));
     let all = everywhere().into_iter().chain(at_home());
     assert!(all.into_iter().all(|one| !one.resource.starts_with("secret")));
     assert!(

@@ -60,7 +60,8 @@ pub struct PodModel {
     pub revision: String,
     /// Folder or file with the model, as mounted in the pod; with `fetch` also the address of one elsewhere.
     pub path: String,
-    /// How the model is fetched, where `path` is an address such as `hf://org/name`.
+    /// How the model is fetched, where `path` is an address such as `hf://org/name`, and its adapters where
+    /// theirs are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fetch: Option<PodFetch>,
     /// Globs below `path` that pick the model's files; empty picks what the folder holds.
@@ -75,6 +76,26 @@ pub struct PodModel {
     /// What the model must answer before it may serve.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub golden_prompts: Vec<PodGoldenPrompt>,
+    /// Adapters (LoRA) that callers choose by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<PodAdapter>,
+}
+
+/// An adapter of the model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodAdapter {
+    /// The name that callers use.
+    pub name: String,
+    /// Folder with the adapter as PEFT writes it, as mounted in the pod; also the address of one elsewhere,
+    /// which is fetched as `fetch` of the model says.
+    pub path: String,
+    /// Branch, tag or commit, where `path` is an address that has such.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// Expected sha256 of the sorted digest lines of its files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 /// A prompt whose greedy answer begins with a text that is known.
@@ -188,7 +209,7 @@ impl PodConfig {
 mod tests {
     use super::*;
 
-    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  fetch: {cacheDir: /c, revision: v1, secretDir: /s, maxCacheBytes: 9}\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\n  goldenPrompts: [{prompt: '1 2', expect: ' 3'}]\nengine: {device: cpu, numerics: exact, kvCache: f16, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\nadmin: {port: 9092, keysFile: /c/keys.json, audience: a, subject: s, issuer: i}\n";
+    const FULL: &str = "model:\n  names: [default/a, a]\n  revision: r1\n  path: /models\n  fetch: {cacheDir: /c, revision: v1, secretDir: /s, maxCacheBytes: 9}\n  files: ['*.gguf']\n  sha256: ab\n  task: embed\n  goldenPrompts: [{prompt: '1 2', expect: ' 3'}]\n  adapters: [{name: sql, path: 'hf://o/sql', revision: v2, sha256: cd}]\nengine: {device: cpu, numerics: exact, kvCache: f16, contextTokens: 64, maxBatchSize: 2, maxQueue: 3, batchStrategy: size, maxWaitMs: 7, priority: true}\ndrainTimeoutMs: 5\nadmin: {port: 9092, keysFile: /c/keys.json, audience: a, subject: s, issuer: i}\n";
 
     #[test]
     fn what_is_written_is_read_back() {
@@ -197,6 +218,7 @@ mod tests {
         assert_eq!(config.engine.kv_cache.as_deref(), Some("f16"));
         assert_eq!(config.admin.as_ref().map(|admin| admin.port), Some(9092));
         assert_eq!(config.model.golden_prompts[0].expect, " 3");
+        assert_eq!(config.model.adapters[0].revision.as_deref(), Some("v2"));
         assert_eq!(PodConfig::parse(&config.to_yaml().unwrap()).unwrap(), config);
     }
 

@@ -51,11 +51,26 @@ async fn mistakes_are_refused_by_name() -> Result<()> {
             ("healthCheck: {interval: 1s, timeout: 2s}", "spec.traffic.healthCheck"),
             ("hedge: {delay: 90s}", "make it shorter"),
             ("hedge: {}", "set spec.task to embed"),
+            ("shadow: {modelRef: {name: next}, percent: 0}", "spec.traffic.shadow.percent"),
             ("loadBalancing: Best", "spec.traffic.loadBalancing"),
         ] {
             let spec = format!("{{source: {{uri: \"{SMOLLM2}\"}}, traffic: {{{traffic}}}}}");
             let output = apply(scenario, "m", &spec).await?;
             assert!(!output.success && output.stderr.contains(expected), "{traffic}: {output:?}");
+        }
+
+        // Adapters of a model that generates no text, of an unknown scheme, and two of one name.
+        let adapter = |uri: &str| format!("{{name: a, source: {{uri: \"{uri}\"}}}}");
+        let (good, wrong) = (adapter("oci://x/y:z"), adapter("ftp://x/y"));
+        for (task, adapters, expected) in [
+            ("task: embed, ", good.clone(), "adapters are for models that generate text"),
+            ("", wrong, "source.uri is none of oci://IMAGE"),
+            ("", format!("{good}, {good}"), "Duplicate value"),
+        ] {
+            let spec =
+                format!("{{{task}source: {{uri: \"{SMOLLM2}\"}}, runtime: {{adapters: [{adapters}]}}}}");
+            let output = apply(scenario, "m", &spec).await?;
+            assert!(!output.success && output.stderr.contains(expected), "{adapters}: {output:?}");
         }
 
         // Labels and annotations by which Services select pods of the release.

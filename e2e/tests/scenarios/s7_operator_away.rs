@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use k8s_openapi::api::core::v1::Pod;
-use kube::runtime::watcher;
 use serde_json::json;
 use trustformers_e2e::{
     gateway::Gateway,
+    leader,
     load::Steady,
     model::SMOLLM2,
     process,
@@ -96,18 +96,12 @@ async fn a_second_operator_takes_over() -> Result<()> {
 
 async fn the_leader_dies(scenario: &Scenario, gateway: &Gateway, request: &Request) -> Result<()> {
     release::ready(&scenario.cluster, OPERATOR).await?;
-    let leader = leader_other_than(scenario, None).await?;
 
-    // When: the leader's process is killed, and its pod deleted without grace, as when its node is lost.
-    let name = leader.metadata.name.clone().context("a pod without a name")?;
+    // When: the leader is killed. Then: another one leads, and no request failed meanwhile.
     let steady = Steady::start(gateway, request.clone(), 3)?;
     let lost = Instant::now();
-    process::kill_hard(process::container_pid(&leader, "operator")?).await?;
-    let delete = ["delete", "pod", &name, "--grace-period=0", "--force", "--wait=false"];
-    scenario.cluster.kubectl(&[&["--namespace", release::NAMESPACE][..], &delete].concat()).stdout().await?;
-
-    // Then: another one leads, and no request failed meanwhile.
-    leader_other_than(scenario, Some(&name)).await?;
+    let name = leader::kill(&scenario.cluster).await?;
+    leader::other_than(&scenario.cluster, Some(&name)).await?;
     eprintln!("another operator leads {} ms after the loss", lost.elapsed().as_millis());
     let requests = steady.stop().await?;
     let failed: Vec<_> = requests.iter().filter_map(|it| it.as_ref().err()).collect();
@@ -116,15 +110,6 @@ async fn the_leader_dies(scenario: &Scenario, gateway: &Gateway, request: &Reque
     // And: the feed continues: a model that is deleted now is unknown soon after.
     scenario.models().delete("handed").await?;
     unknown(gateway, request).await
-}
-
-async fn leader_other_than(scenario: &Scenario, name: Option<&str>) -> Result<Pod> {
-    let leads = watcher::Config::default().labels("serving.trustformers.dev/leader=true");
-    let other = |pods: &[&Pod]| {
-        let pod = pods.iter().find(|it| it.metadata.name.as_deref() != name)?;
-        Some((*pod).clone())
-    };
-    Until::new("an operator leads", 60).watched(release::pods(&scenario.cluster), leads, other).await
 }
 
 async fn unknown(gateway: &Gateway, request: &Request) -> Result<()> {

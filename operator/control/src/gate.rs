@@ -17,10 +17,10 @@
 //!
 //! Times are durations since the leader started to lead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use trustformers_proto::control::v1::{Route, TableVersion};
+use trustformers_proto::control::v1::{Backend, Route, TableVersion};
 
 use crate::causes::Cause;
 use crate::pods::PodView;
@@ -45,15 +45,25 @@ pub struct Gates {
     /// Since when the feed's Service selects this leader.
     found_since: Option<Duration>,
     counter: u64,
-    /// Each start of a pod (UID, restarts) in the table, with the first table since which it has been in
-    /// every one.
-    listed: BTreeMap<(String, u32), u64>,
-    /// Each route and revision with requests, with the last table that gave it some.
-    routed: BTreeMap<(String, String), u64>,
+    /// The pods in the table, by UID.
+    listed: BTreeMap<String, ListedStart>,
+    /// The revisions with requests, by route, each with the last table that gave it some.
+    routed: BTreeMap<String, BTreeMap<String, u64>>,
     /// Those that have reported, by identity.
     gateways: BTreeMap<String, Gateway>,
     /// The gateway pods that exist, by UID; none until they are listed.
     pods: Option<BTreeMap<String, GatewayPod>>,
+}
+
+/// One start of a pod in the table.
+#[derive(Debug, Clone, Copy)]
+struct ListedStart {
+    /// Restarts of its container.
+    restarts: u32,
+    /// The first table since which this start has been in every one.
+    since: u64,
+    /// The last table that it is in.
+    table: u64,
 }
 
 #[derive(Debug)]
@@ -125,6 +135,33 @@ enum Standing<'a> {
     LeftOut,
 }
 
+/// The route of the model and the revision of every backend of an A/B test that gets requests: it counts for
+/// the models whose pods it names. A test may pin a revision to which the model itself sends none.
+fn routed_by_tests(routes: &[Route]) -> BTreeSet<(String, String)> {
+    let (tests, models): (Vec<&Route>, Vec<&Route>) = routes.iter().partition(|route| route.test.is_some());
+    if tests.is_empty() {
+        return BTreeSet::new();
+    }
+    let mut of_pods: BTreeMap<&str, &str> = BTreeMap::new();
+    for route in models {
+        let endpoints = route.backends.iter().flat_map(|backend| &backend.endpoints);
+        of_pods.extend(endpoints.map(|endpoint| (endpoint.pod_uid.as_str(), route.name.as_str())));
+    }
+    let mut all = BTreeSet::new();
+    for backend in tests.iter().flat_map(|route| &route.backends).filter(gets_requests) {
+        let of_variant = format!("{}:", backend.variant);
+        let revision = backend.revision.strip_prefix(&of_variant).unwrap_or(&backend.revision);
+        let models = backend.endpoints.iter().filter_map(|one| of_pods.get(one.pod_uid.as_str()));
+        all.extend(models.map(|model| ((*model).to_owned(), revision.to_owned())));
+    }
+    all
+}
+
+/// Whether a table's row sends requests to this revision.
+fn gets_requests(backend: &&Backend) -> bool {
+    backend.weight > 0 && !backend.endpoints.is_empty()
+}
+
 /// What to do with a pod's readiness gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GateChange {
@@ -180,23 +217,56 @@ impl Gates {
         for gateway in self.gateways.values_mut() {
             gateway.behind_since.get_or_insert(now);
         }
+        self.record_endpoints(routes);
+        self.record_revisions(routes);
+        TableVersion { term: self.term, counter: self.counter }
+    }
+
+    /// Records which pods are in the present table. Nothing is allocated for those that stay: a table may
+    /// have thousands, and is made several times a second while models start.
+    fn record_endpoints(&mut self, routes: &[Route]) {
+        let table = self.counter;
         let endpoints =
             routes.iter().flat_map(|route| &route.backends).flat_map(|backend| &backend.endpoints);
-        let now_listed = endpoints.map(|one| {
-            let start = (one.pod_uid.clone(), one.restart_count);
-            let since = self.listed.get(&start).copied().unwrap_or(self.counter);
-            (start, since)
-        });
-        self.listed = now_listed.collect();
-        // Revisions of models that are gone, and those that no gateway can route to any more.
-        let oldest = self.gateways.values().map(|gateway| gateway.acknowledged).min().unwrap_or(0);
-        self.routed.retain(|_, last| *last >= oldest);
-        for route in routes {
-            for backend in route.backends.iter().filter(|one| one.weight > 0 && !one.endpoints.is_empty()) {
-                self.routed.insert((route.name.clone(), backend.revision.clone()), self.counter);
+        for one in endpoints {
+            let restarts = one.restart_count;
+            let new = ListedStart { restarts, since: table, table };
+            match self.listed.get_mut(one.pod_uid.as_str()) {
+                Some(listed) if listed.restarts == restarts => listed.table = table,
+                Some(listed) => *listed = new,
+                None => {
+                    self.listed.insert(one.pod_uid.clone(), new);
+                }
             }
         }
-        TableVersion { term: self.term, counter: self.counter }
+        self.listed.retain(|_, listed| listed.table == table);
+    }
+
+    /// Records which revisions get requests by the present table, and forgets those of models that are gone
+    /// and those that no gateway can route to any more.
+    fn record_revisions(&mut self, routes: &[Route]) {
+        let oldest = self.gateways.values().map(|gateway| gateway.acknowledged).min().unwrap_or(0);
+        self.routed.retain(|_, revisions| {
+            revisions.retain(|_, last| *last >= oldest);
+            !revisions.is_empty()
+        });
+        for route in routes.iter().filter(|route| route.test.is_none()) {
+            for backend in route.backends.iter().filter(gets_requests) {
+                self.record_revision(&route.name, &backend.revision);
+            }
+        }
+        for (route, revision) in routed_by_tests(routes) {
+            self.record_revision(&route, &revision);
+        }
+    }
+
+    fn record_revision(&mut self, route: &str, revision: &str) {
+        let known = self.routed.get_mut(route).and_then(|revisions| revisions.get_mut(revision));
+        if let Some(last) = known {
+            *last = self.counter;
+        } else {
+            self.routed.entry(route.to_owned()).or_default().insert(revision.to_owned(), self.counter);
+        }
     }
 
     /// Records a gateway's report. True if it may change a gate.
@@ -260,15 +330,16 @@ impl Gates {
     /// Whether every gateway that counts has acknowledged a table with this start of the pod.
     #[must_use]
     pub fn acknowledged(&self, uid: &str, restarts: u32, now: Duration) -> bool {
-        let Some(since) = self.listed.get(&(uid.to_owned(), restarts)) else { return false };
-        self.all(now, |gateway| gateway.acknowledged >= *since)
+        let listed = self.listed.get(uid).filter(|listed| listed.restarts == restarts);
+        listed.is_some_and(|listed| self.all(now, |gateway| gateway.acknowledged >= listed.since))
     }
 
-    /// Whether no gateway that counts sends requests to this revision of the route any more.
+    /// Whether no gateway that counts sends requests to this revision of the model with this route any more,
+    /// by its own route or by that of an A/B test.
     #[must_use]
     pub fn is_unrouted(&self, route: &str, revision: &str, now: Duration) -> bool {
         // Tables of an earlier leader may have given it requests: one of this leader must be in force.
-        let last = self.routed.get(&(route.to_owned(), revision.to_owned())).copied().unwrap_or(0);
+        let last = self.routed.get(route).and_then(|revisions| revisions.get(revision)).copied().unwrap_or(0);
         last < self.counter && self.all(now, |gateway| gateway.acknowledged > last)
     }
 
@@ -366,6 +437,7 @@ mod tests {
     use crate::pods::StoredGate;
     use crate::pods::tests::view;
     use crate::routes::{RouteModel, routes};
+    use trustformers_proto::control::v1::RouteTest;
 
     const S: Duration = Duration::from_secs(1);
 
@@ -385,8 +457,10 @@ mod tests {
             key: ("team".to_owned(), "chat".to_owned()),
             created: None,
             policy: Default::default(),
+            shadow: None,
             stored_digest: None,
             stored_task: None,
+            adapters: Vec::new(),
             rollout: None,
         };
         routes(&[model], pods, &BTreeMap::new())
@@ -395,6 +469,41 @@ mod tests {
     fn report(gates: &mut Gates, instance: &str, counter: u64, at: Duration) -> bool {
         let acknowledged = Some(TableVersion { term: gates.term, counter });
         gates.report(Report { instance: instance.to_owned(), acknowledged, draining: false }, at)
+    }
+
+    #[test]
+    fn a_revision_that_a_test_pins_is_routed_until_every_gateway_has_a_table_without_the_test() {
+        let mut gates = found(1);
+        let pod =
+            |name: &str, revision: &str| PodView { revision: revision.to_owned(), ..view("chat", name) };
+        let mut routes = table(&[pod("a", "r1"), pod("b", "r2")]);
+        // The rollout gives all requests to r1, and a test names r2.
+        for backend in &mut routes[0].backends {
+            backend.weight = u32::from(backend.revision == "r1");
+        }
+        let pinned = Backend {
+            revision: "treatment:r2".to_owned(),
+            variant: "treatment".to_owned(),
+            weight: 1,
+            ..routes[0].backends.iter().find(|one| one.revision == "r2").unwrap().clone()
+        };
+        let test = Route {
+            name: "team/test".to_owned(),
+            backends: vec![pinned],
+            test: Some(RouteTest::default()),
+            ..Route::default()
+        };
+        let without = routes.clone();
+        routes.push(test);
+        gates.publish(&routes, 9 * S);
+        report(&mut gates, "g1", 1, 9 * S);
+        gates.publish(&routes, 9 * S);
+        report(&mut gates, "g1", 2, 10 * S);
+        assert!(!gates.is_unrouted("team/chat", "r2", 10 * S));
+        gates.publish(&without, 10 * S);
+        assert!(!gates.is_unrouted("team/chat", "r2", 10 * S), "the gateway has the test's route");
+        report(&mut gates, "g1", 3, 10 * S);
+        assert!(gates.is_unrouted("team/chat", "r2", 10 * S));
     }
 
     #[test]

@@ -60,6 +60,12 @@ pub fn revision(model: &ValidatedModel) -> String {
     lines.add_if("runtime.batching.priority", batching.priority.then_some("true"));
     lines.add_if("source.revision", model.source.revision.as_deref());
     lines.add_if("source.oci", is_pulled(model).then_some("Pull"));
+    for adapter in &model.adapters {
+        lines.add("runtime.adapters.name", &adapter.name);
+        lines.add("runtime.adapters.source.uri", &adapter.source.uri);
+        lines.add_if("runtime.adapters.source.revision", adapter.source.revision.as_deref());
+        lines.add_if("runtime.adapters.source.sha256", adapter.source.sha256.as_deref());
+    }
     // A pod asks them when it loads: pods that were asked others are another revision.
     for one in &model.rollout.golden_prompts {
         lines.add("rollout.analysis.goldenPrompts.prompt", &one.prompt);
@@ -97,6 +103,8 @@ pub fn pool(model: &ValidatedModel) -> String {
         let seconds = one.toleration_seconds.map(|n| n.to_string()).unwrap_or_default();
         lines.add("pod.tolerations", &format!("{parts:?} {seconds}"));
     }
+    // The API server stores fields in the order of their names.
+    lines.add_if("pod.affinity", pod.affinity.as_ref().map(ToString::to_string).as_deref());
     for one in &pod.topology_spread {
         lines.add("pod.topologySpread", &format!("{} {} {}", one.topology_key, one.max_skew, one.required));
     }
@@ -195,6 +203,7 @@ mod tests {
             "{source: {uri: 'oci://x'}, runtime: {batching: {maxWaitMs: 11}}}",
             "{source: {uri: 'oci://x'}, runtime: {batching: {priority: true}}}",
             "{source: {uri: 'oci://x'}, rollout: {analysis: {goldenPrompts: [{prompt: a, expect: b}]}}}",
+            "{source: {uri: 'oci://x'}, runtime: {adapters: [{name: a, source: {uri: 'oci://y'}}]}}",
         ] {
             assert_ne!(revision(&valid("chat", other)), base, "{other}");
         }

@@ -19,6 +19,8 @@ pub struct ChildKind {
     /// Whether it is written in one go with the Deployment, because pods need it. The rest of a new model may
     /// wait for the Deployments of other new models.
     pub with_pods: bool,
+    /// Whether it is no part of Kubernetes: it is watched and made while the cluster has its definition.
+    pub needs_definition: bool,
     /// Path of the part in which fields of other field managers are removed. A segment below a list is the
     /// `name` of an item. Outside this part, fields of other managers (injected containers, annotations)
     /// stay.
@@ -33,6 +35,7 @@ pub const SERVICE_ACCOUNT: ChildKind = ChildKind {
     plural: "serviceaccounts",
     prune: true,
     with_pods: true,
+    needs_definition: false,
     exclusive: &["automountServiceAccountToken"],
 };
 
@@ -44,7 +47,20 @@ pub const CONFIG_MAP: ChildKind = ChildKind {
     plural: "configmaps",
     prune: true,
     with_pods: true,
+    needs_definition: false,
     exclusive: &["data"],
+};
+
+/// Who reaches the pods. It is written with the pods, so that none runs without it.
+pub const NETWORK_POLICY: ChildKind = ChildKind {
+    group: "networking.k8s.io",
+    version: "v1",
+    kind: "NetworkPolicy",
+    plural: "networkpolicies",
+    prune: true,
+    with_pods: true,
+    needs_definition: false,
+    exclusive: &["spec"],
 };
 
 /// The headless Service.
@@ -55,6 +71,7 @@ pub const SERVICE: ChildKind = ChildKind {
     plural: "services",
     prune: false,
     with_pods: false,
+    needs_definition: false,
     exclusive: &["spec"],
 };
 
@@ -67,6 +84,7 @@ pub const DISRUPTION_BUDGET: ChildKind = ChildKind {
     // A model whose pods may all be evicted at once needs none.
     prune: true,
     with_pods: false,
+    needs_definition: false,
     exclusive: &["spec"],
 };
 
@@ -78,14 +96,53 @@ pub const DEPLOYMENT: ChildKind = ChildKind {
     plural: "deployments",
     prune: true,
     with_pods: true,
+    needs_definition: false,
     exclusive: &["spec", "template", "spec", "containers", crate::names::CONTAINER],
 };
 
+/// The autoscaler.
+pub const AUTOSCALER: ChildKind = ChildKind {
+    group: "autoscaling",
+    version: "v2",
+    kind: "HorizontalPodAutoscaler",
+    plural: "horizontalpodautoscalers",
+    prune: true,
+    with_pods: false,
+    needs_definition: false,
+    exclusive: &["spec"],
+};
+
+/// Where a Prometheus finds the metrics.
+pub const SERVICE_MONITOR: ChildKind = ChildKind {
+    group: "monitoring.coreos.com",
+    version: "v1",
+    kind: "ServiceMonitor",
+    plural: "servicemonitors",
+    prune: true,
+    with_pods: false,
+    needs_definition: true,
+    exclusive: &["spec"],
+};
+
 /// Every kind of child, in the order in which children are applied: what pods need comes before the pods.
-pub const CHILDREN: &[&ChildKind] =
-    &[&SERVICE_ACCOUNT, &CONFIG_MAP, &SERVICE, &DISRUPTION_BUDGET, &DEPLOYMENT];
+pub const CHILDREN: &[&ChildKind] = &[
+    &SERVICE_ACCOUNT,
+    &CONFIG_MAP,
+    &NETWORK_POLICY,
+    &SERVICE,
+    &DISRUPTION_BUDGET,
+    &AUTOSCALER,
+    &SERVICE_MONITOR,
+    &DEPLOYMENT,
+];
 
 impl ChildKind {
+    /// Name of its definition, if it needs one.
+    #[must_use]
+    pub fn definition(&self) -> String {
+        format!("{}.{}", self.plural, self.group)
+    }
+
     /// `apiVersion` of its objects.
     #[must_use]
     pub fn api_version(&self) -> String {

@@ -5,6 +5,8 @@
 //! apply, a status to write and a route table to publish. The operator does the requests in between.
 
 pub mod ab_test;
+pub mod adapters;
+pub mod affinity;
 pub mod build;
 pub mod causes;
 pub mod counts;
@@ -19,6 +21,7 @@ pub mod names;
 pub mod pods;
 pub mod rollout;
 pub mod routes;
+pub mod scaling;
 pub mod status;
 pub mod traffic;
 pub mod validate;

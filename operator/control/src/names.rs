@@ -4,48 +4,35 @@
 
 use std::collections::BTreeMap;
 
+pub use trustformers_crds::names::{
+    ABORT_ANNOTATION, CONTAINER, LEADER_LABEL, MODEL_LABEL, PROMOTE_ANNOTATION, REVISION_LABEL,
+    ROUTABLE_GATE, UNDO_ANNOTATION,
+};
+
 /// Field manager of all writes of the operator, and value of the managed-by label.
 pub const MANAGER: &str = "trustformers-operator";
 /// Label of all objects that the operator makes.
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
-/// Label with the name of the model that an object belongs to.
-pub const MODEL_LABEL: &str = "serving.trustformers.dev/model";
-/// Label with the revision that a pool was made for: of its pods and their configuration. The pods of a pool
-/// may hold other revisions by now.
-pub const REVISION_LABEL: &str = "serving.trustformers.dev/revision";
-/// Label of the operator's pod that leads; the feed's Service selects it.
-pub const LEADER_LABEL: &str = "serving.trustformers.dev/leader";
 /// Annotation with the hash of the object as it was last applied.
 pub const APPLIED_ANNOTATION: &str = "serving.trustformers.dev/applied";
 /// Annotation of a pod template with the hash of the settings that make the pod.
 pub const POOL_ANNOTATION: &str = "serving.trustformers.dev/pool";
 /// Annotation of a pod with its capacity relative to the other pods of its model: a number from 1 to 1000.
 pub const WEIGHT_ANNOTATION: &str = "serving.trustformers.dev/weight";
-/// Annotation of a model that aborts the rollout of the revision in its value: `REVISION` or
-/// `REVISION/NONCE`.
-pub const ABORT_ANNOTATION: &str = "serving.trustformers.dev/abort";
-/// Annotation that returns to the revision before the one in its value.
-pub const UNDO_ANNOTATION: &str = "serving.trustformers.dev/undo";
-/// Annotation that skips the remaining steps of the rollout of the revision in its value.
-pub const PROMOTE_ANNOTATION: &str = "serving.trustformers.dev/promote";
-/// Readiness gate of every model pod: true when every gateway has the pod in its table.
-pub const ROUTABLE_GATE: &str = "serving.trustformers.dev/routable";
-/// Name of the container in a model's pod.
-pub const CONTAINER: &str = "runtime";
 /// The pod's port for HTTP.
 pub const HTTP_PORT: u16 = 8080;
 /// The pod's port for gRPC.
 pub const GRPC_PORT: u16 = 9090;
 /// The pod's port for the operator alone: there models are loaded, swapped and unloaded.
 pub const ADMIN_PORT: u16 = 9092;
-/// Audience of the tokens that the operator presents there.
-pub const ADMIN_AUDIENCE: &str = "trustformers-pods";
+/// Beginning of the audiences of the tokens that the operator presents there.
+const ADMIN_AUDIENCE: &str = "trustformers-pods";
 
 /// Selects the pods of gateways, in the operator's namespace.
-pub const GATEWAY_SELECTOR: &str = "app.kubernetes.io/name=trustformers,app.kubernetes.io/component=gateway";
+pub const GATEWAY_SELECTOR: &str = trustformers_crds::names::GATEWAY_SELECTOR;
 
 /// Selects all objects that the operator makes.
-pub const MANAGED_SELECTOR: &str = "app.kubernetes.io/managed-by=trustformers-operator";
+pub const MANAGED_SELECTOR: &str = trustformers_crds::names::MANAGED_SELECTOR;
 
 /// Prefix of the labels and annotations that belong to the operator.
 pub const OWN_PREFIX: &str = "serving.trustformers.dev/";
@@ -89,7 +76,14 @@ pub fn config_map(model: &str, pool: &str) -> String {
 /// Name of the ConfigMap with the sums of an A/B test. No name of a model's children has a dot.
 #[must_use]
 pub fn ab_test_samples(test: &str) -> String {
-    format!("{test}.abtest-samples")
+    trustformers_crds::names::ab_test_samples(test)
+}
+
+/// Audience of the operator's tokens for the pods of a namespace. Whoever may start a pod with a model's
+/// labels is sent such a token: it is worth nothing in another namespace.
+#[must_use]
+pub fn admin_audience(namespace: &str) -> String {
+    format!("{ADMIN_AUDIENCE}.{namespace}")
 }
 
 /// Name of the ServiceAccount of the model's pods.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use trustformers_crds::InferenceModel;
-use trustformers_proto::control::v1::{Backend, Endpoint, Policy, Route};
+use trustformers_proto::control::v1::{Backend, Endpoint, Policy, Route, Shadow};
 use trustformers_proto::v1::{ModelSlot, ModelState, ModelStatus};
 
 use crate::pods::PodView;
@@ -28,10 +28,14 @@ pub struct RouteModel {
     pub created: Option<Timestamp>,
     /// How gateways handle its requests.
     pub policy: Policy,
+    /// Who answers a share of them as well.
+    pub shadow: Option<Shadow>,
     /// The digest in its status, with the revision that the digest belongs to.
     pub stored_digest: Option<(String, String)>,
     /// The task of its spec, or else of its status.
     pub stored_task: Option<String>,
+    /// The names of the adapters in its spec.
+    pub adapters: Vec<String>,
     /// Its stored rollout, with the model's replicas; none before a revision has served.
     pub rollout: Option<(RolloutState, u32)>,
 }
@@ -43,6 +47,8 @@ pub struct Loaded {
     pub digest: String,
     /// The model's task, such as `generate`; empty if the pod did not report it.
     pub task: String,
+    /// The names of the adapters that it can answer with.
+    pub adapters: Vec<String>,
     /// The versions that it holds, the one that answers first.
     pub versions: Vec<LoadedVersion>,
 }
@@ -70,6 +76,7 @@ impl Loaded {
         Self {
             digest: report.digest.clone(),
             task: report.task.clone(),
+            adapters: report.adapters.clone(),
             versions: versions::slots(pod, report).into_iter().map(version).collect(),
         }
     }
@@ -97,8 +104,10 @@ impl RouteModel {
             key: (metadata.namespace.clone()?, metadata.name.clone()?),
             created: metadata.creation_timestamp.as_ref().map(|time| time.0),
             policy: fallback_policy(),
+            shadow: None,
             stored_digest: None,
             stored_task: None,
+            adapters: Vec::new(),
             rollout: None,
         })
     }
@@ -107,16 +116,21 @@ impl RouteModel {
     #[must_use]
     pub fn of(model: &InferenceModel) -> Option<Self> {
         let stable = model.status.as_ref().and_then(|status| status.stable.as_ref());
+        let (namespace, name) = (model.metadata.namespace.clone()?, model.metadata.name.clone()?);
+        let traffic = &model.spec.traffic;
+        let shadow = traffic.shadow.as_ref().filter(|_| traffic::check_shadow(&name, traffic).is_ok());
         Some(Self {
-            key: (model.metadata.namespace.clone()?, model.metadata.name.clone()?),
+            shadow: shadow.map(|shadow| traffic::shadow(&namespace, shadow)),
+            key: (namespace, name),
             created: model.metadata.creation_timestamp.as_ref().map(|time| time.0),
-            policy: traffic::policy(&model.spec.traffic).unwrap_or_else(|_| fallback_policy()),
+            policy: traffic::policy(traffic).unwrap_or_else(|_| fallback_policy()),
             stored_digest: stable.and_then(|stable| Some((stable.revision.clone(), stable.digest.clone()?))),
             stored_task: model
                 .spec
                 .task
                 .map(|task| task.as_str().to_owned())
                 .or_else(|| model.status.as_ref()?.task.clone()),
+            adapters: model.spec.runtime.adapters.iter().map(|adapter| adapter.name.clone()).collect(),
             rollout: model.status.as_ref().filter(|status| status.stable.is_some()).map(|status| {
                 (RolloutState::of(status), u32::try_from(model.spec.scaling.replicas).unwrap_or(0))
             }),
@@ -186,10 +200,23 @@ pub fn route(
         name: full,
         aliases,
         task: task.cloned().unwrap_or_default(),
+        adapters: adapters(model, &pods, loaded),
         backends: backends(model, pods, loaded),
         policy: Some(model.policy.clone()),
+        shadow: model.shadow.clone(),
         ..Route::default()
     }
+}
+
+/// The adapters of the spec that every pod has: while one is rolled out, a request for it could meet a pod
+/// that does not have it. A pod that has not reported yet counts as having them, so that the first table of a
+/// new leader equals the last one of its predecessor.
+fn adapters(model: &RouteModel, pods: &[&PodView], loaded: &BTreeMap<String, Loaded>) -> Vec<String> {
+    let lacks = |pod: &&PodView, name: &String| {
+        loaded.get(&pod.uid).is_some_and(|loaded| !loaded.adapters.contains(name))
+    };
+    let is_everywhere = |name: &&String| !pods.iter().any(|pod| lacks(pod, name));
+    model.adapters.iter().filter(is_everywhere).cloned().collect()
 }
 
 /// The share of each revision by the stored rollout; empty if pods share the requests evenly.
@@ -280,10 +307,37 @@ mod tests {
             key: (namespace.to_owned(), name.to_owned()),
             created: Timestamp::from_second(created).ok(),
             policy: fallback_policy(),
+            shadow: None,
             stored_digest: None,
             stored_task: None,
+            adapters: Vec::new(),
             rollout: None,
         }
+    }
+
+    #[test]
+    fn an_adapter_is_routed_while_every_pod_has_it() {
+        let text = "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
+                    metadata: {name: chat, namespace: team}\n\
+                    spec: {source: {uri: 'oci://x'}, runtime: {adapters: [{name: sql, source: {uri: 'oci://a'}}, \
+                    {name: tone, source: {uri: 'oci://b'}}]}}\n";
+        let model = RouteModel::of(&serde_yaml::from_str(text).unwrap()).unwrap();
+        let pods = [view("chat", "a"), view("chat", "b")];
+        let has = |names: &[&str]| Loaded {
+            adapters: names.iter().map(|name| (*name).to_owned()).collect(),
+            ..Loaded::default()
+        };
+        let routed = |loaded: BTreeMap<String, Loaded>| {
+            routes(std::slice::from_ref(&model), &pods, &loaded).remove(0).adapters
+        };
+        assert_eq!(routed(BTreeMap::new()), ["sql", "tone"], "no pod has reported yet");
+        let before = BTreeMap::from([
+            ("uid-a".to_owned(), has(&["sql", "tone"])),
+            ("uid-b".to_owned(), has(&["sql"])),
+        ]);
+        assert_eq!(routed(before), ["sql"]);
+        let removed = BTreeMap::from([("uid-a".to_owned(), has(&["sql", "tone", "old"]))]);
+        assert_eq!(routed(removed), ["sql", "tone"], "the spec has it no more");
     }
 
     #[test]
@@ -372,6 +426,22 @@ mod tests {
         let good = read("{timeout: 5s, loadBalancing: RoundRobin}");
         assert_eq!((good.first_byte_timeout_ms, good.retries), (5000, 2));
         assert_eq!(good.load_balancing.unwrap().by(), BalanceBy::RoundRobin);
+    }
+
+    #[test]
+    fn a_shadow_is_in_the_route_unless_it_is_the_model_itself() {
+        let shadow = |name: &str| {
+            let text = format!(
+                "apiVersion: serving.trustformers.dev/v1alpha1\nkind: InferenceModel\n\
+                 metadata: {{name: chat, namespace: team}}\n\
+                 spec: {{source: {{uri: 'oci://x'}}, traffic: {{shadow: {{modelRef: {{name: {name}}}, percent: 5}}}}}}\n"
+            );
+            let model = RouteModel::of(&serde_yaml::from_str(&text).unwrap()).unwrap();
+            routes(&[model], &[], &BTreeMap::new()).remove(0).shadow
+        };
+        let next = shadow("next").unwrap();
+        assert_eq!((next.route.as_str(), next.revision.as_str(), next.percent), ("team/next", "", 5));
+        assert_eq!(shadow("chat"), None);
     }
 
     #[test]

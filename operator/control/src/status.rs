@@ -14,10 +14,12 @@ use trustformers_crds::{Condition, InferenceModelStatus, Loading, Phase};
 use trustformers_proto::v1::{ModelSlot, ModelState, ModelStatus};
 
 use crate::causes::{self, Cause};
+use crate::kinds::ChildKind;
 use crate::names;
 use crate::pods::PodView;
 use crate::rollout::{Placement, RolloutPhase, RolloutState};
 use crate::routes::ModelKey;
+use crate::scaling::AutoscalerReport;
 use crate::validate::ValidatedModel;
 use crate::versions;
 
@@ -59,6 +61,10 @@ pub struct StatusInputs<'a> {
     pub rollout: &'a RolloutState,
     /// Why no readiness gate opens, if gateways are the cause.
     pub gate_hold: Option<&'a Cause>,
+    /// What the model's autoscaler reports; none before its first report.
+    pub autoscaler: Option<&'a AutoscalerReport>,
+    /// Kinds of which the spec asks for an object and the cluster has no definition.
+    pub undefined: &'a [&'static ChildKind],
     /// Where callers reach the gateway.
     pub url: &'a str,
     /// The present time.
@@ -131,6 +137,8 @@ pub fn status(
     let mut conditions =
         Conditions { previous, now: inputs.now, generation: model.generation, list: Vec::new() };
     describe(&facts, inputs.name_owner, model, &mut conditions);
+    conditions.set_autoscaled(model, inputs.autoscaler);
+    conditions.set_integrated(inputs.undefined);
     InferenceModelStatus {
         observed_generation: Some(model.generation),
         phase: Some(phase(&facts)),
@@ -190,7 +198,8 @@ pub fn refused(refusal: Refusal<'_>, previous: &InferenceModelStatus) -> Inferen
     conditions.set("Ready", false, &cause.reason, &cause.message);
     conditions.set("Progressing", false, &cause.reason, &cause.message);
     conditions.set("Degraded", true, &cause.reason, &cause.message);
-    conditions.list.extend(previous.conditions.iter().find(|one| one.type_ == "BareName").cloned());
+    let stays = |one: &&Condition| matches!(one.type_.as_str(), "BareName" | "Autoscaled" | "Integrated");
+    conditions.list.extend(previous.conditions.iter().filter(stays).cloned());
     InferenceModelStatus {
         observed_generation: Some(generation),
         phase: Some(if serving > 0 { Phase::Degraded } else { Phase::Failed }),
@@ -465,6 +474,43 @@ impl Conditions<'_> {
             self.set("Serving", true, "PodsServe", &format!("{serving} pod(s) serve"));
         } else {
             self.set("Serving", false, reason, message);
+        }
+    }
+
+    /// Whether an autoscaler changes the number of pods, if one is to. Its figures change all the time and
+    /// are not shown here.
+    fn set_autoscaled(&mut self, model: &ValidatedModel, report: Option<&AutoscalerReport>) {
+        let Some(scaling) = &model.autoscaling else { return };
+        match report {
+            _ if model.replicas == 0 => {
+                self.set(
+                    "Autoscaled",
+                    false,
+                    "Stopped",
+                    "spec.scaling.replicas is 0, which no autoscaler changes",
+                );
+            }
+            None => self.set("Autoscaled", false, "Starting", "the autoscaler has not reported yet"),
+            Some(AutoscalerReport { problem: Some(Cause { reason, message }) }) => {
+                self.set("Autoscaled", false, reason, message);
+            }
+            Some(AutoscalerReport { problem: None }) => {
+                let targets = scaling.targets.iter().map(|one| format!("{} {} %", one.resource, one.percent));
+                let targets = targets.collect::<Vec<_>>().join(", ");
+                let (least, most) = (scaling.min_replicas, scaling.max_replicas);
+                let message = format!("{least} to {most} pods keep {targets} of the request");
+                self.set("Autoscaled", true, "Scaling", &message);
+            }
+        }
+    }
+
+    /// Names the objects that are not made because the cluster does not know their kinds.
+    fn set_integrated(&mut self, undefined: &[&'static ChildKind]) {
+        let missing = undefined.iter().map(|kind| format!("{} ({})", kind.kind, kind.definition()));
+        let missing = missing.collect::<Vec<_>>().join(", ");
+        if !missing.is_empty() {
+            let message = format!("the cluster has no definition of {missing}; it is made when it has one");
+            self.set("Integrated", false, "NotDefined", &message);
         }
     }
 

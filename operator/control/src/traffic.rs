@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use trustformers_crds::{CircuitBreaker, HashOn, HealthCheck, Hedge, LoadBalancing, Traffic};
+use trustformers_crds::{
+    CircuitBreaker, HashOn, HealthCheck, Hedge, LoadBalancing, ModelRef, Traffic, TrafficShadow,
+};
 use trustformers_proto::control::v1 as wire;
 
 use crate::duration::{self, DurationError};
@@ -33,6 +35,11 @@ pub enum TrafficConflict {
         "spec.traffic.hedge.delay is not shorter than spec.traffic.timeout, which ends the request first; make it shorter"
     )]
     HedgeDelay,
+    /// A model would answer its own requests again.
+    #[error(
+        "spec.traffic.shadow.modelRef.name: is this model; name another one, or set modelRef.revision to one of its revisions, such as a candidate"
+    )]
+    ShadowOfItself,
 }
 
 /// The policy that gateways get.
@@ -48,6 +55,8 @@ pub fn policy(traffic: &Traffic) -> Result<wire::Policy, TrafficError> {
         retry_budget,
         // Not the gateway's: the pods'.
         drain_timeout: _,
+        // Not of the policy: of the route.
+        shadow: _,
         load_balancing,
         hash_on,
         slow_start,
@@ -83,6 +92,34 @@ pub fn policy(traffic: &Traffic) -> Result<wire::Policy, TrafficError> {
         hold_requests: hold.as_ref().map_or(0, |hold| hold.max_requests),
         hedge: hedge.as_ref().map(hedged).transpose()?,
     })
+}
+
+/// The shadow of a model's route.
+#[must_use]
+pub fn shadow(namespace: &str, shadow: &TrafficShadow) -> wire::Shadow {
+    let TrafficShadow { model_ref, percent, compare } = shadow;
+    wire::Shadow { percent: *percent, discard: !compare, ..shadowed_by(namespace, model_ref) }
+}
+
+/// A shadow that is a model of the namespace, or one of its revisions, without a share.
+#[must_use]
+pub fn shadowed_by(namespace: &str, model: &ModelRef) -> wire::Shadow {
+    let ModelRef { name, revision } = model;
+    wire::Shadow {
+        route: format!("{namespace}/{name}"),
+        revision: revision.clone().unwrap_or_default(),
+        ..wire::Shadow::default()
+    }
+}
+
+/// Whether a model's shadow is another one than the model.
+///
+/// # Errors
+/// Names the field to change.
+pub fn check_shadow(model: &str, traffic: &Traffic) -> Result<(), TrafficConflict> {
+    let is_itself =
+        |shadow: &&TrafficShadow| shadow.model_ref.name == model && shadow.model_ref.revision.is_none();
+    traffic.shadow.as_ref().filter(is_itself).map_or(Ok(()), |_| Err(TrafficConflict::ShadowOfItself))
 }
 
 /// Whether the fields of a policy fit together.
@@ -207,6 +244,31 @@ mod tests {
         let policy = policy(&Traffic::default()).unwrap();
         assert_eq!((policy.health_check, policy.circuit_breaker, policy.hedge), (None, None, None));
         assert_eq!((policy.hold_ms, policy.attempt_timeout_ms), (0, 0));
+    }
+
+    #[test]
+    fn a_shadow_is_a_model_of_the_namespace_or_one_of_its_revisions() {
+        let of = |yaml: &str| {
+            let traffic = traffic(yaml);
+            (shadow("team", traffic.shadow.as_ref().unwrap()), check_shadow("chat", &traffic))
+        };
+        let wire = |route: &str, revision: &str, percent, discard| wire::Shadow {
+            route: route.to_owned(),
+            revision: revision.to_owned(),
+            percent,
+            discard,
+        };
+        assert_eq!(
+            of("{shadow: {modelRef: {name: next}, percent: 10}}"),
+            (wire("team/next", "", 10, false), Ok(()))
+        );
+        assert_eq!(
+            of("{shadow: {modelRef: {name: chat, revision: r2}, percent: 1, compare: false}}"),
+            (wire("team/chat", "r2", 1, true), Ok(()))
+        );
+        let itself = of("{shadow: {modelRef: {name: chat}, percent: 1}}").1;
+        assert_eq!(itself, Err(TrafficConflict::ShadowOfItself));
+        assert_eq!(check_shadow("chat", &Traffic::default()), Ok(()));
     }
 
     #[test]

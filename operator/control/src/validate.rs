@@ -6,17 +6,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Affinity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
 use trustformers_crds::{
-    BatchStrategy, EmptyDirCache, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, OciAccess, PodSettings,
-    Runtime, Source, SourceCache,
+    BatchStrategy, EmptyDirCache, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Monitoring,
+    NetworkPolicySettings, OciAccess, PodSettings, Runtime, Source, SourceCache,
 };
 use trustformers_proto::Task;
 
+use crate::adapters::{self, ValidatedAdapter};
+use crate::affinity::{self, AffinityError};
 use crate::duration::{self, DurationError};
 use crate::names;
 use crate::rollout::{MAX_EXPECT_BYTES, RolloutPolicy};
+use crate::scaling::{self, Autoscaling, ScalingError};
 use crate::traffic::{self, TrafficConflict, TrafficError};
 
 /// Where the model's files are mounted from.
@@ -69,14 +73,24 @@ pub struct ValidatedModel {
     pub source: Source,
     /// Engine settings and container.
     pub runtime: Runtime,
+    /// Its adapters.
+    pub adapters: Vec<ValidatedAdapter>,
     /// Number of pods.
     pub replicas: i32,
+    /// How an autoscaler changes that number; none: it is fixed.
+    pub autoscaling: Option<Autoscaling>,
     /// How it moves to another revision.
     pub rollout: RolloutPolicy,
     /// How long requests may take to finish when a pod ends.
     pub drain_timeout: Duration,
     /// Serving pods that evictions may remove at the same time.
     pub max_unavailable: i32,
+    /// Who reaches the pods; none: everybody.
+    pub network_policy: Option<NetworkPolicySettings>,
+    /// How a ServiceMonitor describes its metrics; none: it has none.
+    pub monitoring: Option<Monitoring>,
+    /// Rules about nodes and other pods.
+    pub affinity: Option<Affinity>,
     /// Settings passed through to the pods.
     pub pod: PodSettings,
 }
@@ -93,19 +107,16 @@ pub enum ValidateError {
         "metadata.name has {0} characters; use at most {MAX_NAME_CHARS}, because longer names are made from it"
     )]
     NameTooLong(usize),
-    /// The URI's scheme, or what follows it, is not supported.
-    #[error(
-        "spec.source.uri: {0:?} is not supported; use oci://IMAGE, pvc://CLAIM[/PATH], hf://ORG/NAME, s3://BUCKET/KEY, \
-         gs://BUCKET/KEY, az://CONTAINER/KEY or https://HOST/FILE"
-    )]
-    Source(String),
-    /// A field of the source that its scheme cannot honour.
-    #[error("spec.source.{field}: {why}")]
-    SourceField {
-        /// Field below `spec.source`.
-        field: &'static str,
-        /// What to do.
-        why: &'static str,
+    /// The source of the model's files.
+    #[error("spec.source.{0}")]
+    Source(#[from] SourceError),
+    /// An adapter that cannot be served.
+    #[error("spec.runtime.adapters: {name:?}: {why}")]
+    Adapter {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        why: String,
     },
     /// A duration cannot be read.
     #[error(transparent)]
@@ -113,6 +124,12 @@ pub enum ValidateError {
     /// Fields of `spec.traffic` do not fit together.
     #[error(transparent)]
     Traffic(#[from] TrafficConflict),
+    /// Rules about nodes and pods that Kubernetes does not know.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
+    /// The autoscaler cannot do what the spec asks of it.
+    #[error(transparent)]
+    Scaling(#[from] ScalingError),
     /// A duration of the rollout cannot be read.
     #[error("spec.rollout.{field}: {cause}")]
     RolloutDuration {
@@ -146,6 +163,25 @@ pub enum ValidateError {
     Strategy(&'static str),
 }
 
+/// Why files cannot be read from a source. The field is below the source.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SourceError {
+    /// The URI's scheme, or what follows it, is not supported.
+    #[error(
+        "uri: {0:?} is not supported; use oci://IMAGE, pvc://CLAIM[/PATH], hf://ORG/NAME, s3://BUCKET/KEY, \
+         gs://BUCKET/KEY, az://CONTAINER/KEY or https://HOST/FILE"
+    )]
+    Uri(String),
+    /// A field that its scheme cannot honour.
+    #[error("{field}: {why}")]
+    Field {
+        /// Field below the source.
+        field: &'static str,
+        /// What to do.
+        why: &'static str,
+    },
+}
+
 /// Parses a model's spec.
 ///
 /// # Errors
@@ -170,6 +206,7 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
         .map_err(|(field, cause)| ValidateError::RolloutDuration { field, cause })?;
     check_golden_prompts(spec.task, &rollout)?;
     traffic::check_conflicts(&traffic::policy(&spec.traffic)?)?;
+    traffic::check_shadow(&name, &spec.traffic)?;
     let time = |field, text: &str| duration::parse(text).map_err(|cause| TrafficError { field, cause });
     Ok(ValidatedModel {
         name,
@@ -180,10 +217,15 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
         mount: mount(&spec.source)?,
         source: spec.source.clone(),
         runtime: spec.runtime.clone(),
+        adapters: adapters::validate(spec)?,
         replicas: spec.scaling.replicas,
+        autoscaling: scaling::autoscaling(spec)?,
         rollout,
         drain_timeout: time("drainTimeout", &spec.traffic.drain_timeout)?,
         max_unavailable: spec.disruption.max_unavailable,
+        network_policy: Some(&spec.network_policy).filter(|policy| policy.enabled).cloned(),
+        monitoring: Some(&spec.monitoring).filter(|one| one.service_monitor).cloned(),
+        affinity: spec.pod.affinity.as_ref().map(affinity::parse).transpose()?,
         pod: spec.pod.clone(),
     })
 }
@@ -233,12 +275,13 @@ fn check_keys(field: &'static str, map: &BTreeMap<String, String>) -> Result<(),
 /// Schemes that pods fetch.
 const FETCHED_SCHEMES: [&str; 5] = ["hf", "s3", "gs", "az", "https"];
 
-fn mount(source: &Source) -> Result<Mount, ValidateError> {
+/// Where the files of a source are for a pod.
+pub(crate) fn mount(source: &Source) -> Result<Mount, SourceError> {
     let uri = source.uri.as_str();
-    let refused = || ValidateError::Source(uri.to_owned());
+    let refused = || SourceError::Uri(uri.to_owned());
     let (scheme, rest) = uri.split_once("://").ok_or_else(refused)?;
     let is_pulled = source.oci == Some(OciAccess::Pull);
-    let wrong = |field, why| Err(ValidateError::SourceField { field, why });
+    let wrong = |field, why| Err(SourceError::Field { field, why });
     if source.revision.is_some() && scheme != "hf" {
         return wrong("revision", "only hf:// has branches, tags and commits; remove it");
     }
@@ -271,7 +314,7 @@ fn mount(source: &Source) -> Result<Mount, ValidateError> {
     Ok(Mount::Claim { claim: claim.to_owned(), path: path.to_owned() })
 }
 
-fn cache_volume(cache: Option<&SourceCache>) -> Result<CacheVolume, ValidateError> {
+fn cache_volume(cache: Option<&SourceCache>) -> Result<CacheVolume, SourceError> {
     let Some(SourceCache { empty_dir, pvc }) = cache else {
         return Ok(CacheVolume::EmptyDir { size_limit: None });
     };
@@ -280,7 +323,7 @@ fn cache_volume(cache: Option<&SourceCache>) -> Result<CacheVolume, ValidateErro
             Ok(CacheVolume::EmptyDir { size_limit: size_limit.as_ref().map(|limit| limit.0.clone()) })
         }
         (None, Some(claim)) => Ok(CacheVolume::Claim(claim.claim_name.clone())),
-        _ => Err(ValidateError::SourceField { field: "cache", why: "give one of emptyDir and pvc" }),
+        _ => Err(SourceError::Field { field: "cache", why: "give one of emptyDir and pvc" }),
     }
 }
 

@@ -19,11 +19,11 @@ use kube::core::DeserializeGuard;
 use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 use tokio::time::{Instant, sleep};
-use trustformers_control::ab_test::assign::{models_of, serving_revisions};
+use trustformers_control::ab_test::assign::{ServingVariant, models_of, running_test, serving_variant};
 use trustformers_control::ab_test::status::{
-    CHECKPOINT_INTERVAL, StepInputs, TestFacts, epochs_of, events, refused, step, wake_in,
+    CHECKPOINT_INTERVAL, Planned, StepInputs, TestFacts, epochs_of, events, plan, refused, step, wake_in,
 };
-use trustformers_control::ab_test::validate::{RouteClaim, ValidatedTest, conflict, validate};
+use trustformers_control::ab_test::validate::{RouteClaim, TestSpecError, ValidatedTest, conflict, validate};
 use trustformers_control::names;
 use trustformers_control::routes::ModelKey;
 use trustformers_crds::{ABTest, ABTestStatus, GROUP, VERSION};
@@ -79,7 +79,7 @@ impl Cluster {
         // Only what tests name is looked up, however many models there are.
         let named = tests.iter().flat_map(|test| {
             let route = (test.namespace().unwrap_or_default(), test.spec.route.clone());
-            models_of(test).chain([route])
+            models_of(test).into_iter().chain([route])
         });
         let named: BTreeSet<ModelKey> = named.collect();
         let mut models: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -93,17 +93,27 @@ impl Cluster {
         }
     }
 
-    fn facts(&self, test: &ValidatedTest, checkpoint_error: Option<String>) -> TestFacts {
+    /// A spec as it is read, with what the cluster shows of it.
+    fn planned(&self, test: &ABTest) -> Result<Planned, TestSpecError> {
+        let test = validate(test)?;
+        let facts = self.facts(&test);
+        Ok(Planned { test, facts })
+    }
+
+    fn facts(&self, test: &ValidatedTest) -> TestFacts {
         let namespace = &test.key.0;
         let none = BTreeSet::new();
         let models = self.models.get(namespace).unwrap_or(&none);
-        let revision = |variant: &trustformers_control::ab_test::validate::ValidatedVariant| {
-            serving_revisions(namespace, &variant.model, variant.revision.as_deref(), &self.routes)
-        };
+        let variants = test.variants.iter();
+        let serving: Vec<ServingVariant> = variants
+            .map(|one| serving_variant(namespace, &one.model, one.revision.as_deref(), &self.routes))
+            .collect();
         TestFacts {
             conflict: conflict(test, models, &self.claims),
-            revisions: test.variants.iter().map(revision).collect(),
-            checkpoint_error,
+            waiting: None,
+            replicas: serving.iter().map(|one| one.replicas).collect(),
+            revisions: serving.into_iter().map(|one| one.revisions).collect(),
+            checkpoint_error: None,
         }
     }
 }
@@ -165,8 +175,10 @@ async fn look_at(
         Some((status, version)) if *version > cached_version => status.clone(),
         _ => test.status.clone().unwrap_or_default(),
     };
-    let valid = match validate(test) {
-        Ok(valid) => valid,
+    // While a newer spec cannot be honoured, the last one that could be goes on with all that it says.
+    let running = running_test(test, &stored).and_then(|running| cluster.planned(&running).ok());
+    let Planned { test: valid, mut facts } = match plan(cluster.planned(test), running) {
+        Ok(planned) => planned,
         Err(error) => {
             let after = refused(&error, test.metadata.generation.unwrap_or(0), &stored, now());
             write_status(context, test, &stored, after, memory).await?;
@@ -184,7 +196,7 @@ async fn look_at(
         context.samples.retain_epochs(&valid.uid, &epochs);
         memory.checkpoint_error = checkpoint::store(context, &valid, &mut memory.stored).await;
     }
-    let facts = cluster.facts(&valid, memory.checkpoint_error.clone());
+    facts.checkpoint_error.clone_from(&memory.checkpoint_error);
     let after = context.samples.with(|samples| {
         let samples = is_due.then_some(&*samples);
         step(&StepInputs { test: &valid, stored: &stored, facts: &facts, samples, now: now() })

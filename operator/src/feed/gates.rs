@@ -11,10 +11,9 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
-use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep_until};
 use trustformers_control::gate::GateChange;
 use trustformers_control::names;
 use trustformers_control::pods::{PodView, open_message};
@@ -24,6 +23,7 @@ use super::FeedState;
 use super::gateways::Announcements;
 use crate::changes::Marked;
 use crate::context::Context;
+use crate::requests::patch_status;
 
 /// Gates that are written at the same time. Requests that hang use up to this many; the client ends them
 /// after 10 s.
@@ -32,6 +32,9 @@ const CONCURRENCY: usize = 32;
 const CACHE_LAG: Duration = Duration::from_secs(2);
 /// Longest sleep, so that the gateway counts of the metrics page are up to date.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// From one look to the next at least: while many models start, each change of a pod marks one, and all that
+/// wait are looked at. A change after a time without any is looked at immediately.
+const GATHER: Duration = Duration::from_millis(5);
 /// A pause after a write that failed.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -69,6 +72,7 @@ pub async fn run(context: Arc<Context>, feed: Arc<FeedState>) {
     let mut candidates: BTreeSet<ModelKey> = BTreeSet::new();
     let mut announcements = Announcements::default();
     loop {
+        let next_gather = Instant::now() + GATHER;
         context.metrics.gateways(feed.counts());
         announcements.update(&context, &feed);
         writes.retain(|_, write| !write.is_over());
@@ -90,14 +94,18 @@ pub async fn run(context: Arc<Context>, feed: Arc<FeedState>) {
         let failed = writes.values().any(|write| matches!(write, GateWrite::Failed { .. }));
         let longest = if failed { RETRY } else { LONGEST_SLEEP };
         let pause = feed.next_change().map_or(longest, |next| next.min(longest));
-        tokio::select! {
-            Some((uid, change, written)) = in_flight.next() => {
-                let at = Instant::now();
-                let write = if written { GateWrite::Done { change, at } } else { GateWrite::Failed { at } };
-                writes.insert(uid, write);
+        let mut next_look = Instant::now() + pause;
+        loop {
+            tokio::select! {
+                Some((uid, change, written)) = in_flight.next() => {
+                    let at = Instant::now();
+                    let write = if written { GateWrite::Done { change, at } } else { GateWrite::Failed { at } };
+                    writes.insert(uid, write);
+                    next_look = next_look.min(next_gather);
+                }
+                () = context.gates_changed.notified() => next_look = next_look.min(next_gather),
+                () = sleep_until(next_look) => break,
             }
-            () = context.gates_changed.notified() => {}
-            () = sleep(pause) => {}
         }
     }
 }
@@ -125,9 +133,8 @@ fn changes(
 }
 
 async fn write(context: &Context, pod: &PodView, change: GateChange) -> bool {
-    let api = Api::<Pod>::namespaced(context.client.clone(), &pod.namespace);
-    let body = Patch::Strategic(body(pod, change, Timestamp::now()));
-    match api.patch_status(&pod.name, &PatchParams::default(), &body).await {
+    let (params, patch) = (PatchParams::default(), Patch::Strategic(body(pod, change, Timestamp::now())));
+    match patch_status::<Pod, _>(&context.client, &pod.namespace, &pod.name, &params, &patch).await {
         Ok(_) => {
             tracing::debug!(pod = pod.name, ?change, "readiness gate written");
             context.metrics.count_write("PodStatus");

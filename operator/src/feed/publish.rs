@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep_until};
 use trustformers_control::ab_test::assign::{RoutedTest, with_tests};
 use trustformers_control::pods::PodView;
 use trustformers_control::routes::{Loaded, ModelKey, RouteModel, route};
@@ -22,8 +22,9 @@ use crate::reconcile::fetch;
 /// Changes within this time make one table. Together with the delay of the watch, a change reaches the
 /// gateways in well below 100 ms.
 const DEBOUNCE: Duration = Duration::from_millis(25);
-/// A large table is sent less often, so that sending takes at most one part in this many of the time.
-const LOAD: u32 = 20;
+/// While changes go on, a large table is made less often, so that making it takes at most one part in this
+/// many of the time. A change after a time without any does not wait for that.
+const LOAD: u32 = 200;
 /// Longest time between a change and its table.
 const LONGEST_DEBOUNCE: Duration = Duration::from_millis(500);
 
@@ -48,10 +49,16 @@ pub async fn run(context: Arc<Context>, feed: Arc<FeedState>) {
             context.gates_changed.notify_one();
             context.ab_tests_changed.notify_one();
         }
-        let pause = (started.elapsed() * LOAD).clamp(DEBOUNCE, LONGEST_DEBOUNCE);
+        let took = started.elapsed();
         context.routes_changed.notified().await;
-        sleep(pause).await;
+        sleep_until(next_table(started, took, Instant::now())).await;
     }
+}
+
+/// When to make the next table: the last one was begun at `started` and took this long, and now something has
+/// changed.
+fn next_table(started: Instant, took: Duration, now: Instant) -> Instant {
+    (started + (took * LOAD).min(LONGEST_DEBOUNCE)).max(now + DEBOUNCE)
 }
 
 /// The tests that have a route, in the order of their names.
@@ -144,4 +151,19 @@ fn owns_name(context: &Context, unreadable: &BTreeMap<ModelKey, Unreadable>, key
         namesakes.entry(other.clone()).or_insert(created);
     }
     oldest(&namesakes).as_ref() == Some(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_that_go_on_make_tables_for_one_part_in_200_of_the_time() {
+        let started = Instant::now();
+        let ms = Duration::from_millis;
+        assert_eq!(next_table(started, ms(2), started + ms(10)), started + ms(400));
+        assert_eq!(next_table(started, ms(40), started + ms(60)), started + LONGEST_DEBOUNCE);
+        // A single change waits for the others of its instant alone.
+        assert_eq!(next_table(started, ms(3), started + ms(5000)), started + ms(5000) + DEBOUNCE);
+    }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use futures::{Stream, StreamExt};
 use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Request, Response, Status, Streaming};
 use trustformers_control::counts::Reported;
 use trustformers_control::gate::Report;
@@ -58,17 +58,24 @@ impl RouteService for Feed {
         // The clone ends the borrow of the channel before the next await.
         let leadership = self.leadership.borrow().clone().ok_or_else(not_leading)?;
         self.authenticator.verify(request.metadata()).await?;
-        tokio::spawn(receive_reports(leadership.clone(), request.into_inner()));
+        // Also where the gateway ends its reports: it waits for that, so that none is lost.
+        let ended = leadership.ended.child_token();
+        let reports_end = ended.clone().drop_guard();
+        tokio::spawn(receive_reports(leadership.clone(), request.into_inner(), reports_end));
         let tables = WatchStream::new(leadership.feed.tables())
             .filter_map(async |table| table.map(|table| Ok(RouteTable::clone(&table))))
-            .take_until(leadership.ended.clone().cancelled_owned())
+            .take_until(ended.cancelled_owned())
             .chain(futures::stream::once(async { Err(not_leading()) }));
         Ok(Response::new(Box::pin(tables)))
     }
 }
 
 /// Records reports until the gateway or the lead ends the stream.
-async fn receive_reports(leadership: Leadership, mut reports: Streaming<GatewayReport>) {
+async fn receive_reports(
+    leadership: Leadership,
+    mut reports: Streaming<GatewayReport>,
+    _reports_end: DropGuard,
+) {
     loop {
         let message = tokio::select! {
             () = leadership.ended.cancelled() => return,

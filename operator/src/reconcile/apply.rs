@@ -10,7 +10,7 @@ use std::sync::Arc;
 use futures::future::join_all;
 use k8s_openapi::api::apps::v1::Deployment;
 use kube::Api;
-use kube::api::{DynamicObject, Patch, PatchParams, PostParams, Request};
+use kube::api::{Patch, PatchParams, PostParams, Request};
 use serde_json::{Value, json};
 use trustformers_control::build::{Desired, DesiredObject};
 use trustformers_control::drift::{FieldPath, covers, removal};
@@ -23,6 +23,7 @@ use super::prune::{prune, scale};
 use super::settled::Settled;
 use crate::children::Child;
 use crate::context::Context;
+use crate::decode::StoredObject;
 use crate::watchers::resource;
 
 /// Why an object could not be applied. Metrics use the variant's name.
@@ -164,7 +165,7 @@ struct ChildWriter<'a> {
     context: &'a Context,
     observed: &'a Observed,
     desired: &'a DesiredObject,
-    api: Api<DynamicObject>,
+    api: Api<StoredObject>,
 }
 
 /// What an object of the desired name is to the model.
@@ -269,7 +270,7 @@ impl<'a> ChildWriter<'a> {
             Request::new(self.api.resource_url()).create(&params, body).map_err(kube::Error::BuildRequest)
         });
         let stored = match request {
-            Ok(request) => self.context.client.request::<DynamicObject>(request).await,
+            Ok(request) => self.context.client.request::<StoredObject>(request).await,
             Err(error) => Err(error),
         };
         self.store(stored.map_err(|error| ApplyError::of(self.describe(), error))?)
@@ -353,20 +354,20 @@ impl<'a> ChildWriter<'a> {
         Ok(())
     }
 
-    fn child(&self, object: DynamicObject) -> Result<Child, ApplyError> {
+    fn child(&self, object: StoredObject) -> Result<Child, ApplyError> {
         let incomplete = || ApplyError::Incomplete { object: self.describe() };
         Child::of(self.desired.kind, object).ok_or_else(incomplete)
     }
 
     /// Puts a response into the cache, so that the next reconcile reads it.
-    fn store(&self, object: DynamicObject) -> Result<Arc<Child>, ApplyError> {
+    fn store(&self, object: StoredObject) -> Result<Arc<Child>, ApplyError> {
         self.context.metrics.count_write(self.desired.kind.kind);
         Ok(self.context.children.insert(self.child(object)?))
     }
 }
 
 /// Requests about children of a kind.
-pub(super) fn api(context: &Context, kind: &ChildKind, namespace: &str) -> Api<DynamicObject> {
+pub(super) fn api(context: &Context, kind: &ChildKind, namespace: &str) -> Api<StoredObject> {
     Api::namespaced_with(context.client.clone(), namespace, &resource(kind))
 }
 

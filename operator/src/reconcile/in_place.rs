@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream;
+use tonic::metadata::{Ascii, MetadataValue};
 use trustformers_control::build::{BuildError, PodAccess, PoolFiles, Pools, pod_config};
 use trustformers_control::kinds::{CONFIG_MAP, DEPLOYMENT};
 use trustformers_control::names;
@@ -23,6 +24,7 @@ use super::fetch::Observed;
 use super::rollout::RolloutPlan;
 use crate::context::Context;
 use crate::pod_admin::{self, AdminRequest, Identity};
+use crate::pod_tokens::TokenError;
 
 /// Pods of one model that are asked at the same time. A load is waited for 2 s, and nothing else is decided
 /// about the model meanwhile: 1,000 pods take 16 s.
@@ -104,16 +106,25 @@ pub async fn act(
         .collect();
     let tasks = in_place::tasks(&plan.commands, &pods, &plan.state, &plan.unrouted);
     context.set_asked(&observed.key, !tasks.is_empty());
-    let asked: Vec<_> = tasks
-        .iter()
-        .filter_map(|task| {
-            let pod = observed.pods.iter().find(|pod| pod.uid == task.uid)?;
-            let request = request(observed, task, pod, &Sources { own, pools })?;
-            Some(ask(context, identity, pod, request))
-        })
-        .collect();
-    let answers = stream::iter(asked).buffer_unordered(CONCURRENCY);
-    let refusals: Vec<String> = answers.filter_map(std::future::ready).collect().await;
+    let refusals: Vec<String> = match token(context, identity, observed, &tasks).await {
+        Ok(None) => Vec::new(),
+        Ok(Some(token)) => {
+            let asked: Vec<_> = tasks
+                .iter()
+                .filter_map(|task| {
+                    let pod = observed.pods.iter().find(|pod| pod.uid == task.uid)?;
+                    let request = request(observed, task, pod, &Sources { own, pools })?;
+                    Some(ask(context, token.clone(), pod, request))
+                })
+                .collect();
+            let answers = stream::iter(asked).buffer_unordered(CONCURRENCY);
+            answers.filter_map(std::future::ready).collect().await
+        }
+        Err(error) => {
+            tracing::warn!(%error, "pods are not asked for what they do not hold yet");
+            vec![error.to_string()]
+        }
+    };
     let is_loading =
         matches!(plan.state.phase, RolloutPhase::Placing | RolloutPhase::Loading | RolloutPhase::Warming);
     // The smallest, so that the status does not change with the order of the answers.
@@ -124,6 +135,19 @@ pub async fn act(
     if !tasks.is_empty() || !plan.state.phase.is_final() || !plan.state.retiring.is_empty() {
         plan.wait = plan.wait.into_iter().chain([look]).min();
     }
+}
+
+/// The operator's token for the model's pods, if one is to be asked.
+async fn token(
+    context: &Context,
+    identity: &Identity,
+    observed: &Observed,
+    tasks: &[PodTask],
+) -> Result<Option<MetadataValue<Ascii>>, TokenError> {
+    if tasks.is_empty() {
+        return Ok(None);
+    }
+    context.pod_tokens.header(&context.client, identity, &observed.key.0).await.map(Some)
 }
 
 /// Where the configuration of a revision is.
@@ -163,11 +187,17 @@ fn request(
 }
 
 /// Returns why the pod refuses, if it does.
-async fn ask(context: &Context, identity: &Identity, pod: &PodView, request: AdminRequest) -> Option<String> {
+async fn ask(
+    context: &Context,
+    token: MetadataValue<Ascii>,
+    pod: &PodView,
+    request: AdminRequest,
+) -> Option<String> {
     tracing::debug!(pod = pod.name, ?request, "asking a pod");
-    let error = pod_admin::ask(identity, pod, context.settings.admin_port, request).await.err()?;
+    let error = pod_admin::ask(token, pod, context.settings.admin_port, request).await.err()?;
     if error.is_about_identity() {
         context.cluster_keys.doubt();
+        context.pod_tokens.doubt(&pod.namespace);
     }
     tracing::warn!(pod = pod.name, %error, "a pod did not do what it was asked for; it is asked again");
     Some(format!("pod {}: {error}", pod.name))

@@ -1,5 +1,7 @@
 //! What was desired of a model and found stored: a pass over an unchanged model builds and compares nothing.
 
+use std::collections::BTreeSet;
+
 use trustformers_control::build::{Desired, Platform};
 use trustformers_control::hash;
 use trustformers_control::kinds::ChildKind;
@@ -39,6 +41,8 @@ pub struct BuildInputs {
     pools: Vec<PoolStart>,
     /// Hash of how pods recognise the operator.
     access: String,
+    /// Optional kinds that the cluster has definitions of.
+    optional_kinds: BTreeSet<&'static str>,
 }
 
 impl BuildInputs {
@@ -55,6 +59,7 @@ impl BuildInputs {
             pool: plan.state.pool_of(revision).to_owned(),
             pools: plan.pools.iter().map(start).collect(),
             access: hash::short(&format!("{:?}", platform.admin)),
+            optional_kinds: platform.optional_kinds.clone(),
         }
     }
 }

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
-use kube::Api;
+use kube::Resource;
 use kube::api::{Patch, PatchParams};
-use kube::core::DeserializeGuard;
-use kube::{Resource, ResourceExt};
 use serde_json::json;
 use tokio::time::Instant;
+use trustformers_control::build::undefined;
 use trustformers_control::causes::Cause;
+use trustformers_control::kinds::AUTOSCALER;
 use trustformers_control::rollout::RolloutState;
 use trustformers_control::status::{Refusal, StatusInputs, refused, status};
 use trustformers_control::validate::ValidatedModel;
@@ -21,13 +21,22 @@ use super::fetch::{self, Observed};
 use crate::context::{Context, WrittenStatus};
 use crate::queue::Lane;
 use crate::recorder;
+use crate::requests::patch_status;
 
 /// The progress of a load is written at most this often for each model.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
 /// While a model starts for the first time, a status that says nothing new but a reason or a message waits
-/// for at most this long for the one that does: a launch takes few writes.
-pub const LAUNCH_WAIT: Duration = Duration::from_secs(2);
+/// for at most this long for the one that does: a launch takes few writes. A cause of a problem never waits.
+pub const LAUNCH_WAIT: Duration = Duration::from_secs(4);
+
+/// The same while other models wait for a pass. In a burst each of them passes through all steps of a launch,
+/// and the API server is what limits them.
+pub const LAUNCH_WAIT_BUSY: Duration = Duration::from_secs(30);
+
+/// How often a status that waits for others is looked at without a change: rarely, because each look is a
+/// pass while the operator has most to do.
+const BUSY_LOOK: Duration = Duration::from_secs(10);
 
 /// Why the status could not be written. Metrics use the variant's name.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
@@ -62,6 +71,8 @@ pub async fn report(
     rollout: &RolloutState,
 ) -> Result<Option<Duration>, StatusError> {
     let gate_hold = context.feed.get().and_then(|feed| feed.hold());
+    let undefined = undefined(valid, &context.optional_kinds());
+    let autoscaler = observed.children.iter().find(|child| child.kind == &AUTOSCALER);
     let inputs = StatusInputs {
         deployment: applied.deployment.as_ref(),
         pods: &observed.pods,
@@ -69,6 +80,8 @@ pub async fn report(
         name_owner: observed.name_owner.as_ref(),
         rollout,
         gate_hold: gate_hold.as_ref(),
+        undefined: &undefined,
+        autoscaler: autoscaler.and_then(|child| child.autoscaler.as_ref()),
         url: &context.settings.gateway_url,
         now: now(),
     };
@@ -138,8 +151,6 @@ async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>
         return Ok(Some(wait));
     }
     let (namespace, name) = &observed.key;
-    // A response that cannot be decoded is no reason to fail: the status is written.
-    let api = Api::<DeserializeGuard<InferenceModel>>::namespaced(context.client.clone(), namespace);
     // With the UID, the API server refuses a status about an earlier object of the same name.
     let mut body = json!({
         "apiVersion": format!("{GROUP}/{VERSION}"),
@@ -154,11 +165,11 @@ async fn write(context: &Context, change: Change<'_>) -> Result<Option<Duration>
     // The watch may deliver the new status before the response arrives.
     remember(WrittenStatus { status: after.clone(), version: None, at });
     let params = PatchParams::apply(names::MANAGER).force();
-    match api.patch_status(name, &params, &Patch::Apply(&body)).await {
-        Ok(stored) => {
+    let patch = Patch::Apply(&body);
+    match patch_status::<InferenceModel, _>(&context.client, namespace, name, &params, &patch).await {
+        Ok(receipt) => {
             context.metrics.count_write("InferenceModelStatus");
-            let version = stored.resource_version().and_then(|version| version.parse().ok());
-            remember(WrittenStatus { status: after.clone(), version, at });
+            remember(WrittenStatus { status: after.clone(), version: receipt.version(), at });
         }
         Err(kube::Error::Api(status)) if status.code == 409 && is_conditional => {
             context
@@ -193,12 +204,19 @@ fn wait(
     if is_progress(before, after) {
         return remaining(observed.written.as_ref()?.at, PROGRESS_INTERVAL);
     }
-    let is_busy = || context.queue.has_waiting(Lane::New) || context.queue.has_waiting(Lane::Child);
+    let is_busy = context.queue.has_waiting(Lane::New) || context.queue.has_waiting(Lane::Child);
     if !is_launch_step(before, after, is_busy) {
         return None;
     }
     let since = observed.status_waits_since.unwrap_or(now);
     context.remember(&observed.key, &observed.uid, |memory| memory.status_waits_since = Some(since));
+    // That gateways hold every gate is news for whoever looks.
+    let is_held = after.conditions.iter().any(|one| one.reason == "GatewaysSilent");
+    let may_wait_longer = is_busy && !is_held && remaining(since, LAUNCH_WAIT_BUSY).is_some();
+    if may_wait_longer && remaining(since, LAUNCH_WAIT).is_none() {
+        // Whether others still wait is looked at again in a while.
+        return remaining(since, LAUNCH_WAIT_BUSY).map(|wait| wait.min(BUSY_LOOK));
+    }
     remaining(since, LAUNCH_WAIT)
 }
 
@@ -222,17 +240,13 @@ fn is_progress(before: &InferenceModelStatus, after: &InferenceModelStatus) -> b
 /// Whether the status of a model that has never served differs in nothing that the status of a condition or
 /// the cause of a problem says. The first one of a model that starts as expected is such a step too while
 /// others are busy.
-fn is_launch_step(
-    before: &InferenceModelStatus,
-    after: &InferenceModelStatus,
-    is_busy: impl Fn() -> bool,
-) -> bool {
+fn is_launch_step(before: &InferenceModelStatus, after: &InferenceModelStatus, is_busy: bool) -> bool {
     if before.stable.is_some() || after.stable.is_some() {
         return false;
     }
     if before.observed_generation.is_none() {
         let is_wrong = after.conditions.iter().any(|one| one.type_ == "Degraded" && one.status == "True");
-        return !is_wrong && is_busy();
+        return !is_wrong && is_busy;
     }
     // Another cause of a problem is news too.
     let statuses = |status: &InferenceModelStatus| {

@@ -14,13 +14,37 @@ pub struct ArmWithHistory<'a> {
     pub before: &'a [BucketSums],
 }
 
+/// The estimate of an arm, and that of the same users before the test.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EstimateWithHistory {
+    /// Of the test.
+    pub during: ArmEstimate,
+    /// Of the time before.
+    pub before: ArmEstimate,
+}
+
+impl EstimateWithHistory {
+    /// The estimate less `theta` times what the time before explains. `all_before` is the ratio of that time
+    /// over all arms.
+    #[must_use]
+    pub fn adjusted(&self, all_before: f64, theta: f64) -> ArmEstimate {
+        let influences = self.during.influences.iter().zip(&self.before.influences);
+        let influences: Vec<f64> = influences.map(|(psi, covariate)| psi - theta * covariate).collect();
+        ArmEstimate {
+            ratio: self.during.ratio - theta * (self.before.ratio - all_before),
+            variance: variance(&influences),
+            influences,
+            ..self.during.clone()
+        }
+    }
+}
+
 /// The coefficient of the covariate over all arms; 0 if it has no variance.
 #[must_use]
-pub fn coefficient(arms: &[ArmWithHistory<'_>]) -> f64 {
+pub fn coefficient_of(arms: &[EstimateWithHistory]) -> f64 {
     let (mut product, mut square) = (0.0, 0.0);
     for arm in arms {
-        let (Some(during), Some(before)) = (estimate(arm.during), estimate(arm.before)) else { continue };
-        for (psi, covariate) in during.influences.iter().zip(&before.influences) {
+        for (psi, covariate) in arm.during.influences.iter().zip(&arm.before.influences) {
             product += psi * covariate;
             square += covariate * covariate;
         }
@@ -28,25 +52,26 @@ pub fn coefficient(arms: &[ArmWithHistory<'_>]) -> f64 {
     if square > 0.0 { product / square } else { 0.0 }
 }
 
+/// The coefficient of the covariate over all arms; 0 if it has no variance.
+#[must_use]
+pub fn coefficient(arms: &[ArmWithHistory<'_>]) -> f64 {
+    let estimates: Vec<EstimateWithHistory> = arms.iter().filter_map(ArmWithHistory::estimates).collect();
+    coefficient_of(&estimates)
+}
+
+impl ArmWithHistory<'_> {
+    fn estimates(&self) -> Option<EstimateWithHistory> {
+        Some(EstimateWithHistory { during: estimate(self.during)?, before: estimate(self.before)? })
+    }
+}
+
 /// The estimate of `arms[index]`, adjusted with `theta`; `None` where an arm has no estimate.
 #[must_use]
 pub fn adjusted(arms: &[ArmWithHistory<'_>], index: usize, theta: f64) -> Option<ArmEstimate> {
-    let arm = arms.get(index)?;
-    let (during, before) = (estimate(arm.during)?, estimate(arm.before)?);
+    let arm = arms.get(index)?.estimates()?;
     let all = arms.iter().flat_map(|arm| arm.before);
     let (y, n) = all.fold((0.0, 0.0), |(y, n), bucket| (y + bucket.y, n + bucket.n));
-    let influences: Vec<f64> = during
-        .influences
-        .iter()
-        .zip(&before.influences)
-        .map(|(psi, covariate)| psi - theta * covariate)
-        .collect();
-    Some(ArmEstimate {
-        ratio: during.ratio - theta * (before.ratio - y / n),
-        variance: variance(&influences),
-        influences,
-        ..during
-    })
+    Some(arm.adjusted(y / n, theta))
 }
 
 #[cfg(test)]

@@ -58,6 +58,15 @@ pub struct Asked {
     pub options: Options,
 }
 
+/// Fields that a caller left out, for which what a model recommends stands before the protocol's default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LeftOut {
+    /// The temperature.
+    pub temperature: bool,
+    /// The nucleus.
+    pub top_p: bool,
+}
+
 /// A request whose fields are all within their limits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
@@ -81,6 +90,8 @@ pub struct Generation {
     pub tenant: String,
     /// The further fields.
     pub options: Options,
+    /// Which fields have a default of the protocol.
+    pub left_out: LeftOut,
 }
 
 impl Asked {
@@ -114,6 +125,7 @@ impl Asked {
             priority: self.priority.unwrap_or_default(),
             tenant: self.tenant,
             options: self.options,
+            left_out: LeftOut { temperature: self.temperature.is_none(), top_p: self.top_p.is_none() },
         };
         if request.prompt.is_empty() {
             return Err(ApiError::field(

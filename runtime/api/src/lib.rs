@@ -101,7 +101,7 @@ pub use contain::BlockingWork;
 pub use conversation::{Conversation, Prompt, ToolChoice};
 pub use embed::{EmbedInput, EmbedRequest, Embedded, PoolingMode};
 pub use error::{ApiError, ErrorShape};
-pub use fields::{Asked, Defaults, Generation};
+pub use fields::{Asked, Defaults, Generation, LeftOut};
 pub use health::{Health, Verdict};
 pub use inference::{
     Answer, CountRequest, Event, FinishReason, Inference, Logprobs, StoppedBy, TokenText, TokenTexts, Usage,

@@ -9,6 +9,8 @@
 //! A browser sends a request for any page that its user visits, also to this machine. Such a request names
 //! the page's origin and is refused: pages may ask models, and do not decide which there are.
 
+mod adapters;
+
 use axum::extract::{Request, State};
 use axum::http::HeaderMap;
 use axum::http::header::ORIGIN;
@@ -21,6 +23,8 @@ use crate::http::model_json;
 use crate::json_body::{found, object, take};
 use crate::revision::MAX_REVISION_BYTES;
 use crate::{Api, request_body};
+
+pub use adapters::LoadAdapter;
 
 /// The fields of a request to load.
 pub(crate) const LOAD_FIELDS: &[&str] = &[
@@ -41,6 +45,7 @@ pub(crate) const LOAD_FIELDS: &[&str] = &[
     "priority",
     "probe",
     "probes",
+    "adapters",
 ];
 const PROBE_FIELDS: &[&str] = &["prompt", "max_tokens", "text", "begins_with", "tokens_sha256"];
 /// The fields of a request to unload.
@@ -94,6 +99,8 @@ pub struct LoadModel {
     pub priority: Option<bool>,
     /// What it must answer before it may serve.
     pub probes: Vec<Probe>,
+    /// Adapters that requests can choose.
+    pub adapters: Vec<LoadAdapter>,
 }
 
 /// A prompt whose greedy answer is known.
@@ -192,6 +199,7 @@ impl LoadModel {
             max_wait_ms: number(&object, "max_wait_ms")?,
             priority: take(&object, "priority", "true or false", Value::as_bool)?,
             probes: probes(&object)?,
+            adapters: adapters::of_json(&object)?,
         };
         request.check()
     }
@@ -223,6 +231,7 @@ impl LoadModel {
             max_wait_ms: positive(message.max_wait_ms),
             priority: message.priority,
             probes,
+            adapters: adapters::of_proto(message.adapters),
         };
         request.check()
     }
@@ -252,6 +261,7 @@ impl LoadModel {
             let why = format!("{} are too many: give at most {MAX_PROBES}", self.probes.len());
             return Err(ApiError::field("probes", why));
         }
+        adapters::check(&self.adapters)?;
         Ok(self)
     }
 }
@@ -471,6 +481,44 @@ mod tests {
         (status, serde_json::from_slice(&bytes).unwrap())
     }
 
+    fn adapter() -> LoadAdapter {
+        LoadAdapter { name: "sql".into(), path: "/s".into(), sha256: Some("ef".into()) }
+    }
+
+    /// A request with every field.
+    fn load_message() -> v1::LoadModelRequest {
+        v1::LoadModelRequest {
+            name: "a".into(),
+            path: "/m".into(),
+            files: vec!["*.gguf".into()],
+            sha256: "ab".into(),
+            task: "embed".into(),
+            device: "cpu".into(),
+            numerics: "exact".into(),
+            context_tokens: 64,
+            max_batch_size: 4,
+            revision: "r2".into(),
+            kv_cache: "f16".into(),
+            max_queue: 5,
+            batch_strategy: "size".into(),
+            max_wait_ms: 6,
+            priority: Some(true),
+            probe: Some(v1::GoldenProbe {
+                prompt: "p".into(),
+                max_tokens: 7,
+                text: "t".into(),
+                tokens_sha256: "cd".into(),
+                ..v1::GoldenProbe::default()
+            }),
+            probes: vec![v1::GoldenProbe {
+                prompt: "q".into(),
+                begins_with: "u".into(),
+                ..v1::GoldenProbe::default()
+            }],
+            adapters: vec![v1::AdapterFiles { name: "sql".into(), path: "/s".into(), sha256: "ef".into() }],
+        }
+    }
+
     #[tokio::test]
     async fn every_field_of_a_load_reaches_the_server() {
         let fake = Fake::with(Script::tokens(&[]));
@@ -481,6 +529,7 @@ mod tests {
             "priority": true,
             "probe": {"prompt": "p", "max_tokens": 7, "text": "t", "tokens_sha256": "cd"},
             "probes": [{"prompt": "q", "begins_with": "u"}],
+            "adapters": [{"name": "sql", "path": "/s", "sha256": "ef"}],
         });
         let (status, answer) = post(&fake, "/v1/models/load", &body.to_string()).await;
         assert_eq!((status, &answer["id"], &answer["state"]), (StatusCode::OK, &json!("a"), &json!("ready")));
@@ -510,38 +559,14 @@ mod tests {
                 },
                 Probe { prompt: "q".into(), begins_with: Some("u".into()), ..Probe::default() },
             ],
+            adapters: vec![adapter()],
         };
         assert_eq!(fake.last_load(), wanted);
-        let message = v1::LoadModelRequest {
-            name: "a".into(),
-            path: "/m".into(),
-            files: vec!["*.gguf".into()],
-            sha256: "ab".into(),
-            task: "embed".into(),
-            device: "cpu".into(),
-            numerics: "exact".into(),
-            context_tokens: 64,
-            max_batch_size: 4,
-            revision: "r2".into(),
-            kv_cache: "f16".into(),
-            max_queue: 5,
-            batch_strategy: "size".into(),
-            max_wait_ms: 6,
-            priority: Some(true),
-            probe: Some(v1::GoldenProbe {
-                prompt: "p".into(),
-                max_tokens: 7,
-                text: "t".into(),
-                tokens_sha256: "cd".into(),
-                ..v1::GoldenProbe::default()
-            }),
-            probes: vec![v1::GoldenProbe {
-                prompt: "q".into(),
-                begins_with: "u".into(),
-                ..v1::GoldenProbe::default()
-            }],
-        };
-        assert_eq!(LoadModel::from_proto(message).unwrap(), wanted, "both protocols have the same fields");
+        assert_eq!(
+            LoadModel::from_proto(load_message()).unwrap(),
+            wanted,
+            "both protocols have the same fields"
+        );
     }
 
     #[tokio::test]

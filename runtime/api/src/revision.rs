@@ -8,7 +8,8 @@ use crate::error::ApiError;
 /// that did, as the server's configuration names it.
 pub const REVISION_HEADER: &str = "x-trustformers-revision";
 /// HTTP header, and gRPC metadata key, of a request that a gateway routed by a name that its pods do not
-/// have: the route of an A/B test. The only model of the pod is meant, whatever name the request has.
+/// have: the route of an A/B test. `1`: the only model of the pod is meant, whatever name the request has.
+/// Another value is the name of the model that is meant.
 pub const ROUTED_HEADER: &str = "x-trustformers-routed";
 /// HTTP header, and gRPC metadata key, of an answer: sha256 of the weights, 64 hex digits.
 pub const DIGEST_HEADER: &str = "x-trustformers-digest";
@@ -34,10 +35,14 @@ pub(crate) fn of_headers(headers: &HeaderMap) -> Result<Option<String>, ApiError
     }
 }
 
-/// The name by which the model of a request is found: the request's own, or none where a gateway has found
-/// the model already.
+/// The name by which the model of a request is found: the request's own, or what a gateway has found already,
+/// which is none where the only model is meant.
 pub(crate) fn addressed(headers: &HeaderMap, name: Option<String>) -> Option<String> {
-    name.filter(|_| !headers.contains_key(ROUTED_HEADER))
+    match headers.get(ROUTED_HEADER) {
+        None => name,
+        Some(routed) if routed == "1" => None,
+        Some(routed) => routed.to_str().ok().map(str::to_owned),
+    }
 }
 
 /// The headers that name what answered. An empty revision, or one that no header can carry, is left out.
@@ -75,6 +80,9 @@ mod tests {
         let value = HeaderValue::from_static("1");
         let headers = HeaderMap::from_iter([(HeaderName::from_static(ROUTED_HEADER), value)]);
         assert_eq!(addressed(&headers, name()), None);
+        let value = HeaderValue::from_static("b");
+        let headers = HeaderMap::from_iter([(HeaderName::from_static(ROUTED_HEADER), value)]);
+        assert_eq!(addressed(&headers, name()).as_deref(), Some("b"));
     }
 
     #[test]

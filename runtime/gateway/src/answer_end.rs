@@ -148,6 +148,11 @@ impl EndScan {
         AnswerEnd { outcome, usage: self.usage }
     }
 
+    /// Whether the caller still waits for a status of gRPC, which trailers can tell it.
+    pub(crate) fn awaits_status(&self) -> bool {
+        matches!(self.place, EndPlace::Trailers(None))
+    }
+
     /// The pod broke off.
     pub(crate) fn reset(self) -> AnswerEnd {
         AnswerEnd { outcome: EndOutcome::Reset, usage: self.usage }

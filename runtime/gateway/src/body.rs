@@ -1,8 +1,9 @@
 //! The body of an answer, as it goes to the caller.
 //!
-//! The frames of a pod pass one by one and unchanged, except trailers that are meant for the gateway. The
-//! body owns everything that has to last as long as the answer: the endpoint's count, the stream's permit,
-//! the drain's count, the caller's shares, and the record of how the request ended. When the caller
+//! The frames of a pod pass one by one and unchanged, except trailers that are meant for the gateway. Where a
+//! pod breaks off, a caller of gRPC gets the status UNAVAILABLE, and one of HTTP an answer without an end.
+//! The body owns everything that has to last as long as the answer: the endpoint's count, the stream's
+//! permit, the drain's count, the caller's shares, and the record of how the request ended. When the caller
 //! disconnects, the server drops the body, which resets the pod's stream.
 
 use std::convert::Infallible;
@@ -10,13 +11,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use tonic::Code;
+use tonic::{Code, Status};
 use trustformers_api::budget::Share;
+use trustformers_api::error::GRPC_KIND_KEY;
 use trustformers_telemetry::traces::SpanGuard;
 
 use crate::answer_end::EndScan;
@@ -202,10 +204,11 @@ where
                 }
                 Some(Err(error)) => {
                     self.last = None;
-                    if let Some(Passing { guard, scan, .. }) = self.passing.take() {
-                        guard.ended(&scan.reset());
-                    }
-                    return Poll::Ready(Some(Err(error.into())));
+                    let Some(Passing { guard, scan, .. }) = self.passing.take() else { continue };
+                    let trailers = scan.awaits_status().then(broken_off);
+                    guard.ended(&scan.reset());
+                    let told = trailers.map(|trailers| Ok(Frame::trailers(trailers)));
+                    return Poll::Ready(Some(told.unwrap_or_else(|| Err(error.into()))));
                 }
                 None => self.complete(),
             }
@@ -256,6 +259,17 @@ where
         }
         hint
     }
+}
+
+/// The end of an answer of gRPC whose pod broke off. A reset of the stream would be "internal" to the caller,
+/// which says that the request must not be sent again.
+fn broken_off() -> HeaderMap {
+    let message = "the pod broke off in the middle of its answer; send the request again";
+    let mut trailers = HeaderMap::new();
+    // The message has no byte that a header can't hold.
+    let _added = Status::unavailable(message).add_header(&mut trailers);
+    trailers.insert(GRPC_KIND_KEY, HeaderValue::from_static("bad_upstream"));
+    trailers
 }
 
 /// The status in headers or trailers.

@@ -69,7 +69,7 @@ impl Call {
         // The sender consumes it, and a retry needs it again: a copy of the map without its texts.
         *request.headers_mut() = self.headers.clone();
         name_revision(request.headers_mut(), choice.revision());
-        name_routed(request.headers_mut(), choice.is_routed());
+        name_routed(request.headers_mut(), choice.routed());
         attempt.inject(request.headers_mut());
         let authority = self.authority.clone().or_else(|| address.to_string().parse().ok());
         let mut parts = http::uri::Parts::default();

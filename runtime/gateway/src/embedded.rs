@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use prometheus::Registry;
 use trustformers_api::MAX_BODY_BYTES;
-use trustformers_proto::control::v1::{Route, RouteTable, TableVersion};
+use trustformers_proto::control::v1::{Route, RouteTable, TableVersion, VariantCounts};
 use trustformers_telemetry::traces::{TraceOptions, Traces};
 
 use crate::gateway::{Gateway, GatewayParts, Source};
@@ -74,6 +74,17 @@ impl Publisher {
 }
 
 impl Running {
+    /// What was counted of the A/B test with this UID: the whole sums of each variant. Nobody else reads them
+    /// in a gateway that [`start_embedded`] started.
+    #[must_use]
+    pub fn test_counts(&self, test: &str) -> Vec<VariantCounts> {
+        let variants = &self.gateway().metrics.variants;
+        variants.report_all();
+        let mut counts = variants.take_changed(usize::MAX).variants;
+        counts.retain(|one| one.test == test);
+        counts
+    }
+
     /// What puts other routes in force, of a gateway that [`start_embedded`] started.
     #[must_use]
     pub fn publisher(&self) -> Publisher {

@@ -206,7 +206,7 @@ pub(crate) enum GatewayError {
     NoUpgrade(String),
     /// The gateway does not remember a request with this id.
     #[error(
-        "no request with the id {id} is remembered; send feedback within minutes, with the x-request-id of its answer"
+        "no request of this user with the id {id} is remembered; send feedback within minutes, with the x-request-id of its answer and, where the route has an A/B test, the user's header of the request or the token of the answer"
     )]
     #[strum(serialize = "unknown_request")]
     UnknownRequest { id: Echo },

@@ -2,7 +2,8 @@
 //!
 //! One stream in each direction. The gateway reports first when the stream opens, then for each table, when
 //! its drain begins, and every second, because the operator takes five seconds of silence for absence. A lost
-//! stream is reopened without a limit of attempts; in the meantime the last table serves.
+//! stream is reopened without a limit of attempts; in the meantime the last table serves. The last report
+//! comes when the last request has ended, so that nothing that a process counted is lost with it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ const COUNTS_BYTES: usize = 1 << 20;
 /// Bytes of what is counted of variants in one report; see `VariantRegistry::take_changed`. With the counts
 /// of revisions a report stays below the 4 MiB that the operator takes.
 const VARIANTS_BYTES: usize = 1 << 20;
+/// At the end the operator has this long to read the last report and to end its side.
+const LAST_REPORT_TIMEOUT: Duration = Duration::from_millis(500);
 /// The first pause before another attempt to connect; jitter makes it 25 ms to 50 ms.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 /// The longest pause; jitter makes it 0.5 s to 1 s. It is short because of the new leader's six seconds.
@@ -91,25 +94,25 @@ fn refusal(status: &Status) -> String {
     format!("{:?}: {}", status.code(), status.message())
 }
 
-/// Follows the feed until `stop`.
+/// Follows the feed until `stop`, and then sends a last report.
 pub(crate) async fn follow(settings: FeedSettings, gateway: Arc<Gateway>, stop: CancellationToken) {
     let mut pauses = pauses();
     loop {
-        let ended = tokio::select! {
+        let opened = tokio::select! {
             () = stop.cancelled() => return,
-            ended = session(&settings, &gateway, &mut pauses) => ended,
+            opened = open(&settings, &gateway) => opened,
+        };
+        let ended = match opened {
+            Ok(session) => session.run(&mut pauses, &stop).await,
+            Err(error) => Err(error),
         };
         gateway.metrics.feed_connected(false);
         gateway.set_current(false);
         let pause = pauses.next().unwrap_or(LONGEST_PAUSE);
         let serving = gateway.version().map_or_else(|| "none".to_owned(), |version| version.to_string());
         let pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
-        match ended {
-            Ok(never) => match never {},
-            Err(error) => {
-                tracing::warn!(%error, pause_ms, table = serving, "the route feed is down; connecting again");
-            }
-        }
+        let Err(error) = ended else { return };
+        tracing::warn!(%error, pause_ms, table = serving, "the route feed is down; connecting again");
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
@@ -128,12 +131,8 @@ fn pauses() -> ExponentialBackoff {
         .build()
 }
 
-/// One stream, from connecting to its end, which is always an error.
-async fn session(
-    settings: &FeedSettings,
-    gateway: &Gateway,
-    pauses: &mut ExponentialBackoff,
-) -> Result<std::convert::Infallible, FeedError> {
+/// Connects, reports, and opens the operator's side.
+async fn open<'a>(settings: &'a FeedSettings, gateway: &'a Gateway) -> Result<Session<'a>, FeedError> {
     let address = settings.endpoint.uri().to_string();
     let token = token(settings).await?;
     let channel = settings
@@ -148,10 +147,10 @@ async fn session(
         .await
         .map_err(|cause| FeedError::Connect { address: address.clone(), cause })?;
     let (reports, sent) = mpsc::channel(REPORTS_WAITING);
-    let session = Session { settings, gateway, reports };
+    let reporter = Reporter { settings, gateway, reports };
     // The operator may be another one, and the last reports of the stream before may be lost.
     gateway.metrics.report_all();
-    session.report();
+    reporter.report();
     let mut request = Request::new(ReceiverStream::new(sent));
     if let Some(token) = token {
         request.metadata_mut().insert("authorization", token);
@@ -164,7 +163,7 @@ async fn session(
     };
     gateway.metrics.feed_connected(true);
     tracing::info!(address, "the route feed is open");
-    session.run(tables, pauses, address).await
+    Ok(Session { reporter, tables, address })
 }
 
 async fn token(settings: &FeedSettings) -> Result<Option<MetadataValue<Ascii>>, FeedError> {
@@ -183,12 +182,19 @@ async fn token(settings: &FeedSettings) -> Result<Option<MetadataValue<Ascii>>, 
 
 /// An open stream.
 struct Session<'a> {
+    reporter: Reporter<'a>,
+    tables: Streaming<RouteTable>,
+    address: String,
+}
+
+/// The gateway's side of it.
+struct Reporter<'a> {
     settings: &'a FeedSettings,
     gateway: &'a Gateway,
     reports: mpsc::Sender<GatewayReport>,
 }
 
-impl Session<'_> {
+impl Reporter<'_> {
     /// Sends a report, and further ones while sums are left that it has no room for.
     fn report(&self) {
         loop {
@@ -213,34 +219,6 @@ impl Session<'_> {
         }
     }
 
-    async fn run(
-        &self,
-        mut tables: Streaming<RouteTable>,
-        pauses: &mut ExponentialBackoff,
-        address: String,
-    ) -> Result<std::convert::Infallible, FeedError> {
-        let mut draining = self.gateway.drain.watch();
-        let mut second = interval(REPORT_INTERVAL);
-        second.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // The first tick comes at once, and the first report has been sent already.
-        second.tick().await;
-        loop {
-            tokio::select! {
-                table = tables.message() => match table {
-                    Ok(Some(table)) => {
-                        *pauses = self::pauses();
-                        self.apply(table);
-                        self.report();
-                    }
-                    Ok(None) => return Err(FeedError::Ended { address }),
-                    Err(status) => return Err(FeedError::Refused { address, status }),
-                },
-                _ = second.tick() => self.report(),
-                Ok(()) = draining.changed() => self.report(),
-            }
-        }
-    }
-
     fn apply(&self, table: RouteTable) {
         match self.gateway.apply(table, Source::Feed) {
             Ok(TableOutcome::InForce(version)) => {
@@ -261,6 +239,41 @@ impl Session<'_> {
                 tracing::error!(%error, "the routing table can't be used; the last one stays in force");
             }
         }
+    }
+}
+
+impl Session<'_> {
+    /// Until `stop`; an earlier end is an error.
+    async fn run(self, pauses: &mut ExponentialBackoff, stop: &CancellationToken) -> Result<(), FeedError> {
+        let Self { reporter, mut tables, address } = self;
+        let mut draining = reporter.gateway.drain.watch();
+        let mut second = interval(REPORT_INTERVAL);
+        second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The first tick comes at once, and the first report has been sent already.
+        second.tick().await;
+        loop {
+            tokio::select! {
+                table = tables.message() => match table {
+                    Ok(Some(table)) => {
+                        *pauses = self::pauses();
+                        reporter.apply(table);
+                        reporter.report();
+                    }
+                    Ok(None) => return Err(FeedError::Ended { address }),
+                    Err(status) => return Err(FeedError::Refused { address, status }),
+                },
+                _ = second.tick() => reporter.report(),
+                Ok(()) = draining.changed() => reporter.report(),
+                () = stop.cancelled() => break,
+            }
+        }
+        reporter.report();
+        drop(reporter);
+        let ended = async { while let Ok(Some(_table)) = tables.message().await {} };
+        if timeout(LAST_REPORT_TIMEOUT, ended).await.is_err() {
+            tracing::debug!(address, "the operator did not end the route feed in time");
+        }
+        Ok(())
     }
 }
 

@@ -1,25 +1,29 @@
-//! `POST /v1/feedback {"request_id", "score", "metric"?}`: what a caller thinks of an answer.
+//! `POST /v1/feedback {"request_id", "score", "metric"?, "token"?}`: what a caller thinks of an answer.
 //!
 //! A score belongs to the route and the revision that answered, so the gateway remembers the ids of the last
-//! answers. The id is the `x-request-id` of the answer, which a caller may choose. A score counts once for
-//! each answer and metric: sending it again changes nothing.
+//! answers. The id is the `x-request-id` of the answer: 122 random bits, unless its caller chose one. A score
+//! counts once for each answer and metric: sending it again changes nothing. An answer that counts in an A/B
+//! test is scored by its own user alone, or at any gateway by whoever has the token that the answer carried.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use http::{HeaderMap, Request};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::ab_test::ScoredBucket;
+use crate::ab_test::{ScoredBucket, VariantRegistry};
 use crate::error::{Echo, GatewayError};
+use crate::gateway::Gateway;
 use crate::metrics::RevisionMetrics;
 use crate::request_body::BODY_TIMEOUT;
+use crate::routing::Routing;
 
-/// Answers that are remembered: at 100 requests per second, those of eleven minutes. Each takes some 320
-/// bytes with an id of the longest length (128 bytes), 20 MiB together.
+/// Answers that are remembered: at 100 requests per second, those of eleven minutes. Each takes some 340
+/// bytes with an id of the longest length (128 bytes), 21 MiB together.
 const REMEMBERED_ANSWERS: usize = 65_536;
 /// Metrics that one answer may be scored in.
 const METRICS_OF_ANSWER: usize = 4;
@@ -43,6 +47,16 @@ pub(crate) struct Score {
     score: f64,
     #[serde(default)]
     metric: Option<String>,
+    /// What the answer carried, if another gateway may have given it.
+    #[serde(default)]
+    token: Option<String>,
+}
+
+impl Score {
+    /// Where it counts by its token.
+    fn place(&self, routing: &Routing, registry: &VariantRegistry) -> Option<ScoredBucket> {
+        routing.scored_elsewhere(self.token.as_ref()?, &self.request_id, registry)
+    }
 }
 
 /// The answers that are remembered.
@@ -70,12 +84,33 @@ struct Remembering {
 #[derive(Debug)]
 struct RememberedAnswer {
     number: u64,
-    /// A score comes too late once the series of the revision are over.
-    revision: Weak<RevisionMetrics>,
+    /// A score comes too late once the series of the revision are over. None where another gateway answered.
+    revision: Option<Weak<RevisionMetrics>>,
     /// Where scores count in the A/B test of the route.
     bucket: Option<ScoredBucket>,
     /// The metrics that it was scored in.
     scored: Vec<Arc<str>>,
+}
+
+impl Answers {
+    fn insert(
+        &mut self,
+        request_id: &str,
+        revision: Option<Weak<RevisionMetrics>>,
+        bucket: Option<ScoredBucket>,
+    ) {
+        let id: Arc<str> = request_id.into();
+        let number = self.next_number;
+        self.next_number += 1;
+        self.order.push_back(Remembering { number, id: Arc::clone(&id) });
+        self.by_id.insert(id, RememberedAnswer { number, revision, bucket, scored: Vec::new() });
+        if self.order.len() > REMEMBERED_ANSWERS
+            && let Some(oldest) = self.order.pop_front()
+            && self.by_id.get(&oldest.id).is_some_and(|answer| answer.number == oldest.number)
+        {
+            self.by_id.remove(&oldest.id);
+        }
+    }
 }
 
 impl Feedback {
@@ -90,28 +125,22 @@ impl Feedback {
         revision: &Arc<RevisionMetrics>,
         bucket: Option<ScoredBucket>,
     ) {
-        let id: Arc<str> = request_id.into();
-        let mut answers = self.answers();
-        let number = answers.next_number;
-        answers.next_number += 1;
-        answers.order.push_back(Remembering { number, id: Arc::clone(&id) });
-        let revision = Arc::downgrade(revision);
-        let answer = RememberedAnswer { number, revision, bucket, scored: Vec::new() };
-        answers.by_id.insert(id, answer);
-        if answers.order.len() > REMEMBERED_ANSWERS
-            && let Some(oldest) = answers.order.pop_front()
-            && answers.by_id.get(&oldest.id).is_some_and(|answer| answer.number == oldest.number)
-        {
-            answers.by_id.remove(&oldest.id);
-        }
+        self.answers().insert(request_id, Some(Arc::downgrade(revision)), bucket);
     }
 
-    /// Counts a score. Gives what the caller is told.
+    /// Counts a score that came with these headers. Gives what the caller is told. `elsewhere` finds where a
+    /// score of another gateway's answer counts.
     ///
     /// # Errors
-    /// The score or the metric is out of bounds, or the answer is not remembered.
-    pub(crate) fn count(&self, score: &Score) -> Result<Value, GatewayError> {
-        let Score { request_id, score, metric } = score;
+    /// The score or the metric is out of bounds, or no answer with this id to this user is remembered.
+    fn count(
+        &self,
+        score: &Score,
+        headers: &HeaderMap,
+        elsewhere: impl FnOnce(&Score) -> Option<ScoredBucket>,
+    ) -> Result<Value, GatewayError> {
+        let by_token = score;
+        let Score { request_id, score, metric, token: _ } = score;
         let malformed = |text: &str| GatewayError::Malformed(Echo::new(text));
         if !score.is_finite() || score.abs() > MAX_SCORE {
             return Err(malformed(&format!("score: expected a number from -{MAX_SCORE} to {MAX_SCORE}")));
@@ -125,8 +154,18 @@ impl Feedback {
         let mut guard = self.answers();
         let answers = &mut *guard;
         let unknown = || GatewayError::UnknownRequest { id: Echo::new(request_id) };
+        if !answers.by_id.contains_key(request_id.as_str())
+            && let Some(bucket) = elsewhere(by_token)
+        {
+            answers.insert(request_id, None, Some(bucket));
+        }
         let answer = answers.by_id.get_mut(request_id.as_str()).ok_or_else(unknown)?;
-        let revision = answer.revision.upgrade().ok_or_else(unknown)?;
+        // Another user is not told whether the id exists.
+        if answer.bucket.as_ref().is_some_and(|bucket| !bucket.is_of_its_user(headers)) {
+            return Err(unknown());
+        }
+        let revision = answer.revision.as_ref().map(|revision| revision.upgrade().ok_or_else(unknown));
+        let revision = revision.transpose()?;
         let counted = !answer.scored.iter().any(|scored| &**scored == metric);
         if counted {
             if answer.scored.len() == METRICS_OF_ANSWER {
@@ -150,21 +189,32 @@ impl Feedback {
                     return Err(malformed(&text));
                 }
             };
-            revision.scored(&name, *score);
+            if let Some(revision) = &revision {
+                revision.scored(&name, *score);
+            }
             if let Some(bucket) = &answer.bucket {
                 bucket.scored(&name, *score);
             }
             answer.scored.push(name);
         }
-        Ok(json!({"request_id": request_id, "revision": revision.revision, "counted": counted}))
+        let revision = revision.map(|revision| revision.revision.clone());
+        Ok(json!({"request_id": request_id, "revision": revision, "counted": counted}))
     }
 }
 
-/// Reads a score.
+/// Counts the score of a request. Gives what the caller is told.
 ///
 /// # Errors
-/// The body is too long, too slow, or no score.
-pub(crate) async fn read(body: Incoming) -> Result<Score, GatewayError> {
+/// As [`Feedback::count`], and a body that is too long, too slow, or no score.
+pub(crate) async fn answer(gateway: &Gateway, request: Request<Incoming>) -> Result<Value, GatewayError> {
+    let (head, body) = request.into_parts();
+    let score = read(body).await?;
+    let routing = gateway.routing();
+    let elsewhere = |score: &Score| score.place(routing.as_deref()?, &gateway.metrics.variants);
+    gateway.feedback.count(&score, &head.headers, elsewhere)
+}
+
+async fn read(body: Incoming) -> Result<Score, GatewayError> {
     let reading = Limited::new(body, BODY_BYTES).collect();
     let Ok(read) = timeout(BODY_TIMEOUT, reading).await else {
         return Err(GatewayError::BodyTimeout { limit: BODY_TIMEOUT });
@@ -178,7 +228,7 @@ pub(crate) async fn read(body: Incoming) -> Result<Score, GatewayError> {
         }
     })?;
     serde_json::from_slice(&body.to_bytes()).map_err(|error| {
-        let text = format!("expected {{\"request_id\", \"score\", \"metric\"?}}: {error}");
+        let text = format!("expected {{\"request_id\", \"score\", \"metric\"?, \"token\"?}}: {error}");
         GatewayError::Malformed(Echo::new(&text))
     })
 }
@@ -202,8 +252,13 @@ mod tests {
         (Feedback::default(), metrics().1)
     }
 
+    /// Counts a score without headers.
+    fn count_score(feedback: &Feedback, score: &Score) -> Result<Value, GatewayError> {
+        feedback.count(score, &HeaderMap::new(), |_| None)
+    }
+
     fn score(id: &str, score: f64, metric: Option<&str>) -> Score {
-        Score { request_id: id.to_owned(), score, metric: metric.map(str::to_owned) }
+        Score { request_id: id.to_owned(), score, metric: metric.map(str::to_owned), token: None }
     }
 
     #[test]
@@ -211,7 +266,7 @@ mod tests {
         let (feedback, (metrics, revision)) = (Feedback::default(), metrics());
         feedback.remember("id-1", &revision, None);
         for (metric, counted) in [(None, true), (None, false), (Some("tone"), true), (Some("score"), false)] {
-            let told = feedback.count(&score("id-1", 0.5, metric)).unwrap();
+            let told = count_score(&feedback, &score("id-1", 0.5, metric)).unwrap();
             assert_eq!((&told["counted"], &told["revision"]), (&counted.into(), &"r1".into()), "{metric:?}");
         }
         let reported = metrics.changed_counts(usize::MAX).counts.remove(0).feedback;
@@ -220,9 +275,12 @@ mod tests {
         let text = metrics.encode(None).unwrap();
         let line = r#"trustformers_gateway_feedback_total{metric="tone",revision="r1",route="d/a"} 1"#;
         assert!(text.contains(line), "{text}");
-        assert_eq!(feedback.count(&score("id-2", 1.0, None)).unwrap_err().kind(), "unknown_request");
+        assert_eq!(count_score(&feedback, &score("id-2", 1.0, None)).unwrap_err().kind(), "unknown_request");
         drop((metrics, revision));
-        assert_eq!(feedback.count(&score("id-1", 1.0, Some("late"))).unwrap_err().kind(), "unknown_request");
+        assert_eq!(
+            count_score(&feedback, &score("id-1", 1.0, Some("late"))).unwrap_err().kind(),
+            "unknown_request"
+        );
     }
 
     #[test]
@@ -236,21 +294,24 @@ mod tests {
             score("id-1", 1.0, Some("a b")),
             score("id-1", 1.0, Some(&"a".repeat(65))),
         ] {
-            assert_eq!(feedback.count(&bad).unwrap_err().kind(), "invalid_request", "{bad:?}");
+            assert_eq!(count_score(&feedback, &bad).unwrap_err().kind(), "invalid_request", "{bad:?}");
         }
         for index in 0..METRIC_NAMES {
             let id = format!("id-{}", index / METRICS_OF_ANSWER);
             if index % METRICS_OF_ANSWER == 0 {
                 feedback.remember(&id, &revision, None);
             }
-            feedback.count(&score(&id, 1.0, Some(&format!("m{index}")))).unwrap();
+            count_score(&feedback, &score(&id, 1.0, Some(&format!("m{index}")))).unwrap();
         }
-        assert!(feedback.count(&score("id-0", 1.0, Some("m9"))).is_err(), "an answer in more metrics");
+        assert!(
+            count_score(&feedback, &score("id-0", 1.0, Some("m9"))).is_err(),
+            "an answer in more metrics"
+        );
         feedback.remember("more", &revision, None);
-        let error = feedback.count(&score("more", 1.0, Some("new"))).unwrap_err();
+        let error = count_score(&feedback, &score("more", 1.0, Some("new"))).unwrap_err();
         assert!(error.to_string().contains("m15"), "{error}");
-        assert!(feedback.count(&score("more", 1.0, Some("m3"))).is_ok());
-        assert!(feedback.count(&score("more", 1.0, None)).is_ok(), "the default has its place");
+        assert!(count_score(&feedback, &score("more", 1.0, Some("m3"))).is_ok());
+        assert!(count_score(&feedback, &score("more", 1.0, None)).is_ok(), "the default has its place");
     }
 
     #[test]
@@ -262,11 +323,11 @@ mod tests {
             feedback.remember(&format!("id-{index}"), &revision, None);
         }
         feedback.remember("twice", &revision, None);
-        assert!(feedback.count(&score("twice", 1.0, None)).is_ok());
-        assert!(feedback.count(&score("once", 1.0, None)).is_ok());
+        assert!(count_score(&feedback, &score("twice", 1.0, None)).is_ok());
+        assert!(count_score(&feedback, &score("once", 1.0, None)).is_ok());
         feedback.remember("new", &revision, None);
-        assert!(feedback.count(&score("once", 1.0, None)).is_err());
-        assert!(feedback.count(&score("twice", 1.0, None)).is_ok());
+        assert!(count_score(&feedback, &score("once", 1.0, None)).is_err());
+        assert!(count_score(&feedback, &score("twice", 1.0, None)).is_ok());
         assert_eq!(feedback.answers().by_id.len(), REMEMBERED_ANSWERS);
     }
 }

@@ -48,6 +48,7 @@ use crate::pool::{PodResponse, SendError, StreamPermit};
 use crate::record::{AnswerGuard, RequestContext, RequestRecord};
 use crate::retry::{self, RetryRules};
 use crate::routing::{Choice, Criteria, Routing, SplitKey};
+use crate::score_token::TOKEN_HEADER;
 use crate::session::GrpcSession;
 use crate::shadow::Mirrored;
 use crate::wire::Wire;
@@ -352,6 +353,9 @@ impl Attempts<'_> {
         self.record.head(parts.status, shape);
         if let Some(variant) = self.record.variant() {
             parts.headers.insert(VARIANT_HEADER, variant.clone());
+        }
+        if let Some(token) = self.record.score_token() {
+            parts.headers.insert(TOKEN_HEADER, token);
         }
         let scan = EndScan::new(self.call.wire, &parts.headers);
         if let Some(attempt) = &mut self.current {

@@ -111,10 +111,13 @@ pub(crate) struct Forwarding<'a> {
     pub(crate) request_id: HeaderValue,
 }
 
-/// Says that the pod's only model is meant, where the route has the name of a test and not that of the model.
-pub(crate) fn name_routed(headers: &mut HeaderMap, is_routed: bool) {
-    if is_routed {
-        headers.insert(HeaderName::from_static(ROUTED_HEADER), HeaderValue::from_static("1"));
+/// The pod's only model is meant, whatever name the request has.
+pub(crate) const ONLY_MODEL: HeaderValue = HeaderValue::from_static("1");
+
+/// Says which model is meant, where the route has the name of a test and not that of the model.
+pub(crate) fn name_routed(headers: &mut HeaderMap, routed: Option<&HeaderValue>) {
+    if let Some(routed) = routed {
+        headers.insert(HeaderName::from_static(ROUTED_HEADER), routed.clone());
     }
 }
 

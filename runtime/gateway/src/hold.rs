@@ -285,4 +285,60 @@ mod tests {
         gateway.apply(TableText::new(1, 2).wire(), Source::Feed).unwrap();
         assert!(waiting.await.is_err());
     }
+
+    /// Callers come and leave, tables and time change, in random order. The model keeps when each held
+    /// request came and its bytes; one caller may have half of 8 requests and of 2,000 bytes.
+    #[tokio::test(start_paused = true)]
+    async fn it_agrees_with_a_plain_model_over_random_histories() {
+        for seed in 0..100 {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let gateway = gateway();
+            let limits = limits(Bounds { held_requests: 8, held_bytes: 2000, ..Bounds::default() });
+            let (mut counter, mut is_served) = (1, false);
+            gateway.apply(table(counter, 0, HOLD), Source::Feed).unwrap();
+            let mut held = Vec::new();
+            for _ in 0..200 {
+                match rng.u8(..6) {
+                    0..=2 => {
+                        let bytes = rng.usize(..400);
+                        let used: usize = held.iter().map(|(_, bytes, _)| *bytes).sum();
+                        let fits = held.len() < 4 && used + bytes <= 1000;
+                        let mut request = Box::pin(find(&gateway, &limits, bytes));
+                        match request.as_mut().now_or_never() {
+                            Some(Ok(_place)) => assert!(is_served, "seed {seed}"),
+                            Some(Err(error)) => {
+                                assert_eq!((error.kind(), fits), ("overloaded", false), "seed {seed}");
+                            }
+                            None => {
+                                assert!(fits && !is_served, "seed {seed}");
+                                held.push((Instant::now(), bytes, request));
+                            }
+                        }
+                    }
+                    3 if !held.is_empty() => drop(held.swap_remove(rng.usize(..held.len()))),
+                    4 => {
+                        (counter, is_served) = (counter + 1, rng.bool());
+                        gateway.apply(table(counter, usize::from(is_served), HOLD), Source::Feed).unwrap();
+                    }
+                    _ => tokio::time::advance(Duration::from_millis(rng.u64(..12_000))).await,
+                }
+                held.retain_mut(|(came, _, request)| {
+                    let is_over = came.elapsed() >= HOLD;
+                    match request.as_mut().now_or_never() {
+                        Some(Ok(_place)) => assert!(is_served, "seed {seed}"),
+                        Some(Err(error)) => {
+                            assert_eq!((error.kind(), is_over), ("unavailable", true), "seed {seed}");
+                        }
+                        None => {
+                            assert!(!is_served && !is_over, "seed {seed}");
+                            return true;
+                        }
+                    }
+                    false
+                });
+                let now = i64::try_from(held.len()).unwrap();
+                assert_eq!(demand(&gateway)[0], now, "seed {seed}");
+            }
+        }
+    }
 }

@@ -14,7 +14,7 @@
 //! | `error`, `error_shape` | errors, and how each protocol writes them |
 //! | [`table`], [`policy`], `routing` | the operator's table, parsed and joined with live endpoints |
 //! | [`split`], [`balance`], [`eject`], [`breaker`], [`retry`], [`hedge`], [`ewma`] | the pure decisions |
-//! | [`ab_test`] | the variant of a request, and what is counted of it |
+//! | [`ab_test`], [`user`], `score_token` | the variant of a request, its user, and what is counted of it |
 //! | [`health`] | asks pods whether they are ready |
 //! | `hold` | requests for models without a pod |
 //! | `forward`, `endpoint`, `pool` | attempts, also two at once, a pod, connections to it |
@@ -46,6 +46,7 @@ pub mod retry;
 pub mod server;
 pub mod split;
 pub mod table;
+pub mod user;
 
 mod answer_end;
 mod attempt;
@@ -74,6 +75,7 @@ mod pool;
 mod record;
 mod request_body;
 mod routing;
+mod score_token;
 mod services;
 mod session;
 pub mod shadow;

@@ -102,7 +102,12 @@ fn model(gateway: &Gateway, name: &str) -> Result<Value, GatewayError> {
             GatewayError::UnknownWhileDisconnected { model }
         }
     });
-    Ok(models::json_of_route(routing.route(found?), &gateway.watch_models().borrow()))
+    let statuses = gateway.watch_models().borrow().clone();
+    let route = routing.route(found?);
+    Ok(match routing.table.adapter(name) {
+        Some((route, adapter)) => models::json_of_adapter(route, adapter, &statuses),
+        None => models::json_of_route(route, &statuses),
+    })
 }
 
 fn metrics(gateway: &Gateway) -> Response<Body> {

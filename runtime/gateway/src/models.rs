@@ -8,7 +8,7 @@ use trustformers_api::http::state_word;
 use trustformers_api::inference::Models;
 use trustformers_proto::{Task, v1};
 
-use crate::table::{Backend, Route, Table};
+use crate::table::{Adapter, Backend, Route, Table};
 
 /// One entry for each revision, so that both show during a rollout. An entry whose state is that of the table
 /// before keeps the time since when it is in it.
@@ -48,6 +48,7 @@ fn status(route: &Route, backend: &Backend) -> v1::ModelStatus {
     v1::ModelStatus {
         name: route.name.clone(),
         names: route.aliases.clone(),
+        adapters: adapter_names(route),
         state: state.into(),
         digest: backend.digest.clone(),
         revision: backend.revision.clone(),
@@ -55,6 +56,12 @@ fn status(route: &Route, backend: &Backend) -> v1::ModelStatus {
         task: Task::to_wire(route.task),
         ..Default::default()
     }
+}
+
+/// The own names of a route's adapters.
+fn adapter_names(route: &Route) -> Vec<String> {
+    let own = |adapter: &Adapter| adapter.name.rsplit(':').next().unwrap_or_default().to_owned();
+    route.adapters.iter().map(own).collect()
 }
 
 fn state_of(backend: &Backend) -> v1::ModelState {
@@ -69,15 +76,32 @@ pub(crate) fn json_of_route(route: &Route, models: &Models) -> Value {
     json_of(route, since_unix_ms)
 }
 
-/// The objects of every route, in OpenAI's list shape.
+/// The object of an adapter: what is true of its model, under its own names and with the model as its parent.
+pub(crate) fn json_of_adapter(route: &Route, adapter: &Adapter, models: &Models) -> Value {
+    adapter_json(json_of_route(route, models), route, adapter)
+}
+
+fn adapter_json(mut of_model: Value, route: &Route, adapter: &Adapter) -> Value {
+    of_model["id"] = json!(adapter.name);
+    of_model["parent"] = json!(route.name);
+    of_model["aliases"] = json!(adapter.aliases);
+    of_model
+}
+
+/// The objects of every route and its adapters, in OpenAI's list shape.
 pub(crate) fn json_of_table(table: &Table, models: &Models) -> Value {
     let mut since: HashMap<&str, u64> = HashMap::new();
     for model in models.iter() {
         let oldest = since.entry(&model.name).or_insert(u64::MAX);
         *oldest = model.since_unix_ms.min(*oldest);
     }
-    let of_route = |route: &Route| json_of(route, since.get(route.name.as_str()).copied().unwrap_or(0));
-    json!({"object": "list", "data": table.routes.iter().map(of_route).collect::<Vec<_>>()})
+    let of_route = |route: &Route| {
+        let model = json_of(route, since.get(route.name.as_str()).copied().unwrap_or(0));
+        let adapters = route.adapters.iter().map(|adapter| adapter_json(model.clone(), route, adapter));
+        let adapters: Vec<Value> = adapters.collect();
+        std::iter::once(model).chain(adapters).collect::<Vec<_>>()
+    };
+    json!({"object": "list", "data": table.routes.iter().flat_map(of_route).collect::<Vec<_>>()})
 }
 
 fn json_of(route: &Route, since_unix_ms: u64) -> Value {
@@ -158,6 +182,12 @@ mod tests {
         assert_eq!((&model["state"], &model["revision"]), (&json!("ready"), &json!("r1")));
         assert_eq!(model["revisions"][1]["ready_endpoints"], 0);
         assert_eq!(*model, json_of_route(&table(1).routes[0], &models));
+        let mut with_adapter = TableText::new(1, 1).route("d/a", &["a"]).wire();
+        with_adapter.routes[0].adapters = vec!["sql".to_owned()];
+        let list = json_of_table(&Table::parse(with_adapter).unwrap(), &models);
+        let adapter = &list["data"][1];
+        assert_eq!((&adapter["id"], &adapter["parent"]), (&json!("d/a:sql"), &json!("d/a")));
+        assert_eq!(adapter["aliases"], json!(["d/a:sql", "a:sql", "sql"]));
         let pending = json_of_table(&table(0), &models);
         assert_eq!(pending["data"][0]["state"], "pending");
     }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName};
@@ -13,6 +15,8 @@ use crate::breaker::BreakerRules;
 use crate::health::HealthRules;
 use crate::hedge::HedgeRules;
 use crate::retry::RetryRules;
+use crate::split::bucket_of;
+use crate::user::UserRule;
 
 /// Timeouts, retries and balancing of a route.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,6 +119,17 @@ pub struct SplitRule {
     pub forced: Option<ForcedRevisions>,
     /// By user the variant that the user gets whatever the bucket, where the route has a test.
     pub forced_users: BTreeMap<Vec<u8>, String>,
+    /// Users that get the first variant of the route's test.
+    pub excluded_users: Vec<UserRange>,
+}
+
+/// Users by a hash that has nothing to do with their variant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserRange {
+    /// Hashed with the user.
+    pub salt: String,
+    /// Their buckets.
+    pub buckets: Range<u32>,
 }
 
 /// What decides which backend a request gets.
@@ -127,10 +142,8 @@ pub enum SplitBy {
     Percentage,
     /// Its user.
     User {
-        /// The header whose value is the user.
-        header: HeaderName,
-        /// Hashed with the user.
-        salt: String,
+        /// How the user is found.
+        user: Arc<UserRule>,
         /// Who owns the buckets of users.
         owners: BucketOwners,
     },
@@ -223,19 +236,28 @@ fn parse_balance(rules: &wire::LoadBalancing) -> Result<BalanceRules, PolicyErro
 }
 
 impl SplitRule {
+    /// Whether a user is outside the route's test.
+    pub(crate) fn excludes(&self, user: &[u8]) -> bool {
+        let outside = |range: &UserRange| range.buckets.contains(&u32::from(bucket_of(&range.salt, user)));
+        self.excluded_users.iter().any(outside)
+    }
+
     /// Parses a route's split.
     pub(crate) fn parse(split: wire::Split) -> Result<Self, PolicyError> {
         let by = match split.by() {
             wire::SplitBy::Request => SplitBy::Request,
             wire::SplitBy::Percentage => SplitBy::Percentage,
             wire::SplitBy::User => SplitBy::User {
-                header: header("user_header", &split.user_header)?,
+                user: Arc::new(UserRule {
+                    header: header("user_header", &split.user_header)?,
+                    claim: Some(split.user_claim).filter(|claim| !claim.is_empty()),
+                    salt: split.salt,
+                }),
                 owners: BucketOwners::of_ranges(&split.owners).map_err(|error| PolicyError {
                     field: "owners",
                     value: error.to_string(),
                     expected: "an owner for every bucket".to_owned(),
                 })?,
-                salt: split.salt,
             },
         };
         let forced = if split.forced_revisions.is_empty() {
@@ -245,7 +267,15 @@ impl SplitRule {
             Some(ForcedRevisions { header, revisions: split.forced_revisions })
         };
         let forced_users = split.forced_users.into_iter().map(|one| (one.user.into_bytes(), one.variant));
-        Ok(Self { by, forced, forced_users: forced_users.collect() })
+        let excluded_users = split.excluded_users.into_iter();
+        let excluded_users =
+            excluded_users.map(|one| UserRange { salt: one.salt, buckets: one.start..one.end });
+        Ok(Self {
+            by,
+            forced,
+            forced_users: forced_users.collect(),
+            excluded_users: excluded_users.collect(),
+        })
     }
 }
 

@@ -161,6 +161,11 @@ impl RequestRecord {
         self.observation = observation;
     }
 
+    /// What lets other gateways count a score of the answer.
+    pub(crate) fn score_token(&self) -> Option<HeaderValue> {
+        HeaderValue::from_str(&self.observation.as_ref()?.token(&self.request_id)?).ok()
+    }
+
     /// The variant whose answer the caller gets.
     pub(crate) fn variant(&self) -> Option<&HeaderValue> {
         self.variant.as_ref()

@@ -11,13 +11,17 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use fastrand::Rng;
 use http::{HeaderMap, HeaderValue};
+use trustformers_api::revision::REVISION_HEADER;
 use trustformers_proto::buckets::{BUCKETS, BucketOwners};
 
-use crate::ab_test::{LiveTest, Observation, TestBackend, TestUser, VariantChoice, VariantRegistry};
+use crate::ab_test::{
+    LiveTest, Observation, ScoredBucket, TestBackend, TestUser, VariantChoice, VariantRegistry,
+};
 use crate::balance::{self, Balance, Candidate, slow_start_factor};
 use crate::breaker::{Admission, BreakerRules};
 use crate::call::CallerRules;
 use crate::endpoint::{Endpoint, InFlight};
+use crate::headers::ONLY_MODEL;
 use crate::health::HealthRules;
 use crate::hedge::RouteHedges;
 use crate::metrics::{Metrics, RevisionMetrics};
@@ -25,6 +29,7 @@ use crate::policy::{BalanceRules, SplitBy};
 use crate::retry::RetryBudget;
 use crate::split::{Split, bucket_of};
 use crate::table::{EndpointId, Route, Table};
+use crate::user::KnownUser;
 
 /// A table with its endpoints.
 #[derive(Debug)]
@@ -79,6 +84,8 @@ struct LiveBackend {
     metrics: Arc<RevisionMetrics>,
     /// Its variant, as answers name it.
     variant: Option<HeaderValue>,
+    /// What requests are told to mean, where the route's name is not that of the model.
+    routed: Option<HeaderValue>,
     members: Vec<Member>,
     /// Number of its next choice, for round robin.
     sequence: AtomicU64,
@@ -94,7 +101,7 @@ struct Member {
 }
 
 /// What decides which backend of its route a request gets.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct SplitKey {
     /// The request's number in the split.
     sequence: u64,
@@ -104,13 +111,23 @@ pub(crate) struct SplitKey {
     forced: Option<String>,
     /// Its user, where the route has a test and the request names one.
     user: Option<TestUser>,
+    /// The same user, to be recognised when the answer is scored.
+    known_user: Option<KnownUser>,
     /// The variant that its user gets whatever the bucket.
     forced_variant: Option<String>,
+    /// Whether the request itself names the revision that must answer, so that it says nothing about the
+    /// variant that it is assigned to.
+    names_revision: bool,
 }
 
 impl SplitKey {
     fn variant_choice(&self) -> VariantChoice<'_> {
-        VariantChoice { sequence: self.sequence, bucket: self.bucket, forced: self.forced_variant.as_deref() }
+        VariantChoice {
+            sequence: self.sequence,
+            bucket: self.bucket,
+            forced: self.forced_variant.as_deref(),
+            names_revision: self.names_revision,
+        }
     }
 }
 
@@ -137,6 +154,7 @@ pub(crate) struct Choice {
     pub(crate) metrics: Arc<RevisionMetrics>,
     /// The variant that answers, where the route has a test.
     pub(crate) variant: Option<HeaderValue>,
+    routed: Option<HeaderValue>,
     breaker: Option<BreakerRules>,
     /// Whether the attempt is the probe of the endpoint's breaker.
     probe: bool,
@@ -156,9 +174,9 @@ impl Choice {
         self.by_revision.then_some(of_pod.unwrap_or(revision))
     }
 
-    /// Whether the route has the name of a test, which its pods do not know.
-    pub(crate) fn is_routed(&self) -> bool {
-        self.variant.is_some()
+    /// The model that is meant, where the route has the name of a test, which its pods do not know.
+    pub(crate) fn routed(&self) -> Option<&HeaderValue> {
+        self.routed.as_ref()
     }
 
     /// Counts the attempt on the endpoint. Every choice is entered, since it may be a probe.
@@ -206,12 +224,17 @@ impl Routing {
                 });
                 let members: Vec<_> = members.collect();
                 let metrics = Arc::clone(&series[&(route.name.clone(), backend.revision.clone())]);
+                let routed = match backend.model.as_str() {
+                    "" => (!backend.variant.is_empty()).then_some(ONLY_MODEL),
+                    model => HeaderValue::from_str(model).ok(),
+                };
                 let has_share = route.test.as_ref().is_none_or(|test| test.weight_of(&backend.variant) > 0);
                 backends.push(LiveBackend {
                     weight: if has_share { backend.weight } else { 0 },
                     takes_share: !members.is_empty() || backend.keeps_share,
                     metrics,
                     variant: HeaderValue::from_str(&backend.variant).ok().filter(|name| !name.is_empty()),
+                    routed,
                     members,
                     sequence: AtomicU64::new(fastrand::u64(..) >> 1),
                 });
@@ -284,9 +307,15 @@ impl Routing {
 
     /// Chooses an endpoint of a revision, whatever its share, without those that are left out.
     pub(crate) fn choose_of(&self, route: usize, revision: &str) -> Option<Choice> {
-        let key = SplitKey { sequence: 0, bucket: None, forced: None, user: None, forced_variant: None };
+        let key = SplitKey::default();
         let criteria = Criteria { key: &key, hash: None, revision: Some(revision), tried: &[] };
         self.choose_beside(route, &criteria)
+    }
+
+    /// Chooses an endpoint of a route by its shares, for a request that no caller of it waits for.
+    pub(crate) fn choose_by_share(&self, route: usize, headers: &HeaderMap) -> Option<Choice> {
+        let key = self.split_key(route, headers, fastrand::u64(..));
+        self.choose(route, &Criteria { key: &key, hash: None, revision: None, tried: &[] })
     }
 
     /// What decides the backend of a request with these headers and this number.
@@ -298,20 +327,41 @@ impl Routing {
         });
         let named = match &rule.by {
             SplitBy::Request | SplitBy::Percentage => None,
-            SplitBy::User { header, salt, .. } => headers.get(header).map(|user| (salt, user.as_bytes())),
+            SplitBy::User { user, .. } => user.user(headers).map(|name| (user, name)),
         };
-        let bucket = named.map(|(salt, user)| bucket_of(salt, user));
-        let has_test = self.routes[route].test.is_some();
-        let user = named.filter(|_| has_test).map(|(salt, user)| TestUser::of(salt, user));
-        let forced_variant = named.and_then(|(_, user)| rule.forced_users.get(user)).cloned();
+        let bucket = named.as_ref().map(|(user, name)| bucket_of(&user.salt, name));
+        let test = self.table.routes[route].test.as_ref();
+        let found = named.as_ref().filter(|_| test.is_some());
+        let found = found.map(|(rule, name)| (rule, TestUser::of(&rule.salt, name)));
+        let user = found.map(|(_, user)| user);
+        let known_user = found.map(|(rule, user)| KnownUser::new(rule, user));
+        let name = named.as_ref().map(|(_, name)| &**name);
+        let forced_variant = name.and_then(|name| rule.forced_users.get(name)).cloned();
+        // Users outside the test get its first variant, the control.
+        let control = test.and_then(|test| test.variants.first());
+        let outside = control.filter(|_| name.is_some_and(|name| rule.excludes(name)));
+        let forced_variant = forced_variant.or_else(|| outside.map(|control| control.name.clone()));
+        let names_revision = headers.contains_key(REVISION_HEADER);
         // A number that is drawn makes each choice independent of the others.
         let sequence = if rule.by == SplitBy::Percentage { fastrand::u64(..) } else { sequence };
-        SplitKey { sequence, bucket, forced, user, forced_variant }
+        SplitKey { sequence, bucket, forced, user, known_user, forced_variant, names_revision }
     }
 
     /// What counts a request of a test; none where the route has none. Its user is counted now.
     pub(crate) fn observe(&self, route: usize, key: &SplitKey) -> Option<Observation> {
-        self.routes[route].test.as_ref()?.observe(key.variant_choice(), key.user)
+        let observation = self.routes[route].test.as_ref()?.observe(key.variant_choice(), key.user)?;
+        Some(observation.of_user(key.known_user.clone()))
+    }
+
+    /// Where the score of an answer of another gateway counts; none where the token is not of this answer.
+    pub(crate) fn scored_elsewhere(
+        &self,
+        token: &str,
+        request_id: &str,
+        registry: &VariantRegistry,
+    ) -> Option<ScoredBucket> {
+        let mut tests = self.table.routes.iter().filter_map(|route| route.test.as_ref());
+        tests.find_map(|rule| ScoredBucket::of_token(rule, token, request_id, registry))
     }
 
     /// Whether the backend of a request has a pod.
@@ -455,6 +505,7 @@ impl LiveRoute {
                 endpoint: Arc::clone(endpoint),
                 metrics: Arc::clone(&backend.metrics),
                 variant: backend.variant.clone(),
+                routed: backend.routed.clone(),
                 breaker,
                 probe,
                 by_revision: *by_revision,
@@ -510,7 +561,7 @@ mod tests {
     }
 
     fn key(sequence: u64) -> SplitKey {
-        SplitKey { sequence, bucket: None, forced: None, user: None, forced_variant: None }
+        SplitKey { sequence, ..SplitKey::default() }
     }
 
     fn chosen(routing: &Routing, sequence: u64) -> Option<Choice> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Endpoint;
@@ -72,8 +72,10 @@ pub struct Running {
     http_address: SocketAddr,
     grpc_address: SocketAddr,
     ending: Ending,
-    /// Ends accepting, the feed and watches.
+    /// Ends accepting and watches.
     stop: CancellationToken,
+    /// Ends the feed, with a last report.
+    stop_feed: CancellationToken,
     connections: TaskTracker,
     background: TaskTracker,
 }
@@ -105,10 +107,10 @@ pub async fn start(settings: Settings) -> Result<Running, StartError> {
     };
     let ending = Ending { drain_timeout: settings.drain_timeout, waits_for_quiet: true };
     let running = serve(gateway, listen, ending).await?;
-    let Running { gateway, stop, background, .. } = &running;
+    let Running { gateway, stop, stop_feed, background, .. } = &running;
     let instance = settings.instance.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
     let feed = FeedSettings { endpoint, token_file: settings.feed_token_file, instance };
-    background.spawn(follow(feed, Arc::clone(gateway), stop.clone()));
+    background.spawn(follow(feed, Arc::clone(gateway), stop_feed.clone()));
     background.spawn(save_tables(gateway.watch_tables_to_save(), file, stop.clone()));
     Ok(running)
 }
@@ -159,6 +161,7 @@ pub(crate) async fn serve(
         ending,
         gateway,
         stop,
+        stop_feed: CancellationToken::new(),
         connections: TaskTracker::new(),
         background: TaskTracker::new(),
     };
@@ -226,12 +229,14 @@ impl Running {
             tracing::warn!(cut, "the drain timeout has passed; requests are cut");
         }
         self.connections.close();
-        self.background.close();
         // A request has left the count when its last frame is in a send buffer. The connection ends once a
         // slow caller has read it, so the rest of the drain timeout is for that.
         let close_by = deadline.max(Instant::now() + CLOSE_TIMEOUT);
         let _late = timeout_at(close_by, self.connections.wait()).await;
-        let _late = timeout_at(close_by, self.background.wait()).await;
+        // The last report has what the last requests counted.
+        self.stop_feed.cancel();
+        self.background.close();
+        let _late = timeout(CLOSE_TIMEOUT, self.background.wait()).await;
         self.gateway.traces.shutdown().await;
         cut
     }

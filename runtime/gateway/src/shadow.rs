@@ -1,10 +1,9 @@
-//! A share of a route's requests that another revision answers as well. Its answers are compared with those
-//! that the callers got, and thrown away.
+//! A share of a route's requests that another revision, or another model, answers as well. Its answers are
+//! compared with those that the callers got, and thrown away.
 //!
-//! Nothing of this slows a caller: the request is sent to the other revision when the caller's answer has
-//! ended, by a task of its own with a bounded queue. What finds the queue full is dropped and counted. The
-//! counts are apart: a shadow's failures are no attempts, so that no rollout and no breaker is decided by
-//! them.
+//! Nothing of this slows a caller: the request is sent to the shadow when the caller's answer has ended, by a
+//! task of its own with a bounded queue. What finds the queue full is dropped and counted. The counts are
+//! apart: a shadow's failures are no attempts, so that no rollout and no breaker is decided by them.
 //!
 //! Mirrored are short requests that have one answer or a stream; not sessions and WebSockets. At most 128 are
 //! being answered and 64 wait, each with 64 KiB of a request and 256 KiB of an answer, and 4 are compared:
@@ -36,6 +35,7 @@ use trustformers_telemetry::traces::Trace;
 
 use crate::call::{Call, CallBody};
 use crate::gateway::Gateway;
+use crate::headers::{ONLY_MODEL, name_routed};
 use crate::metrics::{Protocol, RevisionMetrics};
 use crate::routing::Routing;
 use crate::wire::Wire;
@@ -63,10 +63,30 @@ const MOST_SERIES: usize = 64;
 /// Which requests of a route are mirrored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShadowRule {
-    /// The revision that answers as well; a backend of the route.
+    /// The route whose pods answer as well; empty: the route itself.
+    pub route: String,
+    /// The revision of that route; empty: by its shares.
     pub revision: String,
     /// Share of the requests, 1 to 100.
     pub percent: u32,
+    /// Whether the answers are compared.
+    pub compare: bool,
+}
+
+impl ShadowRule {
+    /// The route that answers requests of a route.
+    fn target<'a>(&'a self, route: &'a str) -> &'a str {
+        if self.route.is_empty() { route } else { &self.route }
+    }
+
+    /// What answers, as metrics name it: a revision of the route, or another route.
+    fn label(&self, route: &str) -> String {
+        match (self.target(route) == route, self.revision.is_empty()) {
+            (true, _) => self.revision.clone(),
+            (false, true) => self.route.clone(),
+            (false, false) => format!("{}:{}", self.route, self.revision),
+        }
+    }
 }
 
 /// What became of a mirrored request. Its text is the label's value.
@@ -79,6 +99,8 @@ enum ShadowResult {
     Different,
     /// The answers can't be compared.
     Incomparable,
+    /// The shadow gave an answer, and nothing is compared.
+    Answered,
     /// The shadow gave no answer of success in time.
     Failed,
     /// The queue was full, or too many were being answered.
@@ -112,17 +134,20 @@ pub(crate) struct Mirrored {
     request: MirroredRequest,
     format: AnswerFormat,
     answer: BytesMut,
-    /// Whether the answer is one that can be compared.
-    is_comparable: bool,
+    /// Whether the shadow gets the request: not where the answers could not be compared.
+    is_wanted: bool,
     shadows: Arc<Shadows>,
     _permit: OwnedSemaphorePermit,
 }
 
-/// A request as the other revision gets it.
+/// A request as the shadow gets it.
 #[derive(Debug)]
 struct MirroredRequest {
     call: Call,
+    /// The route that was asked.
     route: String,
+    rule: ShadowRule,
+    /// What answers, as metrics name it.
     revision: String,
 }
 
@@ -142,7 +167,7 @@ impl Shadows {
     pub(crate) fn new(registry: &Registry) -> Result<Arc<Self>, prometheus::Error> {
         let results = Opts::new(
             "trustformers_gateway_shadow_total",
-            "Requests that another revision answered as well, by what became of the comparison.",
+            "Requests that another revision or model answered as well, by what became of them.",
         );
         let similarity = HistogramOpts::new(
             "trustformers_gateway_shadow_similarity",
@@ -176,7 +201,8 @@ impl Shadows {
         if !routing.takes_shadow(index, rule.percent) {
             return None;
         }
-        let (route, revision) = (routing.route(index).name.clone(), rule.revision.clone());
+        let route = routing.route(index).name.clone();
+        let revision = rule.label(&route);
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
             self.count(&route, &revision, ShadowResult::Dropped);
             return None;
@@ -188,14 +214,14 @@ impl Shadows {
             method: call.method.clone(),
             path: call.path.clone(),
             authority: call.authority.clone(),
-            headers: headers_of_shadow(&call.headers),
+            headers: headers_of_shadow(&call.headers, rule.target(&route) != route),
             body: CallBody::Whole(body.clone()),
             ready_at: Instant::now(),
             trace: Trace::default(),
         };
-        let request = MirroredRequest { call, route, revision };
+        let request = MirroredRequest { call, route, rule: rule.clone(), revision };
         let (answer, shadows) = (BytesMut::new(), Arc::clone(self));
-        Some(Mirrored { request, format, answer, is_comparable: true, shadows, _permit: permit })
+        Some(Mirrored { request, format, answer, is_wanted: true, shadows, _permit: permit })
     }
 
     fn count(&self, route: &str, revision: &str, result: ShadowResult) {
@@ -227,6 +253,7 @@ impl Shadows {
             ShadowResult::Same,
             ShadowResult::Different,
             ShadowResult::Incomparable,
+            ShadowResult::Answered,
             ShadowResult::Failed,
             ShadowResult::Dropped,
         ] {
@@ -253,9 +280,11 @@ fn format_of(call: &Call) -> Option<AnswerFormat> {
     }
 }
 
-/// The pod answers it in plain bytes, and behind every other request.
-fn headers_of_shadow(headers: &HeaderMap) -> HeaderMap {
+/// The pod answers it in plain bytes, and behind every other request. One of another model does not know the
+/// name in the request.
+fn headers_of_shadow(headers: &HeaderMap, is_other_model: bool) -> HeaderMap {
     let mut headers = headers.clone();
+    name_routed(&mut headers, is_other_model.then_some(&ONLY_MODEL));
     headers.remove(ACCEPT_ENCODING);
     headers.remove("grpc-accept-encoding");
     let low = HeaderValue::from_static(Priority::Low.as_str());
@@ -267,10 +296,11 @@ impl Mirrored {
     /// The caller's answer begins with these headers, at a revision.
     pub(crate) fn head(&mut self, headers: &HeaderMap, metrics: &RevisionMetrics) {
         let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
-        let is_plain = !headers.contains_key(CONTENT_ENCODING);
-        // A revision is not compared with itself.
-        let is_other = metrics.revision != self.request.revision;
-        self.is_comparable = is_plain && is_other;
+        let MirroredRequest { rule, route, .. } = &self.request;
+        let is_plain = !headers.contains_key(CONTENT_ENCODING) || !rule.compare;
+        // A revision is no shadow of itself.
+        let is_other = rule.target(route) != route || metrics.revision != rule.revision;
+        self.is_wanted = is_plain && is_other;
         if kind.starts_with(b"text/event-stream") {
             self.format = AnswerFormat::Events;
         }
@@ -278,10 +308,13 @@ impl Mirrored {
 
     /// These bytes of it have come.
     pub(crate) fn data(&mut self, bytes: &[u8]) {
-        if self.answer.len() + bytes.len() > MOST_ANSWER_BYTES {
-            self.is_comparable = false;
+        if !self.request.rule.compare {
+            return;
         }
-        if self.is_comparable {
+        if self.answer.len() + bytes.len() > MOST_ANSWER_BYTES {
+            self.is_wanted = false;
+        }
+        if self.is_wanted {
             self.answer.extend_from_slice(bytes);
         } else {
             self.answer = BytesMut::new();
@@ -290,8 +323,8 @@ impl Mirrored {
 
     /// It has ended well.
     pub(crate) fn ended(self) {
-        let Self { request, format, answer, is_comparable, shadows, _permit } = self;
-        if !is_comparable {
+        let Self { request, format, answer, is_wanted, shadows, _permit } = self;
+        if !is_wanted {
             return;
         }
         let job = Job { request, format, answer: answer.freeze() };
@@ -314,13 +347,17 @@ pub(crate) async fn run(gateway: Arc<Gateway>, stop: CancellationToken) {
 
 async fn work(gateway: Arc<Gateway>, job: Job) {
     let Job { request, format, answer } = job;
-    let MirroredRequest { route, revision, .. } = &request;
+    let MirroredRequest { route, revision, rule, .. } = &request;
     let shadows = &gateway.shadows;
     let Some(other) = timeout(ANSWER_TIMEOUT, answer_of_shadow(&gateway, &request)).await.ok().flatten()
     else {
         shadows.count(route, revision, ShadowResult::Failed);
         return;
     };
+    if !rule.compare {
+        shadows.count(route, revision, ShadowResult::Answered);
+        return;
+    }
     let compared = shadows.comparing.run(move || compare(format, &answer, &other)).await;
     let comparison = compared.unwrap_or(Comparison::Unknown);
     let result = match comparison {
@@ -332,12 +369,17 @@ async fn work(gateway: Arc<Gateway>, job: Job) {
     shadows.count(route, revision, result);
 }
 
-/// The answer of the other revision; none where it gives none of success. The attempt has no outcome, so that
+/// The answer of the shadow; none where it gives none of success. The attempt has no outcome, so that
 /// it says nothing to the circuit breaker of its pod.
 async fn answer_of_shadow(gateway: &Gateway, request: &MirroredRequest) -> Option<Bytes> {
     let routing = gateway.routing()?;
-    let index = routing.table.find(&request.route).ok()?;
-    let choice = routing.choose_of(index, &request.revision)?;
+    let MirroredRequest { route, rule, .. } = request;
+    let index = routing.table.find(rule.target(route)).ok()?;
+    let choice = if rule.revision.is_empty() {
+        routing.choose_by_share(index, &request.call.headers)?
+    } else {
+        routing.choose_of(index, &rule.revision)?
+    };
     let _in_flight = choice.enter();
     let endpoint = &choice.endpoint;
     let protocol = request.call.protocol;

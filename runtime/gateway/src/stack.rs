@@ -121,10 +121,9 @@ impl Stack {
             Ok(RequestHandler::Services(surface)) => {
                 self.services.answer(request, surface, &peer.limits).await
             }
-            Ok(RequestHandler::Feedback) => match feedback::read(request.into_body()).await {
-                Ok(score) => gateway.feedback.count(&score).map(|told| local::json_answer(&told)),
-                Err(error) => Err(error),
-            },
+            Ok(RequestHandler::Feedback) => {
+                feedback::answer(&gateway, request).await.map(|told| local::json_answer(&told))
+            }
             Ok(RequestHandler::Local(endpoint)) => {
                 let answer = local::answer(&gateway, &endpoint, &peer.limits);
                 discard_rest(request.into_body(), &peer, false);

@@ -80,6 +80,8 @@ pub struct Backend {
     pub keeps_share: bool,
     /// The variant that it belongs to; empty where the route has no test.
     pub variant: String,
+    /// The model that answers, where its pods have several; empty: the only one, or the one that is named.
+    pub model: String,
 }
 
 /// One model that callers can name.
@@ -97,10 +99,21 @@ pub struct Route {
     pub split: SplitRule,
     /// The A/B test whose variants share it.
     pub test: Option<TestRule>,
-    /// Which requests another revision answers as well.
+    /// Which requests another revision or model answers as well.
     pub shadow: Option<ShadowRule>,
     /// What the model does; `None` where the operator does not say, or says a task of a newer version.
     pub task: Option<Task>,
+    /// Adapters that its pods hold.
+    pub adapters: Vec<Adapter>,
+}
+
+/// An adapter of a route's model, which callers name instead of the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adapter {
+    /// `namespace/name:adapter`.
+    pub name: String,
+    /// Every name that callers may use for it.
+    pub aliases: Vec<String>,
 }
 
 impl Route {
@@ -225,8 +238,13 @@ impl Table {
             let shadow = route.shadow.map(parse_shadow).transpose().map_err(refused)?;
             let task = Task::from_wire(&route.task);
             let test = route.test.and_then(TestRule::parse);
-            routes.push(Route { name: route.name, aliases, backends, policy, split, test, shadow, task });
+            let adapters = route.adapters.into_iter();
+            // Their own names follow when all routes are known.
+            let adapters = adapters.map(|name| Adapter { name, aliases: Vec::new() }).collect();
+            let name = route.name;
+            routes.push(Route { name, aliases, backends, policy, split, test, shadow, task, adapters });
         }
+        name_adapters(&mut routes, &mut names);
         let longest_name = names.keys().map(String::len).max().unwrap_or(0);
         let choices = Arc::new(routes.iter().map(|route| route.name.as_str()).collect());
         let unnamed = unnamed(&routes);
@@ -243,6 +261,13 @@ impl Table {
             return Err(Unknown);
         }
         self.names.get(model).copied().ok_or(Unknown)
+    }
+
+    /// The adapter that has this name, and its route.
+    pub(crate) fn adapter(&self, name: &str) -> Option<(&Route, &Adapter)> {
+        let route = self.routes.get(self.find(name).ok()?)?;
+        let is_named = |adapter: &&Adapter| adapter.aliases.iter().any(|alias| alias == name);
+        route.adapters.iter().find(is_named).map(|adapter| (route, adapter))
     }
 
     /// Finds the route for a request that names no model: the only one there is, or the only one of the
@@ -292,17 +317,45 @@ fn claim(names: &mut HashMap<String, usize>, alias: &str, index: usize, route: &
     owner == index && !alias.is_empty()
 }
 
+/// Gives the adapters of all routes their names: each of the route's with theirs behind, and their own where
+/// one route alone has such an adapter. Every name of a model comes before.
+fn name_adapters(routes: &mut [Route], names: &mut HashMap<String, usize>) {
+    let mut owners: HashMap<String, usize> = HashMap::new();
+    for adapter in routes.iter().flat_map(|route| &route.adapters) {
+        *owners.entry(adapter.name.clone()).or_default() += 1;
+    }
+    for (index, route) in routes.iter_mut().enumerate() {
+        for adapter in &mut route.adapters {
+            let own = std::mem::take(&mut adapter.name);
+            adapter.name = format!("{}:{own}", route.name);
+            let of_model = route.aliases.iter().filter(|alias| **alias != route.name);
+            let mut wanted = vec![adapter.name.clone()];
+            wanted.extend(of_model.map(|alias| format!("{alias}:{own}")));
+            wanted.extend((owners.get(&own) == Some(&1)).then_some(own));
+            let mut claim = |name: &String| {
+                let is_free = !names.contains_key(name);
+                if is_free {
+                    names.insert(name.clone(), index);
+                }
+                is_free
+            };
+            wanted.retain(&mut claim);
+            adapter.aliases = wanted;
+        }
+    }
+}
+
 fn parse_shadow(shadow: wire::Shadow) -> Result<ShadowRule, PolicyError> {
-    let wire::Shadow { revision, percent } = shadow;
+    let wire::Shadow { revision, percent, route, discard } = shadow;
     let wrong =
         |field, value: String, expected: &str| PolicyError { field, value, expected: expected.to_owned() };
-    if revision.is_empty() {
-        return Err(wrong("shadow.revision", revision, "a revision of the route"));
+    if revision.is_empty() && route.is_empty() {
+        return Err(wrong("shadow.revision", revision, "a revision of the route, or another route"));
     }
     if !(1..=100).contains(&percent) {
         return Err(wrong("shadow.percent", percent.to_string(), "1 to 100"));
     }
-    Ok(ShadowRule { revision, percent })
+    Ok(ShadowRule { route, revision, percent, compare: !discard })
 }
 
 fn parse_backend(backend: wire::Backend, route: &str) -> Result<Backend, TableError> {
@@ -318,6 +371,7 @@ fn parse_backend(backend: wire::Backend, route: &str) -> Result<Backend, TableEr
         endpoints,
         keeps_share: backend.keeps_share,
         variant: backend.variant,
+        model: backend.model,
     })
 }
 
@@ -439,6 +493,30 @@ mod tests {
         assert_eq!(parsed.find("two/a"), Ok(1));
         assert_eq!(parsed.routes[0].aliases, ["a"]);
         assert!(parsed.routes[1].aliases.is_empty());
+    }
+
+    #[test]
+    fn an_adapter_has_the_names_of_its_model_and_its_own_where_no_other_has_it() {
+        let with = |name: &str, aliases: &[&str], adapters: &[&str]| wire::Route {
+            adapters: adapters.iter().map(|one| (*one).to_owned()).collect(),
+            ..route(name, aliases)
+        };
+        let parsed = Table::parse(table(vec![
+            with("d/a", &["d/a", "a"], &["sql", "tone"]),
+            with("d/b", &["d/b", "b"], &["tone", "a"]),
+        ]))
+        .unwrap();
+        assert_eq!(parsed.routes[0].adapters[0].aliases, ["d/a:sql", "a:sql", "sql"]);
+        for (name, index) in
+            [("d/a:sql", 0), ("a:tone", 0), ("sql", 0), ("d/b:tone", 1), ("a", 0), ("b:a", 1)]
+        {
+            assert_eq!(parsed.find(name), Ok(index), "{name}");
+        }
+        for name in ["tone", "a:a", "d/a:other", "other:sql"] {
+            assert_eq!(parsed.find(name), Err(Unknown), "{name}");
+        }
+        assert_eq!(parsed.adapter("sql").map(|(_, one)| one.name.as_str()), Some("d/a:sql"));
+        assert!(parsed.adapter("d/a").is_none());
     }
 
     #[test]

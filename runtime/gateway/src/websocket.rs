@@ -297,7 +297,7 @@ impl SocketRequest {
         let mut in_flight = choice.enter();
         let mut headers = headers.clone();
         name_revision(&mut headers, choice.revision());
-        name_routed(&mut headers, choice.is_routed());
+        name_routed(&mut headers, choice.routed());
         let connecting = connect(&choice.endpoint, &self.path, &headers);
         let failed = match timeout(HANDSHAKE_TIMEOUT, connecting).await {
             Ok(Ok(socket)) => {

@@ -10,6 +10,7 @@ use crate::checkpoint::{
 };
 use crate::error::{LoadError, TokenizerProblem};
 use crate::model::{ClassificationFacts, EmbeddingFacts, Model, ModelFacts, TextPreparation};
+use crate::sampling::SamplingSettings;
 use crate::score_head::ScoreHead;
 use crate::source::OnRead;
 use crate::tokenizer::Tokenizer;
@@ -63,7 +64,8 @@ pub(crate) fn load(files: &CheckpointFiles, progress: &mut OnRead<'_>) -> Result
     facts.chat_template = template;
     let preparation = TextPreparation { prompt: sentence.prompt, lowercase: sentence.lowercase };
     let weights = Arc::new(weights);
-    let model = Model { weights, tokenizer, facts, architecture, chat, preparation, score_head };
+    let sampling = SamplingSettings::default();
+    let model = Model { weights, tokenizer, facts, architecture, chat, preparation, sampling, score_head };
     model.check_plan().map_err(|problem| LoadError::Plan { path: files.path(CONFIG), problem })?;
     Ok(model)
 }

@@ -4,10 +4,12 @@
 use crate::arch;
 use crate::chat::{self, ChatError, ChatTemplate};
 use crate::checkpoint::decoder::ids_of;
+use crate::checkpoint::quantised::{self, Quantisation};
 use crate::checkpoint::tensor_names::{TensorName, tensor_name};
 use crate::checkpoint::{CONFIG, CheckpointFiles, CheckpointProblem, DecoderConfig, Shard, TOKENIZER};
 use crate::error::{LoadError, TokenizerProblem};
 use crate::model::{Model, ModelFacts, TextPreparation};
+use crate::sampling::SamplingSettings;
 use crate::source::OnRead;
 use crate::tokenizer::Tokenizer;
 use serde_json::{Map, Value};
@@ -16,7 +18,7 @@ use std::sync::Arc;
 use trustformers_plan::{Weight, Weights};
 use trustformers_proto::Task;
 
-/// Settings of generation; only the ids that end an answer are read.
+/// Settings of generation: the ids that end an answer, and how to sample.
 const GENERATION: &str = "generation_config.json";
 
 /// The vocabulary head; not stored, or not used, where it is the embedding.
@@ -36,15 +38,22 @@ pub(crate) fn load(
     model_type: &str,
     progress: &mut OnRead<'_>,
 ) -> Result<Model, LoadError> {
-    let content: Map<String, Value> = files.json(CONFIG)?;
+    let mut content: Map<String, Value> = files.json(CONFIG)?;
+    let quantisation = Quantisation::take(&mut content).map_err(|problem| files.wrong(CONFIG, problem))?;
     let config = DecoderConfig::read(model_type, &content).map_err(|problem| files.wrong(CONFIG, problem))?;
     let tokenizer_file = files.bytes(TOKENIZER)?;
     files.refuse_foreign(TOKENIZER, &tokenizer_file)?;
-    let ends = ends(files, &config)?;
+    let generation: Map<String, Value> = files.optional_json(GENERATION)?.unwrap_or_default();
+    let ends = ends(files, &generation, &config)?;
     let tokenizer = Tokenizer::of_generator(&tokenizer_file, ends)
         .and_then(|tokenizer| check_vocabulary(tokenizer, &config))
         .map_err(|problem| LoadError::Tokenizer { path: files.path(TOKENIZER), problem })?;
-    let shards = files.shards(progress)?;
+    let mut shards = files.shards(progress)?;
+    let file_bytes = shards.iter().map(|shard| shard.stored.file_bytes() as u64).sum();
+    if let Some(quantisation) = quantisation {
+        quantised::unpack(&quantisation, &mut shards)
+            .map_err(|refused| files.wrong(&refused.file, refused.problem))?;
+    }
     let names = Names::of(&shards, config.norms_after);
     let mut weights = weights(files, &shards, &config, tokenizer.len())?;
     let parameters = weights.iter().map(|(_, weight)| weight.rows() as u64 * weight.cols() as u64).sum();
@@ -56,12 +65,16 @@ pub(crate) fn load(
             },
         )?;
     let (template, special) = chat::config::of_checkpoint(files)?;
+    let tools = chat::config::tools_of_checkpoint(files)?;
     let chat = match &template {
-        Some(template) => ChatTemplate::new(template, special),
+        Some(template) => ChatTemplate::new(template, special).map(|chat| match &tools {
+            Some(tools) => chat.with_tools(tools),
+            None => chat,
+        }),
         None => Err(ChatError::NoTemplate),
     };
     let sizes = architecture.sizes();
-    let facts = ModelFacts {
+    let mut facts = ModelFacts {
         task: Task::Generate,
         architecture: config.architecture.to_owned(),
         name: None,
@@ -71,23 +84,28 @@ pub(crate) fn load(
         layers: sizes.layers,
         kv_heads: sizes.kv_heads,
         head_dim: sizes.head_dim,
-        file_bytes: shards.iter().map(|shard| shard.stored.file_bytes() as u64).sum(),
+        file_bytes,
         embedding: None,
         classification: None,
         chat_template: template,
         warnings: if tokenizer.eos_ids().is_empty() { vec![NO_END_TOKEN.to_owned()] } else { Vec::new() },
     };
+    let sampling = SamplingSettings::of_config(&generation, &mut facts.warnings);
     let preparation = TextPreparation::default();
     let weights = Arc::new(weights);
-    let model = Model { weights, tokenizer, facts, architecture, chat, preparation, score_head: None };
+    let model =
+        Model { weights, tokenizer, facts, architecture, chat, preparation, sampling, score_head: None };
     model.check_plan().map_err(|problem| LoadError::Plan { path: files.path(CONFIG), problem })?;
     Ok(model)
 }
 
 /// The ids that end an answer: those of the generation settings, otherwise those of the configuration.
-fn ends(files: &CheckpointFiles, config: &DecoderConfig) -> Result<Vec<u32>, LoadError> {
-    let settings: Option<Map<String, Value>> = files.optional_json(GENERATION)?;
-    match settings.as_ref().and_then(|settings| settings.get(END)) {
+fn ends(
+    files: &CheckpointFiles,
+    generation: &Map<String, Value>,
+    config: &DecoderConfig,
+) -> Result<Vec<u32>, LoadError> {
+    match generation.get(END) {
         Some(value) => ids_of(END, value).map_err(|problem| files.wrong(GENERATION, problem)),
         None => Ok(config.ends.clone()),
     }
@@ -131,7 +149,8 @@ fn weights(
                 continue;
             }
             let Some(dtype) = tensor.dtype else {
-                let supported = "F32, F16 and BF16 are supported";
+                let supported = "F32, F16 and BF16 are supported, and types that quantization_config of \
+                     config.json describes";
                 return Err(wrong(format!("it is stored as {}; {supported}", tensor.stored_as)));
             };
             let (mut matrix, mut range) = (tensor.matrix, tensor.range.clone());

@@ -7,6 +7,7 @@ use crate::checkpoint::{CONFIG, CheckpointFiles};
 use crate::error::{LoadError, TokenizerProblem};
 use crate::gguf::Gguf;
 use crate::parts::{self, ModelPart};
+use crate::sampling::SamplingSettings;
 use crate::score_head::{ScoreActivation, ScoreHead};
 use crate::source::{OnRead, ReadProgress};
 use crate::tokenizer::{EncodedPair, EncodedText, Tokenizer, rows_with_token};
@@ -23,6 +24,9 @@ use trustformers_proto::Task;
 /// The warning about a file without an end token.
 const NO_END_TOKEN: &str = "the file names no end token (key tokenizer.ggml.eos_token_id): answers end only at \
      max_tokens, the context or a stop text; convert the model again";
+
+/// The key of the template for conversations with tools.
+const TOOLS_TEMPLATE: &str = "tokenizer.chat_template.tool_use";
 
 /// How an embedding model turns texts into vectors.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,6 +111,7 @@ pub struct Model {
     pub(crate) architecture: Box<dyn Architecture>,
     pub(crate) chat: Result<ChatTemplate, ChatError>,
     pub(crate) preparation: TextPreparation,
+    pub(crate) sampling: SamplingSettings,
     /// Only of a model that classifies or ranks.
     pub(crate) score_head: Option<ScoreHead>,
 }
@@ -232,7 +237,9 @@ impl Model {
         let chat = chat(&gguf, &tokenizer, facts.chat_template.as_deref()).map_err(wrong)?;
         let weights = Arc::new(weights);
         let preparation = TextPreparation::default();
-        let model = Self { weights, tokenizer, facts, architecture, chat, preparation, score_head: None };
+        let sampling = SamplingSettings::of_gguf(&gguf.metadata, &mut facts.warnings);
+        let model =
+            Self { weights, tokenizer, facts, architecture, chat, preparation, sampling, score_head: None };
         model.check_plan().map_err(|problem| LoadError::Plan { path: path.to_owned(), problem })?;
         Ok(model)
     }
@@ -315,6 +322,11 @@ impl Model {
         self.chat.as_ref().map_err(Clone::clone)
     }
 
+    /// The settings of sampling that the model's files recommend.
+    pub fn sampling(&self) -> &SamplingSettings {
+        &self.sampling
+    }
+
     /// The model's task.
     pub fn task(&self) -> Task {
         self.facts.task
@@ -383,7 +395,11 @@ fn chat(
         unk_token: token("tokenizer.ggml.unknown_token_id")?,
         pad_token: token("tokenizer.ggml.padding_token_id")?,
     };
-    Ok(ChatTemplate::new(template, special))
+    let tools = gguf.metadata.opt_string(TOOLS_TEMPLATE)?;
+    Ok(ChatTemplate::new(template, special).map(|chat| match tools {
+        Some(tools) => chat.with_tools(tools),
+        None => chat,
+    }))
 }
 
 fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts, crate::gguf::GgufProblem> {

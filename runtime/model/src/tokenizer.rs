@@ -1,6 +1,9 @@
 //! Tokenizers. A GGUF file carries byte-level BPE or the pieces of SentencePiece, of which the tokenizer is
 //! built here. The tokenizer of a checkpoint is read from its `tokenizer.json`.
 
+mod charsmap;
+#[cfg(test)]
+mod digests;
 mod generator;
 mod json;
 mod special;
@@ -177,6 +180,25 @@ impl Tokenizer {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// Most tokens that end an answer. The largest known lists have eight; each token of an answer is compared
+/// with all of them.
+const MAX_ENDS: usize = 256;
+
+/// The ids that end an answer, each once.
+fn distinct_ends(key: &'static str, ids: Vec<u32>) -> Result<Vec<u32>, TokenizerProblem> {
+    let mut ends: Vec<u32> = Vec::new();
+    for id in ids {
+        if ends.contains(&id) {
+            continue;
+        }
+        if ends.len() == MAX_ENDS {
+            return Err(entry(key, format!("more than {MAX_ENDS} tokens end an answer")));
+        }
+        ends.push(id);
+    }
+    Ok(ends)
 }
 
 fn unsupported(key: &'static str, found: &str, supported: &'static str) -> TokenizerProblem {
@@ -361,7 +383,10 @@ mod tests {
     #[test]
     fn rules_differ_in_digits_and_words() {
         let text = "HelloWorld's 12345";
-        let cases: [(&str, &[&str]); 7] = [
+        let cases: [(&str, &[&str]); 10] = [
+            ("deepseek-llm", &["HelloWorld", "'", "s", " ", "12345"]),
+            ("deepseek-coder", &["HelloWorld", "'", "s", " ", "1", "2", "3", "4", "5"]),
+            ("deepseek-v3", &["HelloWorld", "'s", " ", "123", "45"]),
             ("gpt-2", &["HelloWorld", "'s", " 12345"]),
             ("llama-bpe", &["HelloWorld", "'s", " ", "123", "45"]),
             ("dbrx", &["HelloWorld", "'s", " ", "123", "45"]),
@@ -421,8 +446,8 @@ mod tests {
             (MODEL, text("bert"), "key tokenizer.ggml.model is \"bert\", which is not supported"),
             (
                 PRE,
-                text("deepseek-llm"),
-                "key tokenizer.ggml.pre is \"deepseek-llm\", which is not supported; supported: default, gpt-2",
+                text("superbpe"),
+                "key tokenizer.ggml.pre is \"superbpe\", which is not supported; supported: default, gpt-2",
             ),
             (TOKENS, GgufValue::Strings(vec![]), "key tokenizer.ggml.tokens: it is empty"),
             (TOKENS, GgufValue::Integers(vec![1]), "key tokenizer.ggml.tokens: it is not a list of texts"),

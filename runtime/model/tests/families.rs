@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in what it builds as well")]
 
+use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -14,8 +15,8 @@ use trustformers_model::seeded::{SeededFamily, SeededModel};
 use trustformers_model::{Model, PlanRequest};
 use trustformers_plan::oracle::Oracle;
 use trustformers_plan::{
-    Backend, Executable, FusedOps, KvType, Limits, LoadSpec, LogitsRows, Numerics, SequenceStep, StepInput,
-    StepOutput,
+    Backend, DType, Executable, FusedOps, KvType, Limits, LoadSpec, LogitsRows, Numerics, SequenceStep,
+    StepInput, StepOutput,
 };
 
 /// What a file of `tests/reference` holds.
@@ -201,6 +202,66 @@ fn checkpoints_of_every_family_answer_as_the_reference() {
             check(&format!("{name} in {files} files"), &model, &case);
             assert_eq!(model.tokenizer().eos_ids(), [2]);
         }
+    }
+}
+
+#[test]
+fn a_quantised_checkpoint_answers_as_the_plain_one_with_its_values() {
+    let case = Case::read("llama");
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    for folder in &folders {
+        write_checkpoint(folder.path(), "llama", &case, 1);
+    }
+    let [plain, packed] = folders.each_ref().map(tempfile::TempDir::path);
+    quantise(plain, packed);
+    let mut config = case.config.clone();
+    config["quantization_config"] = json!({"quant_method": "compressed-tensors", "format": "int-quantized"});
+    std::fs::write(packed.join("config.json"), config.to_string()).unwrap();
+    let load = |folder: &Path| Model::load(folder, &mut |_| {}).unwrap();
+    let (plain, packed) = (load(plain), load(packed));
+    let types = packed.weights().iter().filter(|(_, weight)| weight.dtype() == DType::Q8_0).count();
+    assert_eq!(types, 14, "seven projections of two layers");
+    assert_eq!(packed.facts().parameters, plain.facts().parameters);
+    let logits = |model: &Model| Runner::new(model, CONTEXT_TOKENS).step(&case.ids, 0, case.ids.len());
+    let (expected, found) = (logits(&plain), logits(&packed));
+    for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        near(&format!("position {position}"), found, expected);
+    }
+}
+
+/// Rounds the projections of the checkpoint in `plain` to bytes with a scale for each row, and writes the
+/// bytes to `packed`.
+fn quantise(plain: &Path, packed: &Path) {
+    let stored = std::fs::read(plain.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&stored).unwrap();
+    let (mut rounded, mut bytes) = (Vec::new(), Vec::new());
+    for (name, view) in tensors.tensors() {
+        let Some(module) = name.strip_suffix("_proj.weight") else {
+            for list in [&mut rounded, &mut bytes] {
+                list.push((name.clone(), view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+            }
+            continue;
+        };
+        let cols = view.shape()[1];
+        let values: Vec<f32> =
+            view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        // A power of two, which every type of scales has.
+        let scales = vec![2.0_f32.powi(-6); view.shape()[0]];
+        let quants: Vec<i8> = values.iter().map(|value| (value * 64.0).round() as i8).collect();
+        let values = quants.iter().flat_map(|q| (f32::from(*q) * scales[0]).to_le_bytes()).collect();
+        rounded.push((name.clone(), Dtype::F32, view.shape().to_vec(), values));
+        let quants = quants.iter().map(|q| q.cast_unsigned()).collect();
+        bytes.push((name.clone(), Dtype::I8, vec![scales.len(), cols], quants));
+        let scale = format!("{module}_proj.weight_scale");
+        let values = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        bytes.push((scale, Dtype::F32, vec![scales.len(), 1], values));
+    }
+    for (folder, list) in [(plain, rounded), (packed, bytes)] {
+        let views = list.iter().map(|(name, dtype, shape, data)| {
+            (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap())
+        });
+        let written = safetensors::serialize(views.collect::<Vec<_>>(), None).unwrap();
+        std::fs::write(folder.join("model.safetensors"), written).unwrap();
     }
 }
 

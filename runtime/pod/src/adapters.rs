@@ -21,10 +21,12 @@ const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 /// An adapter of a model that generates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterSpec {
-    /// The name that callers write behind the model's, after a colon.
+    /// The name that callers write behind the model's, after a colon, or alone.
     pub name: String,
     /// The folder with its files, as PEFT writes them.
     pub source: Source,
+    /// The digest that its files must have.
+    pub sha256: Option<String>,
 }
 
 impl AdapterSpec {
@@ -88,7 +90,8 @@ fn read_one(
     is_wanted: &dyn Fn() -> bool,
 ) -> Result<Adapter, Failure> {
     let patterns = FILES.map(str::to_owned);
-    let wanted = WantedFiles { files: &patterns, sha256: None, ..wanted_files(spec, &adapter.source) };
+    let sha256 = adapter.sha256.as_deref();
+    let wanted = WantedFiles { files: &patterns, sha256, ..wanted_files(spec, &adapter.source) };
     // Its bytes are not those of the model, whose progress is shown.
     let found = model_files::find(&wanted, &Listener { progress: &|_, _| {}, is_wanted })?;
     let files = found.resolved.files().iter().map(|file| (file.name.clone(), file.path.clone()));

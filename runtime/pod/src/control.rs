@@ -4,11 +4,14 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use trustformers_api::model_control::{LoadModel, Probe, RollbackModel, SwapModel, SwapSource, UnloadModel};
+use trustformers_api::model_control::{
+    LoadAdapter, LoadModel, Probe, RollbackModel, SwapModel, SwapSource, UnloadModel,
+};
 use trustformers_api::{ApiError, Inference};
 use trustformers_proto::v1::{ModelState, ModelStatus};
 use trustformers_store::Source;
 
+use crate::adapters::AdapterSpec;
 use crate::device::DeviceChoice;
 use crate::failure::Failure;
 use crate::generate::RETRY_AFTER_S;
@@ -231,12 +234,7 @@ fn not_loaded(failure: &Failure, message: String) -> ApiError {
 
 fn spec_of(request: LoadModel, defaults: &LoadDefaults) -> Result<ModelSpec, ApiError> {
     let LoadModel { name, path, files, sha256, task, revision, device, numerics, kv_cache, .. } = &request;
-    let source = Source::from_str(path).map_err(|error| ApiError::field("path", error.to_string()))?;
-    if source.remote().is_some() && defaults.fetch.is_none() {
-        // Callers must not choose what this process fetches, and with whose credentials.
-        let why = format!("{source} cannot be fetched for a request; name it in the configuration");
-        return Err(ApiError::field("path", why));
-    }
+    let source = fetchable(path, "path", defaults)?;
     let mut spec = ModelSpec::new(name.clone(), source);
     spec.fetch.clone_from(&defaults.fetch);
     spec.files.clone_from(files);
@@ -256,8 +254,34 @@ fn spec_of(request: LoadModel, defaults: &LoadDefaults) -> Result<ModelSpec, Api
         spec.engine.kv_cache = kv_cache_of(kv_cache).map_err(|error| ApiError::field("kv_cache", error))?;
     }
     set_sizes(&mut spec, &request, defaults)?;
+    spec.adapters = adapters_of(&request.adapters, defaults)?;
     spec.probes = request.probes.into_iter().map(golden_probe).collect::<Result<_, _>>()?;
     Ok(spec)
+}
+
+fn adapters_of(adapters: &[LoadAdapter], defaults: &LoadDefaults) -> Result<Vec<AdapterSpec>, ApiError> {
+    let read = |(index, adapter): (usize, &LoadAdapter)| {
+        let at = |field: &str| format!("adapters[{index}].{field}");
+        let source = fetchable(&adapter.path, &at("path"), defaults)?;
+        Ok(AdapterSpec { name: adapter.name.clone(), source, sha256: adapter.sha256.clone() })
+    };
+    let read: Result<Vec<AdapterSpec>, ApiError> = adapters.iter().enumerate().map(read).collect();
+    let adapters = read?;
+    AdapterSpec::check_names(adapters.iter().map(|adapter| adapter.name.as_str()))
+        .map_err(|(index, why)| ApiError::field(&format!("adapters[{index}].name"), why))?;
+    Ok(adapters)
+}
+
+/// # Errors
+/// The text is no source, or would have to be fetched: callers must not choose what this process fetches, and
+/// with whose credentials.
+fn fetchable(text: &str, field: &str, defaults: &LoadDefaults) -> Result<Source, ApiError> {
+    let source = Source::from_str(text).map_err(|error| ApiError::field(field, error.to_string()))?;
+    if source.remote().is_some() && defaults.fetch.is_none() {
+        let why = format!("{source} cannot be fetched for a request; name it in the configuration");
+        return Err(ApiError::field(field, why));
+    }
+    Ok(source)
 }
 
 /// How many sequences, texts and tokens there may be, and in which order.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use trustformers_api::tools::call_grammar;
 use trustformers_api::{AnswerSyntax, ApiError, CallSyntax, Conversation, Format, ToolChoice};
 use trustformers_model::Model;
-use trustformers_model::chat::{ChatError, ChatRequest};
+use trustformers_model::chat::{ChatError, ChatRequest, ChatTemplate};
 
 /// The field that errors about a conversation name.
 const FIELD: &str = "messages";
@@ -40,7 +40,9 @@ pub(crate) fn render(
     format: Option<Format>,
 ) -> Result<RenderedConversation, ApiError> {
     let mut text = render_text(model, conversation)?;
-    let source = model.facts().chat_template.as_deref().unwrap_or_default();
+    let of_tools = model.chat().ok().and_then(ChatTemplate::tools_source);
+    let of_tools = of_tools.filter(|_| !conversation.tools.is_empty());
+    let source = of_tools.or(model.facts().chat_template.as_deref()).unwrap_or_default();
     let mut syntax = AnswerSyntax::detect(source, &text);
     let format = format_with_calls(syntax.calls, conversation, format)?;
     if let (Some(_), Some(reasoning)) = (&format, &mut syntax.reasoning)
@@ -247,6 +249,20 @@ mod tests {
         let error = render(&unknown, &with_tools(ToolChoice::Auto), None).unwrap_err();
         assert_eq!(field_of(&error), "tools");
         assert!(render(&unknown, &with_tools(ToolChoice::None), None).is_ok());
+    }
+
+    #[test]
+    fn a_template_of_its_own_renders_conversations_with_tools() {
+        let text = |template: &str| GgufValue::String(template.to_owned());
+        let file = SeededModel::default().gguf_with(&[
+            ("tokenizer.chat_template", text("plain {{ messages[0].content }}")),
+            ("tokenizer.chat_template.tool_use", text(HERMES)),
+        ]);
+        let model = Model::from_bytes(Path::new("m.gguf"), Arc::new(file)).unwrap();
+        let rendered = render(&model, &with_tools(ToolChoice::Auto), None).unwrap();
+        assert!(rendered.text.contains("\"name\": \"f\""), "{rendered:?}");
+        assert_eq!(rendered.syntax.calls, Some(CallSyntax::Hermes));
+        assert_eq!(render(&model, &one_message("user", "Hi"), None).unwrap().text, "plain Hi");
     }
 
     #[test]

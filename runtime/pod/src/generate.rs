@@ -15,7 +15,7 @@ use trustformers_telemetry::traces::Trace;
 
 use crate::conversation::{control_tokens, render};
 use crate::inflight::InflightGuard;
-use crate::params::generate_params;
+use crate::params::{generate_params, with_model_settings};
 use crate::runner::Runner;
 use crate::trace::PhaseSpans;
 
@@ -79,6 +79,7 @@ pub(crate) fn submit(
             (EnginePrompt::Tokens(ids), rendered.syntax)
         }
     };
+    let request = with_model_settings(request, engine.model().sampling());
     let mut params = generate_params(request, prompt);
     params.visible_tokens = visible_tokens;
     params.adapter = adapter;

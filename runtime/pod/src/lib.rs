@@ -21,6 +21,7 @@
 //! | [`model_table`] | the models of the process: added and unloaded while the others serve |
 //! | `version_table` | the versions of a model: loaded beside the one that answers, swapped and rolled back |
 //! | `load_rate` | how fast a load goes |
+//! | `reading` | finding and reading the files of a model, and their digest |
 //! | [`adapters`] | adapters of a model: their files, and the names by which callers choose them |
 //! | [`control`] | who may load, swap and unload them |
 //! | [`admin`] | the port on which the operator does, with its token |
@@ -54,6 +55,7 @@ pub mod models;
 pub mod params;
 pub mod probe;
 pub mod process;
+mod reading;
 pub mod runner;
 pub mod scores;
 pub mod slots;

@@ -2,8 +2,7 @@
 //! its own.
 //!
 //! A file is read twice, once for its digest (while it is fetched, or where it lies) and once by the model's
-//! reader. The second time it comes from the page cache, and in exchange nothing is ever parsed that was not
-//! what was pinned.
+//! reader ([`crate::reading`]).
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -13,15 +12,16 @@ use std::time::{Duration, Instant};
 use prometheus::{GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use trustformers_engine::{LoadProgress, Speculation};
-use trustformers_model::{CheckpointFiles, Model, ReadProgress};
+use trustformers_model::Model;
 use trustformers_proto::Task;
-use trustformers_store::{Digest, Fetched, Resolved, Source};
+use trustformers_store::{Digest, Fetched, Source};
 
 use crate::adapters;
 use crate::device::OpenDevice;
 use crate::failure::Failure;
 use crate::memory::MemoryBudget;
-use crate::model_files::{self, Listener, ModelFiles, WantedFiles};
+use crate::model_files::{self, Listener, WantedFiles};
+use crate::reading::{self, ReadFiles, ReadListener, model_files, mul_div};
 use crate::runner::{Runner, RunnerMetrics};
 use crate::spec::{ModelSpec, SpeculationSpec};
 use crate::status::LoadedFacts;
@@ -63,9 +63,9 @@ pub struct Loaded {
 /// Where the time of a load went.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LoadTimings {
-    /// Finding the files and computing their digest.
+    /// Computing the digest of the files, as far as nothing else was done meanwhile.
     pub digest: Duration,
-    /// Reading and checking the model.
+    /// Finding and reading the files, and checking the model.
     pub read: Duration,
     /// Putting it on the device.
     pub device: Duration,
@@ -121,31 +121,11 @@ impl Loader {
     ) -> Result<Loaded, Failure> {
         let check_wanted = || if is_wanted() { Ok(()) } else { Err(not_wanted()) };
         let started = Instant::now();
-        let listener = Listener {
-            // The first of the passes, so that its bytes count a third.
-            progress: &|done, total| progress(mul_div(total, done.min(total), total * PASSES), total),
-            is_wanted,
-        };
-        let found = model_files::find(&wanted_files(spec, &spec.source), &listener);
+        // The third pass is that to the device.
+        let report = |passes_bytes: u64, total: u64| progress(passes_bytes / PASSES, total);
+        let read = reading::read(spec, &ReadListener { progress: &report, is_wanted });
         check_wanted()?;
-        let ModelFiles { resolved: files, digest, root, fetched } = found?;
-        let total = files.total_bytes();
-        // `pass` is 1 or 2; every pass reports its own bytes, scaled to a third of the whole.
-        let report = |pass: u64, done: u64, of: u64| {
-            let share = if of == 0 { 0 } else { mul_div(total, done.min(of), of * PASSES) };
-            progress(mul_div(total, pass, PASSES) + share, total);
-        };
-        let hashed = Instant::now();
-        let mut reading = |read: ReadProgress| {
-            report(1, read.bytes, read.total_bytes);
-            go_on(is_wanted)
-        };
-        let model = match checkpoint(&root, &files) {
-            Some(checkpoint) => Model::load_checkpoint_while(&checkpoint, &mut reading),
-            None => Model::load_files_while(&model_files(&files)?, &mut reading),
-        };
-        check_wanted()?;
-        let model = model?;
+        let ReadFiles { total_bytes: total, digest, fetched, model, digest_time } = read?;
         check_task(spec, &model)?;
         if spec.speculation.is_some() && model.task() != Task::Generate {
             let why = format!(
@@ -163,7 +143,7 @@ impl Loader {
         check_wanted()?;
         let adapters = adapters?;
         spec.engine.adapters = adapters::room(&adapters);
-        let read = Instant::now();
+        let device_from = Instant::now();
         let backend = (self.open_device)(&spec)?;
         let backend = self.memory.admit(&mut spec, &model, backend, adapters::bytes(&adapters))?;
         let spec = &spec;
@@ -182,7 +162,8 @@ impl Loader {
         adapters::put(&runner, adapters)?;
         progress(total, total);
         self.keep_files(spec.name(), fetched);
-        let timings = LoadTimings { digest: hashed - started, read: read - hashed, device: read.elapsed() };
+        let read = (device_from - started).saturating_sub(digest_time);
+        let timings = LoadTimings { digest: digest_time, read, device: device_from.elapsed() };
         self.note(spec, &runner, &digest, timings);
         Ok(Loaded { runner, digest, timings })
     }
@@ -329,11 +310,6 @@ pub(crate) fn not_wanted() -> Failure {
     Failure::permanent("Unloaded", "it was unloaded before it was loaded")
 }
 
-/// `a * b / c` without overflow on the way.
-fn mul_div(a: u64, b: u64, c: u64) -> u64 {
-    u64::try_from(u128::from(a) * u128::from(b) / u128::from(c.max(1))).unwrap_or(u64::MAX)
-}
-
 /// Mebibytes with one decimal, for people.
 fn mib(bytes: u64) -> f64 {
     (bytes as f64 / 104_857.6).round() / 10.0
@@ -355,50 +331,11 @@ fn check_task(spec: &ModelSpec, model: &Model) -> Result<(), Failure> {
     }
 }
 
-/// The checkpoint among the files picked, if they are one: `model.safetensors`, or the list of its parts, and
-/// what lies beside and below it.
-fn checkpoint(root: &std::path::Path, files: &Resolved) -> Option<CheckpointFiles> {
-    let mut folders = files.files().iter().filter_map(|file| {
-        let name = file.name.strip_suffix(".index.json").unwrap_or(&file.name);
-        name.strip_suffix("model.safetensors")
-    });
-    let folder = folders.find(|folder| folder.is_empty() || folder.ends_with('/'))?;
-    let below = files.files().iter().filter_map(|file| {
-        let name = file.name.strip_prefix(folder)?;
-        Some((name.to_owned(), file.path.clone()))
-    });
-    Some(CheckpointFiles::new(root.join(folder), below))
-}
-
-/// The file among those picked that is the model, or all its parts in their order. The others (a licence, a
-/// card) only count in the digest.
-fn model_files(files: &Resolved) -> Result<Vec<&std::path::Path>, Failure> {
-    let is_model = |name: &str| name.to_ascii_lowercase().ends_with(".gguf");
-    let models = || files.files().iter().filter(|file| is_model(&file.name));
-    if trustformers_store::are_parts(models().map(|file| file.name.as_str())) {
-        return Ok(models().map(|file| file.path.as_path()).collect());
-    }
-    let mut models = models();
-    match (models.next(), models.next()) {
-        (Some(file), None) => Ok(vec![file.path.as_path()]),
-        (None, _) if files.files().len() == 1 => Ok(vec![files.files()[0].path.as_path()]),
-        (None, _) => Err(Failure::permanent("ModelFileNotFound", "none of the picked files is a .gguf file")),
-        (Some(one), Some(other)) => Err(Failure::permanent(
-            "UnsupportedModel",
-            format!(
-                "{} and {} were both picked, and they are not all the parts of one model; pick one model with \
-                 \"files\"",
-                one.name, other.name
-            ),
-        )),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::Mutex;
-    use trustformers_model::seeded::{SeededEncoder, SeededModel};
+    use trustformers_model::seeded::{SeededAdapter, SeededEncoder, SeededModel};
     use trustformers_plan::oracle::Oracle;
 
     fn loader() -> Loader {
@@ -425,22 +362,35 @@ mod tests {
         assert_eq!(loaded.facts().context_tokens, 256);
     }
 
-    /// Each of three passes counts as a third, so a MiB of a pass over 3 MiB adds a third of a MiB.
+    /// The bytes that were reported when a load of 3 MiB ended, which was not wanted from
+    /// `wanted_until_bytes` on.
+    fn reported_bytes(spec: &ModelSpec, wanted_until_bytes: u64) -> u64 {
+        let done_bytes = Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let progress: OnProgress = {
+            let done_bytes = done_bytes.clone();
+            Arc::new(move |done, _| done_bytes.store(done, std::sync::atomic::Ordering::Relaxed))
+        };
+        let is_wanted = || done_bytes.load(std::sync::atomic::Ordering::Relaxed) < wanted_until_bytes;
+        let failure = loader().load_while(spec, &progress, &is_wanted).unwrap_err();
+        assert_eq!(failure.reason, "Unloaded", "{failure}");
+        done_bytes.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     #[test]
-    fn an_unload_ends_the_pass_that_runs() {
+    fn an_unload_ends_the_passes_that_run() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("m.gguf"), vec![7; 3 << 20]).unwrap();
-        let spec = ModelSpec::new("m", Source::from_path(folder.path()));
+        let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
+        // The digest may be whole when the reader has its first MiB; each pass counts as a third.
         for wanted_until_bytes in [1, 1 << 20, (3 << 20) / 3 + (1 << 19)] {
-            let done_bytes = Arc::new(std::sync::atomic::AtomicU64::new(0));
-            let progress: OnProgress = {
-                let done_bytes = done_bytes.clone();
-                Arc::new(move |done, _| done_bytes.store(done, std::sync::atomic::Ordering::Relaxed))
-            };
-            let is_wanted = || done_bytes.load(std::sync::atomic::Ordering::Relaxed) < wanted_until_bytes;
-            let failure = loader().load_while(&spec, &progress, &is_wanted).unwrap_err();
-            assert_eq!(failure.reason, "Unloaded", "{failure}");
-            let last = done_bytes.load(std::sync::atomic::Ordering::Relaxed);
+            let last = reported_bytes(&spec, wanted_until_bytes);
+            assert!(last <= wanted_until_bytes + (4 << 20) / 3, "{last} bytes after {wanted_until_bytes}");
+        }
+        // With a pin one pass follows the other, and a MiB of one adds a third of a MiB.
+        let digest = spec.source.resolve(&[]).unwrap().digest(&mut |_| {}).unwrap();
+        spec.sha256 = Some(digest.to_string());
+        for wanted_until_bytes in [1, 1 << 20, (3 << 20) / 3 + (1 << 19)] {
+            let last = reported_bytes(&spec, wanted_until_bytes);
             assert!(last < wanted_until_bytes + 400_000, "{last} bytes after {wanted_until_bytes}");
         }
     }
@@ -455,6 +405,38 @@ mod tests {
         spec.sha256 = Some("0".repeat(64));
         let failure = loader().load(&spec, &quiet).unwrap_err();
         assert_eq!((failure.reason, failure.transient), ("DigestMismatch", false));
+    }
+
+    #[test]
+    fn a_load_has_the_same_digest_with_a_pin_and_without() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("m.gguf"), SeededModel::default().gguf()).unwrap();
+        let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
+        let quiet: OnProgress = Arc::new(|_, _| {});
+        let beside = loader().load(&spec, &quiet).unwrap().digest;
+        spec.sha256 = Some(beside.to_string());
+        assert_eq!(loader().load(&spec, &quiet).unwrap().digest, beside);
+    }
+
+    #[test]
+    fn a_wrong_pin_of_an_adapter_fails_the_load_with_its_name() {
+        let (folder, own) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(folder.path().join("m.gguf"), SeededModel::default().gguf()).unwrap();
+        SeededAdapter::of(SeededModel::default(), 7).write(own.path()).unwrap();
+        let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
+        let source = Source::from_path(own.path());
+        let files = ["adapter_config.json", "adapter_model.safetensors"].map(str::to_owned);
+        let right = source.resolve(&files).unwrap().digest(&mut |_| {}).unwrap().to_string();
+        let mut load = |pin: &str| {
+            let sha256 = Some(pin.to_owned());
+            let name = "sql".to_owned();
+            spec.adapters = vec![adapters::AdapterSpec { name, source: source.clone(), sha256 }];
+            loader().load(&spec, &(Arc::new(|_, _| {}) as OnProgress))
+        };
+        load(&right).unwrap();
+        let failure = load(&"0".repeat(64)).unwrap_err();
+        assert_eq!((failure.reason, failure.transient), ("DigestMismatch", false));
+        assert!(failure.message.starts_with("adapter sql: "), "{failure}");
     }
 
     #[test]

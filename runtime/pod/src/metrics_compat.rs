@@ -1,8 +1,8 @@
 //! `--metrics-compat vllm`: the same figures once more under the names that vLLM gives them.
 //!
 //! The Gateway API inference extension, autoscalers and dashboards read those names. The figures are computed
-//! from the families of this server when `/metrics` is read, so they cannot differ from them. LoRA adapters
-//! are not served, so there is no `vllm:lora_requests_info`.
+//! from the families of this server when `/metrics` is read, so they cannot differ from them. Requests for
+//! adapters count as requests of their model, so there is no `vllm:lora_requests_info`.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;

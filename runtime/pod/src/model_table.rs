@@ -170,15 +170,25 @@ impl ModelSnapshot {
         self.by_name.get(name)
     }
 
-    /// What answers to a name: a model, or an adapter of one, whose name is beside it. A model's own name
-    /// comes before an adapter's.
+    /// What answers to a name: a model, or an adapter of one, whose name is beside it. An adapter's own name
+    /// is enough where one model alone has it. A model's name comes before an adapter's.
     pub(crate) fn resolve(&self, name: &str) -> Option<(NamedModel, Option<String>)> {
         if let Some(named) = self.named(name) {
             return Some((named.clone(), None));
         }
-        let (model, adapter) = adapters::split_name(name)?;
-        let named = self.named(model)?;
-        Some((named.clone(), Some(adapter.to_owned())))
+        let of_model = || {
+            let (model, adapter) = adapters::split_name(name)?;
+            Some((self.named(model)?.clone(), Some(adapter.to_owned())))
+        };
+        of_model().or_else(|| Some((self.with_adapter(name)?, Some(name.to_owned()))))
+    }
+
+    /// The model that alone has a version with this adapter.
+    fn with_adapter(&self, adapter: &str) -> Option<NamedModel> {
+        let has = |version: &Arc<ManagedModel>| version.spec.adapters.iter().any(|own| own.name == adapter);
+        let mut found = self.models.iter().filter(|model| model.versions().any(has));
+        let model = found.next().filter(|_| found.next().is_none())?;
+        Some(NamedModel { model: Arc::clone(model), version: None })
     }
 
     /// The first name of each model, and the names of its adapters.

@@ -20,18 +20,21 @@ use trustformers_proto::Task;
 use trustformers_proto::v1::{ModelState, ModelStatus};
 use trustformers_telemetry::traces::Trace;
 
-use crate::adapters::full_name;
 use crate::control::ModelControl;
-use crate::generate::{LONG_PROMPT_BYTES, RETRY_AFTER_S, Submitted};
-use crate::inflight::{InflightGuard, InflightRequests};
+use crate::generate::{LONG_PROMPT_BYTES, Submitted};
+use crate::inflight::InflightRequests;
 use crate::lifecycle::{ManagedModel, Serving};
 use crate::liveness::{ENGINE_STALL, engine_fault, load_fault};
 use crate::load::Loader;
-use crate::model_table::{ModelTable, NamedModel, ServedModel};
+use crate::model_table::ModelTable;
 use crate::runner::Runner;
 use crate::spec::{ModelSpec, SpecError};
-use crate::status::{ModelStatuses, describe};
+use crate::status::ModelStatuses;
 use crate::{embed, generate, scores, trace};
+
+mod selection;
+
+use selection::{AcquiredModel, Asked};
 
 /// Long requests that are tokenised at a time. Tokenising takes at most some 340 bytes for each byte of a
 /// text; a prompt that fits a context of 8,192 tokens has at most some 400 KiB, which makes 140 MiB for each
@@ -110,90 +113,6 @@ impl ModelServer {
     /// Stops loading and ends every engine; what they were answering ends with an error.
     pub async fn stop(&self) {
         self.table.stop().await;
-    }
-
-    /// The model that is asked for by name, and its adapter where the name is that of one; without a name as
-    /// [`Self::only`].
-    fn find(&self, asked: Option<&str>, task: Task) -> Result<FoundModel, ApiError> {
-        let Some(name) = asked else { return Ok(FoundModel { named: self.only(task)?, adapter: None }) };
-        match self.table.snapshot().resolve(name) {
-            Some((named, adapter)) => Ok(FoundModel { named, adapter }),
-            None => Err(self.unknown(name)),
-        }
-    }
-
-    fn unknown(&self, asked: &str) -> ApiError {
-        ApiError::UnknownModel { asked: asked.to_owned(), choices: self.table.snapshot().choices() }
-    }
-
-    /// The only model there is, or the only one of this task.
-    fn only(&self, task: Task) -> Result<NamedModel, ApiError> {
-        let models = self.table.snapshot();
-        let any_version = |model: &Arc<ServedModel>| NamedModel { model: Arc::clone(model), version: None };
-        // Whatever the only one does, its own error is the best answer.
-        if let [only] = models.models() {
-            return Ok(any_version(only));
-        }
-        let mut meant = Vec::new();
-        let mut unknown = None;
-        for model in models.models() {
-            let status = self.statuses().status(model.current.id);
-            if Task::from_wire(&status.task) == Some(task) {
-                meant.push(model);
-            } else if status.task.is_empty() && status.state() != ModelState::Failed {
-                // The task of a model is known once it is loaded; until then the request may mean this model.
-                let message = format!("{}; name the model, or ask again", describe(&status));
-                let error = ApiError::Unavailable { message, retry_after_s: Some(RETRY_AFTER_S) };
-                if !self.table.joined_later(model) {
-                    return Err(error);
-                }
-                // Callers that name no model keep being answered while somebody adds another one.
-                unknown = Some(error);
-            }
-        }
-        match (&meant[..], unknown) {
-            ([one], _) => Ok(any_version(one)),
-            ([], Some(error)) => Err(error),
-            ([], None) => Err(ApiError::ModelRequired { choices: models.choices() }),
-            _ => {
-                let choices = meant.iter().map(|model| model.name().to_owned()).collect();
-                Err(ApiError::ModelRequired { choices })
-            }
-        }
-    }
-
-    /// The version that is asked for, with its engine. It answers the whole request, whatever is swapped
-    /// meanwhile. The request is in flight until the guard is dropped.
-    fn acquire(&self, asked: &Asked<'_>) -> Result<AcquiredModel, ApiError> {
-        loop {
-            let FoundModel { named, adapter } = self.find(asked.model, asked.task)?;
-            let version = version_of(&named, asked.revision)?;
-            // Versions may have different adapters.
-            let has = |name: &String| version.spec.adapters.iter().any(|adapter| adapter.name == *name);
-            if adapter.as_ref().is_some_and(|name| !has(name)) {
-                return Err(self.unknown(asked.model.unwrap_or_default()));
-            }
-            let busy = version.inflight().register();
-            // It is counted first and looked at afterwards; an unload does it the other way round. So it
-            // waits for this request, or this request sees it: then a table without the version is in force.
-            if !version.is_retired() {
-                let serving = self.serving(&version)?;
-                let model = named.model.name();
-                let name = adapter.as_ref().map_or_else(|| model.to_owned(), |own| full_name(model, own));
-                return Ok(AcquiredModel { name, version, serving, adapter, busy });
-            }
-        }
-    }
-
-    /// The engine of a version that serves now. A draining one still serves: routers learn of it later than
-    /// this.
-    fn serving(&self, version: &ManagedModel) -> Result<Arc<Serving>, ApiError> {
-        version.answering().ok_or_else(|| {
-            let status = self.statuses().status(version.id);
-            let may_pass = status.state() != ModelState::Failed;
-            let message = describe(&status);
-            ApiError::Unavailable { message, retry_after_s: may_pass.then_some(RETRY_AFTER_S) }
-        })
     }
 
     /// The pool for work on this prompt that may take long.
@@ -323,53 +242,8 @@ fn identity(name: String, serving: &Serving, version: &ManagedModel) -> embed::M
     embed::ModelIdentity { name, digest: serving.digest.clone(), revision: version.spec.revision.clone() }
 }
 
-/// What a request says of the model that is to answer.
-struct Asked<'a> {
-    model: Option<&'a str>,
-    revision: Option<&'a str>,
-    task: Task,
-}
-
-/// What the name of a request stands for.
-struct FoundModel {
-    named: NamedModel,
-    adapter: Option<String>,
-}
-
-/// A model that a request asks.
-struct AcquiredModel {
-    /// The name that the answer carries.
-    name: String,
-    /// The version that answers.
-    version: Arc<ManagedModel>,
-    serving: Arc<Serving>,
-    /// The adapter that answers, which its version has.
-    adapter: Option<String>,
-    /// The request is in flight until this is dropped.
-    busy: InflightGuard,
-}
-
 fn wrong_task(model: String, serving: &Serving) -> ApiError {
     ApiError::WrongTask { model, task: serving.runner.task() }
-}
-
-/// The version of a model that answers a request for a revision, or for none.
-fn version_of(found: &NamedModel, revision: Option<&str>) -> Result<Arc<ManagedModel>, ApiError> {
-    let NamedModel { model, version } = found;
-    let mut candidates: Vec<&Arc<ManagedModel>> = match version {
-        Some(version) => vec![version],
-        None => model.versions().collect(),
-    };
-    let Some(asked) = revision else { return Ok(Arc::clone(candidates[0])) };
-    candidates.retain(|version| version.spec.revision == asked);
-    match candidates.first() {
-        Some(version) => Ok(Arc::clone(version)),
-        None => {
-            let loaded: Vec<&str> = model.versions().map(|version| version.spec.revision.as_str()).collect();
-            let (model, asked) = (model.name().to_owned(), asked.to_owned());
-            Err(ApiError::UnknownRevision { model, asked, loaded: loaded.join(", ") })
-        }
-    }
 }
 
 impl Health for ModelServer {
@@ -474,6 +348,7 @@ mod tests {
             priority: Priority::Normal,
             tenant: String::new(),
             options: Options::default(),
+            left_out: trustformers_api::LeftOut::default(),
         }
     }
 
@@ -528,16 +403,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         SeededAdapter::of(SeededModel::default(), 7).write(folder.path()).unwrap();
         let source = Source::from_path(folder.path());
-        let adapter = AdapterSpec { name: "sql".into(), source };
+        let adapter = AdapterSpec { name: "sql".into(), source, sha256: None };
         let (server, _folder) = ready(|spec| spec.adapters.push(adapter)).await;
         let plain = tokens(server.generate(request(Some("m"))).await.unwrap()).await;
         let mut adapted = Vec::new();
-        for name in ["m:sql", "ns/m:sql"] {
+        for name in ["m:sql", "ns/m:sql", "sql"] {
             let answer = server.generate(request(Some(name))).await.unwrap();
             assert_eq!(answer.model, "ns/m:sql");
             adapted.push(tokens(answer).await);
         }
-        assert_eq!(adapted[0], adapted[1]);
+        assert!(adapted.iter().all(|one| *one == adapted[0]), "{adapted:?}");
+        assert_eq!(server.statuses().status(0).adapters, ["sql"]);
         assert_ne!(adapted[0], plain, "the adapter changes the answer");
         for name in ["m:other", "other:sql", ":sql", "m:"] {
             let refused = server.generate(request(Some(name))).await.map(|answer| answer.model);
@@ -556,7 +432,8 @@ mod tests {
         let model = folder.path().join("m.gguf");
         std::fs::write(&model, SeededModel::default().gguf()).unwrap();
         let mut spec = ModelSpec::new("m", Source::from_path(&model));
-        spec.adapters.push(AdapterSpec { name: "sql".into(), source: Source::from_path(folder.path()) });
+        let source = Source::from_path(folder.path());
+        spec.adapters.push(AdapterSpec { name: "sql".into(), source, sha256: None });
         let loader =
             Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &prometheus::Registry::new()).unwrap();
         let quiet: crate::load::OnProgress = Arc::new(|_, _| {});

@@ -2,6 +2,26 @@
 
 use trustformers_api::{Format, Generation, Options, Priority};
 use trustformers_engine::{GenerateParams, Grammar, Prompt};
+use trustformers_model::SamplingSettings;
+
+/// The request with what the model's files recommend for the settings that the caller left out.
+pub(crate) fn with_model_settings(request: Generation, model: &SamplingSettings) -> Generation {
+    let Generation { temperature, top_p, left_out, options, .. } = request;
+    let recommended = |left_out: bool, value: Option<f32>| value.filter(|_| left_out);
+    let options = Options {
+        top_k: options.top_k.or(model.top_k),
+        min_p: options.min_p.or(model.min_p),
+        typical_p: options.typical_p.or(model.typical_p),
+        repetition_penalty: options.repetition_penalty.or(model.repetition_penalty),
+        ..options
+    };
+    Generation {
+        temperature: recommended(left_out.temperature, model.temperature).unwrap_or(temperature),
+        top_p: recommended(left_out.top_p, model.top_p).unwrap_or(top_p),
+        options,
+        ..request
+    }
+}
 
 /// The parameters of the engine, with `prompt` instead of the request's own, which may be a conversation.
 /// Fields that the request leaves out take the engine's defaults.
@@ -61,7 +81,7 @@ pub(crate) fn class(priority: Priority) -> trustformers_engine::Priority {
 mod tests {
     use super::*;
     use trustformers_api::Asked;
-    use trustformers_api::fields::GRPC_DEFAULTS;
+    use trustformers_api::fields::{GRPC_DEFAULTS, HTTP_DEFAULTS};
 
     fn asked(options: Options) -> GenerateParams {
         let asked = Asked { prompt: "Hi".into(), top_p: Some(1.0), options, ..Asked::default() };
@@ -71,6 +91,33 @@ mod tests {
     #[test]
     fn what_is_left_out_is_plain_greedy() {
         assert_eq!(asked(Options::default()), GenerateParams::greedy("Hi", 100));
+    }
+
+    #[test]
+    fn what_the_model_recommends_stands_for_what_is_left_out() {
+        let model = SamplingSettings {
+            temperature: Some(0.6),
+            top_p: Some(0.95),
+            top_k: Some(20),
+            repetition_penalty: Some(1.05),
+            ..SamplingSettings::default()
+        };
+        let params = |asked: Asked| {
+            let request = asked.check(&HTTP_DEFAULTS).unwrap();
+            generate_params(with_model_settings(request, &model), Prompt::Text(String::new()))
+        };
+        let plain = params(Asked { prompt: "Hi".into(), ..Asked::default() });
+        assert_eq!((plain.temperature, plain.top_p, plain.top_k), (0.6, 0.95, 20));
+        assert_eq!((plain.repetition_penalty, plain.min_p), (1.05, 0.0));
+        let options = Options { top_k: Some(0), repetition_penalty: Some(1.0), ..Options::default() };
+        let own = params(Asked {
+            prompt: "Hi".into(),
+            temperature: Some(0.0),
+            top_p: Some(0.9),
+            options,
+            ..Asked::default()
+        });
+        assert_eq!((own.temperature, own.top_p, own.top_k, own.repetition_penalty), (0.0, 0.9, 0, 1.0));
     }
 
     #[test]

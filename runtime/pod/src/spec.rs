@@ -7,7 +7,7 @@ use std::str::FromStr;
 use trustformers_engine::encoder::{BatchStrategy, EncoderConfig, MAX_WAIT_MS};
 use trustformers_engine::{EngineConfig, KvType, Numerics};
 use trustformers_proto::Task;
-use trustformers_proto::pod_config::{PodConfig, PodGoldenPrompt};
+use trustformers_proto::pod_config::{PodAdapter, PodConfig, PodGoldenPrompt};
 use trustformers_store::Source;
 
 use crate::adapters::AdapterSpec;
@@ -39,7 +39,7 @@ pub struct ModelSpec {
     pub engine: EngineConfig,
     /// Speculative decoding, of a model that generates.
     pub speculation: Option<SpeculationSpec>,
-    /// Adapters of a model that generates; callers choose one as `model:adapter`.
+    /// Adapters of a model that generates; callers choose one as `model:adapter`, or by its own name.
     pub adapters: Vec<AdapterSpec>,
     /// How the engine of a model that embeds gathers texts; the other figures are those of `engine`.
     pub batching: TextBatching,
@@ -221,6 +221,7 @@ impl ModelSpec {
         spec.task = model.task;
         spec.threads = threads;
         spec.probes = golden_probes(&model.golden_prompts)?;
+        spec.adapters = adapters_of_pod(&model.adapters, spec.fetch.is_some())?;
         if let Some(device) = &engine.device {
             spec.device = device.parse().map_err(|error| SpecError::new("engine.device", error))?;
         }
@@ -278,6 +279,25 @@ impl ModelSpec {
         self.engine.max_batch_size = size;
         self.engine.token_budget = self.engine.token_budget.max(size);
     }
+}
+
+fn adapters_of_pod(adapters: &[PodAdapter], can_fetch: bool) -> Result<Vec<AdapterSpec>, SpecError> {
+    let read = |(index, one): (usize, &PodAdapter)| {
+        let at = |field: &str| format!("model.adapters[{index}].{field}");
+        let source = Source::from_str(&one.path).map_err(|error| SpecError::new(at("path"), error))?;
+        if source.remote().is_some() && !can_fetch {
+            let why = format!("{source} must be fetched, and model.fetch.cacheDir does not say where to");
+            return Err(SpecError::new(at("path"), why));
+        }
+        let source = source.with_revision(one.revision.as_deref());
+        let source = source.map_err(|error| SpecError::new(at("revision"), error))?;
+        Ok(AdapterSpec { name: one.name.clone(), source, sha256: one.sha256.clone() })
+    };
+    let read: Result<Vec<AdapterSpec>, SpecError> = adapters.iter().enumerate().map(read).collect();
+    let adapters = read?;
+    AdapterSpec::check_names(adapters.iter().map(|adapter| adapter.name.as_str()))
+        .map_err(|(index, why)| SpecError::new(format!("model.adapters[{index}].name"), why))?;
+    Ok(adapters)
 }
 
 fn golden_probes(prompts: &[PodGoldenPrompt]) -> Result<Vec<GoldenProbe>, SpecError> {
@@ -369,6 +389,32 @@ mod tests {
         assert_eq!(cache_dir(&[("HOME", "/h"), ("XDG_CACHE_HOME", "")]), Ok("/h/.cache/trustformers".into()));
         assert_eq!(cache_dir(&[("HOME", "/h"), ("TRUSTFORMERS_CACHE_DIR", "/c")]), Ok("/c".into()));
         assert!(cache_dir(&[]).unwrap_err().contains("TRUSTFORMERS_CACHE_DIR"));
+    }
+
+    #[test]
+    fn adapters_of_pod_yaml_are_read_where_they_lie_or_from_their_address() {
+        let read = |adapters: &str| {
+            spec(&format!(
+                "model: {{names: [a], revision: r, path: /m, fetch: {{cacheDir: /c}}, adapters: {adapters}}}"
+            ))
+        };
+        let two =
+            "[{name: sql, path: /adapters/sql, sha256: ab}, {name: tone, path: 'hf://o/n', revision: v1}]";
+        let adapters = read(two).unwrap().adapters;
+        assert_eq!((adapters[0].name.as_str(), adapters[0].sha256.as_deref()), ("sql", Some("ab")));
+        assert_eq!(adapters[0].source, Source::from_path("/adapters/sql"));
+        assert_eq!(adapters[1].source.to_string(), "hf://o/n@v1");
+        for (adapters, field) in [
+            ("[{name: 'a:b', path: /b}]", "model.adapters[0].name"),
+            ("[{name: a, path: /b}, {name: a, path: /c}]", "model.adapters[1].name"),
+            ("[{name: a, path: 'ftp://b/c'}]", "model.adapters[0].path"),
+            ("[{name: a, path: 's3://b/c', revision: v1}]", "model.adapters[0].revision"),
+        ] {
+            assert_eq!(read(adapters).unwrap_err().field, field);
+        }
+        let unfetched =
+            spec("model: {names: [a], revision: r, path: /m, adapters: [{name: b, path: 'hf://o/n'}]}");
+        assert_eq!(unfetched.unwrap_err().field, "model.adapters[0].path");
     }
 
     #[test]

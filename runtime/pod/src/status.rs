@@ -87,6 +87,7 @@ impl VersionEntry {
             revision: spec.revision.clone(),
             task: Task::to_wire(spec.task),
             since_unix_ms: now_unix_ms(),
+            adapters: spec.adapters.iter().map(|adapter| adapter.name.clone()).collect(),
             ..ModelStatus::default()
         };
         status.set_state(ModelState::Pending);

@@ -164,6 +164,7 @@ async fn requests_in_flight_fail_when_the_drain_times_out() {
         priority: trustformers_api::Priority::Normal,
         tenant: String::new(),
         options: trustformers_api::Options::default(),
+        left_out: trustformers_api::LeftOut::default(),
     };
     // The engine refuses once it was stopped; only then the step that hangs may end.
     while !matches!(models.generate(request.clone()).await, Err(ApiError::Unavailable { .. })) {

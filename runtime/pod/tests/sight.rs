@@ -125,7 +125,13 @@ async fn figures_of_vllm_stand_beside_the_own_ones_only_where_they_are_asked_for
         let server = ready(Setup { sight, ..Setup::default() }).await;
         let ask = post("/v1/generate", r#"{"prompt":"Hello","max_tokens":3,"temperature":0}"#);
         assert!(http(server.http, &ask).await.unwrap().starts_with("HTTP/1.1 200"));
-        let page = get(server.http, "/metrics").await;
+        // The engine counts a request down after it has sent the end of the answer.
+        let mut page = String::new();
+        until(async || {
+            page = get(server.http, "/metrics").await;
+            page.contains("trustformers_requests_running{model=\"m\"} 0")
+        })
+        .await;
         for own in ["trustformers_request_seconds_count{model=\"m\"} 1", "trustformers_kv_blocks_used{"] {
             assert!(page.contains(own), "{own} is not in {page}");
         }

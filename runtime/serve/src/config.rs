@@ -565,10 +565,14 @@ mod tests {
             let config = Config::from_str(&format!("models: [{{name: a, path: /a, adapters: {text}}}]"))?;
             Ok(config.specs(None)?.remove(0).adapters)
         };
-        let adapter =
-            |name: &str, path: &str| AdapterSpec { name: name.into(), source: Source::from_path(path) };
-        let two = adapters("[{name: sql, path: /b}, {name: chat, path: 'file:///c'}]").unwrap();
-        assert_eq!(two, [adapter("sql", "/b"), adapter("chat", "/c")]);
+        let adapter = |name: &str, path: &str| AdapterSpec {
+            name: name.into(),
+            source: Source::from_path(path),
+            sha256: None,
+        };
+        let two = adapters("[{name: sql, path: /b, sha256: ab}, {name: chat, path: 'file:///c'}]").unwrap();
+        let pinned = AdapterSpec { sha256: Some("ab".into()), ..adapter("sql", "/b") };
+        assert_eq!(two, [pinned, adapter("chat", "/c")]);
         assert!(adapters("[]").unwrap().is_empty());
         for (text, says) in [
             ("[{path: /b}]", "models[0].adapters[0].name: is missing"),

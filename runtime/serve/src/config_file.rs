@@ -11,10 +11,9 @@ use trustformers_api::nearest;
 use trustformers_engine::{KvType, Numerics};
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{Document, UnknownKey, keys_of};
-use trustformers_runtime::adapters::AdapterSpec;
 use trustformers_runtime::spec::{TextBatching, kv_cache_of, numerics_of};
-use trustformers_store::Source;
 
+use crate::adapter_config::{self, AdapterSection};
 use crate::config::{
     AdminConfig, BatchingConfig, Config, ConfigError, ModelConfig, NOT_YET, ServerConfig, check_batch_size,
     wrong,
@@ -118,13 +117,6 @@ struct ModelSection {
     speculation: Option<SpeculationSection>,
     #[serde(skip_serializing_if = "Option::is_none")]
     adapters: Option<Vec<AdapterSection>>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(expecting = "keys and values")]
-struct AdapterSection {
-    name: Option<String>,
-    path: Option<String>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -310,11 +302,7 @@ impl ModelSection {
             speculation,
             adapters,
         } = model;
-        let adapter = |adapter: &AdapterSpec| AdapterSection {
-            name: Some(adapter.name.clone()),
-            path: Some(adapter.source.path().map_or_else(|| adapter.source.to_string(), source_text)),
-        };
-        let adapters: Vec<AdapterSection> = adapters.iter().map(adapter).collect();
+        let adapters: Vec<AdapterSection> = adapters.iter().map(AdapterSection::of).collect();
         let given = |list: &Vec<String>| Some(list.clone()).filter(|list| !list.is_empty());
         if model.is_remote() {
             return Self {
@@ -475,26 +463,8 @@ fn model(index: usize, section: ModelSection) -> Result<ModelConfig, ConfigError
     model.max_batch_size = section.max_batch_size;
     model.batching = section.batching.map(|own| text_batching(&at("batching"), own)).transpose()?;
     model.speculation = section.speculation.map(|own| own.read(&at("speculation"))).transpose()?;
-    model.adapters = adapters(&at("adapters"), section.adapters.unwrap_or_default())?;
+    model.adapters = adapter_config::read(&at("adapters"), section.adapters.unwrap_or_default())?;
     Ok(model)
-}
-
-fn adapters(path: &str, sections: Vec<AdapterSection>) -> Result<Vec<AdapterSpec>, ConfigError> {
-    let read = |(index, section): (usize, AdapterSection)| {
-        let at = |key: &str| format!("{path}[{index}].{key}");
-        let missing = |key: &str, what: &str| wrong(&at(key), format!("is missing: give {what}"));
-        let name =
-            section.name.ok_or_else(|| missing("name", "the name that callers write after the model's"))?;
-        let text =
-            section.path.ok_or_else(|| missing("path", "a folder with an adapter as PEFT writes it"))?;
-        let source = text.parse::<Source>().map_err(|error| wrong(&at("path"), error))?;
-        Ok(AdapterSpec { name, source })
-    };
-    let read: Result<Vec<AdapterSpec>, ConfigError> = sections.into_iter().enumerate().map(read).collect();
-    let adapters = read?;
-    AdapterSpec::check_names(adapters.iter().map(|adapter| adapter.name.as_str()))
-        .map_err(|(index, why)| wrong(&format!("{path}[{index}].name"), why))?;
-    Ok(adapters)
 }
 
 /// A model that other servers have. What it is computed with is theirs.

@@ -8,7 +8,7 @@ use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_telemetry::logs::LogFormat;
 
 /// Serves models over HTTP and gRPC in one process; with `generate`, `embed`, `classify` or `rerank`,
-/// answers once and ends; with `bench`, measures.
+/// answers once and ends; with `chat`, holds a conversation; with `bench`, measures.
 ///
 /// Without a subcommand it reads config.yaml of the working directory (or
 /// --config), listens, loads the models in the background and serves until SIGINT
@@ -122,6 +122,15 @@ pub(crate) enum Command {
     /// Exit status: 0 answered; 1 the model could not be loaded or failed; 2 the command line or the prompt
     /// is wrong; 130 interrupted.
     Generate(GenerateFlags),
+    /// Holds a conversation on the terminal: each line is a message, each answer is printed as it is made.
+    ///
+    /// The model's own chat template renders the messages. /help lists the commands (instructions, a new
+    /// conversation, saving). Ctrl-C ends an answer, Ctrl-D the conversation. Without a terminal each line of
+    /// stdin is a message, answers go to stdout and all else to stderr; the first refusal ends the run.
+    ///
+    /// Exit status: 0 the conversation ended; 1 the model could not be loaded or failed; 2 the command line
+    /// or a message is wrong; 130 interrupted.
+    Chat(ChatFlags),
     /// Turns texts into vectors: a line of numbers for each on stdout, or with --json one object.
     ///
     /// The model is a checkpoint that embeds: a folder with model.safetensors, config.json and
@@ -304,6 +313,35 @@ pub(crate) struct RerankFlags {
     pub(crate) top_n: Option<u32>,
     #[command(flatten)]
     pub(crate) score: ScoreFlags,
+}
+
+/// A model and how it answers in a conversation.
+#[derive(Debug, Args)]
+pub(crate) struct ChatFlags {
+    /// The model: a .gguf file or a folder that holds one or a checkpoint, as a path or a URI (file, hf, s3,
+    /// gs, az, https, oci). It must have a chat template.
+    #[arg(long, value_name = "PATH|URI")]
+    pub(crate) model: String,
+    /// Instructions for the whole conversation.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// New tokens of an answer at most.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub(crate) max_tokens: u32,
+    /// 0 is greedy: the same conversation gives the same answer. Higher is more varied.
+    #[arg(long, value_name = "T", default_value_t = 0.7)]
+    pub(crate) temperature: f32,
+    /// Samples from the likeliest tokens that together have this probability.
+    #[arg(long, value_name = "P", default_value_t = 0.9)]
+    pub(crate) top_p: f32,
+    /// Makes sampling repeatable.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Prints the tokens and the speed of each answer, on a terminal.
+    #[arg(long)]
+    pub(crate) verbose: bool,
+    #[command(flatten)]
+    pub(crate) device: DeviceFlags,
 }
 
 /// One prompt and how to answer it.

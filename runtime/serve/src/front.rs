@@ -20,6 +20,7 @@ use trustformers_proto::control::v1 as wire;
 use trustformers_proto::v1::{ModelState, ModelStatus};
 use trustformers_runtime::process::Process;
 
+use crate::ab_test::ABTest;
 use crate::config::ModelConfig;
 use crate::remote::{EndpointConfig, RemoteConfig};
 use crate::server::ServerError;
@@ -45,9 +46,10 @@ impl Front {
         settings: EmbeddedSettings,
         remote: RemoteConfig,
         local: LocalProcess,
+        tests: Vec<ABTest>,
     ) -> Result<Self, ServerError> {
         let remote = watch::Sender::new(remote);
-        let mut routes = Routes { remote: remote.subscribe(), local, found: Vec::new() };
+        let mut routes = Routes { remote: remote.subscribe(), local, found: Vec::new(), tests };
         routes.look_up().await;
         let first = routes.all();
         let gateway = start_embedded(settings, first.clone()).await?;
@@ -63,6 +65,11 @@ impl Front {
     /// Where gRPC is served.
     pub(crate) fn grpc_address(&self) -> SocketAddr {
         self.gateway.grpc_address()
+    }
+
+    /// What was counted of a test.
+    pub(crate) fn test_counts(&self, test: &ABTest) -> Vec<wire::VariantCounts> {
+        self.gateway.test_counts(&test.uid())
     }
 
     /// What takes a changed configuration.
@@ -98,6 +105,8 @@ struct Routes {
     local: LocalProcess,
     /// The addresses of the endpoints, as they were found last.
     found: Vec<FoundEndpoint>,
+    /// Tests, each of which takes the route of its name.
+    tests: Vec<ABTest>,
 }
 
 /// An endpoint of the configuration, and its addresses.
@@ -174,6 +183,9 @@ impl Routes {
             } else {
                 routes.push(local_route(model, self.local.http, self.local.grpc));
             }
+        }
+        for test in &self.tests {
+            test.take_route(&mut routes);
         }
         routes
     }
@@ -253,6 +265,7 @@ fn local_route(model: &ModelStatus, http: SocketAddr, grpc: SocketAddr) -> wire:
         }],
         policy: Some(wire::Policy { accept_tenant: true, accept_priority: true, ..Default::default() }),
         task: model.task.clone(),
+        adapters: model.adapters.clone(),
         ..Default::default()
     }
 }
@@ -275,7 +288,7 @@ mod tests {
             models: watch::Sender::new(models).subscribe(),
         };
         let remote = watch::Sender::new(RemoteConfig::of(&config)).subscribe();
-        Routes { remote, local, found: Vec::new() }
+        Routes { remote, local, found: Vec::new(), tests: Vec::new() }
     }
 
     #[tokio::test]

@@ -12,13 +12,14 @@ use serde::Deserialize;
 use serde_json::Value;
 use trustformers_api::nearest;
 use trustformers_crds::{
-    Analysis, BatchStrategy, Batching, CircuitBreaker, Disruption, GROUP, HashOn, HealthCheck, Hedge, Hold,
-    InferenceModelSpec, PodSettings, Resources, RetryBudget, Rollout, Runtime, Scaling, Source, Traffic,
-    VERSION,
+    Adapter, AdapterSource, Analysis, BatchStrategy, Batching, CircuitBreaker, Disruption, GROUP, HashOn,
+    HealthCheck, Hedge, Hold, InferenceModelSpec, ModelRef, Monitoring, NetworkPolicySettings, PodSettings,
+    Resources, RetryBudget, Rollout, Runtime, Scaling, Source, Traffic, TrafficShadow, VERSION,
 };
 use trustformers_engine::Numerics;
 use trustformers_proto::Task;
 use trustformers_proto::yaml::{Document, UnknownKey, keys_of};
+use trustformers_runtime::adapters::AdapterSpec;
 use trustformers_runtime::device::DeviceChoice;
 use trustformers_runtime::spec::{TextBatching, kv_cache_of};
 
@@ -109,6 +110,10 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         "spec.source" => keys_of::<Source>(),
         "spec.runtime" => keys_of::<Runtime>(),
         "spec.runtime.batching" => keys_of::<Batching>(),
+        section if section.starts_with("spec.runtime.adapters") && section.ends_with("source") => {
+            keys_of::<AdapterSource>()
+        }
+        section if section.starts_with("spec.runtime.adapters") => keys_of::<Adapter>(),
         "spec.runtime.resources" => keys_of::<Resources>(),
         "spec.scaling" => keys_of::<Scaling>(),
         "spec.rollout" => keys_of::<Rollout>(),
@@ -119,8 +124,12 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         "spec.traffic.hold" => keys_of::<Hold>(),
         "spec.traffic.healthCheck" => keys_of::<HealthCheck>(),
         "spec.traffic.hedge" => keys_of::<Hedge>(),
+        "spec.traffic.shadow" => keys_of::<TrafficShadow>(),
+        "spec.traffic.shadow.modelRef" => keys_of::<ModelRef>(),
         "spec.traffic.circuitBreaker" => keys_of::<CircuitBreaker>(),
         "spec.disruption" => keys_of::<Disruption>(),
+        "spec.monitoring" => keys_of::<Monitoring>(),
+        "spec.networkPolicy" => keys_of::<NetworkPolicySettings>(),
         "spec.pod" => keys_of::<PodSettings>(),
         _ => &[],
     }
@@ -153,8 +162,18 @@ fn served(
     spec: InferenceModelSpec,
     sources: &SourceOverrides,
 ) -> Result<ServedModel, ConfigError> {
-    let InferenceModelSpec { task, source, runtime, scaling, rollout, traffic, disruption, pod } = spec;
-    let Scaling { replicas } = scaling;
+    let InferenceModelSpec {
+        task,
+        source,
+        runtime,
+        scaling,
+        rollout,
+        traffic,
+        disruption,
+        network_policy,
+        monitoring,
+        pod,
+    } = spec;
     let Disruption { max_unavailable } = disruption;
     let drain_timeout = traffic.drain_timeout.clone();
     // Here oci:// is always pulled: there is no kubelet that mounts an image.
@@ -164,7 +183,11 @@ fn served(
         None => uri,
     };
     let refuse = |field: &str, chosen, why| refuse_if(chosen, &format!("{place}.{field}"), why);
-    refuse("scaling.replicas", replicas != Scaling::default().replicas, "one process serves one replica")?;
+    refuse_scaling(place, scaling)?;
+    let policy = network_policy != NetworkPolicySettings::default();
+    refuse("networkPolicy", policy, "there are no pods to reach; choose the addresses where it listens")?;
+    let monitored = monitoring != Monitoring::default();
+    refuse("monitoring", monitored, "there is no Service to monitor; read /metrics of this process")?;
     refuse("rollout", rollout != Rollout::default(), "a changed model is loaded beside the old one")?;
     refuse_traffic(place, traffic)?;
     let variables = "there is no pod to mount it; set the variables of this process";
@@ -200,10 +223,24 @@ fn refuse_if(chosen: bool, field: &str, why: &str) -> Result<(), ConfigError> {
     Ok(())
 }
 
+fn refuse_scaling(place: &str, scaling: Scaling) -> Result<(), ConfigError> {
+    let usual = Scaling::default();
+    let Scaling { replicas, min_replicas, max_replicas, metrics, behavior } = scaling;
+    let refuse = |field: &str, chosen| {
+        refuse_if(chosen, &format!("{place}.scaling.{field}"), "one process serves one replica")
+    };
+    refuse("replicas", replicas != usual.replicas)?;
+    refuse("minReplicas", min_replicas != usual.min_replicas)?;
+    refuse("maxReplicas", max_replicas.is_some())?;
+    refuse("metrics", !metrics.is_empty())?;
+    refuse("behavior", behavior.is_some())
+}
+
 fn refuse_pod(place: &str, pod: PodSettings) -> Result<(), ConfigError> {
     let PodSettings {
         node_selector,
         tolerations,
+        affinity,
         topology_spread,
         priority_class_name,
         runtime_class_name,
@@ -214,6 +251,7 @@ fn refuse_pod(place: &str, pod: PodSettings) -> Result<(), ConfigError> {
     let refuse = |field: &str, chosen| refuse_if(chosen, &format!("{place}.pod.{field}"), "there is no pod");
     refuse("nodeSelector", !node_selector.is_empty())?;
     refuse("tolerations", !tolerations.is_empty())?;
+    refuse("affinity", affinity.is_some())?;
     refuse("topologySpread", !topology_spread.is_empty())?;
     refuse("priorityClassName", priority_class_name.is_some())?;
     refuse("runtimeClassName", runtime_class_name.is_some())?;
@@ -223,7 +261,8 @@ fn refuse_pod(place: &str, pod: PodSettings) -> Result<(), ConfigError> {
 }
 
 fn honour_runtime(place: &str, runtime: Runtime, config: &mut ModelConfig) -> Result<(), ConfigError> {
-    let Runtime { device, numerics, kv_cache, context_tokens, batching, image, env, resources } = runtime;
+    let Runtime { device, numerics, kv_cache, context_tokens, adapters, batching, image, env, resources } =
+        runtime;
     let at = |field: &str| format!("{place}.runtime.{field}");
     refuse_if(image.is_some(), &at("image"), "there is no container")?;
     refuse_if(!env.is_empty(), &at("env"), "there is no container; set the variables of this process")?;
@@ -252,10 +291,26 @@ fn honour_runtime(place: &str, runtime: Runtime, config: &mut ModelConfig) -> Re
     };
     config.kv_cache = kv_cache_of(kv_cache.as_str()).map_err(|error| wrong(&at("kvCache"), error))?;
     config.context_tokens = context_tokens;
+    config.adapters = adapters_of(&at("adapters"), adapters)?;
     config.max_batch_size = Some(size);
     config.max_queue = Some(max_queue as usize);
     config.batching = Some(texts);
     Ok(())
+}
+
+fn adapters_of(place: &str, adapters: Vec<Adapter>) -> Result<Vec<AdapterSpec>, ConfigError> {
+    let read = |Adapter { name, source }| {
+        let AdapterSource { uri, revision, sha256 } = source;
+        let uri = revision.map_or_else(|| uri.clone(), |revision| format!("{uri}@{revision}"));
+        let source: Result<trustformers_store::Source, _> = uri.parse();
+        let source = source.map_err(|error| wrong(&format!("{place}: {name}: source.uri"), error))?;
+        Ok(AdapterSpec { name, source, sha256 })
+    };
+    let read: Result<Vec<AdapterSpec>, ConfigError> = adapters.into_iter().map(read).collect();
+    let adapters = read?;
+    AdapterSpec::check_names(adapters.iter().map(|adapter| adapter.name.as_str()))
+        .map_err(|(index, why)| wrong(&format!("{place}[{index}].name"), why))?;
+    Ok(adapters)
 }
 
 fn within(
@@ -334,6 +389,27 @@ mod tests {
     }
 
     #[test]
+    fn adapters_are_served_from_where_they_lie() {
+        let read = |list: &str| {
+            let spec = format!("{{source: {{uri: /m}}, runtime: {{adapters: {list}}}}}");
+            served(&spec).map(|served| served.config.adapters).map_err(|error| error.to_string())
+        };
+        let two = read(
+            "[{name: sql, source: {uri: 'file:///s', sha256: ab}}, {name: far, source: {uri: 'hf://o/n', revision: v1}}]",
+        );
+        let two = two.unwrap();
+        assert_eq!((two[0].name.as_str(), two[0].sha256.as_deref()), ("sql", Some("ab")));
+        assert_eq!(two[1].source.to_string(), "hf://o/n@v1");
+        let twice = read("[{name: a, source: {uri: /s}}, {name: a, source: {uri: /t}}]").unwrap_err();
+        assert!(twice.starts_with("InferenceModel chat: spec.runtime.adapters[1].name: "), "{twice}");
+        let mounted = read("[{name: a, source: {uri: 'pvc://c'}}]").unwrap_err();
+        assert!(
+            mounted.starts_with("InferenceModel chat: spec.runtime.adapters: a: source.uri: "),
+            "{mounted}"
+        );
+    }
+
+    #[test]
     fn an_object_as_a_cluster_stores_it_is_served_with_its_defaults() {
         let spec: InferenceModelSpec = serde_json::from_str(r#"{"source": {"uri": "/m"}}"#).unwrap();
         let stored = serde_json::to_string(&spec).unwrap();
@@ -350,6 +426,12 @@ mod tests {
         let source = "source: {uri: /m}";
         for (fields, path, says) in [
             ("scaling: {replicas: 2}", "scaling.replicas", "one replica"),
+            ("scaling: {minReplicas: 2}", "scaling.minReplicas", "one replica"),
+            ("scaling: {maxReplicas: 2}", "scaling.maxReplicas", "one replica"),
+            ("scaling: {metrics: [{cpu: 70}]}", "scaling.metrics", "one replica"),
+            ("scaling: {behavior: {}}", "scaling.behavior", "one replica"),
+            ("monitoring: {serviceMonitor: true}", "monitoring", "no Service"),
+            ("networkPolicy: {enabled: true}", "networkPolicy", "no pods"),
             ("traffic: {timeout: 5s}", "traffic.timeout", "gateway"),
             ("traffic: {retries: 5}", "traffic.retries", "gateway"),
             ("traffic: {circuitBreaker: {}}", "traffic.circuitBreaker", "gateway"),
@@ -358,6 +440,7 @@ mod tests {
             ("disruption: {maxUnavailable: 2}", "disruption.maxUnavailable", "evict"),
             ("pod: {nodeSelector: {a: b}}", "pod.nodeSelector", "no pod"),
             ("pod: {tolerations: [{operator: Exists}]}", "pod.tolerations", "no pod"),
+            ("pod: {affinity: {nodeAffinity: {}}}", "pod.affinity", "no pod"),
             ("pod: {topologySpread: [{topologyKey: a}]}", "pod.topologySpread", "no pod"),
             ("pod: {priorityClassName: a}", "pod.priorityClassName", "no pod"),
             ("pod: {runtimeClassName: a}", "pod.runtimeClassName", "no pod"),

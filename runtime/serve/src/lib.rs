@@ -23,14 +23,18 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`config`], `config_file.rs`, `speculation_config.rs` | `config.yaml` and its values |
+//! | [`config`], `config_file.rs` | `config.yaml` and its values |
+//! | `speculation_config.rs`, `adapter_config.rs` | the sections of a model in it |
 //! | `inference_model.rs`, `documents.rs` | the YAML of an `InferenceModel`, and files of several documents |
 //! | [`config_source`], `model_folder.rs` | where a configuration comes from: a file, or a folder of models |
 //! | `reload.rs` | a configuration that changes while the server runs |
 //! | `tracing_config.rs` | where the spans of requests go |
+//! | [`ab_test`] | users divided between models, and what that shows |
 //! | [`remote`], `front.rs` | models that other servers have, and the gateway to them |
 //! | [`server`] | the server as a library |
 
+pub mod ab_test;
+mod adapter_config;
 pub mod config;
 mod config_file;
 pub mod config_source;
@@ -44,6 +48,7 @@ pub mod server;
 mod speculation_config;
 mod tracing_config;
 
+pub use ab_test::{ABTestConfig, ABTestReport, RoutingKey, Variant};
 pub use config::{BatchingConfig, BatchingStrategy, Config, ConfigError, ModelConfig};
 pub use config_source::ConfigSource;
 pub use remote::{EndpointConfig, HighAvailabilityConfig, LoadBalancerConfig, LoadBalancingAlgorithm};

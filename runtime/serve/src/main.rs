@@ -1,7 +1,8 @@
-//! `trustformers-serve`: models behind HTTP and gRPC in one process, one prompt or texts on the
-//! command line, or a measurement.
+//! `trustformers-serve`: models behind HTTP and gRPC in one process; one prompt, texts or a conversation on
+//! the command line; or a measurement.
 
 mod bench;
+mod chat;
 mod embed;
 mod flags;
 mod generate;
@@ -35,6 +36,13 @@ fn main() -> ExitCode {
     }
     match command {
         Some(Command::Generate(flags)) => match generate::run(flags) {
+            Ok(code) => code,
+            Err(error) => {
+                let code = error.exit_code();
+                failed(&error.into(), code)
+            }
+        },
+        Some(Command::Chat(flags)) => match chat::run(flags) {
             Ok(code) => code,
             Err(error) => {
                 let code = error.exit_code();

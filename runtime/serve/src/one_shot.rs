@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use trustformers_runtime::process::{EndSignals, StartError};
 
 /// Status of a process that was interrupted, as shells give it.
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 
 /// Why the output could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -41,14 +41,29 @@ pub(crate) fn run<E>(
 where
     E: Error + From<OneShotError>,
 {
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(OneShotError::Runtime)?;
-    let outcome = runtime.block_on(async {
-        let mut signals = EndSignals::new().map_err(OneShotError::Start)?;
+    let work = |mut signals: EndSignals| async move {
         tokio::select! {
             done = work => done.map(|()| ExitCode::SUCCESS),
             _ = signals.received() => Ok(ExitCode::from(INTERRUPTED)),
         }
+    };
+    run_with_signals(work, output)
+}
+
+/// [`run`] for work that decides itself what a signal ends, and with which status.
+pub(crate) fn run_with_signals<E, F>(
+    work: impl FnOnce(EndSignals) -> F,
+    output: impl FnOnce(&E) -> Option<&OutputError>,
+) -> Result<ExitCode, E>
+where
+    E: Error + From<OneShotError>,
+    F: Future<Output = Result<ExitCode, E>>,
+{
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(OneShotError::Runtime)?;
+    let outcome = runtime.block_on(async {
+        let signals = EndSignals::new().map_err(OneShotError::Start)?;
+        work(signals).await
     });
     // A load that was interrupted sits on a blocking thread and must not hold up the end.
     runtime.shutdown_background();

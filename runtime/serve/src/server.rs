@@ -17,6 +17,7 @@ use trustformers_runtime::process::{Drain, EndSignals, Listen, Process, Settings
 use trustformers_runtime::slots::SwapTarget;
 use trustformers_telemetry::metrics::{self, MetricsError};
 
+use crate::ab_test::{ABTest, ABTestConfig, ABTestReport};
 use crate::config::{BatchingConfig, Config, ConfigError, ModelConfig, wrong};
 use crate::config_source::ConfigSource;
 use crate::front::{Front, LocalProcess};
@@ -92,6 +93,7 @@ pub struct TrustformersServer {
     threads: Option<usize>,
     metrics_compat: Option<MetricsCompat>,
     followed: Option<Followed>,
+    tests: Vec<ABTest>,
 }
 
 /// A server that listens; its models load in the background.
@@ -101,6 +103,7 @@ pub struct Running {
     threads: Option<usize>,
     /// What callers reach, where other servers have models.
     front: Option<Front>,
+    tests: Vec<ABTest>,
     _following: Option<Following>,
 }
 
@@ -122,7 +125,7 @@ fn utf8(name: &str, path: &Path) -> TrustformersResult<String> {
 impl TrustformersServer {
     /// A server of the configured models.
     pub fn new(config: Config) -> Self {
-        Self { config, threads: None, metrics_compat: None, followed: None }
+        Self { config, threads: None, metrics_compat: None, followed: None, tests: Vec::new() }
     }
 
     /// A server of a file or a folder, which is read again while the server runs: models that are added,
@@ -134,7 +137,7 @@ impl TrustformersServer {
         let reading = source.read()?;
         let config = source.config_of(&reading)?;
         let followed = Some(Followed { source, reading });
-        Ok(Self { config, threads: None, metrics_compat: None, followed })
+        Ok(Self { config, threads: None, metrics_compat: None, followed, tests: Vec::new() })
     }
 
     /// What is served and where.
@@ -193,6 +196,43 @@ impl TrustformersServer {
         Ok(())
     }
 
+    /// Divides the users of a name between models of this server, which may include the one that has the
+    /// name. [`Running::ab_test_report`] says what that shows. The server then has a gateway in front, as
+    /// with [`ModelConfig::endpoints`], and its callers cannot load and unload models.
+    ///
+    /// ```no_run
+    /// use trustformers_serve::{ABTestConfig, Config, RoutingKey, Variant};
+    /// use trustformers_serve::{TrustformersResult, TrustformersServer};
+    ///
+    /// # async fn example() -> TrustformersResult<()> {
+    /// let config: Config = "models: [{name: gpt2, path: /models/gpt2.gguf}]".parse()?;
+    /// let mut server = TrustformersServer::new(config);
+    /// server.load_model("gpt2-v2", "/models/gpt2-v2.gguf")?;
+    /// server.enable_ab_test("gpt2", ABTestConfig {
+    ///     variants: vec![
+    ///         Variant { model: "gpt2".to_owned(), weight: 0.9 },
+    ///         Variant { model: "gpt2-v2".to_owned(), weight: 0.1 },
+    ///     ],
+    ///     routing_key: RoutingKey::UserId,
+    /// })?;
+    /// let running = server.start().await?;
+    /// println!("{:?}", running.ab_test_report("gpt2"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Variants that are no models of this server, weights that do not sum to 1, or a name that has a test.
+    pub fn enable_ab_test(&mut self, model: &str, test: ABTestConfig) -> TrustformersResult<()> {
+        let known: Vec<&str> = self.config.models.iter().map(|model| model.name.as_str()).collect();
+        let test = ABTest::new(model, test, &known)?;
+        if self.tests.iter().any(|other| other.name() == model) {
+            return Err(wrong("ab_test", format!("{model} has a test already")).into());
+        }
+        self.tests.push(test);
+        Ok(())
+    }
+
     /// Adds the figures of `/metrics` under the names of another server.
     #[must_use]
     pub fn with_metrics_compat(mut self, compat: MetricsCompat) -> Self {
@@ -235,11 +275,11 @@ impl TrustformersServer {
     /// FAILED with its cause, and the others serve.
     pub async fn start(self) -> TrustformersResult<Running> {
         let (settings, registry) = self.settings()?;
-        let Self { config, threads, followed, .. } = self;
+        let Self { config, threads, followed, tests, .. } = self;
         let process = Process::start(settings, registry.clone(), device::real()).await?;
-        let front = if config.models.iter().any(ModelConfig::is_remote) {
+        let front = if has_front(&config, &tests) {
             let (settings, local) = (front_settings(&config, registry), LocalProcess::of(&process));
-            Some(Front::start(settings, RemoteConfig::of(&config), local).await?)
+            Some(Front::start(settings, RemoteConfig::of(&config), local, tests.clone()).await?)
         } else {
             None
         };
@@ -248,7 +288,7 @@ impl TrustformersServer {
             let reloader = reloader.with_remote(front.as_ref().map(Front::remote));
             Following(tokio::spawn(reloader.run()))
         });
-        Ok(Running { process, batching: config.batching, threads, front, _following: following })
+        Ok(Running { process, batching: config.batching, threads, front, tests, _following: following })
     }
 
     /// Listens, loads and serves until SIGTERM or SIGINT, then drains. A second signal ends at once.
@@ -269,7 +309,7 @@ impl TrustformersServer {
         self.config.check_remote()?;
         let settings = Settings {
             models: self.config.specs(self.threads)?,
-            listen: process_listen(&self.config),
+            listen: process_listen(&self.config, has_front(&self.config, &self.tests)),
             // No router sends requests to a single process, so there is no routing table to wait for.
             drain: Drain { quiet: Duration::ZERO, timeout: self.config.drain_timeout() },
             model_control: self.config.model_control(self.threads),
@@ -284,10 +324,15 @@ impl TrustformersServer {
     }
 }
 
+/// Whether callers reach a gateway: other servers have models, or users are divided.
+fn has_front(config: &Config, tests: &[ABTest]) -> bool {
+    !tests.is_empty() || config.models.iter().any(ModelConfig::is_remote)
+}
+
 /// Where the process of the loaded models listens: where callers reach it, or behind the gateway.
-fn process_listen(config: &Config) -> Listen {
+fn process_listen(config: &Config, has_front: bool) -> Listen {
     let listen = config.listen();
-    if !config.models.iter().any(ModelConfig::is_remote) {
+    if !has_front {
         return listen;
     }
     let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -368,6 +413,12 @@ impl Running {
     /// No such model, or no version before.
     pub fn rollback_model(&self, model: &str) -> TrustformersResult<ModelStatus> {
         Ok(self.models().rollback(model, None)?)
+    }
+
+    /// What the test of a name shows so far; none where it has no test.
+    pub fn ab_test_report(&self, model: &str) -> Option<ABTestReport> {
+        let test = self.tests.iter().find(|test| test.name() == model)?;
+        Some(test.report(&self.front.as_ref()?.test_counts(test)))
     }
 
     /// Waits until every model that the server started with has been loaded or has failed.

@@ -2,13 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::{Path, PathBuf};
+mod models;
+
+use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
 use trustformers_model::seeded::SeededModel;
-
-const REAL_MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 fn generate(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_trustformers-serve")).arg("generate").args(arguments).output().unwrap()
@@ -145,26 +145,9 @@ fn formats_stops_and_logprobs_are_honoured() {
     assert_eq!((answer["text"].as_str().unwrap().len(), &answer["stopped_by"]), (4, &Value::from("END")));
 }
 
-/// Where the test models are kept, as `make models` puts them.
-fn real_model() -> Option<PathBuf> {
-    let folder = std::env::var_os("TRUSTFORMERS_MODELS").map(PathBuf::from).or_else(|| {
-        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
-        Some(cache.join("trustformers/models"))
-    })?;
-    let file = folder.join(REAL_MODEL);
-    if file.is_file() {
-        return Some(file);
-    }
-    let required = std::env::var("TRUSTFORMERS_REQUIRE_MODELS").is_ok_and(|value| value == "1");
-    assert!(!required, "{} is missing; run `make models`", file.display());
-    eprintln!("skipped: {} is missing; run `make models`", file.display());
-    None
-}
-
 #[test]
 fn the_real_model_answers_and_recognises_special_tokens() {
-    let Some(model) = real_model() else { return };
+    let Some(model) = models::real_model() else { return };
     let model = model.to_str().unwrap();
     let prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n";
     let answer = json(&generate(&[

@@ -1,26 +1,28 @@
 //! Brings a model from its source into the cache, every byte checked, and keeps it there while it is used.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use futures::future::try_join_all;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
 use crate::cache::CacheDir;
-use crate::digest::{Digest, NamedDigest, hash_file};
+use crate::digest::{Digest, hash_file};
 use crate::error::StoreError;
+use crate::fetched::{Fetched, ReadyFile};
 use crate::http::Http;
 use crate::lock::{FileLock, Lease};
 use crate::origin::{Archive, Check, Listing, Origin, RemoteFile};
-use crate::partial::{Partial, PartialSize, bytes_of_other};
-use crate::progress::{FetchPhase, FetchProgress, ProgressSink};
+use crate::partial::{Partial, PartialSize, allocated_bytes, bytes_of_other};
+use crate::progress::{FetchPhase, FetchProgress, FileProgress, ProgressSink};
 use crate::retry::retried;
-use crate::select::{ModelFile, Resolved, pick_listed};
+use crate::select::{ModelFile, pick_listed};
 use crate::settings::StoreSettings;
 use crate::source::{RemoteSource, Scheme};
 use crate::transfer::Transfer;
@@ -53,38 +55,12 @@ pub struct FetchRequest<'a> {
     pub sha256: Option<&'a str>,
 }
 
-/// A model in the cache. Its files stay there while this or a clone of it lives.
-#[derive(Debug, Clone)]
-pub struct Fetched {
-    resolved: Resolved,
-    digest: Digest,
-    version: Option<String>,
-    leases: Arc<Vec<Lease>>,
-}
-
 /// What a source held when it was fetched last.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct SourceRecord {
     version: Option<String>,
     digest: String,
     files: Vec<CachedFile>,
-}
-
-impl Fetched {
-    /// The files, by the names that the source gives them.
-    pub fn resolved(&self) -> &Resolved {
-        &self.resolved
-    }
-
-    /// The model's digest; every byte was read for it.
-    pub fn digest(&self) -> &Digest {
-        &self.digest
-    }
-
-    /// The commit, or the digest of the artifact, that the revision stood for.
-    pub fn version(&self) -> Option<&str> {
-        self.version.as_deref()
-    }
 }
 
 impl Store {
@@ -174,8 +150,11 @@ impl Store {
         let job = Job { store: self, origin, progress };
         let fetched = check_pin(request, job.fetch(request, listing).await?)?;
         let files = fetched.files_of_record(&self.cache);
-        let record =
-            SourceRecord { version: fetched.version.clone(), digest: fetched.digest.to_string(), files };
+        let record = SourceRecord {
+            version: fetched.version().map(str::to_owned),
+            digest: fetched.digest().to_string(),
+            files,
+        };
         self.cache.set_record(&key, &record)?;
         Ok(fetched)
     }
@@ -248,14 +227,6 @@ struct Job<'a> {
     progress: Arc<ProgressSink>,
 }
 
-/// A file that is in the cache, whole.
-struct ReadyFile {
-    name: String,
-    bytes: u64,
-    digest: Digest,
-    lease: Lease,
-}
-
 impl Job<'_> {
     async fn fetch(&self, request: &FetchRequest<'_>, listing: Listing) -> Result<Fetched, StoreError> {
         let root = PathBuf::from(request.source.to_string());
@@ -293,10 +264,7 @@ impl Job<'_> {
             meter.set_total(picked.iter().map(|file| file.bytes).sum());
         });
         self.make_room(&remote)?;
-        let mut ready = Vec::with_capacity(picked.len());
-        for file in remote {
-            ready.push(self.obtain(&file).await?);
-        }
+        let mut ready = self.obtain_all(remote).await?;
         for file in picked.iter().filter_map(|file| unpacked.get(&file.name)) {
             let digest = file.digest();
             let lease = match &digest {
@@ -327,7 +295,7 @@ impl Job<'_> {
             };
             match cached {
                 Some(lease) => leases.push(lease),
-                None => needed_bytes += file.bytes.saturating_sub(bytes_of_other(cache, &key)),
+                None => needed_bytes += file.bytes.saturating_sub(allocated_bytes(cache, &key)),
             }
             own.push(key);
         }
@@ -356,6 +324,22 @@ impl Job<'_> {
                 Digest::of_text(&format!("{} {} {}", file.address, std::process::id(), now.as_nanos()))
             }
         }
+    }
+
+    /// Several files at a time, so that one arrives while another one is hashed to its end.
+    async fn obtain_all(&self, files: Vec<RemoteFile>) -> Result<Vec<ReadyFile>, StoreError> {
+        let lanes = self.store.settings.limits.files.clamp(1, files.len().max(1));
+        let queue = Mutex::new(VecDeque::from(files));
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        // An error drops the other lanes, which ends their transfers.
+        let obtained = try_join_all((0..lanes).map(|_| async {
+            let mut ready = Vec::new();
+            while let Some(file) = next() {
+                ready.push(self.obtain(&file).await?);
+            }
+            Ok::<_, StoreError>(ready)
+        }));
+        Ok(obtained.await?.into_iter().flatten().collect())
     }
 
     /// A file, from the cache or from its source. Where another process fetches it, waits for that.
@@ -402,9 +386,9 @@ impl Job<'_> {
         let size = PartialSize { total_bytes: file.bytes, chunk_bytes: limits.chunk_bytes };
         let partial = Partial::open(&self.store.cache, key, size, lock)?;
         let is_resumed = partial.is_resumed();
-        let before_bytes = self.progress.done_bytes();
+        let progress = FileProgress::new(Arc::clone(&self.progress));
         self.progress.enter(FetchPhase::Downloading);
-        self.progress.add_present(partial.done_bytes());
+        progress.add_present(partial.done_bytes());
         if is_resumed {
             tracing::info!(
                 file = file.name,
@@ -417,7 +401,7 @@ impl Job<'_> {
             file: file.clone(),
             partial,
             limits,
-            progress: Arc::clone(&self.progress),
+            progress,
         });
         let mut last = StoreError::SourceChanged { what: file.name.clone() };
         for _ in 0..TRANSFERS {
@@ -435,7 +419,7 @@ impl Job<'_> {
             }
             tracing::warn!(error = %failure, "fetching the file again from its start");
             last = failure;
-            self.progress.take_back(self.progress.done_bytes().saturating_sub(before_bytes));
+            transfer.progress.take_all_back();
             transfer.partial.reset()?;
         }
         transfer.partial.discard();
@@ -513,36 +497,9 @@ impl Job<'_> {
     }
 }
 
-impl Fetched {
-    fn of(files: Vec<ReadyFile>, version: Option<String>) -> Self {
-        let named: Vec<NamedDigest<'_>> =
-            files.iter().map(|file| NamedDigest { name: &file.name, digest: &file.digest }).collect();
-        let digest = Digest::of_files(&named);
-        let (mut model, mut leases) = (Vec::new(), Vec::new());
-        for file in files {
-            let path = file.lease.path().to_owned();
-            model.push(ModelFile { name: file.name, path, bytes: file.bytes });
-            leases.push(file.lease);
-        }
-        Self { resolved: Resolved::of(model), digest, version, leases: Arc::new(leases) }
-    }
-
-    /// The files for a record: a blob's name is its digest.
-    fn files_of_record(&self, cache: &CacheDir) -> Vec<CachedFile> {
-        let files = self.resolved.files().iter().zip(self.leases.iter()).map(|(file, lease)| {
-            let digest = lease.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-            debug_assert!(
-                Digest::from_hex(&digest).is_some_and(|digest| cache.blob_path(&digest) == file.path)
-            );
-            CachedFile { name: file.name.clone(), bytes: file.bytes, sha256: digest }
-        });
-        files.collect()
-    }
-}
-
 fn check_pin(request: &FetchRequest<'_>, fetched: Fetched) -> Result<Fetched, StoreError> {
     if let Some(pin) = request.sha256 {
-        fetched.digest.check_pin(pin)?;
+        fetched.digest().check_pin(pin)?;
     }
     Ok(fetched)
 }

@@ -13,6 +13,7 @@ mod cache;
 mod digest;
 mod error;
 mod fetch;
+mod fetched;
 mod http;
 mod lock;
 mod origin;
@@ -27,7 +28,8 @@ mod unpack;
 
 pub use digest::{Digest, HashProgress};
 pub use error::StoreError;
-pub use fetch::{FetchRequest, Fetched, Store};
+pub use fetch::{FetchRequest, Store};
+pub use fetched::Fetched;
 pub use progress::{FetchPhase, FetchProgress, ProgressMeter};
 pub use select::{ModelFile, Resolved, are_parts};
 pub use settings::{Environment, FetchLimits, StoreSettings};

@@ -7,11 +7,13 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use tokio::sync::watch;
 
 use crate::cache::CacheDir;
@@ -34,9 +36,22 @@ pub(crate) struct Partial {
     done: Mutex<Vec<bool>>,
     /// Bytes from the start without a gap, for the one that hashes behind the transfer.
     contiguous: watch::Sender<u64>,
+    /// How often all chunks were forgotten. Held for reading while a block is written.
+    attempt: RwLock<u64>,
     /// Whether bytes of an earlier transfer are in it.
     is_resumed: bool,
     _lock: FileLock,
+}
+
+/// Where a block goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BlockPlace {
+    /// The attempt whose answer it is of: see [`Partial::attempt`].
+    pub(crate) attempt: u64,
+    /// Where the block's range began; all of it up to the block is written.
+    pub(crate) start: u64,
+    /// The block's own position.
+    pub(crate) at: u64,
 }
 
 /// What is to be fetched.
@@ -71,6 +86,7 @@ impl Partial {
             is_resumed: done.as_ref().is_some_and(|done| done.contains(&true)),
             done: Mutex::new(done.clone().unwrap_or_default()),
             contiguous: watch::channel(0).0,
+            attempt: RwLock::default(),
             _lock: lock,
         };
         match done {
@@ -78,14 +94,17 @@ impl Partial {
                 // Computed before the channel is locked, because it reads the channel.
                 let bytes = partial.contiguous_bytes();
                 partial.contiguous.send_replace(bytes);
+                partial.allocate()?;
             }
             None => partial.reset()?,
         }
         Ok(partial)
     }
 
-    /// Forgets all chunks.
+    /// Forgets all chunks. Waits for the blocks that are being written; later ones of before are dropped.
     pub(crate) fn reset(&self) -> Result<(), StoreError> {
+        let mut attempt = self.attempt.write().unwrap_or_else(PoisonError::into_inner);
+        *attempt += 1;
         let count = usize::try_from(self.total_bytes.div_ceil(self.chunk_bytes)).unwrap_or(usize::MAX);
         let header = [self.total_bytes.to_le_bytes(), self.chunk_bytes.to_le_bytes()].concat();
         let written = self
@@ -97,7 +116,38 @@ impl Partial {
         written.map_err(|error| StoreError::cache(&self.path, "emptying", error))?;
         *self.done.lock().unwrap_or_else(PoisonError::into_inner) = vec![false; count];
         self.contiguous.send_replace(0);
-        Ok(())
+        self.allocate()
+    }
+
+    /// Takes the volume's room for the whole file before its bytes come in any order: a volume that other
+    /// pods fill ends the transfer at its start, and the file's blocks lie together.
+    fn allocate(&self) -> Result<(), StoreError> {
+        if self.total_bytes == 0 {
+            return Ok(());
+        }
+        // The length stays as it is: it tells how far the bytes of an earlier transfer go.
+        match fallocate(&self.data, FallocateFlags::KEEP_SIZE, 0, self.total_bytes) {
+            // Volumes that cannot do this give room as bytes are written.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()),
+            Err(error) => Err(StoreError::cache(&self.path, "taking room for the file", error.into())),
+        }
+    }
+
+    /// The attempt that blocks which arrive now belong to.
+    pub(crate) fn attempt(&self) -> u64 {
+        *self.attempt.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a block and marks the chunks that are complete. Returns whether it counts: one of an attempt
+    /// that was given up is dropped.
+    pub(crate) fn write_block(&self, block: &[u8], place: BlockPlace) -> Result<bool, StoreError> {
+        let attempt = self.attempt.read().unwrap_or_else(PoisonError::into_inner);
+        if *attempt != place.attempt {
+            return Ok(false);
+        }
+        self.write(block, place.at)?;
+        self.mark(place.start..place.at + block.len() as u64)?;
+        Ok(true)
     }
 
     pub(crate) fn is_resumed(&self) -> bool {
@@ -138,13 +188,13 @@ impl Partial {
     }
 
     /// Writes bytes at their position.
-    pub(crate) fn write(&self, bytes: &[u8], at: u64) -> Result<(), StoreError> {
+    fn write(&self, bytes: &[u8], at: u64) -> Result<(), StoreError> {
         let written = self.data.write_all_at(bytes, at);
         written.map_err(|error| StoreError::cache(&self.path, "writing", error))
     }
 
     /// Marks the chunks that lie within bytes that are written.
-    pub(crate) fn mark(&self, written: Range<u64>) -> Result<(), StoreError> {
+    fn mark(&self, written: Range<u64>) -> Result<(), StoreError> {
         let first = written.start.div_ceil(self.chunk_bytes);
         let after = if written.end >= self.total_bytes {
             self.total_bytes.div_ceil(self.chunk_bytes)
@@ -238,6 +288,12 @@ pub(crate) fn bytes_of_other(cache: &CacheDir, key: &Digest) -> u64 {
     done.saturating_mul(number(8)).min(number(0))
 }
 
+/// Bytes of the volume that a transfer has taken already, by this process or another one.
+pub(crate) fn allocated_bytes(cache: &CacheDir, key: &Digest) -> u64 {
+    // The unit of `blocks` is 512 bytes on every volume.
+    fs::metadata(cache.partial_path(key, "data")).map_or(0, |file| file.blocks().saturating_mul(512))
+}
+
 /// The chunks of an earlier transfer; none where it was of another size.
 fn resumable(data: &File, journal: &File, size: PartialSize) -> Option<Vec<bool>> {
     let count = size.total_bytes.div_ceil(size.chunk_bytes);
@@ -298,6 +354,24 @@ mod tests {
         let digest = Digest::of_text("0123456789");
         let lease = partial.install(&cache, &digest).unwrap();
         assert_eq!(fs::read(lease.path()).unwrap(), b"0123456789");
+    }
+
+    #[test]
+    fn a_block_of_an_attempt_that_was_given_up_is_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = CacheDir::open(folder.path(), None).unwrap();
+        let partial = open(&cache, SIZE);
+        let place = BlockPlace { attempt: partial.attempt(), start: 0, at: 0 };
+        assert!(partial.write_block(b"012", place).unwrap());
+        assert_eq!(partial.done_bytes(), 3);
+        partial.reset().unwrap();
+        assert!(!partial.write_block(b"old", place).unwrap());
+        assert_eq!((partial.done_bytes(), *partial.contiguous().borrow()), (0, 0));
+        let place = BlockPlace { attempt: partial.attempt(), ..place };
+        assert!(partial.write_block(b"new", place).unwrap());
+        let mut bytes = [0; 3];
+        partial.read(&mut bytes, 0).unwrap();
+        assert_eq!((&bytes, partial.done_bytes()), (b"new", 3));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! How far fetching a model is: bytes, rate and the time left.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -131,10 +132,6 @@ impl ProgressSink {
         self.watchers.send_replace(meter.progress());
     }
 
-    pub(crate) fn done_bytes(&self) -> u64 {
-        self.meter.lock().unwrap_or_else(PoisonError::into_inner).progress().done_bytes
-    }
-
     pub(crate) fn enter(&self, phase: FetchPhase) {
         self.update(|meter, _| meter.enter(phase));
     }
@@ -149,6 +146,46 @@ impl ProgressSink {
 
     pub(crate) fn take_back(&self, bytes: u64) {
         self.update(|meter, _| meter.take_back(bytes));
+    }
+}
+
+/// What one file has added to the figures of its model. Several files arrive at a time.
+#[derive(Debug)]
+pub(crate) struct FileProgress {
+    sink: Arc<ProgressSink>,
+    counted_bytes: AtomicU64,
+}
+
+impl FileProgress {
+    pub(crate) fn new(sink: Arc<ProgressSink>) -> Self {
+        Self { sink, counted_bytes: AtomicU64::new(0) }
+    }
+
+    pub(crate) fn add(&self, bytes: u64) {
+        self.counted_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.sink.add(bytes);
+    }
+
+    pub(crate) fn add_present(&self, bytes: u64) {
+        self.counted_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.sink.add_present(bytes);
+    }
+
+    /// Bytes of this file that have to come once more; at most those that it has added.
+    pub(crate) fn take_back(&self, bytes: u64) {
+        let mut taken_bytes = 0;
+        let taken = self.counted_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |counted| {
+            taken_bytes = bytes.min(counted);
+            Some(counted - taken_bytes)
+        });
+        if taken.is_ok() {
+            self.sink.take_back(taken_bytes);
+        }
+    }
+
+    /// All bytes of this file have to come once more.
+    pub(crate) fn take_all_back(&self) {
+        self.sink.take_back(self.counted_bytes.swap(0, Ordering::Relaxed));
     }
 }
 
@@ -190,5 +227,21 @@ mod tests {
         meter.add(1_000_000, Duration::from_secs(1));
         meter.add(0, Duration::from_secs(20));
         assert!(meter.progress().bytes_per_second < 1.0, "{:?}", meter.progress());
+    }
+
+    #[test]
+    fn a_file_takes_back_only_what_it_added() {
+        let (sender, progress) = watch::channel(FetchProgress::default());
+        let sink = Arc::new(ProgressSink::new(sender));
+        let files = [0, 1].map(|_| FileProgress::new(Arc::clone(&sink)));
+        files[0].add_present(300);
+        files[0].add(200);
+        files[1].add(1000);
+        files[0].take_back(9999);
+        assert_eq!(progress.borrow().done_bytes, 1000);
+        files[0].take_back(1);
+        assert_eq!(progress.borrow().done_bytes, 1000);
+        files[1].take_all_back();
+        assert_eq!(progress.borrow().done_bytes, 0);
     }
 }

@@ -27,6 +27,8 @@ const CHECKPOINT_WEIGHTS: &str = "model.safetensors";
 const SHARDS_INDEX: &str = "model.safetensors.index.json";
 /// The chat template of newer checkpoints.
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// The template for conversations with tools, where it is another one.
+const TOOLS_TEMPLATE: &str = "additional_chat_templates/tool_use.jinja";
 /// Names that a message lists.
 const LISTED: usize = 12;
 
@@ -179,7 +181,8 @@ fn checkpoint(mut files: Vec<ModelFile>) -> Vec<ModelFile> {
     let is_shard = |name: &str| !is_whole && name.starts_with("model-") && name.ends_with(".safetensors");
     files.retain(|file| {
         let name = file.name.as_str();
-        [CHECKPOINT_WEIGHTS, CHAT_TEMPLATE].contains(&name) || is_shard(name) || name.ends_with(".json")
+        let is_named = [CHECKPOINT_WEIGHTS, CHAT_TEMPLATE, TOOLS_TEMPLATE].contains(&name);
+        is_named || is_shard(name) || name.ends_with(".json")
     });
     files
 }
@@ -304,8 +307,8 @@ mod tests {
     fn weights_may_be_split_over_files() {
         let parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
         let mut all = vec!["chat_template.jinja", "config.json", "model.safetensors.index.json", "README.md"];
-        all.extend(parts);
-        let mut expected = vec!["chat_template.jinja", "config.json", parts[0], parts[1]];
+        all.extend([parts[0], parts[1], "additional_chat_templates/tool_use.jinja"]);
+        let mut expected = vec![TOOLS_TEMPLATE, "chat_template.jinja", "config.json", parts[0], parts[1]];
         expected.push("model.safetensors.index.json");
         assert_eq!(picked(&folder(&all), &[]).unwrap(), expected);
         all.push("model.safetensors");

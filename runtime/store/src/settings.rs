@@ -76,7 +76,7 @@ pub struct FetchLimits {
     pub connections: usize,
     /// What is lost of a transfer when the process is killed, for each connection.
     pub chunk_bytes: u64,
-    /// The most that one request asks for.
+    /// The most that one request asks for. Of small files it is less: see [`Self::request_bytes_of`].
     pub request_bytes: u64,
     /// Longest time without a byte.
     pub stall_timeout: Duration,
@@ -88,6 +88,21 @@ pub struct FetchLimits {
     pub first_delay: Duration,
     /// Longest pause.
     pub longest_delay: Duration,
+    /// Files of one model at the same time.
+    pub files: usize,
+}
+
+/// The requests that run at a time cover at most this share of a file, `1 / 16`. A sha256 is computed in
+/// order, so that bytes behind the first gap wait to be hashed: what waits when the last byte arrives is
+/// hashed after the transfer.
+const WINDOWS_OF_A_FILE: u64 = 16;
+
+impl FetchLimits {
+    /// The most that one request asks for of a file of this length.
+    pub(crate) fn request_bytes_of(&self, total_bytes: u64) -> u64 {
+        let share = total_bytes / (WINDOWS_OF_A_FILE * self.connections.max(1) as u64);
+        share.min(self.request_bytes).max(self.chunk_bytes)
+    }
 }
 
 impl Default for FetchLimits {
@@ -105,6 +120,8 @@ impl Default for FetchLimits {
             attempts: 6,
             first_delay: Duration::from_millis(500),
             longest_delay: Duration::from_secs(30),
+            // One is hashed to its end while the next one arrives; a core hashes 1 to 2 GB/s.
+            files: 2,
         }
     }
 }
@@ -126,6 +143,16 @@ pub struct StoreSettings {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn requests_are_small_beside_their_file_and_bounded() {
+        let limits = FetchLimits::default();
+        for (total_mib, request_mib) in [(1, 4), (512, 4), (1024, 8), (8 << 10, 64), (100 << 10, 64)] {
+            assert_eq!(limits.request_bytes_of(total_mib << 20), request_mib << 20, "{total_mib} MiB");
+        }
+        let none = FetchLimits { connections: 0, ..limits };
+        assert_eq!(none.request_bytes_of(512 << 20), 32 << 20);
+    }
 
     #[test]
     fn a_file_of_the_secret_goes_before_the_variable_and_is_read_anew() {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::Bytes;
 use http::header::{CONTENT_RANGE, ETAG};
 use http::{HeaderMap, StatusCode};
 use http_body_util::BodyExt as _;
@@ -21,13 +21,17 @@ use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::http::Answer;
 use crate::origin::{Origin, RemoteFile};
-use crate::partial::Partial;
-use crate::progress::ProgressSink;
+use crate::partial::{BlockPlace, Partial};
+use crate::progress::FileProgress;
 use crate::retry::Pauses;
 use crate::settings::FetchLimits;
 
-/// Bytes that are written at once. With 8 connections 8 MiB wait in memory.
+/// Bytes that are written at once. Each connection has two such buffers, one that is filled while the other
+/// one is written: with 8 connections and 2 files at a time 32 MiB.
 const WRITE_BYTES: usize = 1 << 20;
+/// Bytes that are hashed at once. They fit a core's second-level cache (512 KiB at least), so that they are
+/// copied out of the page cache and hashed without going to memory between.
+const HASH_BYTES: usize = 256 << 10;
 
 /// What a transfer needs; shared by its connections.
 #[derive(Debug)]
@@ -36,7 +40,7 @@ pub(crate) struct Transfer {
     pub(crate) file: RemoteFile,
     pub(crate) partial: Partial,
     pub(crate) limits: FetchLimits,
-    pub(crate) progress: Arc<ProgressSink>,
+    pub(crate) progress: FileProgress,
 }
 
 /// How a range ended.
@@ -51,7 +55,7 @@ impl Transfer {
     /// Fetches what is missing and returns the sha256 of the whole file.
     pub(crate) async fn run(self: Arc<Self>) -> Result<Digest, StoreError> {
         let hashing = self.hash_behind();
-        let mut missing = self.partial.missing(self.limits.request_bytes);
+        let mut missing = self.partial.missing(self.limits.request_bytes_of(self.partial.total_bytes()));
         let Some(first) = missing.pop_front() else { return hashing.digest().await };
         match self.range_with_retries(first).await? {
             RangeOutcome::Complete => {
@@ -83,9 +87,13 @@ impl Transfer {
                 }
             });
         }
-        // Dropping the set, on an error or when nobody waits any more, ends all connections.
+        // Dropping the set, when nobody waits any more, ends all connections.
         while let Some(ended) = workers.join_next().await {
-            ended.map_err(broken)??;
+            if let Err(error) = ended.map_err(broken).and_then(|ended| ended) {
+                // None of them may receive for the next attempt.
+                workers.shutdown().await;
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -122,32 +130,39 @@ impl Transfer {
             _ if is_all => {}
             _ => return Ok(RangeOutcome::NoRanges),
         }
+        self.receive(answer, range, at).await?;
+        Ok(RangeOutcome::Complete)
+    }
+
+    /// Writes the body of an answer from `at` to the end of `range`; `at` moves with what is written.
+    async fn receive(
+        self: &Arc<Self>,
+        answer: Answer,
+        range: &Range<u64>,
+        at: &mut u64,
+    ) -> Result<(), StoreError> {
         let mut body = BodyReader::new(self, answer);
         let mut writing = Writing::new(self, range.start, *at);
-        while writing.end() < range.end {
-            let (bytes, failure) = body.next_block(range.end - writing.end()).await;
+        let mut failure = None;
+        while failure.is_none() && writing.end() < range.end {
+            let received = body.next_block(writing.spare_block(), range.end - writing.end()).await;
+            failure = received.failure;
             // What came before a failure counts, so it is written before the failure is told.
-            let written = writing.then(bytes).await;
+            let written = writing.then(received.block).await;
             *at = writing.written();
             written?;
-            if let Some(error) = failure {
-                let finished = writing.finish().await;
-                *at = writing.written();
-                finished?;
-                return Err(error);
-            }
         }
         let finished = writing.finish().await;
         *at = writing.written();
         finished?;
-        Ok(RangeOutcome::Complete)
+        failure.map_or(Ok(()), Err)
     }
 
     /// For servers without ranges: everything, from the start at each attempt.
     async fn whole_with_retries(self: &Arc<Self>) -> Result<Digest, StoreError> {
         let mut pauses = Pauses::new(&self.limits);
         loop {
-            self.progress.take_back(self.partial.done_bytes());
+            self.progress.take_all_back();
             self.partial.reset()?;
             let hashing = self.hash_behind();
             let mut at = 0;
@@ -155,7 +170,6 @@ impl Transfer {
                 Ok(()) => return hashing.digest().await,
                 Err(error) => {
                     drop(hashing);
-                    self.progress.take_back(at - self.partial.done_bytes());
                     pauses.after(error).await?;
                 }
             }
@@ -165,23 +179,7 @@ impl Transfer {
     async fn whole(self: &Arc<Self>, at: &mut u64) -> Result<(), StoreError> {
         let answer = self.origin.get(&self.file, None).await?;
         self.check_version(answer.headers())?;
-        let mut body = BodyReader::new(self, answer);
-        let mut writing = Writing::new(self, 0, 0);
-        while writing.end() < self.partial.total_bytes() {
-            let (bytes, failure) = body.next_block(self.partial.total_bytes() - writing.end()).await;
-            let written = writing.then(bytes).await;
-            *at = writing.written();
-            written?;
-            if let Some(error) = failure {
-                let finished = writing.finish().await;
-                *at = writing.written();
-                finished?;
-                return Err(error);
-            }
-        }
-        let finished = writing.finish().await;
-        *at = writing.written();
-        finished
+        self.receive(answer, &(0..self.partial.total_bytes()), at).await
     }
 
     /// An answer from another version of the file must not be mixed with what is there.
@@ -254,7 +252,7 @@ struct HashFollower {
 impl HashFollower {
     fn run(mut self, handle: &Handle, read: ReadAt<'_>) -> Result<Digest, StoreError> {
         let mut hasher = Sha256::new();
-        let mut block = vec![0; WRITE_BYTES];
+        let mut block = vec![0; HASH_BYTES];
         let mut at = 0;
         while at < self.total_bytes {
             if !self.is_wanted.load(Ordering::Relaxed) {
@@ -265,7 +263,7 @@ impl HashFollower {
                 handle.block_on(self.contiguous.changed()).map_err(|_| StoreError::Stopped)?;
                 continue;
             }
-            let count = (available - at).min(WRITE_BYTES as u64);
+            let count = (available - at).min(HASH_BYTES as u64);
             let block = &mut block[..count as usize];
             read(block, at)?;
             hasher.update(&*block);
@@ -279,20 +277,31 @@ fn broken(error: tokio::task::JoinError) -> StoreError {
     StoreError::cache("", "running the transfer", std::io::Error::other(error))
 }
 
-/// Writes the blocks of one range on another thread, each while the next one is received.
+/// Writes the blocks of one range on another thread, each while the next one is received. Buffers are used
+/// again: a new one for each block would cost a page fault for every 4 KiB.
 struct Writing<'a> {
     transfer: &'a Arc<Transfer>,
+    /// The attempt that the answer is of.
+    attempt: u64,
     /// Where the range begins: chunks are marked from here.
     start: u64,
     /// Bytes up to here are written.
     written: u64,
-    /// The block that is being written, and its length.
-    running: Option<(JoinHandle<Result<(), StoreError>>, u64)>,
+    running: Option<RunningWrite>,
+    /// The buffer of a block that is written.
+    spare: Option<Vec<u8>>,
+}
+
+/// A block that is being written.
+struct RunningWrite {
+    task: JoinHandle<Result<Vec<u8>, StoreError>>,
+    bytes: u64,
 }
 
 impl<'a> Writing<'a> {
     fn new(transfer: &'a Arc<Transfer>, start: u64, at: u64) -> Self {
-        Self { transfer, start, written: at, running: None }
+        let attempt = transfer.partial.attempt();
+        Self { transfer, attempt, start, written: at, running: None, spare: None }
     }
 
     fn written(&self) -> u64 {
@@ -301,80 +310,92 @@ impl<'a> Writing<'a> {
 
     /// The end of what was given, which may still be being written.
     fn end(&self) -> u64 {
-        self.written + self.running.as_ref().map_or(0, |(_, length)| *length)
+        self.written + self.running.as_ref().map_or(0, |running| running.bytes)
+    }
+
+    /// An empty buffer for the next block.
+    fn spare_block(&mut self) -> Vec<u8> {
+        self.spare.take().unwrap_or_else(|| Vec::with_capacity(WRITE_BYTES))
     }
 
     /// Begins to write a block once the one before is written.
-    async fn then(&mut self, bytes: BytesMut) -> Result<(), StoreError> {
+    async fn then(&mut self, block: Vec<u8>) -> Result<(), StoreError> {
         self.finish().await?;
-        if bytes.is_empty() {
+        if block.is_empty() {
             return Ok(());
         }
-        let (transfer, start, at) = (Arc::clone(self.transfer), self.start, self.written);
-        let length = bytes.len() as u64;
+        let place = BlockPlace { attempt: self.attempt, start: self.start, at: self.written };
+        let (transfer, bytes) = (Arc::clone(self.transfer), block.len() as u64);
         let task = spawn_blocking(move || {
-            transfer.partial.write(&bytes, at)?;
-            transfer.progress.add(length);
-            transfer.partial.mark(start..at + length)
+            if transfer.partial.write_block(&block, place)? {
+                transfer.progress.add(bytes);
+            }
+            Ok(block)
         });
-        self.running = Some((task, length));
+        self.running = Some(RunningWrite { task, bytes });
         Ok(())
     }
 
     async fn finish(&mut self) -> Result<(), StoreError> {
-        if let Some((task, length)) = self.running.take() {
-            task.await.map_err(broken)??;
-            self.written += length;
+        if let Some(RunningWrite { task, bytes }) = self.running.take() {
+            let mut block = task.await.map_err(broken)??;
+            self.written += bytes;
+            block.clear();
+            self.spare = Some(block);
         }
         Ok(())
     }
+}
+
+/// The next bytes of a body, and why there are no more after them.
+struct ReceivedBlock {
+    block: Vec<u8>,
+    failure: Option<StoreError>,
 }
 
 /// Reads a body in blocks, and ends where nothing comes for too long.
 struct BodyReader<'a> {
     transfer: &'a Transfer,
     body: Incoming,
-    /// A block is filled up to here before it is written.
-    block: BytesMut,
+    /// The end of a frame that did not fit the block before.
+    rest: Bytes,
     stall_timeout: Duration,
 }
 
 impl<'a> BodyReader<'a> {
     fn new(transfer: &'a Transfer, answer: Answer) -> Self {
         let stall_timeout = transfer.limits.stall_timeout;
-        let block = BytesMut::with_capacity(2 * WRITE_BYTES);
-        Self { transfer, body: answer.into_body(), block, stall_timeout }
+        Self { transfer, body: answer.into_body(), rest: Bytes::new(), stall_timeout }
     }
 
-    /// The next bytes, at most `left`, and why there are no more. What came before a failure is not lost.
-    async fn next_block(&mut self, left: u64) -> (BytesMut, Option<StoreError>) {
+    /// Fills a block with the next bytes, at most `left`.
+    async fn next_block(&mut self, mut block: Vec<u8>, left: u64) -> ReceivedBlock {
         let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(WRITE_BYTES);
-        let mut failure = None;
-        while self.block.len() < wanted {
-            match timeout(self.stall_timeout, self.body.frame()).await {
-                Ok(Some(Ok(frame))) => {
-                    if let Ok(data) = frame.into_data() {
-                        self.block.extend_from_slice(&data);
-                    }
-                }
-                Ok(Some(Err(_)) | None) => {
-                    let (host, what) = (self.host(), self.transfer.file.name.clone());
-                    failure = Some(StoreError::Interrupted { host, what });
-                    break;
-                }
-                Err(_) => {
-                    let (host, what) = (self.host(), self.transfer.file.name.clone());
-                    let seconds = self.stall_timeout.as_secs().max(1);
-                    failure = Some(StoreError::Stalled { host, what, seconds });
-                    break;
-                }
+        loop {
+            let count = self.rest.len().min(wanted - block.len());
+            block.extend_from_slice(&self.rest.split_to(count));
+            if block.len() == wanted {
+                return ReceivedBlock { block, failure: None };
             }
+            let failure = match timeout(self.stall_timeout, self.body.frame()).await {
+                Ok(Some(Ok(frame))) => {
+                    self.rest = frame.into_data().unwrap_or_default();
+                    continue;
+                }
+                Ok(Some(Err(_)) | None) => self.interrupted(),
+                Err(_) => self.stalled(),
+            };
+            return ReceivedBlock { block, failure: Some(failure) };
         }
-        let count = self.block.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        (self.block.split_to(count), failure)
     }
 
-    fn host(&self) -> String {
-        self.transfer.origin.host()
+    fn interrupted(&self) -> StoreError {
+        StoreError::Interrupted { host: self.transfer.origin.host(), what: self.transfer.file.name.clone() }
+    }
+
+    fn stalled(&self) -> StoreError {
+        let seconds = self.stall_timeout.as_secs().max(1);
+        let (host, what) = (self.transfer.origin.host(), self.transfer.file.name.clone());
+        StoreError::Stalled { host, what, seconds }
     }
 }

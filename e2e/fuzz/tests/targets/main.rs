@@ -12,6 +12,7 @@ mod format;
 mod gguf;
 mod grpc;
 mod http;
+mod quantised;
 mod scripted;
 mod seeds;
 

@@ -4,9 +4,10 @@
 //! Every statement holds however often it is asked for. A verdict is that of the first checkpoint that is
 //! sure enough, so nothing but the information so far has to be remembered between checkpoints.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use trustformers_crds::{ABTestVerdict, AssignBy, Direction, Guardrail, Metric};
+use trustformers_proto::ab_test::UserSet;
 use trustformers_stats::buckets::{ArmDifference, Scale, estimate};
 use trustformers_stats::correction::{alpha_per_goal, e_bh};
 use trustformers_stats::power::{days_left, detectable_effect, needed_information};
@@ -15,7 +16,8 @@ use trustformers_stats::split_check::{self, SplitEpoch};
 use trustformers_stats::verdict::{self, ArmSample, EffectInterval, TestVerdict};
 
 use super::metric::{
-    CompareSettings, EpochPair, VariantDifference, compare, quantile_of, ratio_sums, scale_of, value,
+    CompareSettings, EpochPair, PairHistory, VariantDifference, compare, quantile_of, ratio_sums, scale_of,
+    value,
 };
 use super::sample::VariantSums;
 use super::validate::ValidatedTest;
@@ -48,6 +50,12 @@ pub struct AssessInputs<'a> {
     pub test: &'a ValidatedTest,
     /// Its epochs, the newest last.
     pub epochs: &'a [EpochSample],
+    /// What users did before the test, where all of them got the control.
+    pub baseline: Option<&'a EpochSample>,
+    /// By variant and metric the coefficient of that, as the checkpoint before found it.
+    pub thetas: &'a [BTreeMap<Metric, f64>],
+    /// Users that were seen before these epochs.
+    pub earlier_users: &'a UserSet,
     /// The most information of each variant so far; 0 of the control.
     pub information: &'a [f64],
     /// Days since the samples began.
@@ -182,7 +190,15 @@ fn assess_variant(inputs: &AssessInputs<'_>, index: usize, users: u64) -> Varian
     let metrics: Vec<MetricJudgement> = metrics
         .map(|metric| {
             let settings = settings(test);
-            let comparison = if index == 0 { None } else { compare(metric, &pairs, settings) };
+            let history = inputs.baseline.map(|before| PairHistory {
+                before: EpochPair { treatment: &before.variants[index], control: &before.variants[0] },
+                theta: inputs
+                    .thetas
+                    .get(index)
+                    .and_then(|thetas| thetas.get(&metric))
+                    .map_or(0.0, |one| *one),
+            });
+            let comparison = if index == 0 { None } else { compare(metric, &pairs, settings, history) };
             // Of the goal; those of secondary metrics are corrected together.
             let differs = comparison.as_ref().is_some_and(|one| one.ln_evidence >= -settings.alpha.ln());
             MetricJudgement { metric, value: value(metric, &total), comparison, differs }
@@ -259,10 +275,14 @@ fn splits(inputs: &AssessInputs<'_>) -> Option<Vec<SplitEpoch>> {
     if inputs.test.assignment.by != AssignBy::User {
         return None;
     }
-    let level = users_level(inputs.epochs);
-    let mut seen: BTreeSet<u64> = BTreeSet::new();
+    // Users that were first seen in the baseline are divided then.
+    let epochs: Vec<&EpochSample> = inputs.baseline.into_iter().chain(inputs.epochs).collect();
+    let level = users_level(&epochs).max(inputs.earlier_users.level());
+    let mut earlier = inputs.earlier_users.clone();
+    earlier.raise_to(level);
+    let mut seen: BTreeSet<u64> = earlier.iter().collect();
     let mut splits = Vec::new();
-    for epoch in inputs.epochs {
+    for epoch in epochs {
         let whole: f64 = epoch.weights.iter().map(|weight| f64::from(*weight)).sum();
         let mut split = SplitEpoch { weights: Vec::new(), users: Vec::new() };
         let mut now: BTreeSet<u64> = BTreeSet::new();
@@ -285,7 +305,7 @@ fn splits(inputs: &AssessInputs<'_>) -> Option<Vec<SplitEpoch>> {
 }
 
 /// The highest level of all samples of users.
-fn users_level(epochs: &[EpochSample]) -> u32 {
+fn users_level(epochs: &[&EpochSample]) -> u32 {
     let all = epochs.iter().flat_map(|epoch| &epoch.variants);
     all.map(|sums| sums.users.level()).max().unwrap_or(0)
 }

@@ -6,14 +6,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::jiff::Timestamp;
-use trustformers_crds::{ABTest, AssignBy, Assignment, OwnerRange, Variant};
+use trustformers_crds::{
+    ABTest, ABTestSpec, ABTestStatus, AssignBy, Assignment, Layer, OwnerRange, TestShadow, Variant,
+};
 use trustformers_proto::buckets::{BucketOwners, RevisionWeight};
 use trustformers_proto::control::v1::{
-    Backend, BucketRange, ForcedUser, Route, RouteTest, RouteVariant, Split, SplitBy,
+    Backend, BucketRange, ForcedUser, Route, RouteTest, RouteVariant, Shadow, Split, SplitBy, UserRange,
 };
 
 use super::validate::ValidatedTest;
 use crate::routes::ModelKey;
+use crate::traffic::shadowed_by;
 
 /// All of a route's requests. One unit is one bucket of users.
 pub const WHOLE: u32 = 10_000;
@@ -84,6 +87,8 @@ pub struct RoutedTest {
     assignment: Assignment,
     owners: Vec<OwnerRange>,
     feedback_metric: String,
+    baseline: bool,
+    shadow: Option<Shadow>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -101,6 +106,8 @@ impl RoutedTest {
     pub fn of(test: &ABTest) -> Option<Self> {
         let status = test.status.as_ref()?;
         let epoch = status.epochs.last()?;
+        let running = running_test(test, status);
+        let test = running.as_ref().unwrap_or(test);
         let of_spec = |name: &str| test.spec.variants.iter().find(|variant: &&Variant| variant.name == name);
         let variants = status.variants.iter().zip(&epoch.weights).filter_map(|(stored, weight)| {
             let variant = of_spec(&stored.name)?;
@@ -125,11 +132,13 @@ impl RoutedTest {
             assignment: test.spec.assignment.clone(),
             owners: status.owners.clone(),
             feedback_metric: test.spec.goal.feedback_metric.clone(),
+            baseline: epoch.baseline,
+            shadow: shadow(test),
         })
     }
 
     fn split(&self) -> Split {
-        let Assignment { by, header, forced } = &self.assignment;
+        let Assignment { by, header, jwt_claim, forced, .. } = &self.assignment;
         let by_user = *by == AssignBy::User;
         let forced = forced.iter().filter(|_| by_user);
         let forced = forced.map(|one| ForcedUser { user: one.user.clone(), variant: one.variant.clone() });
@@ -144,9 +153,44 @@ impl RoutedTest {
             salt: self.uid.clone(),
             owners: if by_user { self.owners.iter().map(range).collect() } else { Vec::new() },
             forced_users: forced.collect(),
+            user_claim: jwt_claim.clone().filter(|_| by_user).unwrap_or_default(),
+            excluded_users: if by_user { self.excluded_users() } else { Vec::new() },
             ..Split::default()
         }
     }
+
+    /// The users outside the test: those of other parts of its layer, and those that are held out. Tests of a
+    /// namespace hash them with the same salt.
+    fn excluded_users(&self) -> Vec<UserRange> {
+        const OF_PERCENT: u32 = WHOLE / 100;
+        let mut excluded = Vec::new();
+        if let Some(Layer { name, from, to }) = &self.assignment.layer {
+            for (start, end) in [(0, from * OF_PERCENT), (to * OF_PERCENT, WHOLE)] {
+                excluded.push(UserRange { salt: format!("layer/{}/{name}", self.namespace), start, end });
+            }
+        }
+        let end = self.assignment.holdout_percent * OF_PERCENT;
+        excluded.push(UserRange { salt: format!("holdout/{}", self.namespace), start: 0, end });
+        excluded.retain(|range| range.start < range.end);
+        excluded
+    }
+}
+
+/// The requests that a variant of a test answers as well.
+fn shadow(test: &ABTest) -> Option<Shadow> {
+    let TestShadow { variant, percent, compare } = test.spec.shadow.as_ref()?;
+    let variant = test.spec.variants.iter().find(|one| one.name == *variant)?;
+    let namespace = test.metadata.namespace.as_deref()?;
+    let shadow = shadowed_by(namespace, &variant.model_ref);
+    Some(Shadow { percent: *percent, discard: !compare, ..shadow })
+}
+
+/// The test as it runs: with the last spec that could be honoured. None before it has begun.
+#[must_use]
+pub fn running_test(test: &ABTest, status: &ABTestStatus) -> Option<ABTest> {
+    let accepted = status.accepted_spec.as_ref().filter(|_| !status.epochs.is_empty())?;
+    let spec: ABTestSpec = serde_json::from_str(accepted).ok()?;
+    Some(ABTest { spec, ..test.clone() })
 }
 
 /// The backends of a variant among those of its model, with the shares that they have there.
@@ -163,17 +207,36 @@ fn backends(variant: &RoutedVariant, model: &Route) -> Vec<Backend> {
     model.backends.iter().filter(wanted).map(backend).collect()
 }
 
-/// The revisions that serve a variant now, joined; empty if none does.
+/// What serves a variant now.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ServingVariant {
+    /// Its revisions, joined; empty if none serves.
+    pub revisions: String,
+    /// Its pods.
+    pub replicas: u32,
+}
+
+/// What serves a variant of this model now.
 #[must_use]
-pub fn serving_revisions(namespace: &str, model: &str, revision: Option<&str>, routes: &[Route]) -> String {
+pub fn serving_variant(
+    namespace: &str,
+    model: &str,
+    revision: Option<&str>,
+    routes: &[Route],
+) -> ServingVariant {
     let name = format!("{namespace}/{model}");
     let route = routes.iter().find(|route| route.name == name);
     let backends = route.into_iter().flat_map(|route| &route.backends).filter(|backend| {
         let wanted = revision.map_or(backend.weight > 0, |revision| revision == backend.revision);
         wanted && !backend.endpoints.is_empty()
     });
-    let revisions: BTreeSet<&str> = backends.map(|backend| backend.revision.as_str()).collect();
-    revisions.into_iter().collect::<Vec<_>>().join("+")
+    let backends: Vec<&Backend> = backends.collect();
+    let revisions: BTreeSet<&str> = backends.iter().map(|backend| backend.revision.as_str()).collect();
+    let replicas: usize = backends.iter().map(|backend| backend.endpoints.len()).sum();
+    ServingVariant {
+        revisions: revisions.into_iter().collect::<Vec<_>>().join("+"),
+        replicas: u32::try_from(replicas).unwrap_or(u32::MAX),
+    }
 }
 
 /// The routes of models with those of tests: a name that a model or an older test has stays theirs.
@@ -216,7 +279,9 @@ pub fn with_tests(mut routes: Vec<Route>, tests: &[RoutedTest]) -> Vec<Route> {
                     .map(|variant| RouteVariant { name: variant.name.clone(), weight: variant.weight })
                     .collect(),
                 feedback_metric: test.feedback_metric.clone(),
+                baseline: test.baseline,
             }),
+            shadow: test.shadow.clone(),
             ..Route::default()
         });
     }
@@ -224,10 +289,14 @@ pub fn with_tests(mut routes: Vec<Route>, tests: &[RoutedTest]) -> Vec<Route> {
     routes
 }
 
-/// Namespace and name of the models of a test.
-pub fn models_of(test: &ABTest) -> impl Iterator<Item = ModelKey> {
+/// Namespace and name of the models of a test: of its spec, and of the one that it runs by.
+#[must_use]
+pub fn models_of(test: &ABTest) -> Vec<ModelKey> {
+    let running = test.status.as_ref().and_then(|status| running_test(test, status));
+    let running = running.into_iter().flat_map(|test| test.spec.variants);
+    let variants = test.spec.variants.iter().cloned().chain(running);
     let namespace = test.metadata.namespace.as_deref().unwrap_or_default();
-    test.spec.variants.iter().map(move |variant| (namespace.to_owned(), variant.model_ref.name.clone()))
+    variants.map(|variant| (namespace.to_owned(), variant.model_ref.name)).collect()
 }
 
 #[cfg(test)]
@@ -357,6 +426,50 @@ mod tests {
     }
 
     #[test]
+    fn users_of_other_layers_and_held_out_users_are_outside() {
+        let more =
+            ", assignment: {jwtClaim: sub, layer: {name: ranking, from: 20, to: 60}, holdoutPercent: 5}";
+        let split = routed(&spec(more), "[9000, 1000]").split();
+        let ranges: Vec<_> =
+            split.excluded_users.iter().map(|one| (one.salt.as_str(), one.start, one.end)).collect();
+        assert_eq!(
+            ranges,
+            [("layer/team/ranking", 0, 2000), ("layer/team/ranking", 6000, 10_000), ("holdout/team", 0, 500)]
+        );
+        assert_eq!(split.user_claim, "sub");
+        assert!(routed(&spec(""), "[9000, 1000]").split().excluded_users.is_empty());
+    }
+
+    #[test]
+    fn a_shadow_is_the_model_of_its_variant() {
+        let more = ", shadow: {variant: treatment, percent: 10, compare: false}";
+        let routes = with_tests(vec![model("a", &[("r1", 1)])], &[routed(&spec(more), "[9000, 1000]")]);
+        let shadow = routes.iter().find_map(|route| route.shadow.clone()).unwrap();
+        assert_eq!((shadow.route.as_str(), shadow.percent, shadow.discard), ("team/b", 10, true));
+    }
+
+    #[test]
+    fn a_route_follows_the_spec_that_the_test_runs_by() {
+        let mut test = stored(&spec(""));
+        let accepted = serde_json::to_string(&test.spec).unwrap();
+        let status = format!(
+            "{{epochs: [{{epoch: 7, since: '2026-01-01T00:00:00Z', weights: [9000, 1000]}}], \
+             variants: [{{name: control}}, {{name: treatment}}], acceptedSpec: '{accepted}'}}"
+        );
+        test.status = Some(serde_yaml::from_str(&status).unwrap());
+        test.spec.variants[1].name = "other".to_owned();
+        test.spec.variants[1].model_ref.name = "z".to_owned();
+        let routes = with_tests(
+            vec![model("a", &[("r1", 1)]), model("b", &[("r1", 1)])],
+            &[RoutedTest::of(&test).unwrap()],
+        );
+        let route = routes.iter().find(|route| route.test.is_some()).unwrap();
+        assert_eq!(route.backends.len(), 2, "the treatment's pods stay");
+        let names: Vec<_> = models_of(&test).into_iter().map(|(_, name)| name).collect();
+        assert_eq!(names, ["a", "z", "a", "b"]);
+    }
+
+    #[test]
     fn a_name_of_a_model_or_of_an_older_test_stays_theirs() {
         let test = routed(&spec(""), "[9000, 1000]");
         let younger = RoutedTest { uid: "u2".to_owned(), created: Timestamp::MAX, ..test.clone() };
@@ -370,9 +483,10 @@ mod tests {
     fn a_revision_of_a_variant_may_have_no_share_of_its_model() {
         let held = spec("").replace("{name: b}", "{name: b, revision: r2}");
         let models = vec![model("a", &[("r1", 1)]), model("b", &[("r1", 10), ("r2", 0)])];
-        assert_eq!(serving_revisions("team", "b", Some("r2"), &models), "r2");
-        assert_eq!(serving_revisions("team", "b", None, &models), "r1");
-        assert_eq!(serving_revisions("team", "c", None, &models), "");
+        let serving = |model: &str, revision| serving_variant("team", model, revision, &models);
+        assert_eq!(serving("b", Some("r2")), ServingVariant { revisions: "r2".to_owned(), replicas: 1 });
+        assert_eq!(serving("b", None).revisions, "r1");
+        assert_eq!(serving("c", None), ServingVariant::default());
         let routes = with_tests(models, &[routed(&held, "[9000, 1000]")]);
         let route = routes.iter().find(|route| route.test.is_some()).unwrap();
         let treatment = route.backends.iter().find(|one| one.variant == "treatment").unwrap();

@@ -1,6 +1,6 @@
 //! How the status of a test shows what was counted.
 
-use trustformers_crds::{MetricStatus, VariantStatus};
+use trustformers_crds::{LookEffect, MetricStatus, VariantStatus};
 use trustformers_stats::buckets::Scale;
 
 use super::assess::{MetricJudgement, VariantJudgement};
@@ -37,7 +37,22 @@ fn metric_status(one: &MetricJudgement) -> MetricStatus {
         low: of(|comparison| comparison.low).filter(|_| is_bounded(one)),
         high: of(|comparison| comparison.high),
         differs: one.differs,
+        cuped: one.comparison.as_ref().and_then(|one| one.theta).map(|theta| decimals(theta, 6)),
     }
+}
+
+/// The goal's effects that a status shows, of the variants behind the control.
+pub(super) fn effects(variants: &[VariantStatus]) -> Vec<LookEffect> {
+    let effect = |variant: &VariantStatus| {
+        let goal = variant.metrics.first()?;
+        Some(LookEffect {
+            variant: variant.name.clone(),
+            effect: goal.effect.clone()?,
+            low: goal.low.clone(),
+            high: goal.high.clone(),
+        })
+    };
+    variants.iter().skip(1).filter_map(effect).collect()
 }
 
 /// Whether too little is known for an end of the interval: minus 100 % is none.

@@ -8,6 +8,7 @@ use trustformers_crds::Metric;
 use trustformers_proto::ab_test::{THRESHOLDS_US, latency_cell};
 use trustformers_proto::latency::lower_end_us;
 use trustformers_stats::buckets::{ArmEstimate, BucketSums, Scale, difference, estimate};
+use trustformers_stats::cuped::{EstimateWithHistory, coefficient_of};
 use trustformers_stats::quantile::{LatencyArm, QuantileTest, design_effect};
 use trustformers_stats::sequential::{student_look, tau_for};
 
@@ -40,7 +41,7 @@ pub fn quantile_of(metric: Metric) -> Option<LatencyQuantile> {
         Metric::LatencyP95Ms => quantile(0.95, false),
         Metric::LatencyP99Ms => quantile(0.99, false),
         Metric::FirstTokenP95Ms => quantile(0.95, true),
-        Metric::FeedbackScore | Metric::ErrorRate | Metric::TokensPerSecond => None,
+        Metric::FeedbackScore | Metric::ErrorRate | Metric::TokensPerSecond | Metric::CostPerRequest => None,
     }
 }
 
@@ -156,6 +157,7 @@ pub fn ratio_sums(metric: Metric, sums: &VariantSums) -> Vec<BucketSums> {
         Metric::TokensPerSecond => {
             BucketSums { y: bucket.completion_tokens as f64, n: bucket.token_us as f64 / 1e6 }
         }
+        Metric::CostPerRequest => BucketSums { y: bucket.cost(&sums.cost), n: bucket.requests as f64 },
         // Quantiles are no ratios of sums.
         Metric::ErrorRate
         | Metric::LatencyP50Ms
@@ -194,6 +196,8 @@ pub struct VariantDifference {
     pub skewness: Option<f64>,
     /// The estimates of variant and control; none of a quantile.
     pub arms: Option<[ArmEstimate; 2]>,
+    /// The coefficient of what users did before the test, for the next look; none without such a time.
+    pub theta: Option<f64>,
 }
 
 /// How sure a comparison has to be, and what it is tuned for.
@@ -225,19 +229,30 @@ pub struct EpochPair<'a> {
     pub control: &'a VariantSums,
 }
 
+/// What the users of a variant and the control did before the test.
+#[derive(Debug, Clone, Copy)]
+pub struct PairHistory<'a> {
+    /// What was counted then.
+    pub before: EpochPair<'a>,
+    /// The coefficient that the look before found.
+    pub theta: f64,
+}
+
 /// How a variant differs from the control over these epochs, the newest last. None while that has no value.
 #[must_use]
 pub fn compare(
     metric: Metric,
     epochs: &[EpochPair<'_>],
     settings: CompareSettings,
+    history: Option<PairHistory<'_>>,
 ) -> Option<VariantDifference> {
     if let Some(quantile) = quantile_of(metric) {
         return compare_quantile(quantile, epochs.last()?, settings.alpha);
     }
     let scale = scale_of(metric);
     let pairs: Vec<RatioPair> = epochs.iter().filter_map(|pair| RatioPair::of(metric, pair, scale)).collect();
-    let arms = combined(&pairs, scale)?;
+    let mut arms = combined(&pairs, scale)?;
+    let theta = history.and_then(|history| adjust(metric, &mut arms, history));
     let found = difference(&arms[0], &arms[1], scale)?;
     let look = student_look(&found, settings.tau(metric), settings.alpha);
     Some(VariantDifference {
@@ -249,7 +264,27 @@ pub fn compare(
         standard_error: Some(found.standard_error),
         skewness: Some(found.skewness),
         arms: Some(arms),
+        theta,
     })
+}
+
+/// Subtracts from both arms what their users did before the test. Gives the coefficient for the next look;
+/// none where the time before has no value.
+fn adjust(metric: Metric, arms: &mut [ArmEstimate; 2], history: PairHistory<'_>) -> Option<f64> {
+    let EpochPair { treatment, control } = history.before;
+    let sums = [ratio_sums(metric, treatment), ratio_sums(metric, control)];
+    let [treatment, control] = [estimate(&sums[0])?, estimate(&sums[1])?];
+    let (y, n) = sums.iter().flatten().fold((0.0, 0.0), |(y, n), one| (y + one.y, n + one.n));
+    let both = [
+        EstimateWithHistory { during: arms[0].clone(), before: treatment },
+        EstimateWithHistory { during: arms[1].clone(), before: control },
+    ];
+    let adjusted = both.each_ref().map(|arm| arm.adjusted(y / n, history.theta));
+    // A ratio that is adjusted to nothing has no logarithm.
+    if scale_of(metric) == Scale::Difference || adjusted.iter().all(|arm| arm.ratio > 0.0) {
+        *arms = adjusted;
+    }
+    Some(coefficient_of(&both))
 }
 
 fn compare_quantile(
@@ -273,6 +308,7 @@ fn compare_quantile(
         standard_error: None,
         skewness: None,
         arms: None,
+        theta: None,
     })
 }
 
@@ -366,7 +402,7 @@ mod tests {
             EpochPair { treatment: &early_treatment, control: &early_control },
             EpochPair { treatment: &late_treatment, control: &late_control },
         ];
-        let found = compare(Metric::ErrorRate, &epochs, SETTINGS).unwrap();
+        let found = compare(Metric::ErrorRate, &epochs, SETTINGS, None).unwrap();
         // 10 of 103 and 11 of 103 errors differ a little; a sum over epochs would differ by a factor of 2.
         assert!(found.estimate.abs() < 0.1, "{found:?}");
         let mut treatment = early_treatment.clone();
@@ -374,15 +410,15 @@ mod tests {
         let mut control = early_control.clone();
         control.merge(&late_control);
         let added = [EpochPair { treatment: &treatment, control: &control }];
-        assert!(compare(Metric::ErrorRate, &added, SETTINGS).unwrap().estimate > 0.5);
+        assert!(compare(Metric::ErrorRate, &added, SETTINGS, None).unwrap().estimate > 0.5);
     }
 
     #[test]
     fn equal_epochs_say_the_same_as_one() {
         let (treatment, control) = (sums(100, 20), sums(100, 10));
         let pair = EpochPair { treatment: &treatment, control: &control };
-        let one = compare(Metric::ErrorRate, &[pair], SETTINGS).unwrap();
-        let two = compare(Metric::ErrorRate, &[pair, pair], SETTINGS).unwrap();
+        let one = compare(Metric::ErrorRate, &[pair], SETTINGS, None).unwrap();
+        let two = compare(Metric::ErrorRate, &[pair, pair], SETTINGS, None).unwrap();
         assert!((one.estimate - two.estimate).abs() < 1e-12);
         assert!((one.information - two.information).abs() / one.information < 1e-9);
     }
@@ -419,13 +455,13 @@ mod tests {
         };
         let (slow, fast) = (variant(60), variant(40));
         let found =
-            compare(Metric::LatencyP95Ms, &[EpochPair { treatment: &slow, control: &fast }], SETTINGS)
+            compare(Metric::LatencyP95Ms, &[EpochPair { treatment: &slow, control: &fast }], SETTINGS, None)
                 .unwrap();
         // 79 ms by 59 ms.
         let truth = (79.0_f64 / 59.0).ln();
         assert!(found.low > 0.0 && found.low < truth && truth < found.high, "{found:?}");
         let same = [EpochPair { treatment: &fast, control: &fast }];
-        let none = compare(Metric::LatencyP95Ms, &same, SETTINGS).unwrap();
+        let none = compare(Metric::LatencyP95Ms, &same, SETTINGS, None).unwrap();
         assert!(none.low < 0.0 && none.high > 0.0 && none.ln_evidence < 0.0, "{none:?}");
     }
 }

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use trustformers_crds::Cost;
 use trustformers_proto::ab_test::{LATENCY_CELLS, USER_BUCKETS, UserSet};
 use trustformers_proto::control::v1::{LatencyHistogram, TestCheckpoint, UserBucketCounts, VariantCounts};
 
@@ -24,6 +25,8 @@ const MAX_PROCESSES: usize = 32;
 const SILENT_REPORTS: u64 = 1000;
 /// The name of the sums of processes that are not kept apart.
 const ENDED: &str = "ended";
+/// The epoch under which the users of forgotten epochs are stored. Epochs of tests are times, far above.
+const EARLIER_EPOCH: u64 = 0;
 
 /// The sums of one bucket of users.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -32,6 +35,8 @@ pub struct UserBucket {
     pub requests: u64,
     /// Requests that failed.
     pub errors: u64,
+    /// Tokens that were read.
+    pub prompt_tokens: u64,
     /// Tokens that were produced.
     pub completion_tokens: u64,
     /// Time of the answers that told their tokens.
@@ -63,6 +68,8 @@ pub struct VariantSums {
     pub first_token: Histogram,
     /// Users that were seen.
     pub users: UserSet,
+    /// What its requests cost; it is not counted but configured.
+    pub cost: Cost,
 }
 
 impl Default for VariantSums {
@@ -75,14 +82,25 @@ impl Default for VariantSums {
             answer: Histogram::default(),
             first_token: Histogram::default(),
             users: UserSet::new(MAX_USERS),
+            cost: Cost::default(),
         }
     }
 }
 
 impl UserBucket {
+    /// What the requests of the bucket cost.
+    #[must_use]
+    pub fn cost(&self, cost: &Cost) -> f64 {
+        let millions = |tokens: u64| tokens as f64 / 1e6;
+        cost.per_request * self.requests as f64
+            + cost.per_million_prompt_tokens * millions(self.prompt_tokens)
+            + cost.per_million_completion_tokens * millions(self.completion_tokens)
+    }
+
     fn merge(&mut self, other: &Self) {
         self.requests += other.requests;
         self.errors += other.errors;
+        self.prompt_tokens += other.prompt_tokens;
         self.completion_tokens += other.completion_tokens;
         self.token_us += other.token_us;
         self.scores += other.scores;
@@ -101,6 +119,7 @@ impl UserBucket {
         *self = Self {
             requests: wire.requests,
             errors: wire.errors,
+            prompt_tokens: wire.prompt_tokens,
             completion_tokens: wire.completion_tokens,
             token_us: wire.token_us,
             scores: wire.scores,
@@ -115,6 +134,7 @@ impl UserBucket {
             bucket,
             requests: self.requests,
             errors: self.errors,
+            prompt_tokens: self.prompt_tokens,
             completion_tokens: self.completion_tokens,
             token_us: self.token_us,
             scores: self.scores,
@@ -146,6 +166,7 @@ impl VariantSums {
         self.answer.merge(&other.answer);
         self.first_token.merge(&other.first_token);
         self.users.merge(&other.users);
+        self.cost = other.cost;
     }
 
     /// All requests.
@@ -222,6 +243,12 @@ pub struct VariantId {
 impl VariantId {
     fn of(wire: &VariantCounts) -> Self {
         Self { test: wire.test.clone(), epoch: wire.epoch, variant: wire.variant.clone() }
+    }
+
+    /// The users of a test's forgotten epochs.
+    #[must_use]
+    pub fn earlier(test: &str) -> Self {
+        Self { test: test.to_owned(), epoch: EARLIER_EPOCH, variant: String::new() }
     }
 }
 
@@ -315,12 +342,31 @@ impl SampleStore {
         sum
     }
 
-    /// Forgets epochs of a test that are not in `epochs`; all of it where that is empty.
+    /// Forgets epochs of a test that are not in `epochs`, except which users they had; all of it where
+    /// `epochs` is empty.
     pub fn retain_epochs(&mut self, test: &str, epochs: &BTreeSet<u64>) {
+        let mut users = UserSet::new(MAX_USERS);
         for process in self.processes.values_mut() {
-            process.variants.retain(|id, _| id.test != test || epochs.contains(&id.epoch));
+            process.variants.retain(|id, sums| {
+                let is_earlier = id.epoch == EARLIER_EPOCH && !epochs.is_empty();
+                let stays = id.test != test || is_earlier || epochs.contains(&id.epoch);
+                if !stays {
+                    users.merge(&sums.users);
+                }
+                stays
+            });
+        }
+        if !epochs.is_empty() && (users.level() > 0 || !users.is_empty()) {
+            let ended = self.processes.entry(ENDED.to_owned()).or_default();
+            ended.variants.entry(VariantId::earlier(test)).or_default().users.merge(&users);
         }
         self.processes.retain(|_, process| !process.variants.is_empty());
+    }
+
+    /// Users that were seen in epochs that are forgotten: they are not new in a later one.
+    #[must_use]
+    pub fn earlier_users(&self, test: &str) -> UserSet {
+        self.of(&VariantId::earlier(test)).users
     }
 
     /// Forgets tests that do not exist any more.
@@ -505,6 +551,28 @@ mod tests {
         let stored = store.checkpoint("t", 10_000).unwrap();
         assert!(stored.contains_key("lives") && stored.contains_key(ENDED));
         assert_eq!(store.of(&id("a")).requests(), 256_000 + SILENT_REPORTS);
+    }
+
+    #[test]
+    fn users_of_forgotten_epochs_are_known_also_to_another_operator() {
+        let mut store = SampleStore::default();
+        store.report(
+            "p",
+            &[counts("a", &[(1, 1)], &[1, 2]), VariantCounts { epoch: 2, ..counts("a", &[], &[3]) }],
+        );
+        store.retain_epochs("t", &BTreeSet::from([2]));
+        let earlier = |store: &SampleStore| store.earlier_users("t").len();
+        assert_eq!((earlier(&store), store.of(&id("a")).requests()), (2, 0));
+        // The gateway reports the old epoch again.
+        store.report("p", &[counts("a", &[(1, 1)], &[1, 2])]);
+        store.retain_epochs("t", &BTreeSet::from([2]));
+        assert_eq!(earlier(&store), 2);
+        let stored = store.checkpoint("t", 900_000).unwrap();
+        let mut restored = SampleStore::default();
+        restored.restore(&stored, &BTreeSet::from([VariantId::earlier("t")]));
+        assert_eq!(earlier(&restored), 2);
+        restored.retain_tests(&BTreeSet::new());
+        assert_eq!(earlier(&restored), 0);
     }
 
     #[test]

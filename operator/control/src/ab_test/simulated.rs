@@ -1,12 +1,14 @@
 //! Tests over simulated users: what is there is found, what is not there is not, and breaches end a test.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
-use trustformers_crds::{ABTestPhase, ABTestStatus, ABTestVerdict};
-use trustformers_proto::ab_test::latency_cell;
+use trustformers_crds::{ABTestPhase, ABTestStatus, ABTestVerdict, Metric};
+use trustformers_proto::ab_test::{UserSet, latency_cell};
 
 use super::assess::{AssessInputs, EpochSample, Judgement, assess};
 use super::sample::{SampleStore, VariantId, VariantSums};
-use super::status::{StepInputs, TestFacts, step};
+use super::status::{StepInputs, TestFacts, Waiting, step};
 use super::validate::tests::{spec, stored};
 use super::validate::{ValidatedTest, validate};
 
@@ -91,7 +93,15 @@ fn until_verdict(test: &ValidatedTest, population: &mut Population, looks: u32) 
         population.send(400);
         let epochs = [population.epoch([5000, 5000])];
         let days = f64::from(look) / 12.0;
-        let judgement = assess(&AssessInputs { test, epochs: &epochs, information: &information, days });
+        let judgement = assess(&AssessInputs {
+            test,
+            epochs: &epochs,
+            baseline: None,
+            thetas: &[],
+            earlier_users: &UserSet::new(1),
+            information: &information,
+            days,
+        });
         information = judgement.variants.iter().map(|variant| variant.information).collect();
         let is_over = judgement.conclusion.is_some();
         judgements.push(judgement);
@@ -174,15 +184,28 @@ fn users_that_are_divided_otherwise_trip_the_ratio_check() {
 
 /// Steps a test checkpoint by checkpoint, as the operator does, until `looks` or a phase beyond sampling.
 fn stepped(test: &ValidatedTest, population: &mut Population, looks: i64) -> (ABTestStatus, i64) {
+    stepped_while(test, population, looks, None)
+}
+
+/// The same while a newer spec waits behind the first checkpoint.
+fn stepped_while(
+    test: &ValidatedTest,
+    population: &mut Population,
+    looks: i64,
+    waiting: Option<Waiting>,
+) -> (ABTestStatus, i64) {
     let facts = TestFacts {
         conflict: None,
+        waiting: None,
         revisions: vec!["r1".to_owned(), "r1".to_owned()],
+        replicas: vec![1, 1],
         checkpoint_error: None,
     };
     let begin = Timestamp::from_second(1_800_000_000).unwrap();
     let inputs =
         StepInputs { test, stored: &ABTestStatus::default(), facts: &facts, samples: None, now: begin };
     let mut status = step(&inputs);
+    let facts = TestFacts { waiting, ..facts };
     let mut store = SampleStore::default();
     for look in 1..=looks {
         population.send(200);
@@ -213,6 +236,116 @@ fn a_guardrail_stops_within_two_checkpoints_and_the_control_gets_everything() {
     let sampling = status.conditions.iter().find(|one| one.type_ == "Sampling").unwrap();
     assert_eq!(sampling.reason, "GuardrailBroken");
     assert!(sampling.message.contains("ErrorRate of treatment"), "{}", sampling.message);
+}
+
+/// A checkpoint of one day, without a baseline.
+fn inputs<'a>(
+    test: &'a ValidatedTest,
+    epochs: &'a [EpochSample],
+    earlier_users: &'a UserSet,
+) -> AssessInputs<'a> {
+    AssessInputs {
+        test,
+        epochs,
+        baseline: None,
+        thetas: &[],
+        earlier_users,
+        information: &[0.0, 0.0],
+        days: 1.0,
+    }
+}
+
+#[test]
+fn what_users_did_before_the_test_makes_the_interval_narrower() {
+    let test = half_and_half(AT_ONCE);
+    let mut population = Population::new(19, 50, [0.2, 0.2]);
+    population.users = 400;
+    population.send(60_000);
+    let before = population.epoch([5000, 5000]);
+    population.sums = [VariantSums::default(), VariantSums::default()];
+    population.send(60_000);
+    let epochs = [population.epoch([5000, 5000])];
+    let nobody = UserSet::new(1);
+    let plain = inputs(&test, &epochs, &nobody);
+    let look = |thetas: &[BTreeMap<Metric, f64>]| {
+        let judgement = assess(&AssessInputs { baseline: Some(&before), thetas, ..plain });
+        judgement.variants[1].metrics[0].comparison.clone().unwrap()
+    };
+    let first = look(&[]);
+    let theta = first.theta.unwrap();
+    assert!((0.5..1.2).contains(&theta), "{theta}");
+    let second = look(&[BTreeMap::new(), BTreeMap::from([(Metric::ErrorRate, theta)])]);
+    let unadjusted = assess(&plain).variants[1].metrics[0].comparison.clone().unwrap();
+    assert_eq!(first.standard_error, unadjusted.standard_error, "the first look has no coefficient");
+    let narrower = second.standard_error.unwrap() / first.standard_error.unwrap();
+    assert!(narrower < 0.8, "{narrower}");
+    assert!(second.low < 0.0 && second.high > 0.0, "{second:?}");
+}
+
+#[test]
+fn users_that_return_after_many_epochs_are_not_new() {
+    let test = half_and_half(AT_ONCE);
+    // 2,000 users of each variant in an epoch that is forgotten; of the treatment few return.
+    let mut earlier = UserSet::new(32_768);
+    let users = |from: u64, count: u64| (from..from + count).map(|user| hashed(user << 20));
+    for user in users(0, 4000) {
+        earlier.insert(user);
+    }
+    let mut sums = [VariantSums::default(), VariantSums::default()];
+    for user in users(0, 2000) {
+        sums[0].users.insert(user);
+    }
+    for user in users(2000, 200) {
+        sums[1].users.insert(user);
+    }
+    for user in users(10_000, 500) {
+        sums[0].users.insert(user);
+    }
+    for user in users(20_000, 500) {
+        sums[1].users.insert(user);
+    }
+    let epochs = [EpochSample { weights: vec![5000, 5000], variants: sums.to_vec() }];
+    let broken = |earlier_users: &UserSet| assess(&inputs(&test, &epochs, earlier_users)).split_is_broken();
+    assert!(!broken(&earlier));
+    assert!(broken(&UserSet::new(1)), "as if all of them were new");
+}
+
+#[test]
+fn a_guardrail_stops_a_test_whose_new_spec_is_refused() {
+    let more = ", guardrails: [{metric: errorRate, max: 0.02}], stopWhen: {maxDuration: 60d}";
+    let running = half_and_half(more);
+    let waiting = Waiting { reason: "InvalidSpec", message: "spec.variants: wrong".to_owned() };
+    let mut population = Population::new(15, 50, [0.0, 0.4]);
+    let (status, looks) = stepped_while(&running, &mut population, 10, Some(waiting));
+    assert_eq!((status.phase, looks <= 2), (Some(ABTestPhase::Stopped), true));
+    let accepted = status.conditions.iter().find(|one| one.type_ == "Accepted").unwrap();
+    assert_eq!((accepted.status.as_str(), accepted.reason.as_str()), ("False", "InvalidSpec"));
+}
+
+#[test]
+fn a_cheaper_variant_wins_by_its_cost() {
+    let cost = |per_request: f64| format!("cost: {{perRequest: {per_request}}}");
+    let spec = spec(AT_ONCE)
+        .replace("errorRate", "costPerRequest")
+        .replace("weight: 90", &format!("weight: 50, {}", cost(2.0)))
+        .replace("weight: 10", "weight: 50, cost: {perRequest: 1, perMillionCompletionTokens: 10}");
+    let test = validate(&stored(&spec)).unwrap();
+    let mut population = Population::new(18, 50, [0.05, 0.05]);
+    population.send(4000);
+    let mut epoch = population.epoch([5000, 5000]);
+    for (sums, variant) in epoch.variants.iter_mut().zip(&test.variants) {
+        sums.cost = variant.cost.unwrap();
+        // Answers of some length, so that the costs of buckets differ.
+        for (bucket, tokens) in sums.buckets.iter_mut().zip((1000_u64..).step_by(7)) {
+            bucket.completion_tokens = tokens * bucket.requests;
+        }
+    }
+    let epochs = [epoch];
+    let judgement = assess(&inputs(&test, &epochs, &UserSet::new(1)));
+    let metric = &judgement.variants[1].metrics[0];
+    assert!(metric.value.is_some_and(|value| (1.01..1.03).contains(&value)), "{metric:?}");
+    let comparison = metric.comparison.as_ref();
+    assert!(comparison.is_none_or(|one| one.estimate < 0.0), "{metric:?}");
 }
 
 #[test]

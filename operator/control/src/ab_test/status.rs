@@ -4,7 +4,11 @@
 //! The state is in the status, and routes are made from the stored status: what is decided here reaches a
 //! gateway only when it is stored.
 
-use std::collections::BTreeSet;
+mod epochs;
+mod looks;
+mod notes;
+mod plan;
+
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -16,9 +20,13 @@ use trustformers_crds::{
 use super::assess::{AssessInputs, Breach, EpochSample, Judgement, assess};
 use super::assign::{owners, promoted, weights_at};
 use super::figures::{decimals, fill, signed};
-use super::sample::{SampleStore, VariantId, VariantSums};
+use super::sample::SampleStore;
 use super::validate::{TestConflict, TestSpecError, ValidatedTest};
-use crate::events::EventNote;
+use epochs::{epoch_sample, thetas};
+
+pub use epochs::{epochs_of, stored_variants};
+pub use notes::events;
+pub use plan::{Planned, Waiting, plan};
 
 /// How often a test is looked at and its sums are stored.
 pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(30);
@@ -26,8 +34,9 @@ pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(30);
 const MAX_EPOCHS: usize = 3;
 /// Percent of what the others have that the winner gets, step by step.
 const PROMOTION_STEPS: [u32; 2] = [50, 100];
-/// How long a step of the promotion lasts at least.
-const PROMOTION_HOLD: Duration = Duration::from_secs(60);
+/// Restarts of the samples by variants that move. A rollout moves its model two times, to both revisions and
+/// to the new one: these are five rollouts. A model that moves more often cannot be tested.
+const MAX_RESTARTS: u32 = 10;
 /// Longest message of a condition.
 const MESSAGE_BYTES: usize = 1000;
 
@@ -36,8 +45,12 @@ const MESSAGE_BYTES: usize = 1000;
 pub struct TestFacts {
     /// What keeps the test from its route.
     pub conflict: Option<TestConflict>,
+    /// Why a newer spec than the one that the test runs by is not followed yet.
+    pub waiting: Option<Waiting>,
     /// The revisions that serve each variant, joined; empty where none does.
     pub revisions: Vec<String>,
+    /// The pods that serve each variant.
+    pub replicas: Vec<u32>,
     /// Why the sums could not be stored at the last checkpoint.
     pub checkpoint_error: Option<String>,
 }
@@ -65,32 +78,31 @@ pub fn step(inputs: &StepInputs<'_>) -> ABTestStatus {
     next.status.observed_generation = Some(test.generation);
     next.accepted(facts);
     let serving = next.serving(facts);
-    if facts.conflict.is_none() {
-        let is_new = next.status.epochs.is_empty();
-        let is_changed = next.status.samples_of.as_deref() != Some(test.samples_of.as_str());
-        if is_new || is_changed {
-            if serving {
-                next.begin(facts);
-            } else if is_new {
-                next.status.phase = Some(ABTestPhase::Pending);
-            }
-        } else {
-            next.restart_for_revisions(facts);
-            next.ramp();
-            next.promote();
-            next.reweigh();
-            if let Some(samples) = inputs.samples {
-                next.checkpoint(samples);
-            }
+    let is_new = next.status.epochs.is_empty();
+    let is_changed = next.status.samples_of.as_deref() != Some(test.samples_of.as_str());
+    if is_new || is_changed {
+        if facts.conflict.is_none() && serving {
+            next.begin(facts);
+        } else if is_new {
+            next.status.phase = Some(ABTestPhase::Pending);
         }
-    } else if next.status.epochs.is_empty() {
-        next.status.phase = Some(ABTestPhase::Pending);
+    } else {
+        next.status.accepted_spec = Some(test.spec.clone());
+        next.restart_for_revisions(facts);
+        next.end_baseline();
+        next.ramp();
+        next.promote();
+        next.undo();
+        next.reweigh();
+        if let Some(samples) = inputs.samples {
+            next.checkpoint(samples, facts);
+        }
     }
     next.stored(facts);
     next.status
 }
 
-/// The status of a spec that cannot be honoured. A test that runs goes on as it was.
+/// The status of a spec that cannot be honoured, where there is no other that the test could run by.
 #[must_use]
 pub fn refused(
     error: &TestSpecError,
@@ -120,9 +132,12 @@ pub fn wake_in(test: &ValidatedTest, status: &ABTestStatus, now: Timestamp) -> D
     let ramp = ramp.filter(|_| status.phase == Some(ABTestPhase::Ramping));
     let ramp = ramp.and_then(|step| until(&status.ramp_since, step.hold));
     let promotion = (status.phase == Some(ABTestPhase::Promoting))
-        .then(|| until(&status.promoted_since, PROMOTION_HOLD))
+        .then(|| until(&status.promoted_since, test.promote_hold))
         .flatten();
-    ramp.into_iter().chain(promotion).chain([CHECKPOINT_INTERVAL]).min().unwrap_or(CHECKPOINT_INTERVAL)
+    let baseline = test.baseline.filter(|_| status.phase == Some(ABTestPhase::Baseline));
+    let baseline = baseline.and_then(|length| until(&status.started_at, length));
+    let times = ramp.into_iter().chain(promotion).chain(baseline);
+    times.chain([CHECKPOINT_INTERVAL]).min().unwrap_or(CHECKPOINT_INTERVAL)
 }
 
 /// A condition to set.
@@ -175,12 +190,16 @@ impl Next<'_> {
     }
 
     fn accepted(&mut self, facts: &TestFacts) {
-        let fact = match &facts.conflict {
-            Some(conflict) => {
+        let fact = match (&facts.waiting, &facts.conflict) {
+            (Some(Waiting { reason, message }), _) => {
+                let message = format!("{message}; until then the test runs by the spec before");
+                Fact { kind: "Accepted", status: "False", reason, message }
+            }
+            (None, Some(conflict)) => {
                 let reason: &'static str = conflict.into();
                 Fact { kind: "Accepted", status: "False", reason, message: conflict.to_string() }
             }
-            None => {
+            (None, None) => {
                 let message = format!("callers use the model {}", self.test.route);
                 Fact { kind: "Accepted", status: "True", reason: "Accepted", message }
             }
@@ -211,12 +230,19 @@ impl Next<'_> {
     /// The samples begin, for the first time or for another spec.
     fn begin(&mut self, facts: &TestFacts) {
         self.status.samples_of = Some(self.test.samples_of.clone());
+        self.status.accepted_spec = Some(self.test.spec.clone());
+        self.status.restarts = 0;
         self.status.ramp_step = 0;
         self.status.ramp_since = Some(Time(self.now));
         (self.status.promoted, self.status.promoted_since) = (0, None);
         (self.status.verdict, self.status.winner, self.status.concluded_at) = (None, None, None);
-        self.status.phase =
-            Some(if self.test.ramp.is_empty() { ABTestPhase::Running } else { ABTestPhase::Ramping });
+        self.status.phase = Some(match self.test.baseline {
+            Some(_) => ABTestPhase::Baseline,
+            None if self.test.ramp.is_empty() => ABTestPhase::Running,
+            None => ABTestPhase::Ramping,
+        });
+        // The baseline of another test is none of this one.
+        self.status.epochs.iter_mut().for_each(|epoch| epoch.baseline = false);
         self.restart(facts, "Started", "the samples began".to_owned());
     }
 
@@ -238,10 +264,11 @@ impl Next<'_> {
         (self.status.leader, self.status.confidence) = (None, None);
         (self.status.srm, self.status.srm_p_value) = (Some("-".to_owned()), None);
         (self.status.detectable_effect, self.status.days_left) = (None, None);
+        self.status.history.clear();
         let weights = self.wanted_weights();
         self.new_epoch(weights);
-        let last = self.status.epochs.len().saturating_sub(1);
-        self.status.epochs.drain(..last);
+        let newest = self.status.epochs.last().map(|last| last.epoch);
+        self.status.epochs.retain(|one| Some(one.epoch) == newest || one.baseline);
         self.set(Fact { kind: "Sampling", status: "True", reason, message });
     }
 
@@ -256,8 +283,15 @@ impl Next<'_> {
         let moved: Vec<String> = moved
             .map(|((before, now), variant)| format!("{} from {before} to {now}", variant.name))
             .collect();
-        if !moved.is_empty() {
-            let message = format!("the samples began anew, because a variant moved: {}", moved.join(", "));
+        if !moved.is_empty() && self.status.restarts >= MAX_RESTARTS {
+            self.unstable(&moved);
+        } else if !moved.is_empty() {
+            self.status.restarts += 1;
+            let message = format!(
+                "the samples began anew, because a variant moved: {} (restart {} of at most {MAX_RESTARTS})",
+                moved.join(", "),
+                self.status.restarts
+            );
             // A variant without pods keeps the revision that it had.
             let kept = facts
                 .revisions
@@ -267,6 +301,33 @@ impl Next<'_> {
             let facts = TestFacts { revisions: kept.collect(), ..facts.clone() };
             self.restart(&facts, "VariantChanged", message);
         }
+    }
+
+    /// A variant moves again and again: it cannot be compared.
+    fn unstable(&mut self, moved: &[String]) {
+        let message = format!(
+            "a variant moved once more: {}, after {MAX_RESTARTS} restarts of the samples; let its rollout end, or name a revision in modelRef, and create the test anew",
+            moved.join(", ")
+        );
+        self.status.verdict = Some(ABTestVerdict::Invalid);
+        self.status.concluded_at = Some(Time(self.now));
+        self.status.phase = Some(ABTestPhase::Concluded);
+        self.set(Fact { kind: "Sampling", status: "False", reason: "VariantUnstable", message });
+    }
+
+    /// The users of each variant get it once the baseline has lasted.
+    fn end_baseline(&mut self) {
+        let since = self.status.started_at.as_ref().map_or(self.now, |time| time.0);
+        let is_over = self.test.baseline.is_some_and(|length| self.elapsed(since) >= length);
+        if self.status.phase != Some(ABTestPhase::Baseline) || !is_over {
+            return;
+        }
+        self.status.phase = Some(ABTestPhase::Running);
+        self.status.started_at = Some(Time(self.now));
+        let weights = self.wanted_weights();
+        self.new_epoch(weights);
+        let message = "the baseline has ended, and users get their variants".to_owned();
+        self.set(Fact { kind: "Sampling", status: "True", reason: "BaselineEnded", message });
     }
 
     fn ramp(&mut self) {
@@ -295,7 +356,7 @@ impl Next<'_> {
             return;
         }
         let since = self.status.promoted_since.as_ref().map_or(self.now, |time| time.0);
-        if self.elapsed(since) < PROMOTION_HOLD {
+        if self.elapsed(since) < self.test.promote_hold {
             return;
         }
         match PROMOTION_STEPS.iter().find(|step| **step > self.status.promoted) {
@@ -305,6 +366,20 @@ impl Next<'_> {
             }
             None => self.status.phase = Some(ABTestPhase::Concluded),
         }
+    }
+
+    /// A promotion whose spec says `Report` now is taken back: the variants have their weights again.
+    fn undo(&mut self) {
+        if self.status.promoted == 0 || self.test.on_conclusion == OnConclusion::Promote {
+            return;
+        }
+        (self.status.promoted, self.status.promoted_since) = (0, None);
+        self.status.phase = Some(ABTestPhase::Concluded);
+        let winner = self.status.winner.clone().unwrap_or_default();
+        let message = format!(
+            "the promotion of {winner} was undone by spec.onConclusion: the weights are in force again"
+        );
+        self.set(Fact { kind: "Sampling", status: "False", reason: "PromotionUndone", message });
     }
 
     /// The share that each variant should have now.
@@ -335,9 +410,18 @@ impl Next<'_> {
         self.status.weights = Some(weights.iter().map(percent).collect::<Vec<_>>().join("/"));
         // Without a stored one the time: it is larger than any number before.
         let number = self.status.epochs.last().map_or(self.now.as_second(), |last| last.epoch + 1);
-        self.status.epochs.push(TestEpoch { epoch: number, since: Time(self.now), weights });
-        let beyond = self.status.epochs.len().saturating_sub(MAX_EPOCHS);
-        self.status.epochs.drain(..beyond);
+        let baseline = self.status.phase == Some(ABTestPhase::Baseline);
+        if baseline {
+            self.status.epochs.clear();
+        }
+        self.status.epochs.push(TestEpoch { epoch: number, since: Time(self.now), weights, baseline });
+        let epochs = &mut self.status.epochs;
+        let mut beyond = epochs.iter().filter(|one| !one.baseline).count().saturating_sub(MAX_EPOCHS);
+        epochs.retain(|one| {
+            let goes = !one.baseline && beyond > 0;
+            beyond -= usize::from(goes);
+            !goes
+        });
     }
 
     /// Says where the sums are stored.
@@ -358,8 +442,15 @@ impl Next<'_> {
         self.set(fact);
     }
 
-    fn checkpoint(&mut self, samples: &SampleStore) {
-        let epochs = epoch_samples(self.test, &self.status, samples);
+    fn checkpoint(&mut self, samples: &SampleStore, facts: &TestFacts) {
+        if self.status.phase == Some(ABTestPhase::Baseline) {
+            return;
+        }
+        let of = |baseline: bool| {
+            let epochs = self.status.epochs.iter().filter(|epoch| epoch.baseline == baseline);
+            epochs.map(|epoch| epoch_sample(self.test, epoch, samples)).collect::<Vec<EpochSample>>()
+        };
+        let (baseline, epochs) = (of(true), of(false));
         let information: Vec<f64> = self
             .status
             .variants
@@ -368,12 +459,27 @@ impl Next<'_> {
             .collect();
         let started = self.status.started_at.as_ref().map_or(self.now, |time| time.0);
         let days = self.elapsed(started).as_secs_f64() / 86_400.0;
-        let judgement =
-            assess(&AssessInputs { test: self.test, epochs: &epochs, information: &information, days });
+        let judgement = assess(&AssessInputs {
+            test: self.test,
+            epochs: &epochs,
+            baseline: baseline.first(),
+            thetas: &thetas(&self.status),
+            earlier_users: &samples.earlier_users(&self.test.uid),
+            information: &information,
+            days,
+        });
         // The figures of a verdict stay as they were.
         let is_promoting = self.status.phase == Some(ABTestPhase::Promoting);
         if self.is_sampling() {
+            let requests =
+                |status: &ABTestStatus| status.variants.iter().map(|one| one.requests).sum::<i64>();
+            let before = requests(&self.status);
             self.figures(&judgement);
+            // Without requests there is nothing new to write.
+            if requests(&self.status) != before {
+                looks::remember(&mut self.status, self.now);
+                self.load(epochs.last(), facts);
+            }
         } else if !is_promoting {
             return;
         }
@@ -413,6 +519,14 @@ impl Next<'_> {
         }
         for (status, one) in self.status.variants.iter_mut().zip(&judgement.variants) {
             fill(status, one);
+        }
+    }
+
+    fn load(&mut self, epoch: Option<&EpochSample>, facts: &TestFacts) {
+        let load = epoch.and_then(|epoch| looks::load(&mut self.status, epoch, facts, self.now));
+        if let Some(looks::Load { matched, message }) = load {
+            let (status, reason) = if matched { ("True", "Matched") } else { ("False", "LoadDiffers") };
+            self.set(Fact { kind: "LoadMatched", status, reason, message });
         }
     }
 
@@ -462,77 +576,6 @@ impl Next<'_> {
         self.status.winner = winner;
         self.set(Fact { kind: "Sampling", status: "False", reason, message });
     }
-}
-
-/// What was counted in the epochs of a test.
-fn epoch_samples(test: &ValidatedTest, status: &ABTestStatus, samples: &SampleStore) -> Vec<EpochSample> {
-    let sums = |epoch: i64, variant: &String| -> VariantSums {
-        let epoch = u64::try_from(epoch).unwrap_or(0);
-        samples.of(&VariantId { test: test.uid.clone(), epoch, variant: variant.clone() })
-    };
-    let names: Vec<String> = test.variants.iter().map(|variant| variant.name.clone()).collect();
-    let sample = |epoch: &TestEpoch| EpochSample {
-        weights: names
-            .iter()
-            .enumerate()
-            .map(|(index, _)| epoch.weights.get(index).copied().unwrap_or(0))
-            .collect(),
-        variants: names.iter().map(|name| sums(epoch.epoch, name)).collect(),
-    };
-    status.epochs.iter().map(sample).collect()
-}
-
-/// The epochs whose sums are still needed.
-#[must_use]
-pub fn epochs_of(status: &ABTestStatus) -> BTreeSet<u64> {
-    status.epochs.iter().filter_map(|epoch| u64::try_from(epoch.epoch).ok()).collect()
-}
-
-/// What may have been stored of a test with this UID.
-#[must_use]
-pub fn stored_variants(uid: &str, status: &ABTestStatus) -> BTreeSet<VariantId> {
-    let mut known = BTreeSet::new();
-    for epoch in epochs_of(status) {
-        for variant in &status.variants {
-            known.insert(VariantId { test: uid.to_owned(), epoch, variant: variant.name.clone() });
-        }
-    }
-    known
-}
-
-/// The Events of a change from one status to another.
-#[must_use]
-pub fn events(before: &ABTestStatus, after: &ABTestStatus) -> Vec<EventNote> {
-    let find =
-        |status: &ABTestStatus, kind: &str| status.conditions.iter().find(|one| one.type_ == kind).cloned();
-    let mut notes = Vec::new();
-    for kind in ["Accepted", "Serving", "SplitHealthy", "Sampling", "SamplesStored"] {
-        let Some(now) = find(after, kind) else { continue };
-        let old = find(before, kind);
-        // The same status and reason with other words says nothing new, except that samples began anew.
-        let is_new = old.as_ref().is_none_or(|old| {
-            (&old.status, &old.reason) != (&now.status, &now.reason)
-                || (kind == "Sampling" && old.message != now.message)
-        });
-        let is_sampling = kind == "Sampling";
-        if is_new && (is_sampling || now.status == "False") {
-            let is_good = ["Started", "Winner", "Equivalent"].contains(&now.reason.as_str());
-            notes.push(EventNote {
-                warning: !(is_sampling && is_good),
-                reason: now.reason.clone(),
-                note: now.message.clone(),
-            });
-        }
-    }
-    if after.promoted != before.promoted && after.promoted > 0 {
-        let winner = after.winner.clone().unwrap_or_default();
-        notes.push(EventNote {
-            warning: false,
-            reason: "Promoted".to_owned(),
-            note: format!("{winner} gets {} % of what the others had", after.promoted),
-        });
-    }
-    notes
 }
 
 #[cfg(test)]

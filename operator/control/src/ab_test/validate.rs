@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use trustformers_crds::{
-    ABTest, AssignBy, Assignment, Goal, Guardrail, Metric, OnConclusion, RampStep, SecondaryMetric,
+    ABTest, AssignBy, Assignment, Cost, Goal, Guardrail, Layer, Metric, OnConclusion, RampStep,
+    SecondaryMetric, TestShadow,
 };
 
+use super::assign::running_test;
 use crate::routes::ModelKey;
 use crate::{duration, hash};
 
@@ -31,6 +33,8 @@ pub struct ValidatedTest {
     pub variants: Vec<ValidatedVariant>,
     /// Who gets which variant.
     pub assignment: Assignment,
+    /// How long all users get the control before.
+    pub baseline: Option<Duration>,
     /// The steps towards the weights.
     pub ramp: Vec<ValidatedRampStep>,
     /// What decides.
@@ -49,12 +53,16 @@ pub struct ValidatedTest {
     pub max_duration: Duration,
     /// What happens when a variant has won.
     pub on_conclusion: OnConclusion,
+    /// How long a step of the promotion lasts.
+    pub promote_hold: Duration,
     /// Hash of what restarts the samples when it changes. Weights and ramp do not.
     pub samples_of: String,
+    /// The spec as JSON, which the status keeps.
+    pub spec: String,
 }
 
 /// One variant.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ValidatedVariant {
     /// Its name.
     pub name: String,
@@ -64,6 +72,8 @@ pub struct ValidatedVariant {
     pub revision: Option<String>,
     /// Percent of the users.
     pub weight: u32,
+    /// What its requests cost.
+    pub cost: Option<Cost>,
 }
 
 /// One step towards the weights.
@@ -120,9 +130,39 @@ pub enum TestSpecError {
         /// The variants.
         names: String,
     },
-    /// Forced users need users.
-    #[error("spec.assignment.forced needs spec.assignment.by: User")]
-    ForcedWithoutUsers,
+    /// The field needs users.
+    #[error("spec.assignment.{field} needs spec.assignment.by: User")]
+    WithoutUsers {
+        /// The field.
+        field: &'static str,
+    },
+    /// Baseline and ramp.
+    #[error("spec.baseline and spec.ramp exclude each other; remove one")]
+    BaselineWithRamp,
+    /// The shadow's variant is none of the test.
+    #[error("spec.shadow.variant: the variant {variant} does not exist; use one of {names}")]
+    ShadowVariant {
+        /// The variant.
+        variant: String,
+        /// The variants.
+        names: String,
+    },
+    /// A layer's part is empty.
+    #[error("spec.assignment.layer: from {from} is not below to {to}")]
+    EmptyLayer {
+        /// Its begin.
+        from: u32,
+        /// Its end.
+        to: u32,
+    },
+    /// A metric needs the cost of each variant.
+    #[error(
+        "spec.variants: {variant} has no cost, which the metric costPerRequest needs; add variants[].cost"
+    )]
+    NoCost {
+        /// The variant.
+        variant: String,
+    },
     /// The metric stands twice.
     #[error("spec.secondary: {metric:?} is the goal already; remove it")]
     GoalTwice {
@@ -159,6 +199,10 @@ pub fn validate(test: &ABTest) -> Result<ValidatedTest, TestSpecError> {
         Ok(ValidatedRampStep { percent: step.percent, hold: parse("spec.ramp[].hold", &step.hold)? })
     };
     let ramp = spec.ramp.iter().map(step).collect::<Result<_, TestSpecError>>()?;
+    let baseline = spec.baseline.as_ref().map(|text| parse("spec.baseline", text)).transpose()?;
+    if baseline.is_some() && !spec.ramp.is_empty() {
+        return Err(TestSpecError::BaselineWithRamp);
+    }
     let variants: Vec<ValidatedVariant> = spec
         .variants
         .iter()
@@ -167,10 +211,13 @@ pub fn validate(test: &ABTest) -> Result<ValidatedTest, TestSpecError> {
             model: variant.model_ref.name.clone(),
             revision: variant.model_ref.revision.clone(),
             weight: variant.weight,
+            cost: variant.cost,
         })
         .collect();
     check_variants(&variants)?;
+    check_assignment(&spec.assignment)?;
     check_forced(&spec.assignment, &variants)?;
+    check_shadow(spec.shadow.as_ref(), &variants)?;
     check_metrics(test)?;
     Ok(ValidatedTest {
         key: (namespace.clone(), name.clone()),
@@ -181,6 +228,7 @@ pub fn validate(test: &ABTest) -> Result<ValidatedTest, TestSpecError> {
         samples_of: samples_of(test),
         variants,
         assignment: spec.assignment.clone(),
+        baseline,
         ramp,
         goal: spec.goal.clone(),
         secondary: spec.secondary.clone(),
@@ -190,7 +238,38 @@ pub fn validate(test: &ABTest) -> Result<ValidatedTest, TestSpecError> {
         min_duration,
         max_duration,
         on_conclusion: spec.on_conclusion,
+        promote_hold: parse("spec.promoteHold", &spec.promote_hold)?,
+        // A spec that was decoded can be written.
+        spec: serde_json::to_string(spec).unwrap_or_default(),
     })
+}
+
+fn check_shadow(shadow: Option<&TestShadow>, variants: &[ValidatedVariant]) -> Result<(), TestSpecError> {
+    let Some(TestShadow { variant, .. }) = shadow else { return Ok(()) };
+    if variants.iter().any(|one| one.name == *variant) {
+        return Ok(());
+    }
+    let names: Vec<&str> = variants.iter().map(|one| one.name.as_str()).collect();
+    Err(TestSpecError::ShadowVariant { variant: variant.clone(), names: names.join(", ") })
+}
+
+fn check_assignment(assignment: &Assignment) -> Result<(), TestSpecError> {
+    let Assignment { by, jwt_claim, layer, holdout_percent, forced, .. } = assignment;
+    let fields = [
+        ("jwtClaim", jwt_claim.is_some()),
+        ("layer", layer.is_some()),
+        ("holdoutPercent", *holdout_percent > 0),
+        ("forced", !forced.is_empty()),
+    ];
+    if *by != AssignBy::User
+        && let Some((field, _)) = fields.into_iter().find(|(_, is_set)| *is_set)
+    {
+        return Err(TestSpecError::WithoutUsers { field });
+    }
+    match layer {
+        Some(Layer { from, to, .. }) if from >= to => Err(TestSpecError::EmptyLayer { from: *from, to: *to }),
+        _ => Ok(()),
+    }
 }
 
 fn check_variants(variants: &[ValidatedVariant]) -> Result<(), TestSpecError> {
@@ -211,9 +290,6 @@ fn check_variants(variants: &[ValidatedVariant]) -> Result<(), TestSpecError> {
 }
 
 fn check_forced(assignment: &Assignment, variants: &[ValidatedVariant]) -> Result<(), TestSpecError> {
-    if !assignment.forced.is_empty() && assignment.by != AssignBy::User {
-        return Err(TestSpecError::ForcedWithoutUsers);
-    }
     let names: BTreeSet<&str> = variants.iter().map(|variant| variant.name.as_str()).collect();
     match assignment.forced.iter().find(|forced| !names.contains(forced.variant.as_str())) {
         Some(forced) => Err(TestSpecError::ForcedVariant {
@@ -229,6 +305,15 @@ fn check_metrics(test: &ABTest) -> Result<(), TestSpecError> {
     let goal = test.spec.goal.metric;
     if test.spec.secondary.iter().any(|one| one.metric == goal) {
         return Err(TestSpecError::GoalTwice { metric: goal });
+    }
+    let mut named = std::iter::once(goal)
+        .chain(test.spec.secondary.iter().map(|one| one.metric))
+        .chain(test.spec.guardrails.iter().map(|one| one.metric));
+    let without_cost = test.spec.variants.iter().find(|variant| variant.cost.is_none());
+    if named.any(|metric| metric == Metric::CostPerRequest)
+        && let Some(variant) = without_cost
+    {
+        return Err(TestSpecError::NoCost { variant: variant.name.clone() });
     }
     for guardrail in &test.spec.guardrails {
         let ((Some(limit), None) | (None, Some(limit))) = (guardrail.max, guardrail.min) else {
@@ -249,6 +334,19 @@ fn samples_of(test: &ABTest) -> String {
     for variant in &spec.variants {
         let revision = variant.model_ref.revision.as_deref().unwrap_or_default();
         text += &format!("{}\n{}\n{revision}\n", variant.name, variant.model_ref.name);
+    }
+    // Only what is set, so that tests of older versions keep their samples.
+    if let Some(claim) = &spec.assignment.jwt_claim {
+        text += &format!("claim {claim}\n");
+    }
+    if let Some(Layer { name, from, to }) = &spec.assignment.layer {
+        text += &format!("layer {name} {from} {to}\n");
+    }
+    if spec.assignment.holdout_percent > 0 {
+        text += &format!("holdout {}\n", spec.assignment.holdout_percent);
+    }
+    if let Some(baseline) = &spec.baseline {
+        text += &format!("baseline {baseline}\n");
     }
     let goal = &spec.goal;
     text += &format!(
@@ -289,6 +387,16 @@ pub enum TestConflict {
         /// The other test.
         other: String,
     },
+    /// An older test has some of the layer's users.
+    #[error(
+        "spec.assignment.layer: the older test {other} has users of this part of the layer {layer}; choose a part that no test has"
+    )]
+    LayerInUse {
+        /// The layer.
+        layer: String,
+        /// The other test.
+        other: String,
+    },
     /// A model does not exist.
     #[error(
         "spec.variants: {variant} needs the InferenceModel {model}, which does not exist in this namespace; create it, or name another one"
@@ -310,17 +418,22 @@ pub struct RouteClaim {
     pub created: Timestamp,
     /// The route.
     pub route: String,
+    /// Its part of a layer.
+    pub layer: Option<Layer>,
 }
 
 impl RouteClaim {
     /// What a stored test wants; none without a name.
     #[must_use]
     pub fn of(test: &ABTest) -> Option<Self> {
+        let running = test.status.as_ref().and_then(|status| running_test(test, status));
+        let test = running.as_ref().unwrap_or(test);
         let meta = &test.metadata;
         Some(Self {
             key: (meta.namespace.clone()?, meta.name.clone()?),
             created: meta.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |time| time.0),
             route: test.spec.route.clone(),
+            layer: test.spec.assignment.layer.clone(),
         })
     }
 }
@@ -342,12 +455,17 @@ pub fn conflict(
         let (variant, model) = (variant.name.clone(), variant.model.clone());
         return Some(TestConflict::NoModel { variant, model });
     }
-    let older = claims.iter().find(|claim| {
-        claim.route == test.route
-            && claim.key.0 == test.key.0
-            && (claim.created, &claim.key) < (test.created, &test.key)
-    });
-    older.map(|claim| TestConflict::RouteInUse { route: route(), other: claim.key.1.clone() })
+    let older = claims
+        .iter()
+        .filter(|claim| claim.key.0 == test.key.0 && (claim.created, &claim.key) < (test.created, &test.key));
+    let of_route = older.clone().find(|claim| claim.route == test.route);
+    if let Some(claim) = of_route {
+        return Some(TestConflict::RouteInUse { route: route(), other: claim.key.1.clone() });
+    }
+    let layer = test.assignment.layer.as_ref()?;
+    let overlaps = |other: &Layer| other.name == layer.name && other.from < layer.to && layer.from < other.to;
+    let of_layer = older.clone().find(|claim| claim.layer.as_ref().is_some_and(overlaps));
+    of_layer.map(|claim| TestConflict::LayerInUse { layer: layer.name.clone(), other: claim.key.1.clone() })
 }
 
 #[cfg(test)]
@@ -396,6 +514,11 @@ pub(crate) mod tests {
             (spec(", guardrails: [{metric: latencyP95Ms, max: -1}]"), "above 0"),
             (spec(", guardrails: [{metric: latencyP95Ms, min: 5}]"), "above 0"),
             (spec(", guardrails: [{metric: errorRate}]"), "exactly one of max and min"),
+            (spec(", shadow: {variant: x, percent: 1}"), "use one of control, treatment"),
+            (spec(", baseline: 1d, ramp: [{percent: 10, hold: 1h}]"), "exclude each other"),
+            (spec(", guardrails: [{metric: costPerRequest, max: 1}]"), "control has no cost"),
+            (spec(", assignment: {by: Request, jwtClaim: sub}"), "jwtClaim needs spec.assignment.by: User"),
+            (spec(", assignment: {layer: {name: l, from: 50, to: 50}}"), "from 50 is not below to 50"),
         ] {
             let error = validate(&stored(&spec)).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
@@ -424,6 +547,25 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn tests_of_one_layer_share_no_users() {
+        let of = |from: u32, to: u32| {
+            let more = format!(", assignment: {{layer: {{name: ranking, from: {from}, to: {to}}}}}");
+            validate(&stored(&spec(&more))).unwrap()
+        };
+        let models: BTreeSet<String> = ["a", "b"].map(str::to_owned).into();
+        let older = RouteClaim {
+            key: ("team".to_owned(), "older".to_owned()),
+            created: Timestamp::from_second(1).unwrap(),
+            route: "other".to_owned(),
+            layer: Some(Layer { name: "ranking".to_owned(), from: 0, to: 50 }),
+        };
+        let claims = [older];
+        assert_eq!(conflict(&of(50, 100), &models, &claims), None);
+        let taken = conflict(&of(49, 100), &models, &claims).unwrap();
+        assert!(matches!(taken, TestConflict::LayerInUse { .. }), "{taken}");
+    }
+
+    #[test]
     fn conflicts_with_models_and_older_tests_are_found() {
         let test = validate(&stored(&spec(""))).unwrap();
         let models = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
@@ -431,6 +573,7 @@ pub(crate) mod tests {
             key: ("team".to_owned(), name.to_owned()),
             created: Timestamp::from_second(second).unwrap(),
             route: "chat".to_owned(),
+            layer: None,
         };
         assert_eq!(conflict(&test, &models(&["a", "b"]), &[]), None);
         let own = RouteClaim::of(&stored(&spec(""))).unwrap();

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use serde_json::Value;
-use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, KvCache};
+use trustformers_crds::{BatchStrategy, DEFAULT_MAX_WAIT_MS, KvCache, Quantity};
 use trustformers_proto::pod_config::{
     FILE_NAME, KEYS_FILE_NAME, PodAdmin, PodConfig, PodConfigError, PodEngine, PodFetch, PodGoldenPrompt,
     PodModel,
@@ -17,9 +17,10 @@ use trustformers_proto::pod_config::{
 
 use super::pod::{CACHE_DIR, CONFIG_DIR, MODEL_DIR, SECRET_DIR};
 use super::{PodAccess, meta};
+use crate::adapters::ValidatedAdapter;
 use crate::names;
 use crate::rollout::GoldenPrompt;
-use crate::validate::{Mount, ValidatedModel};
+use crate::validate::{CacheVolume, Mount, ValidatedModel};
 
 /// The file with the configuration before the last change of revision: an undo needs it again.
 const PREVIOUS_FILE: &str = "previous.yaml";
@@ -50,8 +51,9 @@ impl PoolFiles {
         texts.filter_map(|text| PodConfig::parse(text).ok()).find(|one| one.model.revision == revision)
     }
 
-    /// The files with which pods start with `revision`. `own` is the configuration of the spec. A revision
-    /// that neither the spec nor a file describes leaves the file as it is; without a file there is none.
+    /// The files with which pods start with `revision`. `own` is the configuration of the spec, whose way to
+    /// recognise the operator every file gets. A revision that neither the spec nor a file describes leaves
+    /// the file as it is; without a file there is none.
     ///
     /// # Errors
     /// Only if a configuration cannot be written, which no validated model causes.
@@ -81,7 +83,7 @@ impl PoolFiles {
             }
         };
         if let Ok(mut config) = PodConfig::parse(&files.pod) {
-            config.admin = access.map(PodAccess::of_pod);
+            config.admin = own.admin.clone();
             files.pod = config.to_yaml()?;
         }
         // Keys that cannot be read from the cluster now stay as they are.
@@ -92,12 +94,12 @@ impl PoolFiles {
 }
 
 impl PodAccess {
-    /// What a pod is told of it.
-    fn of_pod(&self) -> PodAdmin {
+    /// What the pods of a namespace are told of it.
+    fn of_pod(&self, namespace: &str) -> PodAdmin {
         PodAdmin {
             port: names::ADMIN_PORT,
             keys_file: format!("{CONFIG_DIR}/{KEYS_FILE_NAME}"),
-            audience: names::ADMIN_AUDIENCE.to_owned(),
+            audience: names::admin_audience(namespace),
             subject: self.subject.clone(),
             issuer: self.issuer.clone(),
         }
@@ -118,6 +120,17 @@ fn golden_prompt(one: &GoldenPrompt) -> PodGoldenPrompt {
     PodGoldenPrompt { prompt: one.prompt.clone(), expect: one.expect.clone() }
 }
 
+/// What kubelet counts of a cache beside the files: journals of transfers, records and folders.
+const CACHE_OVERHEAD_BYTES: u64 = 1 << 20;
+
+/// The most that a pod keeps in its cache. Below the size at which kubelet evicts the pod, so that the pod
+/// can say that a model does not fit. A limit with a fraction is kubelet's alone.
+fn max_cache_bytes(mount: &Mount) -> Option<u64> {
+    let Mount::Fetched(CacheVolume::EmptyDir { size_limit: Some(limit) }) = mount else { return None };
+    let limit_bytes = Quantity(limit.clone()).whole_bytes()?;
+    Some(limit_bytes.saturating_sub(CACHE_OVERHEAD_BYTES))
+}
+
 /// What the spec asks a pod to load. Defaults of fields that were added later are omitted, so that operator
 /// upgrades change no existing file and older pods can read it.
 #[must_use]
@@ -126,7 +139,9 @@ pub fn pod_config(model: &ValidatedModel, revision: &str, access: Option<&PodAcc
     let batching = &runtime.batching;
     let strategy = Some(batching.strategy).filter(|strategy| *strategy != BatchStrategy::default());
     let kv_cache = Some(runtime.kv_cache).filter(|kv_cache| *kv_cache != KvCache::default());
-    let is_fetched = matches!(model.mount, Mount::Fetched(_));
+    let adapters = &model.adapters;
+    let is_fetched =
+        matches!(model.mount, Mount::Fetched(_)) || adapters.iter().any(ValidatedAdapter::is_fetched);
     PodConfig {
         model: PodModel {
             names: vec![format!("{}/{}", model.namespace, model.name), model.name.clone()],
@@ -136,12 +151,13 @@ pub fn pod_config(model: &ValidatedModel, revision: &str, access: Option<&PodAcc
                 cache_dir: CACHE_DIR.to_owned(),
                 revision: model.source.revision.clone(),
                 secret_dir: model.source.secret_ref.as_ref().map(|_| SECRET_DIR.to_owned()),
-                max_cache_bytes: None,
+                max_cache_bytes: max_cache_bytes(&model.mount),
             }),
             files: model.source.files.clone(),
             sha256: model.source.sha256.clone(),
             task: model.task,
             golden_prompts: model.rollout.golden_prompts.iter().map(golden_prompt).collect(),
+            adapters: adapters.iter().map(ValidatedAdapter::of_pod).collect(),
         },
         engine: PodEngine {
             device: Some(runtime.device.as_str().to_owned()),
@@ -156,7 +172,7 @@ pub fn pod_config(model: &ValidatedModel, revision: &str, access: Option<&PodAcc
         },
         // Validation limits the drain timeout to a week, so it fits.
         drain_timeout_ms: u64::try_from(model.drain_timeout.as_millis()).unwrap_or(u64::MAX),
-        admin: access.map(PodAccess::of_pod),
+        admin: access.map(|access| access.of_pod(&model.namespace)),
     }
 }
 
@@ -184,7 +200,11 @@ mod tests {
     }
 
     fn own(revision: &str) -> PodConfig {
-        pod_config(&valid("chat", "{source: {uri: 'pvc://weights/a'}}"), revision, None)
+        with_access(revision, Some(&access(None)))
+    }
+
+    fn with_access(revision: &str, access: Option<&PodAccess>) -> PodConfig {
+        pod_config(&valid("chat", "{source: {uri: 'pvc://weights/a'}}"), revision, access)
     }
 
     fn next(revision: &str, spec: &str, stored: Option<&PoolFiles>) -> Option<PoolFiles> {
@@ -220,8 +240,8 @@ mod tests {
             |keys| PoolFiles::next("r1", &own("r2"), Some(&first), Some(&access(keys))).unwrap().unwrap();
         assert_eq!(kept(None).keys.as_deref(), Some("{k1}"));
         assert_eq!(kept(Some("{k2}")).keys.as_deref(), Some("{k2}"));
-        assert_eq!(PodConfig::parse(&kept(None).pod).unwrap().admin, Some(access(None).of_pod()));
-        let without = PoolFiles::next("r1", &own("r2"), Some(&first), None).unwrap().unwrap();
+        assert_eq!(PodConfig::parse(&kept(None).pod).unwrap().admin, Some(access(None).of_pod("team")));
+        let without = PoolFiles::next("r1", &with_access("r2", None), Some(&first), None).unwrap().unwrap();
         assert_eq!((without.keys, PodConfig::parse(&without.pod).unwrap().admin), (None, None));
     }
 
@@ -237,8 +257,8 @@ mod tests {
     #[test]
     fn the_config_map_of_a_pool_whose_pods_changed_their_revision() {
         let model = valid("chat", "{source: {uri: 'hf://org/name', revision: v2}}");
-        let config = |revision| pod_config(&model, revision, None);
         let cluster = access(Some(r#"{"keys":[]}"#));
+        let config = |revision| pod_config(&model, revision, Some(&cluster));
         let first = PoolFiles::next("r1", &config("r1"), None, Some(&cluster)).unwrap();
         let files = PoolFiles::next("r2", &config("r2"), first.as_ref(), Some(&cluster)).unwrap().unwrap();
         insta::assert_yaml_snapshot!(config_map(&model, "r1", &files));

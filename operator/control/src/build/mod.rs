@@ -3,13 +3,16 @@
 //! Pure, so its tests are YAML in and golden objects out. Each object carries a hash of itself in an
 //! annotation. The apply step compares it with the stored object and sends nothing if nothing changed.
 
+mod autoscaler;
 mod budget;
 mod config;
 mod deployment;
 mod network;
+mod network_policy;
 mod pod;
+mod service_monitor;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
@@ -29,6 +32,10 @@ use crate::{hash, names};
 pub struct Platform {
     /// Image of a pod's container if the model names none.
     pub runtime_image: String,
+    /// Namespace of the operator and of the gateways.
+    pub namespace: String,
+    /// Kinds that are no part of Kubernetes and whose definitions the cluster has.
+    pub optional_kinds: BTreeSet<&'static str>,
     /// `IfNotPresent`, `Always` or `Never`, for the container and for image volumes.
     pub pull_policy: String,
     /// How pods recognise the operator on their admin port; none: they have none.
@@ -104,9 +111,21 @@ pub fn build(model: &ValidatedModel, platform: &Platform, pools: &Pools) -> Resu
     for (pool, files) in &pools.files {
         objects.push(child(&kinds::CONFIG_MAP, config::config_map(model, pool, files))?);
     }
+    if let Some(settings) = &model.network_policy {
+        let policy = network_policy::network_policy(model, settings, platform);
+        objects.push(child(&kinds::NETWORK_POLICY, policy)?);
+    }
     objects.push(child(&kinds::SERVICE, network::headless_service(model))?);
     if budget::binds(model) {
         objects.push(child(&kinds::DISRUPTION_BUDGET, budget::budget(model))?);
+    }
+    if let Some(scaling) = &model.autoscaling {
+        objects.push(child(&kinds::AUTOSCALER, autoscaler::autoscaler(model, scaling))?);
+    }
+    if let Some(settings) = &model.monitoring
+        && undefined(model, &platform.optional_kinds).is_empty()
+    {
+        objects.push(child(&kinds::SERVICE_MONITOR, service_monitor::service_monitor(model, settings))?);
     }
     if let Some(PoolSize { pool, replicas }) = &pools.of_spec {
         let mut deployment = deployment::deployment(model, platform, pool);
@@ -116,6 +135,14 @@ pub fn build(model: &ValidatedModel, platform: &Platform, pools: &Pools) -> Resu
     }
     let pool = pools.of_spec.as_ref().map(|one| one.pool.clone());
     Ok(Desired { revision, pool, objects })
+}
+
+/// The kinds of which the spec asks for an object and the cluster has no definition: they are not among
+/// `defined`.
+#[must_use]
+pub fn undefined(model: &ValidatedModel, defined: &BTreeSet<&'static str>) -> Vec<&'static ChildKind> {
+    let wanted = model.monitoring.iter().map(|_| &kinds::SERVICE_MONITOR);
+    wanted.filter(|kind| !defined.contains(kind.kind)).collect()
 }
 
 /// The part of a pool's Deployment that makes its pods, as the spec asks for it: pods of a Deployment that
@@ -160,6 +187,8 @@ mod tests {
     fn platform() -> Platform {
         Platform {
             runtime_image: "localhost/trustformers-runtime:v0.1.0".to_owned(),
+            namespace: "sys".to_owned(),
+            optional_kinds: BTreeSet::from([kinds::SERVICE_MONITOR.kind]),
             pull_policy: "IfNotPresent".to_owned(),
             admin: Some(PodAccess {
                 subject: "system:serviceaccount:sys:operator".to_owned(),
@@ -168,6 +197,11 @@ mod tests {
             }),
         }
     }
+
+    /// A model with children of every kind.
+    const EVERY_KIND: &str = "{source: {uri: 'oci://x'}, runtime: {resources: {requests: {cpu: 1}}}, \
+        scaling: {replicas: 2, maxReplicas: 4, metrics: [{cpu: 70}]}, networkPolicy: {enabled: true}, \
+        monitoring: {serviceMonitor: true}}";
 
     /// One pool, which the spec's revision has made.
     fn own_pool(model: &ValidatedModel) -> Pools {
@@ -199,7 +233,7 @@ mod tests {
 
     #[test]
     fn every_object_is_of_a_listed_kind_and_in_their_order() {
-        let objects = desired("{source: {uri: 'oci://x'}, scaling: {replicas: 2}}").objects;
+        let objects = desired(EVERY_KIND).objects;
         let built: Vec<_> = objects.iter().map(|one| one.kind).collect();
         assert_eq!(built, kinds::CHILDREN, "a kind that is built must be in kinds::CHILDREN");
         for one in &objects {
@@ -227,8 +261,13 @@ mod tests {
              runtime: {device: cpu, numerics: exact, kvCache: bf16, contextTokens: 64, \
              batching: {strategy: size, maxBatchSize: 2, maxWaitMs: 7, maxQueue: 3, priority: true}, image: 'my/runtime:1', \
              env: [{name: RUST_LOG, value: debug}], resources: {requests: {cpu: 1, memory: 1Gi}, limits: {nvidia.com/gpu: 1}}}, \
-             scaling: {replicas: 3}, traffic: {drainTimeout: 90s}, disruption: {maxUnavailable: 2}, \
+             scaling: {replicas: 3, minReplicas: 2, maxReplicas: 5, metrics: [{cpu: 70}, {memory: 80}], \
+             behavior: {scaleUp: {stabilization: 15s, podsPerMinute: 2}}}, \
+             networkPolicy: {enabled: true, namespaces: [monitoring]}, \
+             monitoring: {serviceMonitor: true, interval: 15s, labels: {release: prometheus}}, \
+             traffic: {drainTimeout: 90s}, disruption: {maxUnavailable: 2}, \
              pod: {nodeSelector: {zone: a}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}], \
+             affinity: {podAntiAffinity: {requiredDuringSchedulingIgnoredDuringExecution: [{topologyKey: zone}]}}, \
              topologySpread: [{topologyKey: kubernetes.io/hostname}], priorityClassName: high, runtimeClassName: nvidia, \
              serviceAccountName: puller, labels: {team: a}, annotations: {note: b}}}"
         ));
@@ -255,9 +294,13 @@ mod tests {
         let fetch = config.model.fetch.unwrap();
         assert_eq!((config.model.path.as_str(), fetch.revision.as_deref()), ("hf://org/name", Some("v1")));
         assert_eq!(fetch.secret_dir.as_deref(), Some("/etc/trustformers-source"));
+        assert_eq!(fetch.max_cache_bytes, None, "a claim is limited by its own size");
         let own = desired("{source: {uri: 's3://b/k', cache: {emptyDir: {sizeLimit: 9Gi}}}}").objects;
         let own: Vec<String> = own.iter().map(|one| text(&one.object)).collect();
         assert!(own.iter().any(|object| object.contains(r#""emptyDir":{"sizeLimit":"9Gi"}"#)), "{own:?}");
+        // The pod refuses what does not fit before kubelet evicts it.
+        let limit = format!("maxCacheBytes: {}", (9_u64 << 30) - (1 << 20));
+        assert!(own.iter().any(|object| object.contains(&limit)), "{limit}: {own:?}");
     }
 
     #[test]
@@ -275,6 +318,39 @@ mod tests {
             names_of("{source: {uri: 'oci://x'}}", &kinds::CONFIG_MAP),
             "limits are no matter of pods"
         );
+    }
+
+    #[test]
+    fn adapters_are_mounted_or_fetched_and_named_in_the_configuration_of_the_pods() {
+        let spec = "{source: {uri: 'oci://x'}, runtime: {adapters: [{name: SQL.v1, source: {uri: 'oci://sql:v1'}}, \
+                    {name: tone, source: {uri: 'hf://o/n'}}]}}";
+        let all = desired(spec).objects;
+        let of_kind = |kind: &ChildKind| &all.iter().find(|one| one.kind == kind).unwrap().object;
+        let pod = &of_kind(&kinds::DEPLOYMENT)["spec"]["template"]["spec"];
+        let volumes = pod["volumes"].to_string();
+        assert!(
+            volumes.contains(
+                r#"{"image":{"pullPolicy":"IfNotPresent","reference":"sql:v1"},"name":"adapter-0"}"#
+            ),
+            "{volumes}"
+        );
+        assert!(volumes.contains(r#""name":"cache""#), "{volumes}");
+        let mounts = pod["containers"][0]["volumeMounts"].to_string();
+        assert!(
+            mounts.contains(r#"{"mountPath":"/adapters/SQL.v1","name":"adapter-0","readOnly":true}"#),
+            "{mounts}"
+        );
+        assert!(mounts.contains(r#"{"mountPath":"/var/cache/trustformers","name":"cache"}"#), "{mounts}");
+        let config = of_kind(&kinds::CONFIG_MAP)["data"]["pod.yaml"].as_str().unwrap();
+        let model = trustformers_proto::pod_config::PodConfig::parse(config).unwrap().model;
+        let paths: Vec<_> = model.adapters.iter().map(|one| (one.name.as_str(), one.path.as_str())).collect();
+        assert_eq!(paths, [("SQL.v1", "/adapters/SQL.v1"), ("tone", "hf://o/n")]);
+        assert_eq!((model.path.as_str(), model.fetch.unwrap().revision), ("/models", None));
+        let fetched =
+            "{source: {uri: 'hf://a/b'}, runtime: {adapters: [{name: tone, source: {uri: 'hf://o/n'}}]}}";
+        let objects = desired(fetched).objects;
+        let pod = &objects.iter().find(|one| one.kind == &kinds::DEPLOYMENT).unwrap().object;
+        assert_eq!(pod.to_string().matches("/var/cache/trustformers").count(), 1, "one cache for both");
     }
 
     #[test]
@@ -322,6 +398,59 @@ mod tests {
             0
         );
         assert_eq!(budgets("{source: {uri: 'oci://x'}, disruption: {maxUnavailable: 0}}"), 1);
+    }
+
+    #[test]
+    fn an_autoscaler_and_a_policy_exist_only_where_they_are_asked_for() {
+        let made =
+            |spec: &str| [&kinds::AUTOSCALER, &kinds::NETWORK_POLICY].map(|kind| names_of(spec, kind).len());
+        assert_eq!(made("{source: {uri: 'oci://x'}}"), [0, 0]);
+        assert_eq!(made(EVERY_KIND), [1, 1]);
+        assert_eq!(made("{source: {uri: 'oci://x'}, networkPolicy: {callers: Anywhere}}"), [0, 0]);
+    }
+
+    #[test]
+    fn an_object_whose_kind_the_cluster_does_not_define_is_left_out_and_named() {
+        let model = valid("chat", EVERY_KIND);
+        let without = Platform { optional_kinds: BTreeSet::new(), ..platform() };
+        assert_eq!(undefined(&model, &platform().optional_kinds), [] as [&ChildKind; 0]);
+        assert_eq!(undefined(&model, &without.optional_kinds), [&kinds::SERVICE_MONITOR]);
+        let all = build(&model, &without, &own_pool(&model)).unwrap().objects;
+        assert!(
+            all.iter().all(|one| one.kind != &kinds::SERVICE_MONITOR)
+                && all.len() == kinds::CHILDREN.len() - 1
+        );
+    }
+
+    #[test]
+    fn the_autoscaler_scales_the_model_and_no_deployment() {
+        let all = desired(EVERY_KIND).objects;
+        let spec = &all.iter().find(|one| one.kind == &kinds::AUTOSCALER).unwrap().object["spec"];
+        let target = json!({"apiVersion": "serving.trustformers.dev/v1alpha1", "kind": "InferenceModel", "name": "chat"});
+        assert_eq!(spec["scaleTargetRef"], target);
+        assert_eq!((&spec["minReplicas"], &spec["maxReplicas"]), (&json!(1), &json!(4)));
+        assert_eq!(spec.get("behavior"), None, "the pace is Kubernetes' own");
+    }
+
+    #[test]
+    fn the_admin_port_admits_the_operator_alone_whoever_else_calls() {
+        for settings in
+            ["enabled: true", "enabled: true, callers: Anywhere", "enabled: true, namespaces: [a]"]
+        {
+            let all =
+                desired(&format!("{{source: {{uri: 'oci://x'}}, networkPolicy: {{{settings}}}}}")).objects;
+            let policy = &all.iter().find(|one| one.kind == &kinds::NETWORK_POLICY).unwrap().object;
+            let rules = policy["spec"]["ingress"].as_array().unwrap();
+            let admits = |rule: &&Value| rule["ports"].to_string().contains("9092");
+            let admin: Vec<&Value> = rules.iter().filter(admits).collect();
+            assert_eq!((admin.len(), rules.len()), (1, 2), "{settings}: {rules:?}");
+            let from = admin[0]["from"].to_string();
+            assert!(
+                from.contains("operator") && from.contains("\"sys\"") && !from.contains("gateway"),
+                "{from}"
+            );
+            assert_eq!(rules[1].get("from").is_none(), settings.contains("Anywhere"), "{rules:?}");
+        }
     }
 
     #[test]

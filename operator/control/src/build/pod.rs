@@ -16,6 +16,7 @@ use trustformers_crds::{Resources, TolerationEffect, TolerationOperator};
 use trustformers_proto::pod_config::FILE_NAME;
 
 use super::Platform;
+use crate::adapters::ValidatedAdapter;
 use crate::validate::{CacheVolume, Mount, ValidatedModel};
 use crate::{hash, names};
 
@@ -81,6 +82,7 @@ fn pod_spec(model: &ValidatedModel, platform: &Platform, config_map: &str) -> Po
             ..PodSecurityContext::default()
         }),
         node_selector: some(pod.node_selector.clone()),
+        affinity: model.affinity.clone(),
         tolerations: some_list(pod.tolerations.iter().map(toleration).collect()),
         topology_spread_constraints: some_list(topology_spread(model)),
         priority_class_name: pod.priority_class_name.clone(),
@@ -163,7 +165,32 @@ fn volumes(model: &ValidatedModel, platform: &Platform, config_map: &str) -> Vec
             ..Volume::default()
         });
     }
+    volumes.extend(adapter_volumes(model, platform));
     volumes
+}
+
+/// The volumes of adapters: one for each that is mounted. Those that are fetched share the model's cache, or
+/// have one where the model is mounted.
+fn adapter_volumes(model: &ValidatedModel, platform: &Platform) -> impl Iterator<Item = Volume> {
+    let own_cache = adapter_cache(model).map(|mount| model_volume(mount, platform));
+    let mounted = model.adapters.iter().enumerate().filter(|(_, adapter)| !adapter.is_fetched());
+    let volumes = mounted.map(move |(index, adapter)| Volume {
+        name: adapter_volume(index),
+        ..model_volume(&adapter.mount, platform)
+    });
+    volumes.chain(own_cache)
+}
+
+/// The mount of the cache that only adapters need.
+fn adapter_cache(model: &ValidatedModel) -> Option<&Mount> {
+    let is_mounted = !matches!(model.mount, Mount::Fetched(_));
+    let mut fetched = model.adapters.iter().filter(|adapter| adapter.is_fetched());
+    fetched.next().filter(|_| is_mounted).map(|adapter| &adapter.mount)
+}
+
+/// A name of an adapter may have characters that a volume's may not.
+fn adapter_volume(index: usize) -> String {
+    format!("adapter-{index}")
 }
 
 fn model_volume(source: &Mount, platform: &Platform) -> Volume {
@@ -201,6 +228,10 @@ fn volume_mounts(model: &ValidatedModel) -> Vec<VolumeMount> {
     if model.source.secret_ref.is_some() {
         mounts.push(mount(SECRET_VOLUME, SECRET_DIR));
     }
+    let path_of = |(index, adapter): (usize, &ValidatedAdapter)| Some((index, adapter.mount_path()?));
+    let paths = model.adapters.iter().enumerate().filter_map(path_of);
+    mounts.extend(paths.map(|(index, path)| mount(&adapter_volume(index), &path)));
+    mounts.extend(adapter_cache(model).map(model_mount));
     mounts
 }
 

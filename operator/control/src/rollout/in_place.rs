@@ -5,17 +5,17 @@
 //! admin port. Every request is made again until the pods' reports show that it is done, so that nothing
 //! has to be remembered.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use serde_json::Value;
-use trustformers_proto::pod_config::{PodConfig, PodGoldenPrompt};
-use trustformers_proto::v1::{GoldenProbe, LoadModelRequest, ModelSlot, ModelState};
+use trustformers_proto::pod_config::{PodAdapter, PodConfig, PodGoldenPrompt};
+use trustformers_proto::v1::{AdapterFiles, GoldenProbe, LoadModelRequest, ModelSlot, ModelState};
 
 use super::machine::{Machine, RESTARTS_TO_FAIL, later};
 use super::state::{Member, RolloutPhase, RolloutState};
-use super::{Placement, PodCommand};
+use super::{Placement, PodCommand, RevisionFacts};
 use crate::build::Platform;
 use crate::drift::covers;
 use crate::kinds::DEPLOYMENT;
@@ -89,7 +89,7 @@ pub fn check(
 ) -> Result<(), String> {
     if platform.admin.is_none() {
         return Err(
-            "the operator has no token for the admin port of pods; start it with --pod-token-file".into()
+            "the operator has no token for the admin port of pods; start it with --pod-auth token".into()
         );
     }
     if let Mount::Image { .. } = model.mount {
@@ -137,7 +137,16 @@ pub fn load_request(config: &PodConfig) -> LoadModelRequest {
         priority: engine.priority,
         probe: None,
         probes: model.golden_prompts.iter().map(probe).collect(),
+        adapters: model.adapters.iter().map(adapter).collect(),
     }
+}
+
+fn adapter(one: &PodAdapter) -> AdapterFiles {
+    let path = match &one.revision {
+        Some(revision) => format!("{}@{revision}", one.path),
+        None => one.path.clone(),
+    };
+    AdapterFiles { name: one.name.clone(), path, sha256: one.sha256.clone().unwrap_or_default() }
 }
 
 fn probe(one: &PodGoldenPrompt) -> GoldenProbe {
@@ -301,25 +310,29 @@ impl Machine<'_, '_> {
         self.state.placement == Placement::InPlace && self.is_host(&member.pool)
     }
 
-    /// Restarts of the pods of the stable revision, which hold any of the revisions that are in place.
-    pub(super) fn host_restarts(&self) -> u32 {
+    /// Restarts of the pods of the stable revision, which hold any of the revisions that are in place, by
+    /// pod.
+    pub(super) fn host_restarts(&self) -> BTreeMap<String, u32> {
         let here = self.state.members().filter(|one| self.is_host(&one.pool));
         let loads = here.filter_map(|one| self.facts.revisions.get(&one.revision));
-        loads.map(|loads| loads.restarts).max().unwrap_or(0)
+        loads.flat_map(|loads| loads.restarts.clone()).collect()
     }
 
     fn is_host(&self, pool: &str) -> bool {
         self.state.stable.as_ref().is_some_and(|one| one.pool == pool)
     }
 
-    /// Restarts that speak against a revision. Pods that served before it came have restarts of their own,
-    /// and one that it ended does not hold it any more.
-    pub(super) fn restarts_of(&self, member: &Member, restarts: u32) -> u32 {
-        if self.runs_in_place(member) {
-            self.host_restarts().saturating_sub(self.state.restarts)
-        } else {
-            restarts
+    /// Restarts that speak against a revision: of the pod that has most. Restarts of different pods are no
+    /// crash loop. Pods that served before it came have restarts of their own, and one that it ended does not
+    /// hold it any more.
+    pub(super) fn restarts_of(&self, member: &Member, loads: Option<&RevisionFacts>) -> u32 {
+        let most = |restarts: Option<u32>| restarts.unwrap_or(0);
+        if !self.runs_in_place(member) {
+            return most(loads.and_then(|loads| loads.restarts.values().max().copied()));
         }
+        let before = |pod: &str| self.state.restarts.get(pod).copied().unwrap_or(0);
+        let since = self.host_restarts().into_iter();
+        most(since.map(|(pod, restarts)| restarts.saturating_sub(before(&pod))).max())
     }
 
     /// Restarts that fail a revision.

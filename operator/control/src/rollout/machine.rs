@@ -5,6 +5,7 @@
 //! the new one starts from the first step. Admission is never remembered: what a candidate may get follows
 //! from the pods that serve it now.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -183,7 +184,8 @@ impl<'a, 'f> Machine<'a, 'f> {
             }
         };
         self.use_placement(choice);
-        self.state.restarts = if choice == Placement::InPlace { self.host_restarts() } else { 0 };
+        let in_place = choice == Placement::InPlace;
+        self.state.restarts = if in_place { self.host_restarts() } else { BTreeMap::new() };
         self.enter(RolloutPhase::Placing, choice.as_str(), String::new());
         None
     }
@@ -484,9 +486,9 @@ impl<'a, 'f> Machine<'a, 'f> {
         if let Some(cause) = loads.and_then(|loads| loads.failure.as_ref()) {
             return Some((cause.reason.clone(), cause.message.clone()));
         }
-        let restarts = self.restarts_of(member, loads.map_or(0, |loads| loads.restarts));
+        let restarts = self.restarts_of(member, loads);
         (restarts >= self.restarts_to_fail(member))
-            .then(|| ("Crashing".to_owned(), format!("its containers were restarted {restarts} times")))
+            .then(|| ("Crashing".to_owned(), format!("its container was restarted {restarts} times")))
     }
 
     fn fail(&mut self, reason: &str, message: String) {

@@ -146,8 +146,8 @@ pub struct RevisionFacts {
     pub warming: u32,
     /// Pods that load it.
     pub loading: u32,
-    /// Restarts of containers that run it.
-    pub restarts: u32,
+    /// Restarts of the containers that run it, by pod; pods without any are left out.
+    pub restarts: BTreeMap<String, u32>,
     /// Since when a pod could not be scheduled.
     pub unschedulable_since: Option<Timestamp>,
     /// Why it cannot be loaded, if waiting does not help.

@@ -68,7 +68,7 @@ pub fn revisions(
             Some(ModelState::Loading) => facts.loading += 1,
             _ => {}
         }
-        facts.restarts = facts.restarts.saturating_add(pod.restarts);
+        count_restarts(pod, facts);
         facts.unschedulable_since = earlier(facts.unschedulable_since, pod.unschedulable_since);
         let failed = report
             .filter(|report| report.state() == ModelState::Failed)
@@ -97,11 +97,17 @@ fn count_second(pod: &PodView, slot: &ModelSlot, state: &RolloutState, facts: &m
     if !state.members().any(|member| member.revision == slot.revision && member.pool == pod.revision) {
         return;
     }
-    facts.restarts = facts.restarts.saturating_add(pod.restarts);
+    count_restarts(pod, facts);
     if slot.state() == ModelState::Failed {
         let reason = if slot.reason.is_empty() { "ModelFailed" } else { &slot.reason };
         let failure = Cause { reason: reason.to_owned(), message: slot.message.clone() };
         facts.failure.get_or_insert(failure);
+    }
+}
+
+fn count_restarts(pod: &PodView, facts: &mut RevisionFacts) {
+    if pod.restarts > 0 {
+        facts.restarts.insert(pod.name.clone(), pod.restarts);
     }
 }
 

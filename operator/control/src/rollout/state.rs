@@ -142,8 +142,9 @@ pub struct RolloutState {
     pub weight: u32,
     /// Replicas of the model when the step started.
     pub base: u32,
-    /// Restarts of the stable revision's pods when they were asked to load the candidate too.
-    pub restarts: u32,
+    /// Restarts of the stable revision's pods when they were asked to load the candidate too, by pod; pods
+    /// without any are left out.
+    pub restarts: BTreeMap<String, u32>,
     /// Attempts since the model exists: it makes the samples of two rollouts of one revision differ.
     pub attempt: u32,
     /// Whether somebody asked to skip what remains.

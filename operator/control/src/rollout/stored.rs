@@ -78,7 +78,7 @@ impl RolloutState {
             reached: rollout.reached,
             weight: candidate.map_or(0, |one| one.weight),
             base: rollout.base,
-            restarts: rollout.restarts,
+            restarts: rollout.restarts_by_pod.clone(),
             attempt: rollout.attempt,
             forced: rollout.forced,
             reason: rollout.reason.clone(),
@@ -124,7 +124,7 @@ impl RolloutState {
             placement: self.placement.as_str().to_owned(),
             since: Time(self.since),
             base: self.base,
-            restarts: self.restarts,
+            restarts_by_pod: self.restarts.clone(),
             attempt: self.attempt,
             reached: self.reached,
             forced: self.forced,
@@ -210,6 +210,8 @@ fn whole_seconds(at: Timestamp) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use std::time::Duration;
     use trustformers_proto::control::v1::LatencyHistogram;
@@ -234,7 +236,7 @@ mod tests {
             reached: true,
             weight: 50,
             base: 4,
-            restarts: 2,
+            restarts: BTreeMap::from([("p".to_owned(), 2)]),
             attempt: 3,
             forced: true,
             reason: "Holding".to_owned(),

@@ -32,6 +32,9 @@ struct Case {
     name_owner: Option<ModelKey>,
     rollout: RolloutState,
     gate_hold: Option<Cause>,
+    autoscaler: Option<AutoscalerReport>,
+    undefined: &'static [&'static ChildKind],
+    scaling: &'static str,
     previous: InferenceModelStatus,
     at: i64,
 }
@@ -46,6 +49,9 @@ impl Case {
             name_owner: None,
             rollout: RolloutState { stable: Some(member("r1")), ..RolloutState::default() },
             gate_hold: None,
+            autoscaler: None,
+            undefined: &[],
+            scaling: "",
             previous: InferenceModelStatus::default(),
             at: NOW,
         }
@@ -62,7 +68,11 @@ impl Case {
     }
 
     fn status(&self) -> InferenceModelStatus {
-        let spec = format!("{{source: {{uri: 'oci://x'}}, scaling: {{replicas: {}}}}}", self.replicas);
+        let spec = format!(
+            "{{source: {{uri: 'oci://x'}}, runtime: {{resources: {{requests: {{cpu: 1}}}}}}, \
+             scaling: {{replicas: {}{}}}}}",
+            self.replicas, self.scaling
+        );
         let inputs = StatusInputs {
             deployment: Some(&self.deployment),
             pods: &self.pods,
@@ -70,6 +80,8 @@ impl Case {
             name_owner: self.name_owner.as_ref(),
             rollout: &self.rollout,
             gate_hold: self.gate_hold.as_ref(),
+            autoscaler: self.autoscaler.as_ref(),
+            undefined: self.undefined,
             url: "http://gateway",
             now: Timestamp::from_second(self.at).unwrap(),
         };
@@ -335,4 +347,38 @@ fn a_pod_on_a_lost_node_has_the_node_as_the_cause() {
     let lost = PodView { ready: false, node: Some("n1".to_owned()), ..view("chat", "a") }.on_lost_node();
     let status = Case::new(1).pod(lost, None).status();
     assert_eq!(condition(&status, "Degraded"), ("True", "NodeNotReady"));
+}
+
+#[test]
+fn an_autoscaler_is_reported_while_it_is_configured() {
+    let autoscaled = |case: &Case| {
+        let found = case.status().conditions.into_iter().find(|one| one.type_ == "Autoscaled");
+        found.map(|one| (one.status, one.reason, one.message))
+    };
+    let mut case = Case::new(1);
+    case.autoscaler = Some(AutoscalerReport { problem: None });
+    assert_eq!(autoscaled(&case), None, "the spec has no metrics");
+    case.scaling = ", maxReplicas: 3, metrics: [{cpu: 70}]";
+    let (status, _, message) = autoscaled(&case).unwrap();
+    assert_eq!((status.as_str(), message.as_str()), ("True", "1 to 3 pods keep cpu 70 % of the request"));
+    let problem = Cause { reason: "FailedGetContainerResourceMetric".to_owned(), message: "none".to_owned() };
+    case.autoscaler = Some(AutoscalerReport { problem: Some(problem) });
+    let (status, reason, _) = autoscaled(&case).unwrap();
+    assert_eq!((status.as_str(), reason.as_str()), ("False", "FailedGetContainerResourceMetric"));
+    case.autoscaler = None;
+    assert_eq!(autoscaled(&case).unwrap().1, "Starting");
+    case.replicas = 0;
+    assert_eq!(autoscaled(&case).unwrap().1, "Stopped");
+}
+
+#[test]
+fn a_kind_that_the_cluster_does_not_define_is_named_and_changes_nothing_else() {
+    let mut case = Case::new(1);
+    assert!(case.status().conditions.iter().all(|one| one.type_ != "Integrated"));
+    case.undefined = &[&crate::kinds::SERVICE_MONITOR];
+    let status = case.status();
+    let integrated = status.conditions.iter().find(|one| one.type_ == "Integrated").unwrap();
+    assert_eq!((integrated.status.as_str(), integrated.reason.as_str()), ("False", "NotDefined"));
+    assert!(integrated.message.contains("servicemonitors.monitoring.coreos.com"), "{integrated:?}");
+    assert_eq!(condition(&status, "Degraded").0, "False");
 }

@@ -193,7 +193,7 @@ async fn another_operator_goes_on_with_the_counts_of_a_step() {
     // It has empty caches, and the process that counted has ended.
     let (context, mut writers) = context(&case.server);
     for child in case.context.children.of_owner("u1") {
-        let object: DynamicObject = serde_json::from_value(child.object()).unwrap();
+        let object: StoredObject = serde_json::from_value(child.object()).unwrap();
         context.children.insert(Child::of(child.kind, object).unwrap());
     }
     for (name, revision) in [("old", revision(SPEC)), ("new", new.clone())] {

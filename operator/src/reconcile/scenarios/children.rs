@@ -1,9 +1,10 @@
 //! Scenarios about children: creation, drift, ownership and pruning.
 
-use kube::api::DynamicObject;
 use kube::runtime::watcher::Event;
 use serde_json::{Value, json};
-use trustformers_control::kinds::{CONFIG_MAP, DEPLOYMENT, SERVICE, SERVICE_ACCOUNT};
+use trustformers_control::kinds::{
+    AUTOSCALER, CONFIG_MAP, DEPLOYMENT, NETWORK_POLICY, SERVICE, SERVICE_ACCOUNT,
+};
 use trustformers_control::names;
 
 use super::*;
@@ -135,7 +136,7 @@ async fn a_relabelled_child_is_repaired() {
     // `kubectl label service chat app.kubernetes.io/managed-by=x --overwrite`: the watch reports it as
     // deleted.
     let mut relabelled = cached(&context, &SERVICE);
-    let gone: DynamicObject = serde_json::from_value(relabelled.clone()).unwrap();
+    let gone: StoredObject = serde_json::from_value(relabelled.clone()).unwrap();
     watchers::apply_child_event(&context, &SERVICE, Event::Delete(gone));
     relabelled["metadata"]["labels"][names::MANAGED_BY] = json!("x");
     server.expect([
@@ -283,4 +284,84 @@ async fn a_model_that_is_being_deleted_is_not_reconciled() {
     model.metadata.deletion_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
     reconcile(Arc::new(model), context).await.unwrap();
     server.is_done();
+}
+
+/// A model with an autoscaler and a NetworkPolicy.
+fn scaled(replicas: u32) -> String {
+    format!(
+        "{{source: {{uri: 'oci://localhost/m:1'}}, runtime: {{resources: {{requests: {{cpu: 1}}}}}}, \
+         scaling: {{replicas: {replicas}, maxReplicas: 3, metrics: [{{cpu: 70}}]}}, networkPolicy: {{enabled: true}}}}"
+    )
+}
+
+async fn with_scaled_model(server: &ScriptedServer) -> (Arc<Context>, Writers, Arc<InferenceModel>) {
+    let kinds =
+        ["ServiceAccount", "ConfigMap", "NetworkPolicy", "Deployment", "Service", "HorizontalPodAutoscaler"];
+    server.expect(kinds.map(|kind| Expect::Create { kind }));
+    server.expect([Expect::Status { phase: "Pending" }]);
+    let (context, writers) = context(server);
+    let model = Arc::new(model(&scaled(1), Value::Null));
+    reconcile(Arc::clone(&model), Arc::clone(&context)).await.unwrap();
+    server.is_done();
+    (context, writers, model)
+}
+
+#[tokio::test]
+async fn replicas_that_an_autoscaler_writes_are_honoured_and_it_ends_with_its_metrics() {
+    let server = ScriptedServer::default();
+    let (context, _writers, _model) = with_scaled_model(&server).await;
+    // It writes by /scale: the spec has another number.
+    server.expect([
+        Expect::apply("Deployment", true),
+        Expect::Create { kind: "PodDisruptionBudget" },
+        Expect::Status { phase: "Pending" },
+    ]);
+    reconcile(Arc::new(model(&scaled(3), Value::Null)), Arc::clone(&context)).await.unwrap();
+    server.is_done();
+    assert_eq!(server.applied("Deployment").last().unwrap()["spec"]["replicas"], 3);
+    assert_eq!(server.applied("HorizontalPodAutoscaler").len(), 1, "it is written one time");
+
+    let fixed = "{source: {uri: 'oci://localhost/m:1'}, runtime: {resources: {requests: {cpu: 1}}}, scaling: {replicas: 3}}";
+    let delete = || Expect::Delete { name: "chat".to_owned() };
+    server.expect([delete(), delete(), Expect::Status { phase: "Pending" }]);
+    reconcile(Arc::new(model(fixed, Value::Null)), Arc::clone(&context)).await.unwrap();
+    server.is_done();
+    let remaining = context.children.of_owner("u1");
+    let is_gone = |kind| remaining.iter().all(|child| child.kind != kind);
+    assert!(is_gone(&AUTOSCALER) && is_gone(&NETWORK_POLICY));
+}
+
+#[tokio::test]
+async fn an_edited_autoscaler_and_an_opened_policy_are_corrected() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_scaled_model(&server).await;
+    let mut edited = cached(&context, &AUTOSCALER);
+    edited["spec"]["maxReplicas"] = json!(9);
+    deliver(&context, &AUTOSCALER, edited);
+    let mut opened = cached(&context, &NETWORK_POLICY);
+    opened["spec"]["ingress"].as_array_mut().unwrap().push(json!({}));
+    deliver(&context, &NETWORK_POLICY, opened);
+    server.expect([Expect::apply("NetworkPolicy", true), Expect::apply("HorizontalPodAutoscaler", true)]);
+    reconcile(model, context).await.unwrap();
+    server.is_done();
+}
+
+#[tokio::test]
+async fn what_an_autoscaler_reports_is_in_the_status() {
+    let server = ScriptedServer::default();
+    let (context, _writers, model) = with_scaled_model(&server).await;
+    let mut reported = cached(&context, &AUTOSCALER);
+    reported["status"] = json!({"conditions": [{"type": "ScalingActive", "status": "False",
+        "reason": "FailedGetContainerResourceMetric", "message": "no metrics"}]});
+    deliver(&context, &AUTOSCALER, reported);
+    // While the model starts, another reason waits for more news.
+    tokio::time::pause();
+    reconcile(Arc::clone(&model), Arc::clone(&context)).await.unwrap();
+    tokio::time::advance(status::LAUNCH_WAIT).await;
+    server.expect([Expect::Status { phase: "Pending" }]);
+    reconcile(model, context).await.unwrap();
+    server.is_done();
+    let conditions = server.statuses().pop().unwrap()["conditions"].clone();
+    let autoscaled = conditions.as_array().unwrap().iter().find(|one| one["type"] == "Autoscaled").unwrap();
+    assert_eq!(autoscaled["reason"], "FailedGetContainerResourceMetric");
 }

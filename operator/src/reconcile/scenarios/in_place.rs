@@ -25,7 +25,7 @@ use super::*;
 use crate::context::Settings;
 use crate::context::tests::identity;
 use crate::feed::FeedState;
-use crate::pod_admin::Identity;
+use crate::pod_tokens::tests::issued;
 
 const FIRST: &str = "{source: {uri: 'pvc://weights/a'}, scaling: {replicas: 2}}";
 const SECOND: &str =
@@ -38,6 +38,8 @@ struct StoringServer(Arc<Mutex<Stored>>);
 
 #[derive(Default)]
 struct Stored {
+    /// The token that the operator gets for the pods of this namespace.
+    token: &'static str,
     version: u64,
     status: Value,
     applied: Vec<Value>,
@@ -64,6 +66,10 @@ impl StoringServer {
                 model["metadata"]["resourceVersion"] = json!(version.to_string());
                 model["status"] = stored_objects.status.clone();
                 (StatusCode::OK, model)
+            }
+            Method::POST if request.uri.path().ends_with("/token") => {
+                assert_eq!(request.body["spec"]["audiences"], json!(["trustformers-pods.team"]));
+                (StatusCode::CREATED, issued(&request, stored_objects.token))
             }
             Method::POST | Method::PATCH if !request.uri.path().contains("/events") => {
                 stored_objects.applied.push(request.body.clone());
@@ -222,18 +228,15 @@ struct Served {
 }
 
 impl Served {
-    async fn new(token: &str) -> Self {
+    async fn new(token: &'static str) -> Self {
         let revision = revision(FIRST);
         let first = FakePod::new("a", Ipv4Addr::LOCALHOST, &revision);
         let second = FakePod::new("b", Ipv4Addr::new(127, 0, 0, 2), &revision);
         let port = first.serve(0).await;
         second.serve(port).await;
-        let token_file =
-            std::env::temp_dir().join(format!("trustformers-token-{}-{port}", std::process::id()));
-        std::fs::write(&token_file, token).unwrap();
-        let identity = Some(Identity { token_file, ..identity() });
         let server = StoringServer::default();
-        let settings = Settings { identity, admin_port: port, ..settings() };
+        server.0.lock().unwrap().token = token;
+        let settings = Settings { identity: Some(identity()), admin_port: port, ..settings() };
         let NewContext { context, mut writers, queue: _ } =
             Context::create(server.client(), settings, metrics());
         let feed = Arc::new(FeedState::new(1));
@@ -314,7 +317,7 @@ impl Served {
 
 #[tokio::test]
 async fn pods_load_a_revision_beside_the_other_answer_with_it_and_take_it_back() {
-    let mut case = Served::new("the-operators-token\n").await;
+    let mut case = Served::new("the-operators-token").await;
     let (old, new) = (revision(FIRST), revision(SECOND));
     assert_eq!(case.held(), [[old.clone()], [old.clone()]]);
 

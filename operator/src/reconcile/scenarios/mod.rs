@@ -4,6 +4,7 @@
 
 mod analysis;
 mod children;
+mod faults;
 mod gateways;
 mod in_place;
 mod requests;
@@ -16,7 +17,6 @@ use std::sync::Mutex;
 use http::{Method, StatusCode};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
-use kube::api::DynamicObject;
 use serde_json::{Value, json};
 use trustformers_control::kinds::{CHILDREN, ChildKind};
 
@@ -24,6 +24,7 @@ use super::*;
 use crate::children::Child;
 use crate::context::tests::{metrics, settings};
 use crate::context::{NewContext, Writers};
+use crate::decode::StoredObject;
 use crate::testing::{MockRequest, mock_client};
 
 /// An expected request, and its response.
@@ -252,7 +253,7 @@ fn deployment(spec: &str) -> String {
 fn deliver(context: &Context, kind: &'static ChildKind, mut object: Value) {
     let version: u64 = object["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap();
     object["metadata"]["resourceVersion"] = json!((version + 1000).to_string());
-    let object: DynamicObject = serde_json::from_value(object).unwrap();
+    let object: StoredObject = serde_json::from_value(object).unwrap();
     context.children.insert(Child::of(kind, object).unwrap());
 }
 

@@ -147,7 +147,19 @@ impl RunningLeader {
         sleep(Duration::from_secs(10)).await;
     }
 
-    fn deliver_child(&self, event: Event<DynamicObject>, kind: &str) {
+    /// From now on some other models always wait for a pass. They do not exist, so their passes do nothing.
+    async fn keep_queue_busy(&self) {
+        let context = Arc::clone(&self.context);
+        tokio::spawn(async move {
+            for number in 0_u64.. {
+                context.request(TEAM, &format!("other-{}", number % 8), Lane::Child);
+                sleep(Duration::from_millis(3)).await;
+            }
+        });
+        sleep(Duration::from_millis(50)).await;
+    }
+
+    fn deliver_child(&self, event: Event<StoredObject>, kind: &str) {
         let kind = CHILDREN.iter().find(|one| one.kind == kind).unwrap();
         watchers::apply_child_event(&self.context, kind, event);
     }
@@ -194,6 +206,36 @@ async fn a_new_model_costs_eight_requests_until_it_serves() {
         ]
     );
     assert_eq!(leader.server.0.lock().unwrap().statuses["chat"]["phase"], "Ready");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_launch_of_a_model_is_one_status_while_others_wait() {
+    let mut leader = RunningLeader::start();
+    leader.keep_queue_busy().await;
+    leader.deliver([Event::Apply(named("chat", Value::Null))]);
+    sleep(SETTLE).await;
+    leader.start_pod("chat").await;
+    let requests = leader.server.requests();
+    assert_eq!(requests.iter().filter(|one| *one == "PATCH inferencemodels/chat/status").count(), 1);
+    assert_eq!(requests.len(), 6, "{requests:?}");
+    assert_eq!(leader.server.0.lock().unwrap().statuses["chat"]["phase"], "Ready");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cause_of_a_problem_never_waits_for_others() {
+    let mut leader = RunningLeader::start();
+    leader.keep_queue_busy().await;
+    leader.deliver([Event::Apply(named("chat", Value::Null))]);
+    sleep(Duration::from_secs(1)).await;
+    let waiting = json!({"reason": "ErrImagePull", "message": "no such image"});
+    let mut status = running(0);
+    status["containerStatuses"][0]["state"] = json!({"waiting": waiting});
+    leader.deliver_pod("chat", status);
+    sleep(Duration::from_secs(1)).await;
+    let stored = leader.server.0.lock().unwrap().statuses["chat"].clone();
+    let conditions = stored["conditions"].as_array().unwrap().iter();
+    let degraded = conditions.filter(|one| one["type"] == "Degraded").collect::<Vec<_>>();
+    assert_eq!((&degraded[0]["status"], &degraded[0]["reason"]), (&json!("True"), &json!("ErrImagePull")));
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,21 +11,59 @@ use crate::error::ApiError;
 
 pub(crate) async fn models(State(api): State<Api>) -> Json<Value> {
     let models = api.inference.watch_models().borrow().clone();
-    let list: Vec<Value> = models.iter().map(model_json).collect();
+    let list: Vec<Value> = models.iter().flat_map(|model| with_adapters(model, &models)).collect();
     Json(json!({"object": "list", "data": list}))
 }
 
-/// One model by any of its names, which may have slashes.
+/// A model, and each of its adapters as OpenAI's clients find it in vLLM: a model of its own with a parent.
+fn with_adapters(model: &v1::ModelStatus, models: &[v1::ModelStatus]) -> Vec<Value> {
+    let adapters = model.adapters.iter().map(|adapter| adapter_json(model, adapter, models));
+    std::iter::once(model_json(model)).chain(adapters).collect()
+}
+
+/// An adapter: what is true of its model, under its own names.
+fn adapter_json(model: &v1::ModelStatus, adapter: &str, models: &[v1::ModelStatus]) -> Value {
+    let mut value = model_json(model);
+    value["id"] = json!(format!("{}:{adapter}", model.name));
+    value["parent"] = json!(model.name);
+    value["aliases"] = json!(adapter_names(model, adapter, models));
+    value["slots"] = json!([]);
+    value
+}
+
+/// Every name of an adapter: behind each of its model's, and its own where that can only mean this one.
+fn adapter_names(model: &v1::ModelStatus, adapter: &str, models: &[v1::ModelStatus]) -> Vec<String> {
+    let mut names: Vec<String> = model.names.iter().map(|name| format!("{name}:{adapter}")).collect();
+    let has = |one: &&v1::ModelStatus| one.adapters.iter().any(|other| other == adapter);
+    let is_model = models.iter().any(|one| one.names.iter().any(|name| name == adapter));
+    if !is_model && models.iter().filter(has).count() == 1 {
+        names.push(adapter.to_owned());
+    }
+    names
+}
+
+/// One model or adapter by any of its names, which may have slashes.
 pub(crate) async fn model(
     State(api): State<Api>,
     asked: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Path(asked) = asked.map_err(|error| ApiError::field("model", error.body_text()))?;
     let models = api.inference.watch_models().borrow().clone();
-    let found = models.iter().find(|model| model.name == asked || model.names.contains(&asked));
-    found.map(|model| Json(model_json(model))).ok_or_else(|| ApiError::UnknownModel {
+    let found = find(&models, &asked);
+    found.map(Json).ok_or_else(|| ApiError::UnknownModel {
         choices: models.iter().map(|model| model.name.clone()).collect(),
         asked,
+    })
+}
+
+fn find(models: &[v1::ModelStatus], asked: &str) -> Option<Value> {
+    let is_asked = |name: &String| name == asked;
+    if let Some(model) = models.iter().find(|model| model.name == asked || model.names.iter().any(is_asked)) {
+        return Some(model_json(model));
+    }
+    models.iter().find_map(|model| {
+        let is_named = |own: &&String| adapter_names(model, own, models).iter().any(is_asked);
+        model.adapters.iter().find(is_named).map(|own| adapter_json(model, own, models))
     })
 }
 
@@ -119,6 +157,30 @@ mod tests {
             assert_eq!((&model["id"], &model["state"]), (&json!("fake"), &json!("ready")));
             assert_eq!((&model["digest"], &model["device"]), (&json!("d1"), &json!("cpu")));
         }
+    }
+
+    #[test]
+    fn an_adapter_is_listed_as_a_model_with_a_parent() {
+        let model = |name: &str, adapters: &[&str]| v1::ModelStatus {
+            name: format!("ns/{name}"),
+            names: vec![format!("ns/{name}"), name.to_owned()],
+            adapters: adapters.iter().map(|one| (*one).to_owned()).collect(),
+            ..v1::ModelStatus::default()
+        };
+        let models = [model("a", &["sql", "tone"]), model("b", &["tone", "a"])];
+        let list = with_adapters(&models[0], &models);
+        let ids: Vec<_> = list.iter().map(|one| one["id"].as_str().unwrap()).collect();
+        assert_eq!(ids, ["ns/a", "ns/a:sql", "ns/a:tone"]);
+        assert!(list[0].get("parent").is_none());
+        assert_eq!((&list[1]["parent"], &list[1]["object"]), (&json!("ns/a"), &json!("model")));
+        assert_eq!(list[1]["aliases"], json!(["ns/a:sql", "a:sql", "sql"]));
+        assert_eq!(list[2]["aliases"], json!(["ns/a:tone", "a:tone"]), "two models have one of this name");
+        let found = |name: &str| find(&models, name).map(|one| one["id"].clone());
+        assert_eq!(found("sql"), Some(json!("ns/a:sql")));
+        assert_eq!((found("b:tone"), found("a")), (Some(json!("ns/b:tone")), Some(json!("ns/a"))));
+        assert_eq!((found("tone"), found("a:other")), (None, None));
+        let of_b = with_adapters(&models[1], &models);
+        assert_eq!(of_b[2]["aliases"], json!(["ns/b:a", "b:a"]), "a model has this name");
     }
 
     #[tokio::test]

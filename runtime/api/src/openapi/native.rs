@@ -213,8 +213,8 @@ fn generate_request() -> Value {
     let own = object()
         .required("prompt", prompt)
         .optional("max_tokens", whole(1, MAX_U32, "New tokens at most; 100 where it is left out."))
-        .optional("temperature", number_within(0.0, 100.0, "0 is greedy; 0.7 where it is left out."))
-        .optional("top_p", number_above_0(1.0, "Nucleus of sampling; 0.9 where it is left out."))
+        .optional("temperature", number_within(0.0, 100.0, "0 is greedy; left out: the model's, or 0.7."))
+        .optional("top_p", number_above_0(1.0, "Nucleus of sampling; left out: the model's, or 0.9."))
         .optional("model", model_name())
         .optional("stream", flag("Whether the answer is a stream of events."))
         .optional("seed", whole(0, u64::MAX, "The same seed, prompt and settings give the same tokens."))
@@ -328,6 +328,8 @@ fn model() -> Value {
         .required("loaded_bytes", count("Bytes that are loaded."))
         .required("total_bytes", count("Bytes to load."))
         .required("slots", list(slot(&states)))
+        .sometimes("parent", text("The model that this adapter belongs to."))
+        .sometimes("aliases", list(text("Another name of the adapter.")))
         .build()
 }
 
@@ -392,6 +394,14 @@ fn golden_probe() -> Value {
         .build()
 }
 
+fn adapter() -> Value {
+    object()
+        .required("name", described(text_within(1, 128), "The name that callers use."))
+        .required("path", described(text_within(1, 4096), "A folder with the adapter as PEFT writes it."))
+        .optional("sha256", digest("The digest that its files must have."))
+        .build()
+}
+
 fn load_request() -> Value {
     let name = described(text_within(1, 256), "The name that callers will use.");
     let tasks: Vec<&str> = Task::ALL.iter().map(|task| task.as_str()).collect();
@@ -422,6 +432,7 @@ fn load_request() -> Value {
         .optional("priority", flag("Whether the priority class of a request decides its order."))
         .optional("probe", described(golden_probe(), "What the model must answer before it may serve."))
         .optional("probes", list(golden_probe()))
+        .optional("adapters", list_of(0, 32, adapter()))
         .build()
 }
 

@@ -8,7 +8,9 @@
 //!
 //! Cache layout per layer: `[KV block][kv head]`, then keys `[element][slot]` (sixteen positions are the
 //! lanes of a score) and values `[slot][element]`, so that both are read forward. Elements are f32, f16 or
-//! bf16 ([`super::kv`]); all arithmetic is f32.
+//! bf16 ([`super::kv`]); all arithmetic is f32. The blocks of a sequence lie apart, and the
+//! processor's own prefetcher starts again at each. So while keys are read, the values of the same block are
+//! prefetched, and while values are read, the keys of the next chunk.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
 
@@ -19,7 +21,7 @@ use trustformers_plan::{AttentionShape, KV_BLOCK_TOKENS, KvType};
 use super::{
     kv::{KvElement, cache_index},
     rows::exp,
-    simd::{LANES, Simd},
+    simd::{LANES, Simd, tree_sum},
 };
 
 /// Positions per chunk: few enough to split one long sequence over several threads, enough to make the merge
@@ -65,6 +67,11 @@ impl Attend<'_> {
     #[cfg(test)]
     pub(crate) fn chunks(&self) -> usize {
         self.queries.last().map_or(0, |query| query.positions.div_ceil(CHUNK_TOKENS))
+    }
+
+    /// Keys of the KV block that a later chunk has at the same place, if the sequence has it.
+    fn keys_of_next_chunk<K: KvElement>(&self, block: usize) -> Option<*const K> {
+        (block + CHUNK_BLOCKS < self.table.len()).then(|| self.keys(block + CHUNK_BLOCKS))
     }
 
     /// Keys of a KV block; its values follow after `head_dim * 16`.
@@ -209,13 +216,14 @@ unsafe fn scores<S: Simd, K: KvElement, const H: usize, const B: usize>(
     at: usize,
 ) -> usize {
     let keys: [*const K; B] = std::array::from_fn(|b| a.keys(first_block + b));
-    // SAFETY: keys are `head_dim` rows of sixteen; queries lie interleaved.
+    // SAFETY: keys are `head_dim` rows of sixteen, and values follow them; queries lie interleaved.
     unsafe {
         let mut sums = [[S::splat(0.0); B]; H];
         for d in 0..a.shape.head_dim {
             let mut key = [S::splat(0.0); B];
             for b in 0..B {
                 key[b] = K::load::<S>(keys[b].add(d * LANES));
+                S::prefetch(keys[b].add((a.shape.head_dim + d) * LANES).cast());
             }
             for h in 0..H {
                 let query = S::splat(*a.scratch.add(d * H + h));
@@ -246,8 +254,7 @@ unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS], vectors: usize) -> 
         for i in 1..vectors {
             max = S::max(max, S::load(ptr.add(i * LANES)));
         }
-        S::store(lanes.as_mut_ptr(), max);
-        let max = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        let max = S::largest(max);
         let mut sum = S::splat(0.0);
         for i in 0..vectors {
             let share = exp::<S>(S::sub(S::load(ptr.add(i * LANES)), S::splat(max)));
@@ -255,7 +262,7 @@ unsafe fn softmax<S: Simd>(scores: &mut [f32; CHUNK_TOKENS], vectors: usize) -> 
             sum = S::add(sum, share);
         }
         S::store(lanes.as_mut_ptr(), sum);
-        (max, lanes.iter().sum())
+        (max, tree_sum(&lanes))
     }
 }
 
@@ -284,12 +291,20 @@ unsafe fn mix<S: Simd, K: KvElement, const H: usize, const W: usize>(
         let mut sums = [[S::splat(0.0); W]; H];
         let mut t = starts[0] / KV_BLOCK_TOKENS * KV_BLOCK_TOKENS;
         while t < counts[H - 1] {
-            let values = a.keys::<K>(first_block + t / KV_BLOCK_TOKENS).add(dim * KV_BLOCK_TOKENS + at);
+            let block = first_block + t / KV_BLOCK_TOKENS;
+            let values = a.keys::<K>(block).add(dim * KV_BLOCK_TOKENS + at);
+            let next = a.keys_of_next_chunk::<K>(block);
             let end = (t + KV_BLOCK_TOKENS).min(counts[H - 1]);
             for slot in 0..end - t {
                 let mut value = [S::splat(0.0); W];
                 for w in 0..W {
                     value[w] = K::load::<S>(values.add(slot * dim + w * LANES));
+                }
+                if let Some(next) = next {
+                    // As many elements as values, so that all keys of the block are prefetched.
+                    for w in 0..W {
+                        S::prefetch(next.add(slot * dim + at + w * LANES).cast());
+                    }
                 }
                 if (starts[H - 1]..counts[0]).contains(&(t + slot)) {
                     for h in 0..H {

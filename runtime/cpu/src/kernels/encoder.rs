@@ -13,7 +13,7 @@ mod tests;
 
 use super::{
     rows::exp,
-    simd::{LANES, Simd},
+    simd::{LANES, Simd, tree_sum},
 };
 
 /// Positions whose scores are computed together: two vectors.
@@ -108,7 +108,7 @@ pub(crate) unsafe fn gelu_of<S: Simd>(x: S::F) -> S::F {
         let zero = S::splat(0.0);
         let size = S::max(x, S::sub(zero, x));
         let z = S::mul(size, S::splat(std::f32::consts::FRAC_1_SQRT_2));
-        let t = S::div(S::splat(1.0), S::fma(z, S::splat(0.327_591_1), S::splat(1.0)));
+        let t = S::reciprocal(S::fma(z, S::splat(0.327_591_1), S::splat(1.0)));
         let mut p = S::splat(1.061_405_4);
         for c in [-1.453_152, 1.421_413_8, -0.284_496_72, 0.254_829_6] {
             p = S::fma(p, t, S::splat(c));
@@ -196,11 +196,18 @@ unsafe fn lay_out(a: &EncoderAttend) -> HeadLayout {
         for range in 0..padded / SCORE_POSITIONS {
             let out = keys.add(range * SCORE_POSITIONS * dim);
             let count = SCORE_POSITIONS.min(a.len - range * SCORE_POSITIONS);
+            let from = a.keys.0.add(range * SCORE_POSITIONS * a.keys.1);
+            let (positions, elements) = (count / 4 * 4, dim / 4 * 4);
+            for p in (0..positions).step_by(4) {
+                for d in (0..elements).step_by(4) {
+                    transpose_four(from.add(p * a.keys.1 + d), a.keys.1, out.add(d * SCORE_POSITIONS + p));
+                }
+            }
             for d in 0..dim {
-                let from = a.keys.0.add(range * SCORE_POSITIONS * a.keys.1 + d);
-                let out = &mut *out.add(d * SCORE_POSITIONS).cast::<[f32; SCORE_POSITIONS]>();
-                for (p, out) in out.iter_mut().enumerate() {
-                    *out = if p < count { *from.add(p * a.keys.1) } else { 0.0 };
+                let out = out.add(d * SCORE_POSITIONS);
+                let first = if d < elements { positions } else { 0 };
+                for p in first..SCORE_POSITIONS {
+                    *out.add(p) = if p < count { *from.add(p * a.keys.1 + d) } else { 0.0 };
                 }
             }
         }
@@ -210,6 +217,20 @@ unsafe fn lay_out(a: &EncoderAttend) -> HeadLayout {
             std::slice::from_raw_parts_mut(out.add(dim), width - dim).fill(0.0);
         }
         HeadLayout { keys, values, width, scores, padded }
+    }
+}
+
+/// Writes four elements of four positions, which are `stride` apart, as four positions of four elements.
+#[inline(always)]
+unsafe fn transpose_four(from: *const f32, stride: usize, out: *mut f32) {
+    // SAFETY: the caller's pointers have four times four values.
+    unsafe {
+        let rows: [[f32; 4]; 4] =
+            std::array::from_fn(|p| from.add(p * stride).cast::<[f32; 4]>().read_unaligned());
+        for d in 0..4 {
+            let column: [f32; 4] = std::array::from_fn(|p| rows[p][d]);
+            out.add(d * SCORE_POSITIONS).cast::<[f32; 4]>().write_unaligned(column);
+        }
     }
 }
 
@@ -292,8 +313,7 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
         for i in 1..len / LANES {
             max = S::max(max, S::load(scores.add(i * LANES)));
         }
-        S::store(lanes.as_mut_ptr(), max);
-        let max = S::splat(lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a }));
+        let max = S::splat(S::largest(max));
         let mut sum = S::splat(0.0);
         for i in 0..len / LANES {
             let share = exp::<S>(S::sub(S::load(scores.add(i * LANES)), max));
@@ -302,7 +322,7 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
         }
         S::store(lanes.as_mut_ptr(), sum);
     }
-    lanes.iter().sum()
+    tree_sum(&lanes)
 }
 
 /// `Σ share · value / Σ share` of `16 · W` elements from `at` on.

@@ -7,7 +7,7 @@
 //!
 //! * [`exact`]: weights become f32 and are multiplied by f32 activations.
 //! * [`block_scaled`]: activations were quantised to 8 bits per 32 columns; a block's products are summed in
-//!   integers and scaled together.
+//!   integers and scaled together. Where several tiles read a unit, its weights are unpacked once for all.
 //! * [`int8`]: activations have one scale per row and weights one per feature; sums are integers over all
 //!   columns.
 //! * [`bf16`]: weights are bf16 and activations were rounded to it; sums are f32.
@@ -74,8 +74,9 @@ use crate::pack::Packed;
 /// Values of scratch memory for matrices of at most `cols` columns: sums of a strip of rows, then panels of
 /// unpacked weights, which are larger for tile registers.
 pub(crate) fn scratch_len(cols: usize, has_tiles: bool) -> usize {
-    exact::STRIP_ROWS * 2 * LANES
-        + if has_tiles { tile_panels_len(cols).max(exact::PANELS_LEN) } else { exact::PANELS_LEN }
+    let panels = exact::PANELS_LEN.max(block_scaled::unpacked_len(cols));
+    let panels = if has_tiles { tile_panels_len(cols).max(panels) } else { panels };
+    exact::STRIP_ROWS * 2 * LANES + panels
 }
 
 #[cfg(target_arch = "x86_64")]

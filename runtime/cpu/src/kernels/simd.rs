@@ -33,6 +33,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `1 / v` to about one unit in the last place, of numbers that are not subnormal and below 2^126.
+    unsafe fn reciprocal(v: Self::F) -> Self::F;
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`
@@ -52,6 +54,7 @@ pub(crate) trait Simd: Copy {
 
     unsafe fn zero_i() -> Self::I;
     unsafe fn load_i(p: *const u8) -> Self::I;
+    unsafe fn store_i(p: *mut u8, v: Self::I);
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     /// i32 to f32.
     unsafe fn to_f(v: Self::I) -> Self::F;
@@ -83,6 +86,21 @@ pub(crate) trait Simd: Copy {
 #[inline(always)]
 pub(crate) fn half_to_f32(bits: u16) -> f32 {
     half::f16::from_bits(bits).to_f32_const()
+}
+
+/// The sum of all lanes, halves added to each other. One lane after the other would be a chain of sixteen
+/// additions.
+#[inline(always)]
+pub(crate) fn tree_sum(lanes: &[f32; LANES]) -> f32 {
+    let mut sums = *lanes;
+    let mut count = LANES;
+    while count > 1 {
+        count /= 2;
+        for i in 0..count {
+            sums[i] += sums[i + count];
+        }
+    }
+    sums[0]
 }
 
 /// Plain arrays.
@@ -129,6 +147,10 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
         zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn reciprocal(v: Self::F) -> Self::F {
+        v.map(f32::recip)
     }
     #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
@@ -183,6 +205,11 @@ impl Simd for Scalar {
     unsafe fn load_i(p: *const u8) -> Self::I {
         // SAFETY: the caller's pointer has 64 bytes.
         unsafe { p.cast::<Self::I>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_i(p: *mut u8, v: Self::I) {
+        // SAFETY: the caller's pointer has 64 bytes.
+        unsafe { p.cast::<Self::I>().write_unaligned(v) };
     }
     #[inline(always)]
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {

@@ -19,6 +19,14 @@ unsafe fn pow2_256(v: __m256) -> __m256 {
     _mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(127 << 23)))
 }
 
+/// An estimate of 12 bits and a step of Newton's method, which doubles them.
+#[inline(always)]
+unsafe fn reciprocal_256(v: __m256) -> __m256 {
+    let estimate = _mm256_rcp_ps(v);
+    let error = _mm256_fnmadd_ps(v, estimate, _mm256_set1_ps(1.0));
+    _mm256_fmadd_ps(estimate, error, estimate)
+}
+
 #[inline(always)]
 unsafe fn byte_256(v: __m256i, j: i32) -> __m256 {
     let down = _mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * j));
@@ -96,6 +104,10 @@ impl Simd for Avx2 {
         [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
     }
     #[inline(always)]
+    unsafe fn reciprocal(v: Self::F) -> Self::F {
+        [reciprocal_256(v[0]), reciprocal_256(v[1])]
+    }
+    #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
         [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
     }
@@ -145,6 +157,11 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_i(p: *const u8) -> Self::I {
         [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
+    }
+    #[inline(always)]
+    unsafe fn store_i(p: *mut u8, v: Self::I) {
+        _mm256_storeu_si256(p.cast(), v[0]);
+        _mm256_storeu_si256(p.add(32).cast(), v[1]);
     }
     #[inline(always)]
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
@@ -258,6 +275,13 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         _mm512_div_ps(a, b)
     }
     #[inline(always)]
+    unsafe fn reciprocal(v: Self::F) -> Self::F {
+        // One step of Newton's method doubles the 14 bits of the estimate.
+        let estimate = _mm512_rcp14_ps(v);
+        let error = _mm512_fnmadd_ps(v, estimate, _mm512_set1_ps(1.0));
+        _mm512_fmadd_ps(estimate, error, estimate)
+    }
+    #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
         _mm512_max_ps(a, b)
     }
@@ -307,6 +331,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     unsafe fn load_i(p: *const u8) -> Self::I {
         _mm512_loadu_si512(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn store_i(p: *mut u8, v: Self::I) {
+        _mm512_storeu_si512(p.cast(), v);
     }
     #[inline(always)]
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {

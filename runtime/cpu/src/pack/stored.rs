@@ -5,38 +5,76 @@
 
 use super::{BLOCK_COLS, Form, GROUP_ROWS, SUPER_BLOCKS};
 
-/// The unsigned quants of the `sub_block`-th 32 columns of a stored block.
+/// The unsigned quants of the `sub_block`-th 32 columns of a stored block. Each form copies its bytes into
+/// arrays first: without bounds to check, the compiler computes all columns in vectors.
 pub(super) fn quants(form: Form, stored: &[u8], sub_block: usize) -> [u8; BLOCK_COLS] {
     match form {
-        Form::Q8 => std::array::from_fn(|c| stored[2 + c] ^ 0x80),
-        Form::Q4 => std::array::from_fn(|c| nibble(&stored[2..], c)),
-        Form::Q4Min => std::array::from_fn(|c| nibble(&stored[4..], c)),
+        Form::Q8 => bytes_at::<BLOCK_COLS>(stored, 2).map(|byte| byte ^ 0x80),
+        Form::Q4 => nibbles(&bytes_at(stored, 2)),
+        Form::Q4Min => nibbles(&bytes_at(stored, 4)),
         Form::Q5 => {
-            std::array::from_fn(|c| nibble(&stored[6..], c) | (stored[2 + c / 8] >> (c % 8) & 1) << 4)
+            let (low, fifth) = (nibbles(&bytes_at(stored, 6)), spread_bits(bytes_at(stored, 2)));
+            both(&low, &fifth, |low, fifth| low | fifth << 4)
         }
-        Form::Q4K => std::array::from_fn(|c| pair_nibble(&stored[16..], sub_block, c)),
-        Form::Q5K => std::array::from_fn(|c| {
-            pair_nibble(&stored[48..], sub_block, c) | (stored[16 + c] >> sub_block & 1) << 4
-        }),
-        Form::Q6K => std::array::from_fn(|c| {
+        Form::Q4K => pair_nibbles(&bytes_at(stored, 16 + sub_block / 2 * BLOCK_COLS), sub_block),
+        Form::Q5K => {
+            let low = pair_nibbles(&bytes_at(stored, 48 + sub_block / 2 * BLOCK_COLS), sub_block);
+            both(&low, &bytes_at(stored, 16), |low, bits| low | (bits >> sub_block & 1) << 4)
+        }
+        Form::Q6K => {
             // Sub-blocks 0 and 2 of each half of 128 columns share bytes of low bits, and so do 1 and 3.
             let (half, n) = (sub_block / 4, sub_block % 4);
-            let low = stored[half * 64 + n % 2 * 32 + c] >> (n / 2 * 4) & 15;
-            let high = stored[128 + half * 32 + c] >> (2 * n) & 3;
-            low | high << 4
-        }),
+            let low = bytes_at(stored, half * 64 + n % 2 * BLOCK_COLS);
+            let high = bytes_at(stored, 128 + half * BLOCK_COLS);
+            both(&low, &high, |low, high| (low >> (n / 2 * 4) & 15) | (high >> (2 * n) & 3) << 4)
+        }
         Form::F32 | Form::F16 | Form::Bf16 | Form::Int8 => [0; BLOCK_COLS],
     }
 }
 
-/// Column `c` of 32 whose halves share sixteen bytes.
-fn nibble(bytes: &[u8], c: usize) -> u8 {
-    bytes[c % 16] >> (c / 16 * 4) & 15
+/// The `N` bytes from `at` on.
+fn bytes_at<const N: usize>(stored: &[u8], at: usize) -> [u8; N] {
+    let mut own = [0; N];
+    own.copy_from_slice(&stored[at..at + N]);
+    own
 }
 
-/// Column `c` of sub-block `sub_block`; sub-blocks `2 p` and `2 p + 1` share 32 bytes.
-fn pair_nibble(bytes: &[u8], sub_block: usize, c: usize) -> u8 {
-    bytes[sub_block / 2 * 32 + c] >> (sub_block % 2 * 4) & 15
+/// `compute` of each pair.
+fn both(a: &[u8; BLOCK_COLS], b: &[u8; BLOCK_COLS], compute: impl Fn(u8, u8) -> u8) -> [u8; BLOCK_COLS] {
+    let mut out = [0; BLOCK_COLS];
+    for (out, (a, b)) in out.iter_mut().zip(a.iter().zip(b)) {
+        *out = compute(*a, *b);
+    }
+    out
+}
+
+/// The columns whose halves share sixteen bytes: the low four bits, then the high ones.
+fn nibbles(bytes: &[u8; BLOCK_COLS / 2]) -> [u8; BLOCK_COLS] {
+    let mut out = [0; BLOCK_COLS];
+    let (low, high) = out.split_at_mut(BLOCK_COLS / 2);
+    for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
+        (*low, *high) = (byte & 15, byte >> 4);
+    }
+    out
+}
+
+/// The columns of sub-block `sub_block`; sub-blocks `2 p` and `2 p + 1` share 32 bytes.
+fn pair_nibbles(bytes: &[u8; BLOCK_COLS], sub_block: usize) -> [u8; BLOCK_COLS] {
+    let shift = sub_block % 2 * 4;
+    bytes.map(|byte| byte >> shift & 15)
+}
+
+/// One bit for each column, as a byte of 0 or 1.
+fn spread_bits(bits: [u8; BLOCK_COLS / 8]) -> [u8; BLOCK_COLS] {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    let mut out = [0; BLOCK_COLS];
+    for (out, byte) in out.chunks_exact_mut(8).zip(bits) {
+        // Byte `c` of the product keeps bit `c`; adding 127 carries any bit to the highest of its byte.
+        let own = (u64::from(byte) * ONES) & 0x8040_2010_0804_0201;
+        let spread = ((own + 0x7F * ONES) >> 7) & ONES;
+        out.copy_from_slice(&spread.to_le_bytes());
+    }
+    out
 }
 
 /// Writes a stored block's scales into a group's second stream; `out` starts at the block.

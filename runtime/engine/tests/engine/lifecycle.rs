@@ -6,7 +6,7 @@ use futures::StreamExt;
 use prometheus::Registry;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use trustformers_engine::{
     Engine, EngineConfig, EngineMetrics, FinishReason, GenerateError, GenerateParams, GenerationEvent,
     ModelFault, StartError, SubmitError,
@@ -111,6 +111,36 @@ async fn cancelling_releases_the_blocks_in_every_phase() {
     }
     assert_eq!(value(&registry, "trustformers_requests_running", None), 0.0);
     assert_eq!(value(&registry, "trustformers_requests_waiting", None), 0.0);
+}
+
+/// Liveness compares the age of the last step with its bound, so that a prompt that is read for longer than
+/// the bound is no stall as long as each of its pieces counts.
+#[tokio::test]
+async fn each_piece_of_a_long_prompt_counts_as_progress() {
+    /// What a step takes here; the bound of a pod is as long as many of them.
+    const HELD: Duration = Duration::from_millis(20);
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let config = EngineConfig { max_batch_size: 1, token_budget: 16, ..config() };
+    let (engine, steps, _registry) = start_stepped(&config);
+    let running = engine.submit(&tokens(&prompt(40, 1), 1)).unwrap();
+    for _ in 0..2 {
+        let step = steps.next_step();
+        assert_eq!((step.rows(), step.logits_rows.len()), (16, 0), "a piece that gives no token");
+        while engine.heartbeat().last_step_age < HELD {
+            std::thread::yield_now();
+        }
+        let allowed = Instant::now();
+        steps.decide(Verdict::Run);
+        // Older than that, it would still be the age of the piece before.
+        while engine.heartbeat().last_step_age > allowed.elapsed() {
+            assert!(allowed.elapsed() < PATIENCE, "the piece was not counted");
+            std::thread::yield_now();
+        }
+    }
+    steps.next_step();
+    steps.decide(Verdict::Run);
+    answer(running).await.unwrap();
+    drop(steps);
 }
 
 #[tokio::test]

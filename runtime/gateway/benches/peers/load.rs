@@ -10,7 +10,7 @@ use futures::stream::{self, FuturesUnordered};
 use http::{Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, StreamBody};
+use http_body_util::{BodyExt, Collected, Full, StreamBody};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::client::legacy::Client;
@@ -28,15 +28,18 @@ const TOKEN_INTERVAL: Duration = Duration::from_millis(1);
 const REQUESTS_AT_ONCE: usize = 32;
 /// Streams in flight while tokens are measured: 16,000 tokens per second, which one core of callers reads.
 const STREAMS_AT_ONCE: usize = 16;
-/// The gateway shares its bounds fairly between addresses of callers, and one may have half of each.
-const CALLER_ADDRESSES: usize = 8;
+/// The gateway shares its bounds fairly between addresses of callers: `n` of them leave 1/(n + 1) of the
+/// 10,240 streams and connections for another one, so that 10,000 need more than 42 addresses.
+const CALLER_ADDRESSES: usize = 100;
 /// The clock of tasks has ticks of a millisecond: a request that is sent this late was on time.
 const TICK: Duration = Duration::from_millis(1);
 /// A request that takes longer has failed, and its target with it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
-const BODY: &str = r#"{"model": "a", "prompt": "What is the capital of France?", "max_tokens": 16}"#;
-/// What the mock pod does, in a header that every proxy passes on.
-const MODE: &str = "x-mock";
+/// A path that every proxy forwards, SGLang's router included.
+const PATH: &str = "/v1/completions";
+/// What the mock pod does is in the field `user` of a request, behind these letters. No proxy changes it, and
+/// not all of them pass headers on.
+const MODE: &[u8] = b"mock-";
 const TOKEN: &str = "data: {\"text\":\" Paris\",\"token\":7042}\n\n";
 
 /// Why a target could not be measured.
@@ -60,9 +63,8 @@ pub(crate) async fn serve_pod(listener: TcpListener) {
         let _set = stream.set_nodelay(true);
         tokio::spawn(async move {
             let service = service_fn(async |request: Request<Incoming>| {
-                let mode = request.headers().get(MODE).map(|mode| mode.as_bytes().to_vec());
-                let _read = request.into_body().collect().await;
-                Ok::<_, Infallible>(pod_answer(mode.as_deref()))
+                let body = request.into_body().collect().await.map(Collected::to_bytes);
+                Ok::<_, Infallible>(pod_answer(mode_of(&body.unwrap_or_default())))
             });
             let builder = auto::Builder::new(TokioExecutor::new());
             let _ended = builder.serve_connection(TokioIo::new(stream), service).await;
@@ -70,10 +72,27 @@ pub(crate) async fn serve_pod(listener: TcpListener) {
     }
 }
 
-fn pod_answer(mode: Option<&[u8]>) -> Response<AnswerBody> {
+/// The word behind [`MODE`].
+fn mode_of(body: &[u8]) -> &[u8] {
+    let Some(start) = memchr::memmem::find(body, MODE) else { return b"" };
+    let word = &body[start + MODE.len()..];
+    let length = word.iter().take_while(|letter| letter.is_ascii_lowercase()).count();
+    &word[..length]
+}
+
+/// The JSON of a request.
+fn body(model: &str, mode: &str) -> String {
+    let stream = mode != "answer";
+    format!(
+        "{{\"model\": \"{model}\", \"prompt\": \"What is the capital of France?\", \"max_tokens\": 16, \
+         \"stream\": {stream}, \"user\": \"mock-{mode}\"}}"
+    )
+}
+
+fn pod_answer(mode: &[u8]) -> Response<AnswerBody> {
     let token = || Ok::<_, Infallible>(Frame::data(Bytes::from_static(TOKEN.as_bytes())));
     let (kind, body) = match mode {
-        Some(b"stream") => {
+        b"stream" => {
             let tokens = stream::unfold((interval(TOKEN_INTERVAL), 0), move |(mut ticks, sent)| async move {
                 if sent == TOKENS_PER_STREAM {
                     return None;
@@ -83,11 +102,11 @@ fn pod_answer(mode: Option<&[u8]>) -> Response<AnswerBody> {
             });
             ("text/event-stream", BodyExt::boxed_unsync(StreamBody::new(tokens)))
         }
-        Some(_) => {
+        b"open" => {
             let endless = stream::once(std::future::ready(token())).chain(stream::pending());
             ("text/event-stream", BodyExt::boxed_unsync(StreamBody::new(endless)))
         }
-        None => {
+        _ => {
             let answer = Full::new(Bytes::from_static(b"{\"text\": \"Paris\"}"));
             ("application/json", answer.boxed_unsync())
         }
@@ -105,14 +124,10 @@ pub(crate) fn client() -> CallerClient {
 }
 
 fn request(address: SocketAddr, mode: Option<&'static str>) -> Request<Full<Bytes>> {
-    let mut request = Request::new(Full::new(Bytes::from_static(BODY.as_bytes())));
+    let mut request = Request::new(Full::new(body("a", mode.unwrap_or("answer")).into()));
     *request.method_mut() = http::Method::POST;
-    *request.uri_mut() = format!("http://{address}/v1/generate").parse().unwrap_or_default();
-    let headers = request.headers_mut();
-    headers.insert("content-type", http::HeaderValue::from_static("application/json"));
-    if let Some(mode) = mode {
-        headers.insert(MODE, http::HeaderValue::from_static(mode));
-    }
+    *request.uri_mut() = format!("http://{address}{PATH}").parse().unwrap_or_default();
+    request.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
     request
 }
 
@@ -133,6 +148,17 @@ pub(crate) async fn send(
     };
     let late = || LoadError(format!("a request took longer than {} s", REQUEST_TIMEOUT.as_secs()));
     timeout(REQUEST_TIMEOUT, sent).await.unwrap_or_else(|_elapsed| Err(late()))
+}
+
+/// The text of a page.
+pub(crate) async fn get(caller: &CallerClient, address: SocketAddr, path: &str) -> Result<String, LoadError> {
+    let uri = format!("http://{address}{path}")
+        .parse()
+        .map_err(|error: http::uri::InvalidUri| LoadError::of("a path")(&error))?;
+    let response = caller.get(uri).await.map_err(|error| LoadError::of("no answer")(&error))?;
+    let body = response.into_body().collect().await;
+    let body = body.map_err(|error| LoadError::of("an answer broke off")(&error))?.to_bytes();
+    Ok(String::from_utf8_lossy(&body).into_owned())
 }
 
 /// Sends requests at fixed times and gives the duration of each, from the time at which it was to be sent.
@@ -184,7 +210,21 @@ pub(crate) async fn streams(address: SocketAddr, count: usize) -> Result<(), Loa
 
 /// Opens streams, each on a connection of its own as HTTP/1.1 callers have them.
 pub(crate) async fn open_streams(address: SocketAddr, count: usize) -> Result<Vec<TcpStream>, LoadError> {
-    let opened = stream::iter(0..count).map(|index| open_stream(address, index));
+    // From 127.0.0.2 on; the other callers have 127.0.0.1.
+    let source = |index: usize| {
+        let last = u8::try_from(2 + index % CALLER_ADDRESSES).unwrap_or(2);
+        Ipv4Addr::new(127, 0, 0, last)
+    };
+    open_streams_from(address, count, source).await
+}
+
+/// The same from given addresses.
+pub(crate) async fn open_streams_from(
+    address: SocketAddr,
+    count: usize,
+    source: impl Fn(usize) -> Ipv4Addr,
+) -> Result<Vec<TcpStream>, LoadError> {
+    let opened = stream::iter(0..count).map(|index| open_stream(address, index, source(index)));
     let mut opened = opened.buffer_unordered(64);
     let mut streams = Vec::with_capacity(count);
     while let Some(stream) = opened.next().await {
@@ -193,25 +233,34 @@ pub(crate) async fn open_streams(address: SocketAddr, count: usize) -> Result<Ve
     Ok(streams)
 }
 
-async fn open_stream(address: SocketAddr, index: usize) -> Result<TcpStream, LoadError> {
-    match timeout(REQUEST_TIMEOUT, opened_stream(address, index)).await {
+async fn open_stream(address: SocketAddr, index: usize, source: Ipv4Addr) -> Result<TcpStream, LoadError> {
+    match timeout(REQUEST_TIMEOUT, opened_stream(address, source)).await {
         Ok(stream) => stream.map_err(|error| LoadError(format!("stream {index}: {error}"))),
         Err(_elapsed) => Err(LoadError(format!("stream {index} did not begin in time"))),
     }
 }
 
-async fn opened_stream(address: SocketAddr, index: usize) -> std::io::Result<TcpStream> {
-    let head = format!(
-        "POST /v1/generate HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n{MODE}: open\r\n\
-         content-length: {}\r\n\r\n{BODY}",
-        BODY.len()
-    );
+/// The text of a request over HTTP/1.1, for a mode of the pod and with further lines of its head.
+pub(crate) fn head(model: &str, mode: &str, lines: &str) -> String {
+    let body = body(model, mode);
+    format!(
+        "POST {PATH} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n\
+         {lines}content-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+/// A connection from an address of the loopback network.
+pub(crate) async fn connect(address: SocketAddr, source: Ipv4Addr) -> std::io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
-    // From 127.0.0.2 on, so that no address has more connections than it has ports.
-    let last = u8::try_from(2 + index % CALLER_ADDRESSES).unwrap_or(2);
-    socket.bind(SocketAddr::from((Ipv4Addr::new(127, 0, 0, last), 0)))?;
-    let mut stream = socket.connect(address).await?;
-    stream.write_all(head.as_bytes()).await?;
+    socket.bind(SocketAddr::from((source, 0)))?;
+    socket.connect(address).await
+}
+
+/// A stream that has brought its first token.
+pub(crate) async fn opened_stream(address: SocketAddr, source: Ipv4Addr) -> std::io::Result<TcpStream> {
+    let mut stream = connect(address, source).await?;
+    stream.write_all(head("a", "open", "").as_bytes()).await?;
     let mut read = Vec::new();
     while !read.ends_with(b"\n\n") && !read.ends_with(b"\n\n\r\n") {
         if stream.read_buf(&mut read).await? == 0 {

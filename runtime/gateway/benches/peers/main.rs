@@ -6,16 +6,21 @@
 //! requests per second, sent at fixed times; requests and streamed tokens per second of the proxy's processor
 //! time; and resident memory at 10,000 open streams, or as many as the limit of file descriptors allows.
 //!
-//! The script gets the peers, builds the gateway and runs this. BENCH_GATEWAY, BENCH_ENVOY and BENCH_NGINX
-//! are the programs; a peer without one is left out, and so is one that fails. GATEWAY_BENCH_SECONDS is the
-//! time of each proxy at each rate, 12 where it is not set; BENCH_REPORT a file for the figures.
+//! The script gets the peers, builds the gateway and runs this. BENCH_GATEWAY, BENCH_ENVOY, BENCH_NGINX and
+//! BENCH_SGLANG are the programs; a peer without one is left out, and so is one that fails.
+//! GATEWAY_BENCH_SECONDS is the time of each proxy at each rate, 12 where it is not set; BENCH_REPORT a file
+//! for the figures.
+//!
+//! With GATEWAY_SOAK_SECONDS it is instead the soak (`soak`), of our gateway alone.
 //!
 //! Bounded: rounds of at most four seconds for each proxy and rate, counts in proportion, time limits on
 //! every request.
 #![allow(clippy::unwrap_used, reason = "an unexpected value ends the measurement")]
 
+mod hostile;
 mod load;
 mod programs;
+mod soak;
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -27,7 +32,7 @@ use tokio::net::TcpListener;
 use load::{LoadError, TOKENS_PER_STREAM};
 use programs::Program;
 
-const NAMES: [&str; 3] = ["ours", "envoy", "nginx"];
+const NAMES: [&str; 4] = ["ours", "envoy", "nginx", "sglang"];
 const RATES: [u64; 2] = [1000, 5000];
 const LONGEST_ROUND_S: u64 = 4;
 /// Per second of the measurement.
@@ -52,8 +57,7 @@ struct Amounts {
 
 impl Amounts {
     fn of_environment() -> Self {
-        let seconds = std::env::var("GATEWAY_BENCH_SECONDS").ok().and_then(|text| text.parse().ok());
-        let seconds: u64 = seconds.unwrap_or(12).clamp(1, 600);
+        let seconds = seconds_of("GATEWAY_BENCH_SECONDS").unwrap_or(12).clamp(1, 600);
         let rounds = seconds.div_ceil(LONGEST_ROUND_S);
         let count =
             |per_second: u64, least: u64| (per_second * seconds).max(least) as usize / rounds as usize;
@@ -79,7 +83,16 @@ struct Proxy {
     memory_mib: f64,
 }
 
+/// A number of seconds in the environment.
+fn seconds_of(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok())
+}
+
 fn main() {
+    if let Some(seconds) = seconds_of("GATEWAY_SOAK_SECONDS") {
+        let holds = soak::run(seconds.clamp(20, 3600));
+        std::process::exit(i32::from(!holds));
+    }
     let amounts = Amounts::of_environment();
     let began = Instant::now();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
@@ -95,8 +108,12 @@ fn main() {
             proxies =
                 each(proxies, &mut left_out, async |proxy: &mut Proxy| measure(proxy, amounts).await).await;
         }
-        proxies =
-            each(proxies, &mut left_out, async |proxy: &mut Proxy| hold_streams(proxy, amounts).await).await;
+        for proxy in &mut proxies {
+            // Its other figures stand without this one.
+            if let Err(error) = hold_streams(proxy, amounts).await {
+                left_out.push(format!("{}: no memory at open streams: {error}", proxy.name));
+            }
+        }
         (proxies, left_out)
     });
     let figures = figures(&proxies, amounts, &left_out);
@@ -137,7 +154,7 @@ async fn started(pod: SocketAddr, folder: &Path, left_out: &mut Vec<String>) -> 
             Err(error) => left_out.push(format!("{name}: {error}")),
         }
     }
-    each(proxies, left_out, async |proxy: &mut Proxy| until_ready(proxy).await).await
+    each(proxies, left_out, async |proxy: &mut Proxy| until_answered(proxy.address).await).await
 }
 
 fn proxy(name: &'static str, address: SocketAddr, program: Option<Program>) -> Proxy {
@@ -148,15 +165,15 @@ fn proxy(name: &'static str, address: SocketAddr, program: Option<Program>) -> P
         latencies: Default::default(),
         requests_per_core_second: Vec::new(),
         tokens_per_core_second: Vec::new(),
-        memory_mib: 0.0,
+        memory_mib: f64::NAN,
     }
 }
 
-async fn until_ready(proxy: &Proxy) -> Result<(), LoadError> {
+async fn until_answered(address: SocketAddr) -> Result<(), LoadError> {
     let caller = load::client();
     let mut last = Ok(0);
     for _ in 0..500 {
-        last = load::send(&caller, proxy.address, None).await;
+        last = load::send(&caller, address, None).await;
         if last.is_ok() {
             return Ok(());
         }
@@ -181,6 +198,14 @@ async fn measure(proxy: &mut Proxy, amounts: Amounts) -> Result<(), LoadError> {
     let before = programs::processor_time(program.id());
     load::streams(address, amounts.streams).await?;
     proxy.tokens_per_core_second.push((amounts.streams * TOKENS_PER_STREAM) as f64 / used(before));
+    // A measurement that ends early has told this much.
+    eprintln!(
+        "    p99 {:.3} and {:.3} ms, {:.0} requests and {:.0} tokens per core-second",
+        quantile_ms(&proxy.latencies[0], 0.99),
+        quantile_ms(&proxy.latencies[1], 0.99),
+        mean(&proxy.requests_per_core_second),
+        mean(&proxy.tokens_per_core_second)
+    );
     Ok(())
 }
 

@@ -76,6 +76,11 @@ impl Program {
                 command.arg("-c").arg(&file).args(["--concurrency", "1", "--log-level", "error"]);
                 command.args(["--base-id", &std::process::id().to_string()]);
             }
+            "sglang" => {
+                command.args(["--host", "127.0.0.1", "--port", &listen.port().to_string()]);
+                command.args(["--worker-urls", &format!("http://{pod}"), "--policy", "round_robin"]);
+                command.args(["--max-concurrent-requests", "65536", "--log-level", "error"]);
+            }
             _ => {
                 let file = folder.join("nginx.conf");
                 std::fs::write(&file, nginx_config(listen, pod))?;
@@ -92,6 +97,13 @@ impl Program {
     /// Its process.
     pub(crate) fn id(&self) -> u32 {
         self.process.id()
+    }
+
+    /// A number that it has logged under this name.
+    pub(crate) fn printed_number(&self, name: &str) -> Option<f64> {
+        let text = std::fs::read_to_string(&self.record).unwrap_or_default();
+        let (_, rest) = text.split_once(&format!("\"{name}\":"))?;
+        rest.split(|letter: char| !letter.is_ascii_digit() && letter != '.').next()?.parse().ok()
     }
 
     /// The last of what it wrote, for an error.
@@ -115,7 +127,8 @@ fn ours(command: &mut Command, folder: &Path, listen: SocketAddr, pod: SocketAdd
     file.save(&table(pod).encode_to_vec()).map_err(std::io::Error::other)?;
     // The feed's address has no listener: the saved table serves.
     command.args(["--feed", "http://127.0.0.1:9", "--grpc-address", "127.0.0.1:0"]);
-    command.args(["--drain-timeout", "1s", "--log-filter", "error"]);
+    // Nothing is logged of requests at this level.
+    command.args(["--drain-timeout", "1s", "--log-filter", "info", "--log-format", "json"]);
     command.arg("--state-dir").arg(folder).arg("--http-address").arg(listen.to_string());
     Ok(())
 }
@@ -142,7 +155,15 @@ fn table(pod: SocketAddr) -> wire::RouteTable {
         policy: Some(wire::Policy::default()),
         ..Default::default()
     };
-    wire::RouteTable { version: Some(wire::TableVersion { term: 1, counter: 1 }), routes: vec![route] }
+    // Without a pod: its requests are held for a moment.
+    let waiting = wire::Route {
+        name: "default/waiting".to_owned(),
+        aliases: vec!["waiting".to_owned()],
+        policy: Some(wire::Policy { hold_ms: 1000, hold_requests: 64, ..Default::default() }),
+        ..Default::default()
+    };
+    let version = Some(wire::TableVersion { term: 1, counter: 1 });
+    wire::RouteTable { version, routes: vec![route, waiting] }
 }
 
 /// HTTP/2 to the pod, as the gateway speaks, and bounds that the open streams do not reach.

@@ -10,17 +10,19 @@ mod series;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 use sha2::{Digest, Sha256};
 use trustformers_proto::buckets::{BUCKETS, BucketOwners};
 use trustformers_proto::control::v1::Outcome;
 
 use crate::answer_end::EndUsage;
+use crate::score_token::{ScorePlace, Sealed};
 use crate::split::Split;
+use crate::user::KnownUser;
 
 pub use rule::{TestRule, VariantWeight};
-use series::VariantSeries;
 pub(crate) use series::{ChangedVariants, VariantRegistry};
+use series::{VariantKey, VariantSeries};
 
 /// The header of an answer that names the variant that gave it.
 pub(crate) const VARIANT_HEADER: &str = "x-trustformers-variant";
@@ -62,6 +64,8 @@ pub(crate) struct VariantChoice<'a> {
     pub(crate) bucket: Option<u16>,
     /// The variant of a user who is forced to one.
     pub(crate) forced: Option<&'a str>,
+    /// Whether the request names the revision that must answer.
+    pub(crate) names_revision: bool,
 }
 
 /// A backend of a route, as far as its test needs to know it.
@@ -80,6 +84,8 @@ pub(crate) struct LiveTest {
     split: Split,
     /// By bucket of users the index of the variant that owns it, where users are split.
     owners: Option<Box<[u16]>>,
+    /// Whether the first variant answers every request.
+    is_baseline: bool,
 }
 
 #[derive(Debug)]
@@ -117,7 +123,12 @@ impl LiveTest {
                 series: registry.series(rule, &variant.name),
             }
         };
-        Self { variants: rule.variants.iter().map(variant).collect(), split: Split::new(&weights), owners }
+        Self {
+            variants: rule.variants.iter().map(variant).collect(),
+            split: Split::new(&weights),
+            owners,
+            is_baseline: rule.baseline,
+        }
     }
 
     /// The variant that a request is assigned to. None where every weight is 0.
@@ -135,7 +146,7 @@ impl LiveTest {
     /// The backend of a request: one of its variant's. A user keeps the revision while the shares stay. None
     /// where the variant has no backend that takes requests.
     pub(crate) fn backend(&self, choice: VariantChoice<'_>) -> Option<usize> {
-        let variant = self.variant(choice)?;
+        let variant = if self.is_baseline { self.variants.first()? } else { self.variant(choice)? };
         let number = choice.bucket.map_or(choice.sequence, u64::from);
         // Mixed, because numbers of one variant follow a pattern.
         let chosen = variant.within.choose(mixed(number))?;
@@ -146,7 +157,7 @@ impl LiveTest {
     pub(crate) fn observe(&self, choice: VariantChoice<'_>, user: Option<TestUser>) -> Option<Observation> {
         let series = Arc::clone(&self.variant(choice)?.series);
         let bucket = match (user, &self.owners) {
-            _ if choice.forced.is_some() => {
+            _ if choice.forced.is_some() || choice.names_revision => {
                 series.count_forced();
                 None
             }
@@ -161,7 +172,7 @@ impl LiveTest {
             // Requests are the units: each is drawn a bucket of its own.
             (None, None) => Some(fastrand::u8(..)),
         };
-        Some(Observation { series, bucket })
+        Some(Observation { series, bucket, user: None, is_baseline: self.is_baseline })
     }
 }
 
@@ -179,6 +190,10 @@ pub(crate) struct Observation {
     series: Arc<VariantSeries>,
     /// None of a request that does not count in the analysis.
     bucket: Option<u8>,
+    /// Who sent it, where users are split.
+    user: Option<KnownUser>,
+    /// Whether another variant answers it by intention.
+    is_baseline: bool,
 }
 
 /// How a request ended for its caller.
@@ -199,22 +214,59 @@ pub(crate) struct ObservedEnd {
 pub(crate) struct ScoredBucket {
     series: Weak<VariantSeries>,
     bucket: u8,
+    /// Who may score, where users are split.
+    user: Option<KnownUser>,
 }
 
 impl Observation {
+    /// The same of a request of this user, who alone may score its answer.
+    pub(crate) fn of_user(self, user: Option<KnownUser>) -> Self {
+        Self { user, ..self }
+    }
+
     /// The request has ended; `answered` is the variant that gave the answer.
     pub(crate) fn ended(&self, end: &ObservedEnd, answered: Option<&HeaderValue>) {
-        let is_fallback = answered.is_some_and(|answered| Some(answered) != self.series.header.as_ref());
+        let is_other = answered.is_some_and(|answered| Some(answered) != self.series.header.as_ref());
+        let is_fallback = is_other && !self.is_baseline;
         self.series.count_end(self.bucket, end, is_fallback);
+    }
+
+    /// What lets other gateways count a score of its answer; none where no score counts.
+    pub(crate) fn token(&self, request_id: &str) -> Option<String> {
+        let VariantKey { test, epoch, variant } = &self.series.key;
+        let place = ScorePlace { epoch: *epoch, bucket: self.bucket? };
+        Some(Sealed { test, variant, request_id }.token(place))
     }
 
     /// Where a score of its answer counts.
     pub(crate) fn scored_bucket(&self) -> Option<ScoredBucket> {
-        Some(ScoredBucket { series: Arc::downgrade(&self.series), bucket: self.bucket? })
+        let user = self.user.clone();
+        Some(ScoredBucket { series: Arc::downgrade(&self.series), bucket: self.bucket?, user })
     }
 }
 
 impl ScoredBucket {
+    /// Where the score of an answer counts that another gateway gave to a request of this test.
+    pub(crate) fn of_token(
+        rule: &TestRule,
+        token: &str,
+        request_id: &str,
+        registry: &VariantRegistry,
+    ) -> Option<Self> {
+        let found = rule.variants.iter().find_map(|variant| {
+            let sealed = Sealed { test: &rule.uid, variant: &variant.name, request_id };
+            Some((variant, sealed.place(token)?))
+        });
+        let (variant, ScorePlace { epoch, bucket }) = found?;
+        let series = registry.series(&TestRule { epoch, ..rule.clone() }, &variant.name);
+        Some(Self { series: Arc::downgrade(&series), bucket, user: None })
+    }
+
+    /// Whether a score with these headers is of the user who got the answer.
+    pub(crate) fn is_of_its_user(&self, headers: &HeaderMap) -> bool {
+        self.user.as_ref().is_none_or(|user| user.sent(headers))
+    }
+
     /// Whether the test counts scores of this metric.
     pub(crate) fn counts(&self, metric: &str) -> bool {
         self.series.upgrade().is_some_and(|series| series.counts_metric(metric))

@@ -13,6 +13,8 @@ pub struct TestRule {
     pub variants: Vec<VariantWeight>,
     /// The metric of scores that counts.
     pub feedback_metric: String,
+    /// Whether the first variant answers every request.
+    pub baseline: bool,
 }
 
 /// A variant and its share.
@@ -28,10 +30,10 @@ impl TestRule {
     /// Reads a test. One without variants is none: all backends then share the requests.
     #[must_use]
     pub(crate) fn parse(test: wire::RouteTest) -> Option<Self> {
-        let wire::RouteTest { uid, epoch, variants, feedback_metric } = test;
+        let wire::RouteTest { uid, epoch, variants, feedback_metric, baseline } = test;
         let variant = |one: wire::RouteVariant| VariantWeight { name: one.name, weight: one.weight };
         let variants: Vec<VariantWeight> = variants.into_iter().map(variant).collect();
-        (!variants.is_empty()).then_some(Self { uid, epoch, variants, feedback_metric })
+        (!variants.is_empty()).then_some(Self { uid, epoch, variants, feedback_metric, baseline })
     }
 
     /// The weight of a variant; 0 of one that the test does not have.

@@ -174,6 +174,7 @@ impl VariantSeries {
         if let Some(first_token) = end.first_token {
             counts.first_tokens_within[latency_cell(first_token)] += 1;
         }
+        counts.prompt_tokens += end.usage.map_or(0, |usage| u64::from(usage.prompt_tokens));
         if let Some(usage) = end.usage.filter(|usage| usage.completion_tokens > 0) {
             counts.completion_tokens += u64::from(usage.completion_tokens);
             counts.token_us += u64::try_from(end.took.as_micros()).unwrap_or(u64::MAX);
@@ -227,6 +228,7 @@ impl Latencies {
 struct BucketSums {
     requests: u64,
     errors: u64,
+    prompt_tokens: u64,
     completion_tokens: u64,
     token_us: u64,
     scores: u64,
@@ -236,7 +238,7 @@ struct BucketSums {
     changed: bool,
 }
 
-/// 256 buckets of 456 bytes, 117 KB, and the users.
+/// 256 buckets of 464 bytes, 119 KB, and the users.
 #[derive(Debug)]
 struct VariantSums {
     buckets: Box<[BucketSums]>,
@@ -315,6 +317,7 @@ impl BucketSums {
             bucket,
             requests: self.requests,
             errors: self.errors,
+            prompt_tokens: self.prompt_tokens,
             completion_tokens: self.completion_tokens,
             token_us: self.token_us,
             scores: self.scores,

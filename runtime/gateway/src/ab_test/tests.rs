@@ -14,6 +14,7 @@ fn rule(epoch: u64, weights: &[(&str, u32)]) -> TestRule {
         epoch,
         variants: weights.iter().map(variant).collect(),
         feedback_metric: "score".to_owned(),
+        baseline: false,
     }
 }
 
@@ -22,7 +23,7 @@ fn backend(variant: &str, weight: u32) -> TestBackend<'_> {
 }
 
 fn numbered(sequence: u64) -> VariantChoice<'static> {
-    VariantChoice { sequence, bucket: None, forced: None }
+    VariantChoice { sequence, bucket: None, forced: None, names_revision: false }
 }
 
 fn end(outcome: Outcome, took_ms: u64) -> ObservedEnd {
@@ -54,7 +55,7 @@ fn a_user_keeps_the_variant_and_a_forced_one_gets_the_named() {
     let live = LiveTest::new(&rule(1, &[("a", 50), ("b", 50)]), Some(&owners), &backends, &registry);
     for sequence in 0..50 {
         for (bucket, expected) in [(4999, 0), (5000, 1)] {
-            let choice = VariantChoice { sequence, bucket: Some(bucket), forced: None };
+            let choice = VariantChoice { bucket: Some(bucket), ..numbered(sequence) };
             assert_eq!(live.backend(choice), Some(expected));
             assert_eq!(live.backend(VariantChoice { forced: Some("b"), ..choice }), Some(1));
         }
@@ -65,7 +66,7 @@ fn a_user_keeps_the_variant_and_a_forced_one_gets_the_named() {
         &[backend("a", 1), backend("b", 0)],
         &registry,
     );
-    let choice = VariantChoice { sequence: 0, bucket: Some(9999), forced: None };
+    let choice = VariantChoice { bucket: Some(9999), ..numbered(0) };
     assert_eq!(without_pods.backend(choice), None, "the route chooses another variant's");
 }
 
@@ -115,6 +116,37 @@ fn every_end_counts_one_time_and_reports_have_what_changed() {
     registry.report_all();
     let counts = registry.take_changed(usize::MAX).variants.remove(0);
     assert_eq!((counts.buckets.len(), counts.users.len()), (3, 4));
+}
+
+#[test]
+fn in_a_baseline_the_control_answers_and_users_count_at_their_variant() {
+    let weights = [("a", 50), ("b", 50)]
+        .map(|(revision, weight)| RevisionWeight { revision: revision.to_owned(), weight });
+    let owners = BucketOwners::with_weights(&weights).unwrap();
+    let registry = VariantRegistry::default();
+    let baseline = TestRule { baseline: true, ..rule(1, &[("a", 50), ("b", 50)]) };
+    let backends = [backend("a", 1), backend("b", 1)];
+    let live = LiveTest::new(&baseline, Some(&owners), &backends, &registry);
+    let of_b = VariantChoice { bucket: Some(9999), ..numbered(0) };
+    assert_eq!(live.backend(of_b), Some(0));
+    let observation = live.observe(of_b, Some(TestUser { bucket: 1, fingerprint: 2 })).unwrap();
+    observation.ended(&end(Outcome::Ok, 5), Some(&HeaderValue::from_static("a")));
+    let reported = registry.take_changed(usize::MAX).variants;
+    let counts = reported.iter().find(|counts| counts.variant == "b").unwrap();
+    assert_eq!((counts.buckets[0].requests, counts.fallbacks), (1, 0));
+}
+
+#[test]
+fn a_request_that_names_its_revision_counts_nowhere() {
+    let registry = VariantRegistry::default();
+    let live = LiveTest::new(&rule(1, &[("a", 1)]), None, &[backend("a", 1)], &registry);
+    let choice = VariantChoice { names_revision: true, ..numbered(0) };
+    let user = TestUser { bucket: 1, fingerprint: 2 };
+    let observation = live.observe(choice, Some(user)).unwrap();
+    observation.ended(&end(Outcome::Ok, 5), None);
+    assert!(observation.scored_bucket().is_none());
+    let counts = registry.take_changed(usize::MAX).variants.remove(0);
+    assert_eq!((counts.forced, counts.buckets.len(), counts.users.len()), (1, 0, 0));
 }
 
 #[test]

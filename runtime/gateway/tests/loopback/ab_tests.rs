@@ -8,7 +8,7 @@ use trustformers_proto::control::v1 as wire;
 
 use crate::operator::TableBuilder;
 use crate::pods::Pod;
-use crate::{Scene, json, post, soon, text, until};
+use crate::{Scene, post, soon, text, until};
 
 /// A table with a test of two variants.
 fn table(counter: u64, control: &[std::net::SocketAddr], treatment: &[std::net::SocketAddr]) -> TableBuilder {
@@ -28,6 +28,7 @@ fn table(counter: u64, control: &[std::net::SocketAddr], treatment: &[std::net::
         epoch: 3,
         variants: vec![variant("control", 9000), variant("treatment", 1000)],
         feedback_metric: "score".to_owned(),
+        baseline: false,
     };
     TableBuilder::new(1, counter)
         .route("chat")
@@ -85,25 +86,34 @@ async fn what_is_reported_of_variants_is_what_their_callers_counted() {
     let scene = Scene::with_table(table(1, &[control.address], &[treatment.address])).await;
     let mut requests: BTreeMap<String, u64> = BTreeMap::new();
     let mut users: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    let mut last = String::new();
+    let (mut last, mut last_user) = (String::new(), String::new());
     for round in 0..2 {
         for number in 0..100 {
             let user = format!("user-{number}");
             let (status, variant, id) = send(&scene, Some(&user)).await;
             assert_eq!(status, StatusCode::OK);
             *requests.entry(variant.clone()).or_default() += 1;
-            let is_new = users.entry(variant).or_default().insert(user);
+            let is_new = users.entry(variant).or_default().insert(user.clone());
             assert_eq!(is_new, round == 0, "a user keeps the variant");
-            last = id;
+            (last, last_user) = (id, user);
         }
     }
     assert_eq!(requests["control"] + requests["treatment"], 200);
     // Requests that do not count, and a score of the last answer that does.
     assert_eq!(send(&scene, Some("qa")).await.1, "treatment", "a forced user");
+    let mut named = post(scene.http(), "/v1/generate", r#"{"model": "chat"}"#);
+    for (name, value) in [("x-user-id", "user-1"), ("x-trustformers-revision", "r1")] {
+        named.headers_mut().insert(name, value.parse().unwrap());
+    }
+    let _of_a_revision = text(scene.client.request(named).await.unwrap()).await;
     let _without_user = send(&scene, None).await;
     let score = format!(r#"{{"request_id": "{last}", "score": 1}}"#);
-    let scored = scene.client.request(post(scene.http(), "/v1/feedback", score)).await.unwrap();
-    assert_eq!(json(&text(scored).await.1)["counted"], true);
+    for (user, expected) in [("user-0", StatusCode::NOT_FOUND), (last_user.as_str(), StatusCode::OK)] {
+        let mut request = post(scene.http(), "/v1/feedback", score.clone());
+        request.headers_mut().insert("x-user-id", user.parse().unwrap());
+        let scored = scene.client.request(request).await.unwrap();
+        assert_eq!(scored.status(), expected, "a score of {user}");
+    }
     until("every request to be reported", || async {
         let all = reported(&scene);
         let scores: u64 = all.values().map(|one| one.scores).sum();
@@ -123,7 +133,35 @@ async fn what_is_reported_of_variants_is_what_their_callers_counted() {
         last.values().sum::<u64>()
     };
     until("the others to be reported", || async {
-        (sum(|counts| counts.forced), sum(|counts| counts.unidentified)) == (1, 1)
+        (sum(|counts| counts.forced), sum(|counts| counts.unidentified)) == (2, 1)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn another_gateway_counts_a_score_by_the_token_of_its_answer() {
+    let pod = Pod::named("control").await;
+    let answering = Scene::with_table(table(1, &[pod.address], &[])).await;
+    let other = Scene::with_table(table(1, &[pod.address], &[])).await;
+    let mut request = post(answering.http(), "/v1/generate", r#"{"model": "chat"}"#);
+    request.headers_mut().insert("x-user-id", "ann".parse().unwrap());
+    let response = soon("an answer", answering.client.request(request)).await.unwrap();
+    let header = |name: &str| response.headers()[name].to_str().unwrap().to_owned();
+    let (id, token) = (header("x-request-id"), header("x-trustformers-feedback"));
+    let score = |id: &str, more: &str| format!(r#"{{"request_id": "{id}", "score": 1{more}}}"#);
+    let token = format!(r#", "token": "{token}""#);
+    for (body, expected) in [
+        (score(&id, ""), StatusCode::NOT_FOUND),
+        (score("another", &token), StatusCode::NOT_FOUND),
+        (score(&id, &token), StatusCode::OK),
+        // Sent again it changes nothing.
+        (score(&id, &token), StatusCode::OK),
+    ] {
+        let scored = other.client.request(post(other.http(), "/v1/feedback", body.clone())).await.unwrap();
+        assert_eq!(scored.status(), expected, "{body}");
+    }
+    until("the score to be reported", || async {
+        reported(&other).values().map(|one| one.scores).sum::<u64>() == 1
     })
     .await;
 }

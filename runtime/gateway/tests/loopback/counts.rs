@@ -2,21 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use http::StatusCode;
 use http_body_util::BodyExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tonic::Code;
+use tokio::sync::mpsc;
+use tonic::{Code, Status};
+use trustformers_gateway::{Settings, start};
 use trustformers_proto::control::v1::{Outcome, OutcomeCount, RevisionCounts};
-use trustformers_proto::v1::GenerateRequest;
 use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
+use trustformers_proto::v1::{GenerateRequest, GenerateStreamResponse};
 
 use crate::grpc;
-use crate::operator::TableBuilder;
+use crate::operator::{Operator, TableBuilder};
 use crate::pods::{Pod, full, piece, written};
 use crate::retry::resetting;
-use crate::{Scene, post, scripted, soon, until};
+use crate::{Scene, client, post, scripted, settings, soon, text, until};
 
 /// What a test expects of one series: how attempts ended, and how requests ended for their callers.
 #[derive(Debug, Default, PartialEq)]
@@ -46,6 +49,8 @@ enum Sent {
     Prompt,
     /// The same over gRPC.
     Grpc,
+    /// A stream over gRPC, read to its end.
+    GrpcStream,
     /// The first kilobytes of a long body.
     SlowUpload,
     /// A prompt whose caller leaves behind the first bytes of the answer.
@@ -120,6 +125,13 @@ async fn send(scene: &Scene, row: &Row, cut: &Pod) {
             let mut caller = InferenceServiceClient::connect(scene.grpc()).await.unwrap();
             let _answer_or_status = soon("a status", caller.generate(request)).await;
         }
+        Sent::GrpcStream => {
+            let request =
+                GenerateRequest { prompt: "p".into(), model: row.route.into(), ..Default::default() };
+            let mut caller = InferenceServiceClient::connect(scene.grpc()).await.unwrap();
+            let mut answer = soon("a head", caller.generate_stream(request)).await.unwrap().into_inner();
+            while let Ok(Some(_message)) = soon("a message or the end", answer.message()).await {}
+        }
         Sent::SlowUpload => {
             let mut stream = TcpStream::connect(scene.http()).await.unwrap();
             let head = "POST /v1/generate HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n";
@@ -153,6 +165,11 @@ async fn each_fault_appears_in_exactly_its_series() {
     let absent = Pod::absent().await;
     let (internal, _) = grpc::pod(Some(Code::Internal)).await;
     let (unimplemented, _) = grpc::pod(Some(Code::Unimplemented)).await;
+    let (failing, pieces) = grpc::pod(None).await;
+    let late = tokio::spawn(async move {
+        pieces.send(Ok(GenerateStreamResponse::default())).await.unwrap();
+        pieces.send(Err(Status::internal("behind a message"))).await.unwrap();
+    });
     let rows = [
         row("whole", whole.address, Outcome::Ok),
         row("refused", absent, Outcome::ConnectFailed),
@@ -165,6 +182,7 @@ async fn each_fault_appears_in_exactly_its_series() {
         row("ending", ending.address, Outcome::Unavailable),
         Row { timeout_ms: 300, ..row("silent", silent.address, Outcome::Timeout) },
         Row { sent: Sent::Grpc, ..row("trailers-only", internal, Outcome::PodError) },
+        Row { sent: Sent::GrpcStream, ..row("status-behind-messages", failing, Outcome::PodError) },
         Row { sent: Sent::Grpc, ..row("unknown-method", unimplemented, Outcome::CallerError) },
         Row {
             sent: Sent::SlowUpload,
@@ -186,6 +204,7 @@ async fn each_fault_appears_in_exactly_its_series() {
     for row in &rows {
         send(&scene, row, &cut).await;
     }
+    late.await.unwrap();
     let expected: BTreeMap<String, Ends> = rows
         .iter()
         .map(|row| {
@@ -264,4 +283,77 @@ async fn times_and_tokens_are_reported_and_all_of_it_again_to_another_operator()
     scene.operator.restart().await;
     let again = scene.operator.report(before, |report| !report.counts.is_empty()).await;
     assert_eq!(again.counts, [counts]);
+}
+
+/// The attempts of a route that ended well, by the last report of each process.
+fn answered(operator: &Operator, route: &str) -> u64 {
+    let ok = |counts: &RevisionCounts| {
+        let outcomes = counts.outcomes.iter().filter(|counted| counted.outcome() == Outcome::Ok);
+        outcomes.map(|counted| counted.count).sum::<u64>()
+    };
+    let of_process = operator.counts_by_process();
+    of_process.iter().filter(|((_, counted), _)| counted == route).map(|(_, counts)| ok(counts)).sum()
+}
+
+#[tokio::test]
+async fn no_count_is_lost_or_doubled_by_a_table_an_operator_or_a_restart() {
+    let (writers, mut streams) = mpsc::channel(1);
+    let pod = Pod::start(move |head, _| {
+        let writers = writers.clone();
+        async move {
+            if head.uri.path() != "/v1/generate/stream" {
+                return Ok(full(StatusCode::OK, "one"));
+            }
+            let (answer, writer) = written();
+            writers.send(writer).await?;
+            Ok(answer)
+        }
+    })
+    .await;
+    let table = |counter| TableBuilder::new(1, counter).route("a").backend("r1", 1, &[pod.address]);
+    let operator = Operator::start().await;
+    let state = tempfile::tempdir().unwrap();
+    // Long enough for the stream below, and of no effect otherwise.
+    let slow = |operator: &Operator| Settings {
+        drain_timeout: Duration::from_secs(60),
+        ..settings(operator.address(), state.path(), &[])
+    };
+    let gateway = start(slow(&operator)).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut scene = Scene { gateway, operator, state: folder, client: client(true) };
+    scene.publish(table(1)).await;
+    let send = async |scene: &Scene, count: usize| {
+        for _ in 0..count {
+            assert_eq!(scene.answer("a").await.0, StatusCode::OK);
+        }
+    };
+    send(&scene, 3).await;
+    // Another table, then no operator, then another operator.
+    scene.publish(table(2)).await;
+    send(&scene, 2).await;
+    scene.operator.stop().await;
+    send(&scene, 2).await;
+    scene.operator.restart().await;
+    until("the sums to come again", || async { answered(&scene.operator, "default/a") == 7 }).await;
+
+    // The process ends while a stream runs, which ends behind everything else.
+    let stream = post(scene.http(), "/v1/generate/stream", r#"{"model": "a"}"#);
+    let stream = soon("the head of an answer", scene.client.request(stream)).await.unwrap();
+    let writer = soon("the stream", streams.recv()).await.unwrap();
+    let address = scene.http();
+    let Scene { gateway, operator, state: folder, client } = scene;
+    let ending = tokio::spawn(gateway.finish());
+    until("the listener to close", || async { TcpStream::connect(address).await.is_err() }).await;
+    writer.send(piece("the rest")).await.unwrap();
+    drop(writer);
+    assert_eq!(text(stream).await.1, "the rest");
+    drop(client);
+    assert_eq!(soon("the gateway to end", ending).await.unwrap(), 0);
+    until("the last report", || async { answered(&operator, "default/a") == 8 }).await;
+
+    // Another process of the same gateway counts from nothing.
+    let gateway = start(slow(&operator)).await.unwrap();
+    let scene = Scene { gateway, operator, state: folder, client: crate::client(false) };
+    send(&scene, 2).await;
+    until("the sum of both processes", || async { answered(&scene.operator, "default/a") == 10 }).await;
 }

@@ -3,7 +3,10 @@
 use std::net::SocketAddr;
 use std::pin::Pin;
 
+use bytes::Bytes;
 use futures::{Stream, StreamExt};
+use http_body::Frame;
+use prost::Message;
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -24,7 +27,7 @@ use trustformers_proto::v1::{
 };
 
 use crate::operator::TableBuilder;
-use crate::pods::Pod;
+use crate::pods::{Pod, written};
 use crate::{Scene, soon, until};
 
 type Pieces = mpsc::Receiver<Result<GenerateStreamResponse, Status>>;
@@ -149,6 +152,42 @@ async fn messages_pass_one_by_one_and_trailers_last() {
     assert_eq!(status.metadata().get("x-detail").unwrap(), "d");
     // The head reported success and the trailers the failure, which is counted.
     until("it to be counted", || async { scene.metric(&counted("5xx")).await > 0.5 }).await;
+}
+
+/// A message as gRPC frames it.
+fn framed(message: &GenerateStreamResponse) -> Bytes {
+    let mut bytes = vec![0];
+    bytes.extend_from_slice(&u32::try_from(message.encoded_len()).unwrap().to_be_bytes());
+    bytes.extend_from_slice(&message.encode_to_vec());
+    bytes.into()
+}
+
+#[tokio::test]
+async fn a_stream_whose_pod_dies_ends_with_unavailable() {
+    let message = framed(&text("one").unwrap());
+    let dying = Pod::start(move |_, _| {
+        let message = message.clone();
+        async move {
+            let (mut answer, writer) = written();
+            answer.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+            tokio::spawn(async move {
+                let _sent = writer.send(Ok(Frame::data(message))).await;
+                writer.closed().await;
+            });
+            Ok(answer)
+        }
+    })
+    .await;
+    let table = TableBuilder::new(1, 1).route("a").backend("r1", 1, &[dying.address]);
+    let scene = Scene::with_table(table).await;
+    let mut stream = caller(&scene).await.generate_stream(request("a")).await.unwrap().into_inner();
+    assert_eq!(soon("a message", stream.message()).await.unwrap().unwrap().text, "one");
+    dying.kill().await;
+    let status = soon("the status", stream.message()).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.message().contains("send the request again"), "{status}");
+    assert_eq!(status.metadata().get("trustformers-error").unwrap(), "bad_upstream");
+    until("it to be counted", || async { scene.metric(&counted("broken")).await > 0.5 }).await;
 }
 
 #[tokio::test]

@@ -23,6 +23,7 @@ mod shadow;
 mod streams;
 mod surfaces;
 mod websockets;
+mod weights;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -145,7 +146,10 @@ impl Scene {
 }
 
 fn client(http2: bool) -> Client<HttpConnector, Full<Bytes>> {
-    Client::builder(TokioExecutor::new()).http2_only(http2).build_http()
+    let mut connector = HttpConnector::new();
+    // Otherwise the frames of a request over HTTP/2 wait for each other's acknowledgement.
+    connector.set_nodelay(true);
+    Client::builder(TokioExecutor::new()).http2_only(http2).build(connector)
 }
 
 fn post(address: SocketAddr, path: &str, body: impl Into<Bytes>) -> Request<Full<Bytes>> {

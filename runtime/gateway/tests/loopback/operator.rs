@@ -10,6 +10,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use trustformers_proto::control::v1 as wire;
 use trustformers_proto::control::v1::route_service_server::{RouteService, RouteServiceServer};
@@ -76,7 +77,15 @@ impl TableBuilder {
 
     /// Another revision answers a share of the last route's requests as well.
     pub(crate) fn shadow(mut self, revision: &str, percent: u32) -> Self {
-        let shadow = wire::Shadow { revision: revision.to_owned(), percent };
+        let shadow = wire::Shadow { revision: revision.to_owned(), percent, ..wire::Shadow::default() };
+        self.0.routes.last_mut().unwrap().shadow = Some(shadow);
+        self
+    }
+
+    /// Another route answers every request of the last one as well.
+    pub(crate) fn shadow_route(mut self, route: &str, discard: bool) -> Self {
+        let route = route.to_owned();
+        let shadow = wire::Shadow { route, discard, percent: 100, ..wire::Shadow::default() };
         self.0.routes.last_mut().unwrap().shadow = Some(shadow);
         self
     }
@@ -157,13 +166,17 @@ impl RouteService for Service {
         self.received.lock().unwrap().tokens.push(token);
         let mut reports = request.into_inner();
         let (received, changed) = (Arc::clone(&self.received), Arc::clone(&self.changed));
+        let ended = CancellationToken::new();
+        let reports_end = ended.clone().drop_guard();
         tokio::spawn(async move {
+            let _reports_end = reports_end;
             while let Some(Ok(report)) = reports.next().await {
                 received.lock().unwrap().reports.push(report);
                 changed.send_replace(());
             }
         });
         let tables = WatchStream::new(self.tables.clone()).filter_map(async |table| table.map(Ok));
+        let tables = tables.take_until(ended.cancelled_owned());
         Ok(Response::new(Box::pin(tables)))
     }
 }
@@ -250,6 +263,18 @@ impl Operator {
         let received = self.received.lock().unwrap();
         let counts = received.reports.iter().flat_map(|report| &report.counts);
         counts.map(|counts| ((counts.route.clone(), counts.revision.clone()), counts.clone())).collect()
+    }
+
+    /// The last that each process reported of each route, of all its revisions alike.
+    pub(crate) fn counts_by_process(&self) -> BTreeMap<(String, String), wire::RevisionCounts> {
+        let received = self.received.lock().unwrap();
+        let counts = received.reports.iter().flat_map(|report| {
+            report
+                .counts
+                .iter()
+                .map(|counts| ((report.process.clone(), counts.route.clone()), counts.clone()))
+        });
+        counts.collect()
     }
 
     /// Everything that was reported of variants.

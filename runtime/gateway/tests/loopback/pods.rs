@@ -29,6 +29,9 @@ pub(crate) type Answer = Response<UnsyncBoxBody<Bytes, PodError>>;
 type Handler =
     dyn Fn(Parts, Bytes) -> Pin<Box<dyn Future<Output = Result<Answer, PodError>> + Send>> + Send + Sync;
 
+/// The most heads of requests that a pod remembers.
+const MOST_HEADS: usize = 4096;
+
 /// A running pod.
 pub(crate) struct Pod {
     pub(crate) address: SocketAddr,
@@ -106,7 +109,7 @@ impl Pod {
         self.heads.lock().unwrap().last().unwrap().clone()
     }
 
-    /// Paths of all requests.
+    /// Paths of the requests, of the last few thousand at least.
     pub(crate) fn paths(&self) -> Vec<String> {
         self.heads.lock().unwrap().iter().map(|head| head.uri.path().to_owned()).collect()
     }
@@ -162,7 +165,14 @@ impl Serving {
     async fn handle(self, request: Request<Incoming>) -> Result<Answer, PodError> {
         let (parts, body) = request.into_parts();
         let body = body.collect().await?.to_bytes();
-        self.heads.lock().unwrap().push(parts.clone());
+        {
+            let mut heads = self.heads.lock().unwrap();
+            // A test that sends more looks at the last ones.
+            if heads.len() == MOST_HEADS {
+                heads.drain(..MOST_HEADS / 2);
+            }
+            heads.push(parts.clone());
+        }
         self.requests.fetch_add(1, Ordering::AcqRel);
         (self.handler)(parts, body).await
     }
@@ -175,6 +185,7 @@ async fn accept(listener: TcpListener, serving: Serving) {
             accepted = listener.accept() => accepted.unwrap().0,
         };
         serving.connections.fetch_add(1, Ordering::AcqRel);
+        stream.set_nodelay(true).unwrap();
         let serving = serving.clone();
         serving.tasks.clone().spawn(async move {
             let (mut goaway, cut) = (serving.goaway.subscribe(), serving.cut.clone());

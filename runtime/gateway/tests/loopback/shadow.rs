@@ -46,6 +46,42 @@ async fn an_exact_share_is_compared_and_callers_get_the_answers_of_their_revisio
 }
 
 #[tokio::test]
+async fn another_model_answers_by_its_own_shares_without_its_name() {
+    let main = saying(r#"{"text": "Paris"}"#).await;
+    let (old, new) = (saying(r#"{"text": "Paris"}"#).await, saying(r#"{"text": "Paris"}"#).await);
+    let table = |counter, discard| {
+        let table = TableBuilder::new(1, counter).route("a").shadow_route("default/b", discard);
+        let table = table.backend("r1", 1, &[main.address]).route("b");
+        table.backend("old", 0, &[old.address]).backend("new", 1, &[new.address])
+    };
+    let scene = Scene::with_table(table(1, false)).await;
+    let series = |result: &str| {
+        format!(
+            "trustformers_gateway_shadow_total{{result=\"{result}\",revision=\"default/b\",route=\"default/a\"}}"
+        )
+    };
+    for _ in 0..10 {
+        assert_eq!(scene.answer("a").await.0, StatusCode::OK);
+    }
+    let same = series("same");
+    until("the comparisons", || async { scene.metric(&same).await > 9.5 }).await;
+    assert_eq!((main.requests(), old.requests(), new.requests()), (10, 0, 10));
+    // The request names model a, which the pod of b does not have.
+    assert_eq!(new.last_head().headers["x-trustformers-routed"], "1");
+    assert!(!main.last_head().headers.contains_key("x-trustformers-routed"));
+    // Its requests are not the route's: its own callers are not mirrored.
+    assert_eq!(scene.answer("b").await.0, StatusCode::OK);
+    assert_eq!((main.requests(), new.requests()), (10, 11));
+
+    // Without a comparison an answer is counted and thrown away.
+    scene.publish(table(2, true)).await;
+    assert_eq!(scene.answer("a").await.0, StatusCode::OK);
+    let answered = series("answered");
+    until("the answer", || async { scene.metric(&answered).await > 0.5 }).await;
+    assert!((scene.metric(&same).await - 10.0).abs() < 1e-9);
+}
+
+#[tokio::test]
 async fn vectors_failures_and_equal_answers_are_told_apart() {
     let main = saying(r#"{"data": [{"embedding": [1.0, 0.5]}]}"#).await;
     let other = Pod::start(|parts, _| async move {

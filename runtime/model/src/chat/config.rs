@@ -1,12 +1,15 @@
 //! The chat template of a checkpoint: a key of `tokenizer_config.json`, or a file of its own.
 
-use super::SpecialTokens;
+use super::{SpecialTokens, TOOLS};
 use crate::checkpoint::{CheckpointFiles, TOKENIZER_CONFIG};
 use crate::error::LoadError;
 use serde::Deserialize;
 
 /// The file of the template in newer checkpoints.
 const TEMPLATE: &str = "chat_template.jinja";
+
+/// The file of the template for conversations with tools, in newer checkpoints.
+const TOOLS_TEMPLATE: &str = "additional_chat_templates/tool_use.jinja";
 
 /// The name of the template that applies to conversations without tools.
 const DEFAULT: &str = "default";
@@ -57,9 +60,7 @@ pub(crate) fn of_checkpoint(files: &CheckpointFiles) -> Result<(Option<String>, 
     let own_file = files.optional_text(TEMPLATE)?;
     let in_config = config.chat_template.and_then(|templates| match templates {
         Templates::One(template) => Some(template),
-        Templates::Named(templates) => {
-            templates.into_iter().find(|named| named.name == DEFAULT).map(|named| named.template)
-        }
+        Templates::Named(templates) => named(templates, DEFAULT),
     });
     let special = SpecialTokens {
         bos_token: config.bos_token.map(Token::text),
@@ -68,6 +69,21 @@ pub(crate) fn of_checkpoint(files: &CheckpointFiles) -> Result<(Option<String>, 
         pad_token: config.pad_token.map(Token::text),
     };
     Ok((own_file.or(in_config), special))
+}
+
+/// The template for conversations with tools, where it is another one.
+pub(crate) fn tools_of_checkpoint(files: &CheckpointFiles) -> Result<Option<String>, LoadError> {
+    let config: Config = files.optional_json(TOKENIZER_CONFIG)?.unwrap_or_default();
+    let own_file = files.optional_text(TOOLS_TEMPLATE)?;
+    let in_config = config.chat_template.and_then(|templates| match templates {
+        Templates::One(_) => None,
+        Templates::Named(templates) => named(templates, TOOLS),
+    });
+    Ok(own_file.or(in_config))
+}
+
+fn named(templates: Vec<Named>, name: &str) -> Option<String> {
+    templates.into_iter().find(|named| named.name == name).map(|named| named.template)
 }
 
 #[cfg(test)]
@@ -94,5 +110,12 @@ mod tests {
         let named = r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#;
         assert_eq!(read(&[(TOKENIZER_CONFIG, named)]).0.as_deref(), Some("d"));
         assert_eq!(read(&[(TOKENIZER_CONFIG, named), (TEMPLATE, "f")]).0.as_deref(), Some("f"));
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(TOKENIZER_CONFIG), named).unwrap();
+        let tools = || tools_of_checkpoint(&CheckpointFiles::of_folder(folder.path()).unwrap()).unwrap();
+        assert_eq!(tools().as_deref(), Some("t"));
+        std::fs::create_dir(folder.path().join("additional_chat_templates")).unwrap();
+        std::fs::write(folder.path().join(TOOLS_TEMPLATE), "file").unwrap();
+        assert_eq!(tools().as_deref(), Some("file"));
     }
 }

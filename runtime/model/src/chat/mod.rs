@@ -43,6 +43,9 @@ const STACK_BYTES: usize = 512 << 20;
 /// The name of the template in messages.
 const NAME: &str = "chat_template";
 
+/// The name of the template for conversations with tools, in messages and in files.
+pub(crate) const TOOLS: &str = "tool_use";
+
 /// Longest message of a template's own refusal, in characters.
 const MAX_REFUSAL_CHARS: usize = 1000;
 
@@ -102,6 +105,10 @@ pub struct SpecialTokens {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special: SpecialTokens,
+    /// Whether there is a template of its own for conversations with tools, and what is wrong with it.
+    tools: Option<Result<(), ChatError>>,
+    /// The text of that template.
+    tools_source: Option<String>,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -116,24 +123,22 @@ impl ChatTemplate {
     /// # Errors
     /// [`ChatError::Template`] with the line.
     pub fn new(source: &str, special: SpecialTokens) -> Result<Self, ChatError> {
-        if source.len() > MAX_BYTES {
-            let why = format!("it has {} bytes, more than {MAX_BYTES}", source.len());
-            return Err(ChatError::Template(why));
-        }
-        let longest = rewrite::longest_tag(source);
-        if longest > MAX_TAG_BYTES {
-            let why = format!("it has a tag of {longest} bytes, more than {MAX_TAG_BYTES}");
-            return Err(ChatError::Template(why));
-        }
-        let compile = || {
-            let mut environment = environment();
-            environment
-                .add_template_owned(NAME, rewrite::rewrite(source))
-                .map_err(|error| ChatError::Template(describe(&error)))?;
-            Ok(environment)
-        };
-        let environment = on_large_stack(compile).unwrap_or_else(|why| Err(ChatError::Template(why)))?;
-        Ok(Self { environment, special })
+        let environment = compiled(source, NAME, environment())?;
+        Ok(Self { environment, special, tools: None, tools_source: None })
+    }
+
+    /// Adds the template that conversations with tools take. Where it cannot be used, only they fail.
+    #[must_use]
+    pub fn with_tools(mut self, source: &str) -> Self {
+        let compiled = compiled(source, TOOLS, self.environment.clone());
+        self.tools = Some(compiled.map(|environment| self.environment = environment));
+        self.tools_source = Some(source.to_owned());
+        self
+    }
+
+    /// The Jinja text of the template that conversations with tools take, where it is another one.
+    pub fn tools_source(&self) -> Option<&str> {
+        self.tools_source.as_deref()
     }
 
     /// The text of a conversation.
@@ -158,16 +163,59 @@ impl ChatTemplate {
         if let Ok(serde_json::Value::Object(special)) = serde_json::to_value(&self.special) {
             context.extend(special);
         }
-        context.insert("messages".to_owned(), request.messages.into());
+        let messages: Vec<serde_json::Value> = request.messages.iter().map(with_reasoning).collect();
+        context.insert("messages".to_owned(), messages.into());
         if request.tools.is_empty() {
             context.insert("tools".to_owned(), serde_json::Value::Null);
         } else {
             context.insert("tools".to_owned(), request.tools.into());
         }
         context.insert("add_generation_prompt".to_owned(), request.add_generation_prompt.into());
-        let template = environment.get_template(NAME).map_err(|error| failed(&error))?;
+        let name = match &self.tools {
+            Some(compiled) if !request.tools.is_empty() => compiled.clone().map(|()| TOOLS)?,
+            _ => NAME,
+        };
+        let template = environment.get_template(name).map_err(|error| failed(&error))?;
         template.render(Serde(context)).map_err(|error| failed(&error))
     }
+}
+
+/// Names under which callers send the reasoning of an earlier answer. Templates read the first or the second.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// A message whose reasoning stands under both names that templates read, as transformers gives it to them.
+fn with_reasoning(message: &serde_json::Value) -> serde_json::Value {
+    let found = REASONING.iter().filter_map(|key| message.get(*key)).find(|value| !value.is_null());
+    let (Some(reasoning), Some(entries)) = (found, message.as_object()) else { return message.clone() };
+    let mut own = serde_json::Map::new();
+    own.insert("thinking".to_owned(), reasoning.clone());
+    own.extend(entries.clone());
+    own.insert("reasoning_content".to_owned(), reasoning.clone());
+    own.into()
+}
+
+/// The environment with a template under this name.
+fn compiled(
+    source: &str,
+    name: &'static str,
+    mut environment: Environment<'static>,
+) -> Result<Environment<'static>, ChatError> {
+    if source.len() > MAX_BYTES {
+        let why = format!("it has {} bytes, more than {MAX_BYTES}", source.len());
+        return Err(ChatError::Template(why));
+    }
+    let longest = rewrite::longest_tag(source);
+    if longest > MAX_TAG_BYTES {
+        let why = format!("it has a tag of {longest} bytes, more than {MAX_TAG_BYTES}");
+        return Err(ChatError::Template(why));
+    }
+    let compile = move || {
+        environment
+            .add_template_owned(name, rewrite::rewrite(source))
+            .map_err(|error| ChatError::Template(describe(&error)))?;
+        Ok(environment)
+    };
+    on_large_stack(compile).unwrap_or_else(|why| Err(ChatError::Template(why)))
 }
 
 /// Runs a template's work on a thread with [`STACK_BYTES`] of stack, and contains a panic of the library.
@@ -200,7 +248,13 @@ fn environment() -> Environment<'static> {
             .with_source(Refusal(message)))
     });
     environment.add_filter("tojson", tojson);
+    environment.add_test("iterable", is_iterable);
     environment
+}
+
+/// As in Jinja2, where none cannot be iterated.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
 }
 
 /// A template's own refusal, carried through the library's error.

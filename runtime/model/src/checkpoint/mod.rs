@@ -9,6 +9,7 @@ mod config;
 pub(crate) mod decoder;
 mod error;
 mod json;
+pub(crate) mod quantised;
 mod sentence;
 pub(crate) mod tensor_names;
 

@@ -3,7 +3,8 @@
 //!
 //! Three of them become quantised types that hold the same products: `IQ4_NL` and `MXFP4` take 8.5 bits a
 //! weight then (4.5 and 4.25 in the file), `Q3_K` 6.6 (3.4). The others have products of more bits than any
-//! quantised type and become F32, 32 bits a weight: `Q5_1` (6 in the file), `Q2_K` (2.6) and `IQ4_XS` (4.25).
+//! quantised type and become F32, 32 bits a weight: `Q5_1` (6 in the file), `Q2_K` (2.6), `IQ4_XS` (4.25) and
+//! `Q8_K` (9.1), whose scale is an f32.
 //! The unpacked tensors lie on the heap, beside the file.
 //!
 //! The layouts are those of the `block_*` structures of the ggml project.
@@ -25,6 +26,8 @@ pub enum Packing {
     /// 256 weights in 110 bytes: 32 bytes of third bits, 64 bytes of two bits, sixteen scales of six bits,
     /// f16 `d`. A weight is `d * (s - 32) * (q - 4)`.
     Q3_K,
+    /// 256 weights in 292 bytes: f32 `d`, 256 signed bytes, sixteen sums that no product needs.
+    Q8_K,
     /// 32 weights in 18 bytes: f16 scale, then four bits each that select one of sixteen numbers.
     IQ4_NL,
     /// 256 weights in 136 bytes: f16 `d`, sixteen bits and four bytes of eight scales, four bits a weight
@@ -50,6 +53,7 @@ impl Packing {
             7 => Some(Self::Q5_1),
             10 => Some(Self::Q2_K),
             11 => Some(Self::Q3_K),
+            15 => Some(Self::Q8_K),
             20 => Some(Self::IQ4_NL),
             23 => Some(Self::IQ4_XS),
             39 => Some(Self::MXFP4),
@@ -60,7 +64,7 @@ impl Packing {
     /// The type of the unpacked tensor.
     pub(super) const fn dtype(self) -> DType {
         match self {
-            Self::Q5_1 | Self::Q2_K | Self::IQ4_XS => DType::F32,
+            Self::Q5_1 | Self::Q2_K | Self::Q8_K | Self::IQ4_XS => DType::F32,
             Self::IQ4_NL | Self::MXFP4 => DType::Q8_0,
             Self::Q3_K => DType::Q6_K,
         }
@@ -69,7 +73,7 @@ impl Packing {
     const fn block_len(self) -> usize {
         match self {
             Self::Q5_1 | Self::IQ4_NL | Self::MXFP4 => 32,
-            Self::Q2_K | Self::Q3_K | Self::IQ4_XS => 256,
+            Self::Q2_K | Self::Q3_K | Self::Q8_K | Self::IQ4_XS => 256,
         }
     }
 
@@ -78,6 +82,7 @@ impl Packing {
             Self::Q5_1 => 24,
             Self::Q2_K => 84,
             Self::Q3_K => 110,
+            Self::Q8_K => 292,
             Self::IQ4_NL => 18,
             Self::IQ4_XS => 136,
             Self::MXFP4 => 17,
@@ -104,6 +109,7 @@ impl Packing {
             match self {
                 Self::Q5_1 => floats(&mut out, &q5_1(block)),
                 Self::Q2_K => floats(&mut out, &q2_k(block)),
+                Self::Q8_K => floats(&mut out, &q8_k(block)),
                 Self::IQ4_XS => floats(&mut out, &iq4_xs(block)),
                 Self::IQ4_NL => q8_0(&mut out, [block[0], block[1]], &selected(&block[2..], &NON_LINEAR)),
                 Self::MXFP4 => {
@@ -172,6 +178,11 @@ fn q2_k(block: &[u8]) -> [f32; 256] {
     })
 }
 
+fn q8_k(block: &[u8]) -> [f32; 256] {
+    let scale = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
+    std::array::from_fn(|i| scale * f32::from(block[4 + i].cast_signed()))
+}
+
 /// The sixteen scales of a `Q3_K` block, less 32: low four bits in eight bytes, high two bits in four.
 fn q3_scales(packed: &[u8]) -> [i8; 16] {
     std::array::from_fn(|i| {
@@ -229,6 +240,7 @@ mod tests {
             ("Q5_1", Packing::Q5_1),
             ("Q2_K", Packing::Q2_K),
             ("Q3_K", Packing::Q3_K),
+            ("Q8_K", Packing::Q8_K),
             ("IQ4_NL", Packing::IQ4_NL),
             ("IQ4_XS", Packing::IQ4_XS),
             ("MXFP4", Packing::MXFP4),

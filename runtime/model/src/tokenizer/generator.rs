@@ -1,7 +1,9 @@
 //! The `tokenizer.json` of a model that generates text: byte-pair encoding over bytes, or over the pieces of
 //! SentencePiece with bytes for what no piece spells.
 
-use super::{TYPE_BYTE, TYPE_CONTROL, TYPE_UNUSED, TYPE_USER_DEFINED, TokenBytes, Tokenizer, unused_ids};
+use super::{
+    TYPE_BYTE, TYPE_CONTROL, TYPE_UNUSED, TYPE_USER_DEFINED, TokenBytes, Tokenizer, distinct_ends, unused_ids,
+};
 use crate::error::TokenizerProblem;
 use serde_json::Value;
 use tokenizers::Tokenizer as Library;
@@ -67,12 +69,7 @@ impl Tokenizer {
         }
         let begin = begin(&library, tokens.len())?;
         let unused = unused_ids(types);
-        let mut eos: Vec<u32> = Vec::new();
-        for id in ends {
-            if !eos.contains(&id) {
-                eos.push(id);
-            }
-        }
+        let eos = distinct_ends("eos_token_id", ends)?;
         Ok(Self { library, bytes, begin, eos, unused, templated: false })
     }
 }
@@ -121,11 +118,14 @@ fn is_byte(text: &str) -> bool {
     digits.is_some_and(|digits| digits.len() == 2 && u8::from_str_radix(digits, 16).is_ok())
 }
 
+/// Steps of a part from which on a file is refused; the longest known list has seven.
+const MAX_STEPS: usize = 64;
+
 /// The steps of a part: itself, or those in its list.
 fn steps(part: &Value) -> Vec<&Value> {
     let mut open = vec![part];
     let mut all = Vec::new();
-    while let Some(part) = open.pop().filter(|_| all.len() < 64) {
+    while let Some(part) = open.pop().filter(|_| all.len() < MAX_STEPS) {
         all.push(part);
         open.extend(STEPS.iter().filter_map(|list| part[*list].as_array()).flatten());
     }
@@ -133,7 +133,12 @@ fn steps(part: &Value) -> Vec<&Value> {
 }
 
 fn check_kinds(part: &Value, key: &'static str, kinds: &[&str]) -> Result<(), TokenizerProblem> {
-    for step in steps(part).into_iter().filter(|step| !step.is_null()) {
+    let all = steps(part);
+    if all.len() == MAX_STEPS {
+        let why = format!("its list has {MAX_STEPS} steps or more");
+        return Err(TokenizerProblem::Entry { key, why });
+    }
+    for step in all.into_iter().filter(|step| !step.is_null()) {
         let found = step["type"].as_str().unwrap_or("unknown");
         if !kinds.contains(&found) {
             let supported =
@@ -254,6 +259,13 @@ mod tests {
         assert!(error.contains("key model.type is \"Unigram\""), "{error}");
         let error = changed(|file| file["normalizer"] = json!({"type": "Precompiled"}));
         assert!(error.contains("key normalizer.type is \"Precompiled\""), "{error}");
+        let error = changed(|file| {
+            // The first steps of a long list must be checked as well.
+            let mut steps = vec![json!({"type": "NFC"}); 70];
+            steps[0] = json!({"type": "Precompiled"});
+            file["normalizer"] = json!({"type": "Sequence", "normalizers": steps});
+        });
+        assert!(error.contains("key normalizer.type: its list has 64 steps or more"), "{error}");
         let error = changed(|file| file["pre_tokenizer"] = Value::Null);
         assert!(error.contains("neither the pre_tokenizer ByteLevel nor byte_fallback"), "{error}");
         let error = changed(|file| {

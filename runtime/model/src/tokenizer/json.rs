@@ -1,7 +1,7 @@
 //! The tokenizer of a `tokenizer.json` as encoders have it: WordPiece, byte-level BPE or Unigram, with
 //! the special tokens that its template puts around a text, or around two.
 
-use super::{TokenBytes, Tokenizer};
+use super::{TokenBytes, Tokenizer, charsmap};
 use crate::error::TokenizerProblem;
 use serde_json::Value;
 use std::collections::HashSet;
@@ -278,6 +278,7 @@ fn checked(file: &[u8]) -> Result<Value, TokenizerProblem> {
         }
     }
     check_sequences(&content)?;
+    charsmap::check(&content["normalizer"])?;
     Ok(content)
 }
 

@@ -1,6 +1,6 @@
 //! The `tokenizer.ggml.*` keys beside the vocabulary: special tokens, and switches that change a text's ids.
 
-use super::{TOKENS, TYPE_UNUSED, TYPES, entry};
+use super::{TOKENS, TYPE_UNUSED, TYPES, distinct_ends, entry};
 use crate::error::TokenizerProblem;
 use crate::gguf::{Gguf, GgufProblem, Metadata};
 
@@ -106,13 +106,7 @@ impl SpecialIds {
         }
         named.extend(end_list(gguf, file, tokens.len())?);
         named.extend((0..).zip(tokens).find(|(_, token)| Some(**token) == end).map(|(id, _)| id));
-        let mut ends = Vec::new();
-        for id in named {
-            if !ends.contains(&id) {
-                ends.push(id);
-            }
-        }
-        Ok(Self { begin, ends })
+        Ok(Self { begin, ends: distinct_ends(END_LIST, named)? })
     }
 }
 
@@ -211,6 +205,15 @@ mod tests {
         }
         let list = load("tokenizer.ggml.eos_token_ids", GgufValue::Integers(vec![2, 9, 8])).unwrap();
         assert_eq!(list.tokenizer().eos_ids(), [2, 9, 8]);
+    }
+
+    #[test]
+    fn a_list_of_too_many_end_tokens_is_refused() {
+        let list =
+            |count: i32| load("tokenizer.ggml.eos_token_ids", GgufValue::Integers((0..count).collect()));
+        assert_eq!(list(256).unwrap().tokenizer().eos_ids().len(), 256);
+        let refused = list(257).unwrap_err();
+        assert!(refused.contains("eos_token_ids: more than 256 tokens end an answer"), "{refused}");
     }
 
     #[test]

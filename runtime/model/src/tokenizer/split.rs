@@ -61,6 +61,44 @@ const THREE_DIGITS: &str = "[0-9][0-9][0-9]";
 /// Runs of digits.
 const DIGITS: &str = r"\p{N}+";
 
+/// DeepSeek LLM: letters of the scripts with two cases, with one space before them.
+const DEEPSEEK_LETTERS: &str = concat!(
+    r"\s?[",
+    r"\u{41}-\u{5a}\u{61}-\u{7a}\u{b5}\u{c0}-\u{d6}\u{d8}-\u{f6}\u{f8}-\u{1ba}\u{1bc}-\u{1bf}",
+    r"\u{1c4}-\u{293}\u{295}-\u{2af}\u{370}-\u{373}\u{376}\u{377}\u{37b}-\u{37d}\u{37f}\u{386}",
+    r"\u{388}-\u{38a}\u{38c}\u{38e}-\u{3a1}\u{3a3}-\u{3f5}\u{3f7}-\u{481}\u{48a}-\u{52f}",
+    r"\u{531}-\u{556}\u{10a0}-\u{10c5}\u{13a0}-\u{13f5}\u{13f8}-\u{13fd}\u{1c90}-\u{1cba}",
+    r"\u{1cbd}-\u{1cbf}\u{1d00}-\u{1d2b}\u{1d6b}-\u{1d77}\u{1d79}-\u{1d9a}\u{1e00}-\u{1f15}",
+    r"\u{1f18}-\u{1f1d}\u{1f20}-\u{1f45}\u{1f48}-\u{1f4d}\u{1f50}-\u{1f57}\u{1f59}\u{1f5b}\u{1f5d}",
+    r"\u{1f5f}-\u{1f7d}\u{1f80}-\u{1fb4}\u{1fb6}-\u{1fbc}\u{1fbe}\u{1fc2}-\u{1fc4}",
+    r"\u{1fc6}-\u{1fcc}\u{1fd0}-\u{1fd3}\u{1fd6}-\u{1fdb}\u{1fe0}-\u{1fec}\u{1ff2}-\u{1ff4}",
+    r"\u{1ff6}-\u{1ffc}\u{2102}\u{2107}\u{210a}-\u{2113}\u{2115}\u{2119}-\u{211d}\u{2124}\u{2126}",
+    r"\u{2128}\u{212a}-\u{212d}\u{212f}-\u{2134}\u{2139}\u{213c}-\u{213f}\u{2145}-\u{2149}\u{214e}",
+    r"\u{2183}\u{2184}\u{2c00}-\u{2c7b}\u{2c7e}-\u{2ce4}\u{2ceb}-\u{2cee}\u{2cf2}\u{2cf3}",
+    r"\u{a640}-\u{a66d}\u{a680}-\u{a69b}\u{a722}-\u{a76f}\u{a771}-\u{a787}\u{a78b}-\u{a78e}",
+    r"\u{ab70}-\u{abbf}\u{fb00}-\u{fb06}\u{fb13}-\u{fb17}\u{ff21}-\u{ff3a}\u{ff41}-\u{ff5a}",
+    r"\u{10400}-\u{1044f}\u{104b0}-\u{104d3}\u{104d8}-\u{104fb}\u{10c80}-\u{10cb2}",
+    r"\u{10cc0}-\u{10cf2}\u{118a0}-\u{118df}\u{1e900}-\u{1e943}",
+    "]+",
+);
+/// DeepSeek LLM: runs of ASCII from `!` on but digits, of their wide forms, and of quotation marks.
+const DEEPSEEK_MARKS: &str =
+    r"\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+";
+/// DeepSeek: scripts without spaces between words.
+const DEEPSEEK_IDEOGRAPHS: &str = r"[\u{4e00}-\u{9fa5}\u{800}-\u{4e00}\u{ac00}-\u{d7ff}]+";
+/// Line ends, one by one.
+const LINE_ENDS: &str = "[\r\n]";
+
+/// DeepSeek V3: ideographs and kana.
+const DEEPSEEK3_IDEOGRAPHS: &str = r"[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}]+";
+/// DeepSeek V3: words with one mark before them, runs of marks, line ends, white space.
+const DEEPSEEK3: &str = concat!(
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"##,
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    r"| ?[\p{P}\p{S}]+[\r\n]*",
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
+
 /// A step of a rule.
 #[derive(Clone, Copy)]
 enum Cut {
@@ -85,7 +123,7 @@ struct Rule {
 
 const PLAIN: Rule = Rule { names: &[], cuts: &[], composes: false, keeps_tokens: false, end: None };
 
-static RULES: [Rule; 9] = [
+static RULES: [Rule; 12] = [
     Rule {
         names: &["default"],
         cuts: &[Cut::At(DEFAULT_MARKS), Cut::Gpt2, Cut::At(DIGITS), Cut::At(THREE_DIGITS)],
@@ -113,12 +151,40 @@ static RULES: [Rule; 9] = [
     Rule { names: &["dbrx", "smaug-bpe"], cuts: &[Cut::At(LLAMA3)], ..PLAIN },
     Rule { names: &["gpt-4o", "llama4"], cuts: &[Cut::At(GPT4O)], ..PLAIN },
     Rule { names: &["tekken"], cuts: &[Cut::At(TEKKEN)], keeps_tokens: true, ..PLAIN },
+    Rule {
+        names: &["deepseek-llm"],
+        cuts: &[
+            Cut::At(LINE_ENDS),
+            Cut::At(DEEPSEEK_LETTERS),
+            Cut::At(DEEPSEEK_MARKS),
+            Cut::At(r"\s+$"),
+            Cut::At(DEEPSEEK_IDEOGRAPHS),
+            Cut::At(DIGITS),
+        ],
+        ..PLAIN
+    },
+    Rule {
+        names: &["deepseek-coder"],
+        cuts: &[
+            Cut::At(LINE_ENDS),
+            Cut::At(r"\s?\p{L}+"),
+            Cut::At(r"\s?\p{P}+"),
+            Cut::At(DEEPSEEK_IDEOGRAPHS),
+            Cut::At(r"\p{N}"),
+        ],
+        ..PLAIN
+    },
+    Rule {
+        names: &["deepseek-v3"],
+        cuts: &[Cut::At(r"\p{N}{1,3}"), Cut::At(DEEPSEEK3_IDEOGRAPHS), Cut::At(DEEPSEEK3)],
+        ..PLAIN
+    },
     Rule { names: &["falcon"], cuts: &[Cut::At(FALCON_MARKS), Cut::Gpt2, Cut::At(THREE_DIGITS)], ..PLAIN },
 ];
 
 const SUPPORTED: &str = "default, gpt-2, mpt, olmo, phi-2, jais, trillion, smollm, starcoder, refact, command-r, \
      codeshell, exaone, qwen2, deepseek-r1-qwen, megrez, llama-bpe, llama3, llama-v3, falcon3, pixtral, dbrx, \
-     smaug-bpe, gpt-4o, llama4, tekken, falcon";
+     smaug-bpe, gpt-4o, llama4, tekken, falcon, deepseek-llm, deepseek-coder, deepseek-v3";
 
 /// What happens to a text before merging.
 pub(super) struct SplitRule {

@@ -7,8 +7,8 @@
 
 use super::special::{SpecialIds, SpecialRules};
 use super::{
-    TOKENS, TYPE_BYTE, TYPE_CONTROL, TYPE_UNUSED, TYPE_USER_DEFINED, TYPES, TokenBytes, Tokenizer, entry,
-    is_special, unused_ids,
+    PRE, TOKENS, TYPE_BYTE, TYPE_CONTROL, TYPE_UNUSED, TYPE_USER_DEFINED, TYPES, TokenBytes, Tokenizer,
+    entry, is_special, unsupported, unused_ids,
 };
 use crate::error::TokenizerProblem;
 use crate::gguf::{Gguf, Metadata};
@@ -39,6 +39,10 @@ impl Tokenizer {
     ) -> Result<Self, TokenizerProblem> {
         let meta = &gguf.metadata;
         let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
+        // Pieces are found in whole texts: no rule cuts them before.
+        if let Some(rule) = meta.opt_string(PRE)?.filter(|rule| !["default", "gemma"].contains(rule)) {
+            return Err(unsupported(PRE, rule, "default and gemma, for SentencePiece"));
+        }
         check_bytes(tokens, types)?;
         let scores = scores(gguf, file, tokens.len())?;
         let mut vocab = Vocab::default();
@@ -207,6 +211,7 @@ mod tests {
         scores.extend([-1.0, -2.0, -3.0, -4.0, -5.0, -0.5, -6.0]);
         let mut keys = vec![
             ("tokenizer.ggml.model", GgufValue::String("llama".to_owned())),
+            ("tokenizer.ggml.pre", GgufValue::String("default".to_owned())),
             ("tokenizer.ggml.tokens", GgufValue::Strings(tokens)),
             ("tokenizer.ggml.token_type", GgufValue::Integers(types)),
             ("tokenizer.ggml.scores", GgufValue::Floats(scores)),
@@ -238,6 +243,15 @@ mod tests {
         assert_eq!(ids, [1, 3 + 0xC3, 3 + 0xA9]);
         assert_eq!(model.tokenizer().decode(&ids), "é");
         assert_eq!(model.tokenizer().decode(&model.tokenizer().encode(" h").unwrap()), " h");
+    }
+
+    #[test]
+    fn a_rule_that_cuts_texts_is_refused_by_name() {
+        let refused = pieces(&[("tokenizer.ggml.pre", GgufValue::String("smollm".to_owned()))]).unwrap_err();
+        assert!(
+            refused.contains("key tokenizer.ggml.pre is \"smollm\", which is not supported"),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub struct TokenCount {
 pub(super) fn apply(spec: &SampleSpec<'_>, row: &mut [f32]) {
     for (id, bias) in spec.bias {
         if let Some(logit) = row.get_mut(*id as usize) {
-            *logit = finite(*logit + bias);
+            *logit = biased(*logit, *bias);
         }
     }
     if let Some(mask) = spec.mask {
@@ -58,6 +58,11 @@ pub(super) fn apply(spec: &SampleSpec<'_>, row: &mut [f32]) {
             penalise(&spec.penalties, TokenCount { id, produced: added(0, drafted) }, row);
         }
     }
+}
+
+/// A logit with a bias.
+pub(super) fn biased(logit: f32, bias: f32) -> f32 {
+    finite(logit + bias)
 }
 
 fn added(produced: u32, drafted: usize) -> u32 {

@@ -234,7 +234,7 @@ pub(super) mod tests {
     }
 
     const SUBJECT: &str = "system:serviceaccount:trustformers:operator";
-    const AUDIENCE: &str = "trustformers-pods";
+    const AUDIENCE: &str = "trustformers-pods.team";
 
     impl Cluster {
         pub(in crate::admin) fn new() -> Self {
@@ -292,6 +292,8 @@ pub(super) mod tests {
         let now = get_current_timestamp();
         for (claims, why) in [
             (json!({"aud": ["https://kubernetes.default.svc"]}), "InvalidAudience"),
+            // That for the pods of another namespace.
+            (json!({"aud": ["trustformers-pods.other"]}), "InvalidAudience"),
             (json!({"exp": now - 600}), "ExpiredSignature"),
             (json!({"nbf": now + 600}), "ImmatureSignature"),
             (json!({"iss": "https://elsewhere"}), "InvalidIssuer"),
@@ -337,7 +339,8 @@ pub(super) mod tests {
         std::fs::write(&keys_file, include_str!("testdata/jwks.json")).unwrap();
         let rules = TokenRules {
             keys_file,
-            audience: AUDIENCE.to_owned(),
+            // The stored token was issued for this one.
+            audience: "trustformers-pods".to_owned(),
             subject: SUBJECT.to_owned(),
             issuer: None,
         };

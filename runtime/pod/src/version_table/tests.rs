@@ -140,6 +140,7 @@ fn greedy(model: &str, revision: Option<&str>) -> Generation {
         priority: Priority::Normal,
         tenant: String::new(),
         options: Options::default(),
+        left_out: trustformers_api::LeftOut::default(),
     }
 }
 

@@ -133,8 +133,14 @@ impl S3 {
             let signed = match self.send(&shown, &address, &Ok).await {
                 Ok(signed) => signed,
                 // Some may read objects and not list them.
-                Err(StoreError::AccessDenied { .. }) if !self.key.is_empty() && objects.is_empty() => {
-                    return self.only_object().await;
+                Err(denied @ StoreError::AccessDenied { .. })
+                    if !self.key.is_empty() && objects.is_empty() =>
+                {
+                    return match self.only_object().await {
+                        // The answer to a HEAD has no body; that to the list says why.
+                        Err(StoreError::AccessDenied { .. }) => Err(denied),
+                        other => other,
+                    };
                 }
                 Err(error) => return Err(error),
             };

@@ -118,6 +118,7 @@ async fn an_object_of_s3_needs_no_right_to_list_and_damage_is_found() {
     let error = fetch(&store(folder.path(), unsigned), wanted).await.unwrap_err();
     assert_eq!(error.reason(), "AccessDenied");
     assert!(error.to_string().contains("AWS_ACCESS_KEY_ID"), "{error}");
+    assert!(error.to_string().contains("<Code>AccessDenied"), "the list says why, HEAD cannot: {error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -26,6 +26,7 @@ pub(crate) const LIMITS: FetchLimits = FetchLimits {
     attempts: 3,
     first_delay: Duration::from_millis(1),
     longest_delay: Duration::from_millis(5),
+    files: 2,
 };
 
 pub(crate) fn store(cache: &Path, environment: Environment) -> Store {

@@ -1,8 +1,12 @@
 //! A test step by step: its beginning, its ramp, a variant that moves, its promotion, and its Events.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::jiff::SignedDuration;
 use serde_json::{Value, json};
+use trustformers_crds::{Metric, MetricStatus};
 
+use super::super::sample::VariantSums;
 use super::super::validate::tests::{spec, stored};
 use super::super::validate::validate;
 use super::*;
@@ -13,7 +17,7 @@ fn test(more: &str) -> ValidatedTest {
 
 fn facts(revisions: [&str; 2]) -> TestFacts {
     let revisions = revisions.map(str::to_owned).to_vec();
-    TestFacts { conflict: None, revisions, checkpoint_error: None }
+    TestFacts { conflict: None, waiting: None, revisions, replicas: vec![1, 1], checkpoint_error: None }
 }
 
 fn at(second: i64) -> Timestamp {
@@ -54,9 +58,10 @@ fn the_first_status_of_a_test_is_this_one() {
         ]
     );
     found["samplesOf"].take();
+    found["acceptedSpec"].take();
     let variant = |name: &str, revision: &str| {
         json!({"name": name, "revision": revision, "users": 0, "requests": 0, "errors": 0, "fallbacks": 0,
-               "uncounted": 0, "tokens": 0, "scores": 0})
+               "uncounted": 0, "tokens": 0, "replicas": 0, "scores": 0})
     };
     let began = "2027-01-15T08:00:00Z";
     let expected = json!({
@@ -73,6 +78,8 @@ fn the_first_status_of_a_test_is_this_one() {
         "owners": [{"end": 9000, "variant": "control"}, {"end": 10_000, "variant": "treatment"}],
         "variants": [variant("control", "r1"), variant("treatment", "r2")],
         "samplesOf": Value::Null,
+        "acceptedSpec": Value::Null,
+        "restarts": 0,
         "conditions": Value::Null,
     });
     assert_eq!(found, expected);
@@ -182,6 +189,136 @@ fn a_spec_that_cannot_be_honoured_leaves_a_running_test_as_it_is() {
     let notes = events(&begins, &refused);
     assert!(notes.len() == 1 && notes[0].warning && notes[0].reason == "InvalidSpec");
     assert!(events(&refused, &refused).is_empty());
+}
+
+fn planned(spec: &str, revisions: [&str; 2]) -> Planned {
+    Planned { test: validate(&stored(spec)).unwrap(), facts: facts(revisions) }
+}
+
+#[test]
+fn a_test_runs_by_its_last_good_spec_until_the_newest_can_be_honoured() {
+    let running = || Some(planned(&spec(""), ["r1", "r2"]));
+    let goal = spec("").replace("errorRate", "tokensPerSecond");
+    // Refused, and without pods: the one before, which says why.
+    let refused = plan(Err(TestSpecError::MinDuration), running()).unwrap();
+    assert_eq!(
+        (refused.test.goal.metric, refused.facts.waiting.unwrap().reason),
+        (Metric::ErrorRate, "InvalidSpec")
+    );
+    let waits = plan(Ok(planned(&goal, ["r1", ""])), running()).unwrap();
+    assert_eq!(waits.test.goal.metric, Metric::ErrorRate);
+    let waiting = waits.facts.waiting.clone().unwrap();
+    assert!(waiting.reason == "VariantNotServing" && waiting.message.contains("treatment"), "{waiting:?}");
+    let good = plan(Ok(planned(&goal, ["r1", "r2"])), running()).unwrap();
+    assert_eq!((good.test.goal.metric, good.facts.waiting), (Metric::TokensPerSecond, None));
+    assert!(plan(Err(TestSpecError::MinDuration), None).is_err());
+
+    // The status says so one time, and the ramp goes on meanwhile.
+    let ramp = test(", ramp: [{percent: 10, hold: 1h}]");
+    let begins = stepped(&ramp, &ABTestStatus::default(), &facts(["r1", "r2"]), 0);
+    let next = stepped(&ramp, &begins, &waits.facts, 3600);
+    assert_eq!(reason(&next, "Accepted"), pair("False", "VariantNotServing"));
+    assert_eq!((next.phase, next.weights.as_deref()), (Some(ABTestPhase::Running), Some("90/10")));
+    let accepted = next.accepted_spec.as_deref().unwrap();
+    assert!(accepted.contains("\"percent\":10"), "{accepted}");
+    assert_eq!(stepped(&ramp, &next, &waits.facts, 3630), next, "nothing to write");
+}
+
+#[test]
+fn a_variant_that_moves_again_and_again_ends_the_test() {
+    let test = test("");
+    let mut status = stepped(&test, &ABTestStatus::default(), &facts(["r1", "r0"]), 0);
+    for (number, second) in (1_u32..=MAX_RESTARTS).zip((60..).step_by(60)) {
+        let revision = if number % 2 == 1 { "r0+r1" } else { "r0" };
+        status = stepped(&test, &status, &facts(["r1", revision]), second);
+        assert_eq!((status.restarts, status.verdict), (number, None));
+    }
+    let ended = stepped(&test, &status, &facts(["r1", "r9"]), 6000);
+    assert_eq!((ended.phase, ended.verdict), (Some(ABTestPhase::Concluded), Some(ABTestVerdict::Invalid)));
+    assert_eq!(reason(&ended, "Sampling"), pair("False", "VariantUnstable"));
+    assert_eq!(stepped(&test, &ended, &facts(["r1", "r0"]), 6060).phase, ended.phase, "it stays so");
+}
+
+#[test]
+fn a_promotion_is_undone_by_report() {
+    let serving = facts(["r1", "r2"]);
+    let mut won = stepped(&test(", onConclusion: Promote"), &ABTestStatus::default(), &serving, 0);
+    won.phase = Some(ABTestPhase::Promoting);
+    (won.winner, won.promoted) = (Some("treatment".to_owned()), 100);
+    won.promoted_since = Some(Time(at(100)));
+    let whole = stepped(&test(", onConclusion: Promote"), &won, &serving, 101);
+    assert_eq!(whole.weights.as_deref(), Some("0/100"));
+    let undone = stepped(&test(""), &whole, &serving, 110);
+    assert_eq!((undone.phase, undone.weights.as_deref()), (Some(ABTestPhase::Concluded), Some("90/10")));
+    let notes = events(&whole, &undone);
+    assert!(notes.iter().any(|note| note.reason == "PromotionUndone" && !note.warning), "{notes:?}");
+}
+
+#[test]
+fn a_baseline_gives_every_user_the_control_and_stays_beside_later_epochs() {
+    let with = test(", baseline: 1h");
+    let serving = facts(["r1", "r2"]);
+    let begins = stepped(&with, &ABTestStatus::default(), &serving, 0);
+    assert_eq!((begins.phase, begins.weights.as_deref()), (Some(ABTestPhase::Baseline), Some("90/10")));
+    assert!(begins.epochs[0].baseline);
+    assert_eq!(wake_in(&with, &begins, at(3595)), Duration::from_secs(5));
+    assert_eq!(stepped(&with, &begins, &serving, 3599), begins);
+    let mut status = stepped(&with, &begins, &serving, 3600);
+    assert_eq!((status.phase, status.started_at.as_ref().unwrap().0), (Some(ABTestPhase::Running), at(3600)));
+    assert_eq!(status.owners, begins.owners, "users get the variant at which they counted");
+    let heavier = spec(", baseline: 1h");
+    for (number, weight) in (1..).zip([80, 70, 60, 50]) {
+        let changed = heavier.replace("weight: 90", &format!("weight: {weight}"));
+        let changed = changed.replace("weight: 10", &format!("weight: {}", 100 - weight));
+        status = stepped(&validate(&stored(&changed)).unwrap(), &status, &serving, 3600 + 60 * number);
+    }
+    let baseline: Vec<bool> = status.epochs.iter().map(|epoch| epoch.baseline).collect();
+    assert_eq!(baseline, [true, false, false, false]);
+}
+
+#[test]
+fn the_history_keeps_the_whole_time_in_a_bounded_number_of_entries() {
+    let mut status = stepped(&test(""), &ABTestStatus::default(), &facts(["r1", "r2"]), 0);
+    let metric = MetricStatus {
+        metric: Metric::ErrorRate,
+        value: None,
+        effect: Some("0.1".to_owned()),
+        low: None,
+        high: None,
+        differs: false,
+        cuped: None,
+    };
+    status.variants[1].metrics = vec![metric];
+    for look in 1..=5000 {
+        looks::remember(&mut status, at(30 * look));
+        assert!(status.history.len() <= 48);
+    }
+    let first = status.history.first().unwrap().at.0;
+    let last = status.history.last().unwrap().at.0;
+    assert!(status.history.len() >= 20 && first == at(30), "{} entries", status.history.len());
+    assert!(at(150_000).duration_since(last) < SignedDuration::from_secs(150_000 / 20));
+}
+
+#[test]
+fn variants_with_another_load_per_pod_are_warned_of() {
+    let mut status = stepped(&test(""), &ABTestStatus::default(), &facts(["r1", "r2"]), 0);
+    let sums = |requests: u64| {
+        let mut sums = VariantSums::default();
+        sums.buckets[0].requests = requests;
+        sums
+    };
+    let epoch = EpochSample { weights: vec![9000, 1000], variants: vec![sums(9000), sums(1000)] };
+    let with = |replicas: Vec<u32>| TestFacts { replicas, ..facts(["r1", "r2"]) };
+    let differs = looks::load(&mut status, &epoch, &with(vec![1, 1]), at(1000)).unwrap();
+    assert!(
+        !differs.matched && differs.message.contains("control 9.00, treatment 1.00"),
+        "{}",
+        differs.message
+    );
+    assert!(looks::load(&mut status, &epoch, &with(vec![9, 1]), at(1000)).unwrap().matched);
+    assert_eq!(status.variants[0].load_per_replica.as_deref(), Some("1.000"));
+    let few = EpochSample { variants: vec![sums(9000), sums(10)], ..epoch };
+    assert!(looks::load(&mut status, &few, &with(vec![9, 1]), at(1000)).is_none());
 }
 
 #[test]

@@ -30,6 +30,8 @@ fn slot(revision: &str, state: ModelState) -> ModelSlot {
 fn platform() -> Platform {
     Platform {
         runtime_image: "image".to_owned(),
+        namespace: "sys".to_owned(),
+        optional_kinds: std::collections::BTreeSet::new(),
         pull_policy: "Never".to_owned(),
         admin: Some(PodAccess { subject: "s".to_owned(), issuer: None, keys: None }),
     }
@@ -54,7 +56,7 @@ fn only_a_change_of_the_revision_alone_can_be_loaded_by_running_pods() {
     }
     let model = valid("chat", "{source: {uri: 'pvc://weights/b'}}");
     let blind = Platform { admin: None, ..platform() };
-    assert!(check(&model, &blind, &stored, Some(&stored)).unwrap_err().contains("--pod-token-file"));
+    assert!(check(&model, &blind, &stored, Some(&stored)).unwrap_err().contains("--pod-auth token"));
     assert!(check(&model, &platform(), &stored, None).unwrap_err().contains("no Deployment"));
 }
 
@@ -78,6 +80,12 @@ fn a_load_asks_for_what_the_pods_file_says() {
     assert_eq!((request.numerics.as_str(), request.priority), ("exact", Some(true)));
     let claim = valid("chat", "{source: {uri: 'pvc://weights/a/b'}}");
     assert_eq!(load_request(&pod_config(&claim, "r2", None)).path, "/models/a/b");
+    let adapters = "[{name: sql, source: {uri: 'pvc://w/s', sha256: bb}}, {name: far, source: {uri: 'hf://o/n', revision: v2}}]";
+    let adapted =
+        valid("chat", &format!("{{source: {{uri: 'pvc://w/a'}}, runtime: {{adapters: {adapters}}}}}"));
+    let adapters = load_request(&pod_config(&adapted, "r2", None)).adapters;
+    assert_eq!((adapters[0].path.as_str(), adapters[0].sha256.as_str()), ("/adapters/sql/s", "bb"));
+    assert_eq!((adapters[1].name.as_str(), adapters[1].path.as_str()), ("far", "hf://o/n@v2"));
 }
 
 /// The commands for pool `r1`.
@@ -402,6 +410,18 @@ fn restarts_since_the_rollout_started_fail_the_candidate() {
     sim.pods[0].view.restarts += 1;
     next_pools(&mut sim);
     assert_eq!((sim.state.phase, sim.state.reason.as_str()), (RolloutPhase::RollingBack, "Crashing"));
+}
+
+#[test]
+fn one_restart_of_each_pod_is_no_crash_loop() {
+    let mut sim = placed(Some(Placement::InPlace));
+    next_pools(&mut sim);
+    for pod in &mut sim.pods {
+        pod.slots.push(slot("r2", ModelState::Loading));
+        pod.view.restarts += 1;
+    }
+    next_pools(&mut sim);
+    assert!(!matches!(sim.state.phase, RolloutPhase::RollingBack), "{:?}", sim.state);
 }
 
 fn incident() -> impl Strategy<Value = PodIncident> {

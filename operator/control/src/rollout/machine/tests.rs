@@ -8,6 +8,8 @@ use super::*;
 use crate::causes::Cause;
 use std::collections::{BTreeMap, BTreeSet};
 
+mod faults;
+
 /// A model, and what a test changes about it.
 struct RolloutCase {
     state: RolloutState,
@@ -292,7 +294,7 @@ fn a_broken_candidate_rolls_back_with_the_pods_own_reason() {
     assert_eq!((case.state.phase, case.state.reason.as_str()), (RolloutPhase::RolledBack, "DigestMismatch"));
 
     let mut case = RolloutCase::shifting();
-    case.loads("r2").restarts = RESTARTS_TO_FAIL;
+    case.loads("r2").restarts.insert("p".to_owned(), RESTARTS_TO_FAIL);
     case.run();
     assert_eq!(case.state.reason, "Crashing");
 }

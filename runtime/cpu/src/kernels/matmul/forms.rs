@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// A form whose weights are `scale * (quant - centre)` or `scale * quant + min`.
-pub(crate) trait Quant {
+pub(crate) trait Quant: Copy {
     const FORM: Form;
     /// The centre's power of two; none where blocks have minima.
     const CENTRE: Option<i32>;
@@ -50,18 +50,25 @@ pub(crate) struct UpperHalves;
 /// A [`Quant`] as [`Unpack`].
 pub(crate) struct Quants<Q>(PhantomData<Q>);
 /// [`Form::Q8`]
+#[derive(Clone, Copy)]
 pub(crate) struct Q8;
 /// [`Form::Q4`]
+#[derive(Clone, Copy)]
 pub(crate) struct Q4;
 /// [`Form::Q5`]
+#[derive(Clone, Copy)]
 pub(crate) struct Q5;
 /// [`Form::Q4Min`]
+#[derive(Clone, Copy)]
 pub(crate) struct Q4Min;
 /// [`Form::Q4K`]
+#[derive(Clone, Copy)]
 pub(crate) struct Q4K;
 /// [`Form::Q5K`]
+#[derive(Clone, Copy)]
 pub(crate) struct Q5K;
 /// [`Form::Q6K`]
+#[derive(Clone, Copy)]
 pub(crate) struct Q6K;
 
 /// Writes the columns that [`Unpack::column`] returns.

@@ -324,6 +324,20 @@ proptest! {
     }
 }
 
+/// Rows that are too wide for the memory of unpacked weights, and the widest that are not, have the bits that
+/// each of them has alone.
+#[test]
+fn the_widest_rows_have_the_bits_of_one() {
+    for (blocks, dtype) in [(512, DType::Q5_0), (513, DType::Q4_1)] {
+        let mode = Mode::BlockScaled;
+        let epilogue = Epilogue::Nothing;
+        let recipe = Recipe { seed: 5, dtype, mode, rows: 7, blocks, features: 17, epilogue, add: false };
+        // Sums of so many blocks round more.
+        let checked = recipe.make(|case| case.check(1e-4));
+        assert!(checked.is_ok(), "{recipe:?}: {}", checked.unwrap_err());
+    }
+}
+
 /// Every form on tile registers, with about sixteen rows, and odd numbers of blocks and groups.
 #[test]
 fn tiles_give_the_bits_of_vectors() {
