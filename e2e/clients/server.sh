@@ -3,6 +3,9 @@
 SERVER_MODEL=qwen
 SERVER_EMBED_MODEL=minilm
 
+# Counted from the start of the program, because the build before it takes as long as it takes.
+READY_TIMEOUT_S=600
+
 # free_ports COUNT: ports that nothing listens on.
 free_ports() {
   python3 -c 'import socket, sys
@@ -29,7 +32,7 @@ server_program() { echo "${CARGO_TARGET_DIR:-$REPO_DIR/target}/ci/$1"; }
 # start_gateway: a gateway before the server that runs, with the routing table of a feed instead of an
 # operator's. Sets GATEWAY_URL and GATEWAY_GRPC.
 start_gateway() {
-  local feed http grpc folder programs
+  local feed http grpc folder programs deadline
   folder=$CACHE/clients/gateway
   rm -rf "$folder"
   mkdir -p "$folder"
@@ -42,10 +45,11 @@ start_gateway() {
   "$(server_program trustformers-gateway)" --feed "http://127.0.0.1:$feed" --state-dir "$folder" \
     --http-address "127.0.0.1:$http" --grpc-address "127.0.0.1:$grpc" >"$folder/log" 2>&1 &
   GATEWAY_PID=$!
+  deadline=$((SECONDS + READY_TIMEOUT_S))
   until curl --noproxy '*' -sf --max-time 5 "$GATEWAY_URL/health/ready" >/dev/null; do
     kill -0 "$GATEWAY_PID" 2>/dev/null || fail "trustformers-gateway ended: $(tail -3 "$folder/log")" "log: $folder/log"
     kill -0 "$FEED_PID" 2>/dev/null || fail "the feed ended: $(tail -3 "$folder/feed-log")" "log: $folder/feed-log"
-    [ $SECONDS -lt 600 ] || fail "trustformers-gateway was not ready within 600 s" "log: $folder/log"
+    [ $SECONDS -lt $deadline ] || fail "trustformers-gateway was not ready within $READY_TIMEOUT_S s" "log: $folder/log"
     sleep 0.1
   done
   say "trustformers-gateway is ready at $GATEWAY_URL and $GATEWAY_GRPC (log: $folder/log)"
@@ -54,7 +58,7 @@ start_gateway() {
 # start_server: builds it, starts it on this machine alone and waits until it is ready. Sets SERVER_URL,
 # SERVER_GRPC and SERVER_PID.
 start_server() {
-  local http grpc folder
+  local http grpc folder deadline
   # Within `make test` the program of the tests is used: another build, without tokio's test clock, takes
   # minutes.
   local build=(build --workspace --bin trustformers-serve --bin trustformers-gateway)
@@ -74,9 +78,10 @@ EOF
   "$(server_program trustformers-serve)" --config "$folder/config.yaml" >"$folder/log" 2>&1 &
   SERVER_PID=$!
   trap end_server EXIT
+  deadline=$((SECONDS + READY_TIMEOUT_S))
   until server_answers >/dev/null; do
     ! server_has_ended || fail "trustformers-serve ended: $(tail -3 "$folder/log")" "log: $folder/log"
-    [ $SECONDS -lt 600 ] || fail "trustformers-serve was not ready within 600 s" "log: $folder/log"
+    [ $SECONDS -lt $deadline ] || fail "trustformers-serve was not ready within $READY_TIMEOUT_S s" "log: $folder/log"
     sleep 0.1
   done
   say "trustformers-serve is ready at $SERVER_URL and $SERVER_GRPC (log: $folder/log)"
