@@ -66,7 +66,6 @@ bench-cpu: ## our runtime beside llama.cpp, OpenVINO, ONNX Runtime and torch on 
 bench-pod: ## one pod: start to ready and first token, 100 swaps under 32 streams, fetching beside loopback and disk [POD_BENCH_SWAPS=100]
 	@e2e/bench/pod.sh
 
-bench-gateway: ## the gateway beside Envoy and nginx before one mock pod: latency, processor time, memory [GATEWAY_BENCH_SECONDS=5]
 bench-gateway: ## the gateway beside Envoy, nginx and SGLang's router before one mock pod: latency, processor time, memory [GATEWAY_BENCH_SECONDS=5]
 	@e2e/bench/gateway.sh
 

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use trustformers_proto::yaml::{self, YamlError};
 
 pub use status::{
-    ABTestPhase, ABTestStatus, ABTestVerdict, LookEffect, MetricStatus, OwnerRange, TestEpoch, TestLook,
-    VariantStatus,
+    ABTestPhase, ABTestStatus, ABTestVerdict, LookEffect, MetricStatus, OwnerRange, ShadowStatus, TestEpoch,
+    TestLook, VariantStatus,
 };
 
 /// Most variants of a test. The sums of more would not fit into the test's ConfigMap (see

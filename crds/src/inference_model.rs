@@ -8,8 +8,8 @@ use trustformers_proto::Task;
 use trustformers_proto::yaml::{self, YamlError};
 
 use crate::{
-    InferenceModelStatus, Monitoring, NetworkPolicySettings, PodSettings, Rollout, Runtime, Scaling, Source,
-    Traffic,
+    InferenceModelStatus, Monitoring, NetworkPolicySettings, PodSettings, Rollout, RouteSettings, Runtime,
+    Scaling, Source, Traffic,
 };
 
 /// Longest name of an InferenceModel. Names of its children add at most 18 characters, and the name of a
@@ -134,6 +134,10 @@ pub struct InferenceModelSpec {
     /// How gateways handle its requests.
     #[serde(default)]
     pub traffic: Traffic,
+
+    /// Where callers outside of the cluster reach it.
+    #[serde(default)]
+    pub route: RouteSettings,
 
     /// How many of its pods may be evicted at the same time.
     #[serde(default)]

@@ -14,6 +14,7 @@ mod monitoring;
 mod network;
 mod quantity;
 mod rollout;
+mod route;
 mod runtime;
 mod scaling;
 mod scheduling;
@@ -24,8 +25,8 @@ mod traffic;
 pub use ab_test::{
     ABTest, ABTestPhase, ABTestSpec, ABTestStatus, ABTestVerdict, AssignBy, Assignment, Cost, Direction,
     ForcedUser, Goal, Guardrail, Layer, LookEffect, MAX_VARIANTS, Metric, MetricStatus, ModelRef,
-    OnConclusion, OwnerRange, RampStep, SecondaryMetric, StopWhen, TestEpoch, TestLook, TestShadow, Variant,
-    VariantStatus, ab_test_crd_yaml,
+    OnConclusion, OwnerRange, RampStep, SecondaryMetric, ShadowStatus, StopWhen, TestEpoch, TestLook,
+    TestShadow, Variant, VariantStatus, ab_test_crd_yaml,
 };
 pub use inference_model::{Disruption, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, crd_yaml};
 pub use monitoring::Monitoring;
@@ -35,6 +36,7 @@ pub use rollout::{
     Analysis, CandidateRevision, ConsumedCommands, CountedProcess, GoldenPrompt, RetiringRevision, Rollout,
     RolloutDecision, RolloutFailure, RolloutPlacement, RolloutSample, RolloutStatus, RolloutStep,
 };
+pub use route::{GatewayRef, RouteSettings};
 pub use runtime::{
     Adapter, BatchStrategy, Batching, DEFAULT_MAX_WAIT_MS, Device, EnvVar, KvCache, Numerics, Resources,
     Runtime,

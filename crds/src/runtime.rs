@@ -8,12 +8,34 @@ use serde::{Deserialize, Serialize};
 use crate::{AdapterSource, Quantity};
 
 /// How the model is run.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "!has(self.gpus) || self.gpus == 0 || !has(self.device) || self.device != 'cpu'",
+    "message": "spec.runtime.gpus: device cpu uses no GPU; set spec.runtime.device to auto, or remove gpus"
+}, {
+    "rule": "!has(self.gpus) || self.gpus == 0 || !has(self.gpuResource) || !has(self.resources) || !(has(self.resources.limits) && self.gpuResource in self.resources.limits || has(self.resources.requests) && self.gpuResource in self.resources.requests)",
+    "message": "spec.runtime.gpus: spec.runtime.resources has a number of spec.runtime.gpuResource too; remove that one"
+}]))]
 pub struct Runtime {
     /// The device that computes. `auto` uses the best device that the pod finds; `status.device` shows which.
     #[serde(default)]
     pub device: Device,
+
+    /// GPUs of each pod, which the nodes' device plugin offers under `gpuResource`. The pods tolerate the
+    /// taint of that name, and a change of the pod ends one before its successor starts. Which device
+    /// computes is in `status.device`.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 64), extend("format" = "int64"))]
+    pub gpus: u32,
+
+    /// Name under which the device plugin of the nodes offers GPUs, such as `amd.com/gpu`.
+    #[serde(default = "default_gpu_resource")]
+    #[schemars(
+        length(min = 3, max = 128),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$")
+    )]
+    pub gpu_resource: String,
 
     /// `fast` may quantise activations. `exact` computes in f32, with results that do not depend on the
     /// batch.
@@ -61,6 +83,28 @@ pub struct Runtime {
     /// Requests and limits of the pod's container.
     #[serde(default)]
     pub resources: Resources,
+}
+
+fn default_gpu_resource() -> String {
+    "nvidia.com/gpu".to_owned()
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self {
+            device: Device::default(),
+            gpus: 0,
+            gpu_resource: default_gpu_resource(),
+            numerics: Numerics::default(),
+            kv_cache: KvCache::default(),
+            context_tokens: None,
+            adapters: Vec::new(),
+            batching: Batching::default(),
+            image: None,
+            env: Vec::new(),
+            resources: Resources::default(),
+        }
+    }
 }
 
 /// An adapter, as PEFT writes it: `adapter_config.json` and `adapter_model.safetensors`.

@@ -73,7 +73,8 @@ pub struct InferenceModelStatus {
 
     /// `Serving`, `Ready`, `Progressing`, `Degraded`, `RolloutHealthy` if there was a rollout, `Autoscaled`
     /// if `spec.scaling.metrics` are given, `Integrated` if the cluster lacks the definition of an object
-    /// that the spec asks for, and `BareName` if another model owns this one's bare name.
+    /// that the spec asks for, `Exposed` if `spec.route` names Gateways, and `BareName` if another model owns
+    /// this one's bare name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 16),

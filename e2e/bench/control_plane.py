@@ -115,6 +115,8 @@ class Times:
     created: dict[str, float] = dataclasses.field(default_factory=dict)
     deployed: dict[str, float] = dataclasses.field(default_factory=dict)
     ready: dict[str, float] = dataclasses.field(default_factory=dict)
+    # Wakes who waits for models that become ready.
+    changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
 
     def on_deployment(self, deployment, now):
         for owner in deployment["metadata"].get("ownerReferences", []):
@@ -125,7 +127,9 @@ class Times:
         name = model["metadata"]["name"]
         for condition in model.get("status", {}).get("conditions", []):
             if condition["type"] == "Ready" and condition["status"] == "True" and name in self.created:
-                self.ready.setdefault(name, now)
+                with self.changed:
+                    self.ready.setdefault(name, now)
+                    self.changed.notify_all()
 
     def percentile(self, reached, share):
         waits = sorted(reached[name] - self.created[name] for name in self.created if name in reached)
@@ -191,11 +195,15 @@ class Bench:
 
     def await_ready(self, side, process, count, limit_s):
         """Waits until this many models are Ready."""
-        until = time.time() + limit_s
-        while len(self.times.ready) < count and time.time() < until:
-            if process.poll() is not None or len(self.errors) > 20:
-                break
-            time.sleep(0.05)
+        times, until = self.times, time.time() + limit_s
+
+        def is_over():
+            return len(times.ready) >= count or process.poll() is not None or len(self.errors) > 20
+
+        with times.changed:
+            # A controller that ends wakes nobody, so it is looked at every second.
+            while not is_over() and time.time() < until:
+                times.changed.wait(timeout=1)
         if len(self.times.ready) < count:
             reached = f"{len(self.times.deployed)} Deployments, {len(self.times.ready)} ready"
             raise SystemExit(f"{side.name}: {reached} of {count}; {self.errors[:3]}; {self.flags.logs}")
@@ -208,9 +216,9 @@ class Bench:
         self.await_ready(side, process, 1, START_LIMIT_S)
         resource = f"{side.plural}.{side.group.split('/')[0]}"
         self.run_kubectl("-n", namespace, "delete", resource, PROBE, "--wait=true", "--timeout=60s")
-        until = time.time() + START_LIMIT_S
-        while self.run_kubectl("-n", namespace, "get", "pods", "-o", "name").stdout and time.time() < until:
-            time.sleep(0.5)
+        self.run_kubectl(
+            *("-n", namespace, "wait", "pods", "--all"), "--for=delete", f"--timeout={START_LIMIT_S}s"
+        )
         self.await_idle()
 
     def on_deployment(self, deployment, now):

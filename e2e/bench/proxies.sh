@@ -37,7 +37,8 @@ build_gateway() {
 
 # run_peers LIMIT_S: the bench on its cores, ended after LIMIT_S seconds.
 run_peers() {
-  # A stream has two descriptors in a proxy, and two in the program that is callers and pod.
+  # A stream has one or two descriptors in a proxy, one in the program with its caller, and at most one in
+  # that with the pod. Where the hard limit may not be raised, as many as it has must do.
   ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
   "${pinned[@]}" timeout --kill-after=30 "$1" cargo bench --locked --profile ci --workspace --bench peers
 }

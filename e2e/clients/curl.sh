@@ -5,7 +5,7 @@
 # shellcheck disable=SC2329 # check calls functions by their names
 set -euo pipefail
 base=$1 model=$3 embed_model=$4
-failed=0
+source "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 answer=$(mktemp) head=$(mktemp)
 trap 'rm -f "$answer" "$head"' EXIT
 
@@ -17,25 +17,6 @@ header() { sed -n "s/^$1: *//Ip" "$head" | tr -d '\r' | tail -1; }
 
 # json EXPRESSION: a Python expression over the last answer, as `body`.
 json() { python3 -c 'import json, sys; body = json.load(open(sys.argv[1])); assert eval(sys.argv[2]), json.dumps(body)[:400]' "$answer" "$1"; }
-
-# check WHAT FUNCTION: runs a check, which fails with its first failing command. Not in an `if`: there, bash
-# would ignore failures inside the function.
-check() {
-  local found status
-  set +e
-  found=$(
-    set -e
-    "$2" 2>&1
-  )
-  status=$?
-  set -e
-  if [ $status = 0 ]; then
-    echo "PASS curl: $1"
-  else
-    echo "FAIL curl: $1: $(tr '\n' ' ' <<<"$found" | cut -c1-400) $(head -c 300 "$answer" | tr '\n' ' ')"
-    failed=1
-  fi
-}
 
 whole() {
   [ "$(request "$base/v1/generate" -d "{\"model\": \"$model\", \"prompt\": \"1, 2, 3,\", \"max_tokens\": 4, \"temperature\": 0}")" = 200 ]
@@ -114,13 +95,13 @@ errors() {
   [ "$(request "$base/v1/generate" -d '{')" = 400 ]
 }
 
-check "generate" whole
-check "generate: server-sent events" events
-check "chat: server-sent events" chat_events
-check "models: aliases, names in paths" aliases
-check "health and metrics" health
-check "openapi.json" openapi
-check "compression of answers and requests, never of a stream" compression
-check "CORS" cors
-check "errors" errors
-exit $failed
+check curl "generate" whole "$answer"
+check curl "generate: server-sent events" events "$answer"
+check curl "chat: server-sent events" chat_events "$answer"
+check curl "models: aliases, names in paths" aliases "$answer"
+check curl "health and metrics" health "$answer"
+check curl "openapi.json" openapi "$answer"
+check curl "compression of answers and requests, never of a stream" compression "$answer"
+check curl "CORS" cors "$answer"
+check curl "errors" errors "$answer"
+exit "$failed"

@@ -4,28 +4,9 @@
 # shellcheck disable=SC2329 # check calls functions by their names
 set -euo pipefail
 address=$2 model=$3
-failed=0
+source "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 
 call() { grpcurl -plaintext -max-time 60 "$@"; }
-
-# check WHAT FUNCTION: runs a check, which fails with its first failing command. Not in an `if`: there, bash
-# would ignore failures inside the function.
-check() {
-  local found status
-  set +e
-  found=$(
-    set -e
-    "$2" 2>&1
-  )
-  status=$?
-  set -e
-  if [ $status = 0 ]; then
-    echo "PASS grpcurl: $1"
-  else
-    echo "FAIL grpcurl: $1: $(tr '\n' ' ' <<<"$found" | cut -c1-400)"
-    failed=1
-  fi
-}
 
 services() {
   local found service
@@ -60,11 +41,11 @@ errors() {
   [[ $found == *NotFound* ]] || { echo "$found"; return 1; }
 }
 
-check "list of services" services
-check "description of a message" description
-check "Generate" generate
-check "GenerateStream" stream
-check "grpc.health.v1" health
-check "KServe v2" kserve
-check "errors" errors
-exit $failed
+check grpcurl "list of services" services
+check grpcurl "description of a message" description
+check grpcurl "Generate" generate
+check grpcurl "GenerateStream" stream
+check grpcurl "grpc.health.v1" health
+check grpcurl "KServe v2" kserve
+check grpcurl "errors" errors
+exit "$failed"

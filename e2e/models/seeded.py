@@ -1,21 +1,19 @@
 """Writes a small classifier of seeded values: the checkpoint of BERT with three labels in `heads.json`.
 
-No package has a small classifier, and the scenarios need one. The recipe of the values is that of
-runtime/model/src/seeded.rs, and the files are those of `SeededCheckpoint` there. Only the standard library is
-used; the files are the same on every machine, so that they have digests.
+No package has a small classifier, and the scenarios need one. The files are those of `SeededCheckpoint` in
+runtime/model/src/seeded/families.rs.
 """
 
-import array
 import json
 import math
 import pathlib
-import struct
 import sys
+
+from values import f32, little_endian, safetensors, seeded
 
 SEED = 11
 LAYERS, HEADS, WIDTH, INNER, POSITIONS, LABELS = 2, 4, 64, 128, 128, 3
 SCALE, BIAS_SCALE = 3.0, 0.3
-MASK = 2**64 - 1
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789")
@@ -24,39 +22,12 @@ WORDS = ["the", "cat", "hello", "world", "##ing", "##er", "##ed", "##s"]
 VOCABULARY = SPECIAL + LETTERS + ["##" + letter for letter in LETTERS] + MARKS + WORDS
 
 
-def f32(value: float) -> float:
-    """The value rounded to float32."""
-    return struct.unpack("<f", struct.pack("<f", value))[0]
-
-
-def fnv1a(text: str) -> int:
-    """The 64-bit FNV-1a hash of a tensor's name."""
-    value = 0xCBF29CE484222325
-    for byte in text.encode():
-        value = ((value ^ byte) * 0x100000001B3) & MASK
-    return value
-
-
-def element(start: int, index: int) -> float:
-    """One value of the sequence that begins at `start`, between -1 and 1."""
-    z = (start + (index + 1) * 0x9E3779B97F4A7C15) & MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return ((z ^ (z >> 31)) >> 40) / 2**23 - 1.0
-
-
 def values(name: str, shape: list[int]) -> bytes:
-    """The bytes of a tensor, float32 in little endian."""
-    count = math.prod(shape)
+    """The bytes of a tensor."""
     if name.endswith("LayerNorm.weight"):
-        numbers = array.array("f", [1.0] * count)
-    else:
-        scale = f32(BIAS_SCALE) if name.endswith(".bias") else f32(SCALE / f32(math.sqrt(shape[-1])))
-        start = SEED ^ fnv1a(name)
-        numbers = array.array("f", (element(start, index) * scale for index in range(count)))
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tobytes()
+        return little_endian([1.0] * math.prod(shape))
+    scale = f32(BIAS_SCALE) if name.endswith(".bias") else f32(SCALE / f32(math.sqrt(shape[-1])))
+    return seeded(SEED, name, shape, scale)
 
 
 def shapes() -> dict[str, list[int]]:
@@ -90,19 +61,6 @@ def shapes() -> dict[str, list[int]]:
     dense("bert.pooler.dense", WIDTH, WIDTH)
     dense("classifier", LABELS, WIDTH)
     return found
-
-
-def safetensors() -> bytes:
-    """The file of weights: the length of a header, the header in JSON, the tensors."""
-    header, tensors = {}, []
-    end = 0
-    for name, shape in shapes().items():
-        tensors.append(values(name, shape))
-        start, end = end, end + len(tensors[-1])
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + b"".join(tensors)
 
 
 def config() -> dict:
@@ -168,7 +126,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(), indent=1) + "\n")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), indent=1) + "\n")
-    (folder / "model.safetensors").write_bytes(safetensors())
+    weights = safetensors((name, shape, values(name, shape)) for name, shape in shapes().items())
+    (folder / "model.safetensors").write_bytes(weights)
 
 
 if __name__ == "__main__":

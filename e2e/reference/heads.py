@@ -36,6 +36,7 @@ FAMILIES = {
     "roberta": ("RobertaConfig", "RobertaModel", "RobertaForSequenceClassification"),
     "distilbert": ("DistilBertConfig", "DistilBertModel", "DistilBertForSequenceClassification"),
     "electra": ("ElectraConfig", "ElectraModel", "ElectraForSequenceClassification"),
+    "modernbert": ("ModernBertConfig", "ModernBertModel", "ModernBertForSequenceClassification"),
 }
 
 
@@ -78,6 +79,16 @@ def config(family: str, labels: int, keys: dict) -> transformers.PretrainedConfi
         common["num_labels"] = labels
     if family == "distilbert":
         own = {"dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INNER, "activation": "gelu"}
+    elif family == "modernbert":
+        # The first layer sees the whole text, the second three positions on either side.
+        own = {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "intermediate_size": INNER,
+            "global_attn_every_n_layers": 2,
+            "local_attention": 6,
+        }
     else:
         own = {
             "hidden_size": WIDTH,

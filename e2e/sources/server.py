@@ -8,7 +8,7 @@ prints its port. `FILE` is what all of them serve, under its own name:
     /files/NAME            as it is                 /private/NAME   for the token `t0ken`
     /cut/NAME              each answer ends after CUT_BYTES
     /stall/NAME            the first long answer stops after CUT_BYTES and stays open
-    /held/NAME             all answers together stop at half of the file until POST /release
+    /held/NAME             all transfers together stop at half of the file until POST /release
     /corrupt/NAME          one byte is always another one
     hf://org/tiny          (HF_ENDPOINT) for the token `t0ken`; `org/flaky` damages its first transfer
     s3://bucket/models     (AWS_ENDPOINT_URL) signed with `key` and `secret`
@@ -239,7 +239,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 block = bytearray(file.read(min(BLOCK_BYTES, end - at)))
                 if damages:
                     block[-1] ^= 1
-                if folder == "held":
+                if folder == "held" and is_long:
                     self.wait_for_release()
                 self.wfile.write(block)
                 at += len(block)

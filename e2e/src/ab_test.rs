@@ -2,19 +2,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Deref,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
 use futures::{StreamExt, TryStreamExt, stream};
-use kube::{
-    Api,
-    api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams},
-};
+use kube::api::DynamicObject;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::{cluster::Cluster, gateway::Gateway, request::Failure, wait::Until};
+use crate::{cluster::Cluster, gateway::Gateway, objects::CustomObjects, request::Failure, wait::Until};
 
 /// Requests of users at a time: enough that a variant that waits does not set the pace, and few for two
 /// cores.
@@ -24,9 +22,7 @@ const BUCKETS: u64 = 10_000;
 
 /// The tests of one namespace.
 #[derive(Clone)]
-pub struct Tests {
-    api: Api<DynamicObject>,
-}
+pub struct Tests(CustomObjects);
 
 /// One request of a user that was answered.
 #[derive(Debug, Clone)]
@@ -47,46 +43,15 @@ impl Tests {
     /// The tests of `namespace`.
     #[must_use]
     pub fn new(cluster: &Cluster, namespace: &str) -> Self {
-        let kind = GroupVersionKind::gvk("serving.trustformers.dev", "v1alpha1", "ABTest");
-        let kind = ApiResource::from_gvk(&kind);
-        Self { api: Api::namespaced_with(cluster.client.clone(), namespace, &kind) }
+        Self(CustomObjects::new(cluster, namespace, "ABTest"))
     }
+}
 
-    /// Applies a test with this spec.
-    ///
-    /// # Errors
-    /// When the API server refuses it.
-    pub async fn apply(&self, name: &str, spec: &Value) -> Result<DynamicObject> {
-        let object = json!({
-            "apiVersion": "serving.trustformers.dev/v1alpha1", "kind": "ABTest",
-            "metadata": {"name": name}, "spec": spec,
-        });
-        let manager = PatchParams::apply("scenarios");
-        let applied = self.api.patch(name, &manager, &Patch::Apply(object)).await;
-        applied.with_context(|| format!("could not apply the test {name}"))
-    }
+impl Deref for Tests {
+    type Target = CustomObjects;
 
-    /// Merges a change into a test's spec.
-    ///
-    /// # Errors
-    /// When the API server refuses it.
-    pub async fn change(&self, name: &str, spec: Value) -> Result<()> {
-        let patch = Patch::Merge(json!({"spec": spec}));
-        let changed = self.api.patch(name, &PatchParams::default(), &patch).await;
-        changed.map(drop).with_context(|| format!("could not change the test {name}"))
-    }
-
-    /// Waits until `look` finds something in the test.
-    ///
-    /// # Errors
-    /// When the limit passes.
-    pub async fn until<T>(
-        &self,
-        name: &str,
-        until: Until<'_>,
-        look: impl Fn(&DynamicObject) -> Option<T>,
-    ) -> Result<T> {
-        until.object(self.api.clone(), name, |found| found.and_then(&look)).await
+    fn deref(&self) -> &CustomObjects {
+        &self.0
     }
 }
 
@@ -134,23 +99,27 @@ pub async fn visit(gateway: &Gateway, model: &str, user: String) -> Result<Visit
     Ok(Visit { user, variant, request_id: answer.request_id, token: answer.token, took: began.elapsed() })
 }
 
-/// Each of these answers is scored by its user.
+/// Each of these answers is scored by its user. A score follows from the visit alone, not from its place
+/// among the visits: those are in the order of their answers, in which two pods of equal speed alternate.
 ///
 /// # Errors
 /// When a score is not taken.
-pub async fn score(
-    gateway: &Gateway,
-    visits: &[Visit],
-    score_of: impl Fn(usize, &Visit) -> f64,
-) -> Result<()> {
-    let scores = visits.iter().enumerate().map(|(number, visit)| {
-        let body =
-            json!({"request_id": visit.request_id, "score": score_of(number, visit), "token": visit.token});
-        async move { gateway.post_as(&visit.user, "/v1/feedback", &body).await.map(drop) }
+pub async fn score(gateway: &Gateway, visits: &[Visit], score_of: impl Fn(&Visit) -> f64) -> Result<()> {
+    let scores = visits.iter().map(|visit| {
+        let body = json!({"request_id": visit.request_id, "score": score_of(visit), "token": visit.token});
+        async move {
+            let scored = gateway.post_as(&visit.user, "/v1/feedback", &body).await;
+            scored.map(drop).with_context(|| format!("the score of {visit:?} was not taken"))
+        }
     });
-    let scored: Result<(), Failure> =
-        stream::iter(scores).buffer_unordered(CONCURRENT_VISITS).try_collect().await;
-    Ok(scored?)
+    stream::iter(scores).buffer_unordered(CONCURRENT_VISITS).try_collect().await
+}
+
+/// The status of a test as YAML, for messages.
+#[must_use]
+pub fn seen(test: &DynamicObject) -> String {
+    let status = test.data.get("status").cloned().unwrap_or_default();
+    serde_yaml::to_string(&status).unwrap_or_else(|_| status.to_string())
 }
 
 /// The bucket of a user in the test with this UID, as gateways hash it.

@@ -409,9 +409,9 @@ async fn limited<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T,
     ended.unwrap_or_else(|_| Err(Failure::connection(&format!("no end within {REQUEST_LIMIT:?}"))))
 }
 
-/// A call that is made once more where its connection was closed before the request left this process.
-/// Clients of gRPC do that by themselves (transparent retries), and so does the HTTP client here; tonic does
-/// not.
+/// A call that is made once more where its connection was closed before the request left this process, or
+/// the server declares that it did not process it. Clients of gRPC do that by themselves (transparent
+/// retries), and the HTTP client here does the former; tonic does neither.
 async fn sent_again<T, F>(call: impl Fn() -> F) -> Result<T, tonic::Status>
 where
     F: Future<Output = Result<T, tonic::Status>>,
@@ -427,6 +427,12 @@ fn was_not_sent(status: &tonic::Status) -> bool {
     while let Some(error) = cause {
         if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled) {
             return true;
+        }
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            // The stream was refused, or is behind the last one that GOAWAY names.
+            let went_away = error.is_go_away() && error.is_remote();
+            return error.reason() == Some(h2::Reason::REFUSED_STREAM)
+                || (went_away && error.reason() == Some(h2::Reason::NO_ERROR));
         }
         cause = error.source();
     }
@@ -473,4 +479,38 @@ fn error_chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The status of a call whose stream is reset for this reason. The next streams get NOT_FOUND.
+    async fn status_behind(reason: h2::Reason) -> Option<u16> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = tokio::spawn(async move {
+            let (socket, _) = listener.accept().await.unwrap();
+            let mut connection = h2::server::handshake(socket).await.unwrap();
+            let (_request, mut refused) = connection.accept().await.unwrap().unwrap();
+            refused.send_reset(reason);
+            // Until the client has gone.
+            while let Some(Ok((_request, mut stream))) = connection.accept().await {
+                let head = Response::builder().header("content-type", "application/grpc");
+                let head = head.header("grpc-status", "5").body(()).unwrap();
+                stream.send_response(head, true).unwrap();
+            }
+        });
+        let gateway = Gateway::new(&["127.0.0.1".to_owned()], port, port).unwrap();
+        let failure = gateway.grpc_embeddings("m", &["a"]).await.unwrap_err();
+        drop(gateway);
+        server.await.unwrap();
+        failure.status()
+    }
+
+    #[tokio::test]
+    async fn only_a_call_that_the_server_did_not_process_is_made_again() {
+        assert_eq!(status_behind(h2::Reason::REFUSED_STREAM).await, Some(404));
+        assert_eq!(status_behind(h2::Reason::INTERNAL_ERROR).await, Some(500));
+    }
 }

@@ -16,6 +16,7 @@ pub mod load;
 pub mod metrics;
 pub mod model;
 pub mod node;
+pub mod objects;
 pub mod plugin;
 pub mod process;
 pub mod reference;

@@ -1,14 +1,13 @@
 //! InferenceModels as any client of the API receives them: the scenarios read the JSON and not the operator's
 //! types, so that a field that is renamed by accident fails here.
 
-use anyhow::{Context, Result};
-use kube::{
-    Api,
-    api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams},
-};
-use serde_json::{Value, json};
+use std::ops::Deref;
 
-use crate::{cluster::Cluster, wait::Until};
+use anyhow::{Context, Result};
+use kube::api::DynamicObject;
+use serde_json::Value;
+
+use crate::{cluster::Cluster, objects::CustomObjects, wait::Until};
 
 /// The image with a model that generates, one file, that the test nodes hold.
 pub const SMOLLM2: &str = "oci://localhost/smollm2-135m-instruct:q4_1";
@@ -28,9 +27,16 @@ pub const ADAPTER: &str = "oci://localhost/seeded-adapter:f32";
 /// The InferenceModels of one namespace.
 #[derive(Clone)]
 pub struct Models {
-    /// The API for them.
-    pub api: Api<DynamicObject>,
+    objects: CustomObjects,
     namespace: String,
+}
+
+impl Deref for Models {
+    type Target = CustomObjects;
+
+    fn deref(&self) -> &CustomObjects {
+        &self.objects
+    }
 }
 
 /// One condition of a model.
@@ -50,31 +56,14 @@ impl Models {
     /// The InferenceModels of `namespace`.
     #[must_use]
     pub fn new(cluster: &Cluster, namespace: &str) -> Self {
-        let api = Api::namespaced_with(cluster.client.clone(), namespace, &resource());
-        Self { api, namespace: namespace.to_owned() }
+        let objects = CustomObjects::new(cluster, namespace, "InferenceModel");
+        Self { objects, namespace: namespace.to_owned() }
     }
 
     /// The full name of model `name`: it is unambiguous, whatever models other namespaces have.
     #[must_use]
     pub fn full_name(&self, name: &str) -> String {
         format!("{}/{name}", self.namespace)
-    }
-
-    /// Applies a model with this spec, as `kubectl apply --server-side` would.
-    ///
-    /// # Errors
-    /// When the API server refuses it.
-    pub async fn apply(&self, name: &str, spec: Value) -> Result<DynamicObject> {
-        let resource = resource();
-        let object = json!({
-            "apiVersion": resource.api_version, "kind": resource.kind,
-            "metadata": {"name": name}, "spec": spec,
-        });
-        let manager = PatchParams::apply("scenarios");
-        self.api
-            .patch(name, &manager, &Patch::Apply(object))
-            .await
-            .with_context(|| format!("could not apply {name}"))
     }
 
     /// Applies the model of a file, as a user would.
@@ -88,28 +77,6 @@ impl Models {
         Ok(())
     }
 
-    /// Merges a change into a model's spec.
-    ///
-    /// # Errors
-    /// When the API server refuses it.
-    pub async fn change(&self, name: &str, spec: Value) -> Result<()> {
-        let patch = Patch::Merge(json!({"spec": spec}));
-        self.api
-            .patch(name, &PatchParams::default(), &patch)
-            .await
-            .with_context(|| format!("could not change {name}"))?;
-        Ok(())
-    }
-
-    /// Deletes a model.
-    ///
-    /// # Errors
-    /// When there is no such model.
-    pub async fn delete(&self, name: &str) -> Result<()> {
-        self.api.delete(name, &DeleteParams::default()).await?;
-        Ok(())
-    }
-
     /// Waits until the model is ready with every replica, and its status is about its present spec.
     ///
     /// # Errors
@@ -117,19 +84,6 @@ impl Models {
     pub async fn ready(&self, name: &str, limit_s: u64) -> Result<DynamicObject> {
         let what = format!("InferenceModel {name} is ready");
         self.until(name, Until::new(&what, limit_s), |model| is_ready(model).then(|| model.clone())).await
-    }
-
-    /// Waits until `look` finds something in the model.
-    ///
-    /// # Errors
-    /// When the limit passes.
-    pub async fn until<T>(
-        &self,
-        name: &str,
-        until: Until<'_>,
-        look: impl Fn(&DynamicObject) -> Option<T>,
-    ) -> Result<T> {
-        until.object(self.api.clone(), name, |found| found.and_then(&look)).await
     }
 }
 
@@ -171,13 +125,10 @@ pub fn status_text<'a>(model: &'a DynamicObject, pointer: &str) -> &'a str {
     model.data.pointer(&format!("/status{pointer}")).and_then(Value::as_str).unwrap_or_default()
 }
 
-fn resource() -> ApiResource {
-    ApiResource::from_gvk(&GroupVersionKind::gvk("serving.trustformers.dev", "v1alpha1", "InferenceModel"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn model(generation: i64, ready: i64, condition: &str) -> DynamicObject {
         serde_json::from_value(json!({

@@ -108,6 +108,45 @@ pub async fn scale(cluster: &Cluster, name: &str, replicas: u32) -> Result<()> {
     Ok(())
 }
 
+/// Starts the gateways anew with one more argument, until [`without_fault`].
+///
+/// # Errors
+/// When the API server refuses, or they do not become ready.
+pub async fn with_fault(cluster: &Cluster, argument: &str) -> Result<()> {
+    let added = serde_json::json!([
+        {"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": argument},
+    ]);
+    let patch = added.to_string();
+    let arguments =
+        ["--namespace", NAMESPACE, "patch", "deployment", GATEWAY, "--type=json", "--patch", &patch];
+    cluster.kubectl(&arguments).stdout().await?;
+    ready(cluster, GATEWAY).await
+}
+
+/// Starts the gateways anew as they were before [`with_fault`].
+///
+/// # Errors
+/// As [`with_fault`].
+pub async fn without_fault(cluster: &Cluster) -> Result<()> {
+    let deployment = format!("deployment/{GATEWAY}");
+    cluster.kubectl(&["--namespace", NAMESPACE, "rollout", "undo", &deployment]).stdout().await?;
+    ready(cluster, GATEWAY).await
+}
+
+/// Starts the operator again where a scenario left the cluster without one: those after it need it.
+///
+/// # Errors
+/// When the API server refuses, or the operator does not become ready.
+pub async fn restore(cluster: &Cluster) -> Result<()> {
+    let deployments = Api::<Deployment>::namespaced(cluster.client.clone(), NAMESPACE);
+    let operator = deployments.get_opt(OPERATOR).await?;
+    if operator.and_then(|found| found.spec?.replicas) != Some(0) {
+        return Ok(());
+    }
+    scale(cluster, OPERATOR, 1).await?;
+    ready(cluster, OPERATOR).await
+}
+
 /// The pods of one of the release's Deployments, through its own selector.
 #[must_use]
 pub fn pods_of(component: &str) -> watcher::Config {

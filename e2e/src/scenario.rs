@@ -19,7 +19,7 @@ use kube::{
 
 use crate::{cluster::Cluster, gateway::Gateway, model::Models, release, wait::Until};
 
-/// The limit on the time of one scenario.
+/// The limit on the time of a scenario that names no other.
 const SCENARIO_LIMIT: Duration = Duration::from_secs(150);
 
 /// What a scenario works with.
@@ -39,17 +39,36 @@ pub struct Scenario {
 /// # Panics
 /// With the scenario's own panic, after its namespaces are deleted.
 pub async fn run(name: &str, scenario: impl AsyncFnOnce(&Scenario) -> Result<()>) -> Result<()> {
+    run_within(name, SCENARIO_LIMIT, scenario).await
+}
+
+/// [`run`] with another limit: that of a scenario whose own waits take longer together.
+///
+/// # Errors
+/// As [`run`].
+///
+/// # Panics
+/// As [`run`].
+pub async fn run_within(
+    name: &str,
+    limit: Duration,
+    scenario: impl AsyncFnOnce(&Scenario) -> Result<()>,
+) -> Result<()> {
     let started = Instant::now();
     let cluster = Cluster::connect().await?;
     release::installed(&cluster).await.context("could not install the release")?;
     let mut running = Scenario { cluster, namespace: String::new(), namespaces: Mutex::default() };
     running.namespace = running.new_namespace(name).await?;
-    let limited = tokio::time::timeout(SCENARIO_LIMIT, scenario(&running));
+    let limited = tokio::time::timeout(limit, scenario(&running));
     let ended = AssertUnwindSafe(limited).catch_unwind().await;
     let ran = started.elapsed();
     let good = matches!(ended, Ok(Ok(Ok(()))));
     if !good {
         running.dump().await;
+        // A panic or the limit ends a scenario wherever it is.
+        if let Err(error) = release::restore(&running.cluster).await {
+            eprintln!("the operator was not started again: {error:#}");
+        }
     }
     let cleaned = running.clean_up().await;
     eprintln!(
@@ -59,7 +78,7 @@ pub async fn run(name: &str, scenario: impl AsyncFnOnce(&Scenario) -> Result<()>
     );
     match ended {
         Err(panic) => resume_unwind(panic),
-        Ok(Err(_)) => anyhow::bail!("scenario {name} did not end within {SCENARIO_LIMIT:?}"),
+        Ok(Err(_)) => anyhow::bail!("scenario {name} did not end within {limit:?}"),
         Ok(Ok(outcome)) => outcome.and(cleaned),
     }
 }
@@ -125,6 +144,7 @@ impl Scenario {
         let mut looks: Vec<Vec<String>> = Vec::new();
         for namespace in self.made() {
             looks.push(words(&format!("-n {namespace} describe inferencemodels")));
+            looks.push(words(&format!("-n {namespace} get abtests -o yaml")));
             looks.push(words(&format!("-n {namespace} get all,configmaps -o wide")));
             looks.push(words(&format!("-n {namespace} describe pods")));
             looks.push(words(&format!("-n {namespace} get events --sort-by=.lastTimestamp")));

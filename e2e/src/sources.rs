@@ -4,11 +4,13 @@
 //! It listens on the address of the first node, inside that node's network namespace: pods of every node have
 //! a route there, and nothing outside the test cluster has.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -28,6 +30,15 @@ pub const HUGGING_FACE_TOKEN: (&str, &str) = ("HF_TOKEN", "t0ken");
 /// Of the registry.
 pub const REGISTRY_LOGIN: [(&str, &str); 2] = [("SOURCE_USERNAME", "user"), ("SOURCE_PASSWORD", "pass")];
 
+/// What the server has sent of one path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sent {
+    /// Requests that came.
+    pub requests: u64,
+    /// Bytes of the bodies of their answers.
+    pub bytes: u64,
+}
+
 /// The server. It answers as long as this value lives.
 pub struct SourceServer {
     /// Host and port, as pods reach it.
@@ -38,6 +49,8 @@ pub struct SourceServer {
     pub file: String,
     /// The file's sha256.
     pub sha256: String,
+    /// The file's length.
+    pub bytes: u64,
     _process: Child,
     _folder: TempDir,
 }
@@ -79,43 +92,55 @@ impl SourceServer {
             bail!("{shown} ended before it listened; its error is above");
         }
         let name = file.file_name().and_then(|name| name.to_str()).context("the file has no name")?;
-        let sha256: String =
-            Sha256::digest(std::fs::read(file)?).iter().map(|byte| format!("{byte:02x}")).collect();
+        let content = std::fs::read(file)?;
+        let sha256: String = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self {
             address: format!("{host}:{}", port.trim()),
             authority: certificate,
             file: name.to_owned(),
             sha256,
+            bytes: content.len() as u64,
             _process: process,
             _folder: folder,
         })
+    }
+
+    /// What was sent of a path, such as `/files/NAME`.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn sent(&self, path: &str) -> Result<Sent> {
+        let counts: Value = serde_json::from_str(&self.request("GET", "/counts").await?)?;
+        let of = |what: &str| counts[path][what].as_u64().unwrap_or(0);
+        Ok(Sent { requests: of("requests"), bytes: of("bytes") })
+    }
+
+    /// Lets the transfers of `/held/NAME` go on.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn release(&self) -> Result<()> {
+        self.request("POST", "/release").await.map(drop)
+    }
+
+    async fn request(&self, method: &str, path: &str) -> Result<String> {
+        let url = format!("https://{}{path}", self.address);
+        // Its certificate is made anew with each server, and says nothing here.
+        let options =
+            ["--silent", "--show-error", "--fail", "--insecure", "--noproxy", "*", "--max-time", "20"];
+        let arguments = options.into_iter().chain(["--request", method, &url]);
+        Invocation::new(Path::new("curl"), arguments).stdout().await
     }
 }
 
 /// Makes a certificate of the address, which is its own authority, and its key in `folder`.
 async fn certificate(folder: &Path, host: &str) -> Result<String> {
-    let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
-    let arguments = [
-        "req".to_owned(),
-        "-x509".to_owned(),
-        "-newkey".to_owned(),
-        "ec".to_owned(),
-        "-pkeyopt".to_owned(),
-        "ec_paramgen_curve:P-256".to_owned(),
-        "-nodes".to_owned(),
-        "-days".to_owned(),
-        "2".to_owned(),
-        "-subj".to_owned(),
-        "/CN=sources".to_owned(),
-        "-addext".to_owned(),
-        format!("subjectAltName=IP:{host}"),
-        "-addext".to_owned(),
-        "basicConstraints=critical,CA:FALSE".to_owned(),
-        "-keyout".to_owned(),
-        path("tls.key"),
-        "-out".to_owned(),
-        path("tls.crt"),
-    ];
-    Invocation::new(Path::new("openssl"), arguments).stdout().await?;
-    Ok(std::fs::read_to_string(path("tls.crt"))?)
+    let address = format!("subjectAltName=IP:{host}");
+    let [key, written] = ["tls.key", "tls.crt"].map(|name| folder.join(name));
+    let fixed = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=sources \
+                 -addext basicConstraints=critical,CA:FALSE";
+    let words = fixed.split_whitespace().chain(["-addext", &address]).map(OsStr::new);
+    let files = [OsStr::new("-keyout"), key.as_os_str(), OsStr::new("-out"), written.as_os_str()];
+    Invocation::new(Path::new("openssl"), words.chain(files)).stdout().await?;
+    Ok(std::fs::read_to_string(written)?)
 }

@@ -1,7 +1,10 @@
 //! The standard load of the bars, scaled to the test cluster: requests that embed at a steady rate, and
 //! streams of a small model; every request with the time in which it ran.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt::Write as _,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
@@ -34,13 +37,16 @@ const STREAM_PERIOD: Duration = Duration::from_secs(1);
 /// Tokens of a stream: about half a second.
 const STREAM_TOKENS: u32 = 48;
 
-/// The most requests that embed: those of the limit of a scenario, 150 s.
-const MOST_EMBEDS: usize = 150 * EMBEDS_PER_SECOND as usize;
+/// The longest load: two minutes without an operator, and as much again for pods that start slowly.
+const LONGEST_S: usize = 240;
 
-/// The most streams of one place, as long.
-const MOST_STREAMS: usize = 150;
+/// The most requests that embed.
+const MOST_EMBEDS: usize = LONGEST_S * EMBEDS_PER_SECOND as usize;
 
-/// The most requests that embed at a time: what comes in 6 s, which is longer than the timeout of the models.
+/// The most streams of one place.
+const MOST_STREAMS: usize = LONGEST_S;
+
+/// The most requests that embed at a time: what comes in 6 s, which is longer than [`VECTORS_TIMEOUT`].
 const MOST_AT_ONCE: usize = 6 * EMBEDS_PER_SECOND as usize;
 
 /// The model that embeds.
@@ -52,9 +58,23 @@ pub const WORDS: &str = "words";
 /// The time to the first byte that a request of [`VECTORS`] has.
 pub const VECTORS_TIMEOUT: Duration = Duration::from_secs(4);
 
+/// The most requests that a message lists.
+const LISTED: usize = 12;
+
+/// What a request asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// A vector.
+    Embedding,
+    /// A stream of tokens.
+    Stream,
+}
+
 /// One request: when it ran, and why it has no whole answer.
 #[derive(Debug, Clone)]
 pub struct TimedRequest {
+    /// What it asked for.
+    pub asked: Asked,
     /// When it was sent.
     pub started: Instant,
     /// When its answer had come, or its failure.
@@ -87,6 +107,32 @@ impl LoadOutcomes {
     #[must_use]
     pub fn failed(&self) -> Vec<&TimedRequest> {
         self.embeds.iter().chain(&self.streams).filter(|one| one.failure.is_some()).collect()
+    }
+
+    /// When the first request was sent; now, where there is none.
+    #[must_use]
+    pub fn began(&self) -> Instant {
+        let all = self.embeds.iter().chain(&self.streams);
+        all.map(|one| one.started).min().unwrap_or_else(Instant::now)
+    }
+
+    /// Requests of this load for a message, one a line, the first ones where they are many. Times count from
+    /// the load's begin.
+    #[must_use]
+    pub fn described(&self, requests: &[&TimedRequest]) -> String {
+        let began = self.began();
+        let mut text = format!("{} of {}:", requests.len(), self.summary());
+        for TimedRequest { asked, started, ended, by_grpc, failure } in requests.iter().take(LISTED) {
+            let (at, took) = (started.duration_since(began), ended.duration_since(*started));
+            let protocol = if *by_grpc { "gRPC" } else { "HTTP" };
+            let why = failure.as_ref().map_or_else(|| "answered".to_owned(), ToString::to_string);
+            let _ =
+                write!(text, "\n  {asked:?} by {protocol}, sent at {at:.3?}, ended after {took:.3?}: {why}");
+        }
+        if requests.len() > LISTED {
+            let _ = write!(text, "\n  and {} more", requests.len() - LISTED);
+        }
+        text
     }
 
     /// How many of those that embed took longer.
@@ -201,6 +247,18 @@ impl StandardLoad {
     /// When the load has ended.
     pub async fn seconds(&mut self, seconds: u32) -> Result<()> {
         let target = *self.sent.borrow() + (seconds * EMBEDS_PER_SECOND) as usize;
+        self.until_sent(target).await
+    }
+
+    /// Waits until the requests of the load's first seconds were sent.
+    ///
+    /// # Errors
+    /// When the load has ended.
+    pub async fn until_second(&mut self, second: u32) -> Result<()> {
+        self.until_sent((second * EMBEDS_PER_SECOND) as usize).await
+    }
+
+    async fn until_sent(&mut self, target: usize) -> Result<()> {
         ensure!(target <= MOST_EMBEDS, "a load has at most {MOST_EMBEDS} requests");
         self.sent.wait_for(|sent| *sent >= target).await.context("the load has ended")?;
         Ok(())
@@ -240,7 +298,8 @@ async fn embeds(
         if running.len() == MOST_AT_ONCE {
             let now = Instant::now();
             let failure = Failure::connection(&format!("{MOST_AT_ONCE} requests wait already"));
-            outcomes.push(TimedRequest { started: now, ended: now, by_grpc: false, failure: Some(failure) });
+            let (asked, by_grpc) = (Asked::Embedding, false);
+            outcomes.push(TimedRequest { asked, started: now, ended: now, by_grpc, failure: Some(failure) });
             continue;
         }
         let targets = targets.clone();
@@ -260,7 +319,7 @@ async fn embed(LoadTargets { gateway, vectors, .. }: &LoadTargets, number: usize
     } else {
         gateway.embeddings(Some(vectors), &[text.as_str()]).await.err()
     };
-    TimedRequest { started, ended: Instant::now(), by_grpc, failure }
+    TimedRequest { asked: Asked::Embedding, started, ended: Instant::now(), by_grpc, failure }
 }
 
 /// One place has its streams by HTTP, the next one by gRPC.
@@ -285,7 +344,8 @@ async fn streams_of_place(
         } else {
             gateway.sse(&stream, |_| ()).await.err()
         };
-        outcomes.push(TimedRequest { started, ended: Instant::now(), by_grpc, failure });
+        let (asked, ended) = (Asked::Stream, Instant::now());
+        outcomes.push(TimedRequest { asked, started, ended, by_grpc, failure });
     }
     outcomes
 }
@@ -296,7 +356,8 @@ mod tests {
 
     fn request(took_ms: u64, failure: Option<Failure>) -> TimedRequest {
         let started = Instant::now();
-        TimedRequest { started, ended: started + Duration::from_millis(took_ms), by_grpc: false, failure }
+        let ended = started + Duration::from_millis(took_ms);
+        TimedRequest { asked: Asked::Embedding, started, ended, by_grpc: false, failure }
     }
 
     #[test]
@@ -309,5 +370,22 @@ mod tests {
         assert_eq!(outcomes.percentile(100), Duration::from_millis(100));
         assert_eq!(outcomes.slower_than(Duration::from_millis(98)), 2);
         assert_eq!(outcomes.failed().len(), 1);
+    }
+
+    #[test]
+    fn a_message_says_of_each_request_when_it_ran_and_what_it_got() {
+        let mut outcomes = LoadOutcomes { embeds: vec![request(7, None)], streams: Vec::new() };
+        let failure = Failure::Refused { status: 502, message: "no pod".to_owned() };
+        outcomes.streams = (0..20).map(|_| request(30, Some(failure.clone()))).collect();
+        for one in &mut outcomes.streams {
+            one.asked = Asked::Stream;
+            one.started = outcomes.embeds[0].started + Duration::from_millis(1500);
+            one.ended = one.started + Duration::from_millis(30);
+        }
+        let text = outcomes.described(&outcomes.failed());
+        assert!(text.starts_with("20 of 1 embeddings and 20 streams, 20 failed"), "{text}");
+        let line = "\n  Stream by HTTP, sent at 1.500s, ended after 30.000ms: refused with 502: no pod";
+        assert_eq!(text.matches(line).count(), LISTED, "{text}");
+        assert!(text.ends_with("\n  and 8 more"), "{text}");
     }
 }

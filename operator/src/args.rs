@@ -60,6 +60,18 @@ pub struct RunArgs {
     )]
     pub gateway_url: String,
 
+    /// Service of the gateways, in the operator's namespace: HTTPRoutes of models lead there.
+    #[arg(long, env = "TRUSTFORMERS_GATEWAY_SERVICE", default_value = "trustformers-gateway")]
+    pub gateway_service: String,
+
+    /// Port of that Service for HTTP.
+    #[arg(long, env = "TRUSTFORMERS_GATEWAY_HTTP_PORT", default_value_t = 8080)]
+    pub gateway_http_port: u16,
+
+    /// Port of that Service for gRPC.
+    #[arg(long, env = "TRUSTFORMERS_GATEWAY_GRPC_PORT", default_value_t = 9090)]
+    pub gateway_grpc_port: u16,
+
     /// Image of the pods of models without spec.runtime.image.
     #[arg(
         long,

@@ -18,7 +18,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use trustformers_control::drift::{FieldPath, foreign_fields};
-use trustformers_control::kinds::{AUTOSCALER, CHILDREN, ChildKind, DEPLOYMENT};
+use trustformers_control::exposure::RouteReport;
+use trustformers_control::kinds::{AUTOSCALER, CHILDREN, ChildKind, DEPLOYMENT, HTTP_ROUTE};
 use trustformers_control::names;
 use trustformers_control::scaling::AutoscalerReport;
 use trustformers_crds::GROUP;
@@ -51,6 +52,8 @@ pub struct Child {
     pub deployment: Option<Arc<Deployment>>,
     /// What an autoscaler reports of itself; none for other kinds, and before its first report.
     pub autoscaler: Option<AutoscalerReport>,
+    /// What Gateways report of an HTTPRoute; none for other kinds, and before the first of them does.
+    pub exposure: Option<RouteReport>,
     /// What other field managers set in the part that belongs to the operator alone.
     pub foreign: Vec<FieldPath>,
     /// Index of the managed fields that a POST of the operator left, while it has applied nothing.
@@ -78,11 +81,9 @@ impl Child {
             true => foreign_fields(&object.value(kind).ok()?, kind),
             false => Vec::new(),
         };
-        let autoscaler = (kind == &AUTOSCALER)
-            .then(|| object.status::<Value>())
-            .flatten()
-            .as_ref()
-            .and_then(AutoscalerReport::of);
+        let status = |of: &ChildKind| (kind == of).then(|| object.status::<Value>()).flatten();
+        let autoscaler = status(&AUTOSCALER).as_ref().and_then(AutoscalerReport::of);
+        let exposure = status(&HTTP_ROUTE).as_ref().and_then(RouteReport::of);
         let deployment = (kind == &DEPLOYMENT).then(|| Arc::new(trimmed(&object)));
         let mut metadata = std::mem::take(&mut object.metadata);
         metadata.managed_fields = None;
@@ -101,6 +102,7 @@ impl Child {
             text,
             deployment,
             autoscaler,
+            exposure,
             foreign,
             posted,
         })
@@ -121,6 +123,7 @@ impl Child {
             && self.text == other.text
             && self.deployment == other.deployment
             && self.autoscaler == other.autoscaler
+            && self.exposure == other.exposure
             && self.foreign == other.foreign
             && self.posted == other.posted
     }
@@ -451,6 +454,29 @@ mod tests {
         // It was deleted and created again.
         let again = children.insert_watched(child("chat", "b", 11)).unwrap();
         assert!(!children.covers(&again, "h1"));
+    }
+
+    #[test]
+    fn what_gateways_report_of_a_route_is_news() {
+        let route = |version: u64, status: Value| {
+            let object = json!({
+                "metadata": {"name": "chat", "namespace": "team", "uid": "r", "resourceVersion": version.to_string()},
+                "spec": {"hostnames": ["a.example.com"]}, "status": status,
+            });
+            Child::of(&HTTP_ROUTE, serde_json::from_value(object).unwrap()).unwrap()
+        };
+        let refused = |time: &str| {
+            let condition = json!({"type": "Accepted", "status": "False", "reason": "NotAllowedByListeners",
+                "message": "no", "lastTransitionTime": time});
+            json!({"parents": [{"parentRef": {"name": "public"}, "conditions": [condition]}]})
+        };
+        let children = Children::default();
+        let first = children.insert(route(1, json!({})));
+        assert_eq!(first.exposure, None);
+        let news = children.insert_watched(route(2, refused("a"))).unwrap();
+        let problem = news.exposure.clone().unwrap().problem.unwrap();
+        assert_eq!(problem.reason, "NotAllowedByListeners");
+        assert!(children.insert_watched(route(3, refused("b"))).is_none(), "nothing differs that is read");
     }
 
     #[test]

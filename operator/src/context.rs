@@ -28,6 +28,7 @@ use crate::changes::Changes;
 use crate::children::Children;
 use crate::cluster_keys::ClusterKeys;
 use crate::definitions::Definitions;
+use crate::extended::ExtendedResources;
 use crate::feed::FeedState;
 use crate::feed::counts::GatewaySums;
 use crate::metrics::Metrics;
@@ -56,6 +57,8 @@ pub struct Settings {
     pub identity: Option<Identity>,
     /// The admin port of pods; another one only in tests.
     pub admin_port: u16,
+    /// Their port for gRPC; another one only in tests.
+    pub grpc_port: u16,
 }
 
 /// The writing ends of the caches.
@@ -130,6 +133,8 @@ pub struct Context {
     pub ab_tests: Store<ABTest>,
     /// What the operator made for them.
     pub children: Children,
+    /// What nodes have beside processors and memory.
+    pub extended: ExtendedResources,
     /// Which optional kinds of children the cluster has definitions of.
     pub definitions: Definitions,
     /// What gateways have counted.
@@ -205,6 +210,7 @@ impl Context {
             pods,
             ab_tests,
             children: Children::default(),
+            extended: ExtendedResources::default(),
             definitions: Definitions::default(),
             counts: GatewaySums::default(),
             samples: TestSamples::default(),
@@ -398,6 +404,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use trustformers_control::build::GatewayService;
 
     pub(crate) fn settings() -> Settings {
         Settings {
@@ -407,6 +414,11 @@ pub(crate) mod tests {
             platform: Platform {
                 runtime_image: "localhost/trustformers-runtime:v0.1.0".to_owned(),
                 namespace: "trustformers-system".to_owned(),
+                gateway: GatewayService {
+                    name: "trustformers-gateway".to_owned(),
+                    http_port: 8080,
+                    grpc_port: 9090,
+                },
                 optional_kinds: BTreeSet::new(),
                 pull_policy: "IfNotPresent".to_owned(),
                 admin: None,
@@ -414,6 +426,7 @@ pub(crate) mod tests {
             concurrency: 4,
             identity: None,
             admin_port: trustformers_control::names::ADMIN_PORT,
+            grpc_port: trustformers_control::names::GRPC_PORT,
         }
     }
 

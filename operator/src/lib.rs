@@ -14,6 +14,7 @@ pub mod crd;
 pub mod decode;
 pub mod definitions;
 pub mod election;
+pub mod extended;
 pub mod feed;
 pub mod leader;
 pub mod metrics;

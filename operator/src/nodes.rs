@@ -24,6 +24,7 @@ pub async fn run(context: Arc<Context>) {
     while let Some(event) = events.next().await {
         match event {
             Ok(event) => {
+                context.extended.apply(&event);
                 if update(&mut ready, &event) {
                     for (namespace, name) in context.set_ready_nodes(&ready) {
                         context.request(&namespace, &name, Lane::Child);

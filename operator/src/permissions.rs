@@ -39,7 +39,7 @@ pub fn everywhere() -> Vec<Permission> {
         // ab_tests; their sums are in ConfigMaps
         permission("serving.trustformers.dev", "abtests", &["list", "watch"]),
         permission("serving.trustformers.dev", "abtests/status", &["patch"]),
-        // watchers, feed::gates, feed::gateways
+        // watchers, feed::gates, feed::gateways, reconcile::ending
         permission("", "pods", &["list", "watch"]),
         permission("", "pods/status", &["patch"]),
         // nodes: pods of a node that is lost are not routed
@@ -191,7 +191,8 @@ mod tests {
         // revision has no pod.
         let first = "{source: {uri: 'oci://localhost/m:1'}, disruption: {maxUnavailable: 0}, \
             runtime: {resources: {requests: {cpu: 1}}}, scaling: {maxReplicas: 2, metrics: [{cpu: 70}]}, \
-            networkPolicy: {enabled: true}, monitoring: {serviceMonitor: true}}";
+            networkPolicy: {enabled: true}, monitoring: {serviceMonitor: true, podMonitor: true}, \
+            route: {hostnames: [a.example.com], parentRefs: [{name: g}]}}";
         reconcile(model(1, first), Arc::clone(&context)).await.unwrap();
         drift(&context);
         reconcile(model(1, first), Arc::clone(&context)).await.unwrap();

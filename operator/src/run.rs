@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use trustformers_control::build::Platform;
+use trustformers_control::build::{GatewayService, Platform};
 use trustformers_control::names;
 use trustformers_proto::control::v1::route_service_server::RouteServiceServer;
 use trustformers_telemetry::metrics::{MetricsError, new_registry};
@@ -140,6 +140,11 @@ fn settings(args: &RunArgs) -> Settings {
         platform: Platform {
             runtime_image: args.runtime_image.clone(),
             namespace: args.namespace.clone(),
+            gateway: GatewayService {
+                name: args.gateway_service.clone(),
+                http_port: args.gateway_http_port,
+                grpc_port: args.gateway_grpc_port,
+            },
             // Not known before the definitions are listed.
             optional_kinds: BTreeSet::new(),
             pull_policy: args.image_pull_policy.as_str().to_owned(),
@@ -150,6 +155,7 @@ fn settings(args: &RunArgs) -> Settings {
         identity: (args.pod_auth == PodAuth::Token)
             .then(|| Identity { namespace: args.namespace.clone(), account: args.service_account.clone() }),
         admin_port: names::ADMIN_PORT,
+        grpc_port: names::GRPC_PORT,
     }
 }
 

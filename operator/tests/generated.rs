@@ -283,6 +283,22 @@ fn defaults_of_the_chart_reach_the_definition() {
 }
 
 #[test]
+fn routes_of_models_in_named_namespaces_may_lead_to_the_gateways() {
+    let name = "ReferenceGrant/trustformers-gateway";
+    let Some(usual) = rendered(&[]) else { return };
+    assert!(!objects(&usual).contains_key(name), "the cluster may have no definition of it");
+    let Some(text) = rendered(&["--set", "gateway.routesFrom={team-a,team-b}"]) else { return };
+    let objects = objects(&text);
+    let spec = &objects[name]["spec"];
+    let from = spec["from"].as_sequence().unwrap();
+    let namespaces: Vec<&str> = from.iter().filter_map(|one| one["namespace"].as_str()).collect();
+    assert_eq!(namespaces, ["team-a", "team-b"]);
+    assert!(from.iter().all(|one| one["kind"] == "HTTPRoute"));
+    assert_eq!(spec["to"][0]["name"], Value::from("trustformers-gateway"));
+    assert!(objects.contains_key("Service/trustformers-gateway"), "the operator leads routes there");
+}
+
+#[test]
 fn every_pod_of_the_chart_is_restricted() {
     let Some(text) = rendered(&[]) else { return };
     let objects = objects(&text);

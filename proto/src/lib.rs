@@ -15,6 +15,18 @@ mod wire;
 
 pub use task::{Task, UnknownTask};
 
+/// HTTP header, and gRPC metadata key, of a request to a gateway: the model that is meant where the request
+/// itself names none. The HTTPRoute of a model sets it.
+pub const MODEL_HEADER: &str = "x-trustformers-model";
+
+/// Header of a request to a pod whose answer shall tell the pod's load in its head, and end with trailers
+/// that say how it ended.
+pub const REPORT_HEADER: &str = "x-trustformers-report-end";
+
+/// Header of such an answer: requests of all gateways that are in flight in the pod, this one included. A
+/// gateway knows only its own, and balances better with all of them.
+pub const LOAD_HEADER: &str = "x-trustformers-load";
+
 /// Package `trustformers.v1`: what callers of a model see.
 #[allow(
     missing_docs,

@@ -245,6 +245,9 @@ pub struct VariantStatus {
     /// Scores.
     #[serde(default)]
     pub scores: i64,
+    /// What it answered as the test's shadow; absent where that is nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<ShadowStatus>,
     /// The goal and the secondary metrics, the goal first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
@@ -259,6 +262,33 @@ pub struct VariantStatus {
     /// Information of the goal so far, in the scale of its comparison: it must not fall.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub information: Option<String>,
+}
+
+/// What a variant answered as the test's shadow since the samples began, beside the answers of callers.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ShadowStatus {
+    /// Answers that say the same.
+    #[serde(default)]
+    pub same: i64,
+    /// Answers that do not.
+    #[serde(default)]
+    pub different: i64,
+    /// Answers that cannot be compared.
+    #[serde(default)]
+    pub incomparable: i64,
+    /// Answers of a shadow with `compare: false`.
+    #[serde(default)]
+    pub answered: i64,
+    /// Requests that it did not answer, or with an error.
+    #[serde(default)]
+    pub failed: i64,
+    /// Requests that it was not sent, because gateways had no room for the copy.
+    #[serde(default)]
+    pub dropped: i64,
+    /// Share of `same` among `same` and `different`, 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<String>,
 }
 
 /// One metric of a variant.

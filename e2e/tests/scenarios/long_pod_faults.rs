@@ -87,7 +87,8 @@ async fn one_cut_off(scenario: &Scenario, targets: &LoadTargets) -> Result<()> {
     })
     .await?;
     let failed = outcomes.failed();
-    assert!(failed.len() <= 1 && failed.iter().all(|one| may_be_repeated(one)), "{failed:?}");
+    let few = failed.len() <= 1 && failed.iter().all(|one| may_be_repeated(one));
+    assert!(few, "requests failed: {}", outcomes.described(&failed));
     few_exceed_the_timeout(&outcomes);
     Ok(())
 }
@@ -144,24 +145,35 @@ pub(crate) async fn under_load(
 ) -> Result<LoadOutcomes> {
     let mut load = StandardLoad::start(targets);
     load.seconds(1).await?;
-    happens(&mut load).await.with_context(|| what.to_owned())?;
+    let happened = happens(&mut load).await.with_context(|| what.to_owned());
     let outcomes = load.stop().await?;
     eprintln!("{what}: {}", outcomes.summary());
+    if happened.is_err() {
+        // What the requests met may say why it did not happen.
+        eprintln!("failed: {}", outcomes.described(&outcomes.failed()));
+    }
+    happened?;
     Ok(outcomes)
 }
 
 pub(crate) fn none_failed(outcomes: &LoadOutcomes) {
     let failed = outcomes.failed();
-    assert!(failed.is_empty(), "{} requests failed: {:?}", failed.len(), failed.first());
+    assert!(failed.is_empty(), "requests failed: {}", outcomes.described(&failed));
 }
 
 /// Every request that failed ran at one of these moments, and its error says that it may be repeated.
 pub(crate) fn only_those_of_killed_pods_failed(outcomes: &LoadOutcomes, killed: &[Instant]) {
-    for failed in outcomes.failed() {
-        let ran = killed.iter().any(|killed| failed.started < *killed + DYING && failed.ended > *killed);
-        assert!(ran, "a request failed that no killed pod had: {failed:?}");
-        assert!(may_be_repeated(failed), "{failed:?}");
-    }
+    let had = |one: &&TimedRequest| {
+        killed.iter().any(|killed| one.started < *killed + DYING && one.ended > *killed)
+    };
+    let (of_killed, others): (Vec<_>, Vec<_>) = outcomes.failed().into_iter().partition(had);
+    let began = outcomes.began();
+    let at: Vec<_> = killed.iter().map(|killed| killed.duration_since(began)).collect();
+    let others_text = outcomes.described(&others);
+    assert!(others.is_empty(), "pods were killed at {at:?}; requests failed that none had: {others_text}");
+    let final_ones: Vec<_> = of_killed.into_iter().filter(|one| !may_be_repeated(one)).collect();
+    let final_text = outcomes.described(&final_ones);
+    assert!(final_ones.is_empty(), "requests of killed pods have errors that forbid to repeat: {final_text}");
 }
 
 fn may_be_repeated(request: &TimedRequest) -> bool {

@@ -1,5 +1,5 @@
 //! Verdicts of A/B tests over real models: the right winner with an interval that holds, a broken division,
-//! a guardrail, and a promotion that is undone.
+//! a guardrail, a promotion that is undone, and gateways that divide users wrongly.
 
 use std::time::Duration;
 
@@ -8,15 +8,19 @@ use kube::api::DynamicObject;
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle};
 use trustformers_e2e::{
-    ab_test::{Tests, Visit, answers, bucket_of, figure, score, visit, visits},
+    ab_test::{Tests, Visit, answers, bucket_of, figure, score, seen, visit, visits},
     gateway::Gateway,
     model::{MINILM, condition, status_text},
-    scenario::{Scenario, run},
+    release,
+    scenario::{Scenario, run_within},
     wait::Until,
 };
 
 /// A verdict follows a checkpoint, which comes every 30 s. Twice that, and some for a loaded machine.
 const VERDICT_LIMIT_S: u64 = 75;
+/// Both scenarios wait for two models (90 s each), a route (30 s), two verdicts or a verdict and what follows
+/// (150 s), and send 8,000 requests at 100 a second: 440 s at worst, and 100 s on two idle cores.
+const LIMIT: Duration = Duration::from_secs(440);
 /// What the slow model waits for more texts, whether some come or not.
 const DELAY_MS: u64 = 60;
 /// Users of a test that divides 90 to 10: 560 of the smaller variant are expected and 500 needed, which is
@@ -53,6 +57,42 @@ async fn models(scenario: &Scenario, other: &str, runtime: Value) -> Result<()> 
     Ok(())
 }
 
+/// The number of a user of [`users`].
+fn number_of(user: &str) -> u32 {
+    user.rsplit('-').next().and_then(|number| number.parse().ok()).unwrap_or_default()
+}
+
+/// What users say of their answers: half of them 1 more than the other half, whichever variant they have, and
+/// those of the treatment [`SCORE_EFFECT`] more.
+fn score_of(visit: &Visit) -> f64 {
+    let better = if visit.variant == "treatment" { SCORE_EFFECT } else { 0.0 };
+    f64::from(number_of(&visit.user) % 2) + better
+}
+
+/// Fails unless the test came to this verdict, and shows what it came to.
+fn ensure_verdict(test: &DynamicObject, verdict: &str, winner: &str) -> Result<()> {
+    let is_as_expected = status_text(test, "/verdict") == verdict && status_text(test, "/winner") == winner;
+    ensure!(is_as_expected, "expected {verdict} {winner}; the status is\n{}", seen(test));
+    Ok(())
+}
+
+/// Fails unless the test samples no more for this reason.
+fn ensure_ended(test: &DynamicObject, reason: &str) -> Result<()> {
+    let sampling = condition(test, "Sampling");
+    let is_as_expected = sampling.is_some_and(|sampling| sampling.reason == reason);
+    ensure!(is_as_expected, "expected Sampling to be {reason}; the status is\n{}", seen(test));
+    Ok(())
+}
+
+/// The interval of the goal's effect.
+fn interval(test: &DynamicObject) -> Result<[f64; 2]> {
+    let end = |pointer: &str| {
+        let end = figure(test, "treatment", pointer);
+        end.with_context(|| format!("no {pointer} of the treatment; the status is\n{}", seen(test)))
+    };
+    Ok([end("/metrics/0/low")?, end("/metrics/0/high")?])
+}
+
 fn has_verdict(test: &DynamicObject) -> Option<DynamicObject> {
     (!status_text(test, "/verdict").is_empty()).then(|| test.clone())
 }
@@ -67,7 +107,7 @@ fn median_ms(visits: &[Visit], variant: &str) -> Result<f64> {
 
 #[tokio::test]
 async fn the_faster_model_wins_and_broken_tests_end() -> Result<()> {
-    run("verdicts", async |scenario| {
+    run_within("verdicts", LIMIT, async |scenario| {
         // Given: two models, one with a delay, and three tests over them.
         let delay = json!({"batching": {"strategy": "time", "maxWaitMs": DELAY_MS}});
         models(scenario, "slow", delay).await?;
@@ -94,28 +134,31 @@ async fn the_faster_model_wins_and_broken_tests_end() -> Result<()> {
         // Then: the guardrail has ended the first test, and the control answers everybody.
         let stopped = |test: &DynamicObject| (status_text(test, "/phase") == "Stopped").then(|| test.clone());
         let test = tests.until("guarded", Until::new("the guardrail ends the test", 30), stopped).await?;
-        assert_eq!(status_text(&test, "/weights"), "100/0");
-        let sampling = condition(&test, "Sampling").context("no condition Sampling")?;
-        assert_eq!(sampling.reason, "GuardrailBroken");
+        ensure!(status_text(&test, "/weights") == "100/0", "the status is\n{}", seen(&test));
+        ensure_ended(&test, "GuardrailBroken")?;
 
         // And: the second one is invalid.
         let limit = Until::new("the broken division is found", VERDICT_LIMIT_S);
         let test = tests.until("divided", limit, has_verdict).await?;
-        assert_eq!((status_text(&test, "/verdict"), status_text(&test, "/srm")), ("Invalid", "broken"));
+        ensure_verdict(&test, "Invalid", "")?;
+        ensure!(status_text(&test, "/srm") == "broken", "the status is\n{}", seen(&test));
 
         // And: the third one names the faster model, with an interval that holds what callers measured.
         let limit = Until::new("the faster model wins", VERDICT_LIMIT_S);
         let test = tests.until("compared", limit, has_verdict).await?;
-        assert_eq!((status_text(&test, "/verdict"), status_text(&test, "/winner")), ("Winner", "control"));
-        assert_eq!(status_text(&test, "/srm"), "ok");
+        ensure_verdict(&test, "Winner", "control")?;
+        ensure!(status_text(&test, "/srm") == "ok", "the status is\n{}", seen(&test));
         let truth = median_ms(&all, "treatment")? / median_ms(&all, "control")?;
-        let end = |pointer: &str| figure(&test, "treatment", pointer).context("no interval");
-        let (low, high) = (1.0 + end("/metrics/0/low")?, 1.0 + end("/metrics/0/high")?);
+        let [low, high] = interval(&test)?.map(|end| 1.0 + end);
         eprintln!(
             "treatment by control: {truth:.2} as callers measured, from {low:.2} to {high:.2} by the test"
         );
         // Callers measure the way to the gateway too, which is the same for both and makes the ratio smaller.
-        ensure!(low > 1.0 && truth < 1.05 * high && truth > 0.5 * low, "{truth} is not in {low}..{high}");
+        ensure!(
+            low > 1.0 && truth < 1.05 * high && truth > 0.5 * low,
+            "{truth} is not in {low}..{high}; the status is\n{}",
+            seen(&test)
+        );
         Ok(())
     })
     .await
@@ -123,7 +166,7 @@ async fn the_faster_model_wins_and_broken_tests_end() -> Result<()> {
 
 #[tokio::test]
 async fn feedback_decides_and_the_promotion_can_be_undone() -> Result<()> {
-    run("promotion", async |scenario| {
+    run_within("promotion", LIMIT, async |scenario| {
         // Given: two models of equal speed, and a test by scores that promotes its winner.
         models(scenario, "twin", json!({})).await?;
         let (gateway, tests) =
@@ -137,17 +180,20 @@ async fn feedback_decides_and_the_promotion_can_be_undone() -> Result<()> {
 
         // When: every user scores an answer, and those of the treatment are better by a known difference.
         let all = visits(&gateway, &name, users("s", USERS_OF_HALVES)).await?;
-        let better = |visit: &Visit| if visit.variant == "treatment" { SCORE_EFFECT } else { 0.0 };
-        score(&gateway, &all, |number, visit| (number % 2) as f64 + better(visit)).await?;
+        score(&gateway, &all, score_of).await?;
         let steady = SteadyVisits::start(&gateway, &name);
 
         // Then: the treatment wins, and the interval holds the difference.
         let limit = Until::new("the better scores win", VERDICT_LIMIT_S);
         let test = tests.until("scored", limit, has_verdict).await?;
-        assert_eq!((status_text(&test, "/verdict"), status_text(&test, "/winner")), ("Winner", "treatment"));
-        let end = |pointer: &str| figure(&test, "treatment", pointer).context("no interval");
-        let (low, high) = (end("/metrics/0/low")?, end("/metrics/0/high")?);
-        ensure!(low < SCORE_EFFECT && SCORE_EFFECT < high && low > 0.0, "{low}..{high}");
+        ensure_verdict(&test, "Winner", "treatment")?;
+        let [low, high] = interval(&test)?;
+        eprintln!("scores are better by {SCORE_EFFECT}, by {low:.2} to {high:.2} as the test says");
+        ensure!(
+            low < SCORE_EFFECT && SCORE_EFFECT < high && low > 0.0,
+            "{SCORE_EFFECT} is not in {low}..{high}; the status is\n{}",
+            seen(&test)
+        );
 
         // And: it gets every user, whose requests go on.
         let whole = |test: &DynamicObject| (status_text(test, "/weights") == "0/100").then_some(());
@@ -157,15 +203,16 @@ async fn feedback_decides_and_the_promotion_can_be_undone() -> Result<()> {
             all.iter().filter(control).take(20).map(|visit| visit.user.clone()).collect();
         all_get(&gateway, &name, &moved, "treatment").await?;
 
-        // When: the promotion is undone. Then: the variants have their weights, and their users, again.
+        // When: the promotion is undone. Then: the variants have their weights again, and the control users.
         tests.change("scored", json!({"onConclusion": "Report"})).await?;
         let undone = |test: &DynamicObject| (status_text(test, "/weights") == "50/50").then(|| test.clone());
         let test = tests.until("scored", Until::new("the weights are back", 15), undone).await?;
-        let sampling = condition(&test, "Sampling").context("no condition Sampling")?;
-        assert_eq!(sampling.reason, "PromotionUndone");
+        ensure_ended(&test, "PromotionUndone")?;
+        // The fewest users move, and they need not be those that moved before.
+        let some: Vec<String> = all.iter().take(40).map(|visit| visit.user.clone()).collect();
         let back = Until::new("some users get the control again", 15);
         back.polled(|| async {
-            let again = visits(&gateway, &name, moved.clone()).await?;
+            let again = visits(&gateway, &name, some.clone()).await?;
             Ok(again.iter().any(|visit| visit.variant == "control").then_some(()))
         })
         .await?;
@@ -178,13 +225,50 @@ async fn feedback_decides_and_the_promotion_can_be_undone() -> Result<()> {
     .await
 }
 
+#[tokio::test]
+async fn a_splitter_that_divides_wrongly_makes_a_test_invalid() -> Result<()> {
+    run_within("splitter", LIMIT, async |scenario| {
+        // Given: two models of equal speed, and gateways that give the treatment to a tenth of the control's
+        // users.
+        models(scenario, "twin", json!({})).await?;
+        release::with_fault(&scenario.cluster, "--fault=split-skew=0.1").await?;
+        let outcome = the_division_is_found_broken(scenario).await;
+        // Also after a failure: the scenarios after this one expect gateways without a fault.
+        release::without_fault(&scenario.cluster).await?;
+        outcome
+    })
+    .await
+}
+
+async fn the_division_is_found_broken(scenario: &Scenario) -> Result<()> {
+    // When: users come to a test that divides 90 to 10, who are served as 81 to 19.
+    let (gateway, tests) = (scenario.gateway().await?, Tests::new(&scenario.cluster, &scenario.namespace));
+    let name = format!("{}/skewed", scenario.namespace);
+    tests.apply("skewed", &spec("skewed", "twin", [90, 10])).await?;
+    answers(&gateway, &name).await?;
+    let all = visits(&gateway, &name, users("k", USERS_OF_HALVES)).await?;
+    let treated = all.iter().filter(|visit| visit.variant == "treatment").count();
+    // 228 expected, and 120 without the fault; five standard deviations are 68 and 52.
+    ensure!((173..=296).contains(&treated), "{treated} of {} users got the treatment", all.len());
+
+    // Then: the test says that nothing can be said.
+    let limit = Until::new("the broken splitter is found", VERDICT_LIMIT_S);
+    let test = tests.until("skewed", limit, has_verdict).await?;
+    ensure_verdict(&test, "Invalid", "")?;
+    ensure!(status_text(&test, "/srm") == "broken", "the status is\n{}", seen(&test));
+    ensure_ended(&test, "SampleRatioMismatch")
+}
+
 /// Waits until these users get this variant.
 async fn all_get(gateway: &Gateway, model: &str, users: &[String], variant: &str) -> Result<()> {
     let what = format!("{} users get {variant}", users.len());
     Until::new(&what, 15)
         .polled(|| async {
             let got = visits(gateway, model, users.to_vec()).await?;
-            Ok(got.iter().all(|visit| visit.variant == variant).then_some(()))
+            let others = got.iter().filter(|visit| visit.variant != variant).count();
+            // The last error becomes part of the message at the limit.
+            ensure!(others == 0, "{others} of them get another one");
+            Ok(Some(()))
         })
         .await
 }
@@ -204,7 +288,8 @@ impl SteadyVisits {
             let mut answered = 0;
             while !*stopped.borrow() {
                 ticks.tick().await;
-                visit(&gateway, &model, format!("steady-{}", answered % 40)).await?;
+                let asked = visit(&gateway, &model, format!("steady-{}", answered % 40)).await;
+                asked.with_context(|| format!("request {answered} beside the promotion failed"))?;
                 answered += 1;
             }
             anyhow::Ok(answered)

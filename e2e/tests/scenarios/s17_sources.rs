@@ -104,20 +104,20 @@ async fn each_failure_of_a_source_has_its_reason_and_its_fix() -> Result<()> {
 }
 
 /// Servers with SmolLM2.
-async fn server(scenario: &Scenario) -> Result<SourceServer> {
+pub(crate) async fn server(scenario: &Scenario) -> Result<SourceServer> {
     let file = scenario.cluster.settings.cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
     SourceServer::start(&scenario.cluster, &file).await.context("the servers of sources")
 }
 
 /// The models of one scenario, which share its namespace and the server.
-struct Fixture<'a> {
-    scenario: &'a Scenario,
-    server: &'a SourceServer,
+pub(crate) struct Fixture<'a> {
+    pub(crate) scenario: &'a Scenario,
+    pub(crate) server: &'a SourceServer,
 }
 
 impl Fixture<'_> {
     /// A Secret with these variables and the server's certificate authority.
-    async fn secret(&self, name: &str, variables: &[(&str, &str)]) -> Result<()> {
+    pub(crate) async fn secret(&self, name: &str, variables: &[(&str, &str)]) -> Result<()> {
         let authority = [(AUTHORITY, self.server.authority.as_str())];
         let data: BTreeMap<String, String> = variables
             .iter()
@@ -132,16 +132,20 @@ impl Fixture<'_> {
         Ok(())
     }
 
-    /// A model of this source, whose pod asks our servers instead of those of the cloud.
-    async fn apply(&self, name: &str, source: Value) -> Result<()> {
+    /// The spec of a model of this source, whose pods ask our servers instead of those of the cloud.
+    pub(crate) fn spec(&self, source: Value) -> Value {
         let endpoint = format!("https://{}", self.server.address);
         let env = json!([
             {"name": "AWS_ENDPOINT_URL", "value": endpoint},
             {"name": "HF_ENDPOINT", "value": endpoint},
             {"name": "SSL_CERT_FILE", "value": AUTHORITY_FILE},
         ]);
-        let spec = json!({"source": source, "runtime": {"contextTokens": 256, "env": env}});
-        self.scenario.models().apply(name, spec).await.map(drop)
+        json!({"source": source, "runtime": {"contextTokens": 256, "env": env}})
+    }
+
+    /// A model of this source.
+    async fn apply(&self, name: &str, source: Value) -> Result<()> {
+        self.scenario.models().apply(name, self.spec(source)).await.map(drop)
     }
 
     /// A condition of the model that is not true has all of these words.

@@ -89,6 +89,10 @@ pub fn pool(model: &ValidatedModel) -> String {
             lines.add(&format!("runtime.resources.{kind}.{resource}"), &amount.0);
         }
     }
+    if model.runtime.gpus > 0 {
+        lines.add("runtime.gpus", &model.runtime.gpus.to_string());
+        lines.add("runtime.gpuResource", &model.runtime.gpu_resource);
+    }
     let pod = &model.pod;
     for (kind, map) in
         [("nodeSelector", &pod.node_selector), ("labels", &pod.labels), ("annotations", &pod.annotations)]
@@ -215,6 +219,12 @@ mod tests {
         assert_eq!(pool(&valid("chat", "{source: {uri: 'oci://y'}, scaling: {replicas: 3}}")), base);
         assert_ne!(pool(&valid("chat", "{source: {uri: 'oci://x'}, runtime: {image: other}}")), base);
         assert_ne!(pool(&valid("chat", "{source: {uri: 'oci://x'}, pod: {nodeSelector: {a: b}}}")), base);
+        let gpus = |fields: &str| {
+            pool(&valid("chat", &format!("{{source: {{uri: 'oci://x'}}, runtime: {{{fields}}}}}")))
+        };
+        assert_eq!(gpus("gpus: 0, gpuResource: amd.com/gpu"), base);
+        assert_ne!(gpus("gpus: 1"), base);
+        assert_ne!(gpus("gpus: 1, gpuResource: amd.com/gpu"), gpus("gpus: 1"));
         let fetched = [
             "uri: 'hf://a/b'",
             "uri: 'hf://a/b', secretRef: {name: s}",

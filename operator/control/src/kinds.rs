@@ -124,6 +124,30 @@ pub const SERVICE_MONITOR: ChildKind = ChildKind {
     exclusive: &["spec"],
 };
 
+/// Where a Prometheus finds the metrics of the pods, those that do not serve included.
+pub const POD_MONITOR: ChildKind = ChildKind {
+    group: "monitoring.coreos.com",
+    version: "v1",
+    kind: "PodMonitor",
+    plural: "podmonitors",
+    prune: true,
+    with_pods: false,
+    needs_definition: true,
+    exclusive: &["spec"],
+};
+
+/// By which host names callers outside of the cluster reach the model.
+pub const HTTP_ROUTE: ChildKind = ChildKind {
+    group: "gateway.networking.k8s.io",
+    version: "v1",
+    kind: "HTTPRoute",
+    plural: "httproutes",
+    prune: true,
+    with_pods: false,
+    needs_definition: true,
+    exclusive: &["spec"],
+};
+
 /// Every kind of child, in the order in which children are applied: what pods need comes before the pods.
 pub const CHILDREN: &[&ChildKind] = &[
     &SERVICE_ACCOUNT,
@@ -133,6 +157,8 @@ pub const CHILDREN: &[&ChildKind] = &[
     &DISRUPTION_BUDGET,
     &AUTOSCALER,
     &SERVICE_MONITOR,
+    &POD_MONITOR,
+    &HTTP_ROUTE,
     &DEPLOYMENT,
 ];
 

@@ -14,7 +14,8 @@ use trustformers_crds::{Condition, InferenceModelStatus, Loading, Phase};
 use trustformers_proto::v1::{ModelSlot, ModelState, ModelStatus};
 
 use crate::causes::{self, Cause};
-use crate::kinds::ChildKind;
+use crate::exposure::RouteReport;
+use crate::kinds::{ChildKind, HTTP_ROUTE};
 use crate::names;
 use crate::pods::PodView;
 use crate::rollout::{Placement, RolloutPhase, RolloutState};
@@ -63,6 +64,8 @@ pub struct StatusInputs<'a> {
     pub gate_hold: Option<&'a Cause>,
     /// What the model's autoscaler reports; none before its first report.
     pub autoscaler: Option<&'a AutoscalerReport>,
+    /// What Gateways report of the model's HTTPRoute; none before the first of them does.
+    pub exposure: Option<&'a RouteReport>,
     /// Kinds of which the spec asks for an object and the cluster has no definition.
     pub undefined: &'a [&'static ChildKind],
     /// Where callers reach the gateway.
@@ -139,6 +142,7 @@ pub fn status(
     describe(&facts, inputs.name_owner, model, &mut conditions);
     conditions.set_autoscaled(model, inputs.autoscaler);
     conditions.set_integrated(inputs.undefined);
+    conditions.set_exposed(model, inputs);
     InferenceModelStatus {
         observed_generation: Some(model.generation),
         phase: Some(phase(&facts)),
@@ -198,7 +202,8 @@ pub fn refused(refusal: Refusal<'_>, previous: &InferenceModelStatus) -> Inferen
     conditions.set("Ready", false, &cause.reason, &cause.message);
     conditions.set("Progressing", false, &cause.reason, &cause.message);
     conditions.set("Degraded", true, &cause.reason, &cause.message);
-    let stays = |one: &&Condition| matches!(one.type_.as_str(), "BareName" | "Autoscaled" | "Integrated");
+    let stays =
+        |one: &&Condition| matches!(one.type_.as_str(), "BareName" | "Autoscaled" | "Integrated" | "Exposed");
     conditions.list.extend(previous.conditions.iter().filter(stays).cloned());
     InferenceModelStatus {
         observed_generation: Some(generation),
@@ -511,6 +516,28 @@ impl Conditions<'_> {
         if !missing.is_empty() {
             let message = format!("the cluster has no definition of {missing}; it is made when it has one");
             self.set("Integrated", false, "NotDefined", &message);
+        }
+    }
+
+    /// Whether Gateways take requests for the model's host names, where they are to and can.
+    fn set_exposed(&mut self, model: &ValidatedModel, inputs: StatusInputs<'_>) {
+        let Some(route) = &model.route else { return };
+        if inputs.undefined.contains(&&HTTP_ROUTE) {
+            return;
+        }
+        match inputs.exposure {
+            None => {
+                let names = route.parent_refs.iter().map(|one| one.name.as_str()).collect::<Vec<_>>();
+                let message = format!("no Gateway has answered yet; asked: {}", names.join(", "));
+                self.set("Exposed", false, "Waiting", &message);
+            }
+            Some(RouteReport { problem: Some(Cause { reason, message }) }) => {
+                self.set("Exposed", false, reason, message);
+            }
+            Some(RouteReport { problem: None }) => {
+                let message = format!("Gateways take requests for {}", route.hostnames.join(", "));
+                self.set("Exposed", true, "Accepted", &message);
+            }
         }
     }
 

@@ -257,6 +257,7 @@ mod tests {
             revision: revision.to_owned(),
             percent,
             discard,
+            variant: String::new(),
         };
         assert_eq!(
             of("{shadow: {modelRef: {name: next}, percent: 10}}"),

@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Resource;
 use trustformers_crds::{
     BatchStrategy, EmptyDirCache, InferenceModel, InferenceModelSpec, MAX_NAME_CHARS, Monitoring,
-    NetworkPolicySettings, OciAccess, PodSettings, Runtime, Source, SourceCache,
+    NetworkPolicySettings, OciAccess, PodSettings, RouteSettings, Runtime, Source, SourceCache,
 };
 use trustformers_proto::Task;
 
@@ -87,8 +87,10 @@ pub struct ValidatedModel {
     pub max_unavailable: i32,
     /// Who reaches the pods; none: everybody.
     pub network_policy: Option<NetworkPolicySettings>,
-    /// How a ServiceMonitor describes its metrics; none: it has none.
+    /// How a ServiceMonitor or a PodMonitor describes its metrics; none: it has neither.
     pub monitoring: Option<Monitoring>,
+    /// How an HTTPRoute leads to it; none: it has none.
+    pub route: Option<RouteSettings>,
     /// Rules about nodes and other pods.
     pub affinity: Option<Affinity>,
     /// Settings passed through to the pods.
@@ -224,7 +226,8 @@ pub fn validate(model: &InferenceModel) -> Result<ValidatedModel, ValidateError>
         drain_timeout: time("drainTimeout", &spec.traffic.drain_timeout)?,
         max_unavailable: spec.disruption.max_unavailable,
         network_policy: Some(&spec.network_policy).filter(|policy| policy.enabled).cloned(),
-        monitoring: Some(&spec.monitoring).filter(|one| one.service_monitor).cloned(),
+        monitoring: Some(&spec.monitoring).filter(|one| one.service_monitor || one.pod_monitor).cloned(),
+        route: Some(&spec.route).filter(|one| !one.parent_refs.is_empty()).cloned(),
         affinity: spec.pod.affinity.as_ref().map(affinity::parse).transpose()?,
         pod: spec.pod.clone(),
     })

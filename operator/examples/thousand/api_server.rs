@@ -1,7 +1,7 @@
 //! An API server in the memory of this process, as far as the operator uses one for models that start: lists,
 //! watches, POST and patches of statuses, with resource versions and managed fields. It counts requests.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -33,6 +33,8 @@ struct LoggedChange {
 struct Contents {
     version: u64,
     objects: BTreeMap<ObjectName, Value>,
+    /// Those of the models that are ready.
+    ready_models: BTreeSet<ObjectName>,
     changes: HashMap<String, Vec<LoggedChange>>,
     requests: BTreeMap<String, u64>,
 }
@@ -43,12 +45,13 @@ pub(crate) struct LoopbackServer {
     contents: Arc<Mutex<Contents>>,
     /// Wakes watches: the last version of all.
     newest: watch::Sender<u64>,
+    ready_models: watch::Sender<usize>,
 }
 
 impl LoopbackServer {
     /// A server without objects.
     pub(crate) fn new() -> Self {
-        Self { contents: Arc::default(), newest: watch::Sender::new(0) }
+        Self { contents: Arc::default(), newest: watch::Sender::new(0), ready_models: watch::Sender::new(0) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {
@@ -69,6 +72,22 @@ impl LoopbackServer {
 
     fn wake_watches(&self) {
         self.newest.send_replace(self.lock().version);
+        // Counted in here, so that a later count is never replaced by an earlier one.
+        self.ready_models.send_if_modified(|count| {
+            let ready = self.lock().ready_models.len();
+            std::mem::replace(count, ready) != ready
+        });
+    }
+
+    /// Models that are ready.
+    pub(crate) fn ready_models(&self) -> usize {
+        *self.ready_models.borrow()
+    }
+
+    /// Waits until at least `count` models are ready.
+    pub(crate) async fn until_ready(&self, count: usize) {
+        // The sender is part of this value, so that the wait has no other end.
+        let _ready = self.ready_models.subscribe().wait_for(|ready| *ready >= count).await.map(drop);
     }
 
     /// The changes after a version, without end. It reads them from the log, so that a slow reader needs no
@@ -105,24 +124,6 @@ impl LoopbackServer {
         self.wake_watches();
     }
 
-    /// Whether an object exists and `is_wanted` holds for it.
-    pub(crate) fn has(
-        &self,
-        plural: &str,
-        namespace: &str,
-        name: &str,
-        is_wanted: impl Fn(&Value) -> bool,
-    ) -> bool {
-        let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
-        self.lock().objects.get(&key).is_some_and(is_wanted)
-    }
-
-    /// Number of objects of a kind for which `is_wanted` holds.
-    pub(crate) fn count(&self, plural: &str, is_wanted: impl Fn(&Value) -> bool) -> usize {
-        let contents = self.lock();
-        contents.objects.iter().filter(|((kind, ..), object)| kind == plural && is_wanted(object)).count()
-    }
-
     /// Requests so far, by verb and kind.
     pub(crate) fn requests(&self) -> BTreeMap<String, u64> {
         self.lock().requests.clone()
@@ -141,6 +142,11 @@ impl Contents {
         }
         meta["resourceVersion"] = json!(self.version.to_string());
         let key = (plural.to_owned(), namespace.clone(), name);
+        if plural == "inferencemodels" && cluster::is_ready(&object) {
+            self.ready_models.insert(key.clone());
+        } else {
+            self.ready_models.remove(&key);
+        }
         let is_new = self.objects.insert(key, object.clone()).is_none();
         self.log(plural, namespace, if is_new { "ADDED" } else { "MODIFIED" }, &object);
         object
@@ -257,6 +263,7 @@ fn create(server: &LoopbackServer, path: &ObjectPath, mut object: Value) -> Valu
 fn patch(server: &LoopbackServer, path: &ObjectPath, patch: &Value) -> Result<Value, StatusCode> {
     let mut contents = server.lock();
     let mut object = contents.objects.get(&path.key()).cloned().ok_or(StatusCode::NOT_FOUND)?;
+    let was_ready = cluster::is_ready(&object);
     match (path.plural.as_str(), path.is_status) {
         ("inferencemodels", true) => {
             object["status"] = patch["status"].clone();
@@ -272,6 +279,9 @@ fn patch(server: &LoopbackServer, path: &ObjectPath, patch: &Value) -> Result<Va
     let stored = contents.put(&path.plural, object);
     drop(contents);
     server.wake_watches();
+    if path.plural == "pods" && !was_ready && cluster::is_ready(&stored) {
+        tokio::spawn(cluster::complete_deployment(server.clone(), stored.clone()));
+    }
     Ok(stored)
 }
 

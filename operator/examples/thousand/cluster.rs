@@ -11,6 +11,8 @@ use crate::api_server::{LoopbackServer, add_entry, entry, text};
 const NODE: &str = "n1";
 /// Nothing listens there: it is a loopback address, so an attempt to connect is refused at once.
 const POD_ADDRESS: &str = "127.77.0.1";
+/// The one pod of a Deployment has its name with this behind it.
+const POD_SUFFIX: &str = "-0";
 /// From one write to the next.
 const STEP: Duration = Duration::from_millis(20);
 const NOW: &str = "2026-01-01T00:00:00Z";
@@ -21,7 +23,7 @@ pub(crate) fn add_node(server: &LoopbackServer) {
     server.put("nodes", json!({"metadata": {"name": NODE}, "status": {"conditions": ready}}));
 }
 
-/// Makes the pod of a Deployment and lets it run.
+/// Makes the pod of a Deployment and lets it run. It is ready once its readiness gates are open.
 pub(crate) async fn start_pod(server: LoopbackServer, deployment: Value) {
     let (namespace, name) =
         (text(&deployment["metadata"]["namespace"]), text(&deployment["metadata"]["name"]));
@@ -33,7 +35,7 @@ pub(crate) async fn start_pod(server: LoopbackServer, deployment: Value) {
         &json!({"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "unavailableReplicas": 1}),
     );
     let template = &deployment["spec"]["template"];
-    let pod_name = format!("{name}-0");
+    let pod_name = format!("{name}{POD_SUFFIX}");
     let mut pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": template["metadata"], "spec": template["spec"],
         "status": {"phase": "Pending"}});
     pod["metadata"]["namespace"] = json!(namespace);
@@ -58,13 +60,17 @@ pub(crate) async fn start_pod(server: LoopbackServer, deployment: Value) {
         let status = json!({"status": pod["status"]});
         add_entry(pod, entry("kubelet", "status", &status));
     });
-    while !server.has("pods", &namespace, &pod_name, is_ready) {
-        sleep(STEP * 5).await;
-    }
+}
+
+/// Says of the Deployment of a pod that has become ready that it is available.
+pub(crate) async fn complete_deployment(server: LoopbackServer, pod: Value) {
+    let (namespace, pod_name) = (text(&pod["metadata"]["namespace"]), text(&pod["metadata"]["name"]));
+    let name = pod_name.strip_suffix(POD_SUFFIX).unwrap_or(&pod_name);
+    sleep(STEP).await;
     set_deployment(
         &server,
         &namespace,
-        &name,
+        name,
         &json!({"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "readyReplicas": 1,
         "availableReplicas": 1}),
     );

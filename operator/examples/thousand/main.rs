@@ -23,8 +23,8 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
-use tokio::time::sleep;
-use trustformers_control::build::Platform;
+use tokio::time::{sleep, timeout};
+use trustformers_control::build::{GatewayService, Platform};
 use trustformers_control::names;
 use trustformers_operator::context::{Context, Settings};
 use trustformers_operator::metrics::Metrics;
@@ -37,8 +37,10 @@ const OPERATOR_THREAD: &str = "operator";
 const SERVER_THREAD: &str = "api-server";
 /// Models of one namespace.
 const PER_NAMESPACE: usize = 500;
-/// Between two looks at whether all models are ready.
-const LOOK: Duration = Duration::from_millis(100);
+/// The last changes are made when no request has come for so long.
+const QUIET: Duration = Duration::from_secs(2);
+/// A leader that never comes to rest is measured all the same.
+const QUIET_LIMIT: Duration = Duration::from_secs(30);
 /// Linux counts the processor time of threads in hundredths of a second.
 const TICKS_PER_S: f64 = 100.0;
 
@@ -80,22 +82,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     led.recv()?;
     let before = Spent::now(&server);
     let began = Instant::now();
-    servers.block_on(create(&server, &arguments));
-    let mut ready = 0;
-    while ready < arguments.models {
-        servers.block_on(sleep(LOOK));
-        ready = server.count("inferencemodels", cluster::is_ready);
-        if began.elapsed() > Duration::from_secs(arguments.limit_s) {
-            return Err(format!("{ready} of {} models are ready", arguments.models).into());
-        }
+    let all_ready = servers.block_on(async {
+        timeout(Duration::from_secs(arguments.limit_s), async {
+            create(&server, &arguments).await;
+            server.until_ready(arguments.models).await;
+        })
+        .await
+    });
+    if all_ready.is_err() {
+        return Err(format!("{} of {} models are ready", server.ready_models(), arguments.models).into());
     }
     let after = Spent::now(&server);
     report(&before, &after, arguments.models, began.elapsed());
     if arguments.silent_s > 0 {
-        // The last statuses are written.
-        servers.block_on(sleep(Duration::from_secs(5)));
+        // One that never comes to rest is no error.
+        let _rest = servers.block_on(async { timeout(QUIET_LIMIT, until_quiet(&server)).await });
         let before = Spent::now(&server);
-        servers.block_on(sleep(Duration::from_secs(arguments.silent_s)));
+        servers.block_on(async { sleep(Duration::from_secs(arguments.silent_s)).await });
         let after = Spent::now(&server);
         let minutes = Duration::from_secs(arguments.silent_s).as_secs_f64() / 60.0;
         println!("silent: {:.2} CPU s a minute", (after.operator_s - before.operator_s) / minutes);
@@ -134,6 +137,11 @@ fn settings() -> Settings {
         platform: Platform {
             runtime_image: "localhost/trustformers-runtime:v0".to_owned(),
             namespace: "trustformers-system".to_owned(),
+            gateway: GatewayService {
+                name: "trustformers-gateway".to_owned(),
+                http_port: 8080,
+                grpc_port: 9090,
+            },
             optional_kinds: BTreeSet::new(),
             pull_policy: "IfNotPresent".to_owned(),
             admin: None,
@@ -141,6 +149,7 @@ fn settings() -> Settings {
         concurrency: 16,
         identity: None,
         admin_port: names::ADMIN_PORT,
+        grpc_port: names::GRPC_PORT,
     }
 }
 
@@ -157,6 +166,20 @@ async fn create(server: &LoopbackServer, arguments: &Arguments) {
         if !pause.is_zero() {
             sleep(pause).await;
         }
+    }
+}
+
+/// Waits until the last statuses are written.
+async fn until_quiet(server: &LoopbackServer) {
+    let total = || server.requests().values().sum::<u64>();
+    let mut before = total();
+    loop {
+        sleep(QUIET).await;
+        let now = total();
+        if now == before {
+            return;
+        }
+        before = now;
     }
 }
 

@@ -9,6 +9,7 @@
 //! that Deployments come first; the rest follows in its next pass.
 
 pub mod apply;
+pub mod ending;
 pub mod fetch;
 pub mod in_place;
 pub mod prune;
@@ -191,6 +192,7 @@ async fn steps(
         after_write = Some(fetch::fetch(context, model)?);
     }
     let observed = after_write.as_ref().unwrap_or(observed);
+    ending::mark(context, observed, &plan.pools).await;
     let platform = context.platform();
     let pass = ModelPass { valid: &valid, revision: &revision, observed, platform: &platform };
     let Some(settled) = settle(context, &pass, &plan).await? else {

@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::time::Instant;
 use trustformers_control::build::undefined;
 use trustformers_control::causes::Cause;
-use trustformers_control::kinds::AUTOSCALER;
+use trustformers_control::kinds::{AUTOSCALER, ChildKind, HTTP_ROUTE};
 use trustformers_control::rollout::RolloutState;
 use trustformers_control::status::{Refusal, StatusInputs, refused, status};
 use trustformers_control::validate::ValidatedModel;
@@ -72,7 +72,7 @@ pub async fn report(
 ) -> Result<Option<Duration>, StatusError> {
     let gate_hold = context.feed.get().and_then(|feed| feed.hold());
     let undefined = undefined(valid, &context.optional_kinds());
-    let autoscaler = observed.children.iter().find(|child| child.kind == &AUTOSCALER);
+    let child_of = |kind: &ChildKind| observed.children.iter().find(|child| child.kind == kind);
     let inputs = StatusInputs {
         deployment: applied.deployment.as_ref(),
         pods: &observed.pods,
@@ -81,7 +81,8 @@ pub async fn report(
         rollout,
         gate_hold: gate_hold.as_ref(),
         undefined: &undefined,
-        autoscaler: autoscaler.and_then(|child| child.autoscaler.as_ref()),
+        autoscaler: child_of(&AUTOSCALER).and_then(|child| child.autoscaler.as_ref()),
+        exposure: child_of(&HTTP_ROUTE).and_then(|child| child.exposure.as_ref()),
         url: &context.settings.gateway_url,
         now: now(),
     };

@@ -23,6 +23,7 @@ use futures::future::BoxFuture;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::sync::watch;
 use trustformers_proto::v1;
+pub use trustformers_proto::{LOAD_HEADER, REPORT_HEADER};
 
 use crate::error::ApiError;
 use crate::fields::Generation;
@@ -31,8 +32,6 @@ use crate::inference::{Answer, CountRequest, Event, Inference, Models};
 use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use crate::{Classified, ClassifyRequest, EmbedRequest, Embedded, RerankRequest, Reranked};
 
-/// Header of a request whose answer shall end with the trailers below, over HTTP/2.
-pub const REPORT_HEADER: &str = "x-trustformers-report-end";
 /// Trailer: [`END_OK`], or the kind of the error that ended the answer after its head.
 pub const END_TRAILER: &str = "x-trustformers-end";
 /// The value of [`END_TRAILER`] for an answer that is complete.
@@ -41,10 +40,6 @@ pub const END_OK: &str = "ok";
 pub const PROMPT_TOKENS_TRAILER: &str = "x-trustformers-prompt-tokens";
 /// Trailer: tokens that were produced for the request.
 pub const COMPLETION_TOKENS_TRAILER: &str = "x-trustformers-completion-tokens";
-
-/// Header of such an answer: requests of all gateways that are in flight here, this one included. A gateway
-/// knows only its own, and balances better with all of them.
-pub const LOAD_HEADER: &str = "x-trustformers-load";
 
 tokio::task_local! {
     /// Where the end of the request that this task handles is noted.

@@ -148,7 +148,7 @@ pub(crate) async fn classify(State(api): State<Api>, request: Request) -> Result
     let asked = api.parse(bytes, move |bytes| parse(bytes, &headers)).await?;
     let classified = api.inference.classify(asked.request).await?;
     let headers = classified.head_headers();
-    let body = ClassifyBody::new(&classified, asked.top_k, milliseconds(started));
+    let body = answer_body(&classified, asked.top_k, milliseconds(started));
     Ok((headers, axum::Json(body)).into_response())
 }
 
@@ -283,19 +283,19 @@ impl AskedClassification {
     }
 }
 
-/// The body of an answer. Written from types, so that an f32 has as many digits as it needs.
+/// The body of an answer with scores. Written from types, so that an f32 has as many digits as it needs.
 #[derive(Serialize)]
-struct ClassifyBody<'a> {
-    results: Vec<TextScores<'a>>,
-    model: &'a str,
-    usage: TokensRead,
-    id: &'a str,
-    model_digest: &'a str,
+pub(crate) struct ScoresBody<'a, T> {
+    pub(crate) results: Vec<T>,
+    pub(crate) model: &'a str,
+    pub(crate) usage: TokensRead,
+    pub(crate) id: &'a str,
+    pub(crate) model_digest: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
-    revision: &'a str,
-    latency_ms: f64,
+    pub(crate) revision: &'a str,
+    pub(crate) latency_ms: f64,
     #[serde(skip_serializing_if = "<[u32]>::is_empty")]
-    truncated: &'a [u32],
+    pub(crate) truncated: &'a [u32],
 }
 
 #[derive(Serialize)]
@@ -316,18 +316,20 @@ impl TokensRead {
     }
 }
 
-impl<'a> ClassifyBody<'a> {
-    fn new(classified: &'a Classified, most: Option<u32>, latency_ms: f64) -> Self {
-        Self {
-            results: classified.best(most).map(|scores| TextScores { scores }).collect(),
-            model: &classified.model,
-            usage: TokensRead::of(classified.tokens),
-            id: &classified.id,
-            model_digest: &classified.model_digest,
-            revision: &classified.revision,
-            latency_ms,
-            truncated: &classified.truncated,
-        }
+fn answer_body(
+    classified: &Classified,
+    most: Option<u32>,
+    latency_ms: f64,
+) -> ScoresBody<'_, TextScores<'_>> {
+    ScoresBody {
+        results: classified.best(most).map(|scores| TextScores { scores }).collect(),
+        model: &classified.model,
+        usage: TokensRead::of(classified.tokens),
+        id: &classified.id,
+        model_digest: &classified.model_digest,
+        revision: &classified.revision,
+        latency_ms,
+        truncated: &classified.truncated,
     }
 }
 
@@ -335,18 +337,12 @@ impl<'a> ClassifyBody<'a> {
 mod tests {
     use super::*;
     use crate::fake::{Fake, Script};
-    use axum::body::Body;
-    use axum::http::{Request as HttpRequest, StatusCode};
-    use http_body_util::BodyExt;
+    use crate::test_client;
+    use axum::http::StatusCode;
     use serde_json::json;
-    use tower::ServiceExt;
 
     async fn post(fake: &Fake, body: Value) -> (StatusCode, Value) {
-        let request = HttpRequest::post("/v1/classify").body(Body::from(body.to_string())).unwrap();
-        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-        let status = response.status();
-        let bytes = response.into_body().collect().await.unwrap().to_bytes();
-        (status, serde_json::from_slice(&bytes).unwrap())
+        test_client::send(fake, Request::post("/v1/classify"), body.to_string()).await.status_and_json()
     }
 
     fn text(text: &str) -> ClassifyInput {

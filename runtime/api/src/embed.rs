@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 use trustformers_proto::v1;
 
+use crate::classify::TokensRead;
 use crate::error::ApiError;
 use crate::http::generate::milliseconds;
 use crate::inference::Usage;
@@ -63,6 +64,8 @@ pub enum PoolingMode {
     Cls,
     /// The largest of each column.
     Max,
+    /// The last token.
+    Last,
 }
 
 impl PoolingMode {
@@ -71,6 +74,7 @@ impl PoolingMode {
             Self::Mean => "mean",
             Self::Cls => "first",
             Self::Max => "max",
+            Self::Last => "last",
         }
     }
 }
@@ -250,6 +254,7 @@ impl Embedded {
             PoolingMode::Mean => v1::Pooling::Mean,
             PoolingMode::Cls => v1::Pooling::First,
             PoolingMode::Max => v1::Pooling::Max,
+            PoolingMode::Last => v1::Pooling::Last,
         };
         v1::EmbedResponse {
             data,
@@ -273,7 +278,7 @@ struct AnswerBody<'a> {
     object: &'static str,
     data: Vec<Item<'a>>,
     model: &'a str,
-    usage: Tokens,
+    usage: TokensRead,
     id: &'a str,
     model_digest: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -301,12 +306,6 @@ enum Vector<'a> {
     Base64(String),
 }
 
-#[derive(Serialize)]
-struct Tokens {
-    prompt_tokens: u32,
-    total_tokens: u32,
-}
-
 impl<'a> AnswerBody<'a> {
     fn new(embedded: &'a Embedded, encoding: Encoding, latency_ms: f64) -> Self {
         let vector = |values: &'a [f32]| match encoding {
@@ -321,7 +320,7 @@ impl<'a> AnswerBody<'a> {
             object: "list",
             data: embedded.rows().enumerate().map(item).collect(),
             model: &embedded.model,
-            usage: Tokens { prompt_tokens: embedded.tokens, total_tokens: embedded.tokens },
+            usage: TokensRead::of(embedded.tokens),
             id: &embedded.id,
             model_digest: &embedded.model_digest,
             revision: &embedded.revision,
@@ -337,22 +336,16 @@ impl<'a> AnswerBody<'a> {
 mod tests {
     use super::*;
     use crate::fake::{Fake, Script};
-    use axum::body::Body;
+    use crate::test_client;
     use axum::http::StatusCode;
-    use http_body_util::BodyExt;
     use serde_json::json;
-    use tower::ServiceExt;
 
     async fn post(fake: &Fake, body: &str, class: Option<&str>) -> (StatusCode, Value) {
-        let request = Request::post("/v1/embeddings").header(tenant::TENANT_HEADER, "team-1");
-        let mut request = request.body(Body::from(body.to_owned())).unwrap();
+        let mut request = Request::post("/v1/embeddings").header(tenant::TENANT_HEADER, "team-1");
         if let Some(class) = class {
-            request.headers_mut().insert(priority::PRIORITY_HEADER, class.parse().unwrap());
+            request = request.header(priority::PRIORITY_HEADER, class);
         }
-        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-        let status = response.status();
-        let bytes = response.into_body().collect().await.unwrap().to_bytes();
-        (status, serde_json::from_slice(&bytes).unwrap())
+        test_client::send(fake, request, body.to_owned()).await.status_and_json()
     }
 
     fn fake() -> Fake {

@@ -467,18 +467,12 @@ pub(crate) fn not_changed_here() -> ApiError {
 mod tests {
     use super::*;
     use crate::fake::{Fake, Script};
-    use axum::body::Body;
+    use crate::test_client;
     use axum::http::{Request as HttpRequest, StatusCode};
-    use http_body_util::BodyExt;
     use serde_json::json;
-    use tower::ServiceExt;
 
     async fn post(fake: &Fake, path: &str, body: &str) -> (StatusCode, Value) {
-        let request = HttpRequest::post(path).body(Body::from(body.to_owned())).unwrap();
-        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-        let status = response.status();
-        let bytes = response.into_body().collect().await.unwrap().to_bytes();
-        (status, serde_json::from_slice(&bytes).unwrap())
+        test_client::send(fake, HttpRequest::post(path), body.to_owned()).await.status_and_json()
     }
 
     fn adapter() -> LoadAdapter {
@@ -635,9 +629,9 @@ mod tests {
             ("/v1/models/load", r#"{"name": "a", "path": "/m"}"#),
             ("/v1/models/unload", r#"{"model": "fake"}"#),
         ] {
-            let request = HttpRequest::post(path).header(ORIGIN, "https://a.example").body(Body::from(body));
-            let response = crate::http::router(fake.api()).oneshot(request.unwrap()).await.unwrap();
-            assert_eq!(response.status(), StatusCode::FORBIDDEN, "{path}");
+            let request = HttpRequest::post(path).header(ORIGIN, "https://a.example");
+            let reply = test_client::send(&fake, request, body).await;
+            assert_eq!(reply.status, StatusCode::FORBIDDEN, "{path}");
         }
         assert_eq!(fake.running(), 0);
     }

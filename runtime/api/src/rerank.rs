@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 use trustformers_proto::v1;
 
-use crate::classify::TokensRead;
+use crate::classify::{ScoresBody, TokensRead};
 use crate::error::ApiError;
 use crate::http::generate::milliseconds;
 use crate::inference::Usage;
@@ -162,7 +162,7 @@ pub(crate) async fn rerank(State(api): State<Api>, request: Request) -> Result<R
     let AskedOrder { request, shown } = api.parse(bytes, move |bytes| parse(bytes, &headers)).await?;
     let reranked = api.inference.rerank(request).await?;
     let headers = reranked.head_headers();
-    let body = RerankBody::new(&reranked, &shown, milliseconds(started));
+    let body = answer_body(&reranked, &shown, milliseconds(started));
     Ok((headers, axum::Json(body)).into_response())
 }
 
@@ -283,21 +283,6 @@ impl AskedOrder {
     }
 }
 
-/// The body of an answer. Written from types, so that an f32 has as many digits as it needs.
-#[derive(Serialize)]
-struct RerankBody<'a> {
-    results: Vec<RankedItem<'a>>,
-    model: &'a str,
-    usage: TokensRead,
-    id: &'a str,
-    model_digest: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    revision: &'a str,
-    latency_ms: f64,
-    #[serde(skip_serializing_if = "<[u32]>::is_empty")]
-    truncated: &'a [u32],
-}
-
 #[derive(Serialize)]
 struct RankedItem<'a> {
     index: usize,
@@ -313,24 +298,26 @@ struct DocumentText<'a> {
     text: &'a str,
 }
 
-impl<'a> RerankBody<'a> {
-    fn new(reranked: &'a Reranked, shown: &'a ShownOrder, latency_ms: f64) -> Self {
-        let item = |RankedIndex { index, score }| RankedItem {
-            index,
-            score,
-            relevance_score: score,
-            document: shown.document(index).map(|text| DocumentText { text }),
-        };
-        Self {
-            results: reranked.best(shown.top_n).into_iter().map(item).collect(),
-            model: &reranked.model,
-            usage: TokensRead::of(reranked.tokens),
-            id: &reranked.id,
-            model_digest: &reranked.model_digest,
-            revision: &reranked.revision,
-            latency_ms,
-            truncated: &reranked.truncated,
-        }
+fn answer_body<'a>(
+    reranked: &'a Reranked,
+    shown: &'a ShownOrder,
+    latency_ms: f64,
+) -> ScoresBody<'a, RankedItem<'a>> {
+    let item = |RankedIndex { index, score }| RankedItem {
+        index,
+        score,
+        relevance_score: score,
+        document: shown.document(index).map(|text| DocumentText { text }),
+    };
+    ScoresBody {
+        results: reranked.best(shown.top_n).into_iter().map(item).collect(),
+        model: &reranked.model,
+        usage: TokensRead::of(reranked.tokens),
+        id: &reranked.id,
+        model_digest: &reranked.model_digest,
+        revision: &reranked.revision,
+        latency_ms,
+        truncated: &reranked.truncated,
     }
 }
 
@@ -338,18 +325,12 @@ impl<'a> RerankBody<'a> {
 mod tests {
     use super::*;
     use crate::fake::{Fake, Script};
-    use axum::body::Body;
-    use axum::http::{Request as HttpRequest, StatusCode};
-    use http_body_util::BodyExt;
+    use crate::test_client;
+    use axum::http::StatusCode;
     use serde_json::json;
-    use tower::ServiceExt;
 
     async fn post(fake: &Fake, body: Value) -> (StatusCode, Value) {
-        let request = HttpRequest::post("/v1/rerank").body(Body::from(body.to_string())).unwrap();
-        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-        let status = response.status();
-        let bytes = response.into_body().collect().await.unwrap().to_bytes();
-        (status, serde_json::from_slice(&bytes).unwrap())
+        test_client::send(fake, Request::post("/v1/rerank"), body.to_string()).await.status_and_json()
     }
 
     #[tokio::test]

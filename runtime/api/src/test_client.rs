@@ -30,6 +30,11 @@ pub(crate) async fn send(fake: &Fake, request: Builder, body: impl Into<Body>) -
 
 impl Reply {
     #[track_caller]
+    pub(crate) fn status_and_json(&self) -> (StatusCode, Value) {
+        (self.status, self.json())
+    }
+
+    #[track_caller]
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
     }

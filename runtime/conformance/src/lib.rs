@@ -23,6 +23,8 @@
 //!   (`adapters/mixed`, `adapters/fast`), and refused adapters change nothing (`adapters/slots`);
 //! * each claimed type of the cache gives the answer of the oracle with that type (`cache/types`);
 //! * a cache grows and shrinks without changing what it keeps (`cache/resize`);
+//! * layers with windows may have blocks of their own, of which those before the window are absent
+//!   (`windowed/classes`);
 //! * a reused block shows nothing of an earlier sequence (`cache/poison`);
 //! * the device chooses the tokens that the reference chooses from its logits, and gives them to the next
 //!   step itself (`sample/choices`, `sample/slots`);

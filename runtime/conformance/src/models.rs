@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use trustformers_plan::{
-    AdapterRoom, DType, FusedOps, Hyper, Limits, Plan, PlanBuilder, Pooling, RopeLayout, RopeScaling,
-    RopeSpec, Value, Weight, WeightId, Weights, seeded::SeededRng,
+    AdapterRoom, DType, EncoderScores, FusedOps, Hyper, Limits, Plan, PlanBuilder, Pooling, RopeLayout,
+    RopeScaling, RopeSpec, Value, Weight, WeightId, Weights, seeded::SeededRng,
 };
 
 use crate::CaseError;
@@ -158,7 +158,7 @@ impl Decoder {
 pub struct Encoder {
     /// The stored type of its matrices: a float type, as in published encoders.
     pub dtype: DType,
-    /// How the rows of a sequence become one.
+    /// How the rows of a sequence become one. With [`Pooling::Last`] attention is causal.
     pub pooling: Pooling,
     /// Whether answers are divided by their length.
     pub normalise: bool,
@@ -169,6 +169,8 @@ impl Encoder {
     pub const HYPER: Hyper =
         Hyper { width: 96, layers: 2, heads: 4, kv_heads: 4, head_dim: 24, vocab: VOCABULARY, context: 90 };
     const HIDDEN: usize = 200;
+    /// Positions on either side of a row that the last layer sees.
+    const WINDOW: usize = 5;
 
     /// Its weights; equal encoders have equal weights.
     ///
@@ -239,7 +241,11 @@ impl Encoder {
             let q = dense(&mut b, x, at("q"))?;
             let k = dense(&mut b, all, at("k"))?;
             let v = dense(&mut b, all, at("v"))?;
-            let mixed = b.encoder_attention(q, k, v, 24f32.sqrt().recip());
+            // The last layer attends within a window, the first to whole sequences.
+            let window = (layer + 1 == Self::HYPER.layers).then_some(Self::WINDOW);
+            let causal = self.pooling == Pooling::Last;
+            let scores = EncoderScores { scale: 24f32.sqrt().recip(), window, causal };
+            let mixed = b.encoder_attention(q, k, v, scores);
             let o = dense(&mut b, mixed, at("o"))?;
             let sum = b.add(o, x);
             x = norm(&mut b, sum, at("norm1"))?;

@@ -232,12 +232,12 @@ fn a_wait_without_a_submit_is_found() {
 
 #[test]
 fn a_report_of_no_memory_is_found() {
-    assert_eq!(faults(Flaw::Forgetful), ["cache/resize", "order/memory"]);
+    assert_eq!(faults(Flaw::Forgetful), ["windowed/classes", "cache/resize", "order/memory"]);
 }
 
 #[test]
 fn an_estimate_that_is_too_small_is_found() {
-    assert_eq!(faults(Flaw::Underestimating), ["cache/resize", "order/memory"]);
+    assert_eq!(faults(Flaw::Underestimating), ["windowed/classes", "cache/resize", "order/memory"]);
 }
 
 #[test]

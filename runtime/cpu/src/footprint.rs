@@ -107,13 +107,14 @@ impl Footprint {
             cols + if biases.contains(id) { cols.next_multiple_of(GROUP_ROWS) } else { 0 }
         });
         let vector_bytes = vector_len.sum::<usize>() * size_of::<f32>();
-        let elements = [hyper.layers, 2, KV_BLOCK_TOKENS, hyper.kv_heads, hyper.head_dim, kv_blocks];
+        let block_layers = plan.kv_layout().block_layers();
+        let elements = [block_layers, 2, KV_BLOCK_TOKENS, hyper.kv_heads, hyper.head_dim, kv_blocks];
         let cache_bytes = elements
             .into_iter()
             .try_fold(kv_type.bytes(), usize::checked_mul)
             .ok_or(BackendError::OutOfMemory { what: "the key/value cache", needed_bytes: u64::MAX })?;
         let cache = KvSizes {
-            layers: hyper.layers,
+            layers: block_layers,
             block_bytes: 2 * KV_BLOCK_TOKENS * hyper.kv_heads * hyper.head_dim * kv_type.bytes(),
             room: plan.kv_room(kv_blocks),
         };

@@ -1,5 +1,5 @@
-//! The memory of a key/value cache: its layers one after the other, each with room for the most blocks that
-//! the cache may have.
+//! The memory of a key/value cache: the layers of its blocks one after the other, each with room for the most
+//! blocks that the cache may have.
 //!
 //! A cache that may grow is a range of addresses, in which the system holds pages only for the blocks that
 //! the cache has; blocks that are gone give their pages back. So growing moves nothing, kernels see one
@@ -17,6 +17,7 @@ const WHAT: &str = "the key/value cache";
 /// The sizes of a cache.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KvSizes {
+    /// Layers of a block.
     pub(crate) layers: usize,
     /// Bytes of a block in one layer.
     pub(crate) block_bytes: usize,
@@ -91,7 +92,7 @@ impl KvMemory {
         (self.blocks() * self.sizes.block_bytes * self.sizes.layers) as u64
     }
 
-    /// First byte of a layer. It may be written through, from several threads.
+    /// First byte of a layer of the blocks. It may be written through, from several threads.
     pub(crate) fn layer(&self, layer: usize) -> *mut u8 {
         let start = match &self.pages {
             KvPages::Whole(memory) => memory.ptr().cast::<u8>(),

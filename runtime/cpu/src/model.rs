@@ -6,9 +6,9 @@ use std::{
 };
 
 use trustformers_plan::{
-    Activation, Adapter, AdapterSlot, AdapterTable, BackendError, Executable, Hyper, KvType, Limits,
-    LoadProgress, LoadSpec, Loaded, MemoryReport, Numerics, Op, Plan, RopeSpec, Segment, Weight, WeightId,
-    WeightUse, Weights, rope::RopeTable,
+    Activation, Adapter, AdapterSlot, AdapterTable, BackendError, Executable, Hyper, KvLayout, KvType,
+    Limits, LoadProgress, LoadSpec, Loaded, MemoryReport, Numerics, Op, Plan, RopeSpec, Segment, Weight,
+    WeightId, WeightUse, Weights, rope::RopeTable,
 };
 
 use crate::{
@@ -30,6 +30,7 @@ pub(crate) struct ModelState {
     pub(crate) hyper: Hyper,
     limits: Limits,
     pub(crate) kv_type: KvType,
+    pub(crate) kv_layout: KvLayout,
     /// As stored, for single rows of the embedding table.
     pub(crate) weights: Arc<Weights>,
     pub(crate) matrices: HashMap<WeightId, Packed>,
@@ -136,6 +137,7 @@ impl CpuModel {
             hyper,
             limits: *plan.limits(),
             kv_type,
+            kv_layout: plan.kv_layout().clone(),
             cache: KvMemory::new(footprint.cache, kv_blocks)?,
             arena: SharedF32::new("the arena", footprint.arena_len)?,
             arena_bytes: plan.arena_bytes(),
@@ -267,6 +269,7 @@ impl Loaded for CpuModel {
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
         let shared = &*self.shared;
         plan.check_loaded(&shared.hyper, shared.arena_bytes, &shared.weights)?;
+        plan.check_cache(&shared.kv_layout)?;
         shared.adapters().check_plan(plan)?;
         let (limits, loaded) = (plan.limits(), &shared.limits);
         if limits.rows > loaded.rows

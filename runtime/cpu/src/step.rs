@@ -98,8 +98,8 @@ impl Step<'_> {
             Op::Attention { layer, query, shape, scores, out } => {
                 return self.attention(&Attention { layer, query, shape, scores, out }, thread);
             }
-            Op::EncoderAttention { query, keys, values, shape, scale, out } => {
-                self.encoder_attention(&EncoderAttention { query, keys, values, shape, scale, out }, thread);
+            Op::EncoderAttention { query, keys, values, shape, scores, out } => {
+                self.encoder_attention(&EncoderAttention { query, keys, values, shape, scores, out }, thread);
             }
             Op::Gelu { input, form: GeluForm::Erf, out } => self.gelu(input, out, thread),
             Op::Gelu { input, form: GeluForm::Tanh, out } => self.gelu_tanh(input, out, thread),

@@ -7,13 +7,16 @@
 use crate::adapters::{MAX_ADAPTER_RANK, MAX_ADAPTERS};
 use crate::generation::ANSWER_BUFFER_BYTES;
 use crate::grammar::DEFAULT_GRAMMAR_MEMORY_BYTES;
+use crate::prefix_cache::BlockNeeds;
 use crate::request::MAX_LOGIT_BIASES;
 use crate::speculation::MAX_VERIFY_ROWS;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 use trustformers_model::{Model, ModelFacts, PlanRequest};
-use trustformers_plan::{AdapterRoom, Caps, FusedOps, KV_BLOCK_TOKENS, KvType, Limits, Numerics};
+use trustformers_plan::{
+    AdapterRoom, Caps, FusedOps, KV_BLOCK_TOKENS, KvType, LayerClasses, Limits, Numerics, Plan,
+};
 
 /// Default context in tokens, where the model's own is longer.
 pub const DEFAULT_CONTEXT_TOKENS: usize = 8192;
@@ -180,10 +183,17 @@ pub(crate) struct EngineSizes {
     /// Bytes of a block, of the draft model as well.
     pub(crate) kv_block_bytes: u64,
     pub(crate) kv_type: KvType,
+    /// What decides how many blocks a sequence has.
+    pub(crate) needs: BlockNeeds,
     pub(crate) adapters: AdapterRoom,
 }
 
 impl EngineSizes {
+    /// The plan with the classes of layers that these sizes were computed with.
+    pub(crate) fn with_classes(&self, plan: Plan) -> Plan {
+        if self.needs.classes == LayerClasses::ONE { plan } else { plan.with_layer_classes() }
+    }
+
     /// The plan for steps of these sizes, with `draft_rows` rows of logits beside one for each sequence.
     pub(crate) fn plan_request(&self, draft_rows: usize, fused: FusedOps) -> PlanRequest {
         let limits = Limits {
@@ -206,13 +216,18 @@ impl EngineConfig {
     ///   of the vocabulary, and 8 bytes for each bias and for each token of the context that has a count.
     #[must_use]
     pub fn answer_bytes(&self, facts: &ModelFacts) -> u64 {
-        let context_tokens = self.context_tokens.unwrap_or(facts.context_tokens.min(DEFAULT_CONTEXT_TOKENS));
+        let context_tokens = self.context_of(facts.context_tokens);
         let in_flight = self.max_batch_size + self.max_queue + MAX_DISPLACING;
         let rows = self.max_batch_size + if self.speculation.is_some() { MAX_VERIFY_ROWS } else { 0 };
         let id_bytes = (in_flight as u64) * (context_tokens as u64) * 4 * 2;
         let mask_bytes = facts.vocabulary.div_ceil(32) as u64 * 4;
         let row_bytes = mask_bytes + (MAX_LOGIT_BIASES + context_tokens) as u64 * 8;
         ANSWER_BUFFER_BYTES as u64 + id_bytes + rows as u64 * row_bytes
+    }
+
+    /// The context in tokens, for a model with this one.
+    pub(crate) fn context_of(&self, model_context: usize) -> usize {
+        self.context_tokens.unwrap_or(model_context.min(DEFAULT_CONTEXT_TOKENS))
     }
 
     /// The type of the KV cache on a device.
@@ -248,7 +263,7 @@ impl EngineConfig {
 
     /// Checks the settings against a model's context and its KV blocks.
     pub(crate) fn sizes(&self, model_context: usize, kv: KvBlocks) -> Result<EngineSizes, StartError> {
-        let KvBlocks { block_bytes: kv_block_bytes, kv_type } = kv;
+        let KvBlocks { block_bytes: kv_block_bytes, kv_type, needs } = kv;
         let invalid = |field, why: String| Err(StartError::Invalid { field, why });
         if !(1..=256).contains(&self.max_batch_size) {
             return invalid("max_batch_size", format!("{} is not between 1 and 256", self.max_batch_size));
@@ -268,18 +283,18 @@ impl EngineConfig {
         if let Some(ms) = self.step_target_ms.filter(|ms| !(1..=10_000).contains(ms)) {
             return invalid("step_target_ms", format!("{ms} is not between 1 and 10000"));
         }
-        let context_tokens = self.context_tokens.unwrap_or(model_context.min(DEFAULT_CONTEXT_TOKENS));
+        let context_tokens = self.context_of(model_context);
         if context_tokens < 2 || context_tokens > model_context {
             return invalid(
                 "context_tokens",
                 format!("{context_tokens} is not between 2 and the model's own context of {model_context}"),
             );
         }
-        let blocks_per_sequence = context_tokens.div_ceil(KV_BLOCK_TOKENS);
+        let blocks_per_sequence = needs.most(context_tokens);
         let kv_blocks = match self.kv_memory_bytes {
             None => {
                 let further = (self.max_batch_size - 1)
-                    * DEFAULT_FURTHER_SEQUENCE_TOKENS.min(context_tokens).div_ceil(KV_BLOCK_TOKENS);
+                    * needs.most(DEFAULT_FURTHER_SEQUENCE_TOKENS.min(context_tokens));
                 blocks_per_sequence + further
             }
             Some(bytes) => {
@@ -304,6 +319,7 @@ impl EngineConfig {
             first_kv_blocks: blocks_per_sequence,
             kv_block_bytes,
             kv_type,
+            needs,
             adapters: self.adapters,
         })
     }
@@ -315,9 +331,10 @@ pub(crate) struct KvBlocks {
     /// Bytes of one block, of the draft model as well.
     pub(crate) block_bytes: u64,
     pub(crate) kv_type: KvType,
+    pub(crate) needs: BlockNeeds,
 }
 
-/// Bytes that one KV block takes in all layers, keys and values together.
+/// Bytes that a KV block of all layers takes, keys and values together.
 pub(crate) fn kv_block_bytes(facts: &ModelFacts, kv_type: KvType) -> u64 {
     let per_token = facts.layers as u64 * 2 * facts.kv_heads as u64 * facts.head_dim as u64;
     per_token * (KV_BLOCK_TOKENS * kv_type.bytes()) as u64
@@ -326,9 +343,14 @@ pub(crate) fn kv_block_bytes(facts: &ModelFacts, kv_type: KvType) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use trustformers_plan::KvLayout;
 
     /// Blocks of 1000 bytes.
-    const KV: KvBlocks = KvBlocks { block_bytes: 1000, kv_type: KvType::F32 };
+    const KV: KvBlocks = KvBlocks {
+        block_bytes: 1000,
+        kv_type: KvType::F32,
+        needs: BlockNeeds { classes: LayerClasses::ONE, rows: 128 },
+    };
 
     #[test]
     fn a_type_of_the_cache_that_the_device_lacks_is_refused() {
@@ -351,6 +373,20 @@ mod tests {
         let sizes = EngineConfig::default().sizes(8192, KV).unwrap();
         assert_eq!(sizes.context_tokens, 8192);
         assert_eq!(sizes.kv_blocks, 512 + 31 * 16);
+    }
+
+    #[test]
+    fn layers_with_windows_take_the_blocks_that_they_reach() {
+        // One full group and three windowed ones, which reach 64 - 1 + 128 positions.
+        let classes = KvLayout::of_windows(&[Some(64), Some(64), Some(64), None], 8192).classes();
+        let kv = KvBlocks { needs: BlockNeeds { classes, rows: 128 }, ..KV };
+        let sizes = EngineConfig::default().sizes(8192, kv).unwrap();
+        assert_eq!(sizes.first_kv_blocks, 512 + 3 * 13);
+        assert_eq!(sizes.kv_blocks, sizes.first_kv_blocks + 31 * (16 + 3 * 13));
+        let least = EngineConfig { kv_memory_bytes: Some(551_000), ..EngineConfig::default() };
+        assert_eq!(least.sizes(8192, kv).unwrap().kv_blocks, 551);
+        let less = EngineConfig { kv_memory_bytes: Some(550_999), ..EngineConfig::default() };
+        assert!(less.sizes(8192, kv).unwrap_err().to_string().contains("551000 bytes"));
     }
 
     #[test]

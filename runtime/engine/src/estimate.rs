@@ -3,10 +3,12 @@
 use crate::config::{EngineConfig, EngineSizes, KvBlocks, Speculation, StartError, kv_block_bytes};
 use crate::encoder::{Encoder, EncoderConfig};
 use crate::generation::Engine;
+use crate::prefix_cache::BlockNeeds;
 use crate::speculation::{self, MAX_VERIFY_ROWS};
 use trustformers_model::{Model, PlanRequest};
 use trustformers_plan::{
-    AdapterRoom, Backend, BackendError, Caps, EstimateSpec, KvType, MemoryReport, Numerics,
+    AdapterRoom, Backend, BackendError, Caps, EstimateSpec, FusedOps, KvType, LayerClasses, Limits,
+    MemoryReport, Numerics, Plan, PlanError,
 };
 
 /// The device memory that a generation engine will take.
@@ -33,7 +35,7 @@ impl Engine {
             let request = sizes.plan_request(draft_rows, backend.caps().fused);
             let EngineSizes { first_kv_blocks: kv_blocks, kv_type, .. } = sizes;
             let estimate = Estimate { kv_blocks, kv_type, numerics: config.numerics, adapters };
-            estimate.of(model, &request, backend)
+            estimate.of(model, &request, backend, |plan| sizes.with_classes(plan))
         };
         let draft_rows = draft_rows(config.speculation.as_ref());
         let draft = match &config.speculation {
@@ -54,11 +56,11 @@ impl Encoder {
         backend: &dyn Backend,
         config: &EncoderConfig,
     ) -> Result<MemoryReport, StartError> {
-        let sizes = config.sizes(model.facts().context_tokens, model.tokenizer().special_tokens())?;
+        let sizes = config.sizes(model.facts().context_tokens, model.special_tokens())?;
         let request = sizes.plan_request(backend.caps().fused);
         let (numerics, adapters) = (config.numerics, AdapterRoom::NONE);
         let estimate = Estimate { kv_blocks: 0, kv_type: KvType::F32, numerics, adapters };
-        estimate.of(model, &request, backend)
+        estimate.of(model, &request, backend, |plan| plan)
     }
 }
 
@@ -76,10 +78,11 @@ impl Estimate {
         model: &Model,
         request: &PlanRequest,
         backend: &dyn Backend,
+        with_classes: impl Fn(Plan) -> Plan,
     ) -> Result<MemoryReport, StartError> {
         let Self { kv_blocks, kv_type, numerics, adapters } = *self;
         let estimate = || -> Result<MemoryReport, BackendError> {
-            let plan = model.plan_with_adapters(request, adapters)?;
+            let plan = with_classes(model.plan_with_adapters(request, adapters)?);
             let weights = model.weights();
             backend.estimate(&EstimateSpec { weights, plan: &plan, kv_blocks, kv_type, numerics })
         };
@@ -92,13 +95,24 @@ impl Estimate {
 pub(crate) fn sizes(model: &Model, caps: &Caps, config: &EngineConfig) -> Result<EngineSizes, StartError> {
     let kv_type = config.kv_type(caps)?;
     config.check_adapters(caps)?;
-    let block_bytes_of = |model: &Model| kv_block_bytes(model.facts(), kv_type);
-    let mut block_bytes = block_bytes_of(model);
-    if let Some(Speculation::Draft(draft)) = &config.speculation {
-        speculation::check(model, draft)?;
-        block_bytes += block_bytes_of(draft);
-    }
-    let mut sizes = config.sizes(model.facts().context_tokens, KvBlocks { block_bytes, kv_type })?;
+    let (block_bytes, classes) = match &config.speculation {
+        // A sequence has one block table for both models, so that all layers of both are in one group.
+        Some(Speculation::Draft(draft)) => {
+            speculation::check(model, draft)?;
+            let block_bytes_of = |model: &Model| kv_block_bytes(model.facts(), kv_type);
+            (block_bytes_of(model) + block_bytes_of(draft), LayerClasses::ONE)
+        }
+        Some(Speculation::Ngram) | None => {
+            let plan = smallest_plan(model, config).map_err(|error| StartError::Backend {
+                device: caps.description.clone(),
+                message: error.to_string(),
+            })?;
+            (plan.kv_block_bytes(kv_type), plan.kv_layout().classes())
+        }
+    };
+    // A sequence has no more rows in a step than the step may have.
+    let needs = BlockNeeds { classes, rows: config.token_budget.saturating_mul(caps.steps_in_flight) };
+    let mut sizes = config.sizes(model.facts().context_tokens, KvBlocks { block_bytes, kv_type, needs })?;
     if !caps.kv_resizes {
         sizes.first_kv_blocks = sizes.kv_blocks;
     }
@@ -106,6 +120,16 @@ pub(crate) fn sizes(model: &Model, caps: &Caps, config: &EngineConfig) -> Result
         speculation::check_context(draft, sizes.context_tokens)?;
     }
     Ok(sizes)
+}
+
+/// A plan with the classes of layers that the model has in the configured context. A context that is out of
+/// range is refused later.
+fn smallest_plan(model: &Model, config: &EngineConfig) -> Result<Plan, PlanError> {
+    let model_context = model.facts().context_tokens;
+    let context_tokens = config.context_of(model_context).clamp(1, model_context.max(1));
+    let limits = Limits { rows: 1, sequences: 1, logits_rows: 1 };
+    let plan = model.plan(&PlanRequest { context_tokens, limits, fused: FusedOps::NONE })?;
+    Ok(plan.with_layer_classes())
 }
 
 /// Rows of logits that verify draft tokens in a step, beside one row for each sequence.

@@ -9,6 +9,7 @@ use trustformers_api::MAX_BODY_BYTES;
 use trustformers_telemetry::logs::LogFormat;
 use trustformers_telemetry::traces::TraceFlags;
 
+use crate::ab_test::SplitSkew;
 use crate::headers::TrustedHeaders;
 use crate::limits::MAX_BODY_LIMIT_BYTES;
 
@@ -61,6 +62,11 @@ pub struct Settings {
     /// The same for the priority class: high, normal or low.
     #[arg(long, value_name = "NAME")]
     pub priority_header: Option<http::HeaderName>,
+
+    /// A fault for tests of the platform, such as split-skew=0.1: a tenth of the users of a test's first
+    /// variant get the second one.
+    #[arg(long, value_name = "FAULT", value_parser = SplitSkew::parse, hide = true)]
+    pub fault: Option<SplitSkew>,
 
     /// What is traced.
     #[command(flatten)]
@@ -132,7 +138,7 @@ mod tests {
         assert_eq!(settings.grpc_address, "[::]:9090".parse().unwrap());
         assert_eq!(settings.drain_timeout, Duration::from_secs(60));
         assert_eq!(settings.body_limit_bytes, 4 << 20);
-        assert_eq!(settings.instance, None);
+        assert_eq!((settings.instance, settings.fault), (None, None));
     }
 
     #[test]

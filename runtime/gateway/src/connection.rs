@@ -54,9 +54,6 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(620);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A timeout is noticed at most this much later. 10,240 connections are 2048 checks per second.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
-/// HTTP/2 callers get GOAWAY this long after the drain began, or after they connected while it ran: by then
-/// load balancers have learned of the drain, and the caller's first request has been sent.
-const GOAWAY_DELAY: Duration = Duration::from_secs(1);
 /// Longest head of a request, in both protocols.
 pub(crate) const HEAD_BYTES: usize = 16 << 10;
 /// Bytes of one answer that wait for the caller in hyper's buffers. `limits` has the sum.
@@ -219,15 +216,15 @@ async fn run(connection: impl Served, version: HttpVersion, peer: &Peer, context
     }
 }
 
-/// Returns when a connection has to end. HTTP/1.1 callers learn it from `Connection: close` on their next
-/// answer, so idle HTTP/1.1 connections stay open until the very end: closing one could meet a request.
+/// Returns when a connection has to end. HTTP/2 callers get GOAWAY when those that connect again reach
+/// another gateway. HTTP/1.1 callers learn it from `Connection: close` on their next answer, so idle HTTP/1.1
+/// connections stay open until the very end: closing one could meet a request.
 async fn closing(context: &ConnectionContext, version: HttpVersion) {
     let goaway = async {
         if version == HttpVersion::Http1 {
             std::future::pending::<()>().await;
         }
-        context.drain.started().await;
-        sleep(GOAWAY_DELAY).await;
+        context.drain.unlisted().await;
     };
     tokio::select! {
         () = context.stop.cancelled() => {}

@@ -4,6 +4,7 @@
 //! answers. The id is the `x-request-id` of the answer: 122 random bits, unless its caller chose one. A score
 //! counts once for each answer and metric: sending it again changes nothing. An answer that counts in an A/B
 //! test is scored by its own user alone, or at any gateway by whoever has the token that the answer carried.
+//! What two gateways count of one answer of a test, the operator counts once (`ab_test::series`).
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -103,7 +104,10 @@ impl Answers {
         let number = self.next_number;
         self.next_number += 1;
         self.order.push_back(Remembering { number, id: Arc::clone(&id) });
-        self.by_id.insert(id, RememberedAnswer { number, revision, bucket, scored: Vec::new() });
+        // A caller may have the whole answer, and score it with its token, before it counts as ended here.
+        let by_token = self.by_id.remove(&*id).filter(|known| known.revision.is_none());
+        let scored = by_token.map(|known| known.scored).unwrap_or_default();
+        self.by_id.insert(id, RememberedAnswer { number, revision, bucket, scored });
         if self.order.len() > REMEMBERED_ANSWERS
             && let Some(oldest) = self.order.pop_front()
             && self.by_id.get(&oldest.id).is_some_and(|answer| answer.number == oldest.number)
@@ -193,7 +197,7 @@ impl Feedback {
                 revision.scored(&name, *score);
             }
             if let Some(bucket) = &answer.bucket {
-                bucket.scored(&name, *score);
+                bucket.scored(&name, request_id, *score);
             }
             answer.scored.push(name);
         }
@@ -281,6 +285,22 @@ mod tests {
             count_score(&feedback, &score("id-1", 1.0, Some("late"))).unwrap_err().kind(),
             "unknown_request"
         );
+    }
+
+    #[test]
+    fn a_score_by_token_that_overtakes_the_end_of_its_answer_counts_once() {
+        let (feedback, revision) = revision();
+        feedback.answers().insert("id-1", None, None);
+        let told = |expected: bool| {
+            let told = count_score(&feedback, &score("id-1", 0.5, None)).unwrap();
+            assert_eq!(told["counted"], expected);
+        };
+        told(true);
+        feedback.remember("id-1", &revision, None);
+        told(false);
+        // The same id at another request, whose caller chose it.
+        feedback.remember("id-1", &revision, None);
+        told(true);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use trustformers_api::answer_end::REPORT_HEADER;
 use trustformers_api::priority::{self, PRIORITY_HEADER};
 use trustformers_api::revision::{REVISION_HEADER, ROUTED_HEADER};
 use trustformers_api::tenant::TENANT_HEADER;
+use trustformers_proto::MODEL_HEADER;
 
 use crate::call::{Caller, CallerRules};
 
@@ -154,7 +155,10 @@ pub(crate) fn forwarded(mut headers: HeaderMap, forwarding: Forwarding<'_>) -> H
     }
     // HTTP/2 sends the host as the authority, the length is that of the body that is sent, and `100 Continue`
     // was sent when the body was read.
-    for name in [HOST, CONTENT_LENGTH, EXPECT, HeaderName::from_static(ROUTED_HEADER)] {
+    for name in [HOST, CONTENT_LENGTH, EXPECT] {
+        headers.remove(name);
+    }
+    for name in [ROUTED_HEADER, MODEL_HEADER] {
         headers.remove(name);
     }
     let mut chain = Vec::new();
@@ -278,6 +282,7 @@ mod tests {
             ("x-private", "1"),
             ("authorization", "Bearer t"),
             ("x-user-id", "u"),
+            ("x-trustformers-model", "m"),
             ("x-trustformers-priority", "low"),
             ("x-gateway-inference-fairness-id", "team-1"),
         ]);

@@ -77,6 +77,7 @@ impl Acceptor {
     }
 
     fn accept(&self, stream: TcpStream, address: SocketAddr) {
+        self.context.drain.connected();
         let limits = self.limits.of_caller(address.ip());
         let share = limits.reserve(Resource::Connections, 1).ok();
         let reserved = share.is_none();

@@ -15,7 +15,7 @@ use trustformers_api::revision::REVISION_HEADER;
 use trustformers_proto::buckets::{BUCKETS, BucketOwners};
 
 use crate::ab_test::{
-    LiveTest, Observation, ScoredBucket, TestBackend, TestUser, VariantChoice, VariantRegistry,
+    LiveTest, Observation, ScoredBucket, TestBackend, TestUser, VariantChoice, VariantRegistry, VariantSeries,
 };
 use crate::balance::{self, Balance, Candidate, slow_start_factor};
 use crate::breaker::{Admission, BreakerRules};
@@ -362,6 +362,12 @@ impl Routing {
     ) -> Option<ScoredBucket> {
         let mut tests = self.table.routes.iter().filter_map(|route| route.test.as_ref());
         tests.find_map(|rule| ScoredBucket::of_token(rule, token, request_id, registry))
+    }
+
+    /// What counts the shadow of a route for its test; none where it is no variant of one.
+    pub(crate) fn shadow_series(&self, route: usize) -> Option<Arc<VariantSeries>> {
+        let rule = self.table.routes[route].shadow.as_ref()?;
+        self.routes[route].test.as_ref()?.series_of(&rule.variant)
     }
 
     /// Whether the backend of a request has a pod.

@@ -98,6 +98,10 @@ pub async fn start(settings: Settings) -> Result<Running, StartError> {
         traces: Traces::start_where(settings.traces.options("trustformers-gateway")?.as_ref())?,
         embedded: false,
     });
+    if let Some(fault) = settings.fault {
+        tracing::warn!(%fault, "this gateway divides users WRONGLY, as --fault says: A/B tests through it are invalid");
+        gateway.metrics.variants.skew_split(fault);
+    }
     // Before the listeners, so that the table is there for the first request.
     resume(&gateway, &file);
 
@@ -222,6 +226,7 @@ impl Running {
             // answers.
             self.gateway.drain.quiet(now + drain_timeout / 2).await;
         }
+        self.gateway.drain.close();
         self.stop.cancel();
         self.gateway.drain.idle(deadline).await;
         let cut = self.gateway.drain.in_flight();

@@ -33,6 +33,7 @@ use trustformers_api::revision::REVISION_HEADER;
 use trustformers_api::surfaces::Kind;
 use trustformers_telemetry::traces::Trace;
 
+use crate::ab_test::VariantSeries;
 use crate::call::{Call, CallBody};
 use crate::gateway::Gateway;
 use crate::headers::{ONLY_MODEL, name_routed};
@@ -71,6 +72,8 @@ pub struct ShadowRule {
     pub percent: u32,
     /// Whether the answers are compared.
     pub compare: bool,
+    /// The variant of the route's test that answers; empty where it is none.
+    pub variant: String,
 }
 
 impl ShadowRule {
@@ -92,7 +95,7 @@ impl ShadowRule {
 /// What became of a mirrored request. Its text is the label's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
-enum ShadowResult {
+pub(crate) enum ShadowResult {
     /// Both revisions said the same.
     Same,
     /// They did not; how far apart is in the histogram.
@@ -144,11 +147,19 @@ pub(crate) struct Mirrored {
 #[derive(Debug)]
 struct MirroredRequest {
     call: Call,
+    rule: ShadowRule,
+    target: ShadowTarget,
+}
+
+/// Where it is counted what became of a request.
+#[derive(Debug)]
+struct ShadowTarget {
     /// The route that was asked.
     route: String,
-    rule: ShadowRule,
     /// What answers, as metrics name it.
     revision: String,
+    /// The variant of the route's test that answers.
+    variant: Option<Arc<VariantSeries>>,
 }
 
 /// A request and the answer that its caller got.
@@ -202,9 +213,10 @@ impl Shadows {
             return None;
         }
         let route = routing.route(index).name.clone();
-        let revision = rule.label(&route);
+        let (revision, variant) = (rule.label(&route), routing.shadow_series(index));
+        let target = ShadowTarget { route, revision, variant };
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
-            self.count(&route, &revision, ShadowResult::Dropped);
+            self.count(&target, ShadowResult::Dropped);
             return None;
         };
         let call = Call {
@@ -214,19 +226,23 @@ impl Shadows {
             method: call.method.clone(),
             path: call.path.clone(),
             authority: call.authority.clone(),
-            headers: headers_of_shadow(&call.headers, rule.target(&route) != route),
+            headers: headers_of_shadow(&call.headers, rule.target(&target.route) != target.route),
             body: CallBody::Whole(body.clone()),
             ready_at: Instant::now(),
             trace: Trace::default(),
         };
-        let request = MirroredRequest { call, route, rule: rule.clone(), revision };
+        let request = MirroredRequest { call, rule: rule.clone(), target };
         let (answer, shadows) = (BytesMut::new(), Arc::clone(self));
         Some(Mirrored { request, format, answer, is_wanted: true, shadows, _permit: permit })
     }
 
-    fn count(&self, route: &str, revision: &str, result: ShadowResult) {
+    fn count(&self, target: &ShadowTarget, result: ShadowResult) {
+        let ShadowTarget { route, revision, variant } = target;
         self.keep_series(route, revision);
-        self.results.with_label_values(&[route, revision, result.into()]).inc();
+        self.results.with_label_values(&[route.as_str(), revision.as_str(), result.into()]).inc();
+        if let Some(variant) = variant {
+            variant.count_shadow(result);
+        }
     }
 
     fn observe(&self, route: &str, revision: &str, comparison: Comparison) {
@@ -296,7 +312,7 @@ impl Mirrored {
     /// The caller's answer begins with these headers, at a revision.
     pub(crate) fn head(&mut self, headers: &HeaderMap, metrics: &RevisionMetrics) {
         let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
-        let MirroredRequest { rule, route, .. } = &self.request;
+        let MirroredRequest { rule, target: ShadowTarget { route, .. }, .. } = &self.request;
         let is_plain = !headers.contains_key(CONTENT_ENCODING) || !rule.compare;
         // A revision is no shadow of itself.
         let is_other = rule.target(route) != route || metrics.revision != rule.revision;
@@ -330,7 +346,7 @@ impl Mirrored {
         let job = Job { request, format, answer: answer.freeze() };
         if let Err(error) = shadows.jobs.try_send(job) {
             let Job { request, .. } = error.into_inner();
-            shadows.count(&request.route, &request.revision, ShadowResult::Dropped);
+            shadows.count(&request.target, ShadowResult::Dropped);
         }
     }
 }
@@ -347,15 +363,15 @@ pub(crate) async fn run(gateway: Arc<Gateway>, stop: CancellationToken) {
 
 async fn work(gateway: Arc<Gateway>, job: Job) {
     let Job { request, format, answer } = job;
-    let MirroredRequest { route, revision, rule, .. } = &request;
+    let MirroredRequest { rule, target, .. } = &request;
     let shadows = &gateway.shadows;
     let Some(other) = timeout(ANSWER_TIMEOUT, answer_of_shadow(&gateway, &request)).await.ok().flatten()
     else {
-        shadows.count(route, revision, ShadowResult::Failed);
+        shadows.count(target, ShadowResult::Failed);
         return;
     };
     if !rule.compare {
-        shadows.count(route, revision, ShadowResult::Answered);
+        shadows.count(target, ShadowResult::Answered);
         return;
     }
     let compared = shadows.comparing.run(move || compare(format, &answer, &other)).await;
@@ -365,16 +381,16 @@ async fn work(gateway: Arc<Gateway>, job: Job) {
         Comparison::Unknown => ShadowResult::Incomparable,
         Comparison::Texts(_) | Comparison::Vectors(_) => ShadowResult::Different,
     };
-    shadows.observe(route, revision, comparison);
-    shadows.count(route, revision, result);
+    shadows.observe(&target.route, &target.revision, comparison);
+    shadows.count(target, result);
 }
 
 /// The answer of the shadow; none where it gives none of success. The attempt has no outcome, so that
 /// it says nothing to the circuit breaker of its pod.
 async fn answer_of_shadow(gateway: &Gateway, request: &MirroredRequest) -> Option<Bytes> {
     let routing = gateway.routing()?;
-    let MirroredRequest { route, rule, .. } = request;
-    let index = routing.table.find(rule.target(route)).ok()?;
+    let MirroredRequest { rule, target, .. } = request;
+    let index = routing.table.find(rule.target(&target.route)).ok()?;
     let choice = if rule.revision.is_empty() {
         routing.choose_by_share(index, &request.call.headers)?
     } else {

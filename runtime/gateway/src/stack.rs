@@ -20,7 +20,7 @@ use std::sync::Arc;
 use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, CONNECTION, EXPECT, HOST, HeaderName, ORIGIN};
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Version};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body as _, Incoming};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
@@ -42,7 +42,7 @@ use crate::hold::{RoutePlace, Waiting, find_served};
 use crate::late;
 use crate::limits::Resource;
 use crate::local::{self, LocalEndpoint};
-use crate::model_name::{NamePlace, name_in_path};
+use crate::model_name::{NamePlace, name_in_path, or_in_header};
 use crate::record::RequestContext;
 use crate::request_body::{self, NamedBody, Reading};
 use crate::routing::Routing;
@@ -150,14 +150,16 @@ impl Stack {
             error.response(FailedRequest { wire, path: &path, id: &id })
         });
         // 11
+        let upgrades = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         let headers = response.headers_mut();
         headers.entry(REQUEST_ID).or_insert(id);
         if from_browser && !headers.contains_key(ACCESS_CONTROL_ALLOW_ORIGIN) {
             show_to_pages(headers);
         }
-        // HTTP/2 has GOAWAY instead, which the connection sends.
+        // HTTP/2 has GOAWAY instead, which the connection sends. A WebSocket that begins needs its own word
+        // there, and is told later.
         let closing = gateway.drain.is_draining() || reserved;
-        if closing && version < Version::HTTP_2 {
+        if closing && version < Version::HTTP_2 && !upgrades {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         trace::note_status(&span, response.status());
@@ -291,7 +293,8 @@ impl Stack {
         arrival.named.notify_one();
         // 7
         let waiting = Waiting { limits: &peer.limits, body_bytes: share.units(), headers: &parts.headers };
-        let find = |routing: &Routing| find_route(gateway, routing, &model, surface);
+        let model = or_in_header(&model, &parts.headers);
+        let find = |routing: &Routing| find_route(gateway, routing, model, surface);
         let RoutePlace { routing, route, key } = match find_served(gateway, waiting, find).await {
             Err(GatewayError::UnknownModel { .. }) if surface.name == MODEL_READY && body.is_whole() => {
                 return Ok(self.services.answer_whole(parts, body.prefix(usize::MAX)).await);

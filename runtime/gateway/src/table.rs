@@ -346,7 +346,7 @@ fn name_adapters(routes: &mut [Route], names: &mut HashMap<String, usize>) {
 }
 
 fn parse_shadow(shadow: wire::Shadow) -> Result<ShadowRule, PolicyError> {
-    let wire::Shadow { revision, percent, route, discard } = shadow;
+    let wire::Shadow { revision, percent, route, discard, variant } = shadow;
     let wrong =
         |field, value: String, expected: &str| PolicyError { field, value, expected: expected.to_owned() };
     if revision.is_empty() && route.is_empty() {
@@ -355,7 +355,7 @@ fn parse_shadow(shadow: wire::Shadow) -> Result<ShadowRule, PolicyError> {
     if !(1..=100).contains(&percent) {
         return Err(wrong("shadow.percent", percent.to_string(), "1 to 100"));
     }
-    Ok(ShadowRule { route, revision, percent, compare: !discard })
+    Ok(ShadowRule { route, revision, percent, compare: !discard, variant })
 }
 
 fn parse_backend(backend: wire::Backend, route: &str) -> Result<Backend, TableError> {

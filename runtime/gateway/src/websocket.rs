@@ -37,7 +37,7 @@ use crate::gateway::Gateway;
 use crate::headers::{Forwarding, forwarded, name_revision, name_routed};
 use crate::hold::{RoutePlace, Waiting, find_served};
 use crate::limits::Resource;
-use crate::model_name::NameFinder;
+use crate::model_name::{NameFinder, or_in_header};
 use crate::outcome;
 use crate::pool::{self, ConnectError};
 use crate::record::{AnswerGuard, RequestContext, RequestRecord};
@@ -194,7 +194,7 @@ impl SocketRequest {
                 Some(model) => Ok(FirstMessage { frames: Bytes::new(), model }),
                 None => tokio::select! {
                     first = incoming.first_message() => first,
-                    () = self.gateway.drain.started() => {
+                    () = self.gateway.drain.unlisted() => {
                         Err(NoMessage::Close { code: 1001, reason: "the gateway ends; connect again" })
                     }
                 },
@@ -236,6 +236,7 @@ impl SocketRequest {
             feedback: Arc::clone(&gateway.feedback),
         };
         let waiting = Waiting { limits: &self.peer.limits, body_bytes: 0, headers: &self.headers };
+        let model = or_in_header(model, &self.headers);
         let find = |routing: &Routing| find_route(gateway, routing, model, self.surface);
         let RoutePlace { routing, route, key } = find_served(gateway, waiting, find).await?;
         let name = routing.route(route).name.clone();

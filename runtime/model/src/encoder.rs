@@ -1,12 +1,17 @@
 //! Loading a checkpoint that embeds, classifies or ranks texts: its files, checked against each other,
 //! become a [`Model`].
 
-use crate::arch::bert::{self, EncoderShape, Head};
-use crate::arch::encoder_family::{self, EncoderFamily};
+pub(crate) mod file;
+
+use crate::arch::bert::{self, EncoderShape, EncoderTensors, Head};
+use crate::arch::encoder_family::{self, EncoderFamily, HeadActivation};
+use crate::arch::modernbert::{self, ModernBertShape};
+use crate::arch::{Architecture, TensorProblem};
 use crate::chat::{self, ChatError, ChatTemplate};
 use crate::checkpoint::decoder::model_types;
 use crate::checkpoint::{
-    BertConfig, CONFIG, CheckpointFiles, CheckpointProblem, HeadConfig, Scoring, Sentence, TOKENIZER, WEIGHTS,
+    BertConfig, CONFIG, CheckpointFiles, CheckpointProblem, HeadConfig, ModernBertConfig, Scoring, Sentence,
+    StoredTensors, TOKENIZER, WEIGHTS,
 };
 use crate::error::{LoadError, TokenizerProblem};
 use crate::model::{ClassificationFacts, EmbeddingFacts, Model, ModelFacts, TextPreparation};
@@ -25,44 +30,135 @@ struct ModelType {
     model_type: String,
 }
 
+/// The configuration of a checkpoint, by what its blocks compute.
+enum EncoderConfig {
+    /// BERT's blocks, under the names of a family.
+    Bert(&'static EncoderFamily, BertConfig),
+    ModernBert(ModernBertConfig),
+}
+
+/// The sizes that a configuration says.
+#[derive(Clone, Copy)]
+struct EncoderSizes {
+    width: usize,
+    vocabulary: usize,
+    layers: usize,
+    heads: usize,
+    /// Tokens of the longest text that positions allow.
+    positions: usize,
+}
+
+impl EncoderConfig {
+    fn read(files: &CheckpointFiles) -> Result<Self, LoadError> {
+        let ModelType { model_type } = files.json(CONFIG)?;
+        let wrong = |problem: CheckpointProblem| files.wrong(CONFIG, problem);
+        if model_type == modernbert::MODEL_TYPE {
+            let config: ModernBertConfig = files.json(CONFIG)?;
+            config.check().map_err(wrong)?;
+            return Ok(Self::ModernBert(config));
+        }
+        let Some(family) = encoder_family::of_model_type(&model_type) else {
+            let families = encoder_family::supported();
+            let supported = format!("{families}, {} in a folder; others as a .gguf file", model_types());
+            return Err(LoadError::Architecture { path: files.path(CONFIG), found: model_type, supported });
+        };
+        let config: BertConfig = files.json(CONFIG)?;
+        config.check(family).map_err(wrong)?;
+        Ok(Self::Bert(family, config))
+    }
+
+    const fn model_type(&self) -> &'static str {
+        match self {
+            Self::Bert(family, _) => family.model_type,
+            Self::ModernBert(_) => modernbert::MODEL_TYPE,
+        }
+    }
+
+    fn is_classifier(&self) -> bool {
+        match self {
+            Self::Bert(_, config) => config.is_classifier(),
+            Self::ModernBert(config) => config.is_classifier(),
+        }
+    }
+
+    fn sizes(&self) -> EncoderSizes {
+        match self {
+            Self::Bert(family, config) => EncoderSizes {
+                width: config.hidden_size,
+                vocabulary: config.vocab_size,
+                layers: config.num_hidden_layers,
+                heads: config.num_attention_heads,
+                positions: config.positions(family),
+            },
+            Self::ModernBert(config) => EncoderSizes {
+                width: config.hidden_size,
+                vocabulary: config.vocab_size,
+                layers: config.num_hidden_layers,
+                heads: config.num_attention_heads,
+                positions: config.max_position_embeddings,
+            },
+        }
+    }
+
+    const fn head_activation(&self) -> HeadActivation {
+        match self {
+            Self::Bert(family, _) => family.head_activation,
+            Self::ModernBert(_) => HeadActivation::Gelu,
+        }
+    }
+
+    fn tensors(&self, head: Head, stored: &StoredTensors) -> Result<EncoderTensors, TensorProblem> {
+        match self {
+            Self::Bert(family, config) => EncoderShape { family, config, head }.tensors(stored),
+            Self::ModernBert(config) => ModernBertShape { config, head }.tensors(stored),
+        }
+    }
+
+    fn resolve(&self, head: Head, weights: &mut Weights) -> Result<Box<dyn Architecture>, TensorProblem> {
+        match self {
+            Self::Bert(family, config) => bert::resolve(&EncoderShape { family, config, head }, weights),
+            Self::ModernBert(config) => ModernBertShape { config, head }.resolve(weights),
+        }
+    }
+}
+
 /// Reads and checks the checkpoint.
 pub(crate) fn load(files: &CheckpointFiles, progress: &mut OnRead<'_>) -> Result<Model, LoadError> {
-    let family = family(files)?;
-    let config: BertConfig = files.json(CONFIG)?;
-    config.check(family).map_err(|problem| files.wrong(CONFIG, problem))?;
+    let config = EncoderConfig::read(files)?;
+    let sizes = config.sizes();
     let scores = config.is_classifier();
     let sentence = if scores { Sentence::of_classifier(files)? } else { Sentence::read(files)? };
     let tokenizer_file = files.bytes(TOKENIZER)?;
     files.refuse_foreign(TOKENIZER, &tokenizer_file)?;
     let tokenizer = Tokenizer::from_json(&tokenizer_file)
-        .and_then(|tokenizer| check_vocabulary(tokenizer, &config))
+        .and_then(|tokenizer| check_vocabulary(tokenizer, sizes.vocabulary))
         .map_err(|problem| LoadError::Tokenizer { path: files.path(TOKENIZER), problem })?;
-    let max_tokens = max_tokens(config.positions(family), &sentence, &tokenizer)
-        .map_err(|problem| files.wrong(CONFIG, problem))?;
+    let max_tokens =
+        max_tokens(sizes.positions, &sentence, &tokenizer).map_err(|problem| files.wrong(CONFIG, problem))?;
     let head = Head { pooling: sentence.pooling, normalise: sentence.normalised, scores, max_tokens };
-    let shape = EncoderShape { family, config: &config, head };
     let stored = files.tensors(progress)?;
-    let tensors = shape.tensors(&stored).map_err(|problem| files.wrong(WEIGHTS, problem))?;
+    let tensors = config.tensors(head, &stored).map_err(|problem| files.wrong(WEIGHTS, problem))?;
     let mut weights = tensors.weights;
-    let architecture =
-        bert::resolve(&shape, &mut weights).map_err(|problem| files.wrong(WEIGHTS, problem))?;
+    // An architecture adds views of its tensors, which are no further parameters.
+    let parameters = parameters(&weights);
+    let architecture = config.resolve(head, &mut weights).map_err(|problem| files.wrong(WEIGHTS, problem))?;
     let score_head = match &tensors.head_out {
         Some(out) => Some(
-            ScoreHead::new(out, family.head_activation, config.hidden_size)
+            ScoreHead::new(out, config.head_activation(), sizes.width)
                 .map_err(|problem| files.wrong(WEIGHTS, problem))?,
         ),
         None => None,
     };
     let scoring = score_head.as_ref().map(|head| scoring(files, head.labels())).transpose()?;
-    let mut facts = facts(&shape, &sentence, scoring, &weights);
-    facts.file_bytes = stored.file_bytes() as u64;
+    let mut facts = facts(&config, head, &sentence, scoring);
+    (facts.parameters, facts.file_bytes) = (parameters, stored.file_bytes() as u64);
     let (template, special) = chat::config::of_checkpoint(files)?;
     let chat = match &template {
         Some(template) => ChatTemplate::new(template, special),
         None => Err(ChatError::NoTemplate),
     };
     facts.chat_template = template;
-    let preparation = TextPreparation { prompt: sentence.prompt, lowercase: sentence.lowercase };
+    let preparation = TextPreparation { prompt: sentence.prompt, lowercase: sentence.lowercase, pair: None };
     let weights = Arc::new(weights);
     let sampling = SamplingSettings::default();
     let model = Model { weights, tokenizer, facts, architecture, chat, preparation, sampling, score_head };
@@ -70,13 +166,9 @@ pub(crate) fn load(files: &CheckpointFiles, progress: &mut OnRead<'_>) -> Result
     Ok(model)
 }
 
-fn family(files: &CheckpointFiles) -> Result<&'static EncoderFamily, LoadError> {
-    let ModelType { model_type } = files.json(CONFIG)?;
-    encoder_family::of_model_type(&model_type).ok_or_else(|| {
-        let families = encoder_family::supported();
-        let supported = format!("{families}, {} in a folder; others as a .gguf file", model_types());
-        LoadError::Architecture { path: files.path(CONFIG), found: model_type, supported }
-    })
+/// Elements of all weights.
+fn parameters(weights: &Weights) -> u64 {
+    weights.iter().map(|(_, weight)| weight.rows() as u64 * weight.cols() as u64).sum()
 }
 
 /// What the logits of a classifier mean.
@@ -104,46 +196,39 @@ fn max_tokens(
 }
 
 /// More rows than tokens are fine; a token without a row is not.
-fn check_vocabulary(tokenizer: Tokenizer, config: &BertConfig) -> Result<Tokenizer, TokenizerProblem> {
-    if tokenizer.len() <= config.vocab_size {
+fn check_vocabulary(tokenizer: Tokenizer, rows: usize) -> Result<Tokenizer, TokenizerProblem> {
+    if tokenizer.len() <= rows {
         return Ok(tokenizer);
     }
-    let why = format!("ids up to {} for vocab_size {} of config.json", tokenizer.len(), config.vocab_size);
+    let why = format!("ids up to {} for vocab_size {rows} of config.json", tokenizer.len());
     Err(TokenizerProblem::Entry { key: "model.vocab", why })
 }
 
-fn facts(
-    shape: &EncoderShape<'_>,
-    sentence: &Sentence,
-    scoring: Option<Scoring>,
-    weights: &Weights,
-) -> ModelFacts {
-    let EncoderShape { family, config, head } = *shape;
-    let elements = |rows: usize, cols: usize| rows as u64 * cols as u64;
+/// All facts but the numbers of parameters and bytes.
+fn facts(config: &EncoderConfig, head: Head, sentence: &Sentence, scoring: Option<Scoring>) -> ModelFacts {
+    let EncoderSizes { width, vocabulary, layers, heads, .. } = config.sizes();
     let embedding = scoring.is_none().then(|| EmbeddingFacts {
-        width: config.hidden_size,
+        width,
         max_tokens: head.max_tokens,
         pooling: head.pooling,
         pooling_note: sentence.note.clone(),
         normalised: head.normalise,
         prompt: sentence.prompt.clone(),
+        shortest: None,
     });
     let task = scoring.as_ref().map_or(Task::Embed, |scoring| scoring.task);
-    let classification = scoring.map(|Scoring { activation, labels, .. }| ClassificationFacts {
-        width: config.hidden_size,
-        labels,
-        activation,
-    });
+    let classification =
+        scoring.map(|Scoring { activation, labels, .. }| ClassificationFacts { width, labels, activation });
     ModelFacts {
         task,
-        architecture: family.model_type.to_owned(),
+        architecture: config.model_type().to_owned(),
         name: None,
-        parameters: weights.iter().map(|(_, weight)| elements(weight.rows(), weight.cols())).sum(),
+        parameters: 0,
         context_tokens: head.max_tokens,
-        vocabulary: config.vocab_size,
-        layers: config.num_hidden_layers,
-        kv_heads: config.num_attention_heads,
-        head_dim: config.hidden_size / config.num_attention_heads,
+        vocabulary,
+        layers,
+        kv_heads: heads,
+        head_dim: width / heads,
         file_bytes: 0,
         embedding,
         classification,

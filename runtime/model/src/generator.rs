@@ -9,6 +9,7 @@ use crate::checkpoint::tensor_names::{TensorName, tensor_name};
 use crate::checkpoint::{CONFIG, CheckpointFiles, CheckpointProblem, DecoderConfig, Shard, TOKENIZER};
 use crate::error::{LoadError, TokenizerProblem};
 use crate::model::{Model, ModelFacts, TextPreparation};
+use crate::reading::Reading;
 use crate::sampling::SamplingSettings;
 use crate::source::OnRead;
 use crate::tokenizer::Tokenizer;
@@ -23,6 +24,13 @@ const GENERATION: &str = "generation_config.json";
 
 /// The vocabulary head; not stored, or not used, where it is the embedding.
 const HEAD: &str = "output.weight";
+
+/// The projection to one logit.
+const SCORE: &str = "cls.output.weight";
+
+/// Keys about the class of a model without a vocabulary head, which were checked before the others.
+const CHECKED_KEYS: [&str; 3] =
+    ["architectures", "sentence_transformers", "sbert_ce_default_activation_function"];
 
 /// What an answer's end is read from.
 const END: &str = "eos_token_id";
@@ -39,13 +47,25 @@ pub(crate) fn load(
     progress: &mut OnRead<'_>,
 ) -> Result<Model, LoadError> {
     let mut content: Map<String, Value> = files.json(CONFIG)?;
+    let reading = Reading::of(files, &content)?;
+    let vocabulary_head = reading.as_ref().is_none_or(Reading::has_vocabulary_head);
+    if !vocabulary_head {
+        CHECKED_KEYS.iter().for_each(|key| drop(content.remove(*key)));
+    }
     let quantisation = Quantisation::take(&mut content).map_err(|problem| files.wrong(CONFIG, problem))?;
-    let config = DecoderConfig::read(model_type, &content).map_err(|problem| files.wrong(CONFIG, problem))?;
+    let mut config =
+        DecoderConfig::read(model_type, &content).map_err(|problem| files.wrong(CONFIG, problem))?;
+    config.is_tied |= !vocabulary_head;
+    config.has_score = reading.as_ref().is_some_and(Reading::has_projection);
     let tokenizer_file = files.bytes(TOKENIZER)?;
     files.refuse_foreign(TOKENIZER, &tokenizer_file)?;
     let generation: Map<String, Value> = files.optional_json(GENERATION)?.unwrap_or_default();
     let ends = ends(files, &generation, &config)?;
-    let tokenizer = Tokenizer::of_generator(&tokenizer_file, ends)
+    let tokenizer = match &reading {
+        None => Tokenizer::of_generator(&tokenizer_file, ends),
+        Some(_) => Tokenizer::of_reader(&tokenizer_file),
+    };
+    let tokenizer = tokenizer
         .and_then(|tokenizer| check_vocabulary(tokenizer, &config))
         .map_err(|problem| LoadError::Tokenizer { path: files.path(TOKENIZER), problem })?;
     let mut shards = files.shards(progress)?;
@@ -64,16 +84,9 @@ pub(crate) fn load(
                 files.wrong(CONFIG, CheckpointProblem::Configuration(message))
             },
         )?;
-    let (template, special) = chat::config::of_checkpoint(files)?;
-    let tools = chat::config::tools_of_checkpoint(files)?;
-    let chat = match &template {
-        Some(template) => ChatTemplate::new(template, special).map(|chat| match &tools {
-            Some(tools) => chat.with_tools(tools),
-            None => chat,
-        }),
-        None => Err(ChatError::NoTemplate),
-    };
+    let (chat_template, chat) = chat_of(files)?;
     let sizes = architecture.sizes();
+    let endless = reading.is_none() && tokenizer.eos_ids().is_empty();
     let mut facts = ModelFacts {
         task: Task::Generate,
         architecture: config.architecture.to_owned(),
@@ -87,16 +100,53 @@ pub(crate) fn load(
         file_bytes,
         embedding: None,
         classification: None,
-        chat_template: template,
-        warnings: if tokenizer.eos_ids().is_empty() { vec![NO_END_TOKEN.to_owned()] } else { Vec::new() },
+        chat_template,
+        warnings: if endless { vec![NO_END_TOKEN.to_owned()] } else { Vec::new() },
     };
     let sampling = SamplingSettings::of_config(&generation, &mut facts.warnings);
     let preparation = TextPreparation::default();
     let weights = Arc::new(weights);
-    let model =
+    let mut model =
         Model { weights, tokenizer, facts, architecture, chat, preparation, sampling, score_head: None };
+    if let Some(reading) = reading {
+        let projection = if config.has_score { score(files, &shards)? } else { None };
+        reading.apply(files, &mut model, projection)?;
+    }
     model.check_plan().map_err(|problem| LoadError::Plan { path: files.path(CONFIG), problem })?;
     Ok(model)
+}
+
+/// The chat template, as text and as what renders conversations.
+fn chat_of(files: &CheckpointFiles) -> Result<(Option<String>, Result<ChatTemplate, ChatError>), LoadError> {
+    let (template, special) = chat::config::of_checkpoint(files)?;
+    let tools = chat::config::tools_of_checkpoint(files)?;
+    let chat = match &template {
+        Some(template) => ChatTemplate::new(template, special).map(|chat| match &tools {
+            Some(tools) => chat.with_tools(tools),
+            None => chat,
+        }),
+        None => Err(ChatError::NoTemplate),
+    };
+    Ok((template, chat))
+}
+
+/// The projection to one logit, where it is stored.
+fn score(files: &CheckpointFiles, shards: &[Shard]) -> Result<Option<Weight>, LoadError> {
+    let tensors = shards.iter().flat_map(|shard| shard.stored.tensors.iter().map(move |one| (shard, one)));
+    let mut own = tensors.filter(|(_, (name, _))| {
+        tensor_name(name, false).is_some_and(|name| name == TensorName::Weight(SCORE.to_owned()))
+    });
+    let Some((shard, (name, tensor))) = own.next() else { return Ok(None) };
+    let wrong = |why: String| {
+        let problem = arch::TensorProblem { name: name.clone(), why };
+        files.wrong(&shard.name, CheckpointProblem::Tensor(problem))
+    };
+    let Some(dtype) = tensor.dtype else {
+        return Err(wrong(format!("it is stored as {}; F32, F16 and BF16 are supported", tensor.stored_as)));
+    };
+    let source = Arc::clone(&shard.stored.source);
+    let weight = Weight::new(SCORE.to_owned(), dtype, tensor.matrix, source, tensor.range.clone());
+    weight.map(Some).map_err(|problem| wrong(problem.to_string()))
 }
 
 /// The ids that end an answer: those of the generation settings, otherwise those of the configuration.
@@ -145,7 +195,7 @@ fn weights(
                 Some(TensorName::Buffer) => continue,
                 None => return Err(wrong("it is not part of the architecture as supported here".to_owned())),
             };
-            if own == HEAD && config.is_tied {
+            if own == HEAD && config.is_tied || own == SCORE && config.has_score {
                 continue;
             }
             let Some(dtype) = tensor.dtype else {

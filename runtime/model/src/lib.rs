@@ -22,6 +22,7 @@ pub mod gguf;
 mod lora;
 mod model;
 mod parts;
+mod reading;
 mod sampling;
 mod score_head;
 pub mod seeded;

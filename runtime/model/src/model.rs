@@ -1,12 +1,14 @@
 //! A loaded model: weights, tokenizer, facts, and the lowering to a plan.
 
-use crate::arch::{self, ArchSizes, Architecture};
+use crate::arch::{self, Architecture};
 use crate::chat::{ChatError, ChatTemplate, SpecialTokens};
 use crate::checkpoint::decoder::is_decoder;
 use crate::checkpoint::{CONFIG, CheckpointFiles};
+use crate::encoder::{self, file::EncoderFile};
 use crate::error::{LoadError, TokenizerProblem};
 use crate::gguf::Gguf;
 use crate::parts::{self, ModelPart};
+use crate::reading::PairPrompt;
 use crate::sampling::SamplingSettings;
 use crate::score_head::{ScoreActivation, ScoreHead};
 use crate::source::{OnRead, ReadProgress};
@@ -43,6 +45,17 @@ pub struct EmbeddingFacts {
     pub normalised: bool,
     /// The text that is put before every text; empty where the checkpoint has no default prompt.
     pub prompt: String,
+    /// Fewest values that a vector may be cut to, from its end; `None`: the model was not trained for that.
+    pub shortest: Option<usize>,
+}
+
+/// Fewest values of a vector of Qwen3-Embedding, as its card says.
+const SHORTEST: usize = 32;
+
+/// [`EmbeddingFacts::shortest`] of a decoder. No file says it: the beginning of a vector is a vector itself
+/// for the family Qwen3-Embedding, which is known by architecture and pooling.
+pub(crate) fn shortest(architecture: &str, pooling: Pooling, width: usize) -> Option<usize> {
+    (architecture == "qwen3" && pooling == Pooling::Last).then_some(SHORTEST.min(width))
 }
 
 /// How a classifier, or a model that compares two texts, gives scores.
@@ -129,6 +142,8 @@ pub(crate) struct TextPreparation {
     pub(crate) prompt: String,
     /// Whether prompt and text are lower-cased.
     pub(crate) lowercase: bool,
+    /// The prompt that a query and a document are put into, of a decoder that ranks.
+    pub(crate) pair: Option<PairPrompt>,
 }
 
 impl TextPreparation {
@@ -191,7 +206,7 @@ impl Model {
         if is_decoder(&model_type) {
             return crate::generator::load(files, &model_type, progress);
         }
-        crate::encoder::load(files, progress)
+        encoder::load(files, progress)
     }
 
     /// Checks a GGUF file that is in memory already. `path` is only used in messages.
@@ -217,6 +232,9 @@ impl Model {
         let (path, bytes): (&Path, &[u8]) = (&path, (*file).as_ref());
         let wrong = |problem| LoadError::gguf(path, problem);
         let name = gguf.metadata.string("general.architecture").map_err(wrong)?;
+        if name == arch::bert_file::NAME {
+            return encoder::file::load(&EncoderFile { path, gguf: &gguf, bytes, file_bytes }, &weights);
+        }
         let architecture = match arch::resolve(name, &gguf, &mut weights) {
             Some(resolved) => resolved.map_err(wrong)?,
             None => {
@@ -229,8 +247,8 @@ impl Model {
         };
         let tokenizer = Tokenizer::from_gguf(&gguf, bytes)
             .map_err(|problem| LoadError::Tokenizer { path: path.to_owned(), problem })?;
-        let mut facts = facts(&gguf, architecture.sizes(), file_bytes).map_err(wrong)?;
-        if tokenizer.eos_ids().is_empty() {
+        let mut facts = facts(&gguf, &*architecture, file_bytes).map_err(wrong)?;
+        if facts.task == Task::Generate && tokenizer.eos_ids().is_empty() {
             facts.warnings.push(NO_END_TOKEN.to_owned());
         }
         check_vocabulary(&tokenizer, &facts).map_err(wrong)?;
@@ -302,10 +320,19 @@ impl Model {
         max_tokens: usize,
     ) -> Result<EncodedPair, TokenizerProblem> {
         let most = max_tokens.min(self.facts.context_tokens);
+        if let Some(prompt) = &self.preparation.pair {
+            return prompt.encode(&self.tokenizer, [first, second], most);
+        }
         if self.preparation.lowercase {
             return self.tokenizer.encode_pair(&first.to_lowercase(), &second.to_lowercase(), most);
         }
         self.tokenizer.encode_pair(first, second, most)
+    }
+
+    /// How many tokens are put around every text, or around every pair where a prompt surrounds both texts.
+    pub fn special_tokens(&self) -> usize {
+        let prompt = self.preparation.pair.as_ref().map_or(0, PairPrompt::len);
+        prompt.max(self.tokenizer.special_tokens())
     }
 
     /// The logits of a text, from its row of a model that classifies or ranks; `None` of other models.
@@ -402,12 +429,26 @@ fn chat(
     }))
 }
 
-fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts, crate::gguf::GgufProblem> {
-    let meta = &gguf.metadata;
+fn facts(
+    gguf: &Gguf,
+    architecture: &dyn Architecture,
+    file_bytes: usize,
+) -> Result<ModelFacts, crate::gguf::GgufProblem> {
+    let (meta, sizes) = (&gguf.metadata, architecture.sizes());
+    let own_name = meta.string("general.architecture")?;
+    let embedding = architecture.text_head().map(|head| EmbeddingFacts {
+        shortest: shortest(own_name, head.pooling, sizes.width),
+        width: sizes.width,
+        max_tokens: sizes.context_tokens,
+        pooling: head.pooling,
+        pooling_note: None,
+        normalised: head.normalise,
+        prompt: String::new(),
+    });
     let elements = |dims: &[usize]| dims.iter().map(|d| *d as u64).product::<u64>();
     Ok(ModelFacts {
-        task: Task::Generate,
-        architecture: meta.string("general.architecture")?.to_owned(),
+        task: if embedding.is_some() { Task::Embed } else { Task::Generate },
+        architecture: own_name.to_owned(),
         name: meta.opt_string("general.name")?.map(str::to_owned),
         parameters: gguf.tensors.iter().map(|tensor| elements(&tensor.dims)).sum(),
         context_tokens: sizes.context_tokens,
@@ -416,7 +457,7 @@ fn facts(gguf: &Gguf, sizes: ArchSizes, file_bytes: usize) -> Result<ModelFacts,
         kv_heads: sizes.kv_heads,
         head_dim: sizes.head_dim,
         file_bytes: file_bytes as u64,
-        embedding: None,
+        embedding,
         classification: None,
         chat_template: meta.opt_string("tokenizer.chat_template")?.map(str::to_owned),
         warnings: Vec::new(),

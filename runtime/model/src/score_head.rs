@@ -108,8 +108,8 @@ impl ScoreHead {
             .map(|value| match self.activation {
                 HeadActivation::Tanh => f64::from(*value).tanh(),
                 HeadActivation::Relu => f64::from(value.max(0.0)),
-                // The device has computed it.
-                HeadActivation::Gelu => f64::from(*value),
+                // The device has computed it, or there is none.
+                HeadActivation::Gelu | HeadActivation::None => f64::from(*value),
             })
             .collect();
         let label = |(weights, bias): (&[f32], &f32)| {

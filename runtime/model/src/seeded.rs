@@ -14,11 +14,13 @@ mod adapter;
 mod decoders;
 mod encoder;
 mod families;
+mod reader;
 mod store;
 
 pub use adapter::SeededAdapter;
 pub use encoder::SeededEncoder;
 pub use families::{SeededCheckpoint, SeededEncoderFamily};
+pub use reader::{SeededReader, SeededReading};
 
 use crate::gguf::{GgufValue, GgufWriter};
 use crate::tokenizer::byte_chars;

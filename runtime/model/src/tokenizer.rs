@@ -1,5 +1,5 @@
-//! Tokenizers. A GGUF file carries byte-level BPE or the pieces of SentencePiece, of which the tokenizer is
-//! built here. The tokenizer of a checkpoint is read from its `tokenizer.json`.
+//! Tokenizers. A GGUF file carries byte-level BPE, the pieces of SentencePiece or those of WordPiece, of
+//! which the tokenizer is built here. The tokenizer of a checkpoint is read from its `tokenizer.json`.
 
 mod charsmap;
 #[cfg(test)]
@@ -9,6 +9,7 @@ mod json;
 mod special;
 mod split;
 mod spm;
+mod word_piece;
 
 pub use json::{EncodedPair, EncodedText};
 pub(crate) use special::rows_with_token;
@@ -66,7 +67,11 @@ impl Tokenizer {
         match meta.string(MODEL)? {
             "gpt2" => {}
             "llama" => return Self::from_pieces(gguf, file, &tokens, &types),
-            other => return Err(unsupported(MODEL, other, "gpt2 (byte-level BPE), llama (SentencePiece)")),
+            "bert" => return Self::from_word_pieces(meta, &tokens, &types),
+            other => {
+                let supported = "gpt2 (byte-level BPE), llama (SentencePiece), bert (WordPiece)";
+                return Err(unsupported(MODEL, other, supported));
+            }
         }
         let SplitRule { normaliser, cut, keeps_tokens, end } =
             split_rule(meta.opt_string(PRE)?.unwrap_or("default"))?;
@@ -88,10 +93,16 @@ impl Tokenizer {
         library
             .add_special_tokens(special.map(|(token, _)| AddedToken::from(*token, true).normalized(false)))
             .map_err(|error| TokenizerProblem::Library(error.to_string()))?;
-        let SpecialIds { begin, ends: eos } =
-            SpecialIds::read(gguf, file, &tokens, &SpecialRules::byte_level(end))?;
+        let reads = special::reads_texts(meta)?;
+        let rules = SpecialRules::byte_level(end);
+        let rules = if reads { rules.of_readers() } else { rules };
+        let SpecialIds { begin, ends: eos } = SpecialIds::read(gguf, file, &tokens, &rules)?;
+        let closing = if reads { special::closing_id(meta, tokens.len())? } else { None };
+        if let Some(id) = closing {
+            library.with_post_processor(Some(special::after_each_text(id, tokens[id as usize])?));
+        }
         let (unused, bytes) = (unused_ids(&types), TokenBytes::new(&tokens, &types));
-        Ok(Self { library, bytes, begin, eos, unused, templated: false })
+        Ok(Self { library, bytes, begin, eos, unused, templated: closing.is_some() })
     }
 
     /// The ids of a text. Special tokens spelled in the text are recognised. A begin token, or the special
@@ -123,6 +134,11 @@ impl Tokenizer {
             ids.remove(0);
         }
         Ok(ids)
+    }
+
+    /// The id of a token by how the vocabulary spells it.
+    pub(crate) fn id(&self, token: &str) -> Option<u32> {
+        self.library.token_to_id(token)
     }
 
     /// How the vocabulary spells a token: of a control token the text that encodes to it, of any other one
@@ -443,7 +459,7 @@ mod tests {
     fn unsupported_tokenizers_are_refused_by_name() {
         let text = |t: &str| GgufValue::String(t.to_owned());
         let cases = [
-            (MODEL, text("bert"), "key tokenizer.ggml.model is \"bert\", which is not supported"),
+            (MODEL, text("t5"), "key tokenizer.ggml.model is \"t5\", which is not supported"),
             (
                 PRE,
                 text("superbpe"),

@@ -284,7 +284,7 @@ fn unread_keys_and_missing_files_of_a_checkpoint_are_named() {
         error.contains("key num_key_value_heads: 3 does not divide the 4 of num_attention_heads"),
         "{error}"
     );
-    let error = refused(&|config| config["architectures"] = json!(["Qwen3ForSequenceClassification"]));
+    let error = refused(&|config| config["architectures"] = json!(["Qwen3ForTokenClassification"]));
     assert!(error.contains("a class that generates text"), "{error}");
     let error = refused(&|config| config["intermediate_size"] = 64.into());
     assert!(error.contains("tensor model.layers.0.mlp.gate_proj.weight: it is 128 x 48"), "{error}");

@@ -7,8 +7,9 @@
 use std::sync::Arc;
 
 use crate::{
-    Activation, AdapterRoom, AttentionShape, Experts, FusedOps, GeluForm, Hyper, Limits, Op, Plan, PlanError,
-    Pooling, RopeSpec, RowSpace, Scores, Segment, WeightId, Weights, arena, passes,
+    Activation, AdapterRoom, AttentionShape, EncoderScores, Experts, FusedOps, GeluForm, Hyper, KvLayout,
+    Limits, Op, Plan, PlanError, Pooling, RopeSpec, RowSpace, Scores, Segment, WeightId, Weights, arena,
+    passes,
 };
 
 /// A matrix that some op makes; belongs to its builder.
@@ -71,8 +72,17 @@ pub(crate) fn place(
     let layout = arena::lay_out(&draft, &limits)?;
     let weight_names: Arc<[String]> = weights.iter().map(|(_, w)| w.name().to_owned()).collect();
     let ops = draft.ops.iter().map(|op| op.map(|_, value| layout.buf(value))).collect();
-    let (adapters, kv_room, arena_bytes) = (AdapterRoom::NONE, 0, layout.bytes);
-    Ok(Plan { ops, hyper, limits, adapters, kv_room, arena_bytes, weight_names, second_segment: None })
+    Ok(Plan {
+        ops,
+        hyper,
+        limits,
+        adapters: AdapterRoom::NONE,
+        kv_room: 0,
+        kv_layout: KvLayout::one_class(hyper.layers),
+        arena_bytes: layout.bytes,
+        weight_names,
+        second_segment: None,
+    })
 }
 
 /// The matrices of all experts of a part, each the rows of one expert after those of the last.
@@ -237,9 +247,16 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Attention { layer, query, shape, scores, out }, out)
     }
 
-    /// Attention of each row of `query` to all rows of its sequence in the step, before and after it. For
-    /// plans without a cache; `query` may have the first row of each sequence only.
-    pub fn encoder_attention(&mut self, query: Value, keys: Value, values: Value, scale: f32) -> Value {
+    /// Attention of each row of `query` to the rows of its sequence in the step: all of them, those of a
+    /// window, or, where it is causal, none after it. For plans without a cache; `query` may have the first
+    /// row of each sequence only, unless the attention is causal.
+    pub fn encoder_attention(
+        &mut self,
+        query: Value,
+        keys: Value,
+        values: Value,
+        scores: impl Into<EncoderScores>,
+    ) -> Value {
         let Hyper { heads, kv_heads, head_dim, .. } = self.hyper;
         for (value, heads) in [(query, heads), (keys, kv_heads), (values, kv_heads)] {
             let info = self.draft.info(value);
@@ -252,7 +269,10 @@ impl<'a> PlanBuilder<'a> {
         let shape = AttentionShape { heads, kv_heads, head_dim };
         let rows = self.draft.info(query).rows;
         let out = self.draft.new_value(heads * head_dim, rows);
-        self.push(Op::EncoderAttention { query, keys, values, shape, scale, out }, out)
+        let scores = scores.into();
+        let asks = !scores.causal || rows == RowSpace::Tokens;
+        self.check(asks, "encoder_attention", || "causal attention needs the queries of all rows".into());
+        self.push(Op::EncoderAttention { query, keys, values, shape, scores, out }, out)
     }
 
     /// `gelu(input)`, by the error function.

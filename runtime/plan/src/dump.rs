@@ -54,9 +54,11 @@ fn operands(plan: &Plan, op: &Op) -> String {
         Op::Attention { layer, query, shape, scores, .. } => {
             format!("layer {layer}: q {} {} {}", buf(*query), heads(shape), scores_text(scores))
         }
-        Op::EncoderAttention { query, keys, values, shape, scale, .. } => {
+        Op::EncoderAttention { query, keys, values, shape, scores, .. } => {
             let operands = format!("q {} k {} v {}", buf(*query), buf(*keys), buf(*values));
-            format!("{operands} {} scale {scale}", heads(shape))
+            let window = scores.window.map_or_else(String::new, |window| format!(" within {window}"));
+            let causal = if scores.causal { " causal" } else { "" };
+            format!("{operands} {} scale {}{window}{causal}", heads(shape), scores.scale)
         }
         Op::SiluMul { gate: a, up: b, .. } | Op::Mul { a, b, .. } => format!("{} * {}", buf(*a), buf(*b)),
         Op::ExpertsUp { input, scores, gate, up, experts, .. } => {
@@ -78,6 +80,7 @@ fn operands(plan: &Plan, op: &Op) -> String {
             let pooling = match pooling {
                 Pooling::Mean => "mean",
                 Pooling::Cls => "cls",
+                Pooling::Last => "last",
                 Pooling::Max => "max",
             };
             format!("{pooling} {}{}", buf(*input), if *normalise { " normalised" } else { "" })

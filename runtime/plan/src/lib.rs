@@ -22,6 +22,7 @@ pub mod dtype;
 mod dump;
 pub mod experts;
 pub mod kv;
+pub mod kv_layout;
 pub mod op;
 pub mod oracle;
 pub mod passes;
@@ -42,9 +43,10 @@ pub use builder::{ExpertWeights, PlanBuilder, Value};
 pub use dtype::DType;
 pub use experts::{ChosenExpert, Experts};
 pub use kv::KvType;
+pub use kv_layout::{ABSENT_BLOCK, CacheLayer, KvLayout, LayerClasses};
 pub use op::{
-    Access, Activation, AttentionShape, Buf, GeluForm, Norm, Op, Pooling, RopeLayout, RopeScaling, RopeSpec,
-    RowSpace, Scores, Segment, WeightUse,
+    Access, Activation, AttentionShape, Buf, EncoderScores, GeluForm, Norm, Op, Pooling, RopeLayout,
+    RopeScaling, RopeSpec, RowSpace, Scores, Segment, WeightUse,
 };
 pub use plan::{Hyper, Limits, Plan, PlanError};
 pub use sample::{

@@ -6,6 +6,8 @@
 //! match over the set lists all ops without a wildcard, so that a new op does not compile until every backend
 //! implements it.
 
+use std::ops::Range;
+
 use crate::{Experts, WeightId};
 
 /// Which rows of a step a buffer has.
@@ -101,6 +103,34 @@ impl Scores {
     }
 }
 
+/// How the products of a query with keys become scores where a row sees its whole sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EncoderScores {
+    /// Multiplies the products, usually `1/sqrt(head_dim)`.
+    pub scale: f32,
+    /// Where set, a row attends to its own position and to at most this many on either side of it.
+    pub window: Option<usize>,
+    /// Whether no row attends to rows after it; queries are of all tokens then.
+    pub causal: bool,
+}
+
+impl From<f32> for EncoderScores {
+    /// Scaled products, of all positions.
+    fn from(scale: f32) -> Self {
+        Self { scale, window: None, causal: false }
+    }
+}
+
+impl EncoderScores {
+    /// The positions that the row at `position` of a sequence of `len` rows attends to.
+    #[must_use]
+    pub fn attended(&self, position: usize, len: usize) -> Range<usize> {
+        let window = self.window.unwrap_or(usize::MAX);
+        let after = if self.causal { 0 } else { window };
+        position.saturating_sub(window)..position.saturating_add(after).saturating_add(1).min(len)
+    }
+}
+
 /// Which approximation of the Gaussian error linear unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum GeluForm {
@@ -129,6 +159,8 @@ pub enum Pooling {
     Mean,
     /// The first row (BERT's `[CLS]`).
     Cls,
+    /// The last row, which alone has read the whole text where attention is causal.
+    Last,
     /// The largest of each column.
     Max,
 }
@@ -276,8 +308,8 @@ pub enum Op<B = Buf> {
         /// Like `query`.
         out: B,
     },
-    /// Softmax attention of each row to all rows of its sequence in this step, earlier and later ones; no
-    /// cache.
+    /// Softmax attention of each row to the rows of its sequence in this step, earlier and later ones: to
+    /// all of them, or to the positions `scores.attended(position[r], length)`; no cache.
     EncoderAttention {
         /// Tokens × (heads · head_dim).
         query: B,
@@ -287,8 +319,8 @@ pub enum Op<B = Buf> {
         values: B,
         /// Heads.
         shape: AttentionShape,
-        /// Multiplies the scores, usually `1/sqrt(head_dim)`.
-        scale: f32,
+        /// Scale, window, and whether later rows count.
+        scores: EncoderScores,
         /// Like `query`.
         out: B,
     },
@@ -548,9 +580,9 @@ impl<B: Copy> Op<B> {
             Self::Attention { layer, query, shape, scores, out } => {
                 Op::Attention { layer, query: f(Read, query), shape, scores, out: f(Write, out) }
             }
-            Self::EncoderAttention { query, keys, values, shape, scale, out } => {
+            Self::EncoderAttention { query, keys, values, shape, scores, out } => {
                 let (query, keys, values) = (f(Read, query), f(Read, keys), f(Read, values));
-                Op::EncoderAttention { query, keys, values, shape, scale, out: f(Write, out) }
+                Op::EncoderAttention { query, keys, values, shape, scores, out: f(Write, out) }
             }
             Self::Gelu { input, form, out } => Op::Gelu { input: f(Read, input), form, out: f(Write, out) },
             Self::SiluMul { gate, up, out } => {

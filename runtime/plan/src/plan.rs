@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{Activation, AdapterRoom, BackendError, Buf, Op, RowSpace, WeightId, Weights};
+use crate::{Activation, AdapterRoom, BackendError, Buf, KvLayout, KvType, Op, RowSpace, WeightId, Weights};
 
 /// Sizes of a model that the cache, the scheduler and validation need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +85,7 @@ pub struct Plan {
     pub(crate) limits: Limits,
     pub(crate) adapters: AdapterRoom,
     pub(crate) kv_room: usize,
+    pub(crate) kv_layout: KvLayout,
     pub(crate) arena_bytes: usize,
     /// Names by id, for dumps and errors.
     pub(crate) weight_names: Arc<[String]>,
@@ -158,6 +159,38 @@ impl Plan {
         if self.kv_room > loaded_blocks { self.kv_room } else { loaded_blocks }
     }
 
+    /// The same plan with a cache in which layers with windows keep only the blocks that their windows reach
+    /// (see [`mod@crate::kv_layout`]). A plan without such layers stays as it is.
+    #[must_use]
+    pub fn with_layer_classes(mut self) -> Self {
+        let windows: Vec<Option<usize>> = (0..self.hyper.layers).map(|layer| self.window(layer)).collect();
+        self.kv_layout = KvLayout::of_windows(&windows, self.hyper.context);
+        self
+    }
+
+    /// The positions that every attention of a layer attends to at most; `None` where that is all of them.
+    fn window(&self, layer: usize) -> Option<usize> {
+        let of_layer = |op: &Op| match op {
+            Op::Attention { layer: own, scores, .. } if *own == layer => Some(scores.window),
+            _ => None,
+        };
+        let mut windows = self.ops.iter().filter_map(of_layer);
+        let first = windows.next()??;
+        windows.try_fold(first, |most, window| Some(most.max(window?)))
+    }
+
+    /// Which layers share the blocks of the cache.
+    #[must_use]
+    pub const fn kv_layout(&self) -> &KvLayout {
+        &self.kv_layout
+    }
+
+    /// Bytes of one block of a cache of this type.
+    #[must_use]
+    pub const fn kv_block_bytes(&self, kv_type: KvType) -> u64 {
+        self.kv_layout.block_bytes(kv_type, &self.hyper)
+    }
+
     /// Whether steps need blocks of the key/value cache. Without a cache, all tokens of a sequence come in
     /// one step.
     #[must_use]
@@ -219,6 +252,17 @@ impl Plan {
             (same_weights, "it names other weights"),
         ];
         checks.into_iter().find(|(ok, _)| !ok).map_or(Ok(()), |(_, what)| Err(BackendError::Mismatch(what)))
+    }
+
+    /// Checks that this plan uses the cache of a loaded model as the plan does that it was loaded with.
+    ///
+    /// # Errors
+    /// [`BackendError::Mismatch`] where its layers share blocks in another way.
+    pub fn check_cache(&self, loaded: &KvLayout) -> Result<(), BackendError> {
+        if self.kv_layout == *loaded {
+            return Ok(());
+        }
+        Err(BackendError::Mismatch("its layers share the blocks of the cache in another way"))
     }
 
     /// Refuses a plan that sums over the devices of a group.

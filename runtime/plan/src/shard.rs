@@ -112,7 +112,8 @@ pub fn shard(
     let views = (0..devices).map(|device| views(weights, &cuts, DeviceShare { device, devices }));
     let views: Vec<Weights> = views.collect::<Result<_, WeightError>>()?;
     let placed = builder::place(divided, fused, &views[0], hyper, *plan.limits())?;
-    let plan = Plan { second_segment: plan.second_segment, ..placed };
+    let kv_layout = plan.kv_layout.clone();
+    let plan = Plan { second_segment: plan.second_segment, kv_layout, ..placed };
     Ok(views.into_iter().map(|weights| Shard { plan: plan.clone(), weights: Arc::new(weights) }).collect())
 }
 

@@ -49,7 +49,9 @@ pub struct SequenceStep<'a> {
     /// Tokens that the cache holds already; also the first token's position.
     pub cached_tokens: usize,
     /// Cache blocks, in order of position; they hold `cached_tokens + tokens.len()` tokens or more. None for
-    /// a plan without a cache.
+    /// a plan without a cache. Where a plan has several groups of layers ([`mod@crate::kv_layout`]), each
+    /// block of tokens has an entry for each; those that no row of the step reaches may be
+    /// [`crate::ABSENT_BLOCK`].
     pub blocks: &'a [u32],
     /// Which rows give logits.
     pub logits: LogitsRows,
@@ -378,9 +380,11 @@ impl StepInput {
             self.validate_adapter(sequence, plan)?;
             let (tokens, rows) = (self.context_lens[sequence] as usize, self.rows_of(sequence).len());
             if cached {
-                self.validate_blocks(sequence, kv_blocks)?;
-                let range = (tokens - rows) / KV_BLOCK_TOKENS..tokens.div_ceil(KV_BLOCK_TOKENS);
-                written.extend_from_slice(&self.blocks_of(sequence)[range]);
+                self.validate_blocks(sequence, plan, kv_blocks)?;
+                let groups = plan.kv_layout().classes().groups();
+                let first = (tokens - rows) / KV_BLOCK_TOKENS * groups;
+                let end = tokens.div_ceil(KV_BLOCK_TOKENS) * groups;
+                written.extend_from_slice(&self.blocks_of(sequence)[first..end]);
             } else if tokens > rows {
                 return Err(StepError::Uncached { sequence, cached: tokens - rows });
             }
@@ -457,14 +461,25 @@ impl StepInput {
         }
     }
 
-    fn validate_blocks(&self, sequence: usize, kv_blocks: usize) -> Result<(), StepError> {
+    /// The sequence was validated, so that its context is not shorter than its rows.
+    fn validate_blocks(&self, sequence: usize, plan: &Plan, kv_blocks: usize) -> Result<(), StepError> {
         let tokens = self.context_lens[sequence] as usize;
-        let blocks = self.blocks_of(sequence);
-        if blocks.len() * KV_BLOCK_TOKENS < tokens {
-            return Err(StepError::Blocks { sequence, blocks: blocks.len(), tokens });
+        let (table, classes) = (self.blocks_of(sequence), plan.kv_layout().classes());
+        let entries = table.chunks_exact(classes.groups());
+        if !entries.remainder().is_empty() {
+            return Err(StepError::Inconsistent("a block table has an entry for each group of layers"));
         }
-        match blocks.iter().find(|&&block| block as usize >= kv_blocks) {
-            Some(&block) => Err(StepError::BlockId { sequence, block, kv_blocks }),
+        if entries.len() * KV_BLOCK_TOKENS < tokens {
+            return Err(StepError::Blocks { sequence, blocks: entries.len(), tokens });
+        }
+        // Entries before the window of the first row are not read.
+        let first = classes.first_windowed_block(tokens - self.rows_of(sequence).len());
+        let read = entries.enumerate().flat_map(|(index, entry)| {
+            let groups = if index < first { classes.full_groups() } else { classes.groups() };
+            &entry[..groups]
+        });
+        match read.copied().find(|block| *block as usize >= kv_blocks) {
+            Some(block) => Err(StepError::BlockId { sequence, block, kv_blocks }),
             None => Ok(()),
         }
     }

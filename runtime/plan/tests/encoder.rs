@@ -5,9 +5,9 @@
 use std::sync::Arc;
 
 use trustformers_plan::{
-    Backend, FusedOps, Hyper, KvType, Limits, LoadSpec, LogitsRows, Numerics, Plan, PlanBuilder, PlanError,
-    Pooling, RowSpace, SequenceStep, StepError, StepInput, StepOutput, Weight, Weights, oracle::Oracle,
-    seeded::SeededRng,
+    Backend, EncoderScores, FusedOps, Hyper, KvType, Limits, LoadSpec, LogitsRows, Numerics, Plan,
+    PlanBuilder, PlanError, Pooling, RowSpace, SequenceStep, StepError, StepInput, StepOutput, Weight,
+    Weights, oracle::Oracle, seeded::SeededRng,
 };
 
 const HYPER: Hyper =
@@ -52,7 +52,11 @@ fn plan(weights: &Weights, fused: &FusedOps, pooling: Pooling, normalise: bool) 
     let x = b.add_row(x, w("types"));
     let x = b.layer_norm(x, w("norm0"), w("norm0.bias"), 1e-12);
     let (q, k, v) = (dense(&mut b, x, "q"), dense(&mut b, x, "k"), dense(&mut b, x, "v"));
-    let mixed = b.encoder_attention(q, k, v, 8f32.powf(-0.5));
+    let mixed = if pooling == Pooling::Last {
+        b.encoder_attention(q, k, v, EncoderScores { causal: true, ..8f32.powf(-0.5).into() })
+    } else {
+        b.encoder_attention(q, k, v, 8f32.powf(-0.5))
+    };
     let o = dense(&mut b, mixed, "o");
     let x2 = b.add(o, x);
     let x = b.layer_norm(x2, w("norm1"), w("norm1.bias"), 1e-12);
@@ -68,20 +72,18 @@ fn plan(weights: &Weights, fused: &FusedOps, pooling: Pooling, normalise: bool) 
 fn run(fused: &FusedOps, pooling: Pooling, normalise: bool, sequences: &[&[u32]]) -> Vec<Vec<f32>> {
     let weights = Arc::new(weights());
     let plan = plan(&weights, fused, pooling, normalise);
+    answers(weights, &plan, sequences)
+}
+
+fn answers(weights: Arc<Weights>, plan: &Plan, sequences: &[&[u32]]) -> Vec<Vec<f32>> {
     assert!(!plan.uses_cache());
     assert_eq!((plan.answer().rows, plan.answer().cols), (RowSpace::Sequences, 32));
     let numerics = Numerics::Exact;
-    let spec = LoadSpec {
-        weights,
-        plan: &plan,
-        kv_blocks: 0,
-        kv_type: KvType::F32,
-        numerics,
-        progress: &mut |_| {},
-    };
+    let spec =
+        LoadSpec { weights, plan, kv_blocks: 0, kv_type: KvType::F32, numerics, progress: &mut |_| {} };
     let mut loaded = Oracle::new().load(spec).unwrap();
     assert_eq!(loaded.memory().kv_bytes, 0);
-    let mut executable = loaded.compile(&plan).unwrap();
+    let mut executable = loaded.compile(plan).unwrap();
     executable.submit(&step(sequences)).unwrap();
     let mut output = StepOutput::new();
     executable.wait(&mut output).unwrap();
@@ -105,10 +107,46 @@ fn the_dump_is_stable() {
     insta::assert_snapshot!("encoder_fused", dump(&FusedOps::ALL));
 }
 
+/// The largest values of what each row gets from its window, `None`: from its whole sequence.
+fn attended(window: Option<usize>, sequences: &[&[u32]]) -> Vec<Vec<f32>> {
+    let weights = Arc::new(weights());
+    let words = weights.find("words").unwrap();
+    let mut b = PlanBuilder::new(&weights, HYPER, LIMITS);
+    let (query, keys, values) = (b.embed(words), b.embed(words), b.embed(words));
+    let mixed = b.encoder_attention(query, keys, values, EncoderScores { scale: 0.3, window, causal: false });
+    b.pool(mixed, Pooling::Max, false);
+    let plan = b.finish(&FusedOps::NONE).unwrap();
+    answers(weights, &plan, sequences)
+}
+
+#[test]
+fn a_row_sees_its_window_on_both_sides() {
+    let weights = weights();
+    let row = |token: u32| {
+        let words = weights.get(weights.find("words").unwrap());
+        let mut row = vec![0.0; words.cols()];
+        words.dequantise_row(token as usize, &mut row);
+        row
+    };
+    // Without neighbours a row gets its own values.
+    let largest = |tokens: &[u32]| -> Vec<f32> {
+        let rows: Vec<Vec<f32>> = tokens.iter().map(|token| row(*token)).collect();
+        (0..32).map(|c| rows.iter().map(|row| row[c]).fold(f32::NEG_INFINITY, f32::max)).collect()
+    };
+    let (first, second): (&[u32], &[u32]) = (&[3, 9, 4, 7, 1], &[8, 2]);
+    assert_eq!(attended(Some(0), &[first, second]), [largest(first), largest(second)]);
+    // A window that reaches both ends is none, and a shorter one is another answer.
+    let whole = attended(None, &[first, second]);
+    assert_eq!(attended(Some(4), &[first, second]), whole);
+    let near = attended(Some(1), &[first, second]);
+    assert_ne!(near[0], whole[0]);
+    assert_eq!(near[1], whole[1]);
+}
+
 #[test]
 fn fusion_and_batching_change_no_bits() {
     let (a, b): (Vec<u32>, Vec<u32>) = ((0..24).map(|i| i * 7 % 48).collect(), vec![3, 1, 4]);
-    for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max] {
+    for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max, Pooling::Last] {
         let both = run(&FusedOps::ALL, pooling, true, &[&b, &a]);
         assert_eq!(both, run(&FusedOps::NONE, pooling, true, &[&b, &a]));
         assert_eq!(both[1], run(&FusedOps::NONE, pooling, true, &[&a])[0]);
@@ -123,6 +161,35 @@ fn attention_sees_later_tokens_and_no_other_sequence() {
     };
     assert_ne!(first(&[1, 2, 3], &[9]), first(&[1, 2, 4], &[9]));
     assert_eq!(first(&[1, 2, 3], &[9]), first(&[1, 2, 3], &[8, 8]));
+}
+
+#[test]
+fn causal_attention_sees_no_later_token() {
+    let weights = weights();
+    let dump = plan(&weights, &FusedOps::NONE, Pooling::Last, false).dump();
+    assert!(dump.contains(" causal") && dump.contains("last "), "{dump}");
+    let last = |tokens: &[u32]| run(&FusedOps::NONE, Pooling::Last, false, &[tokens, &[9]])[0].clone();
+    assert_ne!(last(&[1, 2, 3]), last(&[4, 2, 3]), "the last row sees the first one");
+    // Of one token all poolings and both kinds of attention are equal.
+    assert_eq!(last(&[5]), run(&FusedOps::NONE, Pooling::Cls, false, &[&[5]])[0]);
+    // The first row of a text sees itself alone, and the last one all.
+    let attended = |pooling, tokens: &[u32]| {
+        let mut b = PlanBuilder::new(&weights, HYPER, LIMITS);
+        let x = b.embed(weights.find("words").unwrap());
+        let mixed = b.encoder_attention(x, x, x, EncoderScores { causal: true, ..1.0.into() });
+        b.pool(mixed, pooling, false);
+        let plan = b.finish(&FusedOps::NONE).unwrap();
+        answers(Arc::new(self::weights()), &plan, &[tokens])[0].clone()
+    };
+    assert_eq!(attended(Pooling::Cls, &[1, 2, 3]), attended(Pooling::Cls, &[1]));
+    assert_ne!(attended(Pooling::Last, &[1, 2, 3]), attended(Pooling::Last, &[1, 2, 4]));
+    let mut b = PlanBuilder::new(&weights, HYPER, LIMITS);
+    let x = b.embed(weights.find("words").unwrap());
+    let first = b.gather_first_rows(x);
+    let mixed = b.encoder_attention(first, x, x, EncoderScores { causal: true, ..1.0.into() });
+    b.pool(mixed, Pooling::Cls, false);
+    let error = b.finish(&FusedOps::NONE).unwrap_err().to_string();
+    assert!(error.contains("causal attention needs the queries of all rows"), "{error}");
 }
 
 #[test]

@@ -17,19 +17,20 @@ pub(crate) fn facts(model: &Model) -> Result<&EmbeddingFacts, ApiError> {
     facts.ok_or_else(|| ApiError::Internal { message: "the model has no vectors to give".to_owned() })
 }
 
-/// A length of vectors that the model does not give is refused: cutting a vector keeps its meaning only where
+/// A length of vectors that the model cannot give is refused: cutting a vector keeps its meaning only where
 /// the model was trained for that.
 pub(crate) fn check_dimensions(request: &EmbedRequest, facts: &EmbeddingFacts) -> Result<(), ApiError> {
-    let width = facts.width;
-    match request.dimensions {
-        Some(asked) if asked as usize != width => Err(ApiError::field(
-            "dimensions",
-            format!(
-                "{asked} is not what this model gives: its vectors have {width} values and were not trained to be cut; leave it out"
-            ),
-        )),
-        _ => Ok(()),
-    }
+    let (width, asked) = (facts.width, request.dimensions.map(|asked| asked as usize));
+    let why = match (asked, facts.shortest) {
+        (Some(asked), Some(least)) if !(least..=width).contains(&asked) => {
+            format!("{asked} is not between {least} and {width}, the lengths that this model gives")
+        }
+        (Some(asked), None) if asked != width => format!(
+            "{asked} is not what this model gives: its vectors have {width} values and were not trained to be cut; leave it out"
+        ),
+        _ => return Ok(()),
+    };
+    Err(ApiError::field("dimensions", why))
 }
 
 /// Token ids of another vocabulary are refused with their usual cause.
@@ -63,8 +64,28 @@ pub(crate) struct ModelIdentity {
     pub(crate) revision: String,
 }
 
-/// The answer as a type of the API.
-pub(crate) fn embedded(by: ModelIdentity, facts: &EmbeddingFacts, encoded: Encoded) -> Embedded {
+/// The first `width` values of each row, of length one again where the model's rows are.
+fn cut_rows(encoded: &mut Encoded, width: usize, normalised: bool) {
+    let mut values = Vec::with_capacity(encoded.rows().len() * width);
+    for row in encoded.rows() {
+        let row = &row[..width];
+        let squares: f64 = row.iter().map(|value| f64::from(*value) * f64::from(*value)).sum();
+        let length = if normalised { squares.sqrt().max(1e-12) } else { 1.0 };
+        values.extend(row.iter().map(|value| (f64::from(*value) / length) as f32));
+    }
+    (encoded.values, encoded.width) = (values, width);
+}
+
+/// The answer as a type of the API, with vectors of `dimensions` values, which were checked.
+pub(crate) fn embedded(
+    by: ModelIdentity,
+    facts: &EmbeddingFacts,
+    mut encoded: Encoded,
+    dimensions: Option<u32>,
+) -> Embedded {
+    if let Some(width) = dimensions.map(|asked| asked as usize).filter(|asked| *asked < encoded.width) {
+        cut_rows(&mut encoded, width, facts.normalised);
+    }
     let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     Embedded {
         id: format!("emb-{}", uuid::Uuid::new_v4().simple()),
@@ -79,6 +100,7 @@ pub(crate) fn embedded(by: ModelIdentity, facts: &EmbeddingFacts, encoded: Encod
             Pooling::Mean => PoolingMode::Mean,
             Pooling::Cls => PoolingMode::Cls,
             Pooling::Max => PoolingMode::Max,
+            Pooling::Last => PoolingMode::Last,
         },
         pooling_note: facts.pooling_note.clone(),
     }
@@ -104,6 +126,54 @@ mod tests {
     use super::*;
     use std::time::Duration;
     use trustformers_api::Priority;
+
+    #[test]
+    fn vectors_are_cut_where_the_model_was_trained_for_it() {
+        let facts = EmbeddingFacts {
+            width: 4,
+            max_tokens: 8,
+            pooling: Pooling::Last,
+            pooling_note: None,
+            normalised: true,
+            prompt: String::new(),
+            shortest: Some(2),
+        };
+        let check = |dimensions, facts: &EmbeddingFacts| {
+            let request = EmbedRequest {
+                input: vec![EmbedInput::Text("a".into())],
+                model: None,
+                revision: None,
+                truncate: true,
+                dimensions,
+                priority: Priority::Normal,
+                tenant: String::new(),
+            };
+            check_dimensions(&request, facts).map_err(|error| error.to_string())
+        };
+        for dimensions in [None, Some(2), Some(4)] {
+            assert_eq!(check(dimensions, &facts), Ok(()));
+        }
+        let error = check(Some(1), &facts).unwrap_err();
+        assert!(error.contains("1 is not between 2 and 4"), "{error}");
+        assert!(check(Some(5), &facts).is_err());
+        assert!(check(Some(2), &EmbeddingFacts { shortest: None, ..facts.clone() }).is_err());
+        let encoded = Encoded {
+            values: vec![0.48, 0.36, 0.8, 0.0, 0.0, 0.6, 0.8, 0.0],
+            width: 4,
+            tokens: 3,
+            truncated: Vec::new(),
+            timings: trustformers_engine::encoder::EncodeTimings::default(),
+        };
+        let by = || ModelIdentity { name: "m".into(), digest: String::new(), revision: String::new() };
+        let cut = embedded(by(), &facts, encoded.clone(), Some(2));
+        assert_eq!((cut.width, cut.values.len(), cut.pooling), (2, 4, PoolingMode::Last));
+        for (found, wanted) in cut.values.iter().zip([0.8, 0.6, 0.0, 1.0]) {
+            assert!((found - wanted).abs() < 1e-6, "{:?}", cut.values);
+        }
+        let raw = EmbeddingFacts { normalised: false, ..facts };
+        assert_eq!(embedded(by(), &raw, encoded.clone(), Some(2)).values, [0.48, 0.36, 0.0, 0.6]);
+        assert_eq!(embedded(by(), &raw, encoded.clone(), None).values, encoded.values);
+    }
 
     #[test]
     fn priority_and_tenant_arrive_and_overload_has_a_retry_time() {

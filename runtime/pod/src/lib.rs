@@ -40,6 +40,7 @@ mod conversation;
 pub mod device;
 pub mod embed;
 pub mod failure;
+pub mod faults;
 mod generate;
 pub mod inflight;
 pub mod lifecycle;

@@ -12,6 +12,7 @@ use trustformers_proto::pod_config::{PodAdmin, PodConfig};
 use trustformers_runtime::admin::{AdminSettings, TokenRules};
 use trustformers_runtime::control::{LoadDefaults, ModelControl};
 use trustformers_runtime::device;
+use trustformers_runtime::faults::Faults;
 use trustformers_runtime::liveness::ENGINE_STALL;
 use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_runtime::process::{Drain, Listen, Settings, Sight, run};
@@ -85,6 +86,10 @@ struct Flags {
     #[arg(long, value_name = "SECONDS", default_value_t = ENGINE_STALL.as_secs(),
         value_parser = clap::value_parser!(u64).range(1..=86_400))]
     engine_stall: u64,
+    /// For tests alone: each request waits for so many milliseconds before it is admitted.
+    #[arg(long, hide = true, value_name = "MS", env = "TRUSTFORMERS_FAULT_DELAY_MS", default_value_t = 0,
+        value_parser = clap::value_parser!(u64).range(0..=60_000))]
+    fault_delay: u64,
     #[command(flatten)]
     traces: TraceFlags,
     /// Log lines as text or json, on stderr.
@@ -116,6 +121,7 @@ fn serve(flags: Flags) -> anyhow::Result<()> {
         threads,
         metrics_compat,
         engine_stall,
+        fault_delay,
         traces,
         log_format,
         log,
@@ -145,6 +151,7 @@ fn serve(flags: Flags) -> anyhow::Result<()> {
             metrics_compat,
             engine_stall: Duration::from_secs(engine_stall),
         },
+        faults: Faults { delay: Duration::from_millis(fault_delay) },
         admin,
     };
     let registry = metrics::new_registry("trustformers-runtime", env!("CARGO_PKG_VERSION"))?;

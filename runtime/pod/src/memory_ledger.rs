@@ -160,7 +160,7 @@ impl Backend for ReservedBackend {
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
-        let (block_bytes, blocks) = (spec.kv_type.block_bytes(spec.plan.hyper()), spec.kv_blocks);
+        let (block_bytes, blocks) = (spec.plan.kv_block_bytes(spec.kv_type), spec.kv_blocks);
         let inner = self.inner.load(spec)?;
         let reservation = Arc::clone(&self.reservation);
         let seen_refusals = reservation.refusals();

@@ -27,6 +27,7 @@ use trustformers_telemetry::traces::{TraceError, TraceOptions, Traces};
 use crate::admin::{AdminPort, AdminSettings, KeysError};
 use crate::control::ModelControl;
 use crate::device;
+use crate::faults::{Faults, with_faults};
 use crate::liveness::ENGINE_STALL;
 use crate::load::Loader;
 use crate::metrics_compat::MetricsCompat;
@@ -93,6 +94,8 @@ pub struct Settings {
     pub admin: Option<AdminSettings>,
     /// What can be seen of it.
     pub sight: Sight,
+    /// What a test lets go wrong.
+    pub faults: Faults,
 }
 
 /// Why a process could not start serving. What goes wrong later is a model's state, not an error.
@@ -171,12 +174,12 @@ impl Process {
         registry: Registry,
         open: device::OpenDevice,
     ) -> Result<Self, StartError> {
-        let Settings { models, listen, drain, model_control, admin, sight } = settings;
+        let Settings { models, listen, drain, model_control, admin, sight, faults } = settings;
         let loader = Arc::new(Loader::new(open, &registry)?);
         let models = ModelServer::new(models)?.with_control(model_control, drain.timeout);
         let models = Arc::new(models.with_engine_stall(sight.engine_stall));
         let (closing, stop) = (CancellationToken::new(), CancellationToken::new());
-        let api = Api::new(models.clone(), closing.clone());
+        let api = Api::new(with_faults(models.clone(), faults), closing.clone());
         let derived = sight
             .metrics_compat
             .map(|compat| -> Derive { Arc::new(move |own: &[MetricFamily]| compat.families(own)) });

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use trustformers_model::{CheckpointFiles, Model, ReadProgress};
+use trustformers_model::{CheckpointFiles, Model, ReadProgress, Task};
 use trustformers_store::{Digest, Fetched, Resolved, StoreError};
 
 use crate::failure::Failure;
@@ -42,7 +42,7 @@ pub(crate) fn read(spec: &ModelSpec, listener: &ReadListener<'_>) -> Result<Read
     match (spec.source.path(), &spec.sha256) {
         (Some(root), None) => {
             let files = spec.source.resolve(&spec.files)?;
-            beside_its_digest(root, &files, listener)
+            beside_its_digest(&Wanted { root, files: &files, task: spec.task }, listener)
         }
         // What is fetched has its digest when it is there.
         _ => after_its_digest(spec, listener),
@@ -59,7 +59,8 @@ fn after_its_digest(spec: &ModelSpec, listener: &ReadListener<'_>) -> Result<Rea
     }
     let ModelFiles { resolved: files, digest, root, fetched } = found?;
     let (total_bytes, digest_time) = (files.total_bytes(), started.elapsed());
-    let model = parse(&root, &files, &mut |read| {
+    let wanted = Wanted { root: &root, files: &files, task: spec.task };
+    let model = parse(&wanted, &mut |read| {
         progress(total_bytes + scaled(read, total_bytes), total_bytes);
         go_on(is_wanted)
     })?;
@@ -68,12 +69,9 @@ fn after_its_digest(spec: &ModelSpec, listener: &ReadListener<'_>) -> Result<Rea
 
 /// Reads files that lie on this machine while another thread computes their digest. Progress is reported by
 /// this thread alone, so that it never falls.
-fn beside_its_digest(
-    root: &std::path::Path,
-    files: &Resolved,
-    listener: &ReadListener<'_>,
-) -> Result<ReadFiles, Failure> {
+fn beside_its_digest(wanted: &Wanted<'_>, listener: &ReadListener<'_>) -> Result<ReadFiles, Failure> {
     let ReadListener { progress, is_wanted } = *listener;
+    let files = wanted.files;
     let total_bytes = files.total_bytes();
     let (hashed_bytes, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let report = |read_bytes: u64| {
@@ -99,7 +97,7 @@ fn beside_its_digest(
             digest_of()
         });
         let mut read_bytes = 0;
-        let model = parse(root, files, &mut |read| {
+        let model = parse(wanted, &mut |read| {
             read_bytes = scaled(read, total_bytes);
             report(read_bytes);
             go_on(is_wanted)
@@ -132,13 +130,21 @@ pub(crate) fn mul_div(a: u64, b: u64, c: u64) -> u64 {
     u64::try_from(u128::from(a) * u128::from(b) / u128::from(c.max(1))).unwrap_or(u64::MAX)
 }
 
+/// The files that become a model.
+struct Wanted<'a> {
+    root: &'a std::path::Path,
+    files: &'a Resolved,
+    /// The task that was asked for.
+    task: Option<Task>,
+}
+
 fn parse(
-    root: &std::path::Path,
-    files: &Resolved,
+    wanted: &Wanted<'_>,
     reading: &mut dyn FnMut(ReadProgress) -> std::ops::ControlFlow<()>,
 ) -> Result<Model, Failure> {
+    let Wanted { root, files, task } = *wanted;
     Ok(match checkpoint(root, files) {
-        Some(checkpoint) => Model::load_checkpoint_while(&checkpoint, reading)?,
+        Some(checkpoint) => Model::load_checkpoint_while(&checkpoint.asked_for(task), reading)?,
         None => Model::load_files_while(&model_files(files)?, reading)?,
     })
 }

@@ -117,7 +117,8 @@ pub(crate) fn reranked(
 mod tests {
     use super::*;
     use trustformers_api::{Inference, Priority};
-    use trustformers_model::seeded::SeededCheckpoint;
+    use trustformers_model::Task;
+    use trustformers_model::seeded::{SeededCheckpoint, SeededReader, SeededReading};
     use trustformers_plan::oracle::Oracle;
     use trustformers_store::Source;
 
@@ -197,6 +198,25 @@ mod tests {
         let (_server, _folder) = ready_in(&SeededCheckpoint::reranker(), &registry).await;
         let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
         assert!(text.contains("trustformers_model_info{model=\"ns/m\",task=\"rerank\"} 1"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_decoder_ranks_where_the_task_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        SeededReader::new(SeededReading::Words).write(folder.path()).unwrap();
+        let mut spec = ModelSpec::new("ns/m", Source::from_path(folder.path()));
+        spec.task = Some(Task::Rerank);
+        let server = ModelServer::new(vec![spec]).unwrap();
+        let loader = Loader::new(Box::new(|_| Ok(Box::new(Oracle::new()))), &prometheus::Registry::new());
+        server.start_loading(&Arc::new(loader.unwrap()));
+        trustformers_api::Health::readiness(&server).wait_for(|verdict| verdict.ok).await.unwrap();
+        let documents = ["hello world", "the cat"];
+        let all = server.rerank(order(&documents, false)).await.unwrap();
+        let raw = server.rerank(order(&documents, true)).await.unwrap();
+        for (logit, score) in raw.scores.iter().zip(&all.scores) {
+            assert!((1.0 / (1.0 + (-logit).exp()) - score).abs() < 1e-6, "{raw:?} {all:?}");
+        }
+        assert_ne!(raw.scores[0].to_bits(), raw.scores[1].to_bits());
     }
 
     #[tokio::test]

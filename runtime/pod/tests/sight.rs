@@ -17,9 +17,13 @@ use tokio::sync::oneshot;
 use tonic::transport::Channel;
 use trustformers_proto::v1::ModelState;
 use trustformers_proto::v1::inference_service_client::InferenceServiceClient;
+use trustformers_runtime::faults::Faults;
 use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_runtime::process::{EndSignals, Sight};
 use trustformers_telemetry::traces::{Destination, TraceOptions};
+
+/// Far more than a probe takes on a busy machine.
+const PROBES: Duration = Duration::from_secs(10);
 
 /// A ready process.
 async fn ready(setup: Setup) -> Server {
@@ -37,6 +41,17 @@ async fn until(mut is: impl AsyncFnMut() -> bool) {
     }
 }
 
+#[tokio::test]
+async fn a_request_waits_as_long_as_a_fault_says() {
+    let delay = Duration::from_millis(100);
+    let server = ready(Setup { faults: Faults { delay }, ..Setup::default() }).await;
+    let asked = Instant::now();
+    let answer =
+        http(server.http, &post("/v1/generate", r#"{"prompt":"Hello","max_tokens":1}"#)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(asked.elapsed() >= delay, "{:?}", asked.elapsed());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_that_stands_still_with_work_is_not_alive_until_it_steps_again() {
     let stall = Duration::from_millis(300);
@@ -51,6 +66,7 @@ async fn an_engine_that_stands_still_with_work_is_not_alive_until_it_steps_again
     gate.until_blocked().await;
     until(async || !is_live().await).await;
     assert!(begin.elapsed() > stall, "not before its bound");
+    assert!(begin.elapsed() < stall + PROBES, "{:?} is long behind its bound", begin.elapsed());
     let verdict = get(address, "/health/live").await;
     assert!(verdict.contains("the engine of m has work but made no step for"), "{verdict}");
     assert!(get(address, "/health/ready").await.starts_with("HTTP/1.1 200"), "readiness is another question");

@@ -3,7 +3,7 @@
 //! `make test-overload` (or `cargo run --release -p trustformers-serve --example overload [SECONDS]`) serves
 //! a small seeded model in this process, measures what it can answer (as many callers as the batch and the
 //! queue hold), then sends four times that rate. It ends with status 1 unless every request got an answer or
-//! a refusal that says when to try again (429 with Retry-After over HTTP, RESOURCE_EXHAUSTED over gRPC),
+//! a refusal that says when to try again (429 over HTTP, RESOURCE_EXHAUSTED over gRPC, with retry-after),
 //! memory stayed flat, and admitted requests took at most 1.5 times as long as at saturation.
 
 use std::net::SocketAddr;
@@ -94,7 +94,9 @@ impl Caller {
         let request = GenerateRequest { prompt, max_tokens: TOKENS, ..Default::default() };
         match self.grpc.generate(request).await {
             Ok(_) => Some(false),
-            Err(status) if status.code() == Code::ResourceExhausted => Some(true),
+            Err(status) if status.code() == Code::ResourceExhausted => {
+                status.metadata().contains_key("retry-after").then_some(true)
+            }
             Err(_) => None,
         }
     }

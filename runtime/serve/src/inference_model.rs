@@ -14,7 +14,8 @@ use trustformers_api::nearest;
 use trustformers_crds::{
     Adapter, AdapterSource, Analysis, BatchStrategy, Batching, CircuitBreaker, Disruption, GROUP, HashOn,
     HealthCheck, Hedge, Hold, InferenceModelSpec, ModelRef, Monitoring, NetworkPolicySettings, PodSettings,
-    Resources, RetryBudget, Rollout, Runtime, Scaling, Source, Traffic, TrafficShadow, VERSION,
+    Resources, RetryBudget, Rollout, RouteSettings, Runtime, Scaling, Source, Traffic, TrafficShadow,
+    VERSION,
 };
 use trustformers_engine::Numerics;
 use trustformers_proto::Task;
@@ -131,6 +132,7 @@ fn known_keys(section: &str) -> &'static [&'static str] {
         "spec.monitoring" => keys_of::<Monitoring>(),
         "spec.networkPolicy" => keys_of::<NetworkPolicySettings>(),
         "spec.pod" => keys_of::<PodSettings>(),
+        "spec.route" => keys_of::<RouteSettings>(),
         _ => &[],
     }
 }
@@ -169,6 +171,7 @@ fn served(
         scaling,
         rollout,
         traffic,
+        route,
         disruption,
         network_policy,
         monitoring,
@@ -188,6 +191,8 @@ fn served(
     refuse("networkPolicy", policy, "there are no pods to reach; choose the addresses where it listens")?;
     let monitored = monitoring != Monitoring::default();
     refuse("monitoring", monitored, "there is no Service to monitor; read /metrics of this process")?;
+    let exposed = route != RouteSettings::default();
+    refuse("route", exposed, "there is no Gateway to ask; choose the addresses where it listens")?;
     refuse("rollout", rollout != Rollout::default(), "a changed model is loaded beside the old one")?;
     refuse_traffic(place, traffic)?;
     let variables = "there is no pod to mount it; set the variables of this process";
@@ -261,9 +266,23 @@ fn refuse_pod(place: &str, pod: PodSettings) -> Result<(), ConfigError> {
 }
 
 fn honour_runtime(place: &str, runtime: Runtime, config: &mut ModelConfig) -> Result<(), ConfigError> {
-    let Runtime { device, numerics, kv_cache, context_tokens, adapters, batching, image, env, resources } =
-        runtime;
+    let Runtime {
+        device,
+        gpus,
+        gpu_resource,
+        numerics,
+        kv_cache,
+        context_tokens,
+        adapters,
+        batching,
+        image,
+        env,
+        resources,
+    } = runtime;
     let at = |field: &str| format!("{place}.runtime.{field}");
+    refuse_if(gpus > 0, &at("gpus"), "there is no pod to give them to; it uses what runtime.device names")?;
+    let of_plugin = gpu_resource != Runtime::default().gpu_resource;
+    refuse_if(of_plugin, &at("gpuResource"), "there is no device plugin")?;
     refuse_if(image.is_some(), &at("image"), "there is no container")?;
     refuse_if(!env.is_empty(), &at("env"), "there is no container; set the variables of this process")?;
     let limited = resources != Resources::default();
@@ -431,6 +450,8 @@ mod tests {
             ("scaling: {metrics: [{cpu: 70}]}", "scaling.metrics", "one replica"),
             ("scaling: {behavior: {}}", "scaling.behavior", "one replica"),
             ("monitoring: {serviceMonitor: true}", "monitoring", "no Service"),
+            ("monitoring: {podMonitor: true}", "monitoring", "no Service"),
+            ("route: {hostnames: [a]}", "route", "no Gateway"),
             ("networkPolicy: {enabled: true}", "networkPolicy", "no pods"),
             ("traffic: {timeout: 5s}", "traffic.timeout", "gateway"),
             ("traffic: {retries: 5}", "traffic.retries", "gateway"),
@@ -448,6 +469,8 @@ mod tests {
             ("pod: {labels: {a: b}}", "pod.labels", "no pod"),
             ("pod: {annotations: {a: b}}", "pod.annotations", "no pod"),
             ("runtime: {image: a}", "runtime.image", "no container"),
+            ("runtime: {gpus: 1}", "runtime.gpus", "no pod"),
+            ("runtime: {gpuResource: amd.com/gpu}", "runtime.gpuResource", "no device plugin"),
             ("runtime: {env: [{name: A}]}", "runtime.env", "no container"),
             ("runtime: {resources: {limits: {memory: 1Gi}}}", "runtime.resources", "no container"),
             ("runtime: {contextTokens: 1}", "runtime.contextTokens", "16 to"),

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use trustformers_gateway::EmbeddedSettings;
 use trustformers_proto::v1::ModelStatus;
 use trustformers_runtime::device;
+use trustformers_runtime::faults::Faults;
 use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_runtime::model_table::ControlError;
 use trustformers_runtime::models::ModelServer;
@@ -319,6 +320,7 @@ impl TrustformersServer {
                 metrics_compat: self.metrics_compat,
                 ..Sight::default()
             },
+            faults: Faults::default(),
         };
         Ok((settings, metrics::new_registry("trustformers-serve", env!("CARGO_PKG_VERSION"))?))
     }

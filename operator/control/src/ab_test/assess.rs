@@ -150,6 +150,7 @@ pub fn assess(inputs: &AssessInputs<'_>) -> Judgement {
     let mut variants: Vec<VariantJudgement> =
         (0..inputs.test.variants.len()).map(|index| assess_variant(inputs, index, users[index])).collect();
     correct_secondary(inputs, &mut variants);
+    remember_information(inputs.information, &mut variants);
     let breach = (1..variants.len()).find_map(|index| {
         let mut guardrails = inputs.test.guardrails.iter();
         guardrails.find_map(|one| breach(one, index, &variants[index].total))
@@ -206,16 +207,28 @@ fn assess_variant(inputs: &AssessInputs<'_>, index: usize, users: u64) -> Varian
         .collect();
     let samples = if test.assignment.by == AssignBy::User { users } else { total.requests() };
     let goal = metrics.first().and_then(|one| one.comparison.as_ref());
-    let information = goal.map_or(0.0, |goal| goal.information);
-    let before = inputs.information.get(index).copied().unwrap_or(0.0);
     let mut shortfalls = shortfalls(test, &total, samples);
-    if index > 0 && information < (1.0 - MAX_FALL) * before {
-        shortfalls.push("InformationFell".to_owned());
-    }
     if goal.and_then(|goal| goal.skewness).is_some_and(is_skewed) {
         shortfalls.push("Skewed".to_owned());
     }
-    VariantJudgement { total, samples, metrics, shortfalls, information: information.max(before) }
+    VariantJudgement { total, samples, metrics, shortfalls, information: 0.0 }
+}
+
+/// Compares the information of each variant with the most that it had `before`. What too small a sample says
+/// is not remembered: a few scores that are equal by chance seem precise, and no later look would be as
+/// precise.
+fn remember_information(before: &[f64], variants: &mut [VariantJudgement]) {
+    let control_is_enough = variants.first().is_some_and(|control| control.shortfalls.is_empty());
+    for (index, variant) in variants.iter_mut().enumerate() {
+        let before = before.get(index).copied().unwrap_or(0.0);
+        let goal = variant.metrics.first().and_then(|one| one.comparison.as_ref());
+        let information = goal.map_or(0.0, |goal| goal.information);
+        let is_enough = control_is_enough && variant.shortfalls.is_empty();
+        if index > 0 && information < (1.0 - MAX_FALL) * before {
+            variant.shortfalls.push("InformationFell".to_owned());
+        }
+        variant.information = if is_enough { information.max(before) } else { before };
+    }
 }
 
 /// Whether one tail of the interval is too short.

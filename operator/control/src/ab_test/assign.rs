@@ -182,7 +182,7 @@ fn shadow(test: &ABTest) -> Option<Shadow> {
     let variant = test.spec.variants.iter().find(|one| one.name == *variant)?;
     let namespace = test.metadata.namespace.as_deref()?;
     let shadow = shadowed_by(namespace, &variant.model_ref);
-    Some(Shadow { percent: *percent, discard: !compare, ..shadow })
+    Some(Shadow { percent: *percent, discard: !compare, variant: variant.name.clone(), ..shadow })
 }
 
 /// The test as it runs: with the last spec that could be honoured. None before it has begun.
@@ -446,6 +446,7 @@ mod tests {
         let routes = with_tests(vec![model("a", &[("r1", 1)])], &[routed(&spec(more), "[9000, 1000]")]);
         let shadow = routes.iter().find_map(|route| route.shadow.clone()).unwrap();
         assert_eq!((shadow.route.as_str(), shadow.percent, shadow.discard), ("team/b", 10, true));
+        assert_eq!(shadow.variant, "treatment", "its counts are reported with those of the variant");
     }
 
     #[test]

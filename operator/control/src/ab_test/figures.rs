@@ -1,10 +1,11 @@
 //! How the status of a test shows what was counted.
 
-use trustformers_crds::{LookEffect, MetricStatus, VariantStatus};
+use trustformers_crds::{LookEffect, MetricStatus, ShadowStatus, VariantStatus};
 use trustformers_stats::buckets::Scale;
 
 use super::assess::{MetricJudgement, VariantJudgement};
 use super::metric::{VariantDifference, scale_of};
+use super::sample::ShadowSums;
 
 /// Writes the sums of a variant, and what they say, into its status.
 pub(super) fn fill(status: &mut VariantStatus, one: &VariantJudgement) {
@@ -19,9 +20,26 @@ pub(super) fn fill(status: &mut VariantStatus, one: &VariantJudgement) {
     status.scores = signed(total.buckets.iter().map(|bucket| bucket.scores).sum());
     status.latency_p50_ms = quantile(0.5);
     status.latency_p95_ms = quantile(0.95);
+    status.shadow = shadow_status(total.shadow);
     status.metrics = one.metrics.iter().map(metric_status).collect();
     status.shortfalls.clone_from(&one.shortfalls);
     status.information = (one.information > 0.0).then(|| format!("{:.6e}", one.information));
+}
+
+/// None where the variant answered nothing as a shadow.
+fn shadow_status(sums: ShadowSums) -> Option<ShadowStatus> {
+    let ShadowSums { same, different, incomparable, answered, failed, dropped } = sums;
+    let compared = same + different;
+    let status = ShadowStatus {
+        same: signed(same),
+        different: signed(different),
+        incomparable: signed(incomparable),
+        answered: signed(answered),
+        failed: signed(failed),
+        dropped: signed(dropped),
+        agreement: (compared > 0).then(|| decimals(same as f64 / compared as f64, 4)),
+    };
+    (sums != ShadowSums::default()).then_some(status)
 }
 
 fn metric_status(one: &MetricJudgement) -> MetricStatus {
@@ -68,4 +86,20 @@ pub(super) fn decimals(value: f64, digits: usize) -> String {
 /// A count as the status has it.
 pub(super) fn signed(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_that_agree_are_a_share_of_those_that_were_compared() {
+        assert_eq!(shadow_status(ShadowSums::default()), None);
+        let dropped = shadow_status(ShadowSums { dropped: 2, ..ShadowSums::default() }).unwrap();
+        assert_eq!((dropped.dropped, dropped.agreement), (2, None));
+        let sums = ShadowSums { same: 3, different: 1, incomparable: 5, failed: 7, ..ShadowSums::default() };
+        let status = shadow_status(sums).unwrap();
+        assert_eq!((status.same, status.different, status.incomparable, status.failed), (3, 1, 5, 7));
+        assert_eq!(status.agreement.as_deref(), Some("0.7500"));
+    }
 }

@@ -5,18 +5,27 @@
 //! that each process reported, so that a report counts once, however often it comes and in which order. A
 //! checkpoint has the sums of each process apart: what a process reports behind a restart of the operator
 //! replaces its part of the checkpoint.
+//!
+//! A caller may send the score of one answer to two gateways, and neither knows of the other. Each reports
+//! which answers the newest scores are of, and what two processes have counted of one answer is subtracted
+//! once.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use trustformers_crds::Cost;
 use trustformers_proto::ab_test::{LATENCY_CELLS, USER_BUCKETS, UserSet};
-use trustformers_proto::control::v1::{LatencyHistogram, TestCheckpoint, UserBucketCounts, VariantCounts};
+use trustformers_proto::control::v1::{
+    LatencyHistogram, ScoredAnswer, ShadowCounts, TestCheckpoint, UserBucketCounts, VariantCounts,
+};
 
 use crate::counts::Histogram;
 
 /// Users of one variant and epoch that are distinguished, as in a gateway: 32,768 × 8 bytes, which a hash
 /// table makes 0.6 MB. With more users the set is a sample of at least half as many.
 const MAX_USERS: usize = 32_768;
+/// Scored answers of one variant, epoch and process that are known: four times those that a gateway knows.
+/// Each takes some 50 bytes: 0.8 MB.
+const MAX_SCORED: usize = 16_384;
 /// Processes of gateways whose sums of one test are kept apart. Of more, the sums of those that reported
 /// longest ago are added up; what such a process would report later is not taken.
 const MAX_PROCESSES: usize = 32;
@@ -51,6 +60,86 @@ pub struct UserBucket {
     pub first_tokens_within: [u64; LATENCY_CELLS],
 }
 
+/// What became of requests that a variant answered as the shadow of its test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ShadowSums {
+    /// It gave the answer that the caller got.
+    pub same: u64,
+    /// It gave another one.
+    pub different: u64,
+    /// The answers cannot be compared.
+    pub incomparable: u64,
+    /// It gave an answer, and nothing is compared.
+    pub answered: u64,
+    /// It gave no answer of success in time.
+    pub failed: u64,
+    /// The gateway had no room for the copy.
+    pub dropped: u64,
+}
+
+impl ShadowSums {
+    /// Joins each count with that of `other`.
+    fn joined(self, other: Self, join: fn(u64, u64) -> u64) -> Self {
+        Self {
+            same: join(self.same, other.same),
+            different: join(self.different, other.different),
+            incomparable: join(self.incomparable, other.incomparable),
+            answered: join(self.answered, other.answered),
+            failed: join(self.failed, other.failed),
+            dropped: join(self.dropped, other.dropped),
+        }
+    }
+
+    fn of_wire(wire: &ShadowCounts) -> Self {
+        Self {
+            same: wire.same,
+            different: wire.different,
+            incomparable: wire.incomparable,
+            answered: wire.answered,
+            failed: wire.failed,
+            dropped: wire.dropped,
+        }
+    }
+
+    /// None where nothing was counted, so that a checkpoint has no place for it.
+    fn to_wire(self) -> Option<ShadowCounts> {
+        let Self { same, different, incomparable, answered, failed, dropped } = self;
+        let wire = ShadowCounts { same, different, incomparable, answered, failed, dropped };
+        (self != Self::default()).then_some(wire)
+    }
+}
+
+/// A score as it was counted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct AnswerScore {
+    bucket: u32,
+    score: f64,
+}
+
+/// Scores of answers that are known, the oldest of which are forgotten. A report that comes again changes
+/// nothing.
+#[derive(Debug, Clone, PartialEq, Default)]
+struct ScoredAnswers {
+    by_answer: BTreeMap<u64, AnswerScore>,
+    /// The answers, the oldest first.
+    order: VecDeque<u64>,
+}
+
+impl ScoredAnswers {
+    fn insert(&mut self, answer: u64, score: AnswerScore) {
+        if self.by_answer.contains_key(&answer) {
+            return;
+        }
+        self.by_answer.insert(answer, score);
+        self.order.push_back(answer);
+        if self.order.len() > MAX_SCORED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.by_answer.remove(&oldest);
+        }
+    }
+}
+
 /// What was counted of one variant in one epoch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VariantSums {
@@ -68,6 +157,10 @@ pub struct VariantSums {
     pub first_token: Histogram,
     /// Users that were seen.
     pub users: UserSet,
+    /// Requests that it answered as a shadow. They count nowhere else.
+    pub shadow: ShadowSums,
+    /// The answers of the newest scores of one process.
+    scored: ScoredAnswers,
     /// What its requests cost; it is not counted but configured.
     pub cost: Cost,
 }
@@ -82,6 +175,8 @@ impl Default for VariantSums {
             answer: Histogram::default(),
             first_token: Histogram::default(),
             users: UserSet::new(MAX_USERS),
+            shadow: ShadowSums::default(),
+            scored: ScoredAnswers::default(),
             cost: Cost::default(),
         }
     }
@@ -166,6 +261,7 @@ impl VariantSums {
         self.answer.merge(&other.answer);
         self.first_token.merge(&other.first_token);
         self.users.merge(&other.users);
+        self.shadow = self.shadow.joined(other.shadow, u64::saturating_add);
         self.cost = other.cost;
     }
 
@@ -181,6 +277,29 @@ impl VariantSums {
         self.buckets.iter().map(|bucket| bucket.errors).sum()
     }
 
+    /// Subtracts scores that another process counted as well.
+    fn subtract(&mut self, scores: impl Iterator<Item = AnswerScore>) {
+        for AnswerScore { bucket, score } in scores {
+            let bucket = self.buckets.get_mut(bucket as usize).filter(|bucket| bucket.scores > 0);
+            if let Some(bucket) = bucket {
+                bucket.scores -= 1;
+                bucket.score_sum -= score;
+            }
+        }
+    }
+
+    /// Adds what a process counted that is not kept apart any more.
+    fn fold(&mut self, other: &Self) {
+        self.merge(other);
+        let scored = other.scored.by_answer.iter();
+        let twice = scored.filter(|(answer, _)| self.scored.by_answer.contains_key(*answer));
+        let twice: Vec<AnswerScore> = twice.map(|(_, score)| *score).collect();
+        self.subtract(twice.into_iter());
+        for (answer, score) in &other.scored.by_answer {
+            self.scored.insert(*answer, *score);
+        }
+    }
+
     /// Takes what a process reports, as far as it is newer.
     fn raise(&mut self, wire: &VariantCounts) {
         self.unidentified = self.unidentified.max(wire.unidentified);
@@ -192,6 +311,11 @@ impl VariantSums {
             if let Some(own) = self.buckets.get_mut(bucket.bucket as usize) {
                 own.raise(bucket);
             }
+        }
+        let shadow = wire.shadow.as_ref().map(ShadowSums::of_wire).unwrap_or_default();
+        self.shadow = self.shadow.joined(shadow, u64::max);
+        for ScoredAnswer { answer, bucket, score } in &wire.scored {
+            self.scored.insert(*answer, AnswerScore { bucket: *bucket, score: *score });
         }
         self.users.raise_to(wire.users_level);
         for user in &wire.users {
@@ -218,6 +342,9 @@ impl VariantSums {
             buckets: buckets.map(|(number, bucket)| bucket.to_wire(number)).collect(),
             users: fingerprints,
             users_level: users.level(),
+            shadow: self.shadow.to_wire(),
+            // Gateways that run report them again, and a checkpoint has no room for them.
+            scored: Vec::new(),
         }
     }
 }
@@ -325,19 +452,23 @@ impl SampleStore {
         let Some(sums) = self.processes.remove(&oldest) else { return };
         let ended = self.processes.entry(ENDED.to_owned()).or_default();
         for (id, sums) in &sums.variants {
-            ended.variants.entry(id.clone()).or_default().merge(sums);
+            ended.variants.entry(id.clone()).or_default().fold(sums);
         }
         self.folded.insert(oldest);
     }
 
-    /// What all gateways have counted of a variant in an epoch.
+    /// What all gateways have counted of a variant in an epoch. Of an answer that was scored at two of them
+    /// one score counts.
     #[must_use]
     pub fn of(&self, id: &VariantId) -> VariantSums {
         let mut sum = VariantSums::default();
-        for process in self.processes.values() {
-            if let Some(sums) = process.variants.get(id) {
-                sum.merge(sums);
-            }
+        let mut seen: BTreeSet<u64> = BTreeSet::new();
+        for sums in self.processes.values().filter_map(|process| process.variants.get(id)) {
+            sum.merge(sums);
+            let scored = &sums.scored.by_answer;
+            let twice = scored.iter().filter(|(answer, _)| seen.contains(*answer));
+            sum.subtract(twice.map(|(_, score)| *score));
+            seen.extend(scored.keys());
         }
         sum
     }
@@ -475,6 +606,53 @@ mod tests {
         assert_eq!((sums.buckets[3].requests, sums.buckets[4].requests), (17, 1));
         assert_eq!((sums.requests(), sums.errors(), sums.users.len()), (18, 1, 3));
         assert_eq!(sums.buckets[3].answers_within[1], 17);
+    }
+
+    /// A process with so many scores of the sum in bucket 3, of which it tells the answers.
+    fn scores(scores: u64, score_sum: f64, answers: &[(u64, f64)]) -> VariantCounts {
+        let sums = UserBucketCounts { bucket: 3, scores, score_sum, ..UserBucketCounts::default() };
+        let scored = answers.iter().map(|&(answer, score)| ScoredAnswer { answer, bucket: 3, score });
+        VariantCounts { buckets: vec![sums], scored: scored.collect(), ..counts("a", &[], &[]) }
+    }
+
+    #[test]
+    fn an_answer_that_was_scored_at_two_gateways_counts_once() {
+        let mut store = SampleStore::default();
+        // The first score is older than what the gateway knows of; one answer is scored at both.
+        store.report("p1", &[scores(3, 1.75, &[(7, 1.0), (8, 0.5)])]);
+        let other = scores(2, 1.25, &[(8, 0.5), (9, 0.75)]);
+        // The report comes again, as in a new stream.
+        store.report("p2", std::slice::from_ref(&other));
+        store.report("p2", &[other]);
+        let bucket = |store: &SampleStore| {
+            let sums = store.of(&id("a"));
+            (sums.buckets[3].scores, sums.buckets[3].score_sum)
+        };
+        assert_eq!(bucket(&store), (4, 2.5));
+        // Also where the processes are not kept apart any more.
+        store.fold_oldest();
+        assert_eq!(bucket(&store), (4, 2.5));
+        store.fold_oldest();
+        assert_eq!(bucket(&store), (4, 2.5));
+        assert_eq!(store.processes.len(), 1);
+    }
+
+    #[test]
+    fn answers_of_a_shadow_add_over_processes_and_outlive_a_checkpoint() {
+        let shadow = |same, different| VariantCounts {
+            shadow: Some(ShadowCounts { same, different, ..ShadowCounts::default() }),
+            ..counts("a", &[], &[])
+        };
+        let mut store = SampleStore::default();
+        for (process, same, different) in [("p1", 9, 1), ("p1", 8, 1), ("p2", 4, 2)] {
+            store.report(process, &[shadow(same, different)]);
+        }
+        let expected = ShadowSums { same: 13, different: 3, ..ShadowSums::default() };
+        assert_eq!(store.of(&id("a")).shadow, expected);
+        let stored = store.checkpoint("t", 900_000).unwrap();
+        let mut restored = SampleStore::default();
+        assert!(restored.restore(&stored, &BTreeSet::from([id("a")])).is_empty());
+        assert_eq!(restored.of(&id("a")).shadow, expected);
     }
 
     #[test]

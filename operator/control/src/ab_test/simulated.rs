@@ -361,3 +361,42 @@ fn a_guardrail_that_holds_ends_no_test() {
     assert_eq!(status.phase, Some(ABTestPhase::Stopped), "half of the requests take more than 20 ms");
     assert!(looks <= 3, "{looks}");
 }
+
+#[test]
+fn a_few_scores_that_agree_by_chance_do_not_keep_a_test_from_its_verdict() {
+    let test = validate(&stored(&spec(AT_ONCE).replace("errorRate", "feedbackScore"))).unwrap();
+    let mut population = Population::new(20, 50, [0.0, 0.0]);
+    population.send(4000);
+    let mut epoch = population.epoch([5000, 5000]);
+    // Two scores of each variant, which hardly differ: an estimate of a precision that never comes again.
+    for sums in &mut epoch.variants {
+        for (bucket, score) in sums.buckets.iter_mut().zip([0.5, 0.5001]) {
+            (bucket.scores, bucket.score_sum) = (1, score);
+        }
+    }
+    let none = UserSet::new(1);
+    let early = [epoch.clone()];
+    let judgement = assess(&inputs(&test, &early, &none));
+    let treatment = &judgement.variants[1];
+    assert!(treatment.metrics[0].comparison.as_ref().is_some_and(|one| one.information > 1e6));
+    assert!(treatment.shortfalls.contains(&"Events".to_owned()), "{:?}", treatment.shortfalls);
+    let information: Vec<f64> = judgement.variants.iter().map(|variant| variant.information).collect();
+    assert_eq!(information, [0.0, 0.0]);
+
+    // Four scores of each bucket, of which one to three are 1.
+    for sums in &mut epoch.variants {
+        for (bucket, ones) in sums.buckets.iter_mut().zip([1.0, 2.0, 3.0, 2.0].into_iter().cycle()) {
+            (bucket.scores, bucket.score_sum) = (4, ones);
+        }
+    }
+    let later = [epoch];
+    let judgement = assess(&AssessInputs { information: &information, ..inputs(&test, &later, &none) });
+    let treatment = &judgement.variants[1];
+    assert_eq!(treatment.shortfalls, [""; 0]);
+    assert!(treatment.information > 1000.0, "{}", treatment.information);
+
+    // A precision that a large enough sample had, and that fell, is remembered.
+    let fell = [0.0, 2.0 * treatment.information];
+    let judgement = assess(&AssessInputs { information: &fell, ..inputs(&test, &later, &none) });
+    assert_eq!(judgement.variants[1].shortfalls, ["InformationFell"]);
+}

@@ -16,10 +16,11 @@ use crate::validate::ValidatedModel;
 /// never reports a load as failed.
 const PROGRESS_DEADLINE_S: i32 = 7 * 24 * 3600;
 
-/// A changed pod serves before an old one ends: `maxUnavailable: 0`, `maxSurge: 1`.
+/// A changed pod serves before an old one ends. GPUs are scarce: there the old one ends first.
 pub(super) fn deployment(model: &ValidatedModel, platform: &Platform, pool: &str) -> Deployment {
     let labels = names::revision_labels(&model.name, pool);
     let config_map = names::config_map(&model.name, pool);
+    let (surge, unavailable) = if model.runtime.gpus > 0 { (0, 1) } else { (1, 0) };
     let mut metadata = meta(model, &names::deployment(&model.name, pool));
     metadata.labels = Some(labels.clone());
     Deployment {
@@ -30,8 +31,8 @@ pub(super) fn deployment(model: &ValidatedModel, platform: &Platform, pool: &str
             strategy: Some(DeploymentStrategy {
                 type_: Some("RollingUpdate".to_owned()),
                 rolling_update: Some(RollingUpdateDeployment {
-                    max_surge: Some(IntOrString::Int(1)),
-                    max_unavailable: Some(IntOrString::Int(0)),
+                    max_surge: Some(IntOrString::Int(surge)),
+                    max_unavailable: Some(IntOrString::Int(unavailable)),
                 }),
             }),
             progress_deadline_seconds: Some(PROGRESS_DEADLINE_S),

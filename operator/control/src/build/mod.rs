@@ -7,9 +7,11 @@ mod autoscaler;
 mod budget;
 mod config;
 mod deployment;
+mod http_route;
 mod network;
 mod network_policy;
 mod pod;
+mod pod_monitor;
 mod service_monitor;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,12 +36,25 @@ pub struct Platform {
     pub runtime_image: String,
     /// Namespace of the operator and of the gateways.
     pub namespace: String,
+    /// The Service of the gateways, in that namespace.
+    pub gateway: GatewayService,
     /// Kinds that are no part of Kubernetes and whose definitions the cluster has.
     pub optional_kinds: BTreeSet<&'static str>,
     /// `IfNotPresent`, `Always` or `Never`, for the container and for image volumes.
     pub pull_policy: String,
     /// How pods recognise the operator on their admin port; none: they have none.
     pub admin: Option<PodAccess>,
+}
+
+/// The Service of the gateways.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GatewayService {
+    /// Its name.
+    pub name: String,
+    /// Its port for HTTP.
+    pub http_port: u16,
+    /// Its port for gRPC.
+    pub grpc_port: u16,
 }
 
 /// How pods recognise the operator.
@@ -122,11 +137,7 @@ pub fn build(model: &ValidatedModel, platform: &Platform, pools: &Pools) -> Resu
     if let Some(scaling) = &model.autoscaling {
         objects.push(child(&kinds::AUTOSCALER, autoscaler::autoscaler(model, scaling))?);
     }
-    if let Some(settings) = &model.monitoring
-        && undefined(model, &platform.optional_kinds).is_empty()
-    {
-        objects.push(child(&kinds::SERVICE_MONITOR, service_monitor::service_monitor(model, settings))?);
-    }
+    objects.extend(optional(model, platform)?);
     if let Some(PoolSize { pool, replicas }) = &pools.of_spec {
         let mut deployment = deployment::deployment(model, platform, pool);
         let replicas = i32::try_from(*replicas).unwrap_or(i32::MAX);
@@ -141,8 +152,39 @@ pub fn build(model: &ValidatedModel, platform: &Platform, pools: &Pools) -> Resu
 /// `defined`.
 #[must_use]
 pub fn undefined(model: &ValidatedModel, defined: &BTreeSet<&'static str>) -> Vec<&'static ChildKind> {
-    let wanted = model.monitoring.iter().map(|_| &kinds::SERVICE_MONITOR);
-    wanted.filter(|kind| !defined.contains(kind.kind)).collect()
+    wanted(model).into_iter().filter(|kind| !defined.contains(kind.kind)).collect()
+}
+
+/// The kinds that are no part of Kubernetes and of which the spec asks for an object, in the order of
+/// [`kinds::CHILDREN`].
+fn wanted(model: &ValidatedModel) -> Vec<&'static ChildKind> {
+    let monitoring = model.monitoring.as_ref();
+    let asked = [
+        (&kinds::SERVICE_MONITOR, monitoring.is_some_and(|one| one.service_monitor)),
+        (&kinds::POD_MONITOR, monitoring.is_some_and(|one| one.pod_monitor)),
+        (&kinds::HTTP_ROUTE, model.route.is_some()),
+    ];
+    asked.into_iter().filter(|(_, is_asked)| *is_asked).map(|(kind, _)| kind).collect()
+}
+
+/// The objects of kinds that are no part of Kubernetes, as far as the cluster has their definitions.
+fn optional(model: &ValidatedModel, platform: &Platform) -> Result<Vec<DesiredObject>, serde_json::Error> {
+    let wanted = wanted(model);
+    let is_made =
+        |kind: &'static ChildKind| wanted.contains(&kind) && platform.optional_kinds.contains(kind.kind);
+    let mut objects = Vec::new();
+    if let Some(settings) = &model.monitoring {
+        if is_made(&kinds::SERVICE_MONITOR) {
+            objects.push(child(&kinds::SERVICE_MONITOR, service_monitor::service_monitor(model, settings))?);
+        }
+        if is_made(&kinds::POD_MONITOR) {
+            objects.push(child(&kinds::POD_MONITOR, pod_monitor::pod_monitor(model, settings))?);
+        }
+    }
+    if let Some(settings) = model.route.as_ref().filter(|_| is_made(&kinds::HTTP_ROUTE)) {
+        objects.push(child(&kinds::HTTP_ROUTE, http_route::http_route(model, settings, platform))?);
+    }
+    Ok(objects)
 }
 
 /// The part of a pool's Deployment that makes its pods, as the spec asks for it: pods of a Deployment that
@@ -188,7 +230,12 @@ mod tests {
         Platform {
             runtime_image: "localhost/trustformers-runtime:v0.1.0".to_owned(),
             namespace: "sys".to_owned(),
-            optional_kinds: BTreeSet::from([kinds::SERVICE_MONITOR.kind]),
+            gateway: GatewayService { name: "gateways".to_owned(), http_port: 80, grpc_port: 81 },
+            optional_kinds: kinds::CHILDREN
+                .iter()
+                .filter(|kind| kind.needs_definition)
+                .map(|kind| kind.kind)
+                .collect(),
             pull_policy: "IfNotPresent".to_owned(),
             admin: Some(PodAccess {
                 subject: "system:serviceaccount:sys:operator".to_owned(),
@@ -198,10 +245,11 @@ mod tests {
         }
     }
 
-    /// A model with children of every kind.
+    /// A model with children of every kind. The schema refuses both monitors in one model.
     const EVERY_KIND: &str = "{source: {uri: 'oci://x'}, runtime: {resources: {requests: {cpu: 1}}}, \
         scaling: {replicas: 2, maxReplicas: 4, metrics: [{cpu: 70}]}, networkPolicy: {enabled: true}, \
-        monitoring: {serviceMonitor: true}}";
+        monitoring: {serviceMonitor: true, podMonitor: true}, \
+        route: {hostnames: [chat.example.com], parentRefs: [{name: public}]}}";
 
     /// One pool, which the spec's revision has made.
     fn own_pool(model: &ValidatedModel) -> Pools {
@@ -265,6 +313,7 @@ mod tests {
              behavior: {scaleUp: {stabilization: 15s, podsPerMinute: 2}}}, \
              networkPolicy: {enabled: true, namespaces: [monitoring]}, \
              monitoring: {serviceMonitor: true, interval: 15s, labels: {release: prometheus}}, \
+             route: {hostnames: [chat.example.com], parentRefs: [{name: public, namespace: edge, sectionName: https}]}, \
              traffic: {drainTimeout: 90s}, disruption: {maxUnavailable: 2}, \
              pod: {nodeSelector: {zone: a}, tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}], \
              affinity: {podAntiAffinity: {requiredDuringSchedulingIgnoredDuringExecution: [{topologyKey: zone}]}}, \
@@ -414,12 +463,76 @@ mod tests {
         let model = valid("chat", EVERY_KIND);
         let without = Platform { optional_kinds: BTreeSet::new(), ..platform() };
         assert_eq!(undefined(&model, &platform().optional_kinds), [] as [&ChildKind; 0]);
-        assert_eq!(undefined(&model, &without.optional_kinds), [&kinds::SERVICE_MONITOR]);
+        let optional = [&kinds::SERVICE_MONITOR, &kinds::POD_MONITOR, &kinds::HTTP_ROUTE];
+        assert_eq!(undefined(&model, &without.optional_kinds), optional);
         let all = build(&model, &without, &own_pool(&model)).unwrap().objects;
-        assert!(
-            all.iter().all(|one| one.kind != &kinds::SERVICE_MONITOR)
-                && all.len() == kinds::CHILDREN.len() - 1
+        assert!(all.iter().all(|one| !one.kind.needs_definition));
+        assert_eq!(all.len(), kinds::CHILDREN.len() - optional.len());
+        // One of them does not wait for the others.
+        let some = Platform { optional_kinds: BTreeSet::from([kinds::HTTP_ROUTE.kind]), ..platform() };
+        assert_eq!(undefined(&model, &some.optional_kinds), optional[..2]);
+        let all = build(&model, &some, &own_pool(&model)).unwrap().objects;
+        assert!(all.iter().any(|one| one.kind == &kinds::HTTP_ROUTE));
+    }
+
+    #[test]
+    fn a_route_leads_host_names_to_the_gateways_and_names_the_model() {
+        assert_eq!(names_of("{source: {uri: 'oci://x'}}", &kinds::HTTP_ROUTE), Vec::<String>::new());
+        let all = desired(EVERY_KIND).objects;
+        let spec = &all.iter().find(|one| one.kind == &kinds::HTTP_ROUTE).unwrap().object["spec"];
+        assert_eq!(spec["hostnames"], json!(["chat.example.com"]));
+        assert_eq!(spec["parentRefs"], json!([{"name": "public"}]));
+        for (rule, path, port) in [(0_usize, "/trustformers.v1.InferenceService", 81), (1, "/", 80)] {
+            let rule = &spec["rules"][rule];
+            assert_eq!(rule["matches"][0]["path"], json!({"type": "PathPrefix", "value": path}));
+            assert_eq!(rule["backendRefs"], json!([{"name": "gateways", "namespace": "sys", "port": port}]));
+            let set = &rule["filters"][0]["requestHeaderModifier"]["set"];
+            assert_eq!(*set, json!([{"name": "x-trustformers-model", "value": "team/chat"}]));
+        }
+    }
+
+    #[test]
+    fn gpus_are_requested_and_tolerated_and_the_old_pod_ends_first() {
+        let deployment = |runtime: &str| {
+            let spec = format!("{{source: {{uri: 'oci://x'}}, runtime: {{{runtime}}}}}");
+            let all = desired(&spec).objects;
+            all.into_iter().find(|one| one.kind == &kinds::DEPLOYMENT).unwrap().object["spec"].take()
+        };
+        let usual = deployment("gpus: 0, gpuResource: amd.com/gpu");
+        assert_eq!(usual, deployment(""), "without GPUs their name means nothing");
+        assert_eq!(usual["strategy"]["rollingUpdate"], json!({"maxSurge": 1, "maxUnavailable": 0}));
+        let with = deployment("gpus: 2, gpuResource: amd.com/gpu, resources: {requests: {cpu: 1}}");
+        assert_eq!(with["strategy"]["rollingUpdate"], json!({"maxSurge": 0, "maxUnavailable": 1}));
+        let pod = &with["template"]["spec"];
+        assert_eq!(
+            pod["containers"][0]["resources"],
+            json!({"limits": {"amd.com/gpu": "2"}, "requests": {"amd.com/gpu": "2", "cpu": "1"}})
         );
+        let tolerated = json!([{"key": "amd.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]);
+        assert_eq!(pod["tolerations"], tolerated);
+    }
+
+    #[test]
+    fn a_toleration_of_the_spec_is_not_repeated() {
+        let spec = "{source: {uri: 'oci://x'}, runtime: {gpus: 1}, \
+            pod: {tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]}}";
+        let all = desired(spec).objects;
+        let pod = &all.iter().find(|one| one.kind == &kinds::DEPLOYMENT).unwrap().object["spec"]["template"]
+            ["spec"];
+        assert_eq!(pod["tolerations"].as_array().map(Vec::len), Some(1));
+    }
+
+    #[test]
+    fn a_pod_monitor_selects_the_pods_of_the_model() {
+        let spec =
+            "{source: {uri: 'oci://x'}, monitoring: {podMonitor: true, interval: 10s, labels: {release: a}}}";
+        assert_eq!(names_of(spec, &kinds::SERVICE_MONITOR), Vec::<String>::new());
+        let all = desired(spec).objects;
+        let monitor = &all.iter().find(|one| one.kind == &kinds::POD_MONITOR).unwrap().object;
+        assert_eq!(monitor["metadata"]["labels"]["release"], "a");
+        assert_eq!(monitor["spec"]["selector"]["matchLabels"], json!(names::model_labels("chat")));
+        let endpoint = json!({"port": "http", "path": "/metrics", "interval": "10s"});
+        assert_eq!(monitor["spec"]["podMetricsEndpoints"], json!([endpoint]));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use trustformers_crds::{Resources, TolerationEffect, TolerationOperator};
+use trustformers_crds::{Runtime, TolerationEffect, TolerationOperator};
 use trustformers_proto::pod_config::FILE_NAME;
 
 use super::Platform;
@@ -83,7 +83,7 @@ fn pod_spec(model: &ValidatedModel, platform: &Platform, config_map: &str) -> Po
         }),
         node_selector: some(pod.node_selector.clone()),
         affinity: model.affinity.clone(),
-        tolerations: some_list(pod.tolerations.iter().map(toleration).collect()),
+        tolerations: some_list(tolerations(model)),
         topology_spread_constraints: some_list(topology_spread(model)),
         priority_class_name: pod.priority_class_name.clone(),
         runtime_class_name: pod.runtime_class_name.clone(),
@@ -112,7 +112,7 @@ fn container(model: &ValidatedModel, platform: &Platform) -> Container {
         args: Some(vec!["--config".to_owned(), format!("{CONFIG_DIR}/{FILE_NAME}")]),
         env: some_list(env.collect()),
         ports: Some(ports),
-        resources: resources(&model.runtime.resources),
+        resources: resources(&model.runtime),
         volume_mounts: Some(volume_mounts(model)),
         readiness_probe: Some(probe("/health/ready", 1)),
         liveness_probe: Some(probe("/health/live", 10)),
@@ -251,13 +251,32 @@ fn mount(name: &str, at: &str) -> VolumeMount {
     }
 }
 
-fn resources(desired: &Resources) -> Option<ResourceRequirements> {
+/// Of a device plugin's resource a container requests as many as it is limited to.
+fn resources(runtime: &Runtime) -> Option<ResourceRequirements> {
+    let gpus = (runtime.gpus > 0).then(|| (runtime.gpu_resource.clone(), Quantity(runtime.gpus.to_string())));
     let amounts = |map: &BTreeMap<String, trustformers_crds::Quantity>| {
-        some(map.iter().map(|(name, amount)| (name.clone(), Quantity(amount.0.clone()))).collect())
+        let written = map.iter().map(|(name, amount)| (name.clone(), Quantity(amount.0.clone())));
+        some(written.chain(gpus.clone()).collect())
     };
+    let desired = &runtime.resources;
     let (limits, requests) = (amounts(&desired.limits), amounts(&desired.requests));
     let any = limits.is_some() || requests.is_some();
     any.then_some(ResourceRequirements { limits, requests, claims: None })
+}
+
+/// Those of the spec, and that of nodes which are kept free for pods with GPUs.
+fn tolerations(model: &ValidatedModel) -> Vec<Toleration> {
+    let mut all: Vec<Toleration> = model.pod.tolerations.iter().map(toleration).collect();
+    let of_gpus = Toleration {
+        key: Some(model.runtime.gpu_resource.clone()),
+        operator: Some("Exists".to_owned()),
+        effect: Some("NoSchedule".to_owned()),
+        ..Toleration::default()
+    };
+    if model.runtime.gpus > 0 && !all.contains(&of_gpus) {
+        all.push(of_gpus);
+    }
+    all
 }
 
 fn toleration(one: &trustformers_crds::Toleration) -> Toleration {

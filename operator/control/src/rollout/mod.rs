@@ -11,6 +11,7 @@ pub mod in_place;
 mod machine;
 pub mod observe;
 pub mod plan;
+pub mod room;
 pub mod state;
 mod stored;
 pub mod window;

@@ -33,6 +33,7 @@ struct Case {
     rollout: RolloutState,
     gate_hold: Option<Cause>,
     autoscaler: Option<AutoscalerReport>,
+    exposure: Option<RouteReport>,
     undefined: &'static [&'static ChildKind],
     scaling: &'static str,
     previous: InferenceModelStatus,
@@ -50,6 +51,7 @@ impl Case {
             rollout: RolloutState { stable: Some(member("r1")), ..RolloutState::default() },
             gate_hold: None,
             autoscaler: None,
+            exposure: None,
             undefined: &[],
             scaling: "",
             previous: InferenceModelStatus::default(),
@@ -81,6 +83,7 @@ impl Case {
             rollout: &self.rollout,
             gate_hold: self.gate_hold.as_ref(),
             autoscaler: self.autoscaler.as_ref(),
+            exposure: self.exposure.as_ref(),
             undefined: self.undefined,
             url: "http://gateway",
             now: Timestamp::from_second(self.at).unwrap(),
@@ -381,4 +384,28 @@ fn a_kind_that_the_cluster_does_not_define_is_named_and_changes_nothing_else() {
     assert_eq!((integrated.status.as_str(), integrated.reason.as_str()), ("False", "NotDefined"));
     assert!(integrated.message.contains("servicemonitors.monitoring.coreos.com"), "{integrated:?}");
     assert_eq!(condition(&status, "Degraded").0, "False");
+}
+
+#[test]
+fn whether_gateways_take_requests_is_reported_while_a_route_is_asked_for() {
+    let exposed = |case: &Case| {
+        let found = case.status().conditions.into_iter().find(|one| one.type_ == "Exposed");
+        found.map(|one| (one.status, one.reason, one.message))
+    };
+    let mut case = Case::new(1);
+    case.exposure = Some(RouteReport { problem: None });
+    assert_eq!(exposed(&case), None, "the spec has no route");
+    // It ends the section that it stands in.
+    case.scaling = "}, route: {hostnames: [a.example.com], parentRefs: [{name: public}]";
+    let (status, _, message) = exposed(&case).unwrap();
+    assert_eq!((status.as_str(), message.as_str()), ("True", "Gateways take requests for a.example.com"));
+    let problem = Cause { reason: "RefNotPermitted".to_owned(), message: "Gateway public: none".to_owned() };
+    case.exposure = Some(RouteReport { problem: Some(problem) });
+    let (status, reason, _) = exposed(&case).unwrap();
+    assert_eq!((status.as_str(), reason.as_str()), ("False", "RefNotPermitted"));
+    case.exposure = None;
+    let (_, reason, message) = exposed(&case).unwrap();
+    assert_eq!((reason.as_str(), message.ends_with("asked: public")), ("Waiting", true));
+    case.undefined = &[&HTTP_ROUTE];
+    assert_eq!(exposed(&case), None, "Integrated says why");
 }

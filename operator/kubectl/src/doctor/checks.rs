@@ -21,7 +21,7 @@ const ACKNOWLEDGED_WITHIN_S: i64 = 30;
 /// Older Events about gateways say nothing about the present.
 const RECENT_S: i64 = 3600;
 /// Conditions of what a model asks for beside its pods; without it, it serves all the same.
-const MISSING_CONDITIONS: [&str; 3] = ["Autoscaled", "Integrated", "BareName"];
+const MISSING_CONDITIONS: [&str; 4] = ["Autoscaled", "Integrated", "Exposed", "BareName"];
 /// Objects that a message names; the rest is a number.
 const NAMED_OBJECTS: usize = 3;
 

@@ -53,8 +53,15 @@ impl Range {
     }
 }
 
+/// The end of a chart.
+pub(super) const CLOSE: &str = "</svg></div>\n";
+
+/// The begin of a chart. On a narrow screen it is as wide as its labels need, and is scrolled.
 pub(super) fn open(title: &str, height: f64) -> String {
-    format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\"><title>{}</title>\n", escaped(title))
+    let title = escaped(title);
+    format!(
+        "<div class=\"chart\"><svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\"><title>{title}</title>\n"
+    )
 }
 
 pub(super) fn label(x: f64, y: f64, anchor: &str, text: &str) -> String {
@@ -108,7 +115,7 @@ pub fn intervals(metric: &MetricReport) -> Option<String> {
         let x = range.x(row.effect.unwrap_or_default());
         svg.push_str(&format!("<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"5\"/>\n"));
     }
-    svg.push_str("</svg>\n");
+    svg.push_str(CLOSE);
     Some(svg)
 }
 
@@ -134,7 +141,7 @@ pub fn shares(variants: &[VariantReport]) -> Option<String> {
         let x = range.x(f64::from(one.weight));
         svg.push_str(&line("configured", [x, top - 3.0, x, top + 25.0]));
     }
-    svg.push_str("</svg>\n");
+    svg.push_str(CLOSE);
     Some(svg)
 }
 
@@ -157,10 +164,11 @@ pub fn latencies(curves: &[LatencyCurve], variants: &[VariantReport]) -> Option<
         svg.push_str(&label(x, CURVE + 20.0, "middle", &latency(power)));
         power += 1.0;
     }
-    for share in [0.0, 0.5, 0.95, 1.0] {
+    // The lines of 95 and 100 % are 11 units apart, and their labels, which are 13 high, 18.
+    for (share, baseline) in [(0.0, 5.0), (0.5, 5.0), (0.95, 10.0), (1.0, 3.0)] {
         let y = y_of(share);
         svg.push_str(&line("grid", [LEFT, y, WIDTH - RIGHT, y]));
-        svg.push_str(&label(LEFT - 12.0, y + 5.0, "end", &format!("{:.0} %", share * 100.0)));
+        svg.push_str(&label(LEFT - 12.0, y + baseline, "end", &format!("{:.0} %", share * 100.0)));
     }
     for curve in curves {
         let series = variants.iter().position(|one| one.name == curve.variant).unwrap_or(0);
@@ -172,7 +180,7 @@ pub fn latencies(curves: &[LatencyCurve], variants: &[VariantReport]) -> Option<
         path.push_str(&format!("H{:.1}", WIDTH - RIGHT));
         svg.push_str(&format!("<path class=\"s{series}\" d=\"{path}\"/>\n"));
     }
-    svg.push_str("</svg>\n");
+    svg.push_str(CLOSE);
     Some(svg)
 }
 

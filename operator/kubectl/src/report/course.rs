@@ -1,6 +1,6 @@
 //! How the goal's effect came to be: its value and interval at each time that the status kept.
 
-use super::chart::{LEFT, RIGHT, Range, WIDTH, label, line, open};
+use super::chart::{CLOSE, LEFT, RIGHT, Range, WIDTH, label, line, open};
 use super::terminal::shown;
 use super::{IntervalRow, LookReport, VariantReport};
 
@@ -68,7 +68,7 @@ pub fn course(looks: &[LookReport], variants: &[VariantReport], is_relative: boo
             svg.push_str(&band(series, &points, heights));
         }
     }
-    svg.push_str("</svg>\n");
+    svg.push_str(CLOSE);
     Some(svg)
 }
 

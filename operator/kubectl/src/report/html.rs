@@ -4,7 +4,7 @@
 use super::chart;
 use super::course;
 use super::terminal::shown;
-use super::{MetricReport, TestReport};
+use super::{MetricReport, TestReport, VariantReport};
 
 /// Colours of series that differ in brightness as well, for readers who do not see all colours.
 const STYLE: &str = "\
@@ -16,9 +16,10 @@ body{background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif
 h1{font-size:1.5rem;margin-bottom:0}h2{font-size:1.15rem;margin-top:2rem}
 .summary{font-size:1.2rem;margin:.5rem 0}.quiet{color:var(--quiet)}.warn{color:var(--warn)}
 .table{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.3rem .6rem;border-bottom:1px solid var(--faint);white-space:nowrap}
+th,td{text-align:right;padding:.3rem .4rem;border-bottom:1px solid var(--faint);white-space:nowrap}
+th{white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left}
-svg{width:100%;height:auto;margin:.5rem 0}svg text{fill:var(--text);font:13px system-ui,sans-serif}
+.chart{overflow-x:auto;padding-right:.5rem}svg{width:100%;min-width:38rem;height:auto;margin:.5rem 0;overflow:visible}svg text{fill:var(--text);font:13px system-ui,sans-serif}
 .b0{fill:var(--c0)}.b1{fill:var(--c1)}.b2{fill:var(--c2)}.b3{fill:var(--c3)}polygon{opacity:.18}
 .grid{stroke:var(--faint)}.zero{stroke:var(--text)}.configured{stroke:var(--text);stroke-width:3}
 .s0{stroke:var(--c0)}.s1{stroke:var(--c1)}.s2{stroke:var(--c2)}.s3{stroke:var(--c3)}
@@ -58,12 +59,23 @@ pub fn page(report: &TestReport) -> String {
     page.push_str(&heading(report));
     page.push_str("<h2>Variants</h2>\n");
     page.push_str(&variants(report));
-    page.push_str(&chart::shares(&report.variants).unwrap_or_default());
+    if let Some(svg) = chart::shares(&report.variants) {
+        page.push_str(
+            "<p class=\"quiet\">Share of users: the bar is what came, the line what is configured.</p>\n",
+        );
+        page.push_str(&svg);
+    }
+    for summary in report.variants.iter().filter_map(VariantReport::shadow_summary) {
+        page.push_str(&format!("<p>{}.</p>\n", escaped(&summary)));
+    }
     for metric in &report.metrics {
         page.push_str(&metric_section(metric));
         if metric.is_goal {
             let chart = course::course(&report.history, &report.variants, metric.is_relative);
-            page.push_str(&chart.unwrap_or_default());
+            if let Some(svg) = chart {
+                page.push_str("<p class=\"quiet\">Effect over time, with its interval.</p>\n");
+                page.push_str(&svg);
+            }
         }
     }
     if let Some(svg) = chart::latencies(&report.latencies, &report.variants) {

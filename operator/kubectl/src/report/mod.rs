@@ -17,7 +17,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use serde::Serialize;
 use trustformers_crds::names::ab_test_samples;
-use trustformers_crds::{ABTest, ABTestStatus, Direction, Metric, TestLook};
+use trustformers_crds::{ABTest, ABTestStatus, Direction, Metric, ShadowStatus, TestLook};
 
 use crate::args::ReportArgs;
 use crate::cluster::{Cluster, CommandError, answered};
@@ -111,6 +111,8 @@ pub struct VariantReport {
     pub fallbacks: i64,
     /// Scores.
     pub scores: i64,
+    /// What it answered as the test's shadow.
+    pub shadow: Option<ShadowStatus>,
     /// Pods that serve it.
     pub replicas: i64,
     /// Requests per second and pod.
@@ -220,6 +222,30 @@ impl TestReport {
     }
 }
 
+impl VariantReport {
+    /// What it answered as the test's shadow, in one sentence.
+    #[must_use]
+    pub fn shadow_summary(&self) -> Option<String> {
+        let ShadowStatus { same, different, incomparable, answered, failed, dropped, agreement } =
+            self.shadow.as_ref()?;
+        let mut facts: Vec<String> = Vec::new();
+        if let Some(agreement) = number(agreement) {
+            facts.push(format!("{:.1} % of the answers that were compared are the same", agreement * 100.0));
+        }
+        let counts = [
+            (same, "the same"),
+            (different, "different"),
+            (incomparable, "not comparable"),
+            (answered, "not compared"),
+            (failed, "failed"),
+            (dropped, "dropped"),
+        ];
+        let counts = counts.iter().filter(|(count, _)| **count > 0);
+        facts.extend(counts.map(|(count, what)| format!("{count} {what}")));
+        Some(format!("{} as a shadow: {}", self.name, facts.join(", ")))
+    }
+}
+
 fn variants(test: &ABTest, status: &ABTestStatus) -> Vec<VariantReport> {
     let of = |variant: &trustformers_crds::Variant| {
         let known = status.variants.iter().find(|one| one.name == variant.name).cloned().unwrap_or_default();
@@ -233,6 +259,7 @@ fn variants(test: &ABTest, status: &ABTestStatus) -> Vec<VariantReport> {
             errors: known.errors,
             fallbacks: known.fallbacks,
             scores: known.scores,
+            shadow: known.shadow,
             replicas: known.replicas,
             load_per_replica: number(&known.load_per_replica),
             latency_p50_ms: number(&known.latency_p50_ms),

@@ -1,6 +1,6 @@
 //! The report as text, with intervals drawn in columns.
 
-use super::{IntervalRow, MetricReport, TestReport};
+use super::{IntervalRow, MetricReport, TestReport, VariantReport};
 use crate::table::{Table, one_line};
 
 /// Columns of a drawn interval.
@@ -28,6 +28,9 @@ pub fn text(report: &TestReport) -> String {
     }
     if let Some(days) = report.days_left {
         facts.push_str(&format!("until the smallest effect that matters is found: {days:.1} days\n"));
+    }
+    for summary in report.variants.iter().filter_map(VariantReport::shadow_summary) {
+        facts.push_str(&format!("{}\n", one_line(&summary)));
     }
     for warning in &report.warnings {
         facts.push_str(&format!("! {}\n", one_line(warning)));

@@ -72,6 +72,26 @@ fn figures_are_those_of_the_status() {
 }
 
 #[test]
+fn what_a_variant_answered_as_a_shadow_is_in_the_report() {
+    let mut test = test();
+    let variants = &mut test.status.as_mut().unwrap().variants;
+    variants[1].shadow = Some(ShadowStatus {
+        same: 3,
+        different: 1,
+        dropped: 2,
+        agreement: Some("0.7500".to_owned()),
+        ..ShadowStatus::default()
+    });
+    let report = TestReport::of(&test, &sums(), "2026-12-08T12:00:00Z".parse().unwrap());
+    let expected = "treatment as a shadow: 75.0 % of the answers that were compared are the same, \
+                    3 the same, 1 different, 2 dropped";
+    assert!(terminal::text(&report).contains(expected), "{}", terminal::text(&report));
+    assert!(html::page(&report).contains(expected));
+    assert!(!terminal::text(&report).contains("control as a shadow"));
+    assert_eq!(serde_json::to_value(&report).unwrap()["variants"][1]["shadow"]["dropped"], 2);
+}
+
+#[test]
 fn a_test_that_has_not_started_has_a_report() {
     let mut test = test();
     test.status = None;

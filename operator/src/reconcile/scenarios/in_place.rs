@@ -9,6 +9,7 @@ use kube::runtime::watcher::Event;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
+use trustformers_control::ending::DELETION_COST;
 use trustformers_control::gate::{Report, SETTLE};
 use trustformers_control::kinds::{CONFIG_MAP, DEPLOYMENT};
 use trustformers_control::names;
@@ -20,6 +21,7 @@ use trustformers_proto::v1::{
     ModelStatus, RollbackModelRequest, RollbackModelResponse, SwapModelRequest, SwapModelResponse,
     UnloadModelRequest, UnloadModelResponse, WatchModelsRequest, WatchModelsResponse,
 };
+use trustformers_proto::{LOAD_HEADER, REPORT_HEADER};
 
 use super::*;
 use crate::context::Settings;
@@ -43,6 +45,8 @@ struct Stored {
     version: u64,
     status: Value,
     applied: Vec<Value>,
+    /// Pods that Kubernetes is to end first, with their costs.
+    marked: Vec<(String, String)>,
 }
 
 impl StoringServer {
@@ -60,6 +64,12 @@ impl StoringServer {
         match request.method {
             Method::GET => (StatusCode::NOT_FOUND, not_found),
             Method::DELETE => (StatusCode::OK, json!({"kind": "Status", "status": "Success"})),
+            Method::PATCH if request.uri.path().contains("/pods/") => {
+                let pod = request.uri.path().trim_end_matches("/status").rsplit('/').next().unwrap();
+                let cost = &request.body["metadata"]["annotations"][DELETION_COST];
+                stored_objects.marked.push((pod.to_owned(), cost.as_str().unwrap().to_owned()));
+                (StatusCode::OK, request.body)
+            }
             Method::PATCH if request.uri.path().ends_with("/status") => {
                 stored_objects.status = request.body["status"].clone();
                 let mut model = serde_json::to_value(model(FIRST, Value::Null)).unwrap();
@@ -100,6 +110,8 @@ struct FakePod {
 #[derive(Default)]
 struct FakeState {
     slots: Vec<ModelSlot>,
+    /// Requests that it answers.
+    load: u32,
     /// What it was asked for.
     log: Vec<String>,
 }
@@ -115,7 +127,7 @@ type Watched = Pin<Box<dyn Stream<Item = Result<WatchModelsResponse, Status>> + 
 
 impl FakePod {
     fn new(name: &'static str, address: Ipv4Addr, revision: &str) -> Self {
-        let state = FakeState { slots: vec![slot(revision)], log: Vec::new() };
+        let state = FakeState { slots: vec![slot(revision)], ..FakeState::default() };
         Self { name, address, state: Arc::new(Mutex::new(state)) }
     }
 
@@ -160,9 +172,14 @@ impl ModelService for FakePod {
 
     async fn list_models(
         &self,
-        _: Request<ListModelsRequest>,
+        request: Request<ListModelsRequest>,
     ) -> Result<Response<ListModelsResponse>, Status> {
-        Ok(Response::new(ListModelsResponse::default()))
+        let mut response = Response::new(ListModelsResponse::default());
+        if request.metadata().contains_key(REPORT_HEADER) {
+            let load = self.state.lock().unwrap().load.to_string();
+            response.metadata_mut().insert(LOAD_HEADER, load.parse().unwrap());
+        }
+        Ok(response)
     }
 
     async fn watch_models(&self, _: Request<WatchModelsRequest>) -> Result<Response<Watched>, Status> {
@@ -236,7 +253,8 @@ impl Served {
         second.serve(port).await;
         let server = StoringServer::default();
         server.0.lock().unwrap().token = token;
-        let settings = Settings { identity: Some(identity()), admin_port: port, ..settings() };
+        let settings =
+            Settings { identity: Some(identity()), admin_port: port, grpc_port: port, ..settings() };
         let NewContext { context, mut writers, queue: _ } =
             Context::create(server.client(), settings, metrics());
         let feed = Arc::new(FeedState::new(1));
@@ -350,6 +368,25 @@ async fn pods_load_a_revision_beside_the_other_answer_with_it_and_take_it_back()
     assert_eq!(case.held(), [[old.clone()], [old.clone()]]);
     assert_eq!(case.file(), old);
     assert_eq!(case.server.status()["stable"]["revision"], old);
+}
+
+#[tokio::test]
+async fn the_pod_with_the_fewest_requests_is_marked_before_the_deployment_is_scaled_down() {
+    let case = Served::new("the-operators-token").await;
+    for (pod, load) in case.pods.iter().zip([9, 2]) {
+        pod.state.lock().unwrap().load = load;
+    }
+    let marked = || case.server.0.lock().unwrap().marked.clone();
+    case.reconcile(FIRST).await;
+    assert_eq!(marked(), []);
+    for _ in 0..3 {
+        case.reconcile("{source: {uri: 'pvc://weights/a'}}").await;
+    }
+    assert_eq!(case.server.applied("Deployment").last().unwrap()["spec"]["replicas"], 1);
+    // The Deployment that is written here is not what the caches have, so each pass marks again.
+    let marks = marked();
+    let is_right = |pod: &str, cost: &str| pod == "b" && cost.parse::<i32>().unwrap() < 0;
+    assert!(!marks.is_empty() && marks.iter().all(|(pod, cost)| is_right(pod, cost)), "marked: {marks:?}");
 }
 
 #[tokio::test]

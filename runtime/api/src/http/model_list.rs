@@ -135,17 +135,13 @@ pub fn state_word(state: v1::ModelState) -> &'static str {
 mod tests {
     use super::*;
     use crate::fake::{Fake, Script};
+    use crate::test_client;
     use axum::body::Body;
     use axum::http::{Request as HttpRequest, StatusCode};
-    use http_body_util::BodyExt;
-    use tower::ServiceExt;
 
     async fn get(path: &str) -> (StatusCode, Value) {
         let fake = Fake::with(Script::tokens(&[]));
-        let request = HttpRequest::get(path).body(Body::empty()).unwrap();
-        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-        let status = response.status();
-        (status, serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap())
+        test_client::send(&fake, HttpRequest::get(path), Body::empty()).await.status_and_json()
     }
 
     #[tokio::test]

@@ -142,20 +142,14 @@ pub(super) fn reranked_tensors(reranked: Reranked) -> Vec<OutputTensor> {
 #[cfg(test)]
 mod tests {
     use crate::fake::{Fake, Script};
-    use axum::body::Body;
+    use crate::test_client;
     use axum::http::{Request, StatusCode};
-    use http_body_util::BodyExt;
     use serde_json::{Value, json};
-    use tower::ServiceExt;
     use trustformers_proto::Task;
 
     async fn infer(fake: &Fake, inputs: Value) -> (StatusCode, Value) {
         let body = json!({"inputs": inputs}).to_string();
-        let request = Request::post("/v2/models/fake/infer").body(Body::from(body)).unwrap();
-        let response = crate::http::router(fake.api()).oneshot(request).await.unwrap();
-        let status = response.status();
-        let bytes = response.into_body().collect().await.unwrap().to_bytes();
-        (status, serde_json::from_slice(&bytes).unwrap())
+        test_client::send(fake, Request::post("/v2/models/fake/infer"), body).await.status_and_json()
     }
 
     fn bytes(name: &str, texts: &[&str]) -> Value {

@@ -273,7 +273,14 @@ fn embeddings_request() -> Value {
             "encoding_format",
             word(&["float", "base64"], "How vectors are written: base64 of little-endian f32."),
         )
-        .optional("dimensions", whole(1, MAX_U32, "Values of a vector: as many as the model gives."))
+        .optional(
+            "dimensions",
+            whole(
+                1,
+                MAX_U32,
+                "Values of a vector: as many as the model gives, or fewer of a model trained for it.",
+            ),
+        )
         .optional(
             "truncate",
             flag("Whether texts that are too long are cut instead of refused; true where it is left out."),
@@ -303,7 +310,10 @@ fn embeddings() -> Value {
         .required("model_digest", text("sha256 of the model's files."))
         .sometimes("revision", text("The revision of the model."))
         .required("latency_ms", number("Milliseconds from the request to the answer."))
-        .required("pooling", word(&["mean", "first", "max"], "How the tokens of a text become one vector."))
+        .required(
+            "pooling",
+            word(&["mean", "first", "max", "last"], "How the tokens of a text become one vector."),
+        )
         .sometimes("pooling_note", text("Where the model's files do not say how to pool."))
         .sometimes("truncated", list(count("The place of a text that was cut.")))
         .build()

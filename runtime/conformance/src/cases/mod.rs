@@ -41,6 +41,7 @@ pub const ALL: &[Case] = &[
     Case { name: "weights/views", run: views::decoder },
     Case { name: "windowed/numerics", run: windowed::numerics },
     Case { name: "windowed/chunks", run: windowed::chunks },
+    Case { name: "windowed/classes", run: windowed::classes },
     Case { name: "adapters/mixed", run: adapters::mixed },
     Case { name: "adapters/fast", run: adapters::fast },
     Case { name: "adapters/slots", run: adapters::slots },

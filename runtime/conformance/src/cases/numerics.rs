@@ -99,7 +99,13 @@ pub(super) fn decoder_mixed_types(open: Open<'_>) -> Result<(), CaseError> {
 }
 
 fn encoders(dtypes: &[DType]) -> impl Iterator<Item = Encoder> {
-    let kinds = [(Pooling::Mean, true), (Pooling::Cls, false), (Pooling::Max, true), (Pooling::Mean, false)];
+    let kinds = [
+        (Pooling::Mean, true),
+        (Pooling::Cls, false),
+        (Pooling::Max, true),
+        (Pooling::Mean, false),
+        (Pooling::Last, true),
+    ];
     let floats: Vec<DType> = dtypes.iter().copied().filter(|dtype| !dtype.is_quantised()).collect();
     floats.into_iter().flat_map(move |dtype| {
         kinds.into_iter().map(move |(pooling, normalise)| Encoder { dtype, pooling, normalise })

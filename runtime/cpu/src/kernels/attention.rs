@@ -44,6 +44,23 @@ pub(crate) struct Query {
     pub(crate) positions: usize,
 }
 
+/// The entries of one group of layers in a sequence's block table.
+#[derive(Clone, Copy)]
+pub(crate) struct BlockEntries<'a> {
+    /// One for each group, for each block of tokens.
+    pub(crate) entries: &'a [u32],
+    pub(crate) groups: usize,
+    pub(crate) group: usize,
+}
+
+impl BlockEntries<'_> {
+    /// The entry of a block of tokens, if the table has it.
+    #[inline(always)]
+    fn get(&self, block: usize) -> Option<u32> {
+        self.entries.get(block * self.groups + self.group).copied()
+    }
+}
+
 /// A tile's view of the cache.
 #[derive(Clone, Copy)]
 pub(crate) struct Attend<'a> {
@@ -54,7 +71,8 @@ pub(crate) struct Attend<'a> {
     /// The layer's cache, and the type of its elements.
     pub(crate) cache: *const u8,
     pub(crate) kv_type: KvType,
-    pub(crate) table: &'a [u32],
+    /// Those before the first position of the queries may be absent.
+    pub(crate) table: BlockEntries<'a>,
     pub(crate) kv_head: usize,
     /// At most [`TILE`], in the order of their positions.
     pub(crate) queries: &'a [Query],
@@ -71,12 +89,17 @@ impl Attend<'_> {
 
     /// Keys of the KV block that a later chunk has at the same place, if the sequence has it.
     fn keys_of_next_chunk<K: KvElement>(&self, block: usize) -> Option<*const K> {
-        (block + CHUNK_BLOCKS < self.table.len()).then(|| self.keys(block + CHUNK_BLOCKS))
+        self.table.get(block + CHUNK_BLOCKS).map(|entry| self.keys_of(entry))
     }
 
     /// Keys of a KV block; its values follow after `head_dim * 16`.
     fn keys<K: KvElement>(&self, block: usize) -> *const K {
-        let index = cache_index(&self.shape, self.table[block] as usize, self.kv_head);
+        self.keys_of(self.table.entries[block * self.table.groups + self.table.group])
+    }
+
+    /// Keys of the block of an entry.
+    fn keys_of<K: KvElement>(&self, entry: u32) -> *const K {
+        let index = cache_index(&self.shape, entry as usize, self.kv_head);
         self.cache.cast::<K>().wrapping_add(index)
     }
 }

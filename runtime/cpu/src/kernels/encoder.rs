@@ -2,14 +2,16 @@
 //!
 //! *Attention* computes one key/value head at a time. It copies the keys, with positions side by side (the
 //! lanes of a score), and the values, without the gaps of their buffer, to the thread's scratch memory, where
-//! they stay in the first-level cache. Then it computes tiles of rows: scores of all positions, softmax,
-//! weighted sum of values. A row's result depends on its own sequence only, and the order of operations is
-//! the same in every tile.
+//! they stay in the first-level cache. Then it computes tiles of rows: scores of all positions, or of those
+//! that some row of the tile attends to, softmax, weighted sum of values. A row's result depends on its own
+//! sequence only, and the order of operations is the same in every tile.
 
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays, as in the formulas")]
 
 #[cfg(test)]
 mod tests;
+
+use trustformers_plan::EncoderScores;
 
 use super::{
     rows::exp,
@@ -128,10 +130,12 @@ pub(crate) struct EncoderAttend {
     pub(crate) len: usize,
     /// Rows that attend to them.
     pub(crate) rows: usize,
+    /// The position of the first of them.
+    pub(crate) first: usize,
     pub(crate) head_dim: usize,
     /// Query heads, side by side.
     pub(crate) heads: usize,
-    pub(crate) scale: f32,
+    pub(crate) scores: EncoderScores,
     pub(crate) query: (*mut f32, usize),
     pub(crate) keys: (*mut f32, usize),
     pub(crate) values: (*mut f32, usize),
@@ -157,6 +161,10 @@ struct HeadLayout {
     /// `[row of the tile][position]`, `padded` apart.
     scores: *mut f32,
     padded: usize,
+    /// The first position that some row of the tile attends to.
+    first: usize,
+    /// The position after the last of them.
+    end: usize,
 }
 
 /// Computes all rows and heads.
@@ -216,7 +224,7 @@ unsafe fn lay_out(a: &EncoderAttend) -> HeadLayout {
             std::ptr::copy_nonoverlapping(a.values.0.add(p * a.values.1), out, dim);
             std::slice::from_raw_parts_mut(out.add(dim), width - dim).fill(0.0);
         }
-        HeadLayout { keys, values, width, scores, padded }
+        HeadLayout { keys, values, width, scores, padded, first: 0, end: a.len }
     }
 }
 
@@ -243,21 +251,33 @@ unsafe fn tile<S: Simd, const R: usize, const W: usize>(
     head: usize,
 ) -> usize {
     let dim = a.head_dim;
+    let position = a.first + row;
+    let (first, end) =
+        (a.scores.attended(position, a.len).start, a.scores.attended(position + R - 1, a.len).end);
+    let layout = &HeadLayout { first, end, ..*layout };
+    // Whole groups of positions, of which the last may end in the padding: a position has the same lane in
+    // every tile, so that the sums of a row have one order.
+    let (from, to) = (first / SCORE_POSITIONS * SCORE_POSITIONS, end.next_multiple_of(SCORE_POSITIONS));
     // SAFETY: rows, positions and elements exist, or are padding of the scratch space.
     unsafe {
         let query: [*const f32; R] =
             std::array::from_fn(|r| a.query.0.add((row + r) * a.query.1 + head * dim).cast_const());
-        let mut at = 0;
-        while at < layout.padded {
+        let mut at = from;
+        while at < to {
             score::<S, R, W>(a, layout, &query, at);
             at += W * LANES;
         }
         let mut inverse = [0.0f32; R];
         for r in 0..R {
             let scores = layout.scores.add(r * layout.padded);
-            // No position lies in the padding.
-            std::slice::from_raw_parts_mut(scores.add(a.len), layout.padded - a.len).fill(f32::NEG_INFINITY);
-            inverse[r] = 1.0 / softmax::<S>(scores, layout.padded);
+            // The row attends to no position outside its own range, and none lies in the padding.
+            let own = a.scores.attended(position + r, a.len);
+            std::slice::from_raw_parts_mut(scores.add(from), own.start - from).fill(f32::NEG_INFINITY);
+            std::slice::from_raw_parts_mut(scores.add(own.end), to - own.end).fill(f32::NEG_INFINITY);
+            inverse[r] = 1.0 / softmax::<S>(scores.add(from), to - from);
+            // The least share that `exp` gives is not zero; other rows of the tile need these positions.
+            std::slice::from_raw_parts_mut(scores.add(from), own.start - from).fill(0.0);
+            std::slice::from_raw_parts_mut(scores.add(own.end), to - own.end).fill(0.0);
         }
         let mut at = 0;
         while at < layout.width {
@@ -296,7 +316,7 @@ unsafe fn score<S: Simd, const R: usize, const W: usize>(
         }
         for r in 0..R {
             for w in 0..W {
-                let score = S::mul(sums[r][w], S::splat(a.scale));
+                let score = S::mul(sums[r][w], S::splat(a.scores.scale));
                 S::store(layout.scores.add(r * layout.padded + at + w * LANES), score);
             }
         }
@@ -338,7 +358,7 @@ unsafe fn mix<S: Simd, const R: usize, const W: usize>(
     // stored.
     unsafe {
         let mut sums = [[S::splat(0.0); W]; R];
-        for p in 0..a.len {
+        for p in layout.first..layout.end {
             let values: [S::F; W] =
                 std::array::from_fn(|w| S::load(layout.values.add(p * layout.width + at + w * LANES)));
             for r in 0..R {

@@ -10,7 +10,7 @@ use trustformers_plan::{AttentionShape, DType, KV_BLOCK_TOKENS, KvType, Scores, 
 
 use super::{
     Kernels,
-    attention::{Attend, CHUNK_TOKENS, Query, TILE, chunk_len, partial_len},
+    attention::{Attend, BlockEntries, CHUNK_TOKENS, Query, TILE, chunk_len, partial_len},
     kv::{Bf16Element, CacheSlot, HalfElement, KvElement, cache_index},
 };
 use crate::{CpuBackend, CpuConfig, Tier, TileRule};
@@ -244,7 +244,7 @@ impl AttentionCase<'_> {
             soft_cap: scores.soft_cap,
             cache,
             kv_type,
-            table,
+            table: BlockEntries { entries: table, groups: 1, group: 0 },
             kv_head,
             queries: &queries,
             scratch: scratch.as_mut_ptr(),

@@ -9,7 +9,7 @@ use trustformers_plan::{AttentionShape, Buf, Scores};
 
 use super::{Step, ThreadContext};
 use crate::{
-    kernels::attention::{Attend, CHUNK_TOKENS, Query, TILE, chunk_len, partial_len},
+    kernels::attention::{Attend, BlockEntries, CHUNK_TOKENS, Query, TILE, chunk_len, partial_len},
     pool::{Aborted, Dealer, Dealt, Pieces},
 };
 
@@ -156,7 +156,11 @@ impl Step<'_> {
             soft_cap: a.scores.soft_cap,
             cache: self.layer_cache(a.layer),
             kv_type: self.shared.kv_type,
-            table: self.input.blocks_of(tile.sequence),
+            table: BlockEntries {
+                entries: self.input.blocks_of(tile.sequence),
+                groups: self.shared.kv_layout.classes().groups(),
+                group: self.shared.kv_layout.layer(a.layer).group,
+            },
             kv_head: tile.kv_head,
             queries: &queries[..tile.queries.len()],
             scratch: self.shared.scratch.threads[thread.number].queries.ptr(),

@@ -63,14 +63,15 @@ impl Step<'_> {
 
     /// First byte of a layer's cache.
     pub(super) fn layer_cache(&self, layer: usize) -> *mut u8 {
-        self.shared.cache.layer(layer)
+        self.shared.cache.layer(self.shared.kv_layout.layer(layer).index)
     }
 
     /// The slot of one of the step's rows in the cache of one head.
     fn cache_slot(&self, layer: usize, row: usize, kv_head: usize) -> CacheSlot {
         let position = self.input.positions[row] as usize;
         let table = self.input.blocks_of(self.row_sequences[row] as usize);
-        let (block, slot) = (table[position / KV_BLOCK_TOKENS] as usize, position % KV_BLOCK_TOKENS);
+        let block = self.shared.kv_layout.block(layer, table, position) as usize;
+        let slot = position % KV_BLOCK_TOKENS;
         CacheSlot { cache: self.layer_cache(layer), kv_head, block, slot }
     }
 

@@ -1,6 +1,6 @@
 //! The ops of encoders: layer norm, gelu, attention within a sequence's rows, pooling.
 
-use trustformers_plan::{AttentionShape, Buf, Pooling, WeightId};
+use trustformers_plan::{AttentionShape, Buf, EncoderScores, Pooling, WeightId};
 
 use super::{Step, ThreadContext};
 use crate::{
@@ -14,7 +14,7 @@ pub(super) struct EncoderAttention {
     pub(super) keys: Buf,
     pub(super) values: Buf,
     pub(super) shape: AttentionShape,
-    pub(super) scale: f32,
+    pub(super) scores: EncoderScores,
     pub(super) out: Buf,
 }
 
@@ -78,7 +78,10 @@ impl Step<'_> {
         let asking = |sequence: usize| self.input.rows_within(a.query.rows, sequence);
         let cost_of = |unit: usize| {
             let sequence = unit / kv_heads;
-            Pieces { count: asking(sequence).len().div_ceil(TILE), cost: self.input.rows_of(sequence).len() }
+            let len = self.input.rows_of(sequence).len();
+            // The rows of a tile attend to its positions and to a window's on either side.
+            let most = a.scores.window.map_or(len, |w| w.saturating_mul(2).saturating_add(TILE));
+            Pieces { count: asking(sequence).len().div_ceil(TILE), cost: len.min(most) }
         };
         let units = 0..self.input.sequences() * kv_heads;
         let mut dealer = Dealer::new(units.clone().map(|unit| cost_of(unit).work()).sum(), self.threads);
@@ -90,6 +93,8 @@ impl Step<'_> {
             let (sequence, kv_head) = (unit / kv_heads, unit % kv_heads);
             let (rows, own) = (self.input.rows_of(sequence), asking(sequence));
             let own = own.start + tiles.start * TILE..own.end.min(own.start + tiles.end * TILE);
+            // Rows after the last one that asks are seen by none where attention is causal.
+            let rows = if a.scores.causal { rows.start..own.end } else { rows };
             let at = |buf: Buf, row: usize, head: usize| self.at(buf, row).wrapping_add(head * head_dim);
             let first = kv_head * group;
             // SAFETY: see the parent module; the heads' outputs are this thread's, and so is the scratch
@@ -98,9 +103,10 @@ impl Step<'_> {
                 (self.shared.kernels.encoder_attend)(&EncoderAttend {
                     len: rows.len(),
                     rows: own.len(),
+                    first: tiles.start * TILE,
                     head_dim,
                     heads: group,
-                    scale: a.scale,
+                    scores: a.scores,
                     query: (at(a.query, own.start, first), a.query.stride),
                     keys: (at(a.keys, rows.start, kv_head), a.keys.stride),
                     values: (at(a.values, rows.start, kv_head), a.values.stride),
@@ -123,6 +129,10 @@ impl Step<'_> {
                     let first = self.input.rows_within(input.rows, sequence).start;
                     first..first + 1
                 }
+                Pooling::Last => {
+                    let end = self.input.rows_within(input.rows, sequence).end;
+                    end - 1..end
+                }
             };
             // SAFETY: see the parent module; the sequence's row is this thread's.
             let out = unsafe { std::slice::from_raw_parts_mut(self.at(out, sequence), out.cols) };
@@ -138,7 +148,9 @@ impl Step<'_> {
                     let values = sums.iter_mut().zip(row);
                     match pooling {
                         Pooling::Max => values.for_each(|(most, v)| *most = most.max(f64::from(*v))),
-                        Pooling::Mean | Pooling::Cls => values.for_each(|(sum, v)| *sum += f64::from(*v)),
+                        Pooling::Mean | Pooling::Cls | Pooling::Last => {
+                            values.for_each(|(sum, v)| *sum += f64::from(*v));
+                        }
                     }
                 }
                 let share = if pooling == Pooling::Max { 1.0 } else { rows.len() as f64 };

@@ -125,7 +125,7 @@ impl Encoder {
             let why = "it generates text, which an encoder does not; start a generation engine".to_owned();
             return Err(StartError::Invalid { field: "model", why });
         }
-        let sizes = config.sizes(model.facts().context_tokens, model.tokenizer().special_tokens())?;
+        let sizes = config.sizes(model.facts().context_tokens, model.special_tokens())?;
         let limit = sizes.rules.max_texts + sizes.max_queue;
         let shared = Arc::new(Shared::new(limit));
         let series = metrics.for_model(&config.model_label);

@@ -12,7 +12,7 @@ use crate::config::{EngineSizes, Speculation, SpeculationCosts, StartError};
 use crate::device_thread::{self, OnProgress, Shared};
 use crate::estimate;
 use crate::metrics::ModelMetrics;
-use crate::prefix_cache::{BlockPool, BlockTable, PrefixRoot, blocks_for};
+use crate::prefix_cache::{BlockPool, BlockTable, PrefixRoot};
 use crate::request::GenerateError;
 use crate::scheduling::preemption::{
     Candidate, Requester, Shortage, select_victim, select_victim_for_growth,
@@ -66,7 +66,8 @@ impl GenerationStart {
         let sizes = self.sizes;
         let draft_rows = estimate::draft_rows(self.speculation.as_ref());
         let request = sizes.plan_request(draft_rows, self.backend.caps().fused);
-        let plan = self.model.plan_with_adapters(&request, sizes.adapters)?.with_kv_room(sizes.kv_blocks);
+        let plan = sizes.with_classes(self.model.plan_with_adapters(&request, sizes.adapters)?);
+        let plan = plan.with_kv_room(sizes.kv_blocks);
         let mut loaded = self.backend.load(LoadSpec {
             weights: Arc::clone(self.model.weights()),
             plan: &plan,
@@ -87,7 +88,7 @@ impl GenerationStart {
             }
         };
         let gauges = self.metrics.cache.blocks.clone();
-        let pool = BlockPool::new(sizes.first_kv_blocks, gauges).with_limit(sizes.kv_blocks);
+        let pool = BlockPool::new(sizes.first_kv_blocks, sizes.needs, gauges).with_limit(sizes.kv_blocks);
         let device = GenerationDevice {
             runs_ahead: proposer.is_none() && self.backend.caps().steps_in_flight > 1,
             proposer,
@@ -235,10 +236,10 @@ impl GenerationDevice {
     }
 
     /// Admits as many waiting sequences as fit, in the order of the queue. One fits if the batch has room and
-    /// there are blocks for all of its tokens, beside those that the running sequences still need and one
-    /// more for each of them. Running sequences are preempted where the policy says so. The next sequence
-    /// always fits once nothing runs, because no request needs more than one full context and the cache has
-    /// at least that.
+    /// there are blocks for all of its tokens, beside those that the running sequences still need and those
+    /// of 16 more tokens for each of them. Running sequences are preempted where the policy says so. The next
+    /// one always fits once nothing runs, because no request needs more than one full context and the cache
+    /// has at least that.
     ///
     /// A preempted sequence may be the next one in the queue. Each preemption serves a request with
     /// precedence, so the loop ends; the bound is there so that this needs no proof.
@@ -282,8 +283,15 @@ impl GenerationDevice {
 
     /// Blocks for all tokens of the next sequence, and those that running sequences still need.
     fn blocks_wanted(&self, next: &NextInQueue) -> usize {
-        let own = self.waiting.peek(next).map_or(0, |sequence| blocks_for(sequence.tokens().len()));
-        own + self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum::<usize>()
+        let needs = self.sizes.needs;
+        let own = self.waiting.peek(next).map_or(0, |sequence| needs.most(sequence.tokens().len()));
+        own + self.promised_blocks()
+    }
+
+    /// Blocks that running sequences still need for their tokens and the next block of tokens of each.
+    fn promised_blocks(&self) -> usize {
+        let groups = self.sizes.needs.classes.groups();
+        self.running.iter().map(|sequence| sequence.missing_blocks() + groups).sum()
     }
 
     /// The cached blocks of the next sequence, where the cache has room for the rest of it.
@@ -293,9 +301,9 @@ impl GenerationDevice {
             None => (PrefixRoot::MODEL, &[][..], 0),
         };
         let blocks = self.pool.match_prefix(root, prefix);
-        let own = blocks_for(tokens);
-        let promised: usize = self.running.iter().map(|sequence| sequence.missing_blocks() + 1).sum();
-        let short = (own - blocks.ids().len() + promised).saturating_sub(self.pool.available());
+        let own = self.sizes.needs.most(tokens);
+        let missing = blocks.missing_until(tokens) + self.promised_blocks();
+        let short = missing.saturating_sub(self.pool.available());
         if short > 0 && !self.running.is_empty() { Err(Shortage::Blocks { short, own }) } else { Ok(blocks) }
     }
 
@@ -304,7 +312,7 @@ impl GenerationDevice {
             .iter()
             .map(|sequence| Candidate {
                 key: sequence.queue_key(),
-                blocks: blocks_for(sequence.tokens().len()),
+                blocks: self.sizes.needs.most(sequence.tokens().len()),
             })
             .collect()
     }

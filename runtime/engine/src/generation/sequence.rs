@@ -10,7 +10,7 @@ use crate::adapters::ServedAdapter;
 use crate::device_thread::Permit;
 use crate::faults::RequestFault;
 use crate::metrics::{GaugeGuard, ModelMetrics};
-use crate::prefix_cache::{BlockTable, PrefixRoot, blocks_for};
+use crate::prefix_cache::{BlockTable, PrefixRoot};
 use crate::request::{
     EventResult, FinishReason, GenerateError, GenerationEvent, GenerationObserver, GenerationOutcome,
     GenerationProgress, Timings,
@@ -125,7 +125,7 @@ impl Sequence {
 
     /// Starts it with the cached blocks of its prefix.
     pub(crate) fn admit(&mut self, blocks: BlockTable) {
-        self.cached = blocks.ids().len() * KV_BLOCK_TOKENS;
+        self.cached = blocks.token_blocks() * KV_BLOCK_TOKENS;
         if let Some(metrics) = &self.job.metrics {
             metrics.cache.reused_tokens.inc_by(self.cached.saturating_sub(self.max_cached) as u64);
             self.running = Some(GaugeGuard::new(&metrics.running));
@@ -154,20 +154,24 @@ impl Sequence {
 
     /// Blocks that it still needs for all of its tokens.
     pub(crate) fn missing_blocks(&self) -> usize {
-        let allocated = self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len());
-        blocks_for(self.tokens.len() + self.awaited_tokens()).saturating_sub(allocated)
+        let tokens = self.tokens.len() + self.awaited_tokens();
+        self.blocks.as_ref().map_or(0, |blocks| blocks.missing_until(tokens))
     }
 
     /// Blocks that it needs for `rows` more tokens in the cache and does not have.
     pub(crate) fn blocks_missing_for(&self, rows: usize) -> usize {
-        let allocated = self.blocks.as_ref().map_or(0, |blocks| blocks.ids().len());
-        if rows == 0 { 0 } else { blocks_for(self.computed() + rows).saturating_sub(allocated) }
+        let tokens = self.computed() + rows;
+        self.blocks.as_ref().filter(|_| rows > 0).map_or(0, |blocks| blocks.missing_for(tokens))
     }
 
-    /// Allocates blocks for `rows` more tokens in the cache. False where there are not enough.
+    /// Allocates blocks for `rows` more tokens in the cache. False where there are not enough. Before that it
+    /// releases the blocks that neither its next rows nor those in flight can reach.
     pub(crate) fn reserve(&mut self, rows: usize) -> bool {
-        let tokens = self.computed() + rows;
-        self.blocks.as_mut().is_some_and(|blocks| blocks.reserve(tokens))
+        let (tokens, cached) = (self.computed() + rows, self.cached);
+        self.blocks.as_mut().is_some_and(|blocks| {
+            blocks.release_unreachable(cached);
+            blocks.reserve(tokens)
+        })
     }
 
     /// Whether its caller dropped the generation, or the answer was discarded because it was not read.

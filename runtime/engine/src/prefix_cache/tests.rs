@@ -2,11 +2,18 @@
 
 use super::*;
 use prometheus::IntGauge;
+use std::collections::HashSet;
+use trustformers_plan::KvLayout;
 
 fn pool(count: usize) -> (BlockPool, BlockGauges) {
+    pool_of(count, LayerClasses::ONE)
+}
+
+fn pool_of(count: usize, classes: LayerClasses) -> (BlockPool, BlockGauges) {
     let gauge = |name| IntGauge::new(name, name).unwrap();
     let gauges = BlockGauges { used: gauge("used"), evictable: gauge("evictable"), total: gauge("total") };
-    (BlockPool::new(count, gauges.clone()), gauges)
+    let needs = BlockNeeds { classes, rows: 16 };
+    (BlockPool::new(count, needs, gauges.clone()), gauges)
 }
 
 fn tokens(len: usize, salt: u32) -> Vec<u32> {
@@ -164,8 +171,7 @@ fn random_operations_neither_lose_nor_mix_up_blocks() {
                 sequences.swap_remove(index);
             }
         }
-        let used: std::collections::HashSet<u32> =
-            sequences.iter().flat_map(|(_, table)| table.ids().to_vec()).collect();
+        let used: HashSet<u32> = sequences.iter().flat_map(|(_, table)| table.ids().to_vec()).collect();
         assert_eq!(gauges.used.get() as usize, used.len());
         assert_eq!(pool.available() + used.len(), 12);
     }
@@ -211,4 +217,142 @@ fn a_pool_grows_and_gives_back_what_nothing_uses() {
     drop(held);
     assert_eq!(pool.match_prefix(PrefixRoot::MODEL, &tokens(60, 1)).ids().len(), 3, "this content stayed");
     assert!(pool.shrink(4) && pool.shrink(9), "there is nothing to remove");
+}
+
+/// One group of full layers and one of layers with a window of 20.
+fn windowed() -> LayerClasses {
+    KvLayout::of_windows(&[None, Some(20)], 1000).classes()
+}
+
+#[test]
+fn blocks_that_no_row_reaches_are_released() {
+    const ABSENT: u32 = ABSENT_BLOCK;
+    let (pool, gauges) = pool_of(8, windowed());
+    let mut table = pool.match_prefix(PrefixRoot::MODEL, &[]);
+    assert!(table.reserve(48));
+    assert_eq!((table.ids(), table.token_blocks()), (&[0, 1, 2, 3, 4, 5][..], 3));
+    // The row at position 34 reaches 15..=34, the one at 35 reaches 16..=35.
+    table.release_unreachable(34);
+    assert_eq!(gauges.used.get(), 6);
+    table.release_unreachable(35);
+    assert_eq!((table.ids(), gauges.used.get()), (&[0, ABSENT, 2, 3, 4, 5][..], 5));
+    table.release_unreachable(20);
+    assert_eq!(gauges.used.get(), 5, "nothing comes back");
+    // One more block of the full layer. A windowed layer has at most four at a time: `(20 - 1 + 16) / 16`,
+    // rounded up, and one more.
+    assert_eq!((table.missing_for(64), table.missing_until(64), table.missing_until(640)), (2, 3, 37 + 2));
+    assert!(table.reserve(64));
+    assert_eq!(table.ids(), [0, ABSENT, 2, 3, 4, 5, 1, 6]);
+    table.release_unreachable(64);
+    assert_eq!(table.ids(), [0, ABSENT, 2, ABSENT, 4, 5, 1, 6]);
+    drop(table);
+    assert_eq!((gauges.used.get(), pool.available()), (0, 8));
+}
+
+#[test]
+fn a_prefix_matches_where_windowed_layers_have_what_the_next_row_reaches() {
+    let (pool, gauges) = pool_of(12, windowed());
+    let all = tokens(70, 1);
+    let mut table = computed(&pool, &all);
+    table.release_unreachable(70);
+    assert_eq!((gauges.used.get(), gauges.evictable.get(), pool.free()), (7, 3, 2));
+    let whole = pool.match_prefix(PrefixRoot::MODEL, &all);
+    // The row at position 64 reaches position 45, which is in the third block.
+    let absent: Vec<bool> = whole.ids().iter().map(|id| *id == ABSENT_BLOCK).collect();
+    assert_eq!(absent, [false, true, false, true, false, false, false, false]);
+    drop(whole);
+    // The two free blocks go first, then the windowed blocks that were released first: none remains for the
+    // beginning, but the end has all that it needs.
+    let mut other = pool.match_prefix(PrefixRoot::MODEL, &[]);
+    assert!(other.reserve(32));
+    assert_eq!((gauges.evictable.get(), pool.free()), (1, 0));
+    assert_eq!(pool.match_prefix(PrefixRoot::MODEL, &all[..33]).token_blocks(), 0);
+    assert_eq!(pool.match_prefix(PrefixRoot::MODEL, &all[..64]).token_blocks(), 0);
+    assert_eq!(pool.match_prefix(PrefixRoot::MODEL, &all).token_blocks(), 4);
+    // Another sequence computes the beginning again, and takes the full layer's blocks from the cache.
+    drop((table, other));
+    let again = computed(&pool, &all[..33]);
+    let beginning = pool.match_prefix(PrefixRoot::MODEL, &all[..33]);
+    assert_eq!(beginning.ids(), &again.ids()[..4]);
+    drop((again, beginning));
+    assert_eq!((gauges.used.get(), pool.available()), (0, 12));
+}
+
+#[test]
+fn a_prefix_of_windowed_layers_alone_is_found_by_its_end() {
+    let (pool, gauges) = pool_of(5, KvLayout::of_windows(&[Some(20); 3], 1000).classes());
+    let all = tokens(70, 1);
+    let mut table = computed(&pool, &all);
+    table.release_unreachable(70);
+    let mut other = pool.match_prefix(PrefixRoot::MODEL, &[]);
+    assert!(other.reserve(48), "the three blocks before the window");
+    assert_eq!((gauges.used.get(), pool.available()), (5, 0));
+    drop(other);
+    drop(table);
+    // Of four full blocks the last one alone is cached, and the row after it reaches the third as well.
+    assert_eq!(pool.match_prefix(PrefixRoot::MODEL, &all).token_blocks(), 0);
+    let longer = computed(&pool, &all);
+    assert_eq!(pool.match_prefix(PrefixRoot::MODEL, &all).token_blocks(), 4);
+    drop(longer);
+    pool.invalidate();
+    assert_eq!((gauges.used.get(), pool.free()), (0, 5));
+}
+
+/// What a test wrote to a block: the group of layers, and all tokens up to its end.
+type Written = (usize, Vec<u32>);
+
+/// Sequences that compute a few rows at a time: all that a row reaches is in its table and has the content of
+/// its own tokens, no sequence has more blocks than it may, and no block is lost.
+#[test]
+fn random_sequences_of_windowed_layers_read_what_they_wrote() {
+    let classes = KvLayout::of_windows(&[Some(20), None, Some(30)], 1000).classes();
+    let (pool, gauges) = pool_of(40, classes);
+    let needs = BlockNeeds { classes, rows: 16 };
+    let mut device: Vec<Written> = vec![(0, Vec::new()); 40];
+    let mut sequences: Vec<(Vec<u32>, usize, BlockTable)> = Vec::new();
+    let (mut rng, mut reused) = (fastrand::Rng::with_seed(11), 0);
+    for _ in 0..20_000 {
+        if sequences.len() < 4 && rng.bool() {
+            let len = 1 + rng.u32(..140);
+            let salt = rng.u32(..3);
+            let all: Vec<u32> = (0..len).map(|i| i / 16 * salt).collect();
+            let table = pool.match_prefix(PrefixRoot::MODEL, &all);
+            let cached = table.token_blocks() * 16;
+            reused += cached;
+            sequences.push((all, cached, table));
+        } else if !sequences.is_empty() {
+            let index = rng.usize(..sequences.len());
+            let (all, cached, table) = &mut sequences[index];
+            let rows = (1 + rng.usize(..16)).min(all.len() - *cached);
+            table.release_unreachable(*cached);
+            if rows == 0 || !table.reserve(*cached + rows) {
+                sequences.swap_remove(index);
+            } else {
+                for (entry, id) in table.ids().iter().enumerate() {
+                    let (block, group) = (entry / 3, entry % 3);
+                    if block < classes.first_block(group, *cached) {
+                        continue;
+                    }
+                    let own = &mut device[*id as usize];
+                    let full = (group, all[..all.len().min((block + 1) * 16)].to_vec());
+                    if (block + 1) * 16 <= *cached {
+                        assert_eq!(*own, full, "block {block} of group {group}");
+                    } else {
+                        *own = full;
+                    }
+                }
+                *cached += rows;
+                table.register(&all[..*cached]);
+                let held = table.ids().iter().filter(|id| **id != ABSENT_BLOCK).count();
+                assert!(held <= needs.most(*cached));
+            }
+        }
+        let tables = sequences.iter().flat_map(|(_, _, table)| table.ids().to_vec());
+        let used: HashSet<u32> = tables.filter(|id| *id != ABSENT_BLOCK).collect();
+        assert_eq!(gauges.used.get() as usize, used.len());
+        assert_eq!(pool.available() + used.len(), 40);
+    }
+    assert!(reused > 1000, "{reused}");
+    drop(sequences);
+    assert_eq!((gauges.used.get(), pool.available()), (0, 40));
 }

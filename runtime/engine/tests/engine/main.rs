@@ -18,6 +18,7 @@ mod sharing;
 mod speculation;
 #[path = "../stepped/mod.rs"]
 mod stepped;
+mod windows;
 
 use futures::StreamExt;
 use prometheus::Registry;

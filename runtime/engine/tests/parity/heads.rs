@@ -5,7 +5,7 @@
 use super::{cpu, models, tiers};
 use serde::Deserialize;
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use trustformers_cpu::Tier;
 use trustformers_engine::encoder::{
@@ -14,6 +14,7 @@ use trustformers_engine::encoder::{
 use trustformers_engine::{EngineMetrics, Numerics};
 use trustformers_model::seeded::{SeededCheckpoint, SeededEncoder, SeededEncoderFamily};
 use trustformers_model::{Model, Task};
+use trustformers_plan::DType;
 
 /// Names the folder of a spam classifier, which no package has.
 const CLASSIFIER: &str = "TRUSTFORMERS_CLASSIFIER";
@@ -80,7 +81,7 @@ struct ClassifiedText {
     scores: Vec<f32>,
 }
 
-fn start(model: &Arc<Model>, tier: Tier, numerics: Numerics) -> Encoder {
+pub(super) fn start(model: &Arc<Model>, tier: Tier, numerics: Numerics) -> Encoder {
     let registry = prometheus::Registry::new();
     let engines = EngineMetrics::register(&registry).unwrap();
     let metrics = EncoderMetrics::register(&registry, &engines).unwrap();
@@ -89,7 +90,7 @@ fn start(model: &Arc<Model>, tier: Tier, numerics: Numerics) -> Encoder {
 }
 
 /// The rows of all inputs, computed together.
-fn encode(encoder: &Encoder, inputs: &[EncodeInput]) -> Encoded {
+pub(super) fn encode(encoder: &Encoder, inputs: &[EncodeInput]) -> Encoded {
     encoder.submit(&EncodeParams::inputs(inputs.to_vec())).unwrap().blocking_wait().unwrap()
 }
 
@@ -128,7 +129,7 @@ impl HeadCase {
     }
 }
 
-fn cosine(found: &[f32], wanted: &[f32]) -> f64 {
+pub(super) fn cosine(found: &[f32], wanted: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
     dot(found, wanted) / (dot(found, found) * dot(wanted, wanted)).sqrt()
 }
@@ -145,7 +146,7 @@ fn largest_difference(found: &[f32], wanted: &[f32]) -> f32 {
 #[test]
 fn every_family_and_head_gives_the_values_of_the_reference() {
     let reference: HeadReference = serde_json::from_str(include_str!("../reference/heads.json")).unwrap();
-    assert_eq!(reference.cases.len(), 12);
+    assert_eq!(reference.cases.len(), 15);
     for case in &reference.cases {
         let model = case.model(reference.seed);
         let wanted_task = [Task::Embed, Task::Rerank, Task::Classify][case.labels.min(2)];
@@ -170,6 +171,22 @@ fn every_family_and_head_gives_the_values_of_the_reference() {
                     }
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn a_bert_in_a_gguf_file_gives_the_vectors_of_the_reference() {
+    let reference: HeadReference = serde_json::from_str(include_str!("../reference/heads.json")).unwrap();
+    let case = reference.cases.iter().find(|case| case.family == "bert" && case.labels == 0).unwrap();
+    let file = SeededEncoder { seed: reference.seed, ..SeededEncoder::default() }.gguf(DType::F32);
+    let model = Arc::new(Model::from_bytes(Path::new("bert.gguf"), Arc::new(file)).unwrap());
+    case.check_ids(&model);
+    for tier in tiers() {
+        let rows = encode(&start(&model, tier, Numerics::Exact), &case.inputs());
+        for (row, one) in rows.rows().zip(&case.texts) {
+            let cosine = cosine(row, &one.values);
+            assert!(cosine >= COSINE, "{tier:?}: {:?}: {cosine}", one.text);
         }
     }
 }

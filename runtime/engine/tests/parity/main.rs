@@ -13,6 +13,7 @@ mod heads;
 mod lora;
 mod minilm;
 mod qwen2;
+mod readers;
 mod smollm2;
 
 use serde::Deserialize;

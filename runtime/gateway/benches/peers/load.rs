@@ -56,8 +56,16 @@ impl LoadError {
 pub(crate) type CallerClient = Client<HttpConnector, Full<Bytes>>;
 type AnswerBody = UnsyncBoxBody<Bytes, Infallible>;
 
-/// The mock pod: answers at once, or streams tokens, or opens a stream that never ends.
-pub(crate) async fn serve_pod(listener: TcpListener) {
+/// Starts the mock pod, which answers at once, or streams tokens, or opens a stream that never ends. It ends
+/// with the runtime.
+pub(crate) async fn start_pod() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(serve_pod(listener));
+    address
+}
+
+async fn serve_pod(listener: TcpListener) {
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
         let _set = stream.set_nodelay(true);

@@ -1,10 +1,11 @@
 //! The gateway beside other proxies, in one run and before the same mock pod.
 //!
 //! Each proxy is a process of its own on one core, with one worker. The mock pod and the callers are this
-//! process, which `e2e/bench/gateway.sh` keeps on the other cores. Measurements of the proxies alternate, so
-//! that other load on the machine affects all of them. Measured are the latency added at 1,000 and 5,000
-//! requests per second, sent at fixed times; requests and streamed tokens per second of the proxy's processor
-//! time; and resident memory at 10,000 open streams, or as many as the limit of file descriptors allows.
+//! process, which `e2e/bench/gateway.sh` keeps on the other cores; only the callers of open streams are
+//! another one (`held`). Measurements of the proxies alternate, so that other load on the machine affects all
+//! of them. Measured are the latency added at 1,000 and 5,000 requests per second, sent at fixed times;
+//! requests and streamed tokens per second of the proxy's processor time; and resident memory at 10,000 open
+//! streams, or as many as the limit of file descriptors allows the proxy.
 //!
 //! The script gets the peers, builds the gateway and runs this. BENCH_GATEWAY, BENCH_ENVOY, BENCH_NGINX and
 //! BENCH_SGLANG are the programs; a peer without one is left out, and so is one that fails.
@@ -17,6 +18,7 @@
 //! every request.
 #![allow(clippy::unwrap_used, reason = "an unexpected value ends the measurement")]
 
+mod held;
 mod hostile;
 mod load;
 mod programs;
@@ -27,8 +29,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
+use held::HeldStreams;
 use load::{LoadError, TOKENS_PER_STREAM};
 use programs::Program;
 
@@ -42,7 +44,9 @@ const STREAMS: u64 = 30;
 const LEAST_BURST: u64 = 6000;
 const LEAST_STREAMS: u64 = 64;
 const OPEN_STREAMS: usize = 10_000;
-/// Descriptors that this program needs beside those of streams.
+/// Proxies whose streams share connections to the pod. The others have a connection for each.
+const SHARING: [&str; 2] = ["ours", "envoy"];
+/// Descriptors that a program needs beside those of streams; those of shared connections are a hundredth.
 const OTHER_DESCRIPTORS: usize = 500;
 
 /// How much is measured.
@@ -52,7 +56,6 @@ struct Amounts {
     round_s: f64,
     burst: usize,
     streams: usize,
-    open_streams: usize,
 }
 
 impl Amounts {
@@ -66,10 +69,15 @@ impl Amounts {
             round_s: seconds as f64 / rounds as f64,
             burst: count(BURST, LEAST_BURST),
             streams: count(STREAMS, LEAST_STREAMS),
-            // A stream has a descriptor as its caller, and one in the pod where the proxy does not share.
-            open_streams: OPEN_STREAMS.min(programs::descriptors().saturating_sub(OTHER_DESCRIPTORS) / 2),
         }
     }
+}
+
+/// How many streams a proxy can have open. A stream has a descriptor for its caller, and one for the pod
+/// where the proxy does not share.
+fn open_streams(name: &str) -> usize {
+    let descriptors = programs::descriptors().saturating_sub(OTHER_DESCRIPTORS);
+    OPEN_STREAMS.min(if SHARING.contains(&name) { descriptors } else { descriptors / 2 })
 }
 
 /// A proxy, or none: the pod itself.
@@ -89,6 +97,9 @@ fn seconds_of(variable: &str) -> Option<u64> {
 }
 
 fn main() {
+    if held::hold_as_told() {
+        return;
+    }
     if let Some(seconds) = seconds_of("GATEWAY_SOAK_SECONDS") {
         let holds = soak::run(seconds.clamp(20, 3600));
         std::process::exit(i32::from(!holds));
@@ -97,9 +108,7 @@ fn main() {
     let began = Instant::now();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let (proxies, left_out) = runtime.block_on(async {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let pod = listener.local_addr().unwrap();
-        tokio::spawn(load::serve_pod(listener));
+        let pod = load::start_pod().await;
         let folder = tempfile::tempdir().unwrap();
         let mut left_out = Vec::new();
         let mut proxies = started(pod, folder.path(), &mut left_out).await;
@@ -110,7 +119,7 @@ fn main() {
         }
         for proxy in &mut proxies {
             // Its other figures stand without this one.
-            if let Err(error) = hold_streams(proxy, amounts).await {
+            if let Err(error) = hold_streams(proxy).await {
                 left_out.push(format!("{}: no memory at open streams: {error}", proxy.name));
             }
         }
@@ -147,7 +156,7 @@ async fn each(
 async fn started(pod: SocketAddr, folder: &Path, left_out: &mut Vec<String>) -> Vec<Proxy> {
     let mut proxies = vec![proxy("direct", pod, None)];
     for name in NAMES {
-        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let address = programs::free_address();
         match Program::start(name, folder, address, pod) {
             Ok(Some(program)) => proxies.push(proxy(name, address, Some(program))),
             Ok(None) => left_out.push(format!("{name}: there is no program")),
@@ -210,11 +219,11 @@ async fn measure(proxy: &mut Proxy, amounts: Amounts) -> Result<(), LoadError> {
 }
 
 /// Resident memory while streams are open.
-async fn hold_streams(proxy: &mut Proxy, amounts: Amounts) -> Result<(), LoadError> {
+async fn hold_streams(proxy: &mut Proxy) -> Result<(), LoadError> {
     let Some(program) = &proxy.program else { return Ok(()) };
-    let streams = load::open_streams(proxy.address, amounts.open_streams).await?;
+    let streams = HeldStreams::open(proxy.address, open_streams(proxy.name)).await?;
     proxy.memory_mib = programs::resident_mib(program.id());
-    drop(streams);
+    streams.end().await;
     Ok(())
 }
 
@@ -278,7 +287,8 @@ fn figures(proxies: &[Proxy], amounts: Amounts, left_out: &[String]) -> Value {
     json!({
         "amounts": {
             "rounds": amounts.rounds, "round_s": amounts.round_s, "burst": amounts.burst,
-            "streams": amounts.streams, "open_streams": amounts.open_streams,
+            "streams": amounts.streams,
+            "open_streams": NAMES.map(|name| (name, open_streams(name))).into_iter().collect::<Value>(),
         },
         "direct_ms": {"p50_at_1000": base(0, 0.5), "p99_at_1000": base(0, 0.99),
                       "p50_at_5000": base(1, 0.5), "p99_at_5000": base(1, 0.99)},
@@ -292,15 +302,17 @@ fn print(figures: &Value, took: Duration) {
     println!(
         "| proxy | p50, p99 added at 1k/s (ms) | p50, p99 added at 5k/s (ms) | requests per core-second | \
          tokens per core-second | MiB at {} streams |\n|---|---|---|---|---|---|",
-        figures["amounts"]["open_streams"]
+        figures["amounts"]["open_streams"]["ours"]
     );
     let number = |row: &Value, index: usize| row[FIGURES[index].0].as_f64().unwrap_or(f64::NAN);
     let rows = |section: &str| figures[section].as_object().cloned().unwrap_or_default();
     for name in NAMES {
         let Some(row) = rows("proxies").get(name).cloned() else { continue };
         let at = |index| number(&row, index);
+        let open = open_streams(name);
+        let fewer = if open < open_streams(NAMES[0]) { format!(" at {open}") } else { String::new() };
         println!(
-            "| {name} | {:.3}, {:.3} | {:.3}, {:.3} | {:.0} | {:.0} | {:.0} |",
+            "| {name} | {:.3}, {:.3} | {:.3}, {:.3} | {:.0} | {:.0} | {:.0}{fewer} |",
             at(0),
             at(1),
             at(2),

@@ -1,6 +1,6 @@
 //! The proxies: how they are configured, started, looked at and ended.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -39,6 +39,11 @@ fn signal(signal: &str, processes: &[u32]) {
     let ids = processes.iter().map(u32::to_string);
     // One that has ended meanwhile is no error.
     let _status = Command::new("kill").arg(signal).args(ids).stderr(Stdio::null()).status();
+}
+
+/// An address on which nothing listens.
+pub(crate) fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 impl Program {

@@ -8,12 +8,11 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use tokio::net::TcpListener;
 use tokio::time::sleep;
 
 use crate::hostile::{HELD, Hostile, MADE_UP, SLOW_HEADS, SLOW_READERS, STALLED_STREAMS, STALLED_UPLOADS};
 use crate::load::{self, LoadError};
-use crate::programs::{Program, resident_mib};
+use crate::programs::{Program, free_address, resident_mib};
 use crate::quantile_ms;
 
 /// Requests in flight that saturate the gateway.
@@ -138,10 +137,8 @@ pub(crate) fn run(seconds: u64) -> bool {
 
 async fn soak(seconds: u64) -> Result<Vec<String>, LoadError> {
     let folder = tempfile::tempdir().unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let pod = listener.local_addr().unwrap();
-    tokio::spawn(load::serve_pod(listener));
-    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let pod = load::start_pod().await;
+    let address = free_address();
     let program = Program::start("ours", folder.path(), address, pod).unwrap();
     let subject = Subject { address, program: program.expect("BENCH_GATEWAY names the gateway's program") };
     crate::until_answered(address).await?;

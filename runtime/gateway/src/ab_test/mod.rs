@@ -4,6 +4,7 @@
 //! however many attempts it needed and whoever answered it in the end. A user counts as seen when the first
 //! request is assigned, whatever becomes of it.
 
+mod fault;
 mod rule;
 mod series;
 
@@ -20,9 +21,10 @@ use crate::score_token::{ScorePlace, Sealed};
 use crate::split::Split;
 use crate::user::KnownUser;
 
+pub use fault::SplitSkew;
 pub use rule::{TestRule, VariantWeight};
-pub(crate) use series::{ChangedVariants, VariantRegistry};
-use series::{VariantKey, VariantSeries};
+pub(crate) use series::{ChangedVariants, VariantRegistry, VariantSeries};
+use series::{CountedScore, VariantKey};
 
 /// The header of an answer that names the variant that gave it.
 pub(crate) const VARIANT_HEADER: &str = "x-trustformers-variant";
@@ -86,6 +88,8 @@ pub(crate) struct LiveTest {
     owners: Option<Box<[u16]>>,
     /// Whether the first variant answers every request.
     is_baseline: bool,
+    /// A fault, in tests of the platform.
+    skew: Option<SplitSkew>,
 }
 
 #[derive(Debug)]
@@ -128,6 +132,7 @@ impl LiveTest {
             split: Split::new(&weights),
             owners,
             is_baseline: rule.baseline,
+            skew: registry.skew(),
         }
     }
 
@@ -137,8 +142,9 @@ impl LiveTest {
             .forced
             .and_then(|name| self.variants.iter().find(|variant| variant.series.key.variant == name));
         let owner = choice.bucket.and_then(|bucket| {
-            let owner = self.owners.as_ref()?.get(usize::from(bucket))?;
-            self.variants.get(usize::from(*owner))
+            let owner = *self.owners.as_ref()?.get(usize::from(bucket))?;
+            let is_moved = owner == 0 && self.skew.is_some_and(|skew| skew.moves(bucket));
+            self.variants.get(if is_moved { 1 } else { usize::from(owner) })
         });
         forced.or(owner).or_else(|| self.variants.get(self.split.choose(choice.sequence)?))
     }
@@ -151,6 +157,12 @@ impl LiveTest {
         // Mixed, because numbers of one variant follow a pattern.
         let chosen = variant.within.choose(mixed(number))?;
         variant.backends.get(chosen).copied()
+    }
+
+    /// What counts a variant; none where the test does not have it.
+    pub(crate) fn series_of(&self, variant: &str) -> Option<Arc<VariantSeries>> {
+        let named = self.variants.iter().find(|one| one.series.key.variant == variant);
+        named.map(|variant| Arc::clone(&variant.series))
     }
 
     /// What counts a request. `user` is its user, where users are split and it names one.
@@ -174,6 +186,16 @@ impl LiveTest {
         };
         Some(Observation { series, bucket, user: None, is_baseline: self.is_baseline })
     }
+}
+
+/// What tells the answers of one variant and epoch apart, the same at every gateway.
+fn answer_fingerprint(request_id: &str, bucket: u8) -> u64 {
+    let mut hash = Sha256::new();
+    hash.update(b"scored");
+    hash.update([bucket]);
+    hash.update(request_id);
+    let digest = hash.finalize();
+    digest.iter().take(8).fold(0_u64, |number, &byte| number << 8 | u64::from(byte))
 }
 
 /// `SplitMix64`'s finisher.
@@ -272,11 +294,12 @@ impl ScoredBucket {
         self.series.upgrade().is_some_and(|series| series.counts_metric(metric))
     }
 
-    /// A caller scored the answer.
-    pub(crate) fn scored(&self, metric: &str, score: f64) {
+    /// A caller scored the answer of this request.
+    pub(crate) fn scored(&self, metric: &str, request_id: &str, score: f64) {
         // A score comes too late once the counts of the epoch are over.
         if let Some(series) = self.series.upgrade() {
-            series.count_score(self.bucket, metric, score);
+            let answer = answer_fingerprint(request_id, self.bucket);
+            series.count_score(metric, CountedScore { answer, bucket: self.bucket, score });
         }
     }
 }

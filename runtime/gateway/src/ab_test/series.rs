@@ -3,22 +3,28 @@
 //! A request takes the lock of its variant two times, for some ten nanoseconds each: at 1,000 requests per
 //! second the lock is held for a ten-thousandth of the time.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use http::HeaderValue;
 use prost::Message;
 use tokio::time::Instant;
 use trustformers_proto::ab_test::{LATENCY_CELLS, USER_BUCKETS, UserSet, latency_cell};
-use trustformers_proto::control::v1::{LatencyHistogram, Outcome, UserBucketCounts, VariantCounts};
+use trustformers_proto::control::v1::{
+    LatencyHistogram, Outcome, ScoredAnswer, ShadowCounts, UserBucketCounts, VariantCounts,
+};
 use trustformers_proto::latency::{BUCKETS, BucketCount, bucket_of};
 
-use super::{ObservedEnd, TestRule};
+use super::{ObservedEnd, SplitSkew, TestRule};
+use crate::shadow::ShadowResult;
 
 /// Users of one variant and epoch that a process distinguishes: 32,768 × 8 bytes, which a hash table makes
 /// 0.6 MB. With more users the set is a sample, which merges with those of other gateways all the same.
 const MAX_USERS: usize = 32_768;
+/// Scored answers of one variant and epoch that are known: at ten scores a second those of seven minutes.
+/// Each takes 24 bytes, here and in a report: 98 KB together.
+const MAX_SCORED: usize = 4096;
 /// Series of an epoch that is over are kept for this long: requests of it may still run, and scores come.
 const SERIES_KEPT: Duration = Duration::from_secs(3600);
 
@@ -37,6 +43,8 @@ pub(crate) struct VariantKey {
 #[derive(Debug, Default)]
 pub(crate) struct VariantRegistry {
     registered: Mutex<HashMap<VariantKey, RegisteredVariant>>,
+    /// A fault, in tests of the platform.
+    skew: OnceLock<SplitSkew>,
 }
 
 #[derive(Debug)]
@@ -58,6 +66,17 @@ pub(crate) struct ChangedVariants {
 impl VariantRegistry {
     fn lock(&self) -> MutexGuard<'_, HashMap<VariantKey, RegisteredVariant>> {
         self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From the next table on users are not divided as it says.
+    pub(crate) fn skew_split(&self, skew: SplitSkew) {
+        // It is set once, at the start.
+        let _already = self.skew.set(skew);
+    }
+
+    /// The fault of the splitter, if it has one.
+    pub(super) fn skew(&self) -> Option<SplitSkew> {
+        self.skew.get().copied()
     }
 
     /// The series of a variant of a test, at zero or as it was registered before.
@@ -93,7 +112,7 @@ impl VariantRegistry {
     }
 
     /// What changed since it was reported, up to about `limit_bytes` of it. The last series may go beyond
-    /// that by 0.4 MB: 32,768 users of 8 bytes and 256 buckets of at most 500.
+    /// that by 0.5 MB: 32,768 users of 8 bytes, 256 buckets of at most 500, and 4,096 scores of 24.
     pub(crate) fn take_changed(&self, limit_bytes: usize) -> ChangedVariants {
         let mut changed = ChangedVariants::default();
         let mut bytes = 0;
@@ -185,20 +204,37 @@ impl VariantSeries {
         }
     }
 
+    /// The variant answered a request as a shadow, or was to.
+    pub(crate) fn count_shadow(&self, result: ShadowResult) {
+        let mut sums = self.lock();
+        sums.totals_changed = true;
+        let shadow = &mut sums.shadow;
+        let count = match result {
+            ShadowResult::Same => &mut shadow.same,
+            ShadowResult::Different => &mut shadow.different,
+            ShadowResult::Incomparable => &mut shadow.incomparable,
+            ShadowResult::Answered => &mut shadow.answered,
+            ShadowResult::Failed => &mut shadow.failed,
+            ShadowResult::Dropped => &mut shadow.dropped,
+        };
+        *count += 1;
+    }
+
     /// Whether scores of this metric count.
     pub(super) fn counts_metric(&self, metric: &str) -> bool {
         metric == self.feedback_metric
     }
 
     /// An answer was scored.
-    pub(super) fn count_score(&self, bucket: u8, metric: &str, score: f64) {
+    pub(super) fn count_score(&self, metric: &str, counted: CountedScore) {
         if !self.counts_metric(metric) {
             return;
         }
         let mut sums = self.lock();
-        let counts = sums.bucket(bucket);
+        let counts = sums.bucket(counted.bucket);
         counts.scores += 1;
-        counts.score_sum += score;
+        counts.score_sum += counted.score;
+        sums.scored.push(counted);
     }
 }
 
@@ -238,6 +274,68 @@ struct BucketSums {
     changed: bool,
 }
 
+/// A score that counts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CountedScore {
+    /// Fingerprint of its answer.
+    pub(super) answer: u64,
+    /// The bucket of its user.
+    pub(super) bucket: u8,
+    /// The score.
+    pub(super) score: f64,
+}
+
+/// The newest scores, with which the operator finds those that two gateways counted.
+#[derive(Debug, Default)]
+struct CountedScores {
+    newest: VecDeque<CountedScore>,
+    /// How many at the end were not reported yet.
+    unreported: usize,
+}
+
+impl CountedScores {
+    fn push(&mut self, counted: CountedScore) {
+        self.newest.push_back(counted);
+        if self.newest.len() > MAX_SCORED {
+            self.newest.pop_front();
+        }
+        self.unreported = (self.unreported + 1).min(self.newest.len());
+    }
+
+    fn report_all(&mut self) {
+        self.unreported = self.newest.len();
+    }
+
+    fn take(&mut self) -> Vec<ScoredAnswer> {
+        let unreported = std::mem::take(&mut self.unreported);
+        let of = |&CountedScore { answer, bucket, score }: &CountedScore| ScoredAnswer {
+            answer,
+            bucket: u32::from(bucket),
+            score,
+        };
+        // At most as many are unreported as there are.
+        self.newest.iter().skip(self.newest.len() - unreported).map(of).collect()
+    }
+}
+
+/// What became of requests that the variant answered as a shadow.
+#[derive(Debug, Clone, Copy, Default)]
+struct ShadowSums {
+    same: u64,
+    different: u64,
+    incomparable: u64,
+    answered: u64,
+    failed: u64,
+    dropped: u64,
+}
+
+impl ShadowSums {
+    fn to_wire(self) -> ShadowCounts {
+        let Self { same, different, incomparable, answered, failed, dropped } = self;
+        ShadowCounts { same, different, incomparable, answered, failed, dropped }
+    }
+}
+
 /// 256 buckets of 464 bytes, 119 KB, and the users.
 #[derive(Debug)]
 struct VariantSums {
@@ -245,6 +343,8 @@ struct VariantSums {
     unidentified: u64,
     forced: u64,
     fallbacks: u64,
+    shadow: ShadowSums,
+    scored: CountedScores,
     totals_changed: bool,
     answer: Latencies,
     first_token: Latencies,
@@ -260,6 +360,8 @@ impl VariantSums {
             unidentified: 0,
             forced: 0,
             fallbacks: 0,
+            shadow: ShadowSums::default(),
+            scored: CountedScores::default(),
             totals_changed: false,
             answer: Latencies::default(),
             first_token: Latencies::default(),
@@ -281,6 +383,7 @@ impl VariantSums {
     fn report_all(&mut self) {
         self.totals_changed = true;
         self.new_users = self.users.iter().collect();
+        self.scored.report_all();
         for bucket in &mut self.buckets {
             bucket.changed = bucket.requests + bucket.scores > 0;
         }
@@ -307,6 +410,8 @@ impl VariantSums {
             buckets: buckets.collect(),
             users,
             users_level: self.users.level(),
+            shadow: Some(self.shadow.to_wire()),
+            scored: self.scored.take(),
         }
     }
 }

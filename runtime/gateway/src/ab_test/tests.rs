@@ -6,6 +6,7 @@ use trustformers_proto::ab_test::UserSet;
 use trustformers_proto::buckets::RevisionWeight;
 
 use super::*;
+use crate::shadow::ShadowResult;
 
 fn rule(epoch: u64, weights: &[(&str, u32)]) -> TestRule {
     let variant = |&(name, weight): &(&str, u32)| VariantWeight { name: name.to_owned(), weight };
@@ -106,8 +107,8 @@ fn every_end_counts_one_time_and_reports_have_what_changed() {
 
     // A score alone sends its bucket, and another metric none.
     let scored = live.observe(numbered(0), Some(user(2))).unwrap().scored_bucket().unwrap();
-    scored.scored("score", 0.5);
-    scored.scored("tone", 0.5);
+    scored.scored("score", "id-1", 0.5);
+    scored.scored("tone", "id-1", 0.5);
     let counts = registry.take_changed(usize::MAX).variants.remove(0);
     let sums: Vec<_> = counts.buckets.iter().map(|one| (one.bucket, one.scores, one.score_sum)).collect();
     assert_eq!((sums, counts.users.len()), (vec![(2, 1, 0.5)], 0));
@@ -178,4 +179,64 @@ async fn the_series_of_an_old_epoch_are_kept_until_they_are_reported() {
     registry.in_force([&new].into_iter());
     registry.report_all();
     assert!(registry.take_changed(usize::MAX).variants.is_empty());
+}
+
+#[test]
+fn answers_of_a_shadow_are_reported_with_its_variant() {
+    let registry = VariantRegistry::default();
+    let live = LiveTest::new(&rule(1, &[("a", 100), ("b", 0)]), None, &[backend("a", 1)], &registry);
+    assert!(live.series_of("").is_none(), "a shadow that is no variant");
+    let series = live.series_of("b").unwrap();
+    for result in [ShadowResult::Same, ShadowResult::Same, ShadowResult::Different, ShadowResult::Failed] {
+        series.count_shadow(result);
+    }
+    let reported = registry.take_changed(usize::MAX).variants;
+    let [only] = &reported[..] else { panic!("{reported:?}") };
+    let shadow = only.shadow.as_ref().unwrap();
+    assert_eq!((only.variant.as_str(), shadow.same, shadow.different, shadow.failed), ("b", 2, 1, 1));
+    assert!(registry.take_changed(usize::MAX).variants.is_empty());
+}
+
+#[test]
+fn scores_are_reported_with_their_answers_and_again_in_a_new_stream() {
+    let registry = VariantRegistry::default();
+    let live = LiveTest::new(&rule(1, &[("a", 100)]), None, &[backend("a", 1)], &registry);
+    let series = live.series_of("a").unwrap();
+    let scored = |bucket| ScoredBucket { series: Arc::downgrade(&series), bucket, user: None };
+    scored(3).scored("score", "id-1", 0.5);
+    scored(3).scored("tone", "id-1", 0.5);
+    let take = || registry.take_changed(usize::MAX).variants.remove(0).scored;
+    let first = take();
+    assert_eq!(first.iter().map(|one| (one.bucket, one.score)).collect::<Vec<_>>(), [(3, 0.5)]);
+    scored(4).scored("score", "id-1", 1.0);
+    let second = take();
+    assert_eq!(second.iter().map(|one| (one.bucket, one.score)).collect::<Vec<_>>(), [(4, 1.0)]);
+    assert_ne!(first[0].answer, second[0].answer, "answers to two users");
+    registry.report_all();
+    assert_eq!(take(), [first, second].concat());
+    // The same answer at another gateway.
+    let other = VariantRegistry::default();
+    let elsewhere = LiveTest::new(&rule(1, &[("a", 100)]), None, &[backend("a", 1)], &other);
+    let place =
+        ScoredBucket { series: Arc::downgrade(&elsewhere.series_of("a").unwrap()), bucket: 3, user: None };
+    place.scored("score", "id-1", 0.5);
+    let there = other.take_changed(usize::MAX).variants.remove(0).scored;
+    registry.report_all();
+    assert_eq!(there[0].answer, take()[0].answer);
+}
+
+#[test]
+fn a_splitter_with_a_fault_gives_users_of_the_control_the_treatment() {
+    let weights = [("a", 90), ("b", 10)]
+        .map(|(revision, weight)| RevisionWeight { revision: revision.to_owned(), weight });
+    let owners = BucketOwners::with_weights(&weights).unwrap();
+    let registry = VariantRegistry::default();
+    registry.skew_split(SplitSkew::parse("split-skew=0.5").unwrap());
+    let backends = [backend("a", 1), backend("b", 1)];
+    let live = LiveTest::new(&rule(1, &[("a", 90), ("b", 10)]), Some(&owners), &backends, &registry);
+    let of = |bucket| live.backend(VariantChoice { bucket: Some(bucket), ..numbered(0) }).unwrap();
+    let treated = (0..BUCKETS).map(of).filter(|backend| *backend == 1).count();
+    // 1,000 and half of 9,000; five standard deviations are 240.
+    assert!(treated.abs_diff(5500) < 240, "{treated}");
+    assert!((9000..BUCKETS).all(|bucket| of(bucket) == 1), "nobody leaves the treatment");
 }

@@ -15,6 +15,7 @@ mod message_scan;
 
 use http::HeaderMap;
 use trustformers_api::surfaces::{ModelPlace, Surface};
+use trustformers_proto::MODEL_HEADER;
 
 use crate::base64_stream::Base64Stream;
 use crate::error::{Echo, GatewayError};
@@ -233,6 +234,15 @@ pub(crate) fn name_in_path(surface: &Surface, path: &str) -> Result<String, Gate
     let written = surface.model_in_path(path).unwrap_or_default();
     let decoded = percent_encoding::percent_decode_str(written).decode_utf8();
     decoded.map(std::borrow::Cow::into_owned).map_err(|_| malformed("the model in its path is not UTF-8"))
+}
+
+/// The model that is meant: the one that the request names, else that of the header, which a proxy sets for a
+/// model's own host name. Empty if neither names one.
+pub(crate) fn or_in_header<'a>(name: &'a str, headers: &'a HeaderMap) -> &'a str {
+    if !name.is_empty() {
+        return name;
+    }
+    headers.get(MODEL_HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -105,6 +105,24 @@ async fn without_a_name_the_path_decides_on_the_model() {
 }
 
 #[tokio::test]
+async fn a_header_names_the_model_of_a_request_that_names_none() {
+    let (one, two) = (Pod::named("one").await, Pod::named("two").await);
+    let table = TableBuilder::new(1, 1).route("a").backend("r1", 1, &[one.address]);
+    let scene = Scene::with_table(table.route("b").backend("r1", 1, &[two.address])).await;
+    let send = async |header: &str, body: &'static str| {
+        let mut request = post(scene.http(), "/v1/generate", body);
+        request.headers_mut().insert("x-trustformers-model", header.parse().unwrap());
+        text(scene.client.request(request).await.unwrap()).await
+    };
+    assert_eq!(send("default/b", "{}").await, (StatusCode::OK, "two".to_owned()));
+    assert!(!two.last_head().headers.contains_key("x-trustformers-model"), "it ends at the gateway");
+    // The request's own word counts.
+    assert_eq!(send("default/b", r#"{"model": "a"}"#).await, (StatusCode::OK, "one".to_owned()));
+    assert_eq!(send("c", "{}").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(send("", "{}").await.0, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
 async fn path_and_query_reach_the_pod_and_its_status_the_caller() {
     let pod = Pod::start(|head, body| async move {
         let text = format!("{} {}", head.uri.path_and_query().unwrap(), body.len());

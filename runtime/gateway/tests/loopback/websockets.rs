@@ -79,6 +79,9 @@ async fn a_websocket_to_a_pod_that_is_absent_is_told_and_lives() {
     // Without a request nothing runs, so the drain does not wait for it.
     let mut idle = websocket(&scene, "").await.unwrap();
     scene.gateway.start_drain();
+    // A load balancer may not know yet: whoever connects now is answered, too.
+    let mut late = websocket(&scene, "").await.unwrap();
+    assert_eq!(asked(&mut late, request).await.len(), 3);
     let closed = tokio::time::timeout(Duration::from_secs(30), idle.next()).await.unwrap();
     assert!(matches!(closed, Some(Ok(Message::Close(Some(_))))), "{closed:?}");
 }

@@ -207,7 +207,8 @@ impl EncoderShape<'_> {
     }
 }
 
-fn needed(tensor: Option<Weight>, name: &str) -> Result<Weight, TensorProblem> {
+/// A tensor that must be in the file.
+pub(super) fn needed(tensor: Option<Weight>, name: &str) -> Result<Weight, TensorProblem> {
     tensor.ok_or_else(|| TensorProblem {
         name: name.to_owned(),
         why: "it is missing; the file is incomplete: download the model again".to_owned(),
@@ -322,8 +323,8 @@ fn layer(
 
 impl Architecture for Bert {
     fn sizes(&self) -> ArchSizes {
-        let Hyper { context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
-        ArchSizes { context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
+        let Hyper { width, context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
+        ArchSizes { width, context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
     }
 
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError> {

@@ -7,12 +7,12 @@ mod blocks;
 use super::keys::ArchKeys;
 use super::rope::{PlainRotation, Rotation};
 use super::tensors::TensorFinder;
-use super::{ArchSizes, Architecture};
+use super::{ArchSizes, Architecture, TextHead};
 use crate::gguf::GgufProblem;
 use crate::model::PlanRequest;
 use blocks::{Block, BlockRows, Blocks};
 use trustformers_plan::{
-    Experts, Hyper, Plan, PlanBuilder, PlanError, RopeLayout, Scores, Value, WeightId, Weights,
+    Experts, Hyper, Plan, PlanBuilder, PlanError, Pooling, RopeLayout, Scores, Value, WeightId, Weights,
 };
 
 /// The base of rotary frequencies where a file has no key for it, as in the first Llama.
@@ -44,6 +44,9 @@ pub(super) const WINDOW: &str = "attention.sliding_window";
 /// Experts of a feed-forward part, and how many of them each row uses.
 pub(super) const EXPERTS: &str = "expert_count";
 pub(super) const EXPERTS_USED: &str = "expert_used_count";
+
+/// How the rows of a text become one, in a file that is made for embeddings.
+const POOLING: &str = "pooling_type";
 
 /// Where a family of models differs from the others.
 #[derive(Debug, Clone, Copy)]
@@ -195,6 +198,8 @@ struct Decoder {
     output_norm: WeightId,
     /// The embedding itself where the head is tied.
     output: WeightId,
+    /// Set where it reads whole texts; it has no logits then.
+    reads: Option<TextHead>,
 }
 
 /// Reads sizes and tensors from a file of this family.
@@ -203,7 +208,8 @@ pub(super) fn resolve(
     keys: &ArchKeys<'_>,
     tensors: &mut TensorFinder<'_>,
 ) -> Result<Box<dyn Architecture>, GgufProblem> {
-    keys.refuse_effects(family.honoured)?;
+    let honoured: Vec<&str> = family.honoured.iter().copied().chain([POOLING]).collect();
+    keys.refuse_effects(&honoured)?;
     keys.only_text("tensor_data_layout", family.data_layout)?;
     let hyper = hyper(keys, tensors)?;
     let feed_forward = keys.size("feed_forward_length")?;
@@ -231,7 +237,7 @@ pub(super) fn resolve(
     let window_rotation =
         window_base.map_or(rotation, |base| Rotation::plain(PlainRotation { base, ..plain }));
     let gate = family.gate;
-    Ok(Box::new(Decoder {
+    let mut decoder = Decoder {
         hyper,
         eps,
         gate,
@@ -243,7 +249,28 @@ pub(super) fn resolve(
         blocks,
         output_norm,
         output,
-    }))
+        reads: None,
+    };
+    if let Some(head) = pooling(keys)? {
+        decoder.read_texts(head).map_err(|why| keys.invalid(POOLING, why.to_owned()))?;
+    }
+    Ok(Box::new(decoder))
+}
+
+/// The head of a file that is made for embeddings, by the numbers of llama.cpp, which divides vectors by
+/// their length.
+fn pooling(keys: &ArchKeys<'_>) -> Result<Option<TextHead>, GgufProblem> {
+    let pooling = match keys.optional_count(POOLING)? {
+        None => return Ok(None),
+        Some(1) => Pooling::Mean,
+        Some(2) => Pooling::Cls,
+        Some(3) => Pooling::Last,
+        Some(other) => {
+            let why = format!("{other} is not supported; 0 (none), 1 (mean), 2 (first) and 3 (last) are");
+            return Err(keys.invalid(POOLING, why));
+        }
+    };
+    Ok(Some(TextHead { pooling, normalise: true }))
 }
 
 /// The experts of each block, where the family may have them and the file does.
@@ -359,8 +386,8 @@ fn plain_rotation(family: &Family, keys: &ArchKeys<'_>, hyper: &Hyper) -> Result
 
 impl Architecture for Decoder {
     fn sizes(&self) -> ArchSizes {
-        let Hyper { context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
-        ArchSizes { context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
+        let Hyper { width, context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
+        ArchSizes { width, context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
     }
 
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError> {
@@ -371,8 +398,8 @@ impl Architecture for Decoder {
         for (index, block) in self.blocks.iter().enumerate() {
             let input = self.norm(&mut plan, stream, block.attention.before);
             // Every row's keys and values are cached. After that all ops work row by row, so of the last
-            // layer only the rows that need logits are computed.
-            let is_last = index + 1 == self.blocks.len();
+            // layer only the rows that need logits are computed. Without a cache all rows are.
+            let is_last = index + 1 == self.blocks.len() && self.reads.is_none();
             let asking = if is_last {
                 stream = plan.gather_rows(stream);
                 self.norm(&mut plan, stream, block.attention.before)
@@ -385,9 +412,25 @@ impl Architecture for Decoder {
             stream = self.add_part(&mut plan, stream, fed, block.feed_forward.after);
         }
         let last = plan.rms_norm(stream, self.output_norm, self.eps);
+        if let Some(TextHead { pooling, normalise }) = self.reads {
+            plan.pool(last, pooling, normalise);
+            return plan.finish(&request.fused);
+        }
         let last = scaled(&mut plan, last, self.factors.logits);
         plan.capped_logits(last, self.output, self.factors.logit_cap);
         plan.finish(&request.fused)
+    }
+
+    fn read_texts(&mut self, head: TextHead) -> Result<(), &'static str> {
+        if self.kinds.window.is_some() || self.factors.score_cap.is_some() {
+            return Err("models with windows or soft caps only generate text in this version");
+        }
+        self.reads = Some(head);
+        Ok(())
+    }
+
+    fn text_head(&self) -> Option<TextHead> {
+        self.reads
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the families of encoders differ in beside their sizes: the names of classes and tensors, how
 //! positions are counted, and the head of their classifiers. All of them compute what `bert.rs` lowers.
 
-use super::{distilbert, electra, roberta};
+use super::{distilbert, electra, modernbert, roberta};
 
 /// The end of the name of a class with a head that gives a logit for each label.
 const CLASSIFIER: &str = "ForSequenceClassification";
@@ -12,6 +12,8 @@ pub(crate) enum HeadActivation {
     Tanh,
     Relu,
     Gelu,
+    /// There is one projection.
+    None,
 }
 
 /// A part of a tensor's name and what it is called in BERT.
@@ -75,9 +77,10 @@ pub(crate) fn of_model_type(model_type: &str) -> Option<&'static EncoderFamily> 
     FAMILIES.iter().copied().find(|family| family.model_type == model_type)
 }
 
-/// The words of all families, for messages.
+/// The words of all families and of ModernBERT, for messages.
 pub(crate) fn supported() -> String {
-    FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ")
+    let words = FAMILIES.iter().map(|family| family.model_type).chain([modernbert::MODEL_TYPE]);
+    words.collect::<Vec<_>>().join(", ")
 }
 
 impl EncoderFamily {

@@ -133,8 +133,8 @@ impl BiasedWeights<'_, '_> {
 
 impl Architecture for Gpt2 {
     fn sizes(&self) -> ArchSizes {
-        let Hyper { context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
-        ArchSizes { context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
+        let Hyper { width, context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
+        ArchSizes { width, context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
     }
 
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError> {

@@ -138,7 +138,7 @@ mod tests {
             ("rope.scaling.factor", number(4.0), "4 has no rope.scaling.type"),
             ("rope.scaling.attn_factor", number(0.5), "0.5 is not supported beside rope.scaling.type"),
             ("expert_shared_count", count(1), "1 is not supported; only 0 is"),
-            ("pooling_type", count(1), "1 is not supported; only 0 is"),
+            ("pooling_type", count(4), "4 is not supported; 0 (none), 1 (mean), 2 (first) and 3 (last) are"),
             ("attention.causal", GgufValue::Bool(false), "false is not supported; only true is"),
             ("use_parallel_residual", GgufValue::Bool(true), "true is not supported; only false is"),
             ("attention.scale", number(0.1), "0.1 is not supported; only 0 is"),

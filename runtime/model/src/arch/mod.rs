@@ -2,6 +2,7 @@
 //! lowers the model to a plan.
 
 pub(crate) mod bert;
+pub(crate) mod bert_file;
 mod decoder;
 mod distilbert;
 mod electra;
@@ -11,6 +12,7 @@ mod gpt2;
 mod granite;
 mod keys;
 mod llama;
+pub(crate) mod modernbert;
 mod olmo2;
 mod phi3;
 mod qwen2;
@@ -28,7 +30,7 @@ pub(crate) use rope::{Scaling, yarn_magnitude};
 use std::fmt;
 use tensors::TensorFinder;
 pub use tensors::TensorProblem;
-use trustformers_plan::{Plan, PlanError, Weights};
+use trustformers_plan::{Plan, PlanError, Pooling, Weights};
 
 /// A model of some architecture whose sizes and tensors have been checked.
 pub(crate) trait Architecture: fmt::Debug + Send + Sync {
@@ -37,11 +39,32 @@ pub(crate) trait Architecture: fmt::Debug + Send + Sync {
 
     /// Lowers the model to a plan for these limits.
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError>;
+
+    /// Makes it a model that reads whole texts and gives one row for each, instead of logits. The error says
+    /// why it cannot be.
+    fn read_texts(&mut self, _head: TextHead) -> Result<(), &'static str> {
+        Err("models of this architecture only generate text in this version")
+    }
+
+    /// How a generating architecture that reads whole texts gives their rows; `None` where it generates.
+    fn text_head(&self) -> Option<TextHead> {
+        None
+    }
+}
+
+/// How a decoder that reads whole texts gives one row for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TextHead {
+    pub(crate) pooling: Pooling,
+    /// Whether rows are divided by their length.
+    pub(crate) normalise: bool,
 }
 
 /// The sizes of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ArchSizes {
+    /// Values of a row.
+    pub(crate) width: usize,
     pub(crate) context_tokens: usize,
     pub(crate) vocabulary: usize,
     pub(crate) layers: usize,
@@ -51,8 +74,8 @@ pub(crate) struct ArchSizes {
 
 type Resolve = fn(&ArchKeys<'_>, &mut TensorFinder<'_>) -> Result<Box<dyn Architecture>, GgufProblem>;
 
-/// Every architecture of GGUF files by the name in `general.architecture`, which is also the prefix of its
-/// keys.
+/// Every architecture of GGUF files but BERT (`bert_file.rs`), by the name in `general.architecture`, which
+/// is also the prefix of its keys.
 const ARCHITECTURES: &[(&str, Resolve)] = &[
     ("gemma2", |keys, tensors| decoder::resolve(&gemma::GEMMA2, keys, tensors)),
     ("gemma3", |keys, tensors| decoder::resolve(&gemma::GEMMA3, keys, tensors)),
@@ -69,7 +92,8 @@ const ARCHITECTURES: &[(&str, Resolve)] = &[
 
 /// The names of all architectures of GGUF files, for messages.
 pub(crate) fn supported() -> String {
-    ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+    let decoders = ARCHITECTURES.iter().map(|(name, _)| *name);
+    std::iter::once(bert_file::NAME).chain(decoders).collect::<Vec<_>>().join(", ")
 }
 
 /// Checks a file's keys and tensors against the architecture of that name; `None` when there is none. Adds

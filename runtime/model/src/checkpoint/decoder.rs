@@ -213,8 +213,10 @@ pub(crate) struct DecoderConfig {
     pub(crate) keys: ConfigKeys,
     /// Rows of the embedding as stored.
     pub(crate) vocabulary: usize,
-    /// Whether the head is the embedding.
+    /// Whether the head is the embedding, or is not used.
     pub(crate) is_tied: bool,
+    /// Whether there is a projection to one logit, beside the tensors of a decoder.
+    pub(crate) has_score: bool,
     /// Ids that end an answer, where `generation_config.json` names none.
     pub(crate) ends: Vec<u32>,
     /// Whether `post_attention_layernorm` norms what the attention adds.
@@ -247,6 +249,7 @@ impl DecoderConfig {
             keys: rotation::unscaled(),
             vocabulary: reader.size("vocab_size")?,
             is_tied: reader.truth("tie_word_embeddings")?.unwrap_or(tied_by_default(known)),
+            has_score: false,
             ends: reader.ids("eos_token_id")?,
             norms_after: known.norms_after,
             sources: BTreeMap::new(),

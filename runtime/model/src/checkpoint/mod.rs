@@ -9,6 +9,7 @@ mod config;
 pub(crate) mod decoder;
 mod error;
 mod json;
+mod modernbert;
 pub(crate) mod quantised;
 mod sentence;
 pub(crate) mod tensor_names;
@@ -18,6 +19,7 @@ pub use error::CheckpointProblem;
 pub(crate) use classifier::{HeadConfig, Scoring};
 pub(crate) use config::BertConfig;
 pub(crate) use decoder::DecoderConfig;
+pub(crate) use modernbert::{LayerAttention, ModernBertConfig};
 pub(crate) use sentence::Sentence;
 
 use crate::error::LoadError;
@@ -32,6 +34,7 @@ use std::io::Read;
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use trustformers_plan::{DType, WeightBytes};
+use trustformers_proto::Task;
 
 /// Sizes, architecture and behaviour of the transformer.
 pub(crate) const CONFIG: &str = "config.json";
@@ -62,12 +65,25 @@ const FOLDER_DEPTH: usize = 2;
 pub struct CheckpointFiles {
     folder: PathBuf,
     files: BTreeMap<String, PathBuf>,
+    asked: Option<Task>,
 }
 
 impl CheckpointFiles {
     /// These files of a folder. The folder is for messages about a file that is missing.
     pub fn new(folder: impl Into<PathBuf>, files: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
-        Self { folder: folder.into(), files: files.into_iter().collect() }
+        Self { folder: folder.into(), files: files.into_iter().collect(), asked: None }
+    }
+
+    /// The same, asked for a task. It decides only where the files of one model serve two tasks: a decoder
+    /// that ranks by its words has the files of one that generates.
+    #[must_use]
+    pub fn asked_for(self, task: Option<Task>) -> Self {
+        Self { asked: task, ..self }
+    }
+
+    /// The task that was asked for.
+    pub(crate) fn asked(&self) -> Option<Task> {
+        self.asked
     }
 
     /// Every file of a folder and of the folders in it.
@@ -93,7 +109,7 @@ impl CheckpointFiles {
                 }
             }
         }
-        Ok(Self { folder: folder.to_owned(), files })
+        Ok(Self { folder: folder.to_owned(), files, asked: None })
     }
 
     /// The path of a file, or the path where it should be.

@@ -35,12 +35,21 @@ struct PromptConfig {
     default_prompt_name: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct Module {
+/// A module of sentence-transformers.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Module {
+    /// Its folder below the checkpoint's.
     #[serde(default)]
-    path: String,
+    pub(crate) path: String,
     #[serde(rename = "type")]
     kind: String,
+}
+
+impl Module {
+    /// The name of its class.
+    pub(crate) fn name(&self) -> &str {
+        self.kind.rsplit('.').next().unwrap_or_default()
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -96,8 +105,10 @@ impl PoolingConfig {
             "mean" => Ok(Pooling::Mean),
             "cls" => Ok(Pooling::Cls),
             "max" => Ok(Pooling::Max),
+            "lasttoken" => Ok(Pooling::Last),
             other => {
-                Err(CheckpointProblem::unsupported("pooling_mode", format!("{other:?}"), "mean, cls, max"))
+                let supported = "mean, cls, max, lasttoken";
+                Err(CheckpointProblem::unsupported("pooling_mode", format!("{other:?}"), supported))
             }
         }
     }
@@ -106,12 +117,12 @@ impl PoolingConfig {
 impl Sentence {
     /// Reads what there is of these files.
     pub(crate) fn read(files: &CheckpointFiles) -> Result<Self, LoadError> {
-        let modules: Option<Vec<Module>> = files.optional_json(MODULES)?;
+        let modules = Self::modules(files)?;
         let wrong = |problem| files.wrong(MODULES, problem);
         let prompt = read_prompt(files)?;
         let (mut pooling, mut normalised) = (None, false);
-        for (place, module) in modules.iter().flatten().enumerate() {
-            let name = module.kind.rsplit('.').next().unwrap_or_default();
+        for (place, module) in modules.iter().enumerate() {
+            let name = module.name();
             match (place, name) {
                 (0, "Transformer") => {}
                 (1, "Pooling") => pooling = Some(read_pooling(files, &module.path, &prompt)?),
@@ -134,6 +145,26 @@ impl Sentence {
 }
 
 impl Sentence {
+    /// The modules in their order; none where there is no such file.
+    pub(crate) fn modules(files: &CheckpointFiles) -> Result<Vec<Module>, LoadError> {
+        Ok(files.optional_json(MODULES)?.unwrap_or_default())
+    }
+
+    /// The prompt that is put before every text; empty where there is none.
+    pub(crate) fn default_prompt(files: &CheckpointFiles) -> Result<String, LoadError> {
+        read_prompt(files)
+    }
+
+    /// [`Self::read`] beside a decoder, whose rows are pooled in no way by default.
+    pub(crate) fn of_decoder(files: &CheckpointFiles) -> Result<Self, LoadError> {
+        let sentence = Self::read(files)?;
+        if sentence.note.is_some() {
+            let (found, supported) = ("no Pooling", "Transformer, then Pooling, then Normalize");
+            return Err(files.wrong(MODULES, CheckpointProblem::unsupported("type", found, supported)));
+        }
+        Ok(sentence)
+    }
+
     /// What there is of these files beside a classifier: it reads the first row of a text, and has no prompt.
     pub(crate) fn of_classifier(files: &CheckpointFiles) -> Result<Self, LoadError> {
         let config: SentenceConfig = files.optional_json(SENTENCE)?.unwrap_or_default();

@@ -1,10 +1,14 @@
 //! Names of a decoder's tensors in a checkpoint, as transformers writes them, and in a GGUF file.
 
 /// Tensors outside of blocks.
-const WHOLE: [(&str, &str); 6] = [
+const WHOLE: [(&str, &str); 9] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
+    // Of models without a head, which read texts, and of a head with one logit.
+    ("embed_tokens", "token_embd"),
+    ("norm", "output_norm"),
+    ("score", "cls.output"),
     ("wte", "token_embd"),
     ("wpe", "position_embd"),
     ("ln_f", "output_norm"),
@@ -78,7 +82,7 @@ pub(crate) fn tensor_name(name: &str, norms_after: bool) -> Option<TensorName> {
     if let Some((_, own)) = WHOLE.iter().find(|(stored, _)| *stored == stem) {
         return Some(TensorName::Weight(format!("{own}.{kind}")));
     }
-    let block = name.strip_prefix("model.layers.").or_else(|| name.strip_prefix("h."))?;
+    let block = ["model.layers.", "layers.", "h."].iter().find_map(|before| name.strip_prefix(*before))?;
     let (layer, rest) = block.split_once('.')?;
     layer.parse::<u32>().ok()?;
     if ["attn.bias", "attn.masked_bias"].contains(&rest) {
@@ -117,6 +121,8 @@ mod tests {
                 Some(TensorName::Expert { all: "blk.0.ffn_up_exps.weight".to_owned(), index: 12 }),
             ),
             ("model.layers.0.mlp.gate.weight", weight("blk.0.ffn_gate_inp.weight")),
+            ("layers.1.mlp.up_proj.weight", weight("blk.1.ffn_up.weight")),
+            ("norm.weight", weight("output_norm.weight")),
             ("h.3.attn.bias", Some(TensorName::Buffer)),
             ("model.layers.0.self_attn.rotary_emb.inv_freq", Some(TensorName::Buffer)),
             ("model.layers.x.self_attn.q_proj.weight", None),

@@ -2,6 +2,7 @@
 
 use super::store::store;
 use super::{BIAS_SCALE, SCALE, element, fnv1a};
+use crate::gguf::{GgufValue, GgufWriter};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -103,6 +104,7 @@ impl SeededEncoder {
                     "pooling_mode_mean_tokens": pooling == Pooling::Mean,
                     "pooling_mode_max_tokens": pooling == Pooling::Max,
                     "pooling_mode_mean_sqrt_len_tokens": false,
+                    "pooling_mode_lasttoken": pooling == Pooling::Last,
                 })),
             );
         }
@@ -179,7 +181,90 @@ impl SeededEncoder {
         .into_bytes()
     }
 
+    /// The bytes of a GGUF file of the same model, as llama.cpp's converter writes it, with matrices of
+    /// blocks and the word embedding in `matrices`, and everything else in F32. It pools by the mean.
+    ///
+    /// # Panics
+    /// When a row is no whole number of blocks of the type.
+    pub fn gguf(&self, matrices: DType) -> Vec<u8> {
+        self.gguf_with(matrices, &[])
+    }
+
+    /// [`Self::gguf`] with these keys added, or with these values for keys that it has.
+    ///
+    /// # Panics
+    /// As [`Self::gguf`].
+    pub fn gguf_with(&self, matrices: DType, keys: &[(&str, GgufValue)]) -> Vec<u8> {
+        let mut file = GgufWriter::new();
+        let given = |name: &str| keys.iter().any(|(key, _)| *key == name);
+        for (key, value) in self.pairs().iter().filter(|(key, _)| !given(key)) {
+            file.pair(key, value);
+        }
+        for (key, value) in keys {
+            file.pair(key, value);
+        }
+        let plain = Self { dtype: DType::F32, ..*self };
+        for (name, shape, bytes) in plain.tensors().list {
+            let Some((own, is_packed)) = gguf_name(&name) else { continue };
+            let dims: Vec<usize> = shape.iter().rev().copied().collect();
+            let values = bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value));
+            let dtype = if is_packed { matrices } else { DType::F32 };
+            file.tensor(&own, &dims, dtype, &store(&values.collect::<Vec<_>>(), dtype));
+        }
+        file.finish()
+    }
+
+    /// The keys of the GGUF file.
+    fn pairs(&self) -> Vec<(String, GgufValue)> {
+        // Sizes of a test model fit 32 bits by a wide margin.
+        let number = |n: usize| GgufValue::U32(n as u32);
+        let text = |t: &str| GgufValue::String(t.to_owned());
+        let own = [
+            ("block_count", number(self.layers)),
+            ("context_length", number(self.positions)),
+            ("embedding_length", number(self.width())),
+            ("feed_forward_length", number(self.feed_forward)),
+            ("attention.head_count", number(self.heads)),
+            ("attention.layer_norm_epsilon", GgufValue::F32(1e-12)),
+            ("attention.causal", GgufValue::Bool(false)),
+            ("pooling_type", GgufValue::U32(1)),
+        ];
+        let vocabulary = vocabulary();
+        let stored = |(id, token): (usize, &String)| match token.strip_prefix("##") {
+            _ if SPECIAL_TOKENS.contains(&token.as_str()) => token.clone(),
+            // Of equal tokens `tokenizer.json` gives the last one; a file has no two that are equal.
+            _ if vocabulary[id + 1..].contains(token) => format!("[unused{id}]"),
+            Some(rest) => rest.to_owned(),
+            None => format!("\u{2581}{token}"),
+        };
+        let tokens: Vec<String> = vocabulary.iter().enumerate().map(stored).collect();
+        let kind = |id: usize| if id < SPECIAL_TOKENS.len() { 3 } else { 1 };
+        let types = (0..tokens.len()).map(kind).collect();
+        let tokenizer = [
+            ("model", text("bert")),
+            ("pre", text("bert-bge")),
+            ("tokens", GgufValue::Strings(tokens)),
+            ("token_type", GgufValue::Integers(types)),
+            ("token_type_count", GgufValue::U32(2)),
+            ("unknown_token_id", GgufValue::U32(1)),
+            ("cls_token_id", GgufValue::U32(2)),
+            ("seperator_token_id", GgufValue::U32(3)),
+            ("padding_token_id", GgufValue::U32(0)),
+            ("mask_token_id", GgufValue::U32(4)),
+        ];
+        let general = [("general.architecture".to_owned(), text("bert"))].into_iter();
+        let own = own.map(|(key, value)| (format!("bert.{key}"), value));
+        general
+            .chain(own)
+            .chain(tokenizer.map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)))
+            .collect()
+    }
+
     fn weights(&self) -> Vec<u8> {
+        self.tensors().file()
+    }
+
+    fn tensors(&self) -> Tensors {
         let (width, inner) = (self.width(), self.feed_forward);
         let mut tensors = Tensors { seed: self.seed, dtype: self.dtype, list: Vec::new() };
         tensors.matrix("embeddings.word_embeddings.weight", vocabulary().len(), width);
@@ -198,8 +283,36 @@ impl SeededEncoder {
             tensors.norm(&name("output.LayerNorm"), width);
         }
         tensors.dense("pooler.dense", width, width);
-        tensors.file()
+        tensors
     }
+}
+
+/// The name of a tensor in a GGUF file, and whether converters pack it; `None` of those that they leave out.
+fn gguf_name(name: &str) -> Option<(String, bool)> {
+    let stem = |from: &str, to: &str| name.strip_prefix(from).map(|kind| format!("{to}{kind}"));
+    if let Some(rest) = name.strip_prefix("encoder.layer.") {
+        let (layer, rest) = rest.split_once('.')?;
+        let (part, kind) = rest.rsplit_once('.')?;
+        let (own, is_norm) = match part {
+            "attention.self.query" => ("attn_q", false),
+            "attention.self.key" => ("attn_k", false),
+            "attention.self.value" => ("attn_v", false),
+            "attention.output.dense" => ("attn_output", false),
+            "attention.output.LayerNorm" => ("attn_output_norm", true),
+            "intermediate.dense" => ("ffn_up", false),
+            "output.dense" => ("ffn_down", false),
+            "output.LayerNorm" => ("layer_output_norm", true),
+            _ => return None,
+        };
+        return Some((format!("blk.{layer}.{own}.{kind}"), kind == "weight" && !is_norm));
+    }
+    let words = stem("embeddings.word_embeddings", "token_embd").map(|own| (own, true));
+    let others = [
+        ("embeddings.position_embeddings", "position_embd"),
+        ("embeddings.token_type_embeddings", "token_types"),
+        ("embeddings.LayerNorm", "token_embd_norm"),
+    ];
+    words.or_else(|| others.iter().find_map(|(from, to)| stem(from, to)).map(|own| (own, false)))
 }
 
 /// Tensors on their way into a file.
@@ -231,9 +344,12 @@ impl Tensors {
         self.list.push((name.to_owned(), vec![len], bytes));
     }
 
+    pub(super) fn ones(&mut self, name: &str, width: usize) {
+        self.list.push((name.to_owned(), vec![width], store(&vec![1.0; width], self.dtype)));
+    }
+
     pub(super) fn norm(&mut self, name: &str, width: usize) {
-        let ones = store(&vec![1.0; width], self.dtype);
-        self.list.push((format!("{name}.weight"), vec![width], ones));
+        self.ones(&format!("{name}.weight"), width);
         self.bias(&format!("{name}.bias"), width);
     }
 

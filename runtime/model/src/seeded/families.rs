@@ -19,6 +19,8 @@ pub enum SeededEncoderFamily {
     DistilBert,
     /// `electra`, with embeddings of half the width.
     Electra,
+    /// `modernbert`, with windows of three positions on either side in every second layer.
+    ModernBert,
 }
 
 /// What one layer's tensors are called, below the layer.
@@ -60,7 +62,7 @@ const DISTILBERT_NAMES: LayerNames = LayerNames {
 
 impl SeededEncoderFamily {
     /// Every family.
-    pub const ALL: [Self; 4] = [Self::Bert, Self::Roberta, Self::DistilBert, Self::Electra];
+    pub const ALL: [Self; 5] = [Self::Bert, Self::Roberta, Self::DistilBert, Self::Electra, Self::ModernBert];
 
     /// Its word in `model_type`.
     #[must_use]
@@ -70,6 +72,7 @@ impl SeededEncoderFamily {
             Self::Roberta => "roberta",
             Self::DistilBert => "distilbert",
             Self::Electra => "electra",
+            Self::ModernBert => "modernbert",
         }
     }
 
@@ -79,13 +82,15 @@ impl SeededEncoderFamily {
             Self::Roberta => "Roberta",
             Self::DistilBert => "DistilBert",
             Self::Electra => "Electra",
+            Self::ModernBert => "ModernBert",
         }
     }
 
+    /// Names of BERT's layers; ModernBERT has other tensors, see `modern_weights`.
     const fn layer_names(self) -> &'static LayerNames {
         match self {
             Self::DistilBert => &DISTILBERT_NAMES,
-            Self::Bert | Self::Roberta | Self::Electra => &BERT_NAMES,
+            Self::Bert | Self::Roberta | Self::Electra | Self::ModernBert => &BERT_NAMES,
         }
     }
 
@@ -95,6 +100,7 @@ impl SeededEncoderFamily {
             Self::Bert => ["bert.pooler.dense", "classifier"],
             Self::DistilBert => ["pre_classifier", "classifier"],
             Self::Roberta | Self::Electra => ["classifier.dense", "classifier.out_proj"],
+            Self::ModernBert => ["head.dense", "classifier"],
         }
     }
 
@@ -103,7 +109,7 @@ impl SeededEncoderFamily {
         match self {
             Self::Bert | Self::Electra => 2,
             Self::Roberta => 1,
-            Self::DistilBert => 0,
+            Self::DistilBert | Self::ModernBert => 0,
         }
     }
 }
@@ -188,6 +194,12 @@ impl SeededCheckpoint {
                 "dim": self.shape.width(), "n_layers": layers, "n_heads": heads, "hidden_dim": feed_forward,
                 "activation": "gelu", "sinusoidal_pos_embds": false,
             }),
+            SeededEncoderFamily::ModernBert => json!({
+                "hidden_size": self.shape.width(), "num_hidden_layers": layers, "num_attention_heads": heads,
+                "intermediate_size": feed_forward, "hidden_activation": "gelu", "norm_eps": 1e-5,
+                "global_attn_every_n_layers": 2, "local_attention": 6, "global_rope_theta": 160_000.0,
+                "local_rope_theta": 10_000.0, "classifier_pooling": "cls", "norm_bias": false,
+            }),
             _ => json!({
                 "hidden_size": self.shape.width(), "num_hidden_layers": layers, "num_attention_heads": heads,
                 "intermediate_size": feed_forward, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
@@ -208,7 +220,38 @@ impl SeededCheckpoint {
         config
     }
 
+    /// The tensors of ModernBERT.
+    fn modern_weights(&self) -> Vec<u8> {
+        let (width, inner) = (self.shape.width(), self.shape.feed_forward);
+        let prefix = if self.labels > 0 { "model." } else { "" };
+        let mut tensors = Tensors { seed: self.shape.seed, dtype: self.shape.dtype, list: Vec::new() };
+        tensors.matrix(&format!("{prefix}embeddings.tok_embeddings.weight"), vocabulary().len(), width);
+        tensors.ones(&format!("{prefix}embeddings.norm.weight"), width);
+        for layer in 0..self.shape.layers {
+            let name = |part: &str| format!("{prefix}layers.{layer}.{part}.weight");
+            if layer > 0 {
+                tensors.ones(&name("attn_norm"), width);
+            }
+            tensors.matrix(&name("attn.Wqkv"), 3 * width, width);
+            tensors.matrix(&name("attn.Wo"), width, width);
+            tensors.ones(&name("mlp_norm"), width);
+            tensors.matrix(&name("mlp.Wi"), 2 * inner, width);
+            tensors.matrix(&name("mlp.Wo"), width, inner);
+        }
+        tensors.ones(&format!("{prefix}final_norm.weight"), width);
+        if self.labels > 0 {
+            let [dense, out] = self.family.head_names();
+            tensors.matrix(&format!("{dense}.weight"), width, width);
+            tensors.ones("head.norm.weight", width);
+            tensors.dense(out, self.labels, width);
+        }
+        tensors.file()
+    }
+
     fn weights(&self) -> Vec<u8> {
+        if self.family == SeededEncoderFamily::ModernBert {
+            return self.modern_weights();
+        }
         let (width, inner, embedding) = (self.shape.width(), self.shape.feed_forward, self.embedding_width());
         let names = self.family.layer_names();
         // Without a head the class is the encoder itself, and names have no prefix.
@@ -247,7 +290,8 @@ impl SeededCheckpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Model, ScoreActivation};
+    use crate::{Model, PlanRequest, ScoreActivation};
+    use trustformers_plan::{FusedOps, Limits};
     use trustformers_proto::Task;
 
     fn load(checkpoint: &SeededCheckpoint) -> Result<Model, String> {
@@ -279,6 +323,30 @@ mod tests {
             let reranker = load(1, json!({}));
             let pair = reranker.encode_pair("the cat", "hello", 64).unwrap();
             assert_eq!((reranker.task(), pair.second_segment), (Task::Rerank, Some(4)));
+        }
+    }
+
+    #[test]
+    fn only_the_layers_of_modernbert_that_say_so_have_a_window() {
+        let family = SeededEncoderFamily::ModernBert;
+        let limits = Limits { rows: 8, sequences: 2, logits_rows: 0 };
+        let request = PlanRequest { context_tokens: 12, limits, fused: FusedOps::NONE };
+        for (labels, rotated) in [(0, 4), (3, 3)] {
+            let checkpoint = SeededCheckpoint::default();
+            let model = load(&SeededCheckpoint { family, labels, keys: json!({}), ..checkpoint }).unwrap();
+            let dump = model.plan(&request).unwrap().dump();
+            let attentions: Vec<&str> =
+                dump.lines().filter(|line| line.contains("encoder_attention")).collect();
+            assert_eq!(attentions.len(), 2, "{dump}");
+            assert!(!attentions[0].contains("within") && attentions[1].contains("within 3"), "{dump}");
+            // Of a classifier's last layer the first rows ask, whose position is 0.
+            assert_eq!(dump.lines().filter(|line| line.contains(" rope ")).count(), rotated, "{dump}");
+            // Views of the joined projections count once; three norms are those of the words, of the second
+            // layer's attention and of the end.
+            let layer = 64 * (4 * 64 + 3 * 128) + 64;
+            let head = if labels == 0 { 0 } else { 64 * 64 + 64 };
+            let words = model.facts().vocabulary as u64 * 64;
+            assert_eq!(model.facts().parameters, words + 2 * layer + 3 * 64 + head);
         }
     }
 

@@ -33,6 +33,35 @@ impl Tokenizer {
     /// Builds the tokenizer that the bytes of a `tokenizer.json` describe; `ends` are the ids that end an
     /// answer. The file's own truncation and padding are dropped.
     pub(crate) fn of_generator(file: &[u8], ends: Vec<u32>) -> Result<Self, TokenizerProblem> {
+        let Parsed { library, bytes, unused } = Parsed::read(file)?;
+        let count = bytes.ends.len();
+        if let Some(id) = ends.iter().find(|id| **id as usize >= count) {
+            let why = format!("id {id} is outside the vocabulary of {count}");
+            return Err(TokenizerProblem::Entry { key: "eos_token_id", why });
+        }
+        let begin = begin(&library, count)?;
+        let eos = distinct_ends("eos_token_id", ends)?;
+        Ok(Self { library, bytes, begin, eos, unused, templated: false })
+    }
+
+    /// The same of a model that reads whole texts: its template may put tokens after a text as well.
+    pub(crate) fn of_reader(file: &[u8]) -> Result<Self, TokenizerProblem> {
+        let Parsed { library, bytes, unused } = Parsed::read(file)?;
+        let tokenizer = Self { library, bytes, begin: None, eos: Vec::new(), unused, templated: true };
+        tokenizer.check_template()?;
+        Ok(tokenizer)
+    }
+}
+
+/// What was read from a file.
+struct Parsed {
+    library: Library,
+    bytes: TokenBytes,
+    unused: Vec<u32>,
+}
+
+impl Parsed {
+    fn read(file: &[u8]) -> Result<Self, TokenizerProblem> {
         let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
         let not_json = |error: serde_json::Error| TokenizerProblem::Library(error.to_string());
         let mut content: Value = serde_json::from_slice(file).map_err(not_json)?;
@@ -63,14 +92,8 @@ impl Tokenizer {
             Spelling::ByteLevel => TokenBytes::new(&tokens, types),
             Spelling::Pieces => TokenBytes::of_pieces(&tokens, types),
         };
-        if let Some(id) = ends.iter().find(|id| **id as usize >= tokens.len()) {
-            let why = format!("id {id} is outside the vocabulary of {}", tokens.len());
-            return Err(TokenizerProblem::Entry { key: "eos_token_id", why });
-        }
-        let begin = begin(&library, tokens.len())?;
         let unused = unused_ids(types);
-        let eos = distinct_ends("eos_token_id", ends)?;
-        Ok(Self { library, bytes, begin, eos, unused, templated: false })
+        Ok(Self { library, bytes, unused })
     }
 }
 

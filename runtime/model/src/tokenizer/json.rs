@@ -67,7 +67,7 @@ impl Tokenizer {
     }
 
     /// Refuses a template whose special tokens have ids outside the vocabulary.
-    fn check_template(&self) -> Result<(), TokenizerProblem> {
+    pub(super) fn check_template(&self) -> Result<(), TokenizerProblem> {
         let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
         let around = self.library.post_process(Encoding::default(), None, self.templated).map_err(failed)?;
         let outside =
@@ -125,6 +125,17 @@ impl Tokenizer {
             return Err(no_pairs());
         }
         Ok(EncodedPair { ids: both.get_ids().to_vec(), second_segment, cut })
+    }
+
+    /// The ids of a text without special tokens around it, at most `room` of them.
+    pub(crate) fn encode_plain_up_to(
+        &self,
+        text: &str,
+        room: usize,
+    ) -> Result<EncodedText, TokenizerProblem> {
+        let mut encoding = self.encode_beginning(text, room, room)?;
+        let cut = cut_to(&mut encoding, room);
+        Ok(EncodedText { ids: encoding.get_ids().to_vec(), cut })
     }
 
     /// The tokens of a text without special ones: all of them, or more than `room`.

@@ -3,26 +3,40 @@
 use super::{TOKENS, TYPE_UNUSED, TYPES, distinct_ends, entry};
 use crate::error::TokenizerProblem;
 use crate::gguf::{Gguf, GgufProblem, Metadata};
+use serde_json::json;
+use tokenizers::processors::PostProcessorWrapper;
 
 const PREFIX: &str = "tokenizer.ggml.";
 const BEGIN: &str = "tokenizer.ggml.bos_token_id";
 const ADD_BEGIN: &str = "tokenizer.ggml.add_bos_token";
 const END_LIST: &str = "tokenizer.ggml.eos_token_ids";
 
+const END: &str = "tokenizer.ggml.eos_token_id";
+/// The token for words that no pieces make.
+pub(super) const UNKNOWN: &str = "tokenizer.ggml.unknown_token_id";
+/// The token before a text, of WordPiece.
+pub(super) const CLASSIFY: &str = "tokenizer.ggml.cls_token_id";
+/// The token after a text, of WordPiece, in all its spellings.
+pub(super) const END_OF_PART: [&str; 3] =
+    ["tokenizer.ggml.seperator_token_id", "tokenizer.ggml.separator_token_id", "tokenizer.ggml.sep_token_id"];
+/// Whether texts are lower-cased, of WordPiece.
+pub(super) const LOWERCASE: &str = "tokenizer.ggml.normalizer.lowercase";
+const ADD_END_OF_PART: &str = "tokenizer.ggml.add_sep_token";
+const ADD_END: &str = "tokenizer.ggml.add_eos_token";
+
 /// Tokens that end an answer: the end of a text, of a turn and of a message.
-const ENDS: [&str; 3] =
-    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+const ENDS: [&str; 3] = [END, "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 
 /// Further ids that must lie in the vocabulary: chat templates print these tokens.
-const PRINTED: [&str; 2] = ["tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id"];
+const PRINTED: [&str; 2] = [UNKNOWN, "tokenizer.ggml.padding_token_id"];
 
 /// Switches that would change the ids of a text. Byte-level BPE is built here without any of them.
 const SWITCHES: [(&str, &str); 6] = [
     (
-        "tokenizer.ggml.add_eos_token",
+        ADD_END,
         "true puts an end token after every prompt, which ends the answer before it begins; set the key to false",
     ),
-    ("tokenizer.ggml.add_sep_token", "true is not supported; only false is"),
+    (ADD_END_OF_PART, "true is not supported; only false is"),
     ("tokenizer.ggml.add_space_prefix", "true is not supported; only false is"),
     ("tokenizer.ggml.remove_extra_whitespaces", "true is not supported; only false is"),
     ("tokenizer.ggml.escape_whitespaces", "true is not supported; only false is"),
@@ -70,6 +84,23 @@ impl SpecialRules {
         Self { end, honoured: &[], begins: false, kind: "byte-level BPE" }
     }
 
+    /// The same of a model that reads whole texts: a token after each text ends no answer there.
+    pub(super) fn of_readers(self) -> Self {
+        Self { honoured: &[ADD_END], ..self }
+    }
+
+    /// Both special tokens stand around every text, whatever the switches say.
+    pub(super) fn word_piece() -> Self {
+        let honoured = &[ADD_END, ADD_END_OF_PART, LOWERCASE];
+        Self { end: None, honoured, begins: true, kind: "WordPiece" }
+    }
+
+    /// Refuses switches that are not honoured, and keys that are not read.
+    pub(super) fn check(&self, meta: &Metadata) -> Result<(), TokenizerProblem> {
+        refuse_switches(meta, self)?;
+        refuse_unread(meta, self)
+    }
+
     pub(super) fn pieces() -> Self {
         let honoured = &["tokenizer.ggml.add_space_prefix", "tokenizer.ggml.escape_whitespaces"];
         Self { end: None, honoured, begins: true, kind: "SentencePiece" }
@@ -94,8 +125,7 @@ impl SpecialIds {
         rules: &SpecialRules,
     ) -> Result<Self, TokenizerProblem> {
         let (meta, end) = (&gguf.metadata, rules.end);
-        refuse_switches(meta, rules)?;
-        refuse_unread(meta, rules)?;
+        rules.check(meta)?;
         let begin = begin_id(meta, tokens.len(), rules.begins)?;
         for key in PRINTED {
             id_of(meta, key, tokens.len())?;
@@ -122,6 +152,7 @@ fn refuse_switches(meta: &Metadata, rules: &SpecialRules) -> Result<(), Tokenize
 fn refuse_unread(meta: &Metadata, rules: &SpecialRules) -> Result<(), TokenizerProblem> {
     let read = |key: &str| {
         let switch = SWITCHES.iter().any(|(name, _)| *name == key);
+        let switch = switch || rules.honoured.contains(&key);
         switch || ENDS.contains(&key) || PRINTED.contains(&key) || [BEGIN, ADD_BEGIN, END_LIST].contains(&key)
     };
     let unread = meta.keys().find(|key| {
@@ -138,7 +169,11 @@ fn refuse_unread(meta: &Metadata, rules: &SpecialRules) -> Result<(), TokenizerP
 }
 
 /// The id under `key`, which must be in a vocabulary of `count`.
-fn id_of(meta: &Metadata, key: &'static str, count: usize) -> Result<Option<u32>, TokenizerProblem> {
+pub(super) fn id_of(
+    meta: &Metadata,
+    key: &'static str,
+    count: usize,
+) -> Result<Option<u32>, TokenizerProblem> {
     let Some(id) = meta.opt_unsigned(key)? else { return Ok(None) };
     in_vocabulary(key, id, count).map(Some)
 }
@@ -167,6 +202,33 @@ fn end_list(gguf: &Gguf, file: &[u8], count: usize) -> Result<Vec<u32>, Tokenize
         Err(_) => Err(entry(END_LIST, format!("id {id} is negative"))),
     })
     .collect()
+}
+
+/// Whether the file's model reads whole texts and pools their rows.
+pub(super) fn reads_texts(meta: &Metadata) -> Result<bool, TokenizerProblem> {
+    let Some(architecture) = meta.opt_string("general.architecture")? else { return Ok(false) };
+    Ok(meta.opt_unsigned(&format!("{architecture}.pooling_type"))?.is_some_and(|pooling| pooling != 0))
+}
+
+/// The token after every text, where the file asks for one.
+pub(super) fn closing_id(meta: &Metadata, count: usize) -> Result<Option<u32>, TokenizerProblem> {
+    if meta.opt_bool(ADD_END)? != Some(true) {
+        return Ok(None);
+    }
+    let end = id_of(meta, END, count)?;
+    end.map(Some).ok_or_else(|| entry(END, "it is missing although add_eos_token is true".to_owned()))
+}
+
+/// The template that puts this token after a text.
+pub(super) fn after_each_text(id: u32, token: &str) -> Result<PostProcessorWrapper, TokenizerProblem> {
+    let text = |name: &str| json!({"Sequence": {"id": name, "type_id": 0}});
+    let template = json!({
+        "type": "TemplateProcessing",
+        "single": [text("A"), {"SpecialToken": {"id": "end", "type_id": 0}}],
+        "pair": [text("A"), text("B"), {"SpecialToken": {"id": "end", "type_id": 0}}],
+        "special_tokens": {"end": {"id": "end", "ids": [id], "tokens": [token]}},
+    });
+    serde_json::from_value(template).map_err(|error| TokenizerProblem::Library(error.to_string()))
 }
 
 /// How many leading rows of the embedding have a token: those beyond the list of tokens, and tokens at its

@@ -1,7 +1,7 @@
 //! The ops of encoders by their definitions.
 
-use super::ops::{Heads, Step, dot};
-use crate::{AttentionShape, Buf, GeluForm, Pooling, WeightId};
+use super::ops::{Step, dot};
+use crate::{AttentionShape, Buf, EncoderScores, GeluForm, Pooling, WeightId};
 
 /// Parameters of a layer norm.
 pub(super) struct LayerNorm {
@@ -15,7 +15,8 @@ pub(super) struct EncoderAttention {
     pub(super) query: Buf,
     pub(super) keys: Buf,
     pub(super) values: Buf,
-    pub(super) heads: Heads,
+    pub(super) shape: AttentionShape,
+    pub(super) scores: EncoderScores,
 }
 
 impl Step<'_> {
@@ -56,25 +57,29 @@ impl Step<'_> {
     }
 
     pub(super) fn encoder_attention(&mut self, operands: &EncoderAttention, out: Buf) {
-        let EncoderAttention { query, keys, values, heads: Heads { shape, scale } } = *operands;
+        let EncoderAttention { query, keys, values, shape, scores: rule } = *operands;
         let AttentionShape { heads, kv_heads, head_dim } = shape;
         for s in 0..self.input.sequences() {
             let rows = self.input.rows_of(s);
             let (keys, values): (Vec<_>, Vec<_>) =
                 rows.map(|r| (self.row(keys, r).to_vec(), self.row(values, r).to_vec())).unzip();
-            for r in self.input.rows_within(query.rows, s) {
+            let asking = self.input.rows_within(query.rows, s);
+            for r in asking.clone() {
+                // The first row of a sequence has position 0, also where only first rows were kept.
+                let attended = rule.attended(r - asking.start, keys.len());
+                let (keys, values) = (&keys[attended.clone()], &values[attended]);
                 let mut mixed = vec![0.0; query.cols];
                 for h in 0..heads {
                     let kv = h / (heads / kv_heads) * head_dim..(h / (heads / kv_heads) + 1) * head_dim;
                     let q = &self.row(query, r)[h * head_dim..(h + 1) * head_dim];
                     let scores: Vec<f64> =
-                        keys.iter().map(|k| f64::from(dot(q, &k[kv.clone()]) * scale)).collect();
+                        keys.iter().map(|k| f64::from(dot(q, &k[kv.clone()]) * rule.scale)).collect();
                     let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     let shares: Vec<f64> = scores.iter().map(|v| (v - largest).exp()).collect();
                     let total: f64 = shares.iter().sum();
                     for d in 0..head_dim {
                         let sum: f64 =
-                            shares.iter().zip(&values).map(|(s, v)| s * f64::from(v[kv.start + d])).sum();
+                            shares.iter().zip(values).map(|(s, v)| s * f64::from(v[kv.start + d])).sum();
                         mixed[h * head_dim + d] = (sum / total) as f32;
                     }
                 }
@@ -89,6 +94,11 @@ impl Step<'_> {
             let mut pooled: Vec<f64> = match pooling {
                 Pooling::Cls => self
                     .row(input, self.input.rows_within(input.rows, s).start)
+                    .iter()
+                    .map(|v| f64::from(*v))
+                    .collect(),
+                Pooling::Last => self
+                    .row(input, self.input.rows_within(input.rows, s).end - 1)
                     .iter()
                     .map(|v| f64::from(*v))
                     .collect(),
@@ -146,6 +156,18 @@ fn erfc(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_window_reaches_as_far_on_either_side() {
+        let rule = EncoderScores { scale: 1.0, window: Some(2), causal: false };
+        let attended: Vec<_> = (0..6).map(|position| rule.attended(position, 6)).collect();
+        assert_eq!(attended, [0..3, 0..4, 0..5, 1..6, 2..6, 3..6]);
+        assert_eq!(EncoderScores { window: Some(usize::MAX), ..rule }.attended(3, 6), 0..6);
+        assert_eq!(EncoderScores { window: Some(0), ..rule }.attended(3, 6), 3..4);
+        assert_eq!(EncoderScores::from(1.0).attended(3, 6), 0..6);
+        assert_eq!(EncoderScores { causal: true, ..rule }.attended(3, 6), 1..4);
+        assert_eq!(EncoderScores { causal: true, window: None, ..rule }.attended(3, 6), 0..4);
+    }
 
     #[test]
     fn the_error_function_has_tabulated_values() {

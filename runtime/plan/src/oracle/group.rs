@@ -36,7 +36,7 @@ impl OracleGroup {
             return Err(BackendError::Mismatch("the devices of a group run one plan"));
         }
         let load = |Shard { plan, weights }: &Shard| {
-            let cache = KvCache::new(plan.hyper(), kv_blocks, kv_type)?;
+            let cache = KvCache::new(plan, kv_blocks, kv_type)?;
             let arena = zeros("the arena", plan.arena_bytes() / size_of::<f32>())?;
             let ropes = rope_tables(plan, weights);
             Ok(Device {
@@ -54,7 +54,8 @@ impl OracleGroup {
     #[must_use]
     pub fn memory(&self) -> Vec<MemoryReport> {
         let of = |device: &Device| {
-            memory(device.plan.hyper(), self.kv_blocks, self.kv_type, device.plan.arena_bytes())
+            let block_bytes = device.plan.kv_block_bytes(self.kv_type);
+            memory(device.plan.arena_bytes(), self.kv_blocks, block_bytes)
         };
         self.devices.iter().map(of).collect()
     }

@@ -20,8 +20,8 @@ use half::{bf16, f16};
 
 use crate::{
     Adapter, AdapterSlot, AdapterTable, Backend, BackendError, Caps, DType, DeviceKind, EstimateSpec,
-    Executable, FusedOps, Hyper, KV_BLOCK_TOKENS, KvType, LoadProgress, LoadSpec, Loaded, MemoryReport, Op,
-    Plan, RopeSpec, SampleInput, StepInput, StepOutput, Weights, rope::RopeTable,
+    Executable, FusedOps, Hyper, KV_BLOCK_TOKENS, KvLayout, KvType, LoadProgress, LoadSpec, Loaded,
+    MemoryReport, Op, Plan, RopeSpec, SampleInput, StepInput, StepOutput, Weights, rope::RopeTable,
 };
 
 use answer::PendingAnswer;
@@ -69,13 +69,13 @@ impl Backend for Oracle {
 
     fn estimate(&self, spec: &EstimateSpec<'_>) -> Result<MemoryReport, BackendError> {
         spec.plan.check_one_device(&self.caps.description)?;
-        Ok(memory(spec.plan.hyper(), spec.kv_blocks, spec.kv_type, spec.plan.arena_bytes()))
+        Ok(memory(spec.plan.arena_bytes(), spec.kv_blocks, spec.plan.kv_block_bytes(spec.kv_type)))
     }
 
     fn load(&mut self, spec: LoadSpec<'_>) -> Result<Box<dyn Loaded>, BackendError> {
         spec.plan.check_one_device(&self.caps.description)?;
         let hyper = *spec.plan.hyper();
-        let cache = KvCache::new(&hyper, spec.kv_blocks, spec.kv_type)?;
+        let cache = KvCache::new(spec.plan, spec.kv_blocks, spec.kv_type)?;
         let arena = zeros("the arena", spec.plan.arena_bytes() / size_of::<f32>())?;
         // Weights are read where they are stored, so the load is complete at once.
         let total_bytes = spec.weights.stored_bytes();
@@ -87,7 +87,7 @@ impl Backend for Oracle {
             hyper,
             memory: Arc::new(Mutex::new(Memory { arena, cache })),
             kv_room: spec.plan.kv_room(spec.kv_blocks),
-            kv_type: spec.kv_type,
+            kv_block_bytes: spec.plan.kv_block_bytes(spec.kv_type),
             arena_bytes: spec.plan.arena_bytes(),
         }))
     }
@@ -106,20 +106,21 @@ struct OracleModel {
     memory: Arc<Mutex<Memory>>,
     /// The most blocks that the cache may have.
     kv_room: usize,
-    kv_type: KvType,
+    kv_block_bytes: u64,
     arena_bytes: usize,
 }
 
 impl Loaded for OracleModel {
     fn memory(&self) -> MemoryReport {
         let kv_blocks = self.memory.lock().unwrap_or_else(PoisonError::into_inner).cache.blocks;
-        let own = memory(&self.hyper, kv_blocks, self.kv_type, self.arena_bytes);
+        let own = memory(self.arena_bytes, kv_blocks, self.kv_block_bytes);
         let weights_bytes = locked(&self.adapters).iter().map(|adapter| adapter.bytes()).sum();
         MemoryReport { weights_bytes, ..own }
     }
 
     fn compile(&mut self, plan: &Plan) -> Result<Box<dyn Executable>, BackendError> {
         plan.check_loaded(&self.hyper, self.arena_bytes, &self.weights)?;
+        plan.check_cache(&self.memory.lock().unwrap_or_else(PoisonError::into_inner).cache.layout)?;
         locked(&self.adapters).check_plan(plan)?;
         Ok(Box::new(OracleExecutable {
             plan: plan.clone(),
@@ -137,7 +138,7 @@ impl Loaded for OracleModel {
             return Err(BackendError::Mismatch("more blocks than the plan has room for"));
         }
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        memory.cache = memory.cache.resized(&self.hyper, blocks)?;
+        memory.cache = memory.cache.resized(blocks)?;
         Ok(())
     }
 
@@ -169,11 +170,11 @@ fn rope_tables(plan: &Plan, weights: &Weights) -> Vec<(RopeSpec, RopeTable)> {
 }
 
 /// What a model takes: weights are read where they are stored.
-fn memory(hyper: &Hyper, kv_blocks: usize, kv_type: KvType, arena_bytes: usize) -> MemoryReport {
+fn memory(arena_bytes: usize, kv_blocks: usize, kv_block_bytes: u64) -> MemoryReport {
     MemoryReport {
         weights_bytes: 0,
         arena_bytes: arena_bytes as u64,
-        kv_bytes: (kv_blocks as u64).saturating_mul(kv_type.block_bytes(hyper)),
+        kv_bytes: (kv_blocks as u64).saturating_mul(kv_block_bytes),
         other_bytes: 0,
     }
 }
@@ -225,13 +226,14 @@ impl Executable for OracleExecutable {
     }
 }
 
-/// Keys and values of every layer, in blocks of [`KV_BLOCK_TOKENS`] positions.
+/// Keys and values, in blocks of [`KV_BLOCK_TOKENS`] positions in some of the layers.
 struct KvCache {
-    /// `[layer][keys, values][block][slot][kv_heads * head_dim]`
+    /// `[layer of a block][keys, values][block][slot][kv_heads * head_dim]`
     values: KvValues,
     kv_type: KvType,
     blocks: usize,
     width: usize,
+    layout: KvLayout,
 }
 
 /// The elements of a cache, in memory of their own size.
@@ -242,29 +244,38 @@ enum KvValues {
 }
 
 impl KvCache {
-    fn new(hyper: &Hyper, blocks: usize, kv_type: KvType) -> Result<Self, BackendError> {
-        let width = hyper.kv_heads * hyper.head_dim;
-        let len =
-            [hyper.layers, 2, blocks, KV_BLOCK_TOKENS, width].into_iter().try_fold(1, usize::checked_mul);
-        let what = "the key/value cache";
-        let len = len.ok_or(BackendError::OutOfMemory { what, needed_bytes: u64::MAX })?;
-        let values = match kv_type {
-            KvType::F32 => KvValues::Floats(zeros(what, len)?),
-            KvType::F16 | KvType::Bf16 => KvValues::Halves(zeros(what, len)?),
+    fn new(plan: &Plan, blocks: usize, kv_type: KvType) -> Result<Self, BackendError> {
+        let width = plan.hyper().kv_heads * plan.hyper().head_dim;
+        let none = match kv_type {
+            KvType::F32 => KvValues::Floats(Vec::new()),
+            KvType::F16 | KvType::Bf16 => KvValues::Halves(Vec::new()),
         };
-        Ok(Self { values, kv_type, blocks, width })
+        let empty = Self { values: none, kv_type, blocks: 0, width, layout: plan.kv_layout().clone() };
+        empty.resized(blocks)
     }
 
     /// A cache of another size with the content of the blocks that both have.
-    fn resized(&self, hyper: &Hyper, blocks: usize) -> Result<Self, BackendError> {
-        let mut new = Self::new(hyper, blocks, self.kv_type)?;
-        let (old_len, new_len) = (self.side_len(), new.side_len());
-        match (&self.values, &mut new.values) {
-            (KvValues::Floats(from), KvValues::Floats(to)) => copy_sides(from, to, old_len, new_len),
-            (KvValues::Halves(from), KvValues::Halves(to)) => copy_sides(from, to, old_len, new_len),
-            _ => unreachable!("both caches have one type"),
-        }
-        Ok(new)
+    fn resized(&self, blocks: usize) -> Result<Self, BackendError> {
+        let Self { kv_type, width, .. } = *self;
+        let len = [self.layout.block_layers(), 2, blocks, KV_BLOCK_TOKENS, width]
+            .into_iter()
+            .try_fold(1, usize::checked_mul);
+        let what = "the key/value cache";
+        let len = len.ok_or(BackendError::OutOfMemory { what, needed_bytes: u64::MAX })?;
+        let (old_len, new_len) = (self.side_len(), blocks * KV_BLOCK_TOKENS * width);
+        let values = match &self.values {
+            KvValues::Floats(from) => {
+                let mut to: Vec<f32> = zeros(what, len)?;
+                copy_sides(from, &mut to, old_len, new_len);
+                KvValues::Floats(to)
+            }
+            KvValues::Halves(from) => {
+                let mut to: Vec<u16> = zeros(what, len)?;
+                copy_sides(from, &mut to, old_len, new_len);
+                KvValues::Halves(to)
+            }
+        };
+        Ok(Self { values, kv_type, blocks, width, layout: self.layout.clone() })
     }
 
     /// Values of the keys, or of the values, of one layer.
@@ -274,7 +285,8 @@ impl KvCache {
 
     /// First index of one position's keys (`side` 0) or values (`side` 1).
     fn index(&self, layer: usize, side: usize, table: &[u32], position: usize) -> usize {
-        let block = table[position / KV_BLOCK_TOKENS] as usize;
+        let block = self.layout.block(layer, table, position) as usize;
+        let layer = self.layout.layer(layer).index;
         let row = ((layer * 2 + side) * self.blocks + block) * KV_BLOCK_TOKENS + position % KV_BLOCK_TOKENS;
         row * self.width
     }

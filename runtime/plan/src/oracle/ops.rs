@@ -18,13 +18,6 @@ struct Epilogue {
     residual: Option<Buf>,
 }
 
-/// How an attention computes its scores.
-#[derive(Clone, Copy)]
-pub(super) struct Heads {
-    pub(super) shape: AttentionShape,
-    pub(super) scale: f32,
-}
-
 /// How an attention over the cache computes its scores.
 #[derive(Clone, Copy)]
 struct CachedHeads {
@@ -82,8 +75,8 @@ impl Step<'_> {
             Op::Attention { layer, query, shape, scores, out } => {
                 self.attention(layer, query, &CachedHeads { shape, scores }, out);
             }
-            Op::EncoderAttention { query, keys, values, shape, scale, out } => {
-                let operands = EncoderAttention { query, keys, values, heads: Heads { shape, scale } };
+            Op::EncoderAttention { query, keys, values, shape, scores, out } => {
+                let operands = EncoderAttention { query, keys, values, shape, scores };
                 self.encoder_attention(&operands, out);
             }
             Op::Gelu { input, form, out } => self.gelu(input, form, out),

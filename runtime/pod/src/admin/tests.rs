@@ -20,6 +20,7 @@ use trustformers_store::Source;
 use super::token::tests::Cluster;
 use super::*;
 use crate::control::ModelControl;
+use crate::faults::Faults;
 use crate::process::{Drain, Listen, Process, Settings, Sight};
 use crate::spec::ModelSpec;
 
@@ -44,6 +45,7 @@ async fn start(cluster: &Cluster) -> Process {
             defaults: LoadDefaults::default(),
         }),
         sight: Sight::default(),
+        faults: Faults::default(),
     };
     let open = Box::new(|_: &ModelSpec| Ok(Box::new(Oracle::new()) as Box<dyn Backend>));
     let process = Process::start(settings, prometheus::Registry::new(), open).await.unwrap();

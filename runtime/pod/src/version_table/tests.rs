@@ -229,6 +229,23 @@ async fn loads_and_unloads_give_all_memory_back() {
     assert_eq!(fixture.loader.reserved_bytes(), 0, "a model ends with both of its versions");
 }
 
+/// A probe with the prompt of [`greedy`].
+fn probe(text: Option<&str>, tokens_sha256: Option<String>) -> GoldenProbe {
+    let text = text.map(str::to_owned);
+    GoldenProbe { prompt: "Hello".into(), max_tokens: 24, text, begins_with: None, tokens_sha256 }
+}
+
+/// The weights of a seeded model with another tokenizer: the tokens `d` and `e` have changed places.
+fn with_another_tokenizer(seed: u64) -> Vec<u8> {
+    let mut file = SeededModel { seed, ..SeededModel::default() }.gguf();
+    // As GGUF writes them, one behind the other, each behind its length.
+    let length = 1_u64.to_le_bytes();
+    let tokens = [&length[..], b"d", &length[..], b"e"].concat();
+    let at = file.windows(tokens.len()).position(|bytes| bytes == tokens).unwrap();
+    file.swap(at + length.len(), at + tokens.len() - 1);
+    file
+}
+
 #[tokio::test]
 async fn a_bad_candidate_says_why_and_never_touches_what_serves() {
     let fixture = Fixture::ready().await;
@@ -240,18 +257,13 @@ async fn a_bad_candidate_says_why_and_never_touches_what_serves() {
         change(&mut spec);
         spec
     };
-    let probe = |text: Option<&str>, tokens: Option<String>| GoldenProbe {
-        prompt: "Hello".into(),
-        max_tokens: 24,
-        text: text.map(str::to_owned),
-        begins_with: None,
-        tokens_sha256: tokens,
-    };
     let mut broken = good.clone();
     let length = broken.len();
     // The last tensor's values are no numbers, whichever type they have.
     broken[length - 1024..].fill(0xff);
     SeededEncoder::default().write(fixture.folder.path()).unwrap();
+    let answered = || vec![probe(None, Some(tokens_sha256(&before.1)))];
+    let renamed = fixture.bytes("other-tokenizer", &with_another_tokenizer(1));
     let cases = [
         (fixture.bytes("truncated", &good[..length / 2]), "MalformedModel", "truncated.gguf"),
         (with(&|spec| spec.sha256 = Some("0".repeat(64))), "DigestMismatch", "0000"),
@@ -264,11 +276,9 @@ async fn a_bad_candidate_says_why_and_never_touches_what_serves() {
             "WrongAnswer",
             "no such answer",
         ),
-        (
-            with(&|spec| spec.probes = vec![probe(None, Some(tokens_sha256(&before.1)))]),
-            "WrongAnswer",
-            "sha256",
-        ),
+        (with(&|spec| spec.probes = answered()), "WrongAnswer", "sha256"),
+        // The weights are those that serve.
+        (ModelSpec { probes: answered(), ..renamed }, "WrongAnswer", "sha256"),
         (
             with(&|spec| spec.probes = vec![GoldenProbe::of_beginning("Hello", "no such answer").unwrap()]),
             "WrongAnswer",
@@ -294,6 +304,8 @@ async fn a_bad_candidate_says_why_and_never_touches_what_serves() {
     fixture.device.limit_bytes.store(64 << 20, Ordering::SeqCst);
     let error = fixture.server.load(fixture.seeded("large", 2)).await.unwrap_err().to_string();
     assert!(error.contains("(InsufficientMemory)") && error.contains("unload another model"), "{error}");
+    assert_eq!(fixture.answer("m", None).await.unwrap(), before);
+    assert!(fixture.server.readiness().borrow().ok && fixture.server.liveness().ok);
 }
 
 #[tokio::test]
@@ -309,9 +321,7 @@ async fn a_golden_probe_that_is_answered_lets_the_version_serve() {
     // The end of the first character: the answer of random weights may be any text.
     let first = text.chars().next().map(char::len_utf8).unwrap();
     let mut spec = fixture.seeded("r2", 1);
-    let tokens_sha256 = Some(tokens_sha256(&ids));
-    let whole =
-        GoldenProbe { prompt: "Hello".into(), max_tokens: 24, text: None, begins_with: None, tokens_sha256 };
+    let whole = probe(None, Some(tokens_sha256(&ids)));
     spec.probes = vec![whole, GoldenProbe::of_beginning("Hello", &text[..first]).unwrap()];
     let loaded = fixture.server.load(spec).await.unwrap();
     assert_eq!(loaded.slots[1].state(), ModelState::Ready);

@@ -21,6 +21,7 @@ use trustformers_plan::{
 };
 use trustformers_proto::v1::{GenerateRequest, ModelState, ModelStatus};
 use trustformers_runtime::control::{LoadDefaults, ModelControl};
+use trustformers_runtime::faults::Faults;
 use trustformers_runtime::process::{Drain, Listen, Process, Settings, Sight};
 use trustformers_runtime::spec::ModelSpec;
 use trustformers_store::Source;
@@ -126,6 +127,7 @@ pub(crate) struct Setup {
     pub(crate) drain: Drain,
     pub(crate) model_control: ModelControl,
     pub(crate) sight: Sight,
+    pub(crate) faults: Faults,
 }
 
 impl Default for Setup {
@@ -133,7 +135,8 @@ impl Default for Setup {
         let drain = Drain { quiet: Duration::ZERO, timeout: Duration::from_secs(60) };
         let model_control = ModelControl::Allowed(LoadDefaults::default());
         let bytes = SeededModel::default().gguf();
-        Self { bytes, sha256: None, drain, model_control, sight: Sight::default() }
+        let (sight, faults) = (Sight::default(), Faults::default());
+        Self { bytes, sha256: None, drain, model_control, sight, faults }
     }
 }
 
@@ -150,6 +153,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
         model_control: setup.model_control,
         admin: None,
         sight: setup.sight,
+        faults: setup.faults,
     };
     let gate = Gate::open();
     let behind = gate.clone();

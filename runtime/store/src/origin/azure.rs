@@ -117,11 +117,8 @@ impl AzureBlob {
                 break;
             }
         }
-        let listing = bucket::listing(&self.key, objects);
-        if listing.files.is_empty() {
-            return Err(StoreError::NotAtSource { host: self.endpoint.clone(), what: shown });
-        }
-        Ok(listing)
+        let missing = StoreError::NotAtSource { host: self.endpoint.clone(), what: shown };
+        bucket::listed(&self.key, objects, missing)
     }
 
     /// Reads on condition that the blob is the one that was listed.

@@ -49,6 +49,16 @@ pub(super) fn listing(key: &str, objects: Vec<StoredObject>) -> Listing {
     Listing { files, ..Listing::default() }
 }
 
+/// The same of a complete list, which names at least one file.
+pub(super) fn listed(
+    key: &str,
+    objects: Vec<StoredObject>,
+    missing: StoreError,
+) -> Result<Listing, StoreError> {
+    let listing = listing(key, objects);
+    if listing.files.is_empty() { Err(missing) } else { Ok(listing) }
+}
+
 /// Ends a list that has more entries than any model.
 pub(super) fn check_count(count: usize, shown: &str) -> Result<(), StoreError> {
     if count > MAX_FILES {

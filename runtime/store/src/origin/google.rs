@@ -156,11 +156,8 @@ impl GoogleStorage {
                 break;
             }
         }
-        let listing = bucket::listing(&self.key, objects);
-        if listing.files.is_empty() {
-            return Err(StoreError::NotAtSource { host: self.endpoint.clone(), what: shown });
-        }
-        Ok(listing)
+        let missing = StoreError::NotAtSource { host: self.endpoint.clone(), what: shown };
+        bucket::listed(&self.key, objects, missing)
     }
 
     /// Reads at the generation that was listed, so that no other bytes come.

@@ -160,12 +160,8 @@ impl S3 {
                 break;
             }
         }
-        let listing = bucket::listing(&self.key, objects);
-        if listing.files.is_empty() {
-            let host = self.base();
-            return Err(StoreError::NotAtSource { host, what: shown });
-        }
-        Ok(listing)
+        let missing = StoreError::NotAtSource { host: self.base(), what: shown };
+        bucket::listed(&self.key, objects, missing)
     }
 
     async fn only_object(&self) -> Result<Listing, StoreError> {

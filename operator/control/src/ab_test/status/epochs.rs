@@ -20,7 +20,9 @@ pub(super) fn epoch_sample(test: &ValidatedTest, epoch: &TestEpoch, samples: &Sa
     let sums = |variant: &ValidatedVariant| -> VariantSums {
         let number = u64::try_from(epoch.epoch).unwrap_or(0);
         let id = VariantId { test: test.uid.clone(), epoch: number, variant: variant.name.clone() };
-        VariantSums { cost: variant.cost.unwrap_or_default(), ..samples.of(&id) }
+        let mut sums = samples.of(&id);
+        sums.cost = variant.cost.unwrap_or_default();
+        sums
     };
     EpochSample {
         weights: (0..test.variants.len())

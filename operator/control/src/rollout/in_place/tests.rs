@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use trustformers_proto::v1::{ModelState, ModelStatus, SlotRole};
 
 use super::*;
-use crate::build::{PodAccess, pod_config, pod_template};
+use crate::build::{GatewayService, PodAccess, pod_config, pod_template};
 use crate::pods::tests::view;
 use crate::rollout::plan::WHOLE;
 use crate::rollout::{
@@ -31,6 +31,7 @@ fn platform() -> Platform {
     Platform {
         runtime_image: "image".to_owned(),
         namespace: "sys".to_owned(),
+        gateway: GatewayService { name: "gateway".to_owned(), http_port: 8080, grpc_port: 9090 },
         optional_kinds: std::collections::BTreeSet::new(),
         pull_policy: "Never".to_owned(),
         admin: Some(PodAccess { subject: "s".to_owned(), issuer: None, keys: None }),

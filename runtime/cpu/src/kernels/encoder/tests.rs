@@ -1,7 +1,7 @@
 //! Every tier's encoder kernels, compared with plain definitions in f64.
 
 use proptest::prelude::*;
-use trustformers_plan::seeded::SeededRng;
+use trustformers_plan::{EncoderScores, seeded::SeededRng};
 
 use super::{EncoderAttend, LayerNorm, scratch_len};
 use crate::{Tier, kernels::Kernels, memory::SharedF32};
@@ -20,6 +20,8 @@ struct EncoderCase {
     len: usize,
     heads: usize,
     dim: usize,
+    window: Option<usize>,
+    causal: bool,
     qkv: Vec<f32>,
 }
 
@@ -28,11 +30,13 @@ impl EncoderCase {
         (self.heads + 2) * self.dim
     }
 
-    fn run(&self, tier: Tier) -> Vec<f32> {
+    /// The outputs of the rows from `first` on.
+    fn run(&self, tier: Tier, first: usize) -> Vec<f32> {
         let (heads, dim, stride) = (self.heads, self.dim, self.stride());
+        let rows = self.len - first;
         let mut qkv = self.qkv.clone();
         // The columns on either side are not the kernel's.
-        let mut out = vec![7.5f32; self.len * (heads * dim + 2)];
+        let mut out = vec![7.5f32; rows * (heads * dim + 2)];
         // Values of earlier sequences in the scratch space must not matter.
         let scratch = SharedF32::new("test", scratch_len(self.len, dim)).unwrap();
         // SAFETY: all memory has the sizes that the kernel is given.
@@ -40,11 +44,12 @@ impl EncoderCase {
             std::slice::from_raw_parts_mut(scratch.ptr(), scratch_len(self.len, dim)).fill(f32::NAN);
             (Kernels::of(tier).encoder_attend)(&EncoderAttend {
                 len: self.len,
-                rows: self.len,
+                rows,
+                first,
                 head_dim: dim,
                 heads,
-                scale: 0.5,
-                query: (qkv.as_mut_ptr(), stride),
+                scores: EncoderScores { scale: 0.5, window: self.window, causal: self.causal },
+                query: (qkv.as_mut_ptr().add(first * stride), stride),
                 keys: (qkv.as_mut_ptr().add(heads * dim), stride),
                 values: (qkv.as_mut_ptr().add((heads + 1) * dim), stride),
                 out: (out.as_mut_ptr().add(1), heads * dim + 2),
@@ -65,6 +70,10 @@ impl EncoderCase {
             for head in 0..heads {
                 let score =
                     |p| (0..dim).map(|d| at(row, head * dim + d) * at(p, heads * dim + d)).sum::<f64>() / 2.0;
+                let far = |p: usize| {
+                    self.window.is_some_and(|window| row.abs_diff(p) > window) || self.causal && p > row
+                };
+                let score = |p| if far(p) { f64::NEG_INFINITY } else { score(p) };
                 let scores: Vec<f64> = (0..self.len).map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let shares: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
@@ -85,11 +94,16 @@ proptest! {
     #[test]
     fn attention_follows_its_definition(
         seed in any::<u64>(), len in 1usize..80, heads in 1usize..4, dim in 1usize..70,
+        window in prop::option::of(0usize..40), causal: bool, from in any::<prop::sample::Index>(),
     ) {
-        let case = EncoderCase { len, heads, dim, qkv: floats(seed, len * (heads + 2) * dim, 2.0) };
+        let case = EncoderCase { len, heads, dim, window, causal, qkv: floats(seed, len * (heads + 2) * dim, 2.0) };
         let expected = case.expected();
+        let from = from.index(len);
         for tier in tiers() {
-            for (i, (got, want)) in case.run(tier).iter().zip(&expected).enumerate() {
+            let whole = case.run(tier, 0);
+            let tail = case.run(tier, from);
+            prop_assert!(tail[..] == whole[from * heads * dim..], "{tier}: other bits from row {from}");
+            for (i, (got, want)) in whole.iter().zip(&expected).enumerate() {
                 prop_assert!((f64::from(*got) - want).abs() < 1e-5, "{tier} value {i}: {got} for {want}");
             }
         }

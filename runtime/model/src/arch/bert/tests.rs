@@ -63,7 +63,7 @@ fn facts_describe_the_embedding() {
 
 #[test]
 fn pooling_is_read_or_defaults_to_the_mean() {
-    for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max] {
+    for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max, Pooling::Last] {
         let encoder = SeededEncoder { pooling: Some(pooling), normalised: false, ..TINY };
         let facts = load(encoder, |_| {}).unwrap().facts().clone();
         let embedding = facts.embedding.unwrap();
@@ -128,11 +128,11 @@ fn unsupported_poolings_are_refused() {
         let error = load(TINY, |folder| set(folder, "1_Pooling/config.json", key, value.into())).unwrap_err();
         assert!(error.starts_with("1_Pooling/config.json: ") && error.contains(expected), "{error}");
     }
-    let last = load(TINY, |folder| {
+    let weighted = load(TINY, |folder| {
         set(folder, "1_Pooling/config.json", "pooling_mode_mean_tokens", false.into());
-        set(folder, "1_Pooling/config.json", "pooling_mode_lasttoken", true.into());
+        set(folder, "1_Pooling/config.json", "pooling_mode_weightedmean_tokens", true.into());
     });
-    assert!(last.unwrap_err().contains("key pooling_mode is \"lasttoken\""));
+    assert!(weighted.unwrap_err().contains("key pooling_mode is \"weightedmean\""));
     let dense = load(TINY, |folder| {
         let modules = std::fs::read_to_string(folder.join("modules.json")).unwrap();
         std::fs::write(folder.join("modules.json"), modules.replace("Normalize", "Dense")).unwrap();

@@ -4,7 +4,9 @@ use super::{BlockNorms, Decoder, Family, Gate, QkNorm, scaled};
 use crate::arch::tensors::TensorFinder;
 use crate::gguf::GgufProblem;
 use std::ops::Range;
-use trustformers_plan::{ExpertWeights, Experts, Hyper, PlanBuilder, Value, WeightId, WeightView};
+use trustformers_plan::{
+    EncoderScores, ExpertWeights, Experts, Hyper, PlanBuilder, Value, WeightId, WeightView,
+};
 
 /// The tensors of a block.
 #[derive(Debug)]
@@ -224,8 +226,13 @@ impl Decoder {
             let spec = rotation.at(plan.context_tokens());
             (query, key) = (plan.rope(query, spec), plan.rope(key, spec));
         }
-        plan.kv_write(index, key, value);
-        let mixed = plan.attention(index, query, self.scores(index));
+        let mixed = if self.reads.is_some() {
+            let scores = EncoderScores { causal: true, ..self.factors.scores.into() };
+            plan.encoder_attention(query, key, value, scores)
+        } else {
+            plan.kv_write(index, key, value);
+            plan.attention(index, query, self.scores(index))
+        };
         plan.matmul(mixed, block.attention_output)
     }
 
