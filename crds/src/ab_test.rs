@@ -481,7 +481,7 @@ pub enum OnConclusion {
     #[default]
     Report,
     /// The winner gets every request of the route. `Report` written over it later undoes that: the variants
-    /// have their weights again.
+    /// have their weights again, and users the variants of before.
     Promote,
 }
 

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 
 import programs
+import versions
 from rows import Row
 
 PROMPT = 512
@@ -47,6 +48,7 @@ class Bench:
         self.llama_how = (
             (llama / "how.txt").read_text(encoding="utf-8").strip() if flags.llama else "not needed"
         )
+        self.older = pathlib.Path(flags.older)
         self.python = flags.python
         self.onnx = flags.onnx
         self.rounds = flags.rounds
@@ -57,6 +59,7 @@ class Bench:
             "qwen-1.5b": models / "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf",
         }
         self.minilm = models / "all-minilm-l6-v2"
+        self.models = models
 
     def in_turns(self, rows, turn):
         """Calls `turn` for each round; rows whose feature is not there say so and end the group."""
@@ -332,6 +335,19 @@ def speculation(bench):
     return bench.in_turns([draft, ngram], turn)
 
 
+def beside_older(bench):
+    """The rows in which this version is compared with an older one."""
+    found = []
+    for row, measure in versions.rows(versions.Versions(bench.ours, bench.older, bench.models)):
+
+        def turn(row=row, measure=measure):
+            row.ours.append(measure(bench.ours))
+            row.peer.append(measure(bench.older))
+
+        found += [row] if row.not_run else bench.in_turns([row], turn)
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Rows that are measured together, and what run.sh has to get for them."""
@@ -339,7 +355,7 @@ class Group:
     measure: Callable[[Bench], list[Row]]
     # Names that models/fetch.sh knows.
     models: tuple[str, ...] = ()
-    # llama (llama-cpp.sh), python (python.sh)
+    # llama (llama-cpp.sh), python (python.sh), older (older.sh)
     peers: tuple[str, ...] = ()
 
     def needs(self):
@@ -358,6 +374,7 @@ GROUPS = {
     "fused": Group(fused_beside_unfused),
     "qwen-vocabulary": Group(large_vocabulary, models=("qwen-0.5b",)),
     "mixed-depths": Group(mixed_depths),
+    "older": Group(beside_older, models=("smollm2", "qwen-0.5b", "qwen-1.5b"), peers=("older",)),
 }
 
 
@@ -396,7 +413,7 @@ def asked():
     parser.add_argument("--rounds", type=int, default=3)
     for name in ("ours", "models", "report"):
         parser.add_argument(f"--{name}", default="")
-    for name in ("llama", "python", "onnx"):
+    for name in ("llama", "python", "onnx", "older"):
         parser.add_argument(f"--{name}", default="", help="empty where no group needs it")
     flags = parser.parse_args()
     if flags.rounds < 3:

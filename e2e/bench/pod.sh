@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # pod.sh: figures of one pod, each beside its objective: start to ready and first token with SmolLM2 from cold
-# and warm files, swaps between two versions under streams, and fetching beside loopback, disk and sha256. All
-# steps are run; fails where an objective is missed. Times are judged, so nothing else should run.
-# POD_BENCH_SWAPS=100 POD_BENCH_RELOADS=20 POD_BENCH_STREAMS=32 POD_BENCH_MIB=1024; TRUSTFORMERS_BUILT=1: the
-# programs are there already.
+# and warm files, swaps between two versions under streams, and fetching beside loopback, disk and sha256 at
+# once. All steps are run; fails where an objective is missed. Times are judged, so nothing else should run.
+# POD_BENCH_SWAPS=100 POD_BENCH_RELOADS=20 POD_BENCH_STREAMS=32 POD_BENCH_MIB=1024; TRUSTFORMERS_BUILT=1:
+# the programs are there already.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 

@@ -20,6 +20,8 @@ class Row:
     peer: list[float] = dataclasses.field(default_factory=list)
     # Why there is nothing: a feature that this version does not have.
     not_built: str | None = None
+    # Why it is not measured here: what the processor lacks.
+    not_run: str | None = None
     note: str = ""
 
     def ratio(self):
@@ -30,6 +32,8 @@ class Row:
         name = f"{self.name:<34}"
         if self.not_built is not None:
             return f"{name} not built"
+        if self.not_run is not None:
+            return f"{name} not run: {self.not_run}"
         if not self.ours or None in self.ours or None in self.peer:
             return f"{name} no figure: in some turn nothing was answered"
         ours = statistics.median(self.ours)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # run.sh: our runtime and other engines on this processor, alternately and in one run, on 2 threads; prints
-# the table of ratios. Gets the models and peers that its groups need first (all: about 8 GB and half an hour
+# the table of ratios. Gets the models and peers that its groups need first (all: about 8 GB and an hour
 # on two cores, kept in the cache). An objective that is missed is printed as MISS; only what could not be run
 # is a failure.
 #   BENCH_ROUNDS=5      turns that each measurement takes, at least 3
-#   BENCH_ONLY=minilm   only the groups of rows whose names begin so
+#   BENCH_ONLY=minilm   only the groups of rows whose names begin so; older: those beside an older version
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/env.sh"
 
@@ -27,6 +27,10 @@ for peer in "${peers[@]}"; do
       mapfile -t python < <("$E2E_DIR/bench/python.sh")
       [ "${#python[@]}" = 2 ] || fail "the Python peers could not be made" "see above"
       asked+=(--python "${python[0]}" --onnx "${python[1]}")
+      ;;
+    older)
+      older=$("$E2E_DIR/bench/older.sh")
+      asked+=(--older "$older")
       ;;
     *) fail "no script gets the peer $peer" "needs: $E2E_DIR/bench/objectives.py" ;;
   esac

@@ -4,14 +4,16 @@
     versions.py --ours TARGET/ci/trustformers-serve --older OLDER/ci/trustformers-serve --models FOLDER
 
 The rows are those in which a design is compared with an older one: many sequences over a large vocabulary, a
-deep context whose keys and values are bf16, sequences of which one is much deeper than the others, and the
-time until a model is loaded and gives its first token. `--only deep` measures the rows whose names have that.
+deep context whose keys and values are bf16, sequences of which one is much deeper than the others, the time
+until a model is loaded and gives its first token, and, on a processor with AMX, eight sequences and reading a
+prompt. `--only deep` measures the rows whose names have that. `make bench-cpu` builds the older one and
+measures these rows too.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
-import subprocess
 import sys
 import threading
 import time
@@ -30,23 +32,31 @@ END_TOKENS = (0, 2)
 # Of its context of 8,192 tokens the deep sequence leaves room for its answer.
 DEEP_WORDS, SHALLOW_WORDS, SHALLOW = 7600, 512, 3
 DEEP_ANSWER, SHALLOW_ANSWER = 480, 160
+DEEP, PROMPT = 4096, 512
 
 
-def speed(program, model, sequences, depth, *flags):
-    """Tokens per second that `bench engine` measures for so many sequences at one depth."""
-    command = [str(program), "bench", "engine", "--model", str(model), "--repeat", "1", "--json", *flags]
-    command += ["--prefill", "0", "--depth", str(depth), "--sequences", str(sequences)]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=LIMIT_S)
-    results = json.loads(answer.stdout)["results"]
-    (found,) = [one["median"] for one in results if one["sequences"] == max(sequences, 1)]
-    return found
+@dataclasses.dataclass(frozen=True)
+class Versions:
+    """The two programs, and the folder of the models."""
+
+    ours: pathlib.Path
+    older: pathlib.Path
+    models: pathlib.Path
+
+
+def has_amx():
+    text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return any("amx_int8" in line.split() for line in text.splitlines() if line.startswith("flags"))
 
 
 def seconds_to_first_token(program, model):
-    """From the start of the program to the end of an answer of one token."""
-    command = [str(program), "generate", "--model", str(model), "--max-tokens", "1", "--prompt", "Hello"]
+    """From the start of the program to the end of an answer of one token. The file is in the page cache."""
+    with model.open("rb") as file:
+        while file.read(1 << 24):
+            pass
     began = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S)
+    flags = ["--threads", programs.THREADS, "--max-tokens", 1, "--prompt", "Hello"]
+    programs.run(program, "generate", "--model", model, *flags)
     return time.monotonic() - began
 
 
@@ -97,26 +107,45 @@ def mixed_depths(program, model):
     return sum(began < at <= ended for stream in streams for at in stream.times) / (ended - began)
 
 
-def rows(arguments):
+def rows(versions):
     """Each row, and what measures a program for it."""
-    small = arguments.models / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    wide = arguments.models / "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"
-    large = arguments.models / "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf"
+    small = versions.models / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    wide = versions.models / "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"
+    large = versions.models / "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf"
 
     def crowd(program):
-        return speed(program, wide, 32, 0, "--prompt-tokens", "16", "--tokens", "64")
+        flags = {"prefill": 0, "depth": 0, "sequences": 32, "prompt_tokens": 16, "tokens": 64}
+        return programs.ours_engine(program, wide, **flags)["decode", 16, 32]
 
     def deep(program):
         # The older build has f32 keys and values alone.
-        kind = ["--kv-cache", "bf16"] if program == arguments.ours else []
-        return speed(program, small, 0, 4096, "--tokens", "64", *kind)
+        kind = {"kv_cache": "bf16"} if program == versions.ours else {}
+        flags = {"prefill": 0, "depth": DEEP, "sequences": 0, "tokens": 64, **kind}
+        return programs.ours_engine(program, small, **flags)["decode", DEEP, 1]
 
-    yield Row("qwen-0.5b-32-sequences", "tokens/s", need=1.5, note="(vocabulary of 152k)"), crowd
-    yield Row("smollm2-depth-4096-bf16", "tokens/s", need=1.3, note="(older: f32)"), deep
-    mixed = Row("smollm2-depths-8k-and-3-of-512", "tokens/s", need=1.3, note="(four sequences)")
+    def eight(program):
+        flags = {"prefill": 0, "depth": 0, "sequences": 8, "tokens": 128}
+        return programs.ours_engine(program, small, **flags)["decode", 128, 8]
+
+    def prompt(program):
+        # The prompt in one step.
+        flags = {"prefill": PROMPT, "depth": 0, "sequences": 0, "tokens": 2, "token_budget": PROMPT}
+        return programs.ours_engine(program, small, **flags)["prefill", PROMPT, 1]
+
+    yield Row("older-qwen-0.5b-32-sequences", "tokens/s", need=1.5, note="(vocabulary of 152k)"), crowd
+    yield Row("older-smollm2-depth-4096-bf16", "tokens/s", need=1.3, note="(older: f32)"), deep
+    mixed = Row("older-smollm2-mixed-depths", "tokens/s", need=1.3, note="(8k, 512, 512, 512)")
     yield mixed, lambda program: mixed_depths(program, small)
-    load = Row("qwen-1.5b-load-and-first-token", "s", need=1.7, smaller_is_better=True)
+    load = Row("older-qwen-1.5b-load", "s to the first token", need=1.7, smaller_is_better=True)
     yield load, lambda program: seconds_to_first_token(program, large)
+    amx = (
+        (Row("older-smollm2-amx-8-sequences", "tokens/s", need=1.35), eight),
+        (Row("older-smollm2-amx-prefill-512", "tokens/s", need=2.0), prompt),
+    )
+    for row, measure in amx:
+        if not has_amx():
+            row.not_run = "this processor has no AMX"
+        yield row, measure
 
 
 def main():
@@ -127,13 +156,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="rows whose names have this")
     arguments = parser.parse_args()
-    for row, measure in rows(arguments):
+    versions = Versions(arguments.ours, arguments.older, arguments.models)
+    for row, measure in rows(versions):
         if arguments.only not in row.name:
             continue
-        for turn in range(arguments.rounds):
-            print(f"  {row.name}: turn {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-            row.ours.append(measure(arguments.ours))
-            row.peer.append(measure(arguments.older))
+        try:
+            for turn in range(0 if row.not_run else arguments.rounds):
+                print(f"  {row.name}: turn {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+                row.ours.append(measure(versions.ours))
+                row.peer.append(measure(versions.older))
+        except (programs.Failed, programs.NotBuilt) as why:
+            sys.exit(f"error: {why}")
         print(row.line(), flush=True)
 
 

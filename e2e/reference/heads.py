@@ -13,6 +13,7 @@ import pathlib
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -29,7 +30,20 @@ VOCABULARY = SPECIAL + LETTERS + ["##" + letter for letter in LETTERS] + MARKS +
 
 # Texts of whole words of the vocabulary, so that this file needs no tokenizer.
 TEXTS = ["hello world", "", "the cat", "the cat . hello , world ! a b c", "x"]
+# Of models whose answers depend on how far tokens are from each other.
+LONG = "the cat . hello , world ! a b c " * 5
 PAIRS = [("the cat", "hello world"), ("the cat", ""), ("hello", "the the the cat ?"), ("", "")]
+
+# What models that label tokens are asked: pieces of words, capitals, accents, characters without a token.
+TOKEN_TEXTS = [
+    "the cat talking",
+    "Hello world , hello WORLDS",
+    "xyz 1234 the caf\u00e9",
+    "\u65e5\u672c cats",
+    "",
+]
+TOKEN_LABELS = {"0": "O", "1": "B-PER", "2": "I-PER", "3": "B-LOC", "4": "I-LOC"}
+STRATEGIES = ["none", "simple", "first", "average", "max"]
 
 FAMILIES = {
     "bert": ("BertConfig", "BertModel", "BertForSequenceClassification"),
@@ -37,7 +51,11 @@ FAMILIES = {
     "distilbert": ("DistilBertConfig", "DistilBertModel", "DistilBertForSequenceClassification"),
     "electra": ("ElectraConfig", "ElectraModel", "ElectraForSequenceClassification"),
     "modernbert": ("ModernBertConfig", "ModernBertModel", "ModernBertForSequenceClassification"),
+    "mpnet": ("MPNetConfig", "MPNetModel", "MPNetForSequenceClassification"),
+    "nomic_bert": ("NomicBertConfig", "NomicBertModel"),
 }
+# Families that are also asked about LONG.
+BY_DISTANCE = ("mpnet", "nomic_bert")
 
 
 def fnv1a(text: str) -> int:
@@ -73,7 +91,7 @@ def value(name: str, shape: torch.Size) -> torch.Tensor:
 
 def config(family: str, labels: int, keys: dict) -> transformers.PretrainedConfig:
     """The configuration that `SeededCheckpoint` writes."""
-    positions = POSITIONS + (family == "roberta")
+    positions = POSITIONS + {"roberta": 1, "mpnet": 2}.get(family, 0)
     common = {"vocab_size": len(VOCABULARY), "max_position_embeddings": positions, "pad_token_id": 0, **keys}
     if labels:
         common["num_labels"] = labels
@@ -95,18 +113,21 @@ def config(family: str, labels: int, keys: dict) -> transformers.PretrainedConfi
             "num_hidden_layers": LAYERS,
             "num_attention_heads": HEADS,
             "intermediate_size": INNER,
-            "hidden_act": "gelu",
+            "hidden_act": "silu" if family == "nomic_bert" else "gelu",
             "layer_norm_eps": 1e-12,
-            "type_vocab_size": 1 if family == "roberta" else 2,
         }
+        if family != "mpnet":
+            own["type_vocab_size"] = 1 if family == "roberta" else 2
         if family == "electra":
             own["embedding_size"] = WIDTH // 2
+        if family == "nomic_bert":
+            own["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000.0}
     return getattr(transformers, FAMILIES[family][0])(**common, **own)
 
 
 def model(family: str, labels: int, keys: dict) -> torch.nn.Module:
     """The model with seeded values: those of the file's names, which the classes of the library have."""
-    name = FAMILIES[family][2 if labels else 1]
+    name = keys.get("architectures", [FAMILIES[family][2 if labels else 1]])[0]
     made = getattr(transformers, name)(config(family, labels, keys)).eval()
     with torch.no_grad():
         for tensor_name, tensor in made.named_parameters():
@@ -137,7 +158,7 @@ def run(made: torch.nn.Module, family: str, encoded: tuple[list[int], list[int]]
     """The logits of one text, or the mean of its last rows divided by its length."""
     ids, types = (torch.tensor([row]) for row in encoded)
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family in ("bert", "electra"):
+    if family in ("bert", "electra", "nomic_bert"):
         arguments["token_type_ids"] = types
     answer = made(**arguments)
     if hasattr(answer, "logits"):
@@ -168,9 +189,53 @@ def case(family: str, labels: int, keys: dict) -> dict:
     else:
         made_case["texts"] = [
             {"text": text, "ids": single(text)[0], "values": rounded(run(made, family, single(text)))}
-            for text in TEXTS
+            for text in (TEXTS + [LONG] if family in BY_DISTANCE else TEXTS)
         ]
     return made_case
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer of `SeededEncoder`."""
+    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    word_piece = tokenizers.models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100)
+    own = tokenizers.Tokenizer(word_piece)
+    own.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    own.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
+    )
+    own.add_special_tokens(SPECIAL)
+    names = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]
+    special = dict(zip(names, SPECIAL, strict=True))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=own, **special)
+
+
+def token_case(family: str) -> dict:
+    """What a seeded model that labels tokens answers: logits, and of BERT the entities of the pipeline."""
+    name = FAMILIES[family][2].replace("ForSequenceClassification", "ForTokenClassification")
+    keys = {"architectures": [name], "id2label": TOKEN_LABELS}
+    made, own = model(family, len(TOKEN_LABELS), keys), tokenizer()
+    texts = []
+    for text in TOKEN_TEXTS:
+        ids = own(text)["input_ids"]
+        if family == "mpnet" and ids.count(1):
+            # Its classes take the id 1 for padding, whatever the configuration says; here it is [UNK].
+            continue
+        logits = run(made, family, (ids, [0] * len(ids)))
+        texts.append({"text": text, "ids": ids, "values": rounded(logits.flatten())})
+        if family == "bert" and text:
+            texts[-1]["entities"] = {word: entities(made, own, text, word) for word in STRATEGIES}
+    return {"family": family, "labels": len(TOKEN_LABELS), "keys": keys, "texts": texts}
+
+
+def entities(
+    made: torch.nn.Module, own: transformers.PreTrainedTokenizerFast, text: str, strategy: str
+) -> list[dict]:
+    """The answer of the library's pipeline."""
+    asked = transformers.pipeline(
+        "token-classification", model=made, tokenizer=own, aggregation_strategy=strategy, device="cpu"
+    )
+    return [{**one, "score": round(float(one["score"]), 6)} for one in asked(text)]
 
 
 # What a spam classifier is asked: clear cases of both kinds, and texts at the edges.
@@ -218,15 +283,24 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)
     heads = [(0, {}), (3, {"problem_type": "multi_label_classification"}), (1, {})]
-    cases = [case(family, labels, keys) for family in FAMILIES for labels, keys in heads]
+    # Families without a class with a head embed only.
+    cases = [
+        case(family, labels, keys)
+        for family, classes in FAMILIES.items()
+        for labels, keys in (heads if len(classes) == 3 else heads[:1])
+    ]
+    mean = {"problem_type": "multi_label_classification", "classifier_pooling": "mean"}
+    cases.append(case("modernbert", 3, mean))
+    with_heads = [family for family, classes in FAMILIES.items() if len(classes) == 3]
+    tokens = ",\n".join(json.dumps(token_case(family), separators=(",", ":")) for family in with_heads)
     made_with = (
         f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}, float32; "
         "recipe: e2e/reference/heads.py"
     )
     lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in cases)
     head = f'{{"made_with": {json.dumps(made_with)},\n"seed": {SEED},\n"cases": [\n'
-    given.out.write_text(f"{head}{lines}\n]}}\n")
-    print(f"{len(cases)} checkpoints")
+    given.out.write_text(f'{head}{lines}\n],\n"tokens": [\n{tokens}\n]}}\n')
+    print(f"{len(cases)} checkpoints, and {len(with_heads)} that label tokens")
     if given.classifier:
         answers = {"made_with": made_with, **classified(given.classifier)}
         text = json.dumps(answers, ensure_ascii=False, separators=(",", ":"))

@@ -108,6 +108,16 @@ pub async fn scale(cluster: &Cluster, name: &str, replicas: u32) -> Result<()> {
     Ok(())
 }
 
+/// Replaces the pods of one of the release's Deployments, as an upgrade does.
+///
+/// # Errors
+/// When the API server refuses, or the new ones do not become ready.
+pub async fn replace_pods(cluster: &Cluster, name: &str) -> Result<()> {
+    let deployment = format!("deployment/{name}");
+    cluster.kubectl(&["--namespace", NAMESPACE, "rollout", "restart", &deployment]).stdout().await?;
+    ready(cluster, name).await
+}
+
 /// Starts the gateways anew with one more argument, until [`without_fault`].
 ///
 /// # Errors

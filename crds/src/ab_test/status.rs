@@ -90,6 +90,11 @@ pub struct ABTestStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 512), extend("x-kubernetes-list-type" = "atomic"))]
     pub owners: Vec<OwnerRange>,
+    /// Who owned the buckets before a promotion, or a guardrail, gave some of them to another variant; absent
+    /// where none did. They get them back when the promotion is undone, or samples begin anew.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 512), extend("x-kubernetes-list-type" = "atomic"))]
+    pub owners_before: Vec<OwnerRange>,
     /// The variants, in the order of the spec.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(

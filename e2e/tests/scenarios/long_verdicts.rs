@@ -1,25 +1,26 @@
 //! Verdicts of A/B tests over real models: the right winner with an interval that holds, a broken division,
-//! a guardrail, a promotion that is undone, and gateways that divide users wrongly.
+//! a guardrail, a promotion that is undone, gateways that are replaced, and some that divide users wrongly.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use kube::api::DynamicObject;
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle};
 use trustformers_e2e::{
-    ab_test::{Tests, Visit, answers, bucket_of, figure, score, seen, visit, visits},
+    ab_test::{Counted, Tests, Visit, answers, bucket_of, figure, score, seen, visit, visits},
     gateway::Gateway,
     model::{MINILM, condition, status_text},
-    release,
+    release::{self, GATEWAY},
     scenario::{Scenario, run_within},
     wait::Until,
 };
 
 /// A verdict follows a checkpoint, which comes every 30 s. Twice that, and some for a loaded machine.
 const VERDICT_LIMIT_S: u64 = 75;
-/// Both scenarios wait for two models (90 s each), a route (30 s), two verdicts or a verdict and what follows
-/// (150 s), and send 8,000 requests at 100 a second: 440 s at worst, and 100 s on two idle cores.
+/// The first two scenarios wait for two models (90 s each), a route (30 s), two verdicts or a verdict and
+/// what follows (150 s), and send 8,000 requests at 100 a second: 440 s at worst, and 100 s on two idle
+/// cores.
 const LIMIT: Duration = Duration::from_secs(440);
 /// What the slow model waits for more texts, whether some come or not.
 const DELAY_MS: u64 = 60;
@@ -28,6 +29,11 @@ const DELAY_MS: u64 = 60;
 const USERS_OF_90_TO_10: usize = 5600;
 /// Users of a test that divides evenly: 600 of each are expected, and 500 are 5.8 standard deviations below.
 const USERS_OF_HALVES: usize = 1200;
+/// Users that are looked at around a promotion: half of them move, and none by chance to where all belong.
+const USERS_THAT_MOVE: usize = 400;
+/// A gateway has the new table within seconds, and so many requests take 4 s at 100 a second. Those that
+/// began with the table before are sent again.
+const MOVE_LIMIT_S: u64 = 30;
 /// How much better the treatment's scores are.
 const SCORE_EFFECT: f64 = 0.4;
 
@@ -198,29 +204,46 @@ async fn feedback_decides_and_the_promotion_can_be_undone() -> Result<()> {
         // And: it gets every user, whose requests go on.
         let whole = |test: &DynamicObject| (status_text(test, "/weights") == "0/100").then_some(());
         tests.until("scored", Until::new("the winner has every user", 30), whole).await?;
-        let control = |visit: &&Visit| visit.variant == "control";
-        let moved: Vec<String> =
-            all.iter().filter(control).take(20).map(|visit| visit.user.clone()).collect();
-        all_get(&gateway, &name, &moved, "treatment").await?;
+        let some = &all[..USERS_THAT_MOVE];
+        all_get(&gateway, &name, some, |_| "treatment").await?;
 
-        // When: the promotion is undone. Then: the variants have their weights again, and the control users.
+        // When: the promotion is undone. Then: the variants have their weights again, and every user the
+        // variant of before.
         tests.change("scored", json!({"onConclusion": "Report"})).await?;
         let undone = |test: &DynamicObject| (status_text(test, "/weights") == "50/50").then(|| test.clone());
         let test = tests.until("scored", Until::new("the weights are back", 15), undone).await?;
         ensure_ended(&test, "PromotionUndone")?;
-        // The fewest users move, and they need not be those that moved before.
-        let some: Vec<String> = all.iter().take(40).map(|visit| visit.user.clone()).collect();
-        let back = Until::new("some users get the control again", 15);
-        back.polled(|| async {
-            let again = visits(&gateway, &name, some.clone()).await?;
-            Ok(again.iter().any(|visit| visit.variant == "control").then_some(()))
-        })
-        .await?;
+        all_get(&gateway, &name, some, |visit| &visit.variant).await?;
 
         // And: no request failed.
         let answered = steady.stop().await??;
         ensure!(answered >= 10, "{answered} requests beside the promotion");
         Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn gateways_that_are_replaced_report_their_last_requests() -> Result<()> {
+    run_within("replaced", LIMIT, async |scenario| {
+        // Given: a test over two models.
+        models(scenario, "twin", json!({})).await?;
+        let (gateway, tests) =
+            (scenario.gateway().await?, Tests::new(&scenario.cluster, &scenario.namespace));
+        let name = format!("{}/replaced", scenario.namespace);
+        tests.apply("replaced", &spec("replaced", "twin", [50, 50])).await?;
+        let mut counted = Counted::default();
+        counted.add(vec![answers(&gateway, &name).await?]);
+
+        // When: users come, the gateways are replaced before the next checkpoint, and some users come again.
+        counted.add(visits(&gateway, &name, users("r", 300)).await?);
+        release::replace_pods(&scenario.cluster, GATEWAY).await?;
+        counted.add(vec![answers(&gateway, &name).await?]);
+        counted.add(visits(&gateway, &name, users("r", 100)).await?);
+
+        // Then: the status has the callers' counts, to the last request.
+        let limit = Until::new("the status has the callers' counts", VERDICT_LIMIT_S);
+        tests.until("replaced", limit, |test| counted.equals(test).then_some(())).await
     })
     .await
 }
@@ -259,13 +282,23 @@ async fn the_division_is_found_broken(scenario: &Scenario) -> Result<()> {
     ensure_ended(&test, "SampleRatioMismatch")
 }
 
-/// Waits until these users get this variant.
-async fn all_get(gateway: &Gateway, model: &str, users: &[String], variant: &str) -> Result<()> {
-    let what = format!("{} users get {variant}", users.len());
-    Until::new(&what, 15)
+/// Waits until the users of these visits get the variant that `expected` names.
+async fn all_get(
+    gateway: &Gateway,
+    model: &str,
+    before: &[Visit],
+    expected: impl Fn(&Visit) -> &str,
+) -> Result<()> {
+    let what = format!("{} users get the variant that is expected", before.len());
+    let expected: BTreeMap<&str, &str> =
+        before.iter().map(|visit| (visit.user.as_str(), expected(visit))).collect();
+    Until::new(&what, MOVE_LIMIT_S)
         .polled(|| async {
-            let got = visits(gateway, model, users.to_vec()).await?;
-            let others = got.iter().filter(|visit| visit.variant != variant).count();
+            let users = before.iter().map(|visit| visit.user.clone());
+            let got = visits(gateway, model, users).await?;
+            let is_other =
+                |visit: &&Visit| expected.get(visit.user.as_str()) != Some(&visit.variant.as_str());
+            let others = got.iter().filter(is_other).count();
             // The last error becomes part of the message at the limit.
             ensure!(others == 0, "{others} of them get another one");
             Ok(Some(()))

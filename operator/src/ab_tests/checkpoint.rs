@@ -1,8 +1,9 @@
 //! The sums of a test in a ConfigMap that the test owns: they outlive gateways and operators.
 //!
-//! A ConfigMap takes 1 MiB. A bucket of users has some 60 to 120 bytes, so 256 of them make at most 31 KB for
-//! each variant, epoch and gateway process: two variants, one epoch and three gateways take 186 KB. What is
-//! left has first-seen users, of 8 bytes each.
+//! A ConfigMap takes 1 MiB. A bucket of users has some 60 to 120 bytes, and 20 more where scores came
+//! twice, so 256 of them make at most 36 KB for each variant, epoch and gateway process: two variants, one
+//! epoch and three gateways take 216 KB. Scored answers take 8 bytes each, and at most 131 KB. What is left
+//! has first-seen users, of 8 bytes each.
 
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::ConfigMap;

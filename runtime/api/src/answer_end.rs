@@ -30,7 +30,7 @@ use crate::fields::Generation;
 use crate::health::{Health, Verdict};
 use crate::inference::{Answer, CountRequest, Event, Inference, Models};
 use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
-use crate::{Classified, ClassifyRequest, EmbedRequest, Embedded, RerankRequest, Reranked};
+use crate::{Arrival, Classified, ClassifyRequest, EmbedRequest, Embedded, RerankRequest, Reranked};
 
 /// Trailer: [`END_OK`], or the kind of the error that ended the answer after its head.
 pub const END_TRAILER: &str = "x-trustformers-end";
@@ -60,6 +60,11 @@ impl GatewayLoad {
     fn enter(&self) -> GatewayRequest {
         self.0.fetch_add(1, Ordering::AcqRel);
         GatewayRequest(self.clone())
+    }
+
+    /// How many there are beside one that is refused at once, and this one.
+    pub(crate) fn with_refused(&self) -> usize {
+        self.0.load(Ordering::Acquire) + 1
     }
 }
 
@@ -143,6 +148,14 @@ fn whole<T: Send + 'static>(
 }
 
 impl Inference for ReportingInference {
+    fn is_full(&self) -> bool {
+        self.0.is_full()
+    }
+
+    fn refuse(&self, arrival: &Arrival<'_>) -> Option<ApiError> {
+        self.0.refuse(arrival)
+    }
+
     fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
         let answering = self.0.generate(request);
         let Some(end) = current() else { return answering };

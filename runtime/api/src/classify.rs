@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 use trustformers_proto::v1;
 
+use crate::entities::{self, Aggregation, Entity, EntityBody};
 use crate::error::ApiError;
 use crate::http::generate::milliseconds;
 use crate::inference::Usage;
@@ -23,7 +24,7 @@ use crate::{Api, request_body, tenant};
 
 /// The fields of a request.
 pub(crate) const FIELDS: &[&str] =
-    &["input", "inputs", "model", "top_k", "raw_scores", "truncate", "priority"];
+    &["input", "inputs", "model", "top_k", "raw_scores", entities::FIELD, "truncate", "priority"];
 
 /// Texts, or pairs of texts, of one request: what the engine's encoder takes.
 pub(crate) const MAX_TEXTS: usize = 2048;
@@ -55,6 +56,8 @@ pub struct ClassifyRequest {
     pub truncate: bool,
     /// Whether the scores are the model's logits.
     pub raw_scores: bool,
+    /// How the labels of tokens become entities; only of a model that labels tokens, and none says `none`.
+    pub aggregation: Option<Aggregation>,
     /// The priority class.
     pub priority: Priority,
     /// The tenant that the request belongs to; empty: none.
@@ -74,8 +77,10 @@ pub struct Classified {
     pub revision: String,
     /// The model's labels, at least one.
     pub labels: Arc<[String]>,
-    /// For each text, in order, a score for each label.
+    /// For each text, in order, a score for each label; empty of a model that labels tokens.
     pub scores: Vec<f32>,
+    /// For each text, in order, its entities; only of a model that labels tokens.
+    pub entities: Option<Vec<Vec<Entity>>>,
     /// Tokens of all texts together.
     pub tokens: u32,
     /// Indices of the texts that were cut, ascending.
@@ -112,12 +117,33 @@ impl Classified {
         })
     }
 
-    pub(crate) fn into_proto(self, most: Option<u32>, latency_ms: f64) -> v1::ClassifyResponse {
+    /// Refuses what only has a meaning for scores of whole texts.
+    pub(crate) fn check_top_k(&self, top_k: Option<u32>) -> Result<(), ApiError> {
+        if top_k.is_none() || self.entities.is_none() {
+            return Ok(());
+        }
+        let why = "is for labels of whole texts, and this model labels tokens: leave it out";
+        Err(ApiError::field("top_k", why))
+    }
+
+    pub(crate) fn into_proto(mut self, most: Option<u32>, latency_ms: f64) -> v1::ClassifyResponse {
         let score = |one: LabelScore<'_>| v1::LabelScore { label: one.label.to_owned(), score: one.score };
-        let results = self
-            .best(most)
-            .map(|scores| v1::Classification { scores: scores.into_iter().map(score).collect() })
-            .collect();
+        let results = match self.entities.take() {
+            Some(entities) => {
+                let of_text = |entities: Vec<Entity>| v1::Classification {
+                    scores: Vec::new(),
+                    entities: entities.into_iter().map(Entity::into_proto).collect(),
+                };
+                entities.into_iter().map(of_text).collect()
+            }
+            None => {
+                let of_text = |scores: Vec<LabelScore<'_>>| v1::Classification {
+                    scores: scores.into_iter().map(score).collect(),
+                    entities: Vec::new(),
+                };
+                self.best(most).map(of_text).collect()
+            }
+        };
         let usage = Usage { prompt_tokens: self.tokens, completion_tokens: 0 };
         v1::ClassifyResponse {
             results,
@@ -147,6 +173,7 @@ pub(crate) async fn classify(State(api): State<Api>, request: Request) -> Result
     let headers = parts.headers;
     let asked = api.parse(bytes, move |bytes| parse(bytes, &headers)).await?;
     let classified = api.inference.classify(asked.request).await?;
+    classified.check_top_k(asked.top_k)?;
     let headers = classified.head_headers();
     let body = answer_body(&classified, asked.top_k, milliseconds(started));
     Ok((headers, axum::Json(body)).into_response())
@@ -156,6 +183,7 @@ fn parse(bytes: &[u8], headers: &HeaderMap) -> Result<AskedClassification, ApiEr
     let object = object(bytes, FIELDS, r#"{"input": "Is this spam?"}"#)?;
     let number = |value: &Value| value.as_u64().and_then(|count| u32::try_from(count).ok());
     let class = priority::of_json(&object)?.or(priority::of_headers(headers)?);
+    let aggregation = take(&object, entities::FIELD, "a string", |value| value.as_str().map(str::to_owned))?;
     let request = ClassifyRequest {
         input: inputs(&object)?,
         model: revision::addressed(
@@ -166,6 +194,7 @@ fn parse(bytes: &[u8], headers: &HeaderMap) -> Result<AskedClassification, ApiEr
         revision: revision::of_headers(headers)?,
         truncate: take(&object, "truncate", "true or false", Value::as_bool)?.unwrap_or(true),
         raw_scores: take(&object, "raw_scores", "true or false", Value::as_bool)?.unwrap_or(false),
+        aggregation: aggregation.as_deref().map(Aggregation::of_field).transpose()?,
         priority: class.unwrap_or_default(),
         tenant: tenant::of_headers(headers)?.unwrap_or_default(),
     };
@@ -264,7 +293,8 @@ impl AskedClassification {
     /// A message's request. Metadata names the tenant, and the class where the message gives none.
     pub(crate) fn from_proto(request: v1::ClassifyRequest, metadata: &HeaderMap) -> Result<Self, ApiError> {
         let from_metadata = priority::of_headers(metadata)?;
-        let v1::ClassifyRequest { input, pairs, truncate, top_k, model, priority, raw_scores } = request;
+        let aggregation = request.aggregation_strategy.as_deref().map(Aggregation::of_field).transpose()?;
+        let v1::ClassifyRequest { input, pairs, truncate, top_k, model, priority, raw_scores, .. } = request;
         if !input.is_empty() && !pairs.is_empty() {
             return Err(ApiError::field("pairs", "is given beside input: give one of them"));
         }
@@ -276,6 +306,7 @@ impl AskedClassification {
             revision: revision::of_headers(metadata)?,
             truncate: truncate.unwrap_or(true),
             raw_scores,
+            aggregation,
             priority: priority::of_proto(priority)?.or(from_metadata).unwrap_or_default(),
             tenant: tenant::of_headers(metadata)?.unwrap_or_default(),
         };
@@ -298,9 +329,12 @@ pub(crate) struct ScoresBody<'a, T> {
     pub(crate) truncated: &'a [u32],
 }
 
+/// What a text has: scores of labels, or entities.
 #[derive(Serialize)]
-struct TextScores<'a> {
-    scores: Vec<LabelScore<'a>>,
+#[serde(untagged)]
+enum TextResult<'a> {
+    Scores { scores: Vec<LabelScore<'a>> },
+    Entities { entities: Vec<EntityBody<'a>> },
 }
 
 /// Tokens of an answer without new ones.
@@ -320,9 +354,16 @@ fn answer_body(
     classified: &Classified,
     most: Option<u32>,
     latency_ms: f64,
-) -> ScoresBody<'_, TextScores<'_>> {
+) -> ScoresBody<'_, TextResult<'_>> {
+    let results = match &classified.entities {
+        None => classified.best(most).map(|scores| TextResult::Scores { scores }).collect(),
+        Some(entities) => {
+            let bodies = entities.iter().map(|own| own.iter().map(Entity::body).collect());
+            bodies.map(|entities| TextResult::Entities { entities }).collect()
+        }
+    };
     ScoresBody {
-        results: classified.best(most).map(|scores| TextScores { scores }).collect(),
+        results,
         model: &classified.model,
         usage: TokensRead::of(classified.tokens),
         id: &classified.id,
@@ -372,6 +413,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn labels_of_tokens_are_entities() {
+        let fake = Fake::with(Script::tokens(&[]));
+        let body = json!({"input": ["a", "b"], "aggregation_strategy": "simple"});
+        let (status, answer) = post(&fake, body).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        let entity = json!({"entity_group": "PER", "score": 0.75, "word": "a", "start": 0, "end": 1});
+        assert_eq!(answer["results"], json!([{"entities": [entity]}, {"entities": [entity]}]));
+        assert_eq!(fake.last_classification().aggregation, Some(Aggregation::Simple));
+        let cases = [
+            (json!({"input": "a", "aggregation_strategy": "mean"}), "aggregation_strategy: it must be none"),
+            (json!({"input": "a", "aggregation_strategy": 1}), "aggregation_strategy: "),
+            (
+                json!({"input": "a", "aggregation_strategy": "max", "top_k": 1}),
+                "top_k: is for labels of whole",
+            ),
+        ];
+        for (body, wanted) in cases {
+            let (status, answer) = post(&fake, body).await;
+            assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+            let message = answer["error"]["message"].as_str().unwrap();
+            assert!(message.starts_with(wanted), "{message}");
+        }
+    }
+
+    #[tokio::test]
     async fn both_forms_of_requests_are_read() {
         let fake = Fake::with(Script::tokens(&[]));
         let cases = [
@@ -417,10 +483,12 @@ mod tests {
             top_k: Some(1),
             truncate: Some(false),
             model: "m".into(),
+            aggregation_strategy: Some("max".into()),
             ..Default::default()
         };
         let asked = AskedClassification::from_proto(message.clone(), &HeaderMap::new()).unwrap();
         assert_eq!((asked.request.input, asked.top_k), (vec![pair_of("a", "b")], Some(1)));
+        assert_eq!(asked.request.aggregation, Some(Aggregation::Max));
         assert!(!asked.request.truncate && asked.request.model.as_deref() == Some("m"));
         let both = v1::ClassifyRequest { input: vec!["c".into()], ..message };
         let error = AskedClassification::from_proto(both, &HeaderMap::new()).unwrap_err().to_string();

@@ -15,14 +15,15 @@ use crate::inference::{
 use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use crate::tools::AnswerSyntax;
 use crate::{
-    Api, ApiError, Classified, ClassifyRequest, EmbedRequest, Embedded, Generation, PoolingMode, Prompt,
-    RerankRequest, Reranked,
+    Api, ApiError, Arrival, Classified, ClassifyRequest, EmbedRequest, Embedded, Entity, Generation,
+    PoolingMode, Priority, Prompt, RerankRequest, Reranked,
 };
 
 /// What each request gets.
 #[derive(Clone, Default)]
 pub(crate) struct Script {
     refusal: Option<ApiError>,
+    full: Option<ApiError>,
     pieces: Vec<String>,
     failure: Option<ApiError>,
     hangs: bool,
@@ -38,6 +39,10 @@ impl Script {
     }
     pub(crate) fn refused(error: ApiError) -> Self {
         Self { refusal: Some(error), ..Self::default() }
+    }
+    /// Requests that nothing precedes are refused with this before they are looked at.
+    pub(crate) fn full(self, error: ApiError) -> Self {
+        Self { full: Some(error), ..self }
     }
     pub(crate) fn fails_before_a_token(error: ApiError) -> Self {
         Self::default().then_fails(error)
@@ -134,6 +139,11 @@ impl Fake {
         self.last.lock().unwrap().clone().unwrap()
     }
 
+    /// Whether it was asked to generate.
+    pub(crate) fn was_asked(&self) -> bool {
+        self.last.lock().unwrap().is_some()
+    }
+
     pub(crate) fn last_embedding(&self) -> EmbedRequest {
         self.last_embedding.lock().unwrap().clone().unwrap()
     }
@@ -192,6 +202,14 @@ fn texts(ids: &[u32]) -> Result<Vec<TokenText>, ApiError> {
 }
 
 impl Inference for Fake {
+    fn is_full(&self) -> bool {
+        self.script.full.is_some()
+    }
+
+    fn refuse(&self, arrival: &Arrival<'_>) -> Option<ApiError> {
+        self.script.full.clone().filter(|_| arrival.priority != Priority::High)
+    }
+
     fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
         *self.last.lock().unwrap() = Some(request);
         let script = self.script.clone();
@@ -271,9 +289,13 @@ impl Inference for Fake {
         })
     }
 
-    /// A quarter for HAM and the rest for SPAM, the first text said to be cut.
+    /// A quarter for HAM and the rest for SPAM, the first text said to be cut; an entity for each text where
+    /// the request names a way to aggregate.
     fn classify(&self, request: ClassifyRequest) -> BoxFuture<'_, Result<Classified, ApiError>> {
         let texts = request.input.len();
+        let entity =
+            Entity { label: "PER".into(), score: 0.75, index: None, word: "a".into(), start: 0, end: 1 };
+        let entities = request.aggregation.map(|_| vec![vec![entity]; texts]);
         *self.last_classification.lock().unwrap() = Some(request);
         let refusal = self.script.refusal.clone();
         let classified = Classified {
@@ -283,6 +305,7 @@ impl Inference for Fake {
             revision: "r1".into(),
             labels: ["HAM".to_owned(), "SPAM".to_owned()].into(),
             scores: [0.25, 0.75].repeat(texts),
+            entities,
             tokens: u32::try_from(texts).unwrap() * 3,
             truncated: vec![0],
         };

@@ -274,6 +274,7 @@ impl InferenceService for Api {
         let (metadata, _, message) = request.into_parts();
         let asked = AskedClassification::from_proto(message, metadata.as_ref())?;
         let classified = self.inference.classify(asked.request).await?;
+        classified.check_top_k(asked.top_k)?;
         let headers = classified.head_headers();
         Ok(answered(headers, classified.into_proto(asked.top_k, milliseconds(started))))
     }

@@ -17,6 +17,7 @@ use crate::error::ApiError;
 use crate::fields::Generation;
 use crate::health::Health;
 use crate::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel, not_changed_here};
+use crate::overload::Arrival;
 use crate::rerank::{RerankRequest, Reranked};
 use crate::revision::answer_headers;
 use crate::tools::AnswerSyntax;
@@ -26,6 +27,18 @@ pub type Models = Arc<[v1::ModelStatus]>;
 
 /// A server of models. Implemented over engines in one process; the codecs know nothing else.
 pub trait Inference: Health {
+    /// Whether only requests to generate that precede others are admitted at this moment, whichever model
+    /// they name: one version of one model serves, and it is full. Listeners ask this for every request.
+    fn is_full(&self) -> bool {
+        false
+    }
+
+    /// Refuses a request to generate as [`Inference::generate`] would at this moment, before anything else is
+    /// known of it. None: it has to be asked. A refusal counts as that of a request.
+    fn refuse(&self, _arrival: &Arrival<'_>) -> Option<ApiError> {
+        None
+    }
+
     /// Takes a request. The future ends when the request is admitted or refused, not when tokens exist.
     /// Dropping the future or the answer's stream cancels the work.
     ///

@@ -17,6 +17,7 @@
 //! | [`tools`] | tool calls and reasoning in the text of an answer |
 //! | [`embed`] | what is asked of a model that embeds, and `POST /v1/embeddings` |
 //! | [`classify`], [`rerank`] | the same of models that give scores, `POST /v1/classify`, `POST /v1/rerank` |
+//! | [`entities`] | what a model that labels tokens found in a text |
 //! | [`model_control`] | loading and unloading models while the server runs |
 //! | [`priority`], [`tenant`] | the priority class and the tenant of a request |
 //! | [`http`], [`grpc`] | the codecs; `http/` and `embed.rs` hold the routes |
@@ -38,6 +39,7 @@
 //! | `sse_frames.rs` | the writer of server-sent events |
 //! | [`health`] | liveness, readiness and start-up, over both |
 //! | [`server`] | a listener for HTTP/1.1 and HTTP/2 that ends gracefully |
+//! | `overload.rs` | refusals of a full server, before requests are parsed |
 //! | [`openapi`] | the OpenAPI document, served and compared with the table |
 //! | [`surfaces`] | the table of all routes and methods |
 //! | [`nearest`] | "did you mean" for field names |
@@ -58,6 +60,7 @@ pub mod conversation;
 pub mod echo;
 pub mod embed;
 pub mod encoding;
+pub mod entities;
 pub mod error;
 mod field_names;
 pub mod fields;
@@ -76,6 +79,7 @@ pub mod nearest;
 mod openai;
 pub mod openapi;
 pub mod options;
+mod overload;
 pub mod priority;
 mod request_body;
 pub mod rerank;
@@ -100,6 +104,7 @@ pub use classify::{Classified, ClassifyInput, ClassifyRequest, LabelScore};
 pub use contain::BlockingWork;
 pub use conversation::{Conversation, Prompt, ToolChoice};
 pub use embed::{EmbedInput, EmbedRequest, Embedded, PoolingMode};
+pub use entities::{Aggregation, Entity, EntityBody, UnknownAggregation};
 pub use error::{ApiError, ErrorShape};
 pub use fields::{Asked, Defaults, Generation, LeftOut};
 pub use health::{Health, Verdict};
@@ -107,6 +112,7 @@ pub use inference::{
     Answer, CountRequest, Event, FinishReason, Inference, Logprobs, StoppedBy, TokenText, TokenTexts, Usage,
 };
 pub use options::{Format, Options};
+pub use overload::Arrival;
 pub use priority::Priority;
 pub use rerank::{RankedIndex, RerankRequest, Reranked};
 pub use tools::{AnswerSyntax, CallSyntax, ReasoningSyntax};

@@ -3,8 +3,10 @@
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
+use crate::Api;
 use crate::budget::{Caller, FairBudget, Share};
 use crate::error::ApiError;
+use crate::overload::OverloadGate;
 
 /// Unsent bytes of one answer that the listener buffers. Tokens are some hundred bytes each, so this is a
 /// second or more of the fastest answer.
@@ -26,6 +28,8 @@ pub struct Limits {
     pub(crate) connections: Arc<FairBudget>,
     pub(crate) request_bytes: Arc<FairBudget>,
     pub(crate) answer_bytes: Arc<FairBudget>,
+    /// What refuses requests while the server of models is full; none: its routes do.
+    pub(crate) overload: Option<Arc<OverloadGate>>,
 }
 
 impl Default for Limits {
@@ -34,11 +38,19 @@ impl Default for Limits {
             connections: FairBudget::new(MAX_CONNECTIONS),
             request_bytes: FairBudget::new(MAX_REQUEST_BYTES),
             answer_bytes: FairBudget::new(MAX_ANSWER_BYTES),
+            overload: None,
         }
     }
 }
 
 impl Limits {
+    /// With requests to generate refused before they are parsed while the models of `api` are full. For
+    /// listeners of its routes.
+    #[must_use]
+    pub fn refusing_early(self, api: &Api) -> Self {
+        Self { overload: Some(Arc::new(OverloadGate::new(api))), ..self }
+    }
+
     /// The budgets as this caller sees them.
     pub(crate) fn of(&self, caller: Caller) -> CallerLimits {
         CallerLimits { limits: self.clone(), caller }

@@ -28,7 +28,7 @@ use crate::error::ApiError;
 use crate::limits::too_many_request_bytes;
 
 /// A body that has not arrived in this time is refused.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// The most bytes of a refused body that are discarded: 16 times what is accepted.
 const MAX_DISCARDED_BYTES: usize = 16 * MAX_BODY_BYTES;
 /// The longest time that a refused body is discarded.

@@ -10,6 +10,7 @@
 //! | bytes of request bodies, and the time in which they must arrive | `request_body.rs` |
 //! | bytes of answers that the client does not read | each open answer may fill a send buffer |
 //! | a panic while a request is handled | it becomes an answer with an id, and the connection lives |
+//! | work for a request that finds the models full | `overload.rs` |
 
 use std::convert::Infallible;
 use std::io;
@@ -45,6 +46,7 @@ use crate::budget::{Caller, Share};
 use crate::contain::panicked;
 use crate::error::ApiError;
 use crate::limits::{SEND_BUFFER_BYTES, too_many_answers};
+use crate::overload::Admission;
 use crate::request_body;
 use crate::surfaces::{Kind, grpc_surface};
 use crate::upgrade::AfterUpgrade;
@@ -229,9 +231,8 @@ struct Requests {
 }
 
 impl Requests {
-    async fn answer(self, mut request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    async fn answer(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let grpc = is_grpc(request.headers());
-        request.extensions_mut().insert(self.limits.of(self.caller));
         // Probes and figures must come through however busy the server is; their answers are small and whole.
         let exempt = request.uri().path().starts_with("/health") || request.uri().path() == "/metrics";
         let buffer = if exempt { 0 } else { SEND_BUFFER_BYTES };
@@ -243,8 +244,16 @@ impl Requests {
             return Ok(refused(&too_many_answers(), grpc));
         };
         let expects_continue = request.headers().contains_key(EXPECT);
-        let (head, body) = request.into_parts();
+        let (mut head, body) = request.into_parts();
         let (body, meter) = request_body::metered(body, body_share, is_stream_of_messages(&head));
+        let body = match &self.limits.overload {
+            None => body,
+            Some(gate) => match gate.look(&head, body).await {
+                Admission::Refused(response) => return Ok(response),
+                Admission::Passed(body) => body,
+            },
+        };
+        head.extensions.insert(self.limits.of(self.caller));
         let handled = AssertUnwindSafe(self.router.oneshot(Request::from_parts(head, body))).catch_unwind();
         let mut response = match handled.await {
             Ok(Ok(response)) => response,

@@ -12,7 +12,8 @@
 //! * `exact` follows the oracle to within the rounding of f32 sums (`decoder/exact`, `encoder/exact`);
 //! * `fast` keeps the direction of the oracle's answer (`decoder/fast`, `encoder/fast`);
 //! * projections of one input may have weights of different types (`decoder/mixed_types`);
-//! * each fused form by itself gives the answer of the unfused ops (`fused/decoder`, `fused/encoder`);
+//! * each fused form by itself gives the answer of the unfused ops (`fused/decoder`, `fused/encoder`,
+//!   `fused/norms`);
 //! * a sequence gives the same bits alone, batched, in chunks and after a shared prefix
 //!   (`decoder/batch_invariance`, `decoder/prefix`, `encoder/batch_invariance`);
 //! * draft tokens that are verified in one step get the bits of one step each, in `fast` too
@@ -41,6 +42,7 @@ pub mod compare;
 pub mod harness;
 pub mod late;
 pub mod models;
+pub mod normed;
 pub mod seeds;
 pub mod windowed;
 

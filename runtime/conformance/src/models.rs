@@ -198,6 +198,7 @@ impl Encoder {
                 made.vector(&format!("{layer}.{name}.bias"), width, 0.0, 0.2)?;
             }
         }
+        made.vector("distances", Self::HYPER.heads * (2 * context - 1), 0.0, 0.5)?;
         Ok(Arc::new(made.weights))
     }
 
@@ -226,6 +227,7 @@ impl Encoder {
         let norm = |b: &mut PlanBuilder<'_>, x, name: String| -> Result<Value, CaseError> {
             Ok(b.layer_norm(x, named(weights, &name)?, named(weights, &format!("{name}.bias"))?, 1e-12))
         };
+        let distances = named(weights, "distances")?;
         let mut b = PlanBuilder::new(weights, Self::HYPER, ENCODER_LIMITS);
         let words = b.embed(named(weights, "words")?);
         let positions = b.embed_positions(named(weights, "positions")?);
@@ -241,10 +243,11 @@ impl Encoder {
             let q = dense(&mut b, x, at("q"))?;
             let k = dense(&mut b, all, at("k"))?;
             let v = dense(&mut b, all, at("v"))?;
-            // The last layer attends within a window, the first to whole sequences.
+            // The last layer attends within a window, the first to whole sequences. Both add the same values
+            // for distances.
             let window = (layer + 1 == Self::HYPER.layers).then_some(Self::WINDOW);
-            let causal = self.pooling == Pooling::Last;
-            let scores = EncoderScores { scale: 24f32.sqrt().recip(), window, causal };
+            let (scale, causal) = (24f32.sqrt().recip(), self.pooling == Pooling::Last);
+            let scores = EncoderScores { scale, window, causal, distances: Some(distances) };
             let mixed = b.encoder_attention(q, k, v, scores);
             let o = dense(&mut b, mixed, at("o"))?;
             let sum = b.add(o, x);

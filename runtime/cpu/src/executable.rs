@@ -16,20 +16,21 @@ use trustformers_plan::{
 use crate::{
     adapter::CpuAdapter,
     footprint::sampling_threads,
-    hazards,
+    hazards::{self, Fence},
     model::ModelState,
     shared_pool::{PoolClient, PoolGuard},
-    step::{Step, prompts::PromptRows},
+    step::{Step, alone::WrittenBlocks, prompts::PromptRows},
 };
 
 /// A plan that runs on the pool.
 pub(crate) struct CpuExecutable {
     plan: Plan,
-    barriers: Vec<bool>,
+    fences: Vec<Fence>,
     shared: Arc<ModelState>,
     pool: Arc<PoolClient>,
     row_sequences: Vec<u32>,
     prompt_rows: PromptRows,
+    written_blocks: WrittenBlocks,
     /// The adapter of each sequence of the step that runs.
     adapters: Vec<Option<Arc<CpuAdapter>>>,
     /// Ids of the rows of the step.
@@ -59,13 +60,14 @@ impl CpuExecutable {
         let threads = pool.threads();
         let scratch = || Mutex::new(SampleScratch::with_room_for(plan.answer().cols));
         Self {
-            barriers: hazards::barriers(plan.ops()),
+            fences: hazards::fences(plan.ops(), plan.limits()),
             scratch: (0..sampling_threads(&plan, threads)).map(|_| scratch()).collect(),
             plan,
             shared,
             pool,
             row_sequences: Vec::new(),
             prompt_rows: PromptRows::default(),
+            written_blocks: WrittenBlocks::default(),
             adapters: Vec::new(),
             ids: Vec::new(),
             sampled: Vec::new(),
@@ -145,16 +147,20 @@ impl Executable for CpuExecutable {
         }
         let has_panels = self.shared.numerics == Numerics::Fast && self.shared.kernels.has_panels();
         self.prompt_rows.list(input, has_panels);
+        let groups = self.shared.kv_layout.classes().groups();
+        let rows_are_alone =
+            self.fences.contains(&Fence::Joint) && self.written_blocks.rows_are_alone(input, groups);
         let mut pool = self.pool.acquire();
         let number = self.shared.steps.fetch_add(1, Ordering::Relaxed) + 1;
         let step = Step {
             shared: &self.shared,
             plan: &self.plan,
-            barriers: &self.barriers,
+            fences: &self.fences,
             input,
             ids: &self.ids,
             row_sequences: &self.row_sequences,
             prompt_rows: &self.prompt_rows,
+            rows_are_alone,
             adapters: &self.adapters,
             threads: pool.threads(),
         };

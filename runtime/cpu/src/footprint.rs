@@ -71,6 +71,7 @@ pub(crate) struct ThreadScratchSizes {
     pub(crate) quantised: usize,
     pub(crate) normed: usize,
     pub(crate) partials: usize,
+    /// Queries of a tile as the kernel reads them, and once more as they are rotated.
     pub(crate) queries: usize,
     pub(crate) encoder: usize,
 }
@@ -174,21 +175,29 @@ impl ScratchSizes {
             (BlockScaledRows::bytes(rows, cols) + Int8Rows::bytes(rows, cols) + halves)
                 .div_ceil(size_of::<f32>())
         };
-        let normed_cols = plan.ops().iter().filter_map(normed_cols).max().unwrap_or(0);
+        let normed_cols = |which: &dyn Fn(&Op) -> bool| {
+            plan.ops().iter().filter(|&op| which(op)).filter_map(normed_cols).max().unwrap_or(0)
+        };
+        // Rows that no other op reads, and that no kernel reads as floats, lie in the threads' own memory.
+        let reads_floats = |segment: &Segment| kernels.reads_floats(forms[&segment.weight], numerics);
+        let shared = |op: &Op| match op {
+            Op::MatMul { normed: None, segments, .. } => segments.iter().any(reads_floats),
+            _ => false,
+        };
         let rows = limits.rows.max(limits.logits_rows);
         let shape = AttentionShape { heads: hyper.heads, kv_heads: hyper.kv_heads, head_dim: hyper.head_dim };
         let tile_partials = hyper.context.div_ceil(CHUNK_TOKENS) * chunk_len(&shape);
         let encodes = plan.ops().iter().any(|op| matches!(op, Op::EncoderAttention { .. }));
         Self {
             quantised: quantised_len(rows),
-            normed: rows * normed_cols,
+            normed: rows * normed_cols(&shared),
             partials: tile_partials * (threads - 1),
             low_rank: low_rank_len(plan, rows),
             threads,
             thread: ThreadScratchSizes {
                 matmul: kernels.matmul_scratch_len(cols),
                 quantised: quantised_len(PRIVATE_ROWS),
-                normed: PRIVATE_ROWS * normed_cols,
+                normed: PRIVATE_ROWS * normed_cols(&|_| true),
                 partials: tile_partials,
                 queries: attention::TILE * hyper.head_dim,
                 encoder: if encodes {
@@ -204,7 +213,7 @@ impl ScratchSizes {
         let Self { quantised, normed, partials, low_rank, threads, thread } = *self;
         let shared: u64 = [quantised, normed, partials, low_rank].into_iter().map(SharedF32::bytes_of).sum();
         let ThreadScratchSizes { matmul, quantised, normed, partials, queries, encoder } = thread;
-        let own: u64 = [matmul, quantised, normed, partials, queries, encoder]
+        let own: u64 = [matmul, quantised, normed, partials, queries, queries, encoder]
             .into_iter()
             .map(SharedF32::bytes_of)
             .sum();

@@ -73,6 +73,8 @@ pub(crate) struct ThreadScratch {
     pub(crate) partials: SharedF32,
     /// Queries of one tile.
     pub(crate) queries: SharedF32,
+    /// The same, rotated, before they are laid out for the kernel.
+    pub(crate) rotated: SharedF32,
     /// One head of a sequence in an encoder's attention.
     pub(crate) encoder: SharedF32,
 }
@@ -88,6 +90,7 @@ impl Scratch {
                 normed: memory(sizes.normed)?,
                 partials: memory(sizes.partials)?,
                 queries: memory(sizes.queries)?,
+                rotated: memory(sizes.queries)?,
                 encoder: memory(sizes.encoder)?,
             })
         };
@@ -102,7 +105,8 @@ impl Scratch {
 
     fn bytes(&self) -> u64 {
         let own = |t: &ThreadScratch| {
-            let memories = [&t.matmul, &t.quantised, &t.normed, &t.partials, &t.queries, &t.encoder];
+            let ThreadScratch { matmul, quantised, normed, partials, queries, rotated, encoder } = t;
+            let memories = [matmul, quantised, normed, partials, queries, rotated, encoder];
             memories.into_iter().map(SharedF32::bytes).sum::<u64>()
         };
         let shared = [&self.quantised, &self.normed, &self.partials, &self.low_rank];

@@ -3,8 +3,13 @@
 //! Every method computes this thread's share of one op. Three facts make the whole file safe: the step was
 //! validated against the plan; the plan's buffers lie in the arena and do not overlap while they are live;
 //! and [`crate::hazards`] put a barrier wherever a thread accesses what another one wrote.
+//!
+//! A layer of a Llama in which one row is decoded has five barriers: before attention, before its output
+//! projection, before gate and up, before down, and before the next layer. One more precedes the merge of
+//! positions that several threads attended to.
 
 mod adapter;
+pub(crate) mod alone;
 mod attention;
 mod cache;
 mod elements;
@@ -19,6 +24,8 @@ use trustformers_plan::{AttentionShape, Buf, GeluForm, Op, Plan, RowSpace, Segme
 
 use crate::{
     adapter::CpuAdapter,
+    hazards::Fence,
+    kernels::attention::TILE,
     model::ModelState,
     pool::{Aborted, Barrier, share},
 };
@@ -32,6 +39,10 @@ use prompts::PromptRows;
 
 /// Most rows that each thread quantises for itself: the repeated work costs less than one more barrier.
 pub(crate) const PRIVATE_ROWS: usize = 4;
+/// Most values of several such rows. A block of 32 takes some thirty cycles (a maximum, a division, two sums
+/// over lanes), so half of these values, which each of two threads repeats for the other, take about as long
+/// as a barrier: some four thousand cycles.
+const PRIVATE_VALUES: usize = 8192;
 /// Columns per unit of element-wise work.
 const UNIT_COLS: usize = 256;
 
@@ -39,12 +50,14 @@ const UNIT_COLS: usize = 256;
 pub(crate) struct Step<'a> {
     pub(crate) shared: &'a ModelState,
     pub(crate) plan: &'a Plan,
-    pub(crate) barriers: &'a [bool],
+    pub(crate) fences: &'a [Fence],
     pub(crate) input: &'a StepInput,
     /// The token of each row.
     pub(crate) ids: &'a [u32],
     pub(crate) row_sequences: &'a [u32],
     pub(crate) prompt_rows: &'a PromptRows,
+    /// Whether each row is alone; see [`alone`].
+    pub(crate) rows_are_alone: bool,
     /// The adapter of each sequence; empty where all chose none.
     pub(crate) adapters: &'a [Option<Arc<CpuAdapter>>],
     pub(crate) threads: usize,
@@ -61,13 +74,40 @@ impl Step<'_> {
     /// Runs this thread's share of every op.
     pub(crate) fn run(&self, number: usize, barrier: &Barrier) -> Result<(), Aborted> {
         let thread = ThreadContext { number, barrier };
-        for (op, &barrier_before) in self.plan.ops().iter().zip(self.barriers) {
-            if barrier_before {
+        let ops = self.plan.ops();
+        let mut index = 0;
+        while index < ops.len() {
+            if self.fences[index] != Fence::Open {
                 barrier.wait()?;
             }
-            self.op(op, thread)?;
+            if let Some(attention) = self.joint(index) {
+                self.attention(&attention, thread)?;
+                index += 2;
+            } else {
+                self.op(&ops[index], thread)?;
+                index += 1;
+            }
         }
         Ok(())
+    }
+
+    /// The attention after the op at `index`, if this step computes both together.
+    fn joint(&self, index: usize) -> Option<Attention> {
+        if !self.rows_are_alone || self.fences.get(index + 1) != Some(&Fence::Joint) {
+            return None;
+        }
+        let ops = self.plan.ops();
+        let (
+            &Op::RopeKvWrite { layer, query, keys, values, spec },
+            &Op::Attention { shape, scores, out, .. },
+        ) = (&ops[index], &ops[index + 1])
+        else {
+            return None;
+        };
+        // Each row must have a query, and all of a head's queries must be one tile, which one thread ends.
+        let is_whole = self.rows(query) == self.input.rows() && shape.heads / shape.kv_heads <= TILE;
+        let joined = Some(RopeKvWrite { layer, query, keys, values, spec });
+        is_whole.then_some(Attention { layer, query, shape, scores, out, joined })
     }
 
     fn op(&self, op: &Op, thread: ThreadContext<'_>) -> Result<(), Aborted> {
@@ -81,8 +121,8 @@ impl Step<'_> {
             Op::LayerNorm { input, weight, bias, eps, out } => {
                 self.layer_norm(&LayerNormOperands { input, weight, bias, eps, out }, thread);
             }
-            Op::MatMul { input, norm, ref segments, activation, residual, out } => {
-                let projection = Projection { input, norm, segments, activation, residual, out };
+            Op::MatMul { input, norm, normed, ref segments, activation, residual, out } => {
+                let projection = Projection { input, norm, normed, segments, activation, residual, out };
                 self.matmul(&projection, thread)?;
                 return self.adapt(&projection, thread);
             }
@@ -96,7 +136,8 @@ impl Step<'_> {
                 self.rope_kv_write(&RopeKvWrite { layer, query, keys, values, spec }, thread);
             }
             Op::Attention { layer, query, shape, scores, out } => {
-                return self.attention(&Attention { layer, query, shape, scores, out }, thread);
+                let joined = None;
+                return self.attention(&Attention { layer, query, shape, scores, out, joined }, thread);
             }
             Op::EncoderAttention { query, keys, values, shape, scores, out } => {
                 self.encoder_attention(&EncoderAttention { query, keys, values, shape, scores, out }, thread);

@@ -5,6 +5,7 @@
 
 use trustformers_conformance::harness::{LoadCase, decode, encode, load_decoder, load_encoder, load_plan};
 use trustformers_conformance::models::{Decoder, Encoder};
+use trustformers_conformance::normed::NormedEncoder;
 use trustformers_conformance::{Fault, check};
 use trustformers_cpu::{CpuBackend, CpuConfig, Tier, TileRule};
 use trustformers_plan::{Backend, BackendError, DType, FusedOps, KvType, Numerics, Pooling, RopeLayout};
@@ -55,6 +56,7 @@ fn threads_and_fusion_change_no_bits() {
                 }
                 let executable = load_encoder(&mut cpu(tier, threads), encoder, &fused, numerics);
                 rows.extend(encode(&mut *executable.unwrap(), &LENGTHS).unwrap());
+                rows.extend(normed_rows(tier, threads, &fused, numerics));
                 rows
             };
             let one = run(1, FusedOps::ALL);
@@ -64,6 +66,19 @@ fn threads_and_fusion_change_no_bits() {
             assert!(run(2, FusedOps::NONE) == one, "{tier} {numerics:?} without fusion");
         }
     }
+}
+
+/// The answers of an encoder with many norms, for few rows and for many.
+fn normed_rows(tier: Tier, threads: usize, fused: &FusedOps, numerics: Numerics) -> Vec<Vec<f32>> {
+    let mut rows = Vec::new();
+    for dtype in [DType::F32, DType::Q8_0] {
+        let case = NormedEncoder { dtype }.case(fused, numerics).unwrap();
+        let mut executable = load_plan(&mut cpu(tier, threads), &case).unwrap();
+        for lengths in [&LENGTHS[..], &[3][..]] {
+            rows.extend(encode(&mut *executable, lengths).unwrap());
+        }
+    }
+    rows
 }
 
 #[test]

@@ -57,7 +57,7 @@ impl Encoder {
         config: &EncoderConfig,
     ) -> Result<MemoryReport, StartError> {
         let sizes = config.sizes(model.facts().context_tokens, model.special_tokens())?;
-        let request = sizes.plan_request(backend.caps().fused);
+        let request = sizes.plan_request(model.facts(), backend.caps().fused);
         let (numerics, adapters) = (config.numerics, AdapterRoom::NONE);
         let estimate = Estimate { kv_blocks: 0, kv_type: KvType::F32, numerics, adapters };
         estimate.of(model, &request, backend, |plan| plan)

@@ -194,6 +194,27 @@ mod tests {
     }
 
     #[test]
+    fn of_100_000_users_exactly_those_of_the_tenth_that_must_move_move() {
+        use trustformers_proto::buckets::{BucketOwners, RevisionWeight};
+        let weights = |control: u32, treatment: u32| {
+            [("control", control), ("treatment", treatment)]
+                .map(|(revision, weight)| RevisionWeight { revision: revision.into(), weight })
+        };
+        let before = BucketOwners::with_weights(&weights(90, 10)).unwrap();
+        let after = before.changed_to(&weights(80, 20)).unwrap();
+        let moves = |bucket: u16| before.owner(bucket) != after.owner(bucket);
+        assert_eq!((0..BUCKETS).filter(|&bucket| moves(bucket)).count(), 1000, "a tenth of the buckets");
+        let users = (0..100_000).map(|user| bucket_of("salt", format!("user-{user}").as_bytes()));
+        let moved: Vec<u16> = users.filter(|&bucket| moves(bucket)).collect();
+        // 10,000 expected; five standard deviations are 475.
+        assert!((9525..=10_475).contains(&moved.len()), "{} users moved", moved.len());
+        for bucket in moved {
+            let owners = (before.owner(bucket), after.owner(bucket));
+            assert_eq!(owners, (Some("control"), Some("treatment")), "bucket {bucket}");
+        }
+    }
+
+    #[test]
     fn zero_weights_give_no_choice() {
         assert_eq!(Split::new(&[]).choose(3), None);
         assert_eq!(Split::new(&[0, 0]).choose(3), None);

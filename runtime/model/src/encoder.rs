@@ -4,14 +4,14 @@
 pub(crate) mod file;
 
 use crate::arch::bert::{self, EncoderShape, EncoderTensors, Head};
-use crate::arch::encoder_family::{self, EncoderFamily, HeadActivation};
+use crate::arch::encoder_family::{self, EncoderBlocks, EncoderFamily, HeadActivation};
 use crate::arch::modernbert::{self, ModernBertShape};
 use crate::arch::{Architecture, TensorProblem};
 use crate::chat::{self, ChatError, ChatTemplate};
 use crate::checkpoint::decoder::model_types;
 use crate::checkpoint::{
     BertConfig, CONFIG, CheckpointFiles, CheckpointProblem, HeadConfig, ModernBertConfig, Scoring, Sentence,
-    StoredTensors, TOKENIZER, WEIGHTS,
+    StoredTensors, TOKENIZER, WEIGHTS, nomic_config,
 };
 use crate::error::{LoadError, TokenizerProblem};
 use crate::model::{ClassificationFacts, EmbeddingFacts, Model, ModelFacts, TextPreparation};
@@ -21,7 +21,7 @@ use crate::source::OnRead;
 use crate::tokenizer::Tokenizer;
 use serde::Deserialize;
 use std::sync::Arc;
-use trustformers_plan::Weights;
+use trustformers_plan::{Pooling, Weights};
 use trustformers_proto::Task;
 
 /// The key of `config.json` that names the architecture.
@@ -62,7 +62,10 @@ impl EncoderConfig {
             let supported = format!("{families}, {} in a folder; others as a .gguf file", model_types());
             return Err(LoadError::Architecture { path: files.path(CONFIG), found: model_type, supported });
         };
-        let config: BertConfig = files.json(CONFIG)?;
+        let config: BertConfig = match family.blocks {
+            EncoderBlocks::Biased => files.json(CONFIG)?,
+            EncoderBlocks::Rotary => nomic_config(files.json(CONFIG)?).map_err(wrong)?,
+        };
         config.check(family).map_err(wrong)?;
         Ok(Self::Bert(family, config))
     }
@@ -78,6 +81,13 @@ impl EncoderConfig {
         match self {
             Self::Bert(_, config) => config.is_classifier(),
             Self::ModernBert(config) => config.is_classifier(),
+        }
+    }
+
+    fn is_token_classifier(&self) -> bool {
+        match self {
+            Self::Bert(_, config) => config.is_token_classifier(),
+            Self::ModernBert(config) => config.is_token_classifier(),
         }
     }
 
@@ -97,6 +107,14 @@ impl EncoderConfig {
                 heads: config.num_attention_heads,
                 positions: config.max_position_embeddings,
             },
+        }
+    }
+
+    /// How the rows of a text become the one that a classifier's head reads.
+    fn classifier_pooling(&self) -> Pooling {
+        match self {
+            Self::Bert(..) => Pooling::Cls,
+            Self::ModernBert(config) => config.classifier_pooling(),
         }
     }
 
@@ -126,8 +144,14 @@ impl EncoderConfig {
 pub(crate) fn load(files: &CheckpointFiles, progress: &mut OnRead<'_>) -> Result<Model, LoadError> {
     let config = EncoderConfig::read(files)?;
     let sizes = config.sizes();
-    let scores = config.is_classifier();
-    let sentence = if scores { Sentence::of_classifier(files)? } else { Sentence::read(files)? };
+    let (scores, by_token) = (config.is_classifier(), config.is_token_classifier());
+    let sentence = if scores {
+        Sentence { pooling: config.classifier_pooling(), ..Sentence::of_classifier(files)? }
+    } else if by_token {
+        Sentence::of_token_classifier(files)?
+    } else {
+        Sentence::read(files)?
+    };
     let tokenizer_file = files.bytes(TOKENIZER)?;
     files.refuse_foreign(TOKENIZER, &tokenizer_file)?;
     let tokenizer = Tokenizer::from_json(&tokenizer_file)
@@ -135,21 +159,23 @@ pub(crate) fn load(files: &CheckpointFiles, progress: &mut OnRead<'_>) -> Result
         .map_err(|problem| LoadError::Tokenizer { path: files.path(TOKENIZER), problem })?;
     let max_tokens =
         max_tokens(sizes.positions, &sentence, &tokenizer).map_err(|problem| files.wrong(CONFIG, problem))?;
-    let head = Head { pooling: sentence.pooling, normalise: sentence.normalised, scores, max_tokens };
+    let (pooling, normalise) = (sentence.pooling, sentence.normalised);
+    let head = Head { pooling, normalise, scores, by_token, max_tokens };
     let stored = files.tensors(progress)?;
     let tensors = config.tensors(head, &stored).map_err(|problem| files.wrong(WEIGHTS, problem))?;
     let mut weights = tensors.weights;
     // An architecture adds views of its tensors, which are no further parameters.
     let parameters = parameters(&weights);
     let architecture = config.resolve(head, &mut weights).map_err(|problem| files.wrong(WEIGHTS, problem))?;
-    let score_head = match &tensors.head_out {
-        Some(out) => Some(
+    let score_head = match (&tensors.head_out, &tensors.label_bias) {
+        (Some(out), _) => Some(
             ScoreHead::new(out, config.head_activation(), sizes.width)
                 .map_err(|problem| files.wrong(WEIGHTS, problem))?,
         ),
-        None => None,
+        (None, Some(bias)) => Some(ScoreHead::of_labels(bias)),
+        (None, None) => None,
     };
-    let scoring = score_head.as_ref().map(|head| scoring(files, head.labels())).transpose()?;
+    let scoring = score_head.as_ref().map(|scores| scoring(files, scores.labels(), head)).transpose()?;
     let mut facts = facts(&config, head, &sentence, scoring);
     (facts.parameters, facts.file_bytes) = (parameters, stored.file_bytes() as u64);
     let (template, special) = chat::config::of_checkpoint(files)?;
@@ -172,9 +198,10 @@ fn parameters(weights: &Weights) -> u64 {
 }
 
 /// What the logits of a classifier mean.
-fn scoring(files: &CheckpointFiles, labels: usize) -> Result<Scoring, LoadError> {
+fn scoring(files: &CheckpointFiles, labels: usize, head: Head) -> Result<Scoring, LoadError> {
     let config: HeadConfig = files.json(CONFIG)?;
-    config.scoring(labels).map_err(|problem| files.wrong(CONFIG, problem))
+    let scoring = if head.by_token { config.scoring_of_tokens(labels) } else { config.scoring(labels) };
+    scoring.map_err(|problem| files.wrong(CONFIG, problem))
 }
 
 /// Texts are as long as the checkpoint says, and never longer than its table of positions.
@@ -217,8 +244,11 @@ fn facts(config: &EncoderConfig, head: Head, sentence: &Sentence, scoring: Optio
         shortest: None,
     });
     let task = scoring.as_ref().map_or(Task::Embed, |scoring| scoring.task);
-    let classification =
-        scoring.map(|Scoring { activation, labels, .. }| ClassificationFacts { width, labels, activation });
+    let by_token = head.by_token;
+    let classification = scoring.map(|Scoring { activation, labels, .. }| {
+        let width = if by_token { labels.len() } else { width };
+        ClassificationFacts { width, labels, activation, by_token }
+    });
     ModelFacts {
         task,
         architecture: config.model_type().to_owned(),

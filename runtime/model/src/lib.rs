@@ -38,6 +38,6 @@ pub use model::{ClassificationFacts, EmbeddingFacts, Model, ModelFacts, PlanRequ
 pub use sampling::SamplingSettings;
 pub use score_head::ScoreActivation;
 pub use source::{OnRead, ReadProgress};
-pub use tokenizer::{EncodedPair, EncodedText, Tokenizer};
+pub use tokenizer::{EncodedPair, EncodedText, TokenSpan, TokenSpans, Tokenizer};
 pub use trustformers_plan::{Adapter, AdapterRoom};
 pub use trustformers_proto::Task;

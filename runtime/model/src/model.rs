@@ -9,10 +9,11 @@ use crate::error::{LoadError, TokenizerProblem};
 use crate::gguf::Gguf;
 use crate::parts::{self, ModelPart};
 use crate::reading::PairPrompt;
+use crate::reading::file::FileRanking;
 use crate::sampling::SamplingSettings;
 use crate::score_head::{ScoreActivation, ScoreHead};
 use crate::source::{OnRead, ReadProgress};
-use crate::tokenizer::{EncodedPair, EncodedText, Tokenizer, rows_with_token};
+use crate::tokenizer::{EncodedPair, EncodedText, TokenSpans, Tokenizer, rows_with_token};
 use serde::Deserialize;
 use std::borrow::Cow;
 use std::ops::ControlFlow;
@@ -61,12 +62,14 @@ pub(crate) fn shortest(architecture: &str, pooling: Pooling, width: usize) -> Op
 /// How a classifier, or a model that compares two texts, gives scores.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClassificationFacts {
-    /// Values of the row that the device gives for a text; [`Model::logits`] reads it.
+    /// Values of the row that the device gives for a text, or for a token; [`Model::logits`] reads it.
     pub width: usize,
     /// The name of each logit.
     pub labels: Vec<String>,
     /// How logits become scores.
     pub activation: ScoreActivation,
+    /// Whether each token of a text has scores, instead of the text.
+    pub by_token: bool,
 }
 
 /// What a model's files say about it, for display, schedulers and APIs.
@@ -102,6 +105,14 @@ pub struct ModelFacts {
     pub chat_template: Option<String>,
     /// What the operator of a server should know: the model loads, but something in its files is unusual.
     pub warnings: Vec<String>,
+}
+
+impl ModelFacts {
+    /// Whether each token of a text has scores, instead of the text.
+    #[must_use]
+    pub fn labels_tokens(&self) -> bool {
+        self.classification.as_ref().is_some_and(|classification| classification.by_token)
+    }
 }
 
 /// What a plan is for.
@@ -232,9 +243,11 @@ impl Model {
         let (path, bytes): (&Path, &[u8]) = (&path, (*file).as_ref());
         let wrong = |problem| LoadError::gguf(path, problem);
         let name = gguf.metadata.string("general.architecture").map_err(wrong)?;
-        if name == arch::bert_file::NAME {
-            return encoder::file::load(&EncoderFile { path, gguf: &gguf, bytes, file_bytes }, &weights);
+        if let Some(architecture) = arch::bert_file::of_name(name) {
+            let file = EncoderFile { path, gguf: &gguf, bytes, file_bytes, architecture };
+            return encoder::file::load(&file, &weights);
         }
+        let ranking = FileRanking::take(name, &gguf, bytes, &mut weights).map_err(wrong)?;
         let architecture = match arch::resolve(name, &gguf, &mut weights) {
             Some(resolved) => resolved.map_err(wrong)?,
             None => {
@@ -256,8 +269,11 @@ impl Model {
         let weights = Arc::new(weights);
         let preparation = TextPreparation::default();
         let sampling = SamplingSettings::of_gguf(&gguf.metadata, &mut facts.warnings);
-        let model =
+        let mut model =
             Self { weights, tokenizer, facts, architecture, chat, preparation, sampling, score_head: None };
+        if let Some(ranking) = ranking {
+            ranking.apply(path, &mut model)?;
+        }
         model.check_plan().map_err(|problem| LoadError::Plan { path: path.to_owned(), problem })?;
         Ok(model)
     }
@@ -329,14 +345,23 @@ impl Model {
         self.tokenizer.encode_pair(first, second, most)
     }
 
+    /// The tokens of a text that a model which labels tokens reads, with their places in it; as many as
+    /// [`Self::encode_up_to`] gives.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn token_spans(&self, text: &str, max_tokens: usize) -> Result<TokenSpans, TokenizerProblem> {
+        self.tokenizer.spans_up_to(text, max_tokens.min(self.facts.context_tokens))
+    }
+
     /// How many tokens are put around every text, or around every pair where a prompt surrounds both texts.
     pub fn special_tokens(&self) -> usize {
         let prompt = self.preparation.pair.as_ref().map_or(0, PairPrompt::len);
         prompt.max(self.tokenizer.special_tokens())
     }
 
-    /// The logits of a text, from its row of a model that classifies or ranks; `None` of other models.
-    /// They become scores by [`ClassificationFacts::activation`].
+    /// The logits of a text, or of a token, from its row of a model that classifies or ranks; `None` of
+    /// others. They become scores by [`ClassificationFacts::activation`].
     pub fn logits(&self, row: &[f32]) -> Option<Vec<f32>> {
         self.score_head.as_ref().map(|head| head.logits(row))
     }

@@ -4,9 +4,11 @@
 //! Such a model is recognised by the files of sentence-transformers beside it, by its class, or because the
 //! caller asks for the task `rerank`. The only prompt that is known is the published one of Qwen3-Reranker.
 
-use crate::arch::TextHead;
+pub(crate) mod file;
+
 use crate::arch::bert::HeadOut;
 use crate::arch::encoder_family::HeadActivation;
+use crate::arch::{TensorProblem, TextHead};
 use crate::checkpoint::{
     CONFIG, CheckpointFiles, CheckpointProblem, HeadConfig, Scoring, Sentence, TOKENIZER,
 };
@@ -16,7 +18,7 @@ use crate::score_head::ScoreHead;
 use crate::tokenizer::{EncodedPair, Tokenizer};
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use trustformers_plan::{Pooling, Weight};
+use trustformers_plan::{Pooling, Weight, WeightError};
 use trustformers_proto::Task;
 
 /// The architecture whose prompt for ranking is known, by its name in GGUF files.
@@ -25,12 +27,14 @@ const RANKER: &str = "qwen3";
 const CLASSIFIER: &str = "ForSequenceClassification";
 
 /// What stands before a query and a document.
-const BEFORE: &str = "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and \
-     the Instruct provided. Note that the answer can only be \"yes\" or \"no\".<|im_end|>\n<|im_start|>user\n";
+pub(crate) const BEFORE: &str = "<|im_start|>system\nJudge whether the Document meets the requirements based \
+     on the Query and the Instruct provided. Note that the answer can only be \"yes\" or \"no\".<|im_end|>\n\
+     <|im_start|>user\n";
 /// What stands after them.
-const AFTER: &str = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n";
+pub(crate) const AFTER: &str = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n";
 /// The instruction where the checkpoint has no default prompt.
-const INSTRUCTION: &str = "Given a web search query, retrieve relevant passages that answer the query";
+pub(crate) const INSTRUCTION: &str =
+    "Given a web search query, retrieve relevant passages that answer the query";
 /// A sentence by which a chat template is known to be the one that this module writes out.
 const TASK_SENTENCE: &str =
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided";
@@ -92,13 +96,13 @@ impl Reading {
             LogitSource::Projection
         } else if let Some(module) = scores {
             LogitSource::Words(Some(module.path.clone()))
-        } else if files.asked() == Some(Task::Rerank) {
-            LogitSource::Words(None)
-        } else if modules.is_empty() {
-            return Ok(None);
-        } else {
+        } else if !modules.is_empty() {
             check_class(files, config, class)?;
             return Sentence::of_decoder(files).map(|sentence| Some(Self::Embed(sentence)));
+        } else if files.asked() == Some(Task::Rerank) {
+            LogitSource::Words(None)
+        } else {
+            return Ok(None);
         };
         check_class(files, config, class)?;
         let prompt = Sentence::default_prompt(files)?;
@@ -192,12 +196,12 @@ impl Ranking {
         self.check(files, &model.facts.architecture, model.facts.chat_template.as_deref())?;
         let head = self.head(files, model, projection)?;
         let Scoring { task, activation, labels } = self.scoring(files, head.labels())?;
-        let pair = self.prompt(&model.tokenizer);
+        let pair = PairPrompt::new(self.instruction.clone(), &model.tokenizer);
         let pair = pair.map_err(|problem| LoadError::Tokenizer { path: files.path(TOKENIZER), problem })?;
         model.preparation = TextPreparation { pair: Some(pair), ..TextPreparation::default() };
         model.facts.task = task;
-        model.facts.classification =
-            Some(ClassificationFacts { width: model.architecture.sizes().width, labels, activation });
+        let width = model.architecture.sizes().width;
+        model.facts.classification = Some(ClassificationFacts { width, labels, activation, by_token: false });
         model.score_head = Some(head);
         Ok(())
     }
@@ -246,17 +250,11 @@ impl Ranking {
                 let vocabulary = model.weights.find(HEAD).or_else(|| model.weights.find(EMBEDDING));
                 let vocabulary = vocabulary.ok_or_else(|| made(format!("tensor {EMBEDDING} is missing")))?;
                 let vocabulary = model.weights.get(vocabulary);
-                let (mut of_yes, mut of_no) = (vec![0.0; width], vec![0.0; width]);
-                vocabulary.dequantise_row(yes as usize, &mut of_yes);
-                vocabulary.dequantise_row(no as usize, &mut of_no);
-                let difference: Vec<f32> = of_yes.iter().zip(&of_no).map(|(yes, no)| yes - no).collect();
-                Weight::from_f32("yes - no", (1, width), &difference)
+                difference(vocabulary, [yes as usize, no as usize])
                     .map_err(|error| made(error.to_string()))?
             }
         };
-        let bias = Weight::from_f32("score.bias", (1, weight.rows()), &vec![0.0; weight.rows()]);
-        let out = HeadOut { weight, bias: bias.map_err(|error| made(error.to_string()))? };
-        ScoreHead::new(&out, HeadActivation::None, width).map_err(|problem| files.wrong(CONFIG, problem))
+        head_of(weight, width).map_err(|problem| files.wrong(CONFIG, problem))
     }
 
     /// What the one logit means.
@@ -273,13 +271,23 @@ impl Ranking {
         }
         Ok(scoring)
     }
+}
 
-    /// The prompt as ids of this tokenizer.
-    fn prompt(&self, tokenizer: &Tokenizer) -> Result<PairPrompt, TokenizerProblem> {
-        let ids = |text: &str| tokenizer.encode_plain_up_to(text, usize::MAX).map(|encoded| encoded.ids);
-        let (before, after) = (ids(BEFORE)?, ids(AFTER)?);
-        Ok(PairPrompt { instruction: self.instruction.clone(), before, after })
-    }
+/// The projection that gives the difference of what two rows of a matrix give.
+fn difference(matrix: &Weight, [yes, no]: [usize; 2]) -> Result<Weight, WeightError> {
+    let (mut of_yes, mut of_no) = (vec![0.0; matrix.cols()], vec![0.0; matrix.cols()]);
+    matrix.dequantise_row(yes, &mut of_yes);
+    matrix.dequantise_row(no, &mut of_no);
+    let difference: Vec<f32> = of_yes.iter().zip(&of_no).map(|(yes, no)| yes - no).collect();
+    Weight::from_f32("yes - no", (1, matrix.cols()), &difference)
+}
+
+/// The head of a projection without a bias, of rows of this width.
+fn head_of(weight: Weight, width: usize) -> Result<ScoreHead, TensorProblem> {
+    let bias = Weight::from_f32("score.bias", (1, weight.rows()), &vec![0.0; weight.rows()]);
+    let bias =
+        bias.map_err(|error| TensorProblem { name: "score.bias".to_owned(), why: error.to_string() })?;
+    ScoreHead::new(&HeadOut { weight, bias }, HeadActivation::None, width)
 }
 
 /// The ids of "yes" and "no", which must be those that a module names.
@@ -322,6 +330,13 @@ pub(crate) struct PairPrompt {
 }
 
 impl PairPrompt {
+    /// The published prompt as ids of this tokenizer.
+    fn new(instruction: String, tokenizer: &Tokenizer) -> Result<Self, TokenizerProblem> {
+        let ids = |text: &str| tokenizer.encode_plain_up_to(text, usize::MAX).map(|encoded| encoded.ids);
+        let (before, after) = (ids(BEFORE)?, ids(AFTER)?);
+        Ok(Self { instruction, before, after })
+    }
+
     /// Tokens of the prompt that are never cut.
     pub(crate) fn len(&self) -> usize {
         self.before.len() + self.after.len()
@@ -385,6 +400,7 @@ mod tests {
     fn files_and_the_task_asked_for_decide_what_a_decoder_does() {
         let task = |reading, asked| load(reading, asked, |_| {}).unwrap().task();
         assert_eq!(task(SeededReading::Embed, None), Task::Embed);
+        assert_eq!(task(SeededReading::Embed, Some(Task::Rerank)), Task::Embed, "its modules say so");
         assert_eq!(task(SeededReading::Words, None), Task::Generate);
         assert_eq!(task(SeededReading::Words, Some(Task::Rerank)), Task::Rerank);
         assert_eq!(task(SeededReading::Projection, None), Task::Rerank);

@@ -1,4 +1,4 @@
-//! The end of a classifier, on the host: from the row that the device gives to logits, and from logits to
+//! The end of a classifier, on the host: from the rows that the device gives to logits, and from logits to
 //! scores.
 //!
 //! The last projection has as many rows as there are labels, so it costs less than one row of any layer. Its
@@ -53,14 +53,21 @@ impl ScoreActivation {
     }
 }
 
-/// The last projection of a classifier, with the activation before it.
+/// The end of a classifier.
 #[derive(Debug)]
 pub(crate) struct ScoreHead {
+    /// Where tokens have labels, the device has computed it.
+    last: Option<LastProjection>,
+    /// One for each label.
+    bias: Vec<f32>,
+}
+
+/// The last projection of a classifier, with the activation before it.
+#[derive(Debug)]
+struct LastProjection {
     activation: HeadActivation,
     /// Labels × width.
     weight: Vec<f32>,
-    /// One for each label.
-    bias: Vec<f32>,
     width: usize,
 }
 
@@ -93,7 +100,14 @@ impl ScoreHead {
         }
         let mut biases = vec![0.0; labels];
         bias.dequantise_row(0, &mut biases);
-        Ok(Self { activation, weight: values, bias: biases, width })
+        Ok(Self { last: Some(LastProjection { activation, weight: values, width }), bias: biases })
+    }
+
+    /// The head of rows that the device has projected: it adds the bias, which is 1 × labels.
+    pub(crate) fn of_labels(bias: &Weight) -> Self {
+        let mut biases = vec![0.0; bias.cols()];
+        bias.dequantise_row(0, &mut biases);
+        Self { last: None, bias: biases }
     }
 
     /// How many labels there are.
@@ -101,11 +115,14 @@ impl ScoreHead {
         self.bias.len()
     }
 
-    /// The logits of a text, one for each label.
+    /// The logits of a text, or of a token, one for each label.
     pub(crate) fn logits(&self, row: &[f32]) -> Vec<f32> {
+        let Some(LastProjection { activation, weight, width }) = &self.last else {
+            return row.iter().zip(&self.bias).map(|(value, bias)| value + bias).collect();
+        };
         let active: Vec<f64> = row
             .iter()
-            .map(|value| match self.activation {
+            .map(|value| match activation {
                 HeadActivation::Tanh => f64::from(*value).tanh(),
                 HeadActivation::Relu => f64::from(value.max(0.0)),
                 // The device has computed it, or there is none.
@@ -116,7 +133,7 @@ impl ScoreHead {
             let products = weights.iter().zip(&active).map(|(weight, value)| f64::from(*weight) * value);
             (products.sum::<f64>() + f64::from(*bias)) as f32
         };
-        self.weight.chunks_exact(self.width).zip(&self.bias).map(label).collect()
+        weight.chunks_exact(*width).zip(&self.bias).map(label).collect()
     }
 }
 
@@ -140,6 +157,9 @@ mod tests {
         assert_eq!(head(HeadActivation::Tanh, 2).unwrap().logits(&row), wanted);
         assert_eq!(head(HeadActivation::Relu, 2).unwrap().logits(&row), [0.75, 0.0]);
         assert_eq!(head(HeadActivation::Gelu, 2).unwrap().logits(&row), [1.0, -0.5]);
+        let bias = Weight::from_f32("bias", (1, 2), &[0.25, -0.25]).unwrap();
+        let of_token = ScoreHead::of_labels(&bias);
+        assert_eq!((of_token.labels(), of_token.logits(&row)), (2, vec![0.75, -0.5]));
         let error = head(HeadActivation::Tanh, 3).unwrap_err().to_string();
         assert_eq!(error, "tensor out: it is 2 x 2, labels x 3 was expected; download the model again");
     }

@@ -14,6 +14,8 @@ mod adapter;
 mod decoders;
 mod encoder;
 mod families;
+mod folder;
+mod nomic;
 mod reader;
 mod store;
 

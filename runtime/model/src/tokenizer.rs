@@ -1,17 +1,21 @@
-//! Tokenizers. A GGUF file carries byte-level BPE, the pieces of SentencePiece or those of WordPiece, of
-//! which the tokenizer is built here. The tokenizer of a checkpoint is read from its `tokenizer.json`.
+//! Tokenizers. A GGUF file carries byte-level BPE, pieces of SentencePiece (joined by scores, or by
+//! Unigram) or those of WordPiece, of which the tokenizer is built here. The tokenizer of a checkpoint is
+//! read from its `tokenizer.json`.
 
 mod charsmap;
 #[cfg(test)]
 mod digests;
 mod generator;
 mod json;
+mod spans;
 mod special;
 mod split;
 mod spm;
+mod unigram;
 mod word_piece;
 
 pub use json::{EncodedPair, EncodedText};
+pub use spans::{TokenSpan, TokenSpans};
 pub(crate) use special::rows_with_token;
 
 use crate::detokenizer::Detokenizer;
@@ -68,8 +72,10 @@ impl Tokenizer {
             "gpt2" => {}
             "llama" => return Self::from_pieces(gguf, file, &tokens, &types),
             "bert" => return Self::from_word_pieces(meta, &tokens, &types),
+            "t5" => return Self::from_unigram(gguf, file, &tokens, &types),
             other => {
-                let supported = "gpt2 (byte-level BPE), llama (SentencePiece), bert (WordPiece)";
+                let supported =
+                    "gpt2 (byte-level BPE), llama (SentencePiece), bert (WordPiece), t5 (Unigram)";
                 return Err(unsupported(MODEL, other, supported));
             }
         }
@@ -459,7 +465,7 @@ mod tests {
     fn unsupported_tokenizers_are_refused_by_name() {
         let text = |t: &str| GgufValue::String(t.to_owned());
         let cases = [
-            (MODEL, text("t5"), "key tokenizer.ggml.model is \"t5\", which is not supported"),
+            (MODEL, text("rwkv"), "key tokenizer.ggml.model is \"rwkv\", which is not supported"),
             (
                 PRE,
                 text("superbpe"),

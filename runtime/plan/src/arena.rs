@@ -63,7 +63,7 @@ fn ranges(draft: &Draft, limits: &Limits) -> Option<Vec<LiveRange>> {
     let mut ranges: Vec<LiveRange> = Vec::new();
     let mut at: HashMap<Value, usize> = HashMap::new();
     for (index, op) in draft.ops.iter().enumerate() {
-        for value in op.inputs().into_iter().chain(op.output()) {
+        for value in op.inputs().into_iter().chain(op.outputs()) {
             let owner = draft.info(value).columns_of.map_or(value, |columns| columns.whole);
             let range_index = *at.entry(owner).or_insert(ranges.len());
             if range_index == ranges.len() {

@@ -65,8 +65,13 @@ pub struct FusedOps {
     pub silu_mul_epilogue: bool,
     /// The projection adds the residual.
     pub add_epilogue: bool,
-    /// [`crate::Norm`]: the projection computes the root-mean-square norm while it reads its input.
+    /// [`crate::Norm`] without a bias: the projection computes the root-mean-square norm while it reads its
+    /// input.
     pub norm_matmul: bool,
+    /// [`crate::Norm`] with a bias: the projection computes the layer norm while it reads its input.
+    pub layer_norm_matmul: bool,
+    /// With one of these two: the projection also writes the normed rows, for other ops that read them.
+    pub norm_output: bool,
     /// [`crate::Op::RopeKvWrite`].
     pub rope_kv_write: bool,
 }
@@ -81,6 +86,8 @@ impl FusedOps {
         silu_mul_epilogue: false,
         add_epilogue: false,
         norm_matmul: false,
+        layer_norm_matmul: false,
+        norm_output: false,
         rope_kv_write: false,
     };
 
@@ -99,6 +106,8 @@ impl FusedOps {
         silu_mul_epilogue: true,
         add_epilogue: true,
         norm_matmul: true,
+        layer_norm_matmul: true,
+        norm_output: true,
         rope_kv_write: true,
     };
 }

@@ -189,7 +189,8 @@ impl<'a> PlanBuilder<'a> {
         self.check_projection("matmul", input, weight);
         let out = self.draft.new_value(self.weights.get(weight).rows(), info.rows);
         let (segments, activation) = (vec![Segment { weight, bias: None }], Activation::None);
-        self.push(Op::MatMul { input, norm: None, segments, activation, residual: None, out }, out)
+        let op = Op::MatMul { input, norm: None, normed: None, segments, activation, residual: None, out };
+        self.push(op, out)
     }
 
     /// Rotates the heads of `data` in place and returns the same value.
@@ -272,6 +273,9 @@ impl<'a> PlanBuilder<'a> {
         let scores = scores.into();
         let asks = !scores.causal || rows == RowSpace::Tokens;
         self.check(asks, "encoder_attention", || "causal attention needs the queries of all rows".into());
+        if let Some(table) = scores.distances {
+            self.check_distances(table);
+        }
         self.push(Op::EncoderAttention { query, keys, values, shape, scores, out }, out)
     }
 
@@ -368,16 +372,26 @@ impl<'a> PlanBuilder<'a> {
 
     /// [`Self::logits`] of which each value `v` becomes `cap * tanh(v / cap)`, where there is a cap.
     pub fn capped_logits(&mut self, input: Value, weight: WeightId, soft_cap: Option<f32>) {
-        let (info, rows, vocab) = (self.draft.info(input), self.weights.get(weight).rows(), self.hyper.vocab);
-        self.check(info.rows == RowSpace::Logits, "logits", || "gather the rows first".into());
+        let (rows, vocab) = (self.weights.get(weight).rows(), self.hyper.vocab);
         self.check(rows == vocab, "logits", || format!("{rows} rows for a vocabulary of {vocab}"));
-        self.check_projection("logits", input, weight);
-        let out = self.draft.new_value(rows, RowSpace::Logits);
-        self.push(Op::Logits { input, weight, out }, out);
+        let out = self.answer_rows(input, weight);
         if let Some(cap) = soft_cap {
             self.check(cap > 0.0, "soft_cap", || format!("{cap} is not above 0"));
             self.push(Op::SoftCap { data: out, cap }, out);
         }
+    }
+
+    /// Projects gathered rows onto the labels of a model that labels tokens: the step's answer.
+    pub fn label_logits(&mut self, input: Value, weight: WeightId) {
+        self.answer_rows(input, weight);
+    }
+
+    fn answer_rows(&mut self, input: Value, weight: WeightId) -> Value {
+        let (info, rows) = (self.draft.info(input), self.weights.get(weight).rows());
+        self.check(info.rows == RowSpace::Logits, "logits", || "gather the rows first".into());
+        self.check_projection("logits", input, weight);
+        let out = self.draft.new_value(rows, RowSpace::Logits);
+        self.push(Op::Logits { input, weight, out }, out)
     }
 
     /// One row per sequence, the answer of an encoding plan. `normalise` divides each row by its length. With
@@ -391,12 +405,21 @@ impl<'a> PlanBuilder<'a> {
         self.push(Op::Pool { input, pooling, normalise, out }, out);
     }
 
+    /// One row per sequence for the ops of a head that follows; [`Self::pool`] with [`Pooling::Cls`] ends the
+    /// plan then.
+    pub fn pool_rows(&mut self, input: Value, pooling: Pooling) -> Value {
+        let info = self.draft.info(input);
+        self.check(info.rows == RowSpace::Tokens, "pool", || "rows were gathered before".into());
+        let out = self.draft.new_value(info.cols, RowSpace::Sequences);
+        self.push(Op::Pool { input, pooling, normalise: false, out }, out)
+    }
+
     /// Fuses the forms that the device claims, plans the arena, and makes the plan.
     ///
     /// # Errors
     /// The first mistake of the calls before, or an arena whose size overflows.
     pub fn finish(mut self, fused: &FusedOps) -> Result<Plan, PlanError> {
-        let answers = self.draft.ops.iter().filter(|op| op.answer().is_some()).count();
+        let answers = self.draft.ops.iter().filter(|op| self.is_answer(op)).count();
         let mut behind = self.draft.ops.iter().rev().skip_while(|op| matches!(op, Op::SoftCap { .. }));
         let last = behind.next().is_some_and(|op| op.answer().is_some());
         self.check(answers == 1 && last, "answer", || {
@@ -408,6 +431,15 @@ impl<'a> PlanBuilder<'a> {
         }
         let plan = place(self.draft, fused, self.weights, self.hyper, self.limits)?;
         Ok(Plan { second_segment: self.second_segment, ..plan })
+    }
+
+    /// Whether an op makes an answer: pooled rows that other ops read are none.
+    fn is_answer(&self, op: &Op<Value>) -> bool {
+        let is_read = |value: Value| self.draft.ops.iter().any(|other| other.inputs().contains(&value));
+        match op {
+            Op::Pool { out, .. } => !is_read(*out),
+            other => other.answer().is_some(),
+        }
     }
 
     fn push(&mut self, op: Op<Value>, result: Value) -> Value {
@@ -435,6 +467,17 @@ impl<'a> PlanBuilder<'a> {
             let (field, detail) = ("logits_rows", "must be above zero where a plan ends in logits");
             self.first_error = Some(PlanError::Size { field, value: 0, detail });
         }
+    }
+
+    /// Checks that a table has a value for each head and distance.
+    fn check_distances(&mut self, table: WeightId) {
+        let (Hyper { heads, context, .. }, w) = (self.hyper, self.weights.get(table));
+        let (rows, cols, name) = (w.rows(), w.cols(), w.name().to_owned());
+        let own = cols.checked_div(heads).unwrap_or(0);
+        let fits = rows == 1 && own * heads == cols && own % 2 == 1 && own / 2 + 1 >= context;
+        self.check(fits, "encoder_attention", || {
+            format!("{name} is {rows} x {cols}, {heads} times an odd number from {context} * 2 - 1 on was expected")
+        });
     }
 
     /// Checks that `weight` is a vector as wide as `input`.

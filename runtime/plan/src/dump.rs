@@ -58,7 +58,9 @@ fn operands(plan: &Plan, op: &Op) -> String {
             let operands = format!("q {} k {} v {}", buf(*query), buf(*keys), buf(*values));
             let window = scores.window.map_or_else(String::new, |window| format!(" within {window}"));
             let causal = if scores.causal { " causal" } else { "" };
-            format!("{operands} {} scale {}{window}{causal}", heads(shape), scores.scale)
+            let name = |id: WeightId| format!(" distances {}", plan.weight_name(id));
+            let distances = scores.distances.map_or_else(String::new, name);
+            format!("{operands} {} scale {}{window}{causal}{distances}", heads(shape), scores.scale)
         }
         Op::SiluMul { gate: a, up: b, .. } | Op::Mul { a, b, .. } => format!("{} * {}", buf(*a), buf(*b)),
         Op::ExpertsUp { input, scores, gate, up, experts, .. } => {
@@ -93,7 +95,7 @@ fn norm(plan: &Plan, input: Buf, weight: WeightId, eps: f32) -> String {
 }
 
 fn projection(plan: &Plan, op: &Op) -> String {
-    let Op::MatMul { input, norm: before, segments, activation, residual, .. } = op else {
+    let Op::MatMul { input, norm: before, normed, segments, activation, residual, .. } = op else {
         return String::new();
     };
     let segment = |segment: &crate::Segment| {
@@ -102,7 +104,14 @@ fn projection(plan: &Plan, op: &Op) -> String {
     };
     let segments: Vec<String> = segments.iter().map(segment).collect();
     let input = match before {
-        Some(n) => format!("rms_norm({})", norm(plan, *input, n.weight, n.eps)),
+        Some(n) => {
+            let scaled = norm(plan, *input, n.weight, n.eps);
+            let normed = normed.map_or_else(String::new, |normed| format!(" = {}", buf(normed)));
+            match n.bias {
+                Some(bias) => format!("layer_norm({scaled} + {}){normed}", plan.weight_name(bias)),
+                None => format!("rms_norm({scaled}){normed}"),
+            }
+        }
         None => buf(*input),
     };
     let product = format!("[{}] . {input}", segments.join(" | "));

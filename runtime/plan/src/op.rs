@@ -112,12 +112,16 @@ pub struct EncoderScores {
     pub window: Option<usize>,
     /// Whether no row attends to rows after it; queries are of all tokens then.
     pub causal: bool,
+    /// Where set, 1 × heads · (2 · reach + 1), one head after the other: the scaled product of a query with
+    /// the key `d` positions after it gets the value `reach + d` of its head added; `d` is negative for
+    /// keys before it. `reach` is at least the largest distance in a sequence.
+    pub distances: Option<WeightId>,
 }
 
 impl From<f32> for EncoderScores {
     /// Scaled products, of all positions.
     fn from(scale: f32) -> Self {
-        Self { scale, window: None, causal: false }
+        Self { scale, window: None, causal: false, distances: None }
     }
 }
 
@@ -174,12 +178,15 @@ pub struct Segment {
     pub bias: Option<WeightId>,
 }
 
-/// A root-mean-square norm of a projection's input; see [`Op::RmsNorm`].
+/// A norm of a projection's input: [`Op::LayerNorm`] where it has a bias, [`Op::RmsNorm`] of whole rows where
+/// it has none.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Norm {
     /// 1 × features in.
     pub weight: WeightId,
-    /// Added to the mean of squares.
+    /// 1 × features in.
+    pub bias: Option<WeightId>,
+    /// Added to the mean of squares, or to the variance.
     pub eps: f32,
 }
 
@@ -248,13 +255,15 @@ pub enum Op<B = Buf> {
         out: B,
     },
     /// `out = activation(concat(weight · x + bias for each segment)) + residual`, where `x` is the input's
-    /// row, normed where a norm is given. Anything beyond one weight appears only where [`crate::FusedOps`]
-    /// claims it.
+    /// row, normed where a norm is given; then `normed = x`, where it is asked for. Anything beyond one
+    /// weight appears only where [`crate::FusedOps`] claims it.
     MatMul {
         /// Rows × features in.
         input: B,
         /// Applied to each row of the input before the products.
         norm: Option<Norm>,
+        /// Like `input`: the normed rows, where ops after this one read them too. Only with a norm.
+        normed: Option<B>,
         /// Their outputs lie side by side.
         segments: Vec<Segment>,
         /// Applied to the outputs.
@@ -319,7 +328,7 @@ pub enum Op<B = Buf> {
         values: B,
         /// Heads.
         shape: AttentionShape,
-        /// Scale, window, and whether later rows count.
+        /// Scale, window, whether later rows count, and what distances add.
         scores: EncoderScores,
         /// Like `query`.
         out: B,
@@ -419,13 +428,14 @@ pub enum Op<B = Buf> {
     Logits {
         /// Logits × width.
         input: B,
-        /// Vocabulary × width.
+        /// Vocabulary × width, or labels × width.
         weight: WeightId,
-        /// Logits × vocabulary.
+        /// Logits × vocabulary, or × labels.
         out: B,
     },
     /// One row per sequence from its rows of this step, divided, if `normalise`, by its length (the root of
-    /// the sum of its squares, at least 1e-12); returned to the caller. The last op of an encoding plan.
+    /// the sum of its squares, at least 1e-12). The last op of an encoding plan returns them to the caller;
+    /// before it rows may be pooled for a head.
     Pool {
         /// Tokens × width.
         input: B,
@@ -487,10 +497,16 @@ impl<B: Copy> Op<B> {
         self.operands(|access| access == Access::Update).pop()
     }
 
-    /// The buffer the op fills, if it makes a new one.
+    /// The buffers the op fills; the last one is its result.
+    #[must_use]
+    pub fn outputs(&self) -> Vec<B> {
+        self.operands(|access| access == Access::Write)
+    }
+
+    /// The buffer of the op's result, if it makes a new one.
     #[must_use]
     pub fn output(&self) -> Option<B> {
-        self.operands(|access| access == Access::Write).pop()
+        self.outputs().pop()
     }
 
     /// The buffers with an access that `is_wanted` accepts.
@@ -517,7 +533,8 @@ impl<B: Copy> Op<B> {
             Self::ExpertsUp { gate, up, .. } => vec![(*gate, WeightUse::Rows), (*up, WeightUse::Rows)],
             Self::ExpertsDown { down, .. } => vec![(*down, WeightUse::Rows)],
             Self::MatMul { norm, segments, .. } => {
-                let norm = norm.iter().map(|norm| (norm.weight, WeightUse::Vector));
+                let norm = norm.iter().flat_map(|norm| [Some(norm.weight), norm.bias]).flatten();
+                let norm = norm.map(|vector| (vector, WeightUse::Vector));
                 let matrices = segments.iter().map(|segment| (segment.weight, WeightUse::Matrix));
                 let biases = segments.iter().filter_map(|segment| Some((segment.bias?, WeightUse::Vector)));
                 norm.chain(matrices).chain(biases).collect()
@@ -525,9 +542,11 @@ impl<B: Copy> Op<B> {
             Self::Rope { spec, .. } | Self::RopeKvWrite { spec, .. } => {
                 spec.scaling.frequencies.map(|id| (id, WeightUse::Vector)).into_iter().collect()
             }
+            Self::EncoderAttention { scores, .. } => {
+                scores.distances.map(|id| (id, WeightUse::Vector)).into_iter().collect()
+            }
             Self::KvWrite { .. }
             | Self::Attention { .. }
-            | Self::EncoderAttention { .. }
             | Self::Gelu { .. }
             | Self::SiluMul { .. }
             | Self::Mul { .. }
@@ -540,7 +559,7 @@ impl<B: Copy> Op<B> {
         }
     }
 
-    /// The buffer that is the step's answer, if this op makes it.
+    /// The buffer that is the step's answer, if this is the last op that makes one.
     #[must_use]
     pub const fn answer(&self) -> Option<B> {
         match self {
@@ -564,10 +583,10 @@ impl<B: Copy> Op<B> {
             Self::LayerNorm { input, weight, bias, eps, out } => {
                 Op::LayerNorm { input: f(Read, input), weight, bias, eps, out: f(Write, out) }
             }
-            Self::MatMul { input, norm, ref segments, activation, residual, out } => {
+            Self::MatMul { input, norm, normed, ref segments, activation, residual, out } => {
                 let (input, residual) = (f(Read, input), residual.map(|residual| f(Read, residual)));
-                let segments = segments.clone();
-                Op::MatMul { input, norm, segments, activation, residual, out: f(Write, out) }
+                let (normed, out) = (normed.map(|normed| f(Write, normed)), f(Write, out));
+                Op::MatMul { input, norm, normed, segments: segments.clone(), activation, residual, out }
             }
             Self::Rope { data, spec } => Op::Rope { data: f(Update, data), spec },
             Self::KvWrite { layer, keys, values } => {

@@ -206,7 +206,7 @@ impl Plan {
     /// Never: the builder refuses a plan without an answer.
     #[must_use]
     pub fn answer(&self) -> Buf {
-        self.ops.iter().find_map(Op::answer).expect("the builder refuses a plan without an answer")
+        self.ops.iter().rev().find_map(Op::answer).expect("the builder refuses a plan without an answer")
     }
 
     /// What is added to the positions of a sequence's second segment: the table of positions has its own rows

@@ -258,6 +258,10 @@ impl<'a> Division<'a> {
                 }
                 shape.heads = share("heads", shape.heads, self.devices)?;
                 shape.kv_heads = share("key/value heads", shape.kv_heads, self.devices)?;
+                // A table of distances has the values of one head after those of another.
+                for (table, _) in op.weights() {
+                    self.cut(table, Cut::Columns)?;
+                }
                 self.follow(*query, *out)?;
             }
             Op::Gelu { input, out, .. } | Op::Scale { input, out, .. } | Op::GatherRows { input, out } => {

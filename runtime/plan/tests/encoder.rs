@@ -107,13 +107,83 @@ fn the_dump_is_stable() {
     insta::assert_snapshot!("encoder_fused", dump(&FusedOps::ALL));
 }
 
+#[test]
+fn a_head_may_follow_pooled_rows() {
+    let weights = Arc::new(weights());
+    let w = |name: &str| weights.find(name).unwrap();
+    let head = |b: &mut PlanBuilder<'_>, x| {
+        let product = b.matmul(x, w("q"));
+        b.add_row(product, w("q.bias"))
+    };
+    let sequences: [&[u32]; 2] = [&[1, 2, 3], &[4]];
+    let rows = |pooled_first: bool| {
+        let mut b = PlanBuilder::new(&weights, HYPER, LIMITS);
+        let words = b.embed(w("words"));
+        if pooled_first {
+            let mean = b.pool_rows(words, Pooling::Mean);
+            let out = head(&mut b, mean);
+            b.pool(out, Pooling::Cls, false);
+        } else {
+            let out = head(&mut b, words);
+            b.pool(out, Pooling::Mean, false);
+        }
+        answers(Arc::clone(&weights), &b.finish(&FusedOps::NONE).unwrap(), &sequences)
+    };
+    // The head is linear, so that it may come before or after the mean.
+    for (found, wanted) in rows(true).iter().zip(rows(false)) {
+        assert!(found.iter().zip(&wanted).all(|(one, other)| (one - other).abs() < 1e-5), "{found:?}");
+    }
+}
+
+/// The rows of labels of all tokens in a step of these sequences.
+fn labels_of_tokens(sequences: &[&[u32]]) -> Vec<f32> {
+    let weights = Arc::new(weights());
+    let w = |name: &str| weights.find(name).unwrap();
+    let mut b = PlanBuilder::new(&weights, HYPER, Limits { logits_rows: 8, ..LIMITS });
+    let words = b.embed(w("words"));
+    let mixed = b.encoder_attention(words, words, words, 0.3_f32);
+    let rows = b.gather_rows(mixed);
+    b.label_logits(rows, w("up"));
+    let plan = b.finish(&FusedOps::NONE).unwrap();
+    assert_eq!((plan.answer().rows, plan.answer().cols), (RowSpace::Logits, 64));
+    let numerics = Numerics::Exact;
+    let weights = Arc::clone(&weights);
+    let spec = LoadSpec {
+        weights,
+        plan: &plan,
+        kv_blocks: 0,
+        kv_type: KvType::F32,
+        numerics,
+        progress: &mut |_| {},
+    };
+    let mut loaded = Oracle::new().load(spec).unwrap();
+    let mut executable = loaded.compile(&plan).unwrap();
+    let mut input = StepInput::new();
+    for tokens in sequences {
+        input.push_sequence(SequenceStep { tokens, cached_tokens: 0, blocks: &[], logits: LogitsRows::All });
+    }
+    executable.submit(&input).unwrap();
+    let mut output = StepOutput::new();
+    executable.wait(&mut output).unwrap();
+    assert_eq!((output.rows(), output.width), (sequences.concat().len(), 64));
+    output.values
+}
+
+#[test]
+fn each_row_of_whole_sequences_may_be_projected_to_labels() {
+    let together = labels_of_tokens(&[&[1, 2, 3], &[4, 5]]);
+    assert_eq!(together[..3 * 64], labels_of_tokens(&[&[1, 2, 3]]));
+    assert_eq!(together[3 * 64..], labels_of_tokens(&[&[4, 5]]));
+    assert_ne!(together[..64], together[64..2 * 64]);
+}
+
 /// The largest values of what each row gets from its window, `None`: from its whole sequence.
 fn attended(window: Option<usize>, sequences: &[&[u32]]) -> Vec<Vec<f32>> {
     let weights = Arc::new(weights());
     let words = weights.find("words").unwrap();
     let mut b = PlanBuilder::new(&weights, HYPER, LIMITS);
     let (query, keys, values) = (b.embed(words), b.embed(words), b.embed(words));
-    let mixed = b.encoder_attention(query, keys, values, EncoderScores { scale: 0.3, window, causal: false });
+    let mixed = b.encoder_attention(query, keys, values, EncoderScores { window, ..0.3.into() });
     b.pool(mixed, Pooling::Max, false);
     let plan = b.finish(&FusedOps::NONE).unwrap();
     answers(weights, &plan, sequences)
@@ -141,6 +211,46 @@ fn a_row_sees_its_window_on_both_sides() {
     let near = attended(Some(1), &[first, second]);
     assert_ne!(near[0], whole[0]);
     assert_eq!(near[1], whole[1]);
+}
+
+#[test]
+fn a_value_for_each_head_and_distance_is_added_to_scores() {
+    let mut weights = weights();
+    // Of each head's distances from -23 to 23, one is so large that a row gets the values of that key alone.
+    let own = 2 * HYPER.context - 1;
+    let mut table = vec![0.0; HYPER.heads * own];
+    for (head, distance) in [(0, -1_isize), (1, 0), (2, 2)] {
+        table[head * own + (23 + distance) as usize] = 1e4;
+    }
+    weights.push(Weight::from_f32("distances", (1, table.len()), &table).unwrap()).unwrap();
+    weights.push(Weight::from_f32("short", (1, 4 * 45), &table[..4 * 45]).unwrap()).unwrap();
+    let weights = Arc::new(weights);
+    let of = |distances: Option<&str>| {
+        let mut b = PlanBuilder::new(&weights, HYPER, LIMITS);
+        let x = b.embed(weights.find("words").unwrap());
+        let distances = distances.map(|name| weights.find(name).unwrap());
+        let mixed = b.encoder_attention(x, x, x, EncoderScores { distances, ..0.3.into() });
+        b.pool(mixed, Pooling::Last, false);
+        b.finish(&FusedOps::NONE)
+    };
+    let row = |token: u32| {
+        let words = weights.get(weights.find("words").unwrap());
+        let mut row = vec![0.0; words.cols()];
+        words.dequantise_row(token as usize, &mut row);
+        row
+    };
+    let plan = of(Some("distances")).unwrap();
+    assert!(plan.dump().contains("scale 0.3 distances distances"), "{}", plan.dump());
+    let plain = answers(Arc::clone(&weights), &of(None).unwrap(), &[&[3, 9, 4]]);
+    let found = answers(Arc::clone(&weights), &plan, &[&[8], &[3, 9, 4]]);
+    assert_eq!(found[0], row(8), "a row alone has no other key");
+    let (before, itself) = (row(9), row(4));
+    assert_eq!(found[1][..8], before[..8], "the first head takes the row before");
+    assert_eq!(found[1][8..16], itself[8..16], "the second head takes the row itself");
+    // No key is two positions after the last row, and the fourth head has no large value.
+    assert_eq!(found[1][16..], plain[0][16..]);
+    let error = of(Some("short")).unwrap_err().to_string();
+    assert!(error.contains("short is 1 x 180, 4 times an odd number from 24 * 2 - 1 on was"), "{error}");
 }
 
 #[test]

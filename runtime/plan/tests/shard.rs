@@ -6,9 +6,9 @@
 use std::sync::Arc;
 
 use trustformers_plan::{
-    Backend, BackendError, DType, Executable, FusedOps, Hyper, KvType, Limits, LoadSpec, LogitsRows,
-    Numerics, Op, Plan, PlanBuilder, Pooling, RopeLayout, RopeScaling, RopeSpec, SequenceStep, StepInput,
-    StepOutput, Value, Weight, WeightError, Weights,
+    Backend, BackendError, DType, EncoderScores, Executable, FusedOps, Hyper, KvType, Limits, LoadSpec,
+    LogitsRows, Numerics, Op, Plan, PlanBuilder, Pooling, RopeLayout, RopeScaling, RopeSpec, SequenceStep,
+    StepInput, StepOutput, Value, Weight, WeightError, Weights,
     oracle::{Oracle, OracleGroup},
     seeded::SeededRng,
     shard::{Shard, ShardError, shard},
@@ -50,6 +50,8 @@ fn weights(hidden: usize) -> Weights {
         }
         push(format!("{layer}.norm"), 1, 32);
     }
+    // A value for each head and distance; only the encoder adds them.
+    push("distances".into(), 1, HYPER.heads * (2 * HYPER.context - 1));
     weights
 }
 
@@ -72,7 +74,8 @@ fn plan(kind: Kind, weights: &Weights, hyper: Hyper) -> Plan {
             b.kv_write(layer, k, v);
             b.attention(layer, q, 0.3)
         } else {
-            b.encoder_attention(q, k, v, 0.3)
+            let distances = Some(w("distances"));
+            b.encoder_attention(q, k, v, EncoderScores { distances, ..0.3.into() })
         };
         let o = dense(&mut b, mixed, &at("o"));
         x = b.add(x, o);

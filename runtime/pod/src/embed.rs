@@ -160,6 +160,7 @@ mod tests {
         let encoded = Encoded {
             values: vec![0.48, 0.36, 0.8, 0.0, 0.0, 0.6, 0.8, 0.0],
             width: 4,
+            first_rows: vec![0, 1, 2],
             tokens: 3,
             truncated: Vec::new(),
             timings: trustformers_engine::encoder::EncodeTimings::default(),

@@ -213,7 +213,7 @@ pub(crate) fn overloaded(message: String, retry_after: Duration) -> ApiError {
     ApiError::Overloaded { message, retry_after_s: u32::try_from(retry_after.as_secs()).unwrap_or(u32::MAX) }
 }
 
-fn refused(error: &SubmitError) -> ApiError {
+pub(crate) fn refused(error: &SubmitError) -> ApiError {
     let message = error.to_string();
     match error {
         SubmitError::Overloaded { retry_after, .. } | SubmitError::Busy { retry_after, .. } => {

@@ -26,7 +26,8 @@
 //! | [`control`] | who may load, swap and unload them |
 //! | [`admin`] | the port on which the operator does, with its token |
 //! | [`models`] | the `Inference` over all of them |
-//! | [`params`], [`embed`], `generate` | translation between the API and the engines |
+//! | [`params`], [`embed`], [`scores`], `generate` | translation between the API and the engines |
+//! | [`entities`] | entities from labels of tokens |
 //! | `conversation` | from a conversation to a prompt, by the model's chat template |
 //! | [`inflight`] | requests in flight and the time of the last arrival |
 //! | [`metrics_compat`] | the figures under the names of another server |
@@ -39,6 +40,7 @@ pub mod control;
 mod conversation;
 pub mod device;
 pub mod embed;
+pub mod entities;
 pub mod failure;
 pub mod faults;
 mod generate;

@@ -12,8 +12,8 @@ use tokio::sync::watch;
 use trustformers_api::inference::Models;
 use trustformers_api::model_control::{LoadModel, RollbackModel, SwapModel, UnloadModel};
 use trustformers_api::{
-    Answer, ApiError, BlockingWork, Classified, ClassifyRequest, CountRequest, EmbedInput, EmbedRequest,
-    Embedded, Generation, Health, Inference, Prompt, RerankRequest, Reranked, Verdict,
+    Answer, ApiError, Arrival, BlockingWork, Classified, ClassifyRequest, CountRequest, EmbedInput,
+    EmbedRequest, Embedded, Generation, Health, Inference, Prompt, RerankRequest, Reranked, Verdict,
 };
 use trustformers_engine::encoder::{EncodeParams, Encoded, Encoder};
 use trustformers_proto::Task;
@@ -21,6 +21,7 @@ use trustformers_proto::v1::{ModelState, ModelStatus};
 use trustformers_telemetry::traces::Trace;
 
 use crate::control::ModelControl;
+use crate::entities::TokenLabelling;
 use crate::generate::{LONG_PROMPT_BYTES, Submitted};
 use crate::inflight::InflightRequests;
 use crate::lifecycle::{ManagedModel, Serving};
@@ -30,7 +31,7 @@ use crate::model_table::ModelTable;
 use crate::runner::Runner;
 use crate::spec::{ModelSpec, SpecError};
 use crate::status::ModelStatuses;
-use crate::{embed, generate, scores, trace};
+use crate::{embed, generate, params, scores, trace};
 
 mod selection;
 
@@ -207,9 +208,20 @@ impl ModelServer {
             return Err(wrong_task(name, &serving));
         };
         let raw = request.raw_scores;
-        let encoded = self.encode_inputs(encoder, scores::classify_params(request)).await?;
+        let labelling = TokenLabelling::of(&request, encoder)?;
+        let params = scores::classify_params(request);
+        let long = scores::text_bytes(&params.texts) > LONG_PROMPT_BYTES;
+        let encoded = self.encode_inputs(encoder, params).await?;
         let by = identity(name, &serving, &version);
-        scores::classified(by, encoder.model(), &encoded, raw)
+        let Some(labelling) = labelling else {
+            return scores::classified(by, encoder.model(), &encoded, raw);
+        };
+        if !long {
+            return scores::labelled(by, encoder.model(), &encoded, &labelling);
+        }
+        // The texts are tokenised again, for the places of their tokens.
+        let model = Arc::clone(encoder.model());
+        self.long_requests.run(move || scores::labelled(by, &model, &encoded, &labelling)).await?
     }
 
     async fn rank_documents(&self, request: RerankRequest) -> Result<Reranked, ApiError> {
@@ -281,6 +293,21 @@ impl Health for ModelServer {
 }
 
 impl Inference for ModelServer {
+    fn is_full(&self) -> bool {
+        let serving = self.only_version().and_then(|version| version.answering());
+        serving.is_some_and(|serving| matches!(&serving.runner, Runner::Generate(engine) if engine.is_full()))
+    }
+
+    fn refuse(&self, arrival: &Arrival<'_>) -> Option<ApiError> {
+        let version = self.only_version()?;
+        let serving = version.answering()?;
+        let Runner::Generate(engine) = &serving.runner else { return None };
+        let error = engine.refuse(params::class(arrival.priority), arrival.tenant)?;
+        // Nothing of it stays, but it has come: a process that ends waits until no request comes any more.
+        drop(version.inflight().register());
+        Some(generate::refused(&error))
+    }
+
     fn generate(&self, request: Generation) -> BoxFuture<'_, Result<Answer, ApiError>> {
         Box::pin(self.admit(request))
     }

@@ -216,7 +216,7 @@ impl Process {
             tracing::info!(admin = %address, "models are changed there by whoever has the token");
             address
         });
-        let limits = Limits::default();
+        let limits = Limits::default().refusing_early(&api);
         let mut spawn = |listener: TcpListener, router: Router| {
             servers.spawn(server::serve(listener, traces.router(router), limits.clone(), stop.clone()));
         };

@@ -42,7 +42,7 @@ pub(crate) fn read(spec: &ModelSpec, listener: &ReadListener<'_>) -> Result<Read
     match (spec.source.path(), &spec.sha256) {
         (Some(root), None) => {
             let files = spec.source.resolve(&spec.files)?;
-            beside_its_digest(&Wanted { root, files: &files, task: spec.task }, listener)
+            beside_its_digest(&Wanted { root, files: &files, task: spec.asked_task() }, listener)
         }
         // What is fetched has its digest when it is there.
         _ => after_its_digest(spec, listener),
@@ -59,7 +59,7 @@ fn after_its_digest(spec: &ModelSpec, listener: &ReadListener<'_>) -> Result<Rea
     }
     let ModelFiles { resolved: files, digest, root, fetched } = found?;
     let (total_bytes, digest_time) = (files.total_bytes(), started.elapsed());
-    let wanted = Wanted { root: &root, files: &files, task: spec.task };
+    let wanted = Wanted { root: &root, files: &files, task: spec.asked_task() };
     let model = parse(&wanted, &mut |read| {
         progress(total_bytes + scaled(read, total_bytes), total_bytes);
         go_on(is_wanted)

@@ -9,6 +9,7 @@ use trustformers_engine::encoder::{EncodeInput, EncodeParams, Encoded};
 use trustformers_model::{ClassificationFacts, Model};
 
 use crate::embed::ModelIdentity;
+use crate::entities::TokenLabelling;
 use crate::params::class;
 
 /// Bytes of all texts; of pairs each text counts as often as it is read.
@@ -83,13 +84,30 @@ pub(crate) fn classified(
     encoded: &Encoded,
     raw: bool,
 ) -> Result<Classified, ApiError> {
+    let scores = score_rows(model, encoded, raw)?;
+    Ok(Classified { scores, ..without_scores(by, model, encoded)? })
+}
+
+/// The answer of a model that labels tokens as a type of the API.
+pub(crate) fn labelled(
+    by: ModelIdentity,
+    model: &Model,
+    encoded: &Encoded,
+    labelling: &TokenLabelling,
+) -> Result<Classified, ApiError> {
+    let entities = Some(labelling.entities(model, encoded)?);
+    Ok(Classified { entities, ..without_scores(by, model, encoded)? })
+}
+
+fn without_scores(by: ModelIdentity, model: &Model, encoded: &Encoded) -> Result<Classified, ApiError> {
     Ok(Classified {
         id: format!("cls-{}", uuid::Uuid::new_v4().simple()),
         model: by.name,
         model_digest: by.digest,
         revision: by.revision,
         labels: facts(model)?.labels.clone().into(),
-        scores: score_rows(model, encoded, raw)?,
+        scores: Vec::new(),
+        entities: None,
         tokens: count(encoded.tokens),
         truncated: encoded.truncated.iter().copied().map(count).collect(),
     })
@@ -116,9 +134,12 @@ pub(crate) fn reranked(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use trustformers_api::{Inference, Priority};
+    use serde_json::{Value, json};
+    use std::collections::BTreeMap;
+    use std::path::Path;
+    use trustformers_api::{Aggregation, Inference, Priority};
     use trustformers_model::Task;
-    use trustformers_model::seeded::{SeededCheckpoint, SeededReader, SeededReading};
+    use trustformers_model::seeded::{SeededCheckpoint, SeededEncoder, SeededReader, SeededReading};
     use trustformers_plan::oracle::Oracle;
     use trustformers_store::Source;
 
@@ -153,6 +174,7 @@ mod tests {
             revision: None,
             truncate: true,
             raw_scores: false,
+            aggregation: None,
             priority: Priority::Normal,
             tenant: String::new(),
         }
@@ -190,6 +212,106 @@ mod tests {
         assert!((share - all.scores[2]).abs() < 1e-6);
         let error = server.rerank(order(&["a"], false)).await.unwrap_err();
         assert!(error.to_string().contains("POST /v1/classify"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_model_that_labels_tokens_finds_entities() {
+        let labels = ["B-LOC", "B-PER", "I-PER"];
+        let keys = json!({
+            "architectures": ["BertForTokenClassification"],
+            "id2label": {"0": labels[0], "1": labels[1], "2": labels[2]},
+        });
+        let checkpoint = SeededCheckpoint { labels: 3, keys, ..SeededCheckpoint::default() };
+        let (server, _folder) = ready(&checkpoint).await;
+        let text = |text: &str| ClassifyInput::Text(text.into());
+        let long = "cat ".repeat(500);
+        let inputs = vec![text("the cat talking"), text(""), text(&long)];
+        let all = server.classify(texts(inputs.clone())).await.unwrap();
+        let entities = all.entities.clone().unwrap();
+        assert_eq!((entities.len(), all.truncated.clone(), all.scores.len()), (3, vec![2], 0));
+        // No label is that of tokens outside of entities: each token but the special ones is one.
+        assert_eq!(entities.iter().map(Vec::len).collect::<Vec<_>>(), [7, 0, 62]);
+        for (entity, index) in entities[0].iter().zip(1..) {
+            assert!(labels.contains(&entity.label.as_str()) && entity.index == Some(index), "{entity:?}");
+            assert!(entity.start < entity.end && entity.end <= 15 && entity.score > 1.0 / 3.0, "{entity:?}");
+        }
+        assert_eq!((entities[0][6].word.as_str(), entities[0][6].start), ("##ing", 12));
+        let alone = server.classify(texts(inputs[..1].to_vec())).await.unwrap();
+        assert_eq!(alone.entities.unwrap()[0], entities[0], "alone and beside others");
+        let grouped =
+            ClassifyRequest { aggregation: Some(Aggregation::Simple), ..texts(inputs[..1].to_vec()) };
+        let grouped = server.classify(grouped).await.unwrap().entities.unwrap();
+        let groups = &grouped[0];
+        assert!(groups.iter().all(|one| one.index.is_none() && ["LOC", "PER"].contains(&one.label.as_str())));
+        assert_eq!((groups[0].start, groups[groups.len() - 1].end), (0, 15), "{groups:?}");
+        let pair = ClassifyInput::Pair { first: "a".into(), second: "b".into() };
+        let error = server.classify(texts(vec![pair])).await.unwrap_err().to_string();
+        assert!(error.starts_with("input[0]: is a pair of texts"), "{error}");
+    }
+
+    /// The part of `heads.json` about models that label tokens.
+    #[derive(serde::Deserialize)]
+    struct TokenReference {
+        seed: u64,
+        tokens: Vec<TokenCase>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct TokenCase {
+        family: String,
+        labels: usize,
+        keys: Value,
+        texts: Vec<TokenText>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct TokenText {
+        text: String,
+        /// By the word of the aggregation; not for an empty text.
+        #[serde(default)]
+        entities: BTreeMap<String, Vec<Value>>,
+    }
+
+    #[tokio::test]
+    async fn entities_are_those_of_the_pipeline_of_transformers() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/reference/heads.json");
+        let reference: TokenReference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let case = reference.tokens.iter().find(|case| case.family == "bert").unwrap();
+        let shape = SeededEncoder { seed: reference.seed, ..SeededEncoder::default() };
+        let (labels, keys) = (case.labels, case.keys.clone());
+        let checkpoint = SeededCheckpoint { shape, labels, keys, ..SeededCheckpoint::default() };
+        let (server, _folder) = ready(&checkpoint).await;
+        let mut compared = 0;
+        for (one, (word, wanted)) in
+            case.texts.iter().flat_map(|one| one.entities.iter().map(move |own| (one, own)))
+        {
+            let input = vec![ClassifyInput::Text(one.text.clone())];
+            let request = ClassifyRequest { aggregation: Some(word.parse().unwrap()), ..texts(input) };
+            let found = server.classify(request).await.unwrap().entities.unwrap().remove(0);
+            assert_eq!(found.len(), wanted.len(), "{word}: {:?}: {found:?}", one.text);
+            for (found, wanted) in found.iter().zip(wanted) {
+                let own = serde_json::to_value(found.body()).unwrap();
+                for field in ["entity", "entity_group", "index", "start", "end"] {
+                    assert_eq!(own[field], wanted[field], "{word}: {:?}: {own} {wanted}", one.text);
+                }
+                let off = (f64::from(found.score) - wanted["score"].as_f64().unwrap()).abs();
+                assert!(off < 1e-3, "{word}: {:?}: {own} {wanted}", one.text);
+                if found.index.is_some() {
+                    assert_eq!(own["word"], wanted["word"], "{word}: {:?}", one.text);
+                }
+                compared += 1;
+            }
+        }
+        assert!(compared > 20, "{compared} entities");
+    }
+
+    #[tokio::test]
+    async fn an_aggregation_is_refused_where_whole_texts_have_labels() {
+        let (server, _folder) = ready(&SeededCheckpoint::default()).await;
+        let input = vec![ClassifyInput::Text("a".into())];
+        let asked = ClassifyRequest { aggregation: Some(Aggregation::None), ..texts(input) };
+        let error = server.classify(asked).await.unwrap_err().to_string();
+        assert!(error.starts_with("aggregation_strategy: is for labels of tokens"), "{error}");
     }
 
     #[tokio::test]

@@ -31,6 +31,8 @@ pub struct ModelSpec {
     pub fetch: Option<FetchSpec>,
     /// The task that the files must serve. None: the task that the files state.
     pub task: Option<Task>,
+    /// The task to serve where `task` is not set and the files serve several. Other files keep their own.
+    pub preferred_task: Option<Task>,
     /// Where it runs.
     pub device: DeviceChoice,
     /// Threads of a CPU device; none takes what the process may use.
@@ -154,6 +156,7 @@ impl ModelSpec {
             sha256: None,
             fetch: None,
             task: None,
+            preferred_task: None,
             device: DeviceChoice::Auto,
             threads: None,
             engine,
@@ -183,6 +186,11 @@ impl ModelSpec {
             );
         let beside = (speculation, adapters, probes) == (&other.speculation, &other.adapters, &other.probes);
         what && how && engine && beside
+    }
+
+    /// The task that decides what files are that serve several.
+    pub fn asked_task(&self) -> Option<Task> {
+        self.task.or(self.preferred_task)
     }
 
     /// The first name.

@@ -135,6 +135,38 @@ async fn a_drain_finishes_streams_and_serves_until_it_is_quiet() {
     assert!(TcpStream::connect(address).await.is_err(), "the listener is closed");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_server_refuses_before_it_reads_what_is_asked() {
+    let server = start(Setup { max_queue: Some(1), ..Setup::default() }).await;
+    server.until(ModelState::Ready).await;
+    server.gate.allow(0);
+    let address = server.http;
+    let asked = |more: &str| post("/v1/generate", &format!(r#"{{"prompt":"Hello","max_tokens":2{more}}}"#));
+    let admitted = [0, 1].map(|_| {
+        let request = asked("");
+        tokio::spawn(async move { http(address, &request).await.unwrap() })
+    });
+    let models = server.process.models().clone();
+    while !models.is_full() {
+        tokio::task::yield_now().await;
+    }
+    // A route would find the mistake.
+    let refused = http(address, &asked(r#","top_p":7"#)).await.unwrap();
+    assert!(refused.starts_with("HTTP/1.1 429") && refused.contains("retry-after: 1"), "{refused}");
+    let looked_at = http(address, &asked(r#","top_p":7,"priority":"high""#)).await.unwrap();
+    assert!(looked_at.starts_with("HTTP/1.1 400"), "{looked_at}");
+    let metrics = get(address, "/metrics").await;
+    let is_count =
+        |line: &str| line.starts_with("trustformers_requests_total{") && line.contains("overloaded");
+    let counted = metrics.lines().find(|line| is_count(line)).unwrap();
+    assert!(counted.ends_with(" 1"), "{counted}");
+    server.gate.allow(usize::MAX);
+    for answer in admitted {
+        assert!(answer.await.unwrap().starts_with("HTTP/1.1 200"));
+    }
+    assert!(server.process.drain().await);
+}
+
 /// A server whose drain has no time at all, and a stream of it that is stuck after its first token.
 async fn stuck() -> (Server, tonic::Streaming<GenerateStreamResponse>) {
     let drain = Drain { quiet: Duration::ZERO, timeout: Duration::ZERO };

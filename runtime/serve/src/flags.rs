@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use trustformers_api::Aggregation;
 use trustformers_runtime::metrics_compat::MetricsCompat;
 use trustformers_telemetry::logs::LogFormat;
 
@@ -287,6 +288,10 @@ pub(crate) struct ClassifyFlags {
     /// Only this many labels of each text, best first.
     #[arg(long, value_name = "N")]
     pub(crate) top_k: Option<u32>,
+    /// Of a model that labels tokens, how they become entities: none (the default), simple, first, average or
+    /// max.
+    #[arg(long, value_name = "WORD")]
+    pub(crate) aggregation_strategy: Option<Aggregation>,
     #[command(flatten)]
     pub(crate) score: ScoreFlags,
 }

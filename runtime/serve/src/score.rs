@@ -9,9 +9,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use trustformers_api::{ApiError, Classified, LabelScore, RankedIndex, Reranked};
+use trustformers_api::{
+    Aggregation, ApiError, Classified, Entity, EntityBody, LabelScore, RankedIndex, Reranked,
+};
 use trustformers_engine::encoder::{EncodeError, EncodeInput, EncodeParams, Encoded, Encoder, MAX_TEXTS};
 use trustformers_proto::Task;
+use trustformers_runtime::entities::TokenLabelling;
 use trustformers_runtime::runner::Runner;
 use trustformers_runtime::scores::score_rows;
 use trustformers_runtime::spec::ModelSpec;
@@ -50,6 +53,16 @@ pub(crate) enum ScoreFailure {
         /// What the command does.
         wanted: Task,
     },
+    /// A flag that has no meaning for the model.
+    #[error("--{flag}: it is for labels of {wanted}, and this model labels {found}; leave it out")]
+    Flag {
+        /// The flag.
+        flag: &'static str,
+        /// What it is for.
+        wanted: &'static str,
+        /// What the model does.
+        found: &'static str,
+    },
     /// A text cannot be encoded, or the engine failed.
     #[error(transparent)]
     Encode(#[from] EncodeError),
@@ -74,6 +87,7 @@ impl ScoreFailure {
             | Self::Zero(_)
             | Self::NoQuery
             | Self::WrongTask { .. }
+            | Self::Flag { .. }
             | Self::Encode(EncodeError::TooLong { .. } | EncodeError::Invalid { .. }) => 2,
             _ => 1,
         }
@@ -87,6 +101,8 @@ struct ScoreJob {
     inputs: Vec<EncodeInput>,
     truncate: bool,
     raw_scores: bool,
+    /// How labels of tokens become entities; none: not given.
+    aggregation: Option<Aggregation>,
     /// Labels of each text, or documents, that are printed; none: all.
     most: Option<u32>,
     json: bool,
@@ -97,6 +113,8 @@ struct ScoreJob {
 struct Scored {
     labels: Vec<String>,
     values: Vec<f32>,
+    /// Of a model that labels tokens, for each text.
+    entities: Option<Vec<Vec<Entity>>>,
     tokens: usize,
     truncated: Vec<usize>,
     load: Duration,
@@ -119,6 +137,11 @@ struct TextScores<'a> {
 }
 
 #[derive(Serialize)]
+struct TextEntities<'a> {
+    entities: Vec<EntityBody<'a>>,
+}
+
+#[derive(Serialize)]
 struct DocumentScore {
     index: usize,
     score: f32,
@@ -127,7 +150,7 @@ struct DocumentScore {
 /// Runs `classify`.
 pub(crate) fn classify(flags: ClassifyFlags) -> Result<ExitCode, ScoreFailure> {
     let began = Instant::now();
-    let ClassifyFlags { input, input_file, top_k, score } = flags;
+    let ClassifyFlags { input, input_file, top_k, aggregation_strategy, score } = flags;
     let texts = match input_file {
         Some(path) => lines(&loading::text_of("--input-file", &path)?),
         None => input,
@@ -136,7 +159,8 @@ pub(crate) fn classify(flags: ClassifyFlags) -> Result<ExitCode, ScoreFailure> {
         return Err(ScoreFailure::NoText("input-file"));
     }
     let inputs = texts.into_iter().map(EncodeInput::Text).collect();
-    run(job(score, Task::Classify, inputs, Shown { flag: "top-k", most: top_k })?, began)
+    let job = job(score, Task::Classify, inputs, Shown { flag: "top-k", most: top_k })?;
+    run(ScoreJob { aggregation: aggregation_strategy, ..job }, began)
 }
 
 /// Runs `rerank`.
@@ -177,9 +201,12 @@ fn job(
     }
     let ScoreFlags { model, raw_scores, no_truncate, device, json } = flags;
     let mut spec = loading::spec_of(&model, &device)?;
+    // Files of a decoder that ranks by its words are those of one that generates.
+    spec.preferred_task = Some(task);
     // One request is under way at a time, and all of it waits at once.
     spec.engine.max_queue = MAX_TEXTS;
-    Ok(ScoreJob { spec, task, inputs, truncate: !no_truncate, raw_scores, most: shown.most, json })
+    let (truncate, aggregation, most) = (!no_truncate, None, shown.most);
+    Ok(ScoreJob { spec, task, inputs, truncate, raw_scores, aggregation, most, json })
 }
 
 fn run(job: ScoreJob, began: Instant) -> Result<ExitCode, ScoreFailure> {
@@ -190,7 +217,7 @@ fn run(job: ScoreJob, began: Instant) -> Result<ExitCode, ScoreFailure> {
 }
 
 async fn score(job: ScoreJob, began: Instant) -> Result<(), ScoreFailure> {
-    let ScoreJob { spec, task, inputs, truncate, raw_scores, most, json } = job;
+    let ScoreJob { spec, task, inputs, truncate, raw_scores, aggregation, most, json } = job;
     let loaded = loading::load(spec).await?;
     let encoder = match &loaded.runner {
         Runner::Classify(encoder) if task == Task::Classify => encoder,
@@ -198,7 +225,10 @@ async fn score(job: ScoreJob, began: Instant) -> Result<(), ScoreFailure> {
         other => return Err(ScoreFailure::WrongTask { found: other.task(), wanted: task }),
     };
     let model = encoder.model();
+    let labels_tokens = model.facts().labels_tokens();
+    check_flags(labels_tokens, aggregation, most)?;
     let mut all = Scored { load: began.elapsed(), ..Scored::default() };
+    all.entities = labels_tokens.then(Vec::new);
     if let Some(facts) = &model.facts().classification {
         all.labels.clone_from(&facts.labels);
     }
@@ -206,7 +236,15 @@ async fn score(job: ScoreJob, began: Instant) -> Result<(), ScoreFailure> {
     for texts in inputs.chunks(MAX_TEXTS) {
         let params = EncodeParams { truncate, ..EncodeParams::inputs(texts.to_vec()) };
         let encoded = encode(encoder, &params, first).await?;
-        all.values.extend(score_rows(model, &encoded, raw_scores)?);
+        match &mut all.entities {
+            Some(entities) => {
+                let max_tokens = encoder.info().context_tokens;
+                let (texts, aggregation) = (plain_texts(texts), aggregation.unwrap_or_default());
+                let labelling = TokenLabelling { texts, aggregation, raw_scores, max_tokens };
+                entities.extend(labelling.entities(model, &encoded)?);
+            }
+            None => all.values.extend(score_rows(model, &encoded, raw_scores)?),
+        }
         all.tokens += encoded.tokens;
         all.truncated.extend(encoded.truncated.iter().map(|index| first + index));
         first += texts.len();
@@ -217,6 +255,31 @@ async fn score(job: ScoreJob, began: Instant) -> Result<(), ScoreFailure> {
     printed.map_err(OutputError::from)?;
     encoder.stop().await;
     Ok(())
+}
+
+/// Refuses a flag that has no meaning for the model.
+fn check_flags(
+    labels_tokens: bool,
+    aggregation: Option<Aggregation>,
+    most: Option<u32>,
+) -> Result<(), ScoreFailure> {
+    let (tokens, texts) = ("tokens", "whole texts");
+    if labels_tokens && most.is_some() {
+        return Err(ScoreFailure::Flag { flag: "top-k", wanted: texts, found: tokens });
+    }
+    if !labels_tokens && aggregation.is_some() {
+        return Err(ScoreFailure::Flag { flag: "aggregation-strategy", wanted: tokens, found: texts });
+    }
+    Ok(())
+}
+
+/// The texts among inputs, which have no others where a command classifies.
+fn plain_texts(inputs: &[EncodeInput]) -> Vec<String> {
+    let text = |input: &EncodeInput| match input {
+        EncodeInput::Text(text) => Some(text.clone()),
+        EncodeInput::Tokens(_) | EncodeInput::Pair { .. } => None,
+    };
+    inputs.iter().filter_map(text).collect()
 }
 
 /// Encodes some of the texts; errors count from the first text of all, as the caller does.
@@ -230,8 +293,26 @@ async fn encode(encoder: &Encoder, params: &EncodeParams, first: usize) -> Resul
 }
 
 impl Scored {
+    /// A line for each entity: the place of its text, its label, its score, its characters and their place.
+    fn print_entities(&self, entities: &[Vec<Entity>], json: bool) -> Result<(), std::io::Error> {
+        if json {
+            let bodies = entities.iter().map(|own| own.iter().map(Entity::body).collect());
+            return self.print_object(bodies.map(|entities| TextEntities { entities }).collect());
+        }
+        let mut stdout = std::io::BufWriter::new(std::io::stdout().lock());
+        for (index, of_text) in entities.iter().enumerate() {
+            for Entity { label, score, word, start, end, .. } in of_text {
+                writeln!(stdout, "{index}\t{label}\t{score}\t{start}..{end}\t{word}")?;
+            }
+        }
+        stdout.flush()
+    }
+
     /// A line for each text: its labels, best first, each with its score.
     fn print_labels(&self, most: Option<u32>, json: bool) -> Result<(), std::io::Error> {
+        if let Some(entities) = &self.entities {
+            return self.print_entities(entities, json);
+        }
         let classified = Classified {
             id: String::new(),
             model: String::new(),
@@ -239,6 +320,7 @@ impl Scored {
             revision: String::new(),
             labels: self.labels.clone().into(),
             scores: self.values.clone(),
+            entities: None,
             tokens: 0,
             truncated: Vec::new(),
         };

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use trustformers_model::seeded::{SeededCheckpoint, SeededEncoder};
+use trustformers_model::seeded::{SeededCheckpoint, SeededEncoder, SeededReader, SeededReading};
 
 fn folder(checkpoint: &SeededCheckpoint) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -55,6 +55,33 @@ fn every_line_of_a_file_gets_the_scores_of_its_text_alone() {
 }
 
 #[test]
+fn a_model_that_labels_tokens_prints_entities() {
+    let keys = json!({"architectures": ["BertForTokenClassification"], "id2label": {"0": "A", "1": "B"}});
+    let model = folder(&SeededCheckpoint { keys, ..SeededCheckpoint::default() });
+    let asked = ["--input", "the cat", "--input", ""];
+    let found = json_of(&run("classify", model.path(), &[&asked[..], &["--json"]].concat()));
+    let results = found["results"].as_array().unwrap();
+    assert_eq!((results.len(), &results[1]), (2, &json!({"entities": []})));
+    let places: Vec<Value> =
+        results[0]["entities"].as_array().unwrap().iter().map(|one| one["start"].clone()).collect();
+    assert_eq!(places, [json!(0), json!(4)]);
+    assert!(results[0]["entities"][0]["entity"].is_string(), "{found}");
+    let lines = run("classify", model.path(), &[&asked[..], &["--aggregation-strategy", "simple"]].concat());
+    let lines = String::from_utf8(lines.stdout).unwrap();
+    assert!(lines.lines().all(|line| line.starts_with("0\tA\t") || line.starts_with("0\tB\t")), "{lines}");
+    assert!(lines.contains("\t0..") && lines.trim_end().ends_with("cat"), "{lines}");
+    let message = |arguments: &[&str]| {
+        let output = run("classify", model.path(), arguments);
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let wrong = message(&["--input", "a", "--top-k", "1"]);
+    assert!(wrong.contains("--top-k: it is for labels of whole texts"), "{wrong}");
+    let wrong = message(&["--input", "a", "--aggregation-strategy", "mean"]);
+    assert!(wrong.contains("none, simple, first, average or max"), "{wrong}");
+}
+
+#[test]
 fn documents_come_best_first() {
     let model = folder(&SeededCheckpoint::reranker());
     let documents = ["--document", "hello world", "--document", "the cat", "--document", ""];
@@ -70,6 +97,32 @@ fn documents_come_best_first() {
     assert_eq!(best["results"], json!([results[0]]));
     let raw = json_of(&run("rerank", model.path(), &[&asked[..], &["--raw-scores"]].concat()));
     assert_eq!(raw["results"][0]["index"], results[0]["index"]);
+}
+
+#[test]
+fn the_command_decides_the_task_where_the_files_leave_it_open() {
+    let reader = |reading| {
+        let folder = tempfile::tempdir().unwrap();
+        SeededReader::new(reading).write(folder.path()).unwrap();
+        folder
+    };
+    // The files of a decoder that ranks by its words are those of one that generates.
+    let either = reader(SeededReading::Words);
+    let asked = ["--query", "the cat", "--document", "hello world", "--document", "the cat", "--json"];
+    let ranked = json_of(&run("rerank", either.path(), &asked));
+    let scores: Vec<f64> =
+        ranked["results"].as_array().unwrap().iter().map(|one| one["score"].as_f64().unwrap()).collect();
+    assert!(scores.len() == 2 && scores.iter().all(|score| (0.0..=1.0).contains(score)), "{ranked}");
+    let message = |command: &str, model: &Path, arguments: &[&str]| {
+        let output = run(command, model, arguments);
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let wrong = message("classify", either.path(), &["--input", "a"]);
+    assert!(wrong.contains("its task is generate, not classify; use trustformers-serve generate"), "{wrong}");
+    let embedder = reader(SeededReading::Embed);
+    let wrong = message("rerank", embedder.path(), &asked);
+    assert!(wrong.contains("its task is embed, not rerank; use trustformers-serve embed"), "{wrong}");
 }
 
 #[test]

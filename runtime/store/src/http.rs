@@ -26,7 +26,7 @@ const MAX_REDIRECTS: usize = 5;
 pub(crate) const MAX_DESCRIPTION_BYTES: usize = 16 << 20;
 /// Bytes that a connection reads at once. Large enough that the system calls cost little beside the copy, and
 /// small enough to be still in the second-level cache of the core when they are copied to their block.
-const READ_BUFFER_BYTES: usize = 256 << 10;
+pub(crate) const READ_BUFFER_BYTES: usize = 256 << 10;
 /// What is read of an error's body.
 const MAX_ERROR_BYTES: usize = 4096;
 /// What a message shows of it.

@@ -19,12 +19,14 @@ mod lock;
 mod origin;
 mod partial;
 mod progress;
+mod ranges;
 mod retry;
 mod select;
 mod settings;
 mod source;
 mod transfer;
 mod unpack;
+mod written;
 
 pub use digest::{Digest, HashProgress};
 pub use error::StoreError;

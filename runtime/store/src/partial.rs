@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -20,9 +20,18 @@ use crate::cache::CacheDir;
 use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::lock::FileLock;
+use crate::written::{RecentBlocks, WrittenRuns};
 
 const HEADER_BYTES: u64 = 16;
 const DONE: u8 = 1;
+/// While so much waits to be hashed, the connection that brings what comes next receives no further block.
+/// The blocks that wait are still in memory then (8 MiB are kept, and one more may be being written), so
+/// that none is read back, and the thread that hashes gets its part of the processor: else it would go on
+/// alone when the rest is done.
+const LEAD_BYTES: u64 = 6 << 20;
+/// More than this is there where an earlier transfer left it, or where the first of several ranges came last.
+/// It is read back in any case, so that nothing waits for it.
+const LARGEST_LEAD_BYTES: u64 = 64 << 20;
 
 /// A transfer's file. Whoever holds it is the only writer.
 #[derive(Debug)]
@@ -33,9 +42,11 @@ pub(crate) struct Partial {
     journal: File,
     total_bytes: u64,
     chunk_bytes: u64,
-    done: Mutex<Vec<bool>>,
+    state: Mutex<PartialState>,
     /// Bytes from the start without a gap, for the one that hashes behind the transfer.
     contiguous: watch::Sender<u64>,
+    /// Bytes from the start that are hashed; the largest number where nobody hashes.
+    hashed: watch::Sender<u64>,
     /// How often all chunks were forgotten. Held for reading while a block is written.
     attempt: RwLock<u64>,
     /// Whether bytes of an earlier transfer are in it.
@@ -43,14 +54,21 @@ pub(crate) struct Partial {
     _lock: FileLock,
 }
 
+/// What is there of the file.
+#[derive(Debug, Default)]
+struct PartialState {
+    /// For each chunk, whether the journal says that it is complete.
+    done: Vec<bool>,
+    runs: WrittenRuns,
+    recent: RecentBlocks,
+}
+
 /// Where a block goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BlockPlace {
     /// The attempt whose answer it is of: see [`Partial::attempt`].
     pub(crate) attempt: u64,
-    /// Where the block's range began; all of it up to the block is written.
-    pub(crate) start: u64,
-    /// The block's own position.
+    /// The block's position.
     pub(crate) at: u64,
 }
 
@@ -84,21 +102,35 @@ impl Partial {
             total_bytes: size.total_bytes,
             chunk_bytes: size.chunk_bytes,
             is_resumed: done.as_ref().is_some_and(|done| done.contains(&true)),
-            done: Mutex::new(done.clone().unwrap_or_default()),
+            state: Mutex::default(),
             contiguous: watch::channel(0).0,
+            hashed: watch::channel(u64::MAX).0,
             attempt: RwLock::default(),
             _lock: lock,
         };
         match done {
-            Some(_) => {
-                // Computed before the channel is locked, because it reads the channel.
-                let bytes = partial.contiguous_bytes();
-                partial.contiguous.send_replace(bytes);
+            Some(done) => {
+                partial.resume(done);
                 partial.allocate()?;
             }
             None => partial.reset()?,
         }
         Ok(partial)
+    }
+
+    /// Takes over the complete chunks of an earlier transfer.
+    fn resume(&self, done: Vec<bool>) {
+        let mut state = self.state();
+        for (chunk, _) in (0_u64..).zip(&done).filter(|(_, done)| **done) {
+            let start = chunk * self.chunk_bytes;
+            state.runs.insert(start..start + self.length_of(chunk));
+        }
+        state.done = done;
+        self.contiguous.send_replace(state.runs.contiguous_bytes());
+    }
+
+    fn state(&self) -> MutexGuard<'_, PartialState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets all chunks. Waits for the blocks that are being written; later ones of before are dropped.
@@ -114,7 +146,11 @@ impl Partial {
             .and_then(|()| self.journal.set_len(HEADER_BYTES + count as u64))
             .and_then(|()| self.data.set_len(0));
         written.map_err(|error| StoreError::cache(&self.path, "emptying", error))?;
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = vec![false; count];
+        let mut state = self.state();
+        state.done = vec![false; count];
+        state.runs = WrittenRuns::default();
+        state.recent.forget();
+        drop(state);
         self.contiguous.send_replace(0);
         self.allocate()
     }
@@ -140,14 +176,35 @@ impl Partial {
 
     /// Writes a block and marks the chunks that are complete. Returns whether it counts: one of an attempt
     /// that was given up is dropped.
-    pub(crate) fn write_block(&self, block: &[u8], place: BlockPlace) -> Result<bool, StoreError> {
+    pub(crate) fn write_block(&self, block: Vec<u8>, place: BlockPlace) -> Result<bool, StoreError> {
         let attempt = self.attempt.read().unwrap_or_else(PoisonError::into_inner);
         if *attempt != place.attempt {
+            self.release(block);
             return Ok(false);
         }
-        self.write(block, place.at)?;
-        self.mark(place.start..place.at + block.len() as u64)?;
+        self.write(&block, place.at)?;
+        self.note(block, place.at)?;
         Ok(true)
+    }
+
+    /// An empty buffer for a block of so many bytes.
+    pub(crate) fn buffer(&self, bytes: usize) -> Vec<u8> {
+        self.state().recent.buffer(bytes)
+    }
+
+    /// Takes back a buffer that is not used any more.
+    pub(crate) fn release(&self, block: Vec<u8>) {
+        self.state().recent.release(block);
+    }
+
+    /// The block at this position, where it is still in memory.
+    pub(crate) fn recent_block(&self, at: u64) -> Option<Vec<u8>> {
+        self.state().recent.take(at)
+    }
+
+    /// Where the first block that is in memory begins, of those from a position on.
+    pub(crate) fn next_recent(&self, at: u64) -> Option<u64> {
+        self.state().recent.next_start(at)
     }
 
     pub(crate) fn is_resumed(&self) -> bool {
@@ -162,18 +219,34 @@ impl Partial {
         self.contiguous.subscribe()
     }
 
+    /// Says how far the one that hashes is; the largest number: it has ended.
+    pub(crate) fn set_hashed(&self, bytes: u64) {
+        self.hashed.send_replace(bytes);
+    }
+
+    /// For a connection that has written up to a position: waits while it is the one that brings what is
+    /// hashed next, and more waits to be hashed than should.
+    pub(crate) async fn until_hashed(&self, written: u64) {
+        let may_go_on = |hashed: &u64| {
+            let contiguous = *self.contiguous.borrow();
+            written > contiguous || !is_ahead_of_hash(contiguous, *hashed)
+        };
+        // The sender lives in this very value, so the channel cannot be closed.
+        let _ = self.hashed.subscribe().wait_for(may_go_on).await;
+    }
+
     /// Bytes in complete chunks.
     pub(crate) fn done_bytes(&self) -> u64 {
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        (0..).zip(done.iter()).filter(|(_, done)| **done).map(|(chunk, _)| self.length_of(chunk)).sum()
+        let state = self.state();
+        (0..).zip(&state.done).filter(|(_, done)| **done).map(|(chunk, _)| self.length_of(chunk)).sum()
     }
 
     /// What is missing, in order, in ranges of whole chunks and at most `most_bytes`. The first is one chunk:
     /// it shows whether the server has ranges.
     pub(crate) fn missing(&self, most_bytes: u64) -> VecDeque<Range<u64>> {
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state();
         let mut ranges: VecDeque<Range<u64>> = VecDeque::new();
-        for (chunk, _) in (0_u64..).zip(done.iter()).filter(|(_, done)| !**done) {
+        for (chunk, _) in (0_u64..).zip(&state.done).filter(|(_, done)| !**done) {
             let start = chunk * self.chunk_bytes;
             let end = start + self.length_of(chunk);
             let is_second = ranges.len() == 1;
@@ -193,23 +266,23 @@ impl Partial {
         written.map_err(|error| StoreError::cache(&self.path, "writing", error))
     }
 
-    /// Marks the chunks that lie within bytes that are written.
-    fn mark(&self, written: Range<u64>) -> Result<(), StoreError> {
-        let first = written.start.div_ceil(self.chunk_bytes);
-        let after = if written.end >= self.total_bytes {
-            self.total_bytes.div_ceil(self.chunk_bytes)
-        } else {
-            written.end / self.chunk_bytes
-        };
-        for chunk in first..after {
+    /// Notes a block that is written: the chunks that it completes, and the block itself, which is perhaps
+    /// hashed before it leaves the memory.
+    fn note(&self, block: Vec<u8>, at: u64) -> Result<(), StoreError> {
+        let written = at..at + block.len() as u64;
+        let mut state = self.state();
+        let run = state.runs.insert(written.clone());
+        state.recent.keep(at, block);
+        let (contiguous, complete) = (state.runs.contiguous_bytes(), self.chunks_of(&written, &run));
+        drop(state);
+        for chunk in complete {
             let marked = self.journal.write_all_at(&[DONE], HEADER_BYTES + chunk);
             marked.map_err(|error| StoreError::cache(&self.journal_path, "writing", error))?;
-            let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(entry) = usize::try_from(chunk).ok().and_then(|chunk| done.get_mut(chunk)) {
+            let mut state = self.state();
+            if let Some(entry) = usize::try_from(chunk).ok().and_then(|chunk| state.done.get_mut(chunk)) {
                 *entry = true;
             }
         }
-        let contiguous = self.contiguous_bytes();
         self.contiguous.send_if_modified(|bytes| {
             let is_more = contiguous > *bytes;
             *bytes = contiguous.max(*bytes);
@@ -218,13 +291,17 @@ impl Partial {
         Ok(())
     }
 
-    fn contiguous_bytes(&self) -> u64 {
-        // Chunks before what was contiguous already stay done.
-        let from = *self.contiguous.borrow() / self.chunk_bytes;
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        let start = usize::try_from(from).unwrap_or(usize::MAX).min(done.len());
-        let more = done[start..].iter().take_while(|done| **done).count() as u64;
-        ((from + more) * self.chunk_bytes).min(self.total_bytes)
+    /// The chunks with bytes of `written` that lie within `run`.
+    fn chunks_of(&self, written: &Range<u64>, run: &Range<u64>) -> Range<u64> {
+        let (mut first, mut after) =
+            (written.start / self.chunk_bytes, written.end.div_ceil(self.chunk_bytes));
+        if first * self.chunk_bytes < run.start {
+            first += 1;
+        }
+        if run.end < (after * self.chunk_bytes).min(self.total_bytes) {
+            after -= 1;
+        }
+        first..after
     }
 
     fn length_of(&self, chunk: u64) -> u64 {
@@ -294,6 +371,11 @@ pub(crate) fn allocated_bytes(cache: &CacheDir, key: &Digest) -> u64 {
     fs::metadata(cache.partial_path(key, "data")).map_or(0, |file| file.blocks().saturating_mul(512))
 }
 
+/// Whether what is written should wait for what is hashed, both from the start of the file.
+fn is_ahead_of_hash(written_bytes: u64, hashed_bytes: u64) -> bool {
+    (LEAD_BYTES..=LARGEST_LEAD_BYTES).contains(&written_bytes.saturating_sub(hashed_bytes))
+}
+
 /// The chunks of an earlier transfer; none where it was of another size.
 fn resumable(data: &File, journal: &File, size: PartialSize) -> Option<Vec<bool>> {
     let count = size.total_bytes.div_ceil(size.chunk_bytes);
@@ -321,6 +403,7 @@ fn resumable(data: &File, journal: &File, size: PartialSize) -> Option<Vec<bool>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::FutureExt as _;
 
     const SIZE: PartialSize = PartialSize { total_bytes: 10, chunk_bytes: 3 };
 
@@ -330,14 +413,18 @@ mod tests {
         Partial::open(cache, &key, size, lock).unwrap()
     }
 
+    /// Writes a block of the present attempt.
+    fn write(partial: &Partial, bytes: &[u8], at: u64) -> bool {
+        partial.write_block(bytes.to_vec(), BlockPlace { attempt: partial.attempt(), at }).unwrap()
+    }
+
     #[test]
     fn complete_chunks_are_there_after_a_restart_and_the_rest_is_missing() {
         let folder = tempfile::tempdir().unwrap();
         let cache = CacheDir::open(folder.path(), None).unwrap();
         let partial = open(&cache, SIZE);
         assert_eq!(partial.missing(100), [0..3, 3..10]);
-        partial.write(b"345678", 3).unwrap();
-        partial.mark(3..8).unwrap();
+        assert!(write(&partial, b"34567", 3));
         assert_eq!((partial.done_bytes(), *partial.contiguous().borrow()), (3, 0), "6..9 is not complete");
         assert_eq!(bytes_of_other(&cache, &Digest::of_text("k")), 3);
         drop(partial);
@@ -345,11 +432,10 @@ mod tests {
         assert!(partial.is_resumed());
         assert_eq!(partial.missing(100), [0..3, 6..10]);
         assert_eq!(partial.missing(3), [0..3, 6..9, 9..10]);
-        partial.write(b"012", 0).unwrap();
-        partial.mark(0..3).unwrap();
+        write(&partial, b"012", 0);
         assert_eq!(*partial.contiguous().borrow(), 6);
-        partial.write(b"6789", 6).unwrap();
-        partial.mark(6..10).unwrap();
+        assert_eq!(partial.recent_block(3), None, "what an earlier transfer wrote is read back");
+        write(&partial, b"6789", 6);
         assert_eq!((partial.missing(100).len(), *partial.contiguous().borrow()), (0, 10));
         let digest = Digest::of_text("0123456789");
         let lease = partial.install(&cache, &digest).unwrap();
@@ -357,18 +443,66 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_is_complete_with_its_last_byte_in_whatever_order_they_come() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = CacheDir::open(folder.path(), None).unwrap();
+        let partial = open(&cache, SIZE);
+        let journalled = || bytes_of_other(&cache, &Digest::of_text("k"));
+        write(&partial, b"45", 4);
+        write(&partial, b"12", 1);
+        assert_eq!((partial.done_bytes(), journalled()), (0, 0));
+        write(&partial, b"3", 3);
+        assert_eq!((partial.done_bytes(), journalled()), (3, 3));
+        write(&partial, b"0", 0);
+        assert_eq!((partial.done_bytes(), journalled(), *partial.contiguous().borrow()), (6, 6, 6));
+        write(&partial, b"6789", 6);
+        assert_eq!((partial.done_bytes(), *partial.contiguous().borrow()), (10, 10), "the short last one");
+    }
+
+    #[test]
+    fn what_is_hashed_next_is_still_in_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = CacheDir::open(folder.path(), None).unwrap();
+        let partial = open(&cache, SIZE);
+        write(&partial, b"01", 0);
+        assert_eq!(*partial.contiguous().borrow(), 2, "no whole chunk is needed");
+        write(&partial, b"56", 5);
+        assert_eq!((partial.next_recent(1), partial.recent_block(0)), (Some(5), Some(b"01".to_vec())));
+        partial.reset().unwrap();
+        assert_eq!(partial.recent_block(5), None, "it is of an attempt that was given up");
+    }
+
+    #[tokio::test]
+    async fn receiving_waits_for_the_one_that_hashes_and_not_for_an_earlier_transfer() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = CacheDir::open(folder.path(), None).unwrap();
+        let partial = open(&cache, PartialSize { total_bytes: 2 * LEAD_BYTES, chunk_bytes: 1 << 20 });
+        write(&partial, &vec![1; LEAD_BYTES as usize], 0);
+        let goes_on = |written: u64| partial.until_hashed(written).now_or_never().is_some();
+        assert!(goes_on(LEAD_BYTES), "nobody hashes");
+        partial.set_hashed(0);
+        assert!(!goes_on(LEAD_BYTES));
+        assert!(goes_on(LEAD_BYTES + 1), "another connection brings what comes before");
+        tokio::join!(partial.until_hashed(LEAD_BYTES), async { partial.set_hashed(1) });
+        partial.set_hashed(0);
+        partial.set_hashed(u64::MAX);
+        assert!(goes_on(LEAD_BYTES), "it has ended");
+        assert!(is_ahead_of_hash(LARGEST_LEAD_BYTES, 0) && !is_ahead_of_hash(LARGEST_LEAD_BYTES + 1, 0));
+    }
+
+    #[test]
     fn a_block_of_an_attempt_that_was_given_up_is_dropped() {
         let folder = tempfile::tempdir().unwrap();
         let cache = CacheDir::open(folder.path(), None).unwrap();
         let partial = open(&cache, SIZE);
-        let place = BlockPlace { attempt: partial.attempt(), start: 0, at: 0 };
-        assert!(partial.write_block(b"012", place).unwrap());
+        let place = BlockPlace { attempt: partial.attempt(), at: 0 };
+        assert!(partial.write_block(b"012".to_vec(), place).unwrap());
         assert_eq!(partial.done_bytes(), 3);
         partial.reset().unwrap();
-        assert!(!partial.write_block(b"old", place).unwrap());
+        assert!(!partial.write_block(b"old".to_vec(), place).unwrap());
         assert_eq!((partial.done_bytes(), *partial.contiguous().borrow()), (0, 0));
-        let place = BlockPlace { attempt: partial.attempt(), ..place };
-        assert!(partial.write_block(b"new", place).unwrap());
+        assert_eq!(partial.recent_block(0), None);
+        assert!(write(&partial, b"new", 0));
         let mut bytes = [0; 3];
         partial.read(&mut bytes, 0).unwrap();
         assert_eq!((&bytes, partial.done_bytes()), (b"new", 3));
@@ -379,8 +513,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = CacheDir::open(folder.path(), None).unwrap();
         let partial = open(&cache, SIZE);
-        partial.write(&[1; 10], 0).unwrap();
-        partial.mark(0..10).unwrap();
+        write(&partial, &[1; 10], 0);
         drop(partial);
         for other in [PartialSize { total_bytes: 9, ..SIZE }, PartialSize { chunk_bytes: 5, ..SIZE }] {
             let partial = open(&cache, other);

@@ -72,11 +72,13 @@ impl Environment {
 /// How long fetching waits, how often it tries again, and in which pieces it reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FetchLimits {
-    /// Requests at the same time for one file.
+    /// The most requests at the same time for one file. One alone where the source sends faster than this
+    /// machine takes its bytes.
     pub connections: usize,
     /// What is lost of a transfer when the process is killed, for each connection.
     pub chunk_bytes: u64,
-    /// The most that one request asks for. Of small files it is less: see [`Self::request_bytes_of`].
+    /// The most that one request asks for. Several at a time ask for less of a small file: see
+    /// [`Self::request_bytes_of`].
     pub request_bytes: u64,
     /// Longest time without a byte.
     pub stall_timeout: Duration,
@@ -98,7 +100,7 @@ pub struct FetchLimits {
 const WINDOWS_OF_A_FILE: u64 = 16;
 
 impl FetchLimits {
-    /// The most that one request asks for of a file of this length.
+    /// The most that each of several requests asks for of a file of this length.
     pub(crate) fn request_bytes_of(&self, total_bytes: u64) -> u64 {
         let share = total_bytes / (WINDOWS_OF_A_FILE * self.connections.max(1) as u64);
         share.min(self.request_bytes).max(self.chunk_bytes)

@@ -1,9 +1,10 @@
-//! Fetches one file: ranges over several connections, resumed where they stopped, hashed behind the transfer.
+//! Fetches one file: ranges over as many connections as help, resumed where they stopped, hashed behind the
+//! transfer from the blocks that are still in memory.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,14 +24,15 @@ use crate::http::Answer;
 use crate::origin::{Origin, RemoteFile};
 use crate::partial::{BlockPlace, Partial};
 use crate::progress::FileProgress;
+use crate::ranges::{RangeQueue, SourcePace};
 use crate::retry::Pauses;
 use crate::settings::FetchLimits;
 
 /// Bytes that are written at once. Each connection has two such buffers, one that is filled while the other
-/// one is written: with 8 connections and 2 files at a time 32 MiB.
+/// one is written: with 8 connections and 2 files at a time 32 MiB, beside those of [`crate::written`].
 const WRITE_BYTES: usize = 1 << 20;
-/// Bytes that are hashed at once. They fit a core's second-level cache (512 KiB at least), so that they are
-/// copied out of the page cache and hashed without going to memory between.
+/// Bytes that are read back at once to be hashed. They fit a core's second-level cache (512 KiB at least), so
+/// that they are copied out of the page cache and hashed without going to memory between.
 const HASH_BYTES: usize = 256 << 10;
 
 /// What a transfer needs; shared by its connections.
@@ -43,10 +45,24 @@ pub(crate) struct Transfer {
     pub(crate) progress: FileProgress,
 }
 
+/// How far a range is.
+#[derive(Debug, Clone, Copy)]
+struct RangeProgress {
+    /// Bytes up to here are written.
+    at: u64,
+    pace: SourcePace,
+}
+
+impl RangeProgress {
+    fn from(at: u64) -> Self {
+        Self { at, pace: SourcePace::default() }
+    }
+}
+
 /// How a range ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 enum RangeOutcome {
-    Complete,
+    Complete(SourcePace),
     /// The server sends the whole file whatever it is asked for.
     NoRanges,
 }
@@ -58,8 +74,8 @@ impl Transfer {
         let mut missing = self.partial.missing(self.limits.request_bytes_of(self.partial.total_bytes()));
         let Some(first) = missing.pop_front() else { return hashing.digest().await };
         match self.range_with_retries(first).await? {
-            RangeOutcome::Complete => {
-                self.ranges(missing).await?;
+            RangeOutcome::Complete(pace) => {
+                self.ranges(missing, pace).await?;
                 hashing.digest().await
             }
             RangeOutcome::NoRanges => {
@@ -69,22 +85,26 @@ impl Transfer {
         }
     }
 
-    /// All other ranges, over several connections.
-    async fn ranges(self: &Arc<Self>, missing: VecDeque<Range<u64>>) -> Result<(), StoreError> {
-        let connections = self.limits.connections.min(missing.len());
-        let missing = Arc::new(Mutex::new(missing));
+    /// All other ranges, over as many connections as the source needs. The first range came at this pace.
+    async fn ranges(
+        self: &Arc<Self>,
+        missing: VecDeque<Range<u64>>,
+        pace: SourcePace,
+    ) -> Result<(), StoreError> {
+        let most = self.limits.connections.max(1).min(missing.len());
+        let queue = Arc::new(RangeQueue::new(missing, most, self.limits.request_bytes, pace));
         let mut workers = JoinSet::new();
-        for _ in 0..connections {
-            let (transfer, missing) = (Arc::clone(self), Arc::clone(&missing));
+        for number in 0..most {
+            let (transfer, queue) = (Arc::clone(self), Arc::clone(&queue));
             workers.spawn(async move {
-                loop {
-                    let next = missing.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-                    let Some(range) = next else { return Ok(()) };
-                    if transfer.range_with_retries(range).await? == RangeOutcome::NoRanges {
+                while let Some(range) = queue.next(number).await {
+                    match transfer.range_with_retries(range).await? {
+                        RangeOutcome::Complete(pace) => queue.ended(pace),
                         // It had them a moment ago: another server answers, perhaps with other bytes.
-                        return Err(transfer.changed());
+                        RangeOutcome::NoRanges => return Err(transfer.changed()),
                     }
                 }
+                Ok(())
             });
         }
         // Dropping the set, when nobody waits any more, ends all connections.
@@ -100,18 +120,18 @@ impl Transfer {
 
     async fn range_with_retries(self: &Arc<Self>, range: Range<u64>) -> Result<RangeOutcome, StoreError> {
         let mut pauses = Pauses::new(&self.limits);
-        let mut at = range.start;
+        let mut progress = RangeProgress::from(range.start);
         loop {
-            let before = at;
-            match self.range(&range, &mut at).await {
+            let before = progress.at;
+            match self.range(&range, &mut progress).await {
                 Ok(RangeOutcome::NoRanges) => {
                     // What an earlier attempt brought comes again with all the rest.
-                    self.progress.take_back(at - range.start);
+                    self.progress.take_back(progress.at - range.start);
                     return Ok(RangeOutcome::NoRanges);
                 }
-                Ok(RangeOutcome::Complete) => return Ok(RangeOutcome::Complete),
+                Ok(complete) => return Ok(complete),
                 Err(error) => {
-                    if at > before {
+                    if progress.at > before {
                         pauses.reset();
                     }
                     pauses.after(error).await?;
@@ -120,41 +140,48 @@ impl Transfer {
         }
     }
 
-    /// Fetches from `at` to the end of a range; `at` moves with what is written.
-    async fn range(self: &Arc<Self>, range: &Range<u64>, at: &mut u64) -> Result<RangeOutcome, StoreError> {
-        let answer = self.origin.get(&self.file, Some(*at..range.end)).await?;
+    /// Fetches what is left of a range.
+    async fn range(
+        self: &Arc<Self>,
+        range: &Range<u64>,
+        progress: &mut RangeProgress,
+    ) -> Result<RangeOutcome, StoreError> {
+        let at = progress.at;
+        let answer = self.origin.get(&self.file, Some(at..range.end)).await?;
         self.check_version(answer.headers())?;
-        let is_all = *at == 0 && range.end == self.partial.total_bytes();
+        let is_all = at == 0 && range.end == self.partial.total_bytes();
         match answer.status() {
-            StatusCode::PARTIAL_CONTENT => self.check_range(answer.headers(), *at)?,
+            StatusCode::PARTIAL_CONTENT => self.check_range(answer.headers(), at)?,
             _ if is_all => {}
             _ => return Ok(RangeOutcome::NoRanges),
         }
-        self.receive(answer, range, at).await?;
-        Ok(RangeOutcome::Complete)
+        self.receive(answer, range.end, progress).await?;
+        Ok(RangeOutcome::Complete(progress.pace))
     }
 
-    /// Writes the body of an answer from `at` to the end of `range`; `at` moves with what is written.
+    /// Writes the body of an answer up to `end`.
     async fn receive(
         self: &Arc<Self>,
         answer: Answer,
-        range: &Range<u64>,
-        at: &mut u64,
+        end: u64,
+        progress: &mut RangeProgress,
     ) -> Result<(), StoreError> {
         let mut body = BodyReader::new(self, answer);
-        let mut writing = Writing::new(self, range.start, *at);
+        let mut writing = Writing::new(self, progress.at);
         let mut failure = None;
-        while failure.is_none() && writing.end() < range.end {
-            let received = body.next_block(writing.spare_block(), range.end - writing.end()).await;
+        while failure.is_none() && writing.end() < end {
+            self.partial.until_hashed(writing.written()).await;
+            let received = body.next_block(self.partial.buffer(WRITE_BYTES), end - writing.end()).await;
             failure = received.failure;
             // What came before a failure counts, so it is written before the failure is told.
             let written = writing.then(received.block).await;
-            *at = writing.written();
+            progress.at = writing.written();
             written?;
         }
         let finished = writing.finish().await;
-        *at = writing.written();
+        progress.at = writing.written();
         finished?;
+        progress.pace = body.pace;
         failure.map_or(Ok(()), Err)
     }
 
@@ -165,8 +192,7 @@ impl Transfer {
             self.progress.take_all_back();
             self.partial.reset()?;
             let hashing = self.hash_behind();
-            let mut at = 0;
-            match self.whole(&mut at).await {
+            match self.whole().await {
                 Ok(()) => return hashing.digest().await,
                 Err(error) => {
                     drop(hashing);
@@ -176,10 +202,10 @@ impl Transfer {
         }
     }
 
-    async fn whole(self: &Arc<Self>, at: &mut u64) -> Result<(), StoreError> {
+    async fn whole(self: &Arc<Self>) -> Result<(), StoreError> {
         let answer = self.origin.get(&self.file, None).await?;
         self.check_version(answer.headers())?;
-        self.receive(answer, &(0..self.partial.total_bytes()), at).await
+        self.receive(answer, self.partial.total_bytes(), &mut RangeProgress::from(0)).await
     }
 
     /// An answer from another version of the file must not be mixed with what is there.
@@ -205,25 +231,18 @@ impl Transfer {
 
     /// Hashes the file on a thread of its own, as far as it is there without a gap.
     fn hash_behind(self: &Arc<Self>) -> Hashing {
-        // While nothing arrives only the receiver is held, so that a transfer that was dropped ends this.
-        let transfer = Arc::downgrade(self);
-        let total_bytes = self.partial.total_bytes();
-        let (handle, contiguous) = (Handle::current(), self.partial.contiguous());
         let is_wanted = Arc::new(AtomicBool::new(true));
-        let follower = HashFollower { total_bytes, contiguous, is_wanted: Arc::clone(&is_wanted) };
-        let task = spawn_blocking(move || {
-            let read = |bytes: &mut [u8], at| match transfer.upgrade() {
-                Some(transfer) => transfer.partial.read(bytes, at),
-                None => Err(StoreError::Stopped),
-            };
-            follower.run(&handle, &read)
-        });
-        Hashing { task, is_wanted }
+        self.partial.set_hashed(0);
+        let follower = HashFollower {
+            transfer: Arc::downgrade(self),
+            total_bytes: self.partial.total_bytes(),
+            contiguous: self.partial.contiguous(),
+            is_wanted: Arc::clone(&is_wanted),
+        };
+        let handle = Handle::current();
+        Hashing { task: spawn_blocking(move || follower.run(&handle)), is_wanted }
     }
 }
-
-/// Fills a block with the bytes from a position.
-type ReadAt<'a> = &'a dyn Fn(&mut [u8], u64) -> Result<(), StoreError>;
 
 /// The thread that hashes; it ends soon after this is dropped.
 struct Hashing {
@@ -243,16 +262,19 @@ impl Drop for Hashing {
     }
 }
 
+/// Hashes behind a transfer. While nothing arrives it holds only the receiver, so that a transfer that was
+/// dropped ends it.
 struct HashFollower {
+    transfer: Weak<Transfer>,
     total_bytes: u64,
     contiguous: watch::Receiver<u64>,
     is_wanted: Arc<AtomicBool>,
 }
 
 impl HashFollower {
-    fn run(mut self, handle: &Handle, read: ReadAt<'_>) -> Result<Digest, StoreError> {
+    fn run(mut self, handle: &Handle) -> Result<Digest, StoreError> {
         let mut hasher = Sha256::new();
-        let mut block = vec![0; HASH_BYTES];
+        let mut read_back = Vec::new();
         let mut at = 0;
         while at < self.total_bytes {
             if !self.is_wanted.load(Ordering::Relaxed) {
@@ -263,13 +285,35 @@ impl HashFollower {
                 handle.block_on(self.contiguous.changed()).map_err(|_| StoreError::Stopped)?;
                 continue;
             }
-            let count = (available - at).min(HASH_BYTES as u64);
-            let block = &mut block[..count as usize];
-            read(block, at)?;
-            hasher.update(&*block);
+            let transfer = self.transfer.upgrade().ok_or(StoreError::Stopped)?;
+            let partial = &transfer.partial;
+            if let Some(block) = partial.recent_block(at) {
+                hasher.update(&block);
+                at += block.len() as u64;
+                partial.release(block);
+                partial.set_hashed(at);
+                continue;
+            }
+            // Up to the next block that is still in memory, so that it is not read back, too.
+            let end = partial.next_recent(at).map_or(available, |start| start.min(available));
+            read_back.resize(HASH_BYTES, 0);
+            let count = (end - at).min(HASH_BYTES as u64);
+            let bytes = &mut read_back[..count as usize];
+            partial.read(bytes, at)?;
+            hasher.update(&*bytes);
             at += count;
+            partial.set_hashed(at);
         }
         Ok(Digest::of(hasher))
+    }
+}
+
+impl Drop for HashFollower {
+    /// Whatever ended it: what waits for it goes on.
+    fn drop(&mut self) {
+        if let Some(transfer) = self.transfer.upgrade() {
+            transfer.partial.set_hashed(u64::MAX);
+        }
     }
 }
 
@@ -277,31 +321,25 @@ fn broken(error: tokio::task::JoinError) -> StoreError {
     StoreError::cache("", "running the transfer", std::io::Error::other(error))
 }
 
-/// Writes the blocks of one range on another thread, each while the next one is received. Buffers are used
-/// again: a new one for each block would cost a page fault for every 4 KiB.
+/// Writes the blocks of one range on another thread, each while the next one is received.
 struct Writing<'a> {
     transfer: &'a Arc<Transfer>,
     /// The attempt that the answer is of.
     attempt: u64,
-    /// Where the range begins: chunks are marked from here.
-    start: u64,
     /// Bytes up to here are written.
     written: u64,
     running: Option<RunningWrite>,
-    /// The buffer of a block that is written.
-    spare: Option<Vec<u8>>,
 }
 
 /// A block that is being written.
 struct RunningWrite {
-    task: JoinHandle<Result<Vec<u8>, StoreError>>,
+    task: JoinHandle<Result<(), StoreError>>,
     bytes: u64,
 }
 
 impl<'a> Writing<'a> {
-    fn new(transfer: &'a Arc<Transfer>, start: u64, at: u64) -> Self {
-        let attempt = transfer.partial.attempt();
-        Self { transfer, attempt, start, written: at, running: None, spare: None }
+    fn new(transfer: &'a Arc<Transfer>, at: u64) -> Self {
+        Self { transfer, attempt: transfer.partial.attempt(), written: at, running: None }
     }
 
     fn written(&self) -> u64 {
@@ -313,24 +351,20 @@ impl<'a> Writing<'a> {
         self.written + self.running.as_ref().map_or(0, |running| running.bytes)
     }
 
-    /// An empty buffer for the next block.
-    fn spare_block(&mut self) -> Vec<u8> {
-        self.spare.take().unwrap_or_else(|| Vec::with_capacity(WRITE_BYTES))
-    }
-
     /// Begins to write a block once the one before is written.
     async fn then(&mut self, block: Vec<u8>) -> Result<(), StoreError> {
         self.finish().await?;
         if block.is_empty() {
+            self.transfer.partial.release(block);
             return Ok(());
         }
-        let place = BlockPlace { attempt: self.attempt, start: self.start, at: self.written };
+        let place = BlockPlace { attempt: self.attempt, at: self.written };
         let (transfer, bytes) = (Arc::clone(self.transfer), block.len() as u64);
         let task = spawn_blocking(move || {
-            if transfer.partial.write_block(&block, place)? {
+            if transfer.partial.write_block(block, place)? {
                 transfer.progress.add(bytes);
             }
-            Ok(block)
+            Ok(())
         });
         self.running = Some(RunningWrite { task, bytes });
         Ok(())
@@ -338,10 +372,8 @@ impl<'a> Writing<'a> {
 
     async fn finish(&mut self) -> Result<(), StoreError> {
         if let Some(RunningWrite { task, bytes }) = self.running.take() {
-            let mut block = task.await.map_err(broken)??;
+            task.await.map_err(broken)??;
             self.written += bytes;
-            block.clear();
-            self.spare = Some(block);
         }
         Ok(())
     }
@@ -359,13 +391,15 @@ struct BodyReader<'a> {
     body: Incoming,
     /// The end of a frame that did not fit the block before.
     rest: Bytes,
+    pace: SourcePace,
     stall_timeout: Duration,
 }
 
 impl<'a> BodyReader<'a> {
     fn new(transfer: &'a Transfer, answer: Answer) -> Self {
         let stall_timeout = transfer.limits.stall_timeout;
-        Self { transfer, body: answer.into_body(), rest: Bytes::new(), stall_timeout }
+        let pace = SourcePace::default();
+        Self { transfer, body: answer.into_body(), rest: Bytes::new(), pace, stall_timeout }
     }
 
     /// Fills a block with the next bytes, at most `left`.
@@ -380,6 +414,7 @@ impl<'a> BodyReader<'a> {
             let failure = match timeout(self.stall_timeout, self.body.frame()).await {
                 Ok(Some(Ok(frame))) => {
                     self.rest = frame.into_data().unwrap_or_default();
+                    self.pace.add(self.rest.len());
                     continue;
                 }
                 Ok(Some(Err(_)) | None) => self.interrupted(),

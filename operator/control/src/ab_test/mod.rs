@@ -5,6 +5,7 @@
 //! | [`validate`] | whether a spec can be honoured, alone and beside other objects |
 //! | [`assign`] | shares of variants, owners of users, and the routes that variants share |
 //! | [`sample`] | sums over gateways that survive restarts of gateways and operators |
+//! | `scored` | which scores two gateways counted of one answer |
 //! | [`metric`] | the sums of one metric, and how two variants differ in it |
 //! | [`assess`] | verdicts, guardrails, and whether users are divided as configured |
 //! | `figures` | how the status shows what was counted |
@@ -15,6 +16,7 @@ pub mod assign;
 mod figures;
 pub mod metric;
 pub mod sample;
+mod scored;
 pub mod status;
 pub mod validate;
 

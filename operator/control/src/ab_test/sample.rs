@@ -4,28 +4,22 @@
 //! A gateway reports the sums since its process began, bucket by bucket. [`SampleStore`] keeps the largest
 //! that each process reported, so that a report counts once, however often it comes and in which order. A
 //! checkpoint has the sums of each process apart: what a process reports behind a restart of the operator
-//! replaces its part of the checkpoint.
-//!
-//! A caller may send the score of one answer to two gateways, and neither knows of the other. Each reports
-//! which answers the newest scores are of, and what two processes have counted of one answer is subtracted
-//! once.
+//! replaces its part of the checkpoint. What two processes have counted of one answer counts once (`scored`).
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use trustformers_crds::Cost;
 use trustformers_proto::ab_test::{LATENCY_CELLS, USER_BUCKETS, UserSet};
 use trustformers_proto::control::v1::{
-    LatencyHistogram, ScoredAnswer, ShadowCounts, TestCheckpoint, UserBucketCounts, VariantCounts,
+    LatencyHistogram, ShadowCounts, TestCheckpoint, UserBucketCounts, VariantCounts, VariantScores,
 };
 
+use super::scored::{MAX_ANSWERS_OF_TEST, MAX_STORED_ANSWERS, ScoredAnswers};
 use crate::counts::Histogram;
 
 /// Users of one variant and epoch that are distinguished, as in a gateway: 32,768 × 8 bytes, which a hash
 /// table makes 0.6 MB. With more users the set is a sample of at least half as many.
 const MAX_USERS: usize = 32_768;
-/// Scored answers of one variant, epoch and process that are known: four times those that a gateway knows.
-/// Each takes some 50 bytes: 0.8 MB.
-const MAX_SCORED: usize = 16_384;
 /// Processes of gateways whose sums of one test are kept apart. Of more, the sums of those that reported
 /// longest ago are added up; what such a process would report later is not taken.
 const MAX_PROCESSES: usize = 32;
@@ -109,37 +103,6 @@ impl ShadowSums {
     }
 }
 
-/// A score as it was counted.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct AnswerScore {
-    bucket: u32,
-    score: f64,
-}
-
-/// Scores of answers that are known, the oldest of which are forgotten. A report that comes again changes
-/// nothing.
-#[derive(Debug, Clone, PartialEq, Default)]
-struct ScoredAnswers {
-    by_answer: BTreeMap<u64, AnswerScore>,
-    /// The answers, the oldest first.
-    order: VecDeque<u64>,
-}
-
-impl ScoredAnswers {
-    fn insert(&mut self, answer: u64, score: AnswerScore) {
-        if self.by_answer.contains_key(&answer) {
-            return;
-        }
-        self.by_answer.insert(answer, score);
-        self.order.push_back(answer);
-        if self.order.len() > MAX_SCORED
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.by_answer.remove(&oldest);
-        }
-    }
-}
-
 /// What was counted of one variant in one epoch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VariantSums {
@@ -159,7 +122,7 @@ pub struct VariantSums {
     pub users: UserSet,
     /// Requests that it answered as a shadow. They count nowhere else.
     pub shadow: ShadowSums,
-    /// The answers of the newest scores of one process.
+    /// The answers of the newest scores, of one process.
     scored: ScoredAnswers,
     /// What its requests cost; it is not counted but configured.
     pub cost: Cost,
@@ -277,30 +240,18 @@ impl VariantSums {
         self.buckets.iter().map(|bucket| bucket.errors).sum()
     }
 
-    /// Subtracts scores that another process counted as well.
-    fn subtract(&mut self, scores: impl Iterator<Item = AnswerScore>) {
-        for AnswerScore { bucket, score } in scores {
-            let bucket = self.buckets.get_mut(bucket as usize).filter(|bucket| bucket.scores > 0);
-            if let Some(bucket) = bucket {
-                bucket.scores -= 1;
-                bucket.score_sum -= score;
-            }
-        }
-    }
-
     /// Adds what a process counted that is not kept apart any more.
     fn fold(&mut self, other: &Self) {
         self.merge(other);
-        let scored = other.scored.by_answer.iter();
-        let twice = scored.filter(|(answer, _)| self.scored.by_answer.contains_key(*answer));
-        let twice: Vec<AnswerScore> = twice.map(|(_, score)| *score).collect();
-        self.subtract(twice.into_iter());
-        for (answer, score) in &other.scored.by_answer {
-            self.scored.insert(*answer, *score);
-        }
+        self.scored.fold(&other.scored);
     }
 
-    /// Takes what a process reports, as far as it is newer.
+    /// All scores, also those that another process has counted as well.
+    fn scores(&self) -> u64 {
+        self.buckets.iter().map(|bucket| bucket.scores).sum()
+    }
+
+    /// Takes what a process reports, as far as it is newer, without its scored answers.
     fn raise(&mut self, wire: &VariantCounts) {
         self.unidentified = self.unidentified.max(wire.unidentified);
         self.forced = self.forced.max(wire.forced);
@@ -314,9 +265,6 @@ impl VariantSums {
         }
         let shadow = wire.shadow.as_ref().map(ShadowSums::of_wire).unwrap_or_default();
         self.shadow = self.shadow.joined(shadow, u64::max);
-        for ScoredAnswer { answer, bucket, score } in &wire.scored {
-            self.scored.insert(*answer, AnswerScore { bucket: *bucket, score: *score });
-        }
         self.users.raise_to(wire.users_level);
         for user in &wire.users {
             self.users.insert(*user);
@@ -343,7 +291,7 @@ impl VariantSums {
             users: fingerprints,
             users_level: users.level(),
             shadow: self.shadow.to_wire(),
-            // Gateways that run report them again, and a checkpoint has no room for them.
+            // A checkpoint has fingerprints of them, in a part of their own.
             scored: Vec::new(),
         }
     }
@@ -372,11 +320,24 @@ impl VariantId {
         Self { test: wire.test.clone(), epoch: wire.epoch, variant: wire.variant.clone() }
     }
 
+    fn of_scores(wire: &VariantScores) -> Self {
+        Self { test: wire.test.clone(), epoch: wire.epoch, variant: wire.variant.clone() }
+    }
+
     /// The users of a test's forgotten epochs.
     #[must_use]
     pub fn earlier(test: &str) -> Self {
         Self { test: test.to_owned(), epoch: EARLIER_EPOCH, variant: String::new() }
     }
+}
+
+/// What a checkpoint has of that of which it may have less.
+#[derive(Debug, Clone, Copy)]
+struct StoredDetail {
+    /// Users whose fingerprints end with at least so many zero bits.
+    users_level: u32,
+    /// Scored answers of each variant and process.
+    answers: usize,
 }
 
 /// The sums of one process.
@@ -430,6 +391,33 @@ impl SampleStore {
         for wire in variants {
             sums.variants.entry(VariantId::of(wire)).or_default().raise(wire);
         }
+        for wire in variants.iter().filter(|wire| !wire.scored.is_empty()) {
+            let id = VariantId::of(wire);
+            let counted = self.sums_of(process, &id).map_or(0, |sums| sums.scores());
+            self.beside_others(process, &id, |own, others| own.report(&wire.scored, counted, others));
+        }
+    }
+
+    fn sums_of(&mut self, process: &str, id: &VariantId) -> Option<&mut VariantSums> {
+        self.processes.get_mut(process)?.variants.get_mut(id)
+    }
+
+    /// Changes the scored answers of a process, beside those of the others.
+    fn beside_others(
+        &mut self,
+        process: &str,
+        id: &VariantId,
+        change: impl FnOnce(&mut ScoredAnswers, &[&ScoredAnswers]),
+    ) {
+        let Some(sums) = self.sums_of(process, id) else { return };
+        let mut own = std::mem::take(&mut sums.scored);
+        let others = self.processes.values().filter_map(|process| process.variants.get(id));
+        // Its own ones are not among them meanwhile: there are none in their stead.
+        let others: Vec<&ScoredAnswers> = others.map(|sums| &sums.scored).collect();
+        change(&mut own, &others);
+        if let Some(sums) = self.sums_of(process, id) {
+            sums.scored = own;
+        }
     }
 
     /// Adds up the sums of a process that has ended; false where none has.
@@ -462,13 +450,9 @@ impl SampleStore {
     #[must_use]
     pub fn of(&self, id: &VariantId) -> VariantSums {
         let mut sum = VariantSums::default();
-        let mut seen: BTreeSet<u64> = BTreeSet::new();
         for sums in self.processes.values().filter_map(|process| process.variants.get(id)) {
             sum.merge(sums);
-            let scored = &sums.scored.by_answer;
-            let twice = scored.iter().filter(|(answer, _)| seen.contains(*answer));
-            sum.subtract(twice.map(|(_, score)| *score));
-            seen.extend(scored.keys());
+            sums.scored.subtract_from(&mut sum.buckets);
         }
         sum
     }
@@ -509,14 +493,14 @@ impl SampleStore {
     }
 
     /// The sums of a test, to be stored in at most `limit_bytes`. Where they do not fit, those of processes
-    /// that have ended are added up, and fewer users are stored: a sample that merges with what gateways
-    /// still have.
+    /// that have ended are added up, fewer scored answers are stored, and fewer users: a sample that merges
+    /// with what gateways still have.
     ///
     /// # Errors
     /// The sums do not fit without any user.
     pub fn checkpoint(&mut self, test: &str, limit_bytes: usize) -> Result<StoredSums, CheckpointTooLarge> {
-        let without_users = loop {
-            let stored = self.stored(test, u64::BITS);
+        let sums_alone = loop {
+            let stored = self.stored(test, StoredDetail { users_level: u64::BITS, answers: 0 });
             let bytes = bytes_of(&stored);
             if bytes <= limit_bytes {
                 break stored;
@@ -525,13 +509,28 @@ impl SampleStore {
                 return Err(CheckpointTooLarge { bytes, limit_bytes });
             }
         };
-        let mut levels = (0..u64::BITS).map(|users_level| self.stored(test, users_level));
-        Ok(levels.find(|stored| bytes_of(stored) <= limit_bytes).unwrap_or(without_users))
+        let answers = self.answers_that_fit(test, limit_bytes);
+        let levels = (0..=u64::BITS).map(|users_level| StoredDetail { users_level, answers });
+        let mut stored = levels.map(|detail| self.stored(test, detail));
+        Ok(stored.find(|stored| bytes_of(stored) <= limit_bytes).unwrap_or(sums_alone))
     }
 
-    fn stored(&self, test: &str, users_level: u32) -> StoredSums {
+    /// Scored answers of each variant and process that a checkpoint of this size has room for.
+    fn answers_that_fit(&self, test: &str, limit_bytes: usize) -> usize {
+        let mut halves = std::iter::successors(Some(MAX_STORED_ANSWERS), |answers| Some(answers / 2));
+        let fits = |answers: &usize| {
+            let variants = self.processes.values().flat_map(|process| &process.variants);
+            let of_test = variants.filter(|(id, _)| id.test == test);
+            let all: usize = of_test.map(|(_, sums)| sums.scored.stored_answers(*answers)).sum();
+            let detail = StoredDetail { users_level: u64::BITS, answers: *answers };
+            all <= MAX_ANSWERS_OF_TEST && bytes_of(&self.stored(test, detail)) <= limit_bytes
+        };
+        halves.find(|answers| *answers == 0 || fits(answers)).unwrap_or(0)
+    }
+
+    fn stored(&self, test: &str, detail: StoredDetail) -> StoredSums {
         let processes = self.processes.iter();
-        let parts = processes.map(|(process, sums)| (process.clone(), encoded(sums, test, users_level)));
+        let parts = processes.map(|(process, sums)| (process.clone(), encoded(sums, test, detail)));
         parts.filter(|(_, encoded)| !encoded.is_empty()).collect()
     }
 
@@ -540,19 +539,48 @@ impl SampleStore {
     /// be decoded is left out too, and its process is named.
     pub fn restore(&mut self, stored: &StoredSums, known: &BTreeSet<VariantId>) -> Vec<String> {
         let mut unreadable = Vec::new();
+        let mut scored: BTreeMap<VariantId, BTreeMap<String, ScoredAnswers>> = BTreeMap::new();
         // Before the next report there may be those of a restart besides.
         for (process, bytes) in stored.iter().take(2 * MAX_PROCESSES) {
+            // What it has reported meanwhile was added up with others, and has what was stored.
+            if self.folded.contains(process) {
+                continue;
+            }
             match <TestCheckpoint as prost::Message>::decode(bytes.as_slice()) {
-                Ok(TestCheckpoint { mut counts }) => {
+                Ok(TestCheckpoint { mut counts, scores }) => {
                     counts.retain(|wire| known.contains(&VariantId::of(wire)));
                     if !counts.is_empty() {
                         self.raise(process, &counts);
+                    }
+                    for wire in &scores {
+                        let id = VariantId::of_scores(wire);
+                        if known.contains(&id) {
+                            let stored = ScoredAnswers::of_wire(wire);
+                            scored.entry(id).or_default().insert(process.clone(), stored);
+                        }
                     }
                 }
                 Err(_) => unreadable.push(process.clone()),
             }
         }
+        for (id, stored) in scored {
+            self.restore_scored(&id, stored);
+        }
         unreadable
+    }
+
+    /// Takes the scored answers of a variant as they were stored, by process. What gateways have reported is
+    /// compared with these.
+    fn restore_scored(&mut self, id: &VariantId, mut stored: BTreeMap<String, ScoredAnswers>) {
+        let mut reported: BTreeMap<String, ScoredAnswers> = BTreeMap::new();
+        for (process, sums) in &mut self.processes {
+            let Some(sums) = sums.variants.get_mut(id) else { continue };
+            let stored = stored.remove(process).unwrap_or_default();
+            reported.insert(process.clone(), std::mem::replace(&mut sums.scored, stored));
+        }
+        for (process, before) in reported {
+            self.beside_others(&process, id, |own, others| own.report_again(&before, others));
+        }
     }
 }
 
@@ -560,10 +588,13 @@ fn bytes_of(stored: &StoredSums) -> usize {
     stored.iter().map(|(process, encoded)| process.len() + encoded.len()).sum()
 }
 
-fn encoded(process: &ProcessSums, test: &str, users_level: u32) -> Vec<u8> {
+fn encoded(process: &ProcessSums, test: &str, detail: StoredDetail) -> Vec<u8> {
+    let StoredDetail { users_level, answers } = detail;
     let of_test = process.variants.iter().filter(|(id, _)| id.test == test);
+    let scores = of_test.clone().filter_map(|(id, sums)| sums.scored.to_wire(id, sums.scores(), answers));
+    let scores = scores.collect();
     let counts = of_test.map(|(id, sums)| sums.to_wire(id, users_level)).collect();
-    prost::Message::encode_to_vec(&TestCheckpoint { counts })
+    prost::Message::encode_to_vec(&TestCheckpoint { counts, scores })
 }
 
 #[cfg(test)]
@@ -606,35 +637,6 @@ mod tests {
         assert_eq!((sums.buckets[3].requests, sums.buckets[4].requests), (17, 1));
         assert_eq!((sums.requests(), sums.errors(), sums.users.len()), (18, 1, 3));
         assert_eq!(sums.buckets[3].answers_within[1], 17);
-    }
-
-    /// A process with so many scores of the sum in bucket 3, of which it tells the answers.
-    fn scores(scores: u64, score_sum: f64, answers: &[(u64, f64)]) -> VariantCounts {
-        let sums = UserBucketCounts { bucket: 3, scores, score_sum, ..UserBucketCounts::default() };
-        let scored = answers.iter().map(|&(answer, score)| ScoredAnswer { answer, bucket: 3, score });
-        VariantCounts { buckets: vec![sums], scored: scored.collect(), ..counts("a", &[], &[]) }
-    }
-
-    #[test]
-    fn an_answer_that_was_scored_at_two_gateways_counts_once() {
-        let mut store = SampleStore::default();
-        // The first score is older than what the gateway knows of; one answer is scored at both.
-        store.report("p1", &[scores(3, 1.75, &[(7, 1.0), (8, 0.5)])]);
-        let other = scores(2, 1.25, &[(8, 0.5), (9, 0.75)]);
-        // The report comes again, as in a new stream.
-        store.report("p2", std::slice::from_ref(&other));
-        store.report("p2", &[other]);
-        let bucket = |store: &SampleStore| {
-            let sums = store.of(&id("a"));
-            (sums.buckets[3].scores, sums.buckets[3].score_sum)
-        };
-        assert_eq!(bucket(&store), (4, 2.5));
-        // Also where the processes are not kept apart any more.
-        store.fold_oldest();
-        assert_eq!(bucket(&store), (4, 2.5));
-        store.fold_oldest();
-        assert_eq!(bucket(&store), (4, 2.5));
-        assert_eq!(store.processes.len(), 1);
     }
 
     #[test]
@@ -766,7 +768,72 @@ mod tests {
         assert!(store.processes.is_empty());
     }
 
+    /// What one gateway process counted, with what the callers of its requests counted.
+    #[derive(Debug, Clone, Default)]
+    struct CountingGateway {
+        name: String,
+        requests: BTreeMap<u32, u64>,
+        users: BTreeSet<u64>,
+    }
+
+    impl CountingGateway {
+        fn named(name: String) -> Self {
+            Self { name, ..Self::default() }
+        }
+
+        /// The first report of a stream.
+        fn report(&self, store: &mut SampleStore) {
+            let requests: Vec<(u32, u64)> =
+                self.requests.iter().map(|(bucket, one)| (*bucket, *one)).collect();
+            let users: Vec<u64> = self.users.iter().copied().collect();
+            store.report(&self.name, &[counts("a", &requests, &users)]);
+        }
+    }
+
     proptest! {
+        /// Three gateways answer users. Between, the operator is killed or another one leads, which some
+        /// gateways reach before it has read the checkpoint, and gateways are restarted.
+        #[test]
+        fn counts_are_those_of_callers_whoever_is_restarted(
+            steps in proptest::collection::vec((0_usize..12, 0_usize..3, 0_u64..40), 1..60),
+        ) {
+            let mut store = SampleStore::default();
+            let mut stored = StoredSums::new();
+            let mut gateways: Vec<CountingGateway> =
+                (0..3).map(|number| CountingGateway::named(format!("first-{number}"))).collect();
+            let (mut requests, mut users) = (BTreeMap::<u32, u64>::new(), BTreeSet::new());
+            for (number, (action, gateway, user)) in steps.into_iter().enumerate() {
+                match action {
+                    0 => {
+                        store = SampleStore::default();
+                        gateways[..gateway].iter().for_each(|one| one.report(&mut store));
+                        store.restore(&stored, &BTreeSet::from([id("a")]));
+                        gateways[gateway..].iter().for_each(|one| one.report(&mut store));
+                    }
+                    1 => stored = store.checkpoint("t", 900_000).unwrap(),
+                    2 => {
+                        // It has sent its last report, and a checkpoint came before the next operator.
+                        stored = store.checkpoint("t", 900_000).unwrap();
+                        gateways[gateway] = CountingGateway::named(format!("later-{number}"));
+                    }
+                    _ => {
+                        let bucket = u32::try_from(user % 7).unwrap();
+                        *requests.entry(bucket).or_default() += 1;
+                        users.insert(user);
+                        *gateways[gateway].requests.entry(bucket).or_default() += 1;
+                        gateways[gateway].users.insert(user);
+                        gateways[gateway].report(&mut store);
+                    }
+                }
+                let sums = store.of(&id("a"));
+                prop_assert_eq!(sums.requests(), requests.values().sum::<u64>());
+                prop_assert_eq!(sums.users.len(), users.len());
+                for (bucket, count) in &requests {
+                    prop_assert_eq!(sums.buckets[*bucket as usize].requests, *count);
+                }
+            }
+        }
+
         #[test]
         fn sums_of_any_division_among_gateways_are_the_whole(
             requests in proptest::collection::vec((0_u32..256, 0_usize..4), 1..300),

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use trustformers_crds::{ABTestPhase, ABTestStatus, ABTestVerdict, Metric};
 use trustformers_proto::ab_test::{UserSet, latency_cell};
+use trustformers_proto::control::v1::VariantCounts;
 
 use super::assess::{AssessInputs, EpochSample, Judgement, assess};
 use super::sample::{SampleStore, VariantId, VariantSums};
-use super::status::{StepInputs, TestFacts, Waiting, step};
+use super::status::{StepInputs, TestFacts, Waiting, step, stored_variants};
 use super::validate::tests::{spec, stored};
 use super::validate::{ValidatedTest, validate};
 
@@ -71,6 +72,16 @@ impl Population {
                 sums.answer.observe(latency);
             }
         }
+    }
+
+    /// What a gateway reports of both variants in the newest epoch.
+    fn report(&self, test: &ValidatedTest, status: &ABTestStatus) -> Vec<VariantCounts> {
+        let epoch = u64::try_from(status.epochs.last().unwrap().epoch).unwrap();
+        let counts = ["control", "treatment"].iter().zip(&self.sums).map(|(variant, sums)| {
+            let id = VariantId { test: test.uid.clone(), epoch, variant: (*variant).to_owned() };
+            sums.to_wire(&id, 0)
+        });
+        counts.collect()
     }
 
     fn epoch(&self, weights: [u32; 2]) -> EpochSample {
@@ -209,12 +220,7 @@ fn stepped_while(
     let mut store = SampleStore::default();
     for look in 1..=looks {
         population.send(200);
-        let epoch = u64::try_from(status.epochs.last().unwrap().epoch).unwrap();
-        let counts = ["control", "treatment"].iter().zip(&population.sums).map(|(variant, sums)| {
-            let id = VariantId { test: test.uid.clone(), epoch, variant: (*variant).to_owned() };
-            sums.to_wire(&id, 0)
-        });
-        store.report("gateway", &counts.collect::<Vec<_>>());
+        store.report("gateway", &population.report(test, &status));
         let now = begin.checked_add(SignedDuration::from_secs(30 * look)).unwrap();
         status = step(&StepInputs { test, stored: &status, facts: &facts, samples: Some(&store), now });
         if status.phase != Some(ABTestPhase::Running) {
@@ -222,6 +228,47 @@ fn stepped_while(
         }
     }
     (status, looks)
+}
+
+#[test]
+fn thirty_days_without_a_difference_end_in_no_verdict_and_lose_no_request() {
+    let test = half_and_half(AT_ONCE);
+    let facts = TestFacts {
+        conflict: None,
+        waiting: None,
+        revisions: vec!["r1".to_owned(), "r1".to_owned()],
+        replicas: vec![1, 1],
+        checkpoint_error: None,
+    };
+    let begin = Timestamp::from_second(1_800_000_000).unwrap();
+    let first = ABTestStatus::default();
+    let mut status =
+        step(&StepInputs { test: &test, stored: &first, facts: &facts, samples: None, now: begin });
+    let mut population = Population::new(1, 50, [0.05, 0.05]);
+    let mut store = SampleStore::default();
+    // Twelve looks a day.
+    for look in 1..=360_u32 {
+        population.send(400);
+        store.report("gateway", &population.report(&test, &status));
+        if look % 36 == 0 {
+            // Another operator, with what is stored.
+            let stored = store.checkpoint(&test.uid, 900_000).unwrap();
+            store = SampleStore::default();
+            assert!(store.restore(&stored, &stored_variants(&test.uid, &status)).is_empty());
+            let text = serde_json::to_string(&status).unwrap();
+            status = serde_json::from_str(&text).unwrap();
+        }
+        let now = begin.checked_add(SignedDuration::from_hours(2 * i64::from(look))).unwrap();
+        let samples = Some(&store);
+        status = step(&StepInputs { test: &test, stored: &status, facts: &facts, samples, now });
+        assert_eq!((status.phase, status.verdict), (Some(ABTestPhase::Running), None), "look {look}");
+        let requests: i64 = status.variants.iter().map(|variant| variant.requests).sum();
+        assert_eq!(requests, 400 * i64::from(look), "look {look}");
+    }
+    assert_eq!((status.srm.as_deref(), status.restarts), (Some("ok"), 0));
+    let metric = &status.variants[1].metrics[0];
+    let end = |end: &Option<String>| end.as_ref().unwrap().parse::<f64>().unwrap();
+    assert!(!metric.differs && end(&metric.low) <= 0.0 && end(&metric.high) >= 0.0, "{metric:?}");
 }
 
 #[test]

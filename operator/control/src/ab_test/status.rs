@@ -13,12 +13,9 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
-use trustformers_crds::{
-    ABTestPhase, ABTestStatus, ABTestVerdict, Condition, OnConclusion, TestEpoch, VariantStatus,
-};
+use trustformers_crds::{ABTestPhase, ABTestStatus, ABTestVerdict, Condition, OnConclusion, VariantStatus};
 
 use super::assess::{AssessInputs, Breach, EpochSample, Judgement, assess};
-use super::assign::{owners, promoted, weights_at};
 use super::figures::{decimals, fill, signed};
 use super::sample::SampleStore;
 use super::validate::{TestConflict, TestSpecError, ValidatedTest};
@@ -30,8 +27,6 @@ pub use plan::{Planned, Waiting, plan};
 
 /// How often a test is looked at and its sums are stored.
 pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(30);
-/// Epochs that a test keeps. Those before leave the analysis.
-const MAX_EPOCHS: usize = 3;
 /// Percent of what the others have that the winner gets, step by step.
 const PROMOTION_STEPS: [u32; 2] = [50, 100];
 /// Restarts of the samples by variants that move. A rollout moves its model two times, to both revisions and
@@ -368,7 +363,8 @@ impl Next<'_> {
         }
     }
 
-    /// A promotion whose spec says `Report` now is taken back: the variants have their weights again.
+    /// A promotion whose spec says `Report` now is taken back: the variants have their weights again, and
+    /// users the variants that they had.
     fn undo(&mut self) {
         if self.status.promoted == 0 || self.test.on_conclusion == OnConclusion::Promote {
             return;
@@ -377,51 +373,9 @@ impl Next<'_> {
         self.status.phase = Some(ABTestPhase::Concluded);
         let winner = self.status.winner.clone().unwrap_or_default();
         let message = format!(
-            "the promotion of {winner} was undone by spec.onConclusion: the weights are in force again"
+            "the promotion of {winner} was undone by spec.onConclusion: users have the variants that they had before"
         );
         self.set(Fact { kind: "Sampling", status: "False", reason: "PromotionUndone", message });
-    }
-
-    /// The share that each variant should have now.
-    fn wanted_weights(&self) -> Vec<u32> {
-        let weights = weights_at(self.test, self.status.ramp_step);
-        if self.status.phase == Some(ABTestPhase::Stopped) {
-            return promoted(&weights, 0, 100);
-        }
-        let winner = self.status.winner.as_ref();
-        let winner = winner.and_then(|name| self.test.variants.iter().position(|one| one.name == *name));
-        winner.map_or_else(|| weights.clone(), |winner| promoted(&weights, winner, self.status.promoted))
-    }
-
-    /// Other shares are another epoch.
-    fn reweigh(&mut self) {
-        let weights = self.wanted_weights();
-        if self.status.epochs.last().is_some_and(|epoch| epoch.weights != weights) {
-            self.new_epoch(weights);
-        }
-    }
-
-    fn new_epoch(&mut self, weights: Vec<u32>) {
-        self.status.owners = owners(&self.status.owners, &self.names(), &weights);
-        let percent = |weight: &u32| {
-            let (whole, rest) = (weight / 100, weight % 100);
-            if rest == 0 { whole.to_string() } else { format!("{whole}.{rest:02}") }
-        };
-        self.status.weights = Some(weights.iter().map(percent).collect::<Vec<_>>().join("/"));
-        // Without a stored one the time: it is larger than any number before.
-        let number = self.status.epochs.last().map_or(self.now.as_second(), |last| last.epoch + 1);
-        let baseline = self.status.phase == Some(ABTestPhase::Baseline);
-        if baseline {
-            self.status.epochs.clear();
-        }
-        self.status.epochs.push(TestEpoch { epoch: number, since: Time(self.now), weights, baseline });
-        let epochs = &mut self.status.epochs;
-        let mut beyond = epochs.iter().filter(|one| !one.baseline).count().saturating_sub(MAX_EPOCHS);
-        epochs.retain(|one| {
-            let goes = !one.baseline && beyond > 0;
-            beyond -= usize::from(goes);
-            !goes
-        });
     }
 
     /// Says where the sums are stored.

@@ -112,7 +112,7 @@ mod tests {
     use trustformers_proto::latency::BucketCount;
 
     fn encoded(counts: Vec<VariantCounts>) -> ByteString {
-        ByteString(prost::Message::encode_to_vec(&TestCheckpoint { counts }))
+        ByteString(prost::Message::encode_to_vec(&TestCheckpoint { counts, ..TestCheckpoint::default() }))
     }
 
     fn counts(test: &str, epoch: u64, variant: &str, buckets: &[(usize, u64)]) -> VariantCounts {

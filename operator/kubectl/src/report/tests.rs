@@ -21,7 +21,9 @@ fn sums() -> StoredSums {
             ..VariantCounts::default()
         }
     };
-    let part = |counts| ByteString(prost::Message::encode_to_vec(&TestCheckpoint { counts }));
+    let part = |counts| {
+        ByteString(prost::Message::encode_to_vec(&TestCheckpoint { counts, ..TestCheckpoint::default() }))
+    };
     let first = part(vec![
         counts("control", &[(150, 40), (200, 900), (260, 60)]),
         counts("treatment", &[(130, 50), (180, 60)]),

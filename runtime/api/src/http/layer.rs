@@ -19,7 +19,7 @@ const REQUEST_ID_MAX_BYTES: usize = 128;
 const REQUEST_ID_DIGITS: usize = 24;
 
 /// The caller's id for the request, or a new one.
-fn request_id(headers: &HeaderMap) -> HeaderValue {
+pub(crate) fn request_id(headers: &HeaderMap) -> HeaderValue {
     let given = headers.get(REQUEST_ID).filter(|id| {
         !id.is_empty() && id.len() <= REQUEST_ID_MAX_BYTES && id.as_bytes().iter().all(u8::is_ascii_graphic)
     });
@@ -32,7 +32,7 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 }
 
 /// The message of a caller's mistake may repeat what the caller sent, so the log has its kind alone.
-fn log_refusal(id: &HeaderValue, error: &ApiError) {
+pub(crate) fn log_refusal(id: &HeaderValue, error: &ApiError) {
     let kind = error.kind();
     if error.status().is_server_error() {
         tracing::debug!(request_id = ?id, kind, %error, "request failed");
@@ -52,12 +52,16 @@ pub(crate) async fn identify_and_shape(request: Request, next: Next) -> Response
             response = error.render_for(shape, Some(&id));
         }
     }
-    let headers = response.headers_mut();
+    name_request(response.headers_mut(), shape, id);
+    response
+}
+
+/// Adds the id of the request to the head of its answer.
+pub(crate) fn name_request(headers: &mut HeaderMap, shape: ErrorShape, id: HeaderValue) {
     if shape == ErrorShape::Anthropic {
         headers.insert(ANTHROPIC_REQUEST_ID, id.clone());
     }
     headers.insert(REQUEST_ID, id);
-    response
 }
 
 #[cfg(test)]

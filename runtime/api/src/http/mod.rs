@@ -20,6 +20,7 @@ mod model_list;
 mod refusals;
 
 pub use layer::REQUEST_ID;
+pub(crate) use layer::{log_refusal, name_request, request_id};
 pub(crate) use model_list::model_json;
 pub use model_list::state_word;
 

@@ -75,7 +75,7 @@ impl PreparedInfer {
             InferWork::Classify(request) => {
                 let classified = inference.classify(request).await?;
                 let parameters = token_parameter(classified.tokens);
-                (classified.head_headers(), parameters, classified_tensors(classified))
+                (classified.head_headers(), parameters, classified_tensors(classified)?)
             }
             InferWork::Rerank(request) => {
                 let reranked = inference.rerank(request).await?;

@@ -74,7 +74,8 @@ pub(super) fn classify_request(
         }
     };
     let model = revision::addressed(addressee.headers, Some(addressee.model.name.clone()));
-    Ok(ClassifyRequest { input, model, revision, truncate, raw_scores, priority, tenant })
+    let aggregation = None;
+    Ok(ClassifyRequest { input, model, revision, truncate, raw_scores, aggregation, priority, tenant })
 }
 
 /// The request for the scores of documents.
@@ -110,11 +111,19 @@ pub(super) fn truncated_tensor(truncated: &[u32], rows: usize) -> OutputTensor {
 }
 
 /// The outputs of a model that classifies, with one row of scores for each text.
-pub(super) fn classified_tensors(classified: Classified) -> Vec<OutputTensor> {
+///
+/// # Errors
+/// A model that labels tokens: texts have different numbers of entities.
+pub(super) fn classified_tensors(classified: Classified) -> Result<Vec<OutputTensor>, ApiError> {
+    if classified.entities.is_some() {
+        let why = "this model labels tokens, for which there are no tensors: ask POST /v1/classify, or Classify of \
+             trustformers.v1.InferenceService";
+        return Err(ApiError::field("text", why));
+    }
     let width = classified.labels.len().max(1);
     let rows = classified.scores.len() / width;
     let truncated = truncated_tensor(&classified.truncated, rows);
-    vec![
+    Ok(vec![
         OutputTensor {
             name: "label",
             shape: vec![classified.labels.len() as u64],
@@ -126,7 +135,7 @@ pub(super) fn classified_tensors(classified: Classified) -> Vec<OutputTensor> {
             data: OutputData::Floats(classified.scores),
         },
         truncated,
-    ]
+    ])
 }
 
 /// The outputs of a model that ranks, with one score for each document.

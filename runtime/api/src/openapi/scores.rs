@@ -5,8 +5,9 @@ use serde_json::Value;
 use super::native::{model_name, priority};
 use super::schema::{
     MAX_U32, any_of, count, described, flag, list, list_of, number, object, open_object, reference, text,
-    whole,
+    whole, word,
 };
+use crate::Aggregation;
 use crate::classify::MAX_TEXTS;
 use crate::rerank::MAX_DOCUMENTS;
 
@@ -57,9 +58,18 @@ fn classify_request() -> Value {
         .optional("model", model_name())
         .optional("top_k", whole(1, MAX_U32, "Labels of each text in the answer; all where it is left out."))
         .optional("raw_scores", raw_scores())
+        .optional("aggregation_strategy", aggregation())
         .optional("truncate", truncate())
         .optional("priority", priority())
         .build()
+}
+
+fn aggregation() -> Value {
+    let words = Aggregation::ALL.map(Aggregation::as_str);
+    word(
+        &words,
+        "How labels of tokens become entities, of a model that labels tokens; none where it is left out.",
+    )
 }
 
 fn classified() -> Value {
@@ -67,8 +77,22 @@ fn classified() -> Value {
         .required("label", text("A label of the model."))
         .required("score", number("Its score."))
         .build();
-    let result =
-        open_object().required("scores", described(list(score), "The labels, highest score first.")).build();
+    let entity = open_object()
+        .sometimes("entity", text("The label of a token."))
+        .sometimes("entity_group", text("The label of a group of tokens."))
+        .required("score", number("Its score."))
+        .sometimes("index", count("The place of the token among those of the text."))
+        .required("word", text("The token, or the characters of the group."))
+        .required("start", count("The place of its first character in the text."))
+        .required("end", count("The place behind its last character."))
+        .build();
+    let result = open_object()
+        .sometimes("scores", described(list(score), "The labels of the text, highest score first."))
+        .sometimes(
+            "entities",
+            described(list(entity), "Of a model that labels tokens, in the order of the text."),
+        )
+        .build();
     open_object()
         .required("results", described(list(result), "One for each text, in the order of the request."))
         .required("model", text("The model that answered."))

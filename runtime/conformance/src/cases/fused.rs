@@ -3,12 +3,13 @@
 use std::iter;
 
 use trustformers_plan::oracle::Oracle;
-use trustformers_plan::{DType, FusedOps, Numerics, Pooling, RopeLayout};
+use trustformers_plan::{Backend, DType, FusedOps, Numerics, Pooling, RopeLayout};
 
 use super::numerics::LENGTHS;
 use crate::compare::near;
-use crate::harness::{decode, encode, load_decoder, load_encoder};
+use crate::harness::{decode, encode, load_decoder, load_encoder, load_plan};
 use crate::models::{Decoder, Encoder};
+use crate::normed::NormedEncoder;
 use crate::{CaseError, Open};
 
 /// No form, each claimed form by itself, and all claimed forms together; each once.
@@ -22,6 +23,8 @@ fn choices(claimed: FusedOps) -> Vec<FusedOps> {
         silu_mul_epilogue,
         add_epilogue,
         norm_matmul,
+        layer_norm_matmul,
+        norm_output,
         rope_kv_write,
     } = claimed;
     let none = FusedOps::NONE;
@@ -35,6 +38,10 @@ fn choices(claimed: FusedOps) -> Vec<FusedOps> {
         FusedOps { bias_epilogue, add_epilogue, ..none },
         FusedOps { norm_matmul, ..none },
         FusedOps { concat_matmul, norm_matmul, ..none },
+        // Several projections, and residuals, read one norm.
+        FusedOps { norm_matmul, norm_output, ..none },
+        FusedOps { layer_norm_matmul, ..none },
+        FusedOps { layer_norm_matmul, norm_output, ..none },
         FusedOps { rope_kv_write, ..none },
     ];
     let mut choices = vec![none];
@@ -76,6 +83,26 @@ pub(super) fn encoder(open: Open<'_>) -> Result<(), CaseError> {
     for fused in choices(backend.caps().fused) {
         let got = encode(&mut *load_encoder(&mut *backend, encoder, &fused, Numerics::Exact)?, &LENGTHS)?;
         near(&format!("{fused:?}"), &got, &want)?;
+    }
+    Ok(())
+}
+
+/// Norms with one reader and with several, for few rows and for many.
+pub(super) fn norms(open: Open<'_>) -> Result<(), CaseError> {
+    for dtype in dtypes(open)? {
+        let encoder = NormedEncoder { dtype };
+        let run = |backend: &mut dyn Backend, fused: &FusedOps| -> Result<Vec<Vec<f32>>, CaseError> {
+            let mut executable = load_plan(backend, &encoder.case(fused, Numerics::Exact)?)?;
+            let mut rows = encode(&mut *executable, &LENGTHS)?;
+            rows.extend(encode(&mut *executable, &[3])?);
+            Ok(rows)
+        };
+        let want = run(&mut Oracle::new(), &FusedOps::NONE)?;
+        let mut backend = open()?;
+        for fused in choices(backend.caps().fused) {
+            let got = run(&mut *backend, &fused)?;
+            near(&format!("{encoder:?} {fused:?}"), &got, &want)?;
+        }
     }
     Ok(())
 }

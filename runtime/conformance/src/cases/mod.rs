@@ -31,6 +31,7 @@ pub const ALL: &[Case] = &[
     Case { name: "encoder/fast", run: numerics::encoder_fast },
     Case { name: "fused/decoder", run: fused::decoder },
     Case { name: "fused/encoder", run: fused::encoder },
+    Case { name: "fused/norms", run: fused::norms },
     Case { name: "decoder/mixed_types", run: numerics::decoder_mixed_types },
     Case { name: "decoder/batch_invariance", run: batch_invariance::decoder },
     Case { name: "decoder/draft_tokens", run: batch_invariance::draft_tokens },

@@ -143,6 +143,7 @@ pub(super) fn encoder_exact(open: Open<'_>) -> Result<(), CaseError> {
 
 pub(super) fn encoder_fast(open: Open<'_>) -> Result<(), CaseError> {
     each_encoder(open, Numerics::Fast, |encoder, got, want| {
-        alike(&format!("{encoder:?}"), got, want, FAST_FLOAT_COSINE)
+        // Weights of encoders are rounded to 8 bits, too, whatever the file has.
+        alike(&format!("{encoder:?}"), got, want, FAST_COSINE)
     })
 }

@@ -125,7 +125,7 @@ pub(crate) unsafe fn gelu_of<S: Simd>(x: S::F) -> S::F {
 
 /// The query heads of one key/value head of one sequence, for some of its rows. Pointers are the first value
 /// of the first row and head, with the distance to the next row; keys and values begin with the sequence.
-pub(crate) struct EncoderAttend {
+pub(crate) struct EncoderAttend<'a> {
     /// Rows of the sequence: keys and values.
     pub(crate) len: usize,
     /// Rows that attend to them.
@@ -136,6 +136,9 @@ pub(crate) struct EncoderAttend {
     /// Query heads, side by side.
     pub(crate) heads: usize,
     pub(crate) scores: EncoderScores,
+    /// What is added to scores by distance, of one query head after the other; as long on either side as the
+    /// sequence at least.
+    pub(crate) distances: Option<&'a [f32]>,
     pub(crate) query: (*mut f32, usize),
     pub(crate) keys: (*mut f32, usize),
     pub(crate) values: (*mut f32, usize),
@@ -173,7 +176,7 @@ struct HeadLayout {
 /// The tier's instructions exist; the pointers cover `len` and `rows` rows; the scratch space is large
 /// enough; no other thread uses it or the outputs.
 #[inline(always)]
-pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend) {
+pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend<'_>) {
     // SAFETY: tiles end at the last row.
     unsafe {
         let layout = lay_out(a);
@@ -193,7 +196,7 @@ pub(crate) unsafe fn attend<S: Simd>(a: &EncoderAttend) {
 }
 
 #[inline(always)]
-unsafe fn lay_out(a: &EncoderAttend) -> HeadLayout {
+unsafe fn lay_out(a: &EncoderAttend<'_>) -> HeadLayout {
     let (dim, padded) = (a.head_dim, a.len.next_multiple_of(SCORE_POSITIONS));
     let width = dim.next_multiple_of(LANES);
     // SAFETY: keys, values and scores are adjacent in the scratch space; positions are below `len`.
@@ -245,7 +248,7 @@ unsafe fn transpose_four(from: *const f32, stride: usize, out: *mut f32) {
 /// `R` rows of one head, `W` vectors at a time.
 #[inline(always)]
 unsafe fn tile<S: Simd, const R: usize, const W: usize>(
-    a: &EncoderAttend,
+    a: &EncoderAttend<'_>,
     layout: &HeadLayout,
     row: usize,
     head: usize,
@@ -272,6 +275,14 @@ unsafe fn tile<S: Simd, const R: usize, const W: usize>(
             let scores = layout.scores.add(r * layout.padded);
             // The row attends to no position outside its own range, and none lies in the padding.
             let own = a.scores.attended(position + r, a.len);
+            if let Some(distances) = a.distances {
+                let width = distances.len() / a.heads;
+                let at = head * width + width / 2 + own.start - (position + r);
+                let scores = std::slice::from_raw_parts_mut(scores.add(own.start), own.len());
+                for (score, added) in scores.iter_mut().zip(&distances[at..at + own.len()]) {
+                    *score += added;
+                }
+            }
             std::slice::from_raw_parts_mut(scores.add(from), own.start - from).fill(f32::NEG_INFINITY);
             std::slice::from_raw_parts_mut(scores.add(own.end), to - own.end).fill(f32::NEG_INFINITY);
             inverse[r] = 1.0 / softmax::<S>(scores.add(from), to - from);
@@ -295,7 +306,7 @@ unsafe fn tile<S: Simd, const R: usize, const W: usize>(
 /// Scores of `16 · W` positions from `at` on.
 #[inline(always)]
 unsafe fn score<S: Simd, const R: usize, const W: usize>(
-    a: &EncoderAttend,
+    a: &EncoderAttend<'_>,
     layout: &HeadLayout,
     query: &[*const f32; R],
     at: usize,
@@ -348,7 +359,7 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
 /// `Σ share · value / Σ share` of `16 · W` elements from `at` on.
 #[inline(always)]
 unsafe fn mix<S: Simd, const R: usize, const W: usize>(
-    a: &EncoderAttend,
+    a: &EncoderAttend<'_>,
     layout: &HeadLayout,
     inverse: &[f32; R],
     at: usize,

@@ -25,7 +25,7 @@ use low_rank::UpColumns;
 use matmul::MatMul;
 use quantise::{Bf16Rows, BlockScaledRows, Int8Rows, Layout};
 
-use trustformers_plan::{KvType, SampleResult, SampleScratch, SampleSpec, sample};
+use trustformers_plan::{KvType, Numerics, SampleResult, SampleScratch, SampleSpec, sample};
 
 use crate::{Tier, pack::Form};
 
@@ -69,7 +69,7 @@ pub(crate) struct Kernels {
     /// [`encoder::gelu`]
     pub(crate) gelu: unsafe fn(*const f32, *mut f32, usize),
     /// [`encoder::attend`]
-    pub(crate) encoder_attend: unsafe fn(&EncoderAttend),
+    pub(crate) encoder_attend: unsafe fn(&EncoderAttend<'_>),
     /// [`low_rank::dot`]
     pub(crate) low_rank_dot: unsafe fn(&[f32], &[f32]) -> f32,
     /// [`low_rank::add_up`]
@@ -247,7 +247,7 @@ macro_rules! tier {
                 unsafe { encoder::gelu::<$lanes>(input, out, len) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn encoder_attend(a: &EncoderAttend) {
+            unsafe fn encoder_attend(a: &EncoderAttend<'_>) {
                 // SAFETY: the caller's contract is the same.
                 unsafe { encoder::attend::<$lanes>(a) }
             }
@@ -403,6 +403,16 @@ impl Kernels {
     /// The layout of `rows` [`Int8Rows`].
     pub(crate) fn int8_layout(&self, rows: usize) -> Layout {
         self.block_scaled_layout(Form::Int8, rows)
+    }
+
+    /// Whether products with weights of a form read activations as floats, not quantised.
+    pub(crate) fn reads_floats(&self, form: Form, numerics: Numerics) -> bool {
+        let is_fast = numerics == Numerics::Fast;
+        match form {
+            Form::Int8 => false,
+            Form::Bf16 => !(is_fast && self.quantise_bf16.is_some()),
+            form => !(is_fast && form.has_block_scales()),
+        }
     }
 
     /// The choice in the description of a device: the fewest rows on tile registers, of all forms.

@@ -84,9 +84,7 @@ impl Step<'_> {
         let out = self.shared.scratch.threads[thread.number].normed.ptr();
         if *normed != Some(row) {
             // SAFETY: see the parent module; the memory is this thread's and has a row at least.
-            unsafe {
-                (self.shared.kernels.rms_norm)(input, &self.shared.vectors[&norm.weight], norm.eps, out);
-            }
+            unsafe { self.norm_row(&self.row_norm(norm), input, out) };
             *normed = Some(row);
         }
         out

@@ -2,12 +2,17 @@
 //! number of positions, so that one long sequence does not make the other threads wait. A thread's share may
 //! end inside a tile; then each thread computes some chunks of positions, and a barrier precedes the merge.
 //! The bits do not depend on where that is: see [`crate::kernels::attention`].
+//!
+//! In a step in which each row is alone, this op also rotates queries and writes keys and values
+//! ([`Attention::joined`]). A thread rotates the queries of its tiles in its own memory, as each thread does
+//! that has chunks of such a tile. The thread with a tile's last chunk, which has the row's own position,
+//! writes the row's key and value before it reads the chunk; no other thread reads that block.
 
 use std::ops::Range;
 
 use trustformers_plan::{AttentionShape, Buf, Scores};
 
-use super::{Step, ThreadContext};
+use super::{Step, ThreadContext, cache::RopeKvWrite};
 use crate::{
     kernels::attention::{Attend, BlockEntries, CHUNK_TOKENS, Query, TILE, chunk_len, partial_len},
     pool::{Aborted, Dealer, Dealt, Pieces},
@@ -20,6 +25,8 @@ pub(super) struct Attention {
     pub(super) shape: AttentionShape,
     pub(super) scores: Scores,
     pub(super) out: Buf,
+    /// The op before, where this one does its work.
+    pub(super) joined: Option<RopeKvWrite>,
 }
 
 /// Queries of one sequence that share a key/value head. Query `q` of a sequence is head `q % group` of its
@@ -51,6 +58,11 @@ impl Step<'_> {
             };
             if pieces.is_empty() {
                 return;
+            }
+            if let Some(rope) = &a.joined
+                && self.first_chunk(a, &tile) + pieces.end == self.end_chunk(a, &tile)
+            {
+                self.store_rotated(rope, self.input.rows_of(tile.sequence).start, tile.kv_head);
             }
             let mut queries = [NO_QUERY; TILE];
             let attend = self.attend(a, &tile, &mut queries, thread);
@@ -91,9 +103,8 @@ impl Step<'_> {
     /// Calls `each` with every tile and this thread's chunks of it.
     fn deal_tiles(&self, a: &Attention, thread: ThreadContext<'_>, mut each: impl FnMut(Tile, Dealt)) {
         let cost_of = |tile: &Tile| {
-            let (row, _) = self.query(a, tile, tile.queries.end - 1);
-            let end = (self.position(a.query, row) + 1).div_ceil(CHUNK_TOKENS);
-            Pieces { count: end - self.first_chunk(a, tile), cost: READING_COST + tile.queries.len() }
+            let count = self.end_chunk(a, tile) - self.first_chunk(a, tile);
+            Pieces { count, cost: READING_COST + tile.queries.len() }
         };
         let total = self.tiles(a).map(|tile| cost_of(&tile).work()).sum();
         let mut dealer = Dealer::new(total, self.threads);
@@ -137,6 +148,25 @@ impl Step<'_> {
         a.scores.first(self.position(a.query, row)) / CHUNK_TOKENS
     }
 
+    /// The chunk after the last that a tile reads, which has its last query's position.
+    fn end_chunk(&self, a: &Attention, tile: &Tile) -> usize {
+        let (row, _) = self.query(a, tile, tile.queries.end - 1);
+        (self.position(a.query, row) + 1).div_ceil(CHUNK_TOKENS)
+    }
+
+    /// Rotates a query in memory of this thread, as the `index`-th of a tile.
+    fn rotated(&self, rope: &RopeKvWrite, query: Query, index: usize, thread: ThreadContext<'_>) -> Query {
+        let dim = rope.spec.head_dim;
+        let own = self.shared.scratch.threads[thread.number].rotated.ptr().wrapping_add(index * dim);
+        // SAFETY: see the parent module; the memory is this thread's and has room for a tile's queries.
+        let head = unsafe {
+            std::ptr::copy_nonoverlapping(query.ptr, own, dim);
+            std::slice::from_raw_parts_mut(own, dim)
+        };
+        self.rotate_head(&rope.spec, query.positions - 1, head);
+        Query { ptr: own.cast_const(), ..query }
+    }
+
     fn attend<'a>(
         &'a self,
         a: &Attention,
@@ -144,11 +174,12 @@ impl Step<'_> {
         queries: &'a mut [Query; TILE],
         thread: ThreadContext<'_>,
     ) -> Attend<'a> {
-        for (entry, query) in queries.iter_mut().zip(tile.queries.clone()) {
+        for (index, (entry, query)) in queries.iter_mut().zip(tile.queries.clone()).enumerate() {
             let (row, head) = self.query(a, tile, query);
             let ptr = self.at(a.query, row).wrapping_add(head * a.shape.head_dim).cast_const();
             let position = self.position(a.query, row);
-            *entry = Query { ptr, first: a.scores.first(position), positions: position + 1 };
+            let query = Query { ptr, first: a.scores.first(position), positions: position + 1 };
+            *entry = a.joined.as_ref().map_or(query, |rope| self.rotated(rope, query, index, thread));
         }
         Attend {
             shape: a.shape,

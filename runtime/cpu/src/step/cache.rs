@@ -6,6 +6,7 @@ use super::{Step, ThreadContext};
 use crate::kernels::kv::{Bf16Element, CacheSlot, HalfElement, KvElement};
 
 /// The operands of a [`trustformers_plan::Op::RopeKvWrite`].
+#[derive(Clone, Copy)]
 pub(super) struct RopeKvWrite {
     pub(super) layer: usize,
     pub(super) query: Buf,
@@ -36,7 +37,12 @@ impl Step<'_> {
         let head = unsafe {
             std::slice::from_raw_parts_mut(self.at(data, row).add(head * spec.head_dim), spec.head_dim)
         };
-        self.for_each_pair(spec, self.position(data, row), |(a, b), (cos, sin)| {
+        self.rotate_head(spec, self.position(data, row), head);
+    }
+
+    /// Rotates a head at a position.
+    pub(super) fn rotate_head(&self, spec: &RopeSpec, position: usize, head: &mut [f32]) {
+        self.for_each_pair(spec, position, |(a, b), (cos, sin)| {
             let (x, y) = (head[a], head[b]);
             (head[a], head[b]) = (x * cos - y * sin, x * sin + y * cos);
         });
@@ -79,33 +85,36 @@ impl Step<'_> {
         let AttentionShape { kv_heads, .. } = self.shape();
         let new = NewKv { layer, keys, values };
         for unit in self.my_share(self.input.rows() * kv_heads, thread) {
-            let (row, kv_head) = (unit / kv_heads, unit % kv_heads);
-            match self.shared.kv_type {
-                KvType::F32 => self.write::<f32>(new, row, kv_head, None),
-                KvType::F16 => self.write::<HalfElement>(new, row, kv_head, None),
-                KvType::Bf16 => self.write::<Bf16Element>(new, row, kv_head, None),
-            }
+            self.store(new, unit / kv_heads, unit % kv_heads, None);
         }
     }
 
     /// Rotates queries in place and stores rotated keys, and values, in the cache. A unit of work is a query
     /// or key head.
     pub(super) fn rope_kv_write(&self, operands: &RopeKvWrite, thread: ThreadContext<'_>) {
-        let RopeKvWrite { layer, query, keys, values, ref spec } = *operands;
+        let RopeKvWrite { query, ref spec, .. } = *operands;
         let AttentionShape { heads, kv_heads, .. } = self.shape();
-        let new = NewKv { layer, keys, values };
         let queries = self.rows(query) * heads;
         for unit in self.my_share(queries + self.input.rows() * kv_heads, thread) {
             let Some(unit) = unit.checked_sub(queries) else {
                 self.rotate(query, spec, unit / heads, unit % heads);
                 continue;
             };
-            let (row, kv_head) = (unit / kv_heads, unit % kv_heads);
-            match self.shared.kv_type {
-                KvType::F32 => self.write::<f32>(new, row, kv_head, Some(spec)),
-                KvType::F16 => self.write::<HalfElement>(new, row, kv_head, Some(spec)),
-                KvType::Bf16 => self.write::<Bf16Element>(new, row, kv_head, Some(spec)),
-            }
+            self.store_rotated(operands, unit / kv_heads, unit % kv_heads);
+        }
+    }
+
+    /// Stores one head of a row, rotated; no other thread uses its slot now.
+    pub(super) fn store_rotated(&self, operands: &RopeKvWrite, row: usize, kv_head: usize) {
+        let RopeKvWrite { layer, keys, values, ref spec, .. } = *operands;
+        self.store(NewKv { layer, keys, values }, row, kv_head, Some(spec));
+    }
+
+    fn store(&self, new: NewKv, row: usize, kv_head: usize, spec: Option<&RopeSpec>) {
+        match self.shared.kv_type {
+            KvType::F32 => self.write::<f32>(new, row, kv_head, spec),
+            KvType::F16 => self.write::<HalfElement>(new, row, kv_head, spec),
+            KvType::Bf16 => self.write::<Bf16Element>(new, row, kv_head, spec),
         }
     }
 

@@ -1,8 +1,9 @@
 //! Norms of rows or of their heads, and ops on single elements.
 
-use trustformers_plan::{Buf, WeightId};
+use trustformers_plan::{Buf, Norm, WeightId};
 
 use super::{Step, ThreadContext, UNIT_COLS};
+use crate::kernels::encoder::LayerNorm;
 
 /// The operands of a [`trustformers_plan::Op::RmsNorm`].
 pub(super) struct RmsNormOperands {
@@ -12,7 +13,40 @@ pub(super) struct RmsNormOperands {
     pub(super) out: Buf,
 }
 
+/// A norm of whole rows, with its vectors.
+#[derive(Clone, Copy)]
+pub(super) enum RowNorm<'a> {
+    RootMeanSquare { weight: &'a [f32], eps: f32 },
+    Layer(LayerNorm<'a>),
+}
+
 impl Step<'_> {
+    /// The norm of a projection's rows.
+    pub(super) fn row_norm(&self, norm: Norm) -> RowNorm<'_> {
+        let Norm { weight, bias, eps } = norm;
+        let weight = &self.shared.vectors[&weight][..];
+        match bias {
+            Some(bias) => RowNorm::Layer(LayerNorm { weight, bias: &self.shared.vectors[&bias], eps }),
+            None => RowNorm::RootMeanSquare { weight, eps },
+        }
+    }
+
+    /// Norms one row.
+    ///
+    /// # Safety
+    /// `input` and `out` have the columns of the norm's vectors and do not overlap; no other thread uses
+    /// `out` now.
+    pub(super) unsafe fn norm_row(&self, norm: &RowNorm<'_>, input: *const f32, out: *mut f32) {
+        let kernels = &self.shared.kernels;
+        // SAFETY: as above, and the processor has the tier's instructions.
+        unsafe {
+            match norm {
+                RowNorm::RootMeanSquare { weight, eps } => (kernels.rms_norm)(input, weight, *eps, out),
+                RowNorm::Layer(norm) => (kernels.layer_norm)(input, norm, out),
+            }
+        }
+    }
+
     pub(super) fn rms_norm(&self, operands: &RmsNormOperands, thread: ThreadContext<'_>) {
         let RmsNormOperands { input, weight, eps, out } = *operands;
         let weight = &self.shared.vectors[&weight];

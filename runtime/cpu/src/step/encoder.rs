@@ -97,6 +97,11 @@ impl Step<'_> {
             let rows = if a.scores.causal { rows.start..own.end } else { rows };
             let at = |buf: Buf, row: usize, head: usize| self.at(buf, row).wrapping_add(head * head_dim);
             let first = kv_head * group;
+            let distances = a.scores.distances.map(|table| {
+                let table = &self.shared.vectors[&table];
+                let own = table.len() / heads;
+                &table[first * own..(first + group) * own]
+            });
             // SAFETY: see the parent module; the heads' outputs are this thread's, and so is the scratch
             // space.
             unsafe {
@@ -107,6 +112,7 @@ impl Step<'_> {
                     head_dim,
                     heads: group,
                     scores: a.scores,
+                    distances,
                     query: (at(a.query, own.start, first), a.query.stride),
                     keys: (at(a.keys, rows.start, kv_head), a.keys.stride),
                     values: (at(a.values, rows.start, kv_head), a.values.stride),

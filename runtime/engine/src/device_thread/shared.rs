@@ -71,6 +71,11 @@ impl Shared {
         self.acquire_many(1, 0)
     }
 
+    /// Whether a permit is left. Another thread may take it at any moment.
+    pub(crate) fn has_permit(&self) -> bool {
+        self.permits.load(Ordering::SeqCst) < self.limit
+    }
+
     /// A permit for `count` texts together, or `None` when all permits are in use. `extra` permits exist
     /// beyond the limit for this call. While one permit is free the request is admitted whole, because a
     /// request of many texts would otherwise be refused for ever. It then holds the permits that are left.
@@ -236,8 +241,9 @@ mod tests {
         let shared = Arc::new(Shared::new(2));
         let first = shared.acquire().unwrap();
         let second = shared.acquire().unwrap();
-        assert!(shared.acquire().is_none());
+        assert!(shared.acquire().is_none() && !shared.has_permit());
         drop(first);
+        assert!(shared.has_permit());
         let third = shared.acquire().unwrap();
         assert_eq!(shared.in_flight(), 2);
         drop((second, third));

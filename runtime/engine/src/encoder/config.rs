@@ -67,19 +67,21 @@ pub(crate) struct EncoderSizes {
 }
 
 impl EncoderSizes {
-    /// The plan for steps of these sizes.
-    pub(crate) fn plan_request(&self, fused: FusedOps) -> PlanRequest {
-        let limits = Limits { rows: self.rules.max_tokens, sequences: self.rules.max_texts, logits_rows: 0 };
+    /// The plan for steps of these sizes. A model that labels tokens gives a row for each of them.
+    pub(crate) fn plan_request(&self, facts: &ModelFacts, fused: FusedOps) -> PlanRequest {
+        let (rows, sequences) = (self.rules.max_tokens, self.rules.max_texts);
+        let logits_rows = if facts.labels_tokens() { rows } else { 0 };
+        let limits = Limits { rows, sequences, logits_rows };
         PlanRequest { context_tokens: self.context_tokens, limits, fused }
     }
 }
 
 impl EncoderConfig {
     /// Most bytes that the engine itself takes on the host for a model, beside the device's memory. Each text
-    /// in flight takes its ids (4 bytes for each token of its context) and its row (4 bytes for each value).
-    /// The texts in flight are those of a batch and of the queue, twice the queue for requests with
-    /// precedence, and the texts of two requests that exceed these limits. More requests of many texts in a
-    /// row can exceed it for a moment.
+    /// in flight takes its ids (4 bytes for each token of its context) and its row (4 bytes for each
+    /// value), or a row for each token of its context. The texts in flight are those of a batch and of the
+    /// queue, twice the queue for requests with precedence, and the texts of two requests that exceed these
+    /// limits. More requests of many texts in a row can exceed it for a moment.
     #[must_use]
     pub fn answer_bytes(&self, facts: &ModelFacts) -> u64 {
         let context_tokens = self.context_tokens.unwrap_or(facts.context_tokens);
@@ -87,7 +89,8 @@ impl EncoderConfig {
         let classified = facts.classification.as_ref().map(|classification| classification.width);
         let width = embedded.or(classified).unwrap_or(0);
         let in_flight = self.max_batch_size + 2 * self.max_queue + 2 * MAX_TEXTS;
-        (in_flight as u64) * (context_tokens + width) as u64 * 4
+        let rows = if facts.labels_tokens() { context_tokens } else { 1 };
+        (in_flight as u64) * (context_tokens + rows * width) as u64 * 4
     }
 
     /// Checks the settings against the longest text of the model and the special tokens that it adds to each

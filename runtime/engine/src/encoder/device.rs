@@ -89,7 +89,9 @@ impl EncoderStart {
 
     fn load(mut self) -> Result<(EncoderDevice, MemoryReport), BackendError> {
         let rules = self.sizes.rules;
-        let plan = self.model.plan(&self.sizes.plan_request(self.backend.caps().fused))?;
+        let facts = self.model.facts();
+        let labels_tokens = facts.labels_tokens();
+        let plan = self.model.plan(&self.sizes.plan_request(facts, self.backend.caps().fused))?;
         let mut loaded = self.backend.load(LoadSpec {
             weights: Arc::clone(self.model.weights()),
             plan: &plan,
@@ -112,6 +114,7 @@ impl EncoderStart {
             shared: self.shared,
             series: self.series,
             second_segment,
+            labels_tokens,
             batch: Vec::new(),
             input: StepInput::new(),
             output: StepOutput::new(),
@@ -132,8 +135,10 @@ struct TextRef {
 struct PendingRequest {
     job: EncodeJob,
     tenant: TenantId,
-    /// One row for each text, empty until the first step.
+    /// One row for each text, or for each of its tokens; empty until the first step.
     values: Vec<f32>,
+    /// The first row of each text, and behind them the number of all rows.
+    first_rows: Vec<usize>,
     remaining_texts: usize,
     started: Option<Instant>,
 }
@@ -154,6 +159,8 @@ struct EncoderDevice {
     series: EncoderSeries,
     /// What the plan adds to the positions of a second segment; `None` where its model knows one segment.
     second_segment: Option<usize>,
+    /// Whether the plan gives a row for each token.
+    labels_tokens: bool,
     /// Buffers of a step. Reused, so that steps do not allocate.
     batch: Vec<TextRef>,
     input: StepInput,
@@ -210,7 +217,13 @@ impl EncoderDevice {
             self.batcher.push(text, TextRef { request, index });
         }
         let remaining_texts = job.texts.len();
-        let pending = PendingRequest { job, tenant, values: Vec::new(), remaining_texts, started: None };
+        let rows = |tokens: &TextTokens| if self.labels_tokens { tokens.ids.len() } else { 1 };
+        let mut first_rows = vec![0];
+        for tokens in &job.texts {
+            first_rows.push(first_rows[first_rows.len() - 1] + rows(tokens));
+        }
+        let values = Vec::new();
+        let pending = PendingRequest { job, tenant, values, first_rows, remaining_texts, started: None };
         self.requests.insert(request, pending);
     }
 
@@ -293,7 +306,7 @@ impl EncoderDevice {
                 tokens: &tokens.ids,
                 cached_tokens: 0,
                 blocks: &[],
-                logits: LogitsRows::None,
+                logits: if self.labels_tokens { LogitsRows::All } else { LogitsRows::None },
             });
             if let (Some(first), Some(offset)) = (tokens.second_segment, self.second_segment) {
                 self.input.begin_second_segment(first, offset);
@@ -317,19 +330,22 @@ impl EncoderDevice {
         batch.retain(|text| requests.contains_key(&text.request));
     }
 
-    /// Copies the row of each text to its request, and answers the requests that are complete.
+    /// Copies the rows of each text to its request, and answers the requests that are complete.
     fn distribute_rows(&mut self) {
         let width = self.output.width;
         let batch = std::mem::take(&mut self.batch);
-        for (row, text) in batch.iter().enumerate() {
+        for (sequence, text) in batch.iter().enumerate() {
             let Some(request) = self.requests.get_mut(&text.request) else { continue };
-            let values = self.output.row(row);
+            // Rows of tokens are asked for of all sequences, so that they are those of the step.
+            let rows = if self.labels_tokens { self.input.rows_of(sequence) } else { sequence..sequence + 1 };
+            let values = &self.output.values[rows.start * width..rows.end * width];
             if !values.iter().all(|value| value.is_finite()) {
                 self.fail(text.request, ModelFault::NotFinite.into());
                 continue;
             }
-            request.values.resize(request.job.texts.len() * width, 0.0);
-            request.values[text.index * width..(text.index + 1) * width].copy_from_slice(values);
+            let own = request.first_rows[text.index]..request.first_rows[text.index + 1];
+            request.values.resize(request.first_rows[request.job.texts.len()] * width, 0.0);
+            request.values[own.start * width..own.end * width].copy_from_slice(values);
             request.remaining_texts -= 1;
             if let Some(series) = &request.job.caller.series {
                 series.prompt_tokens.inc_by(request.job.texts[text.index].ids.len() as u64);
@@ -399,7 +415,8 @@ impl PendingRequest {
             EncodeTimings { queue: started.saturating_duration_since(submitted), compute: started.elapsed() };
         // Before the reply, so that a caller that has its result finds the request no longer counted.
         drop((gauge, inflight, permit));
-        let _ignored = reply.send(Ok(Encoded { values: self.values, width, tokens, truncated, timings }));
+        let Self { values, first_rows, .. } = self;
+        let _ignored = reply.send(Ok(Encoded { values, width, first_rows, tokens, truncated, timings }));
     }
 
     fn fail(self, error: EncodeError) {

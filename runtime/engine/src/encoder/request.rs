@@ -66,10 +66,13 @@ impl EncodeParams {
 /// The result of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded {
-    /// One row for each text, in order, each `width` long.
+    /// One row for each text, in order, or of a model that labels tokens one for each token; each `width`
+    /// long.
     pub values: Vec<f32>,
     /// Values of a row.
     pub width: usize,
+    /// The first row of each text, and behind them the number of all rows.
+    pub first_rows: Vec<usize>,
     /// Tokens that were computed, of all texts together, special tokens included.
     pub tokens: usize,
     /// The indices of the texts that were truncated, ascending.
@@ -79,9 +82,18 @@ pub struct Encoded {
 }
 
 impl Encoded {
-    /// The row of each text.
+    /// All rows.
     pub fn rows(&self) -> std::slice::ChunksExact<'_, f32> {
         self.values.chunks_exact(self.width.max(1))
+    }
+
+    /// The rows of each text, one after the other.
+    pub fn rows_of_texts(&self) -> impl Iterator<Item = std::slice::ChunksExact<'_, f32>> {
+        let width = self.width.max(1);
+        self.first_rows.windows(2).map(move |pair| {
+            let values = self.values.get(pair[0] * width..pair[1] * width).unwrap_or_default();
+            values.chunks_exact(width)
+        })
     }
 }
 

@@ -214,6 +214,26 @@ impl Engine {
         result
     }
 
+    /// Whether only requests that precede others in flight are admitted at this moment.
+    pub fn is_full(&self) -> bool {
+        !self.inner.shared.has_permit()
+    }
+
+    /// Refuses a request of this class and tenant as [`Engine::submit`] would at this moment, before anything
+    /// else is known of it. `None`: it has to be submitted. A refusal counts as that of a request.
+    pub fn refuse(&self, priority: Priority, tenant: &str) -> Option<SubmitError> {
+        let shared = &self.inner.shared;
+        if shared.has_permit() || !shared.accepting() {
+            return None;
+        }
+        let (queue, retry_after) = (shared.waiting(), shared.retry_after());
+        if self.inner.admission.has_precedence(self.effective_class(priority), tenant, 1) {
+            return None;
+        }
+        self.inner.metrics.overloaded.inc();
+        Some(SubmitError::Overloaded { queue, retry_after })
+    }
+
     fn try_submit(
         &self,
         params: &GenerateParams,
@@ -225,7 +245,7 @@ impl Engine {
         let shared = &self.inner.shared;
         let (queue, retry_after) = (shared.waiting(), shared.retry_after());
         let displace = || {
-            let class = self.effective_class(params);
+            let class = self.effective_class(params.priority);
             let precedes = self.inner.admission.has_precedence(class, &params.tenant, 1);
             if precedes { shared.acquire_many(1, MAX_DISPLACING) } else { None }
         };
@@ -249,8 +269,8 @@ impl Engine {
     }
 
     /// The class of a request; all are of class normal where classes do not count.
-    fn effective_class(&self, params: &GenerateParams) -> Priority {
-        if self.inner.priority { params.priority } else { Priority::Normal }
+    fn effective_class(&self, priority: Priority) -> Priority {
+        if self.inner.priority { priority } else { Priority::Normal }
     }
 
     fn prompt_ids(&self, prompt: &Prompt) -> Result<Arc<[u32]>, SubmitError> {
@@ -295,7 +315,7 @@ impl Engine {
         // Only the warm-up is no caller's request: it must reach a decode step whatever it produces.
         let limits = CompletionLimits { max_tokens, ends_at_eos: metrics.is_some() };
         let (events, receiver) = self.inner.answers.channel();
-        let class = self.effective_class(params);
+        let class = self.effective_class(params.priority);
         let tenant: Tenant = params.tenant.as_str().into();
         let admission = &self.inner.admission;
         let mut job = GenerationJob {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use trustformers_engine::{
     Engine, EngineConfig, EngineMetrics, FinishReason, GenerateError, GenerateParams, GenerationEvent,
-    ModelFault, StartError, SubmitError,
+    ModelFault, Priority, StartError, SubmitError,
 };
 use trustformers_model::Model;
 use trustformers_model::gguf::GgufValue;
@@ -149,10 +149,12 @@ async fn a_full_queue_refuses_at_once_and_has_room_later() {
     let (engine, steps, registry) = start_stepped(&config);
     let first = engine.submit(&tokens(&prompt(4, 1), 1)).unwrap();
     steps.next_step();
+    assert_eq!((engine.is_full(), engine.refuse(Priority::Normal, "")), (false, None));
     let waiting = [2, 3].map(|salt| engine.submit(&tokens(&prompt(4, salt), 1)).unwrap());
     let refused = engine.submit(&tokens(&prompt(4, 9), 1)).unwrap_err();
     assert_eq!(refused, SubmitError::Overloaded { queue: 2, retry_after: Duration::from_secs(1) });
-    assert_eq!(value(&registry, "trustformers_requests_total", Some("overloaded")), 1.0);
+    assert_eq!((engine.is_full(), engine.refuse(Priority::Normal, "")), (true, Some(refused)));
+    assert_eq!(value(&registry, "trustformers_requests_total", Some("overloaded")), 2.0);
     assert_eq!(value(&registry, "trustformers_requests_waiting", None), 2.0);
     assert_eq!(value(&registry, "trustformers_requests_running", None), 1.0);
     steps.decide(Verdict::Run);
@@ -163,6 +165,8 @@ async fn a_full_queue_refuses_at_once_and_has_room_later() {
     }
     let again = engine.submit(&tokens(&prompt(4, 9), 1)).unwrap();
     answer(again).await.unwrap();
+    engine.drain().await;
+    assert_eq!(engine.refuse(Priority::Normal, ""), None, "an engine that ends says so itself");
 }
 
 #[test]

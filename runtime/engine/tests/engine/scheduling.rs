@@ -184,6 +184,10 @@ async fn a_full_queue_admits_other_tenants_and_higher_classes() {
     let refused = engine.submit(&request_of(Priority::Normal, "a", 5, 1)).unwrap_err();
     assert_eq!(refused, SubmitError::Overloaded { queue: 3, retry_after: Duration::from_secs(1) });
     engine.submit(&request_of(Priority::Low, "a", 5, 1)).unwrap_err();
+    assert_eq!(engine.refuse(Priority::Normal, "a"), Some(refused));
+    for (class, tenant) in [(Priority::Normal, "b"), (Priority::High, "a")] {
+        assert_eq!(engine.refuse(class, tenant), None, "{class} {tenant} precedes others");
+    }
     let other = engine.submit(&request_of(Priority::Normal, "b", 6, 1)).unwrap();
     let urgent = engine.submit(&request_of(Priority::High, "a", 7, 1)).unwrap();
     steps.decide(Verdict::Run);
@@ -195,7 +199,7 @@ async fn a_full_queue_admits_other_tenants_and_higher_classes() {
     for served in [running, second, other, urgent] {
         answer(served).await.unwrap();
     }
-    assert_eq!(value(&registry, "trustformers_requests_total", Some("overloaded")), 4.0);
+    assert_eq!(value(&registry, "trustformers_requests_total", Some("overloaded")), 5.0);
     engine.drain().await;
     assert_eq!((kv_used(&registry), engine.queued()), (0.0, 0));
 }

@@ -84,6 +84,8 @@ fn requests() -> Vec<GenerateParams> {
         GenerateParams { max_tokens: 1, ..greedy(5) },
         GenerateParams { grammar: Some(Grammar::Regex("(ab|cd)+[0-9]{5}".into())), ..greedy(6) },
         GenerateParams { stop: vec!["a".into(), "e".into()], ..sampled(7) },
+        // An answer that repeats itself, so that n-grams match whatever the model is.
+        GenerateParams { frequency_penalty: -2.0, ..greedy(8) },
     ]
 }
 

@@ -38,6 +38,9 @@ const FAST_SCORE_TOLERANCE: f32 = 0.1;
 struct HeadReference {
     seed: u64,
     cases: Vec<HeadCase>,
+    /// Models that label tokens; values are the logits of each token, one after the other.
+    #[serde(default)]
+    tokens: Vec<HeadCase>,
 }
 
 /// The answers of one checkpoint.
@@ -95,12 +98,16 @@ pub(super) fn encode(encoder: &Encoder, inputs: &[EncodeInput]) -> Encoded {
 }
 
 impl HeadCase {
-    fn model(&self, seed: u64) -> Arc<Model> {
+    fn checkpoint(&self, seed: u64) -> SeededCheckpoint {
         let family = SeededEncoderFamily::ALL.into_iter().find(|family| family.model_type() == self.family);
         let shape = SeededEncoder { seed, ..SeededEncoder::default() };
         let (family, keys, labels) = (family.unwrap(), self.keys.clone(), self.labels);
+        SeededCheckpoint { family, shape, labels, keys }
+    }
+
+    fn model(&self, seed: u64) -> Arc<Model> {
         let folder = tempfile::tempdir().unwrap();
-        SeededCheckpoint { family, shape, labels, keys }.write(folder.path()).unwrap();
+        self.checkpoint(seed).write(folder.path()).unwrap();
         Arc::new(Model::load(folder.path(), &mut |_| {}).unwrap())
     }
 
@@ -146,7 +153,8 @@ fn largest_difference(found: &[f32], wanted: &[f32]) -> f32 {
 #[test]
 fn every_family_and_head_gives_the_values_of_the_reference() {
     let reference: HeadReference = serde_json::from_str(include_str!("../reference/heads.json")).unwrap();
-    assert_eq!(reference.cases.len(), 15);
+    assert_eq!(reference.cases.len(), 20);
+    assert!(reference.cases.iter().any(|case| case.keys["classifier_pooling"] == "mean"));
     for case in &reference.cases {
         let model = case.model(reference.seed);
         let wanted_task = [Task::Embed, Task::Rerank, Task::Classify][case.labels.min(2)];
@@ -176,6 +184,31 @@ fn every_family_and_head_gives_the_values_of_the_reference() {
 }
 
 #[test]
+fn every_family_gives_each_token_the_logits_of_the_reference() {
+    let reference: HeadReference = serde_json::from_str(include_str!("../reference/heads.json")).unwrap();
+    assert_eq!(reference.tokens.len(), 6);
+    for case in &reference.tokens {
+        let model = case.model(reference.seed);
+        assert!(model.facts().labels_tokens(), "{}", case.family);
+        case.check_ids(&model);
+        let inputs = case.inputs();
+        for tier in tiers() {
+            let encoder = start(&model, tier, Numerics::Exact);
+            let together = encode(&encoder, &inputs);
+            for ((rows, input), one) in together.rows_of_texts().zip(&inputs).zip(&case.texts) {
+                let rows: Vec<&[f32]> = rows.collect();
+                assert_eq!(rows.len(), one.ids.len(), "{:?}", one.text);
+                let alone = encode(&encoder, std::slice::from_ref(input));
+                assert_eq!(alone.values, rows.concat(), "{} {tier:?}: {input:?} alone", case.family);
+                let logits: Vec<f32> = rows.iter().flat_map(|row| model.logits(row).unwrap()).collect();
+                let off = largest_difference(&logits, &one.values);
+                assert!(off <= LOGIT_TOLERANCE, "{} {tier:?}: {input:?}: off by {off}", case.family);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_bert_in_a_gguf_file_gives_the_vectors_of_the_reference() {
     let reference: HeadReference = serde_json::from_str(include_str!("../reference/heads.json")).unwrap();
     let case = reference.cases.iter().find(|case| case.family == "bert" && case.labels == 0).unwrap();
@@ -187,6 +220,55 @@ fn a_bert_in_a_gguf_file_gives_the_vectors_of_the_reference() {
         for (row, one) in rows.rows().zip(&case.texts) {
             let cosine = cosine(row, &one.values);
             assert!(cosine >= COSINE, "{tier:?}: {:?}: {cosine}", one.text);
+        }
+    }
+}
+
+#[test]
+fn heads_in_gguf_files_give_the_logits_of_the_reference() {
+    let reference: HeadReference = serde_json::from_str(include_str!("../reference/heads.json")).unwrap();
+    let with_head = |case: &&HeadCase| ["bert", "roberta"].contains(&case.family.as_str()) && case.labels > 0;
+    let cases: Vec<&HeadCase> = reference.cases.iter().filter(with_head).collect();
+    assert_eq!(cases.len(), 4);
+    for case in cases {
+        let (family, labels) = (&case.family, case.labels);
+        let file = case.checkpoint(reference.seed).gguf_with(&[]);
+        let model = Arc::new(Model::from_bytes(Path::new("heads.gguf"), Arc::new(file)).unwrap());
+        let wanted_task = if labels == 1 { Task::Rerank } else { Task::Classify };
+        assert_eq!(model.task(), wanted_task, "{family}");
+        case.check_ids(&model);
+        for tier in tiers() {
+            let rows = encode(&start(&model, tier, Numerics::Exact), &case.inputs());
+            for (row, wanted) in rows.rows().zip(case.wanted()) {
+                let off = largest_difference(&model.logits(row).unwrap(), wanted);
+                assert!(off <= LOGIT_TOLERANCE, "{family} with {labels} labels, {tier:?}: off by {off}");
+            }
+        }
+    }
+}
+
+#[test]
+fn published_files_and_gguf_files_of_nomic_bert_give_the_vectors_of_the_reference() {
+    let reference: HeadReference = serde_json::from_str(include_str!("../reference/heads.json")).unwrap();
+    let case = reference.cases.iter().find(|case| case.family == "nomic_bert").unwrap();
+    let checkpoint = case.checkpoint(reference.seed);
+    let folder = tempfile::tempdir().unwrap();
+    for (name, content) in checkpoint.published_nomic() {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    }
+    let published = Model::load(folder.path(), &mut |_| {}).unwrap();
+    let file = checkpoint.nomic_gguf(DType::F32, &[]);
+    let file = Model::from_bytes(Path::new("nomic.gguf"), Arc::new(file)).unwrap();
+    for model in [published, file].map(Arc::new) {
+        case.check_ids(&model);
+        for tier in tiers() {
+            let rows = encode(&start(&model, tier, Numerics::Exact), &case.inputs());
+            for (row, one) in rows.rows().zip(&case.texts) {
+                let cosine = cosine(row, &one.values);
+                assert!(cosine >= COSINE, "{tier:?}: {:?}: {cosine}", one.text);
+            }
         }
     }
 }

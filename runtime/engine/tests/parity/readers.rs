@@ -146,3 +146,23 @@ fn decoders_rank_as_the_reference() {
         }
     }
 }
+
+#[test]
+fn a_gguf_file_that_ranks_gives_the_scores_of_the_reference() {
+    let file = Arc::new(SeededReader::new(SeededReading::Words).ranking_gguf(&[]));
+    let model = Arc::new(Model::from_bytes(Path::new("reranker.gguf"), file).unwrap());
+    assert_eq!((model.task(), model.facts().warnings.len()), (Task::Rerank, 0));
+    let activation = model.facts().classification.clone().unwrap().activation;
+    // The tokenizer of the file merges other pairs, so the ids of the reference are given.
+    let pairs = reference().pairs;
+    let inputs: Vec<EncodeInput> = pairs.iter().map(|one| EncodeInput::Tokens(one.ids.clone())).collect();
+    for tier in tiers() {
+        let rows = encode(&start(&model, tier, Numerics::Exact), &inputs);
+        for (row, one) in rows.rows().zip(&pairs) {
+            let mut values = model.logits(row).unwrap();
+            activation.apply(&mut values);
+            let off = (values[0] - one.score).abs();
+            assert!(off <= LOGIT_TOLERANCE, "{tier:?}: {:?}: off by {off}", one.query);
+        }
+    }
+}

@@ -3,7 +3,8 @@
 //! Each proxy is a process of its own on one core, with one worker. The mock pod and the callers are this
 //! process, which `e2e/bench/gateway.sh` keeps on the other cores; only the callers of open streams are
 //! another one (`held`). Measurements of the proxies alternate, so that other load on the machine affects all
-//! of them. Measured are the latency added at 1,000 and 5,000 requests per second, sent at fixed times;
+//! of them. Measured are the latency added at 1,000 and 5,000 requests per second, sent at fixed times: the
+//! median of the rounds' quantiles, so that a round in which the machine stood still decides nothing;
 //! requests and streamed tokens per second of the proxy's processor time; and resident memory at 10,000 open
 //! streams, or as many as the limit of file descriptors allows the proxy.
 //!
@@ -14,7 +15,7 @@
 //!
 //! With GATEWAY_SOAK_SECONDS it is instead the soak (`soak`), of our gateway alone.
 //!
-//! Bounded: rounds of at most four seconds for each proxy and rate, counts in proportion, time limits on
+//! Bounded: rounds of at most one second for each proxy and rate, counts in proportion, time limits on
 //! every request.
 #![allow(clippy::unwrap_used, reason = "an unexpected value ends the measurement")]
 
@@ -36,7 +37,6 @@ use programs::Program;
 
 const NAMES: [&str; 4] = ["ours", "envoy", "nginx", "sglang"];
 const RATES: [u64; 2] = [1000, 5000];
-const LONGEST_ROUND_S: u64 = 4;
 /// Per second of the measurement.
 const BURST: u64 = 2000;
 const STREAMS: u64 = 30;
@@ -52,24 +52,17 @@ const OTHER_DESCRIPTORS: usize = 500;
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
 struct Amounts {
+    /// Of one second at each rate.
     rounds: u64,
-    round_s: f64,
     burst: usize,
     streams: usize,
 }
 
 impl Amounts {
     fn of_environment() -> Self {
-        let seconds = seconds_of("GATEWAY_BENCH_SECONDS").unwrap_or(12).clamp(1, 600);
-        let rounds = seconds.div_ceil(LONGEST_ROUND_S);
-        let count =
-            |per_second: u64, least: u64| (per_second * seconds).max(least) as usize / rounds as usize;
-        Self {
-            rounds,
-            round_s: seconds as f64 / rounds as f64,
-            burst: count(BURST, LEAST_BURST),
-            streams: count(STREAMS, LEAST_STREAMS),
-        }
+        let rounds = seconds_of("GATEWAY_BENCH_SECONDS").unwrap_or(12).clamp(1, 600);
+        let count = |per_second: u64, least: u64| (per_second * rounds).max(least) as usize / rounds as usize;
+        Self { rounds, burst: count(BURST, LEAST_BURST), streams: count(STREAMS, LEAST_STREAMS) }
     }
 }
 
@@ -85,10 +78,29 @@ struct Proxy {
     name: &'static str,
     address: SocketAddr,
     program: Option<Program>,
-    latencies: [Vec<Duration>; RATES.len()],
-    requests_per_core_second: Vec<f64>,
-    tokens_per_core_second: Vec<f64>,
+    /// Of each round.
+    latencies: [Vec<Vec<Duration>>; RATES.len()],
+    requests: Work,
+    tokens: Work,
     memory_mib: f64,
+}
+
+/// What a proxy did, and the processor time that it took.
+#[derive(Debug, Clone, Copy, Default)]
+struct Work {
+    count: usize,
+    used: Duration,
+}
+
+impl Work {
+    fn add(&mut self, count: usize, used: Duration) {
+        self.count += count;
+        self.used += used;
+    }
+
+    fn per_core_second(self) -> f64 {
+        self.count as f64 / self.used.as_secs_f64().max(0.01)
+    }
 }
 
 /// A number of seconds in the environment.
@@ -172,8 +184,8 @@ fn proxy(name: &'static str, address: SocketAddr, program: Option<Program>) -> P
         address,
         program,
         latencies: Default::default(),
-        requests_per_core_second: Vec::new(),
-        tokens_per_core_second: Vec::new(),
+        requests: Work::default(),
+        tokens: Work::default(),
         memory_mib: f64::NAN,
     }
 }
@@ -196,24 +208,24 @@ async fn measure(proxy: &mut Proxy, amounts: Amounts) -> Result<(), LoadError> {
     eprintln!("  {}", proxy.name);
     load::paced(address, RATES[0], RATES[0] as usize / 2).await?;
     for (index, rate) in RATES.into_iter().enumerate() {
-        let count = (rate as f64 * amounts.round_s) as usize;
-        proxy.latencies[index].extend(load::paced(address, rate, count).await?);
+        proxy.latencies[index].push(load::paced(address, rate, rate as usize).await?);
     }
     let Some(program) = &proxy.program else { return Ok(()) };
-    let used = |before: Duration| (programs::processor_time(program.id()) - before).as_secs_f64().max(0.01);
-    let before = programs::processor_time(program.id());
+    let id = program.id();
+    let before = programs::processor_time(id);
     load::burst(address, amounts.burst).await?;
-    proxy.requests_per_core_second.push(amounts.burst as f64 / used(before));
-    let before = programs::processor_time(program.id());
+    let between = programs::processor_time(id);
     load::streams(address, amounts.streams).await?;
-    proxy.tokens_per_core_second.push((amounts.streams * TOKENS_PER_STREAM) as f64 / used(before));
+    let after = programs::processor_time(id);
+    proxy.requests.add(amounts.burst, between.saturating_sub(before));
+    proxy.tokens.add(amounts.streams * TOKENS_PER_STREAM, after.saturating_sub(between));
     // A measurement that ends early has told this much.
     eprintln!(
         "    p99 {:.3} and {:.3} ms, {:.0} requests and {:.0} tokens per core-second",
-        quantile_ms(&proxy.latencies[0], 0.99),
-        quantile_ms(&proxy.latencies[1], 0.99),
-        mean(&proxy.requests_per_core_second),
-        mean(&proxy.tokens_per_core_second)
+        latency_ms(&proxy.latencies[0], 0.99),
+        latency_ms(&proxy.latencies[1], 0.99),
+        proxy.requests.per_core_second(),
+        proxy.tokens.per_core_second()
     );
     Ok(())
 }
@@ -234,8 +246,15 @@ fn quantile_ms(latencies: &[Duration], share: f64) -> f64 {
     sorted.get(index).map_or(f64::NAN, |latency| latency.as_secs_f64() * 1e3)
 }
 
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
+/// The median of the rounds' quantiles.
+fn latency_ms(rounds: &[Vec<Duration>], share: f64) -> f64 {
+    let mut quantiles: Vec<f64> = rounds.iter().map(|round| quantile_ms(round, share)).collect();
+    quantiles.sort_unstable_by(f64::total_cmp);
+    match (quantiles.len(), quantiles.len() / 2) {
+        (0, _) => f64::NAN,
+        (count, middle) if count % 2 == 0 => f64::midpoint(quantiles[middle - 1], quantiles[middle]),
+        (_, middle) => quantiles[middle],
+    }
 }
 
 /// The names of the figures, and whether more is better.
@@ -255,16 +274,16 @@ fn figures(proxies: &[Proxy], amounts: Amounts, left_out: &[String]) -> Value {
     let direct = proxies.iter().find(|proxy| proxy.name == "direct");
     let row = |proxy: &Proxy| {
         let added = |index: usize, share| {
-            let base = direct.map_or(f64::NAN, |direct| quantile_ms(&direct.latencies[index], share));
-            quantile_ms(&proxy.latencies[index], share) - base
+            let base = direct.map_or(f64::NAN, |direct| latency_ms(&direct.latencies[index], share));
+            latency_ms(&proxy.latencies[index], share) - base
         };
         [
             added(0, 0.5),
             added(0, 0.99),
             added(1, 0.5),
             added(1, 0.99),
-            mean(&proxy.requests_per_core_second),
-            mean(&proxy.tokens_per_core_second),
+            proxy.requests.per_core_second(),
+            proxy.tokens.per_core_second(),
             proxy.memory_mib,
         ]
     };
@@ -283,10 +302,10 @@ fn figures(proxies: &[Proxy], amounts: Amounts, left_out: &[String]) -> Value {
         }
         Some(((*name).to_owned(), named(ratios)))
     });
-    let base = |index: usize, share| direct.map(|direct| quantile_ms(&direct.latencies[index], share));
+    let base = |index: usize, share| direct.map(|direct| latency_ms(&direct.latencies[index], share));
     json!({
         "amounts": {
-            "rounds": amounts.rounds, "round_s": amounts.round_s, "burst": amounts.burst,
+            "rounds": amounts.rounds, "burst": amounts.burst,
             "streams": amounts.streams,
             "open_streams": NAMES.map(|name| (name, open_streams(name))).into_iter().collect::<Value>(),
         },

@@ -113,6 +113,7 @@ impl Inference for Scripted {
             revision: "r1".into(),
             labels: ["no".to_owned(), "yes".to_owned()].into(),
             scores: [0.25, 0.75].repeat(request.input.len()),
+            entities: None,
             tokens: 3,
             truncated: Vec::new(),
         };

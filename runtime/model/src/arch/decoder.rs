@@ -47,6 +47,10 @@ pub(super) const EXPERTS_USED: &str = "expert_used_count";
 
 /// How the rows of a text become one, in a file that is made for embeddings.
 const POOLING: &str = "pooling_type";
+/// Its number in a file that is made for ranking.
+const RANK: usize = 4;
+/// The names of what such a file gives.
+const RANK_LABELS: &str = "classifier.output_labels";
 
 /// Where a family of models differs from the others.
 #[derive(Debug, Clone, Copy)]
@@ -258,13 +262,18 @@ pub(super) fn resolve(
 }
 
 /// The head of a file that is made for embeddings, by the numbers of llama.cpp, which divides vectors by
-/// their length.
+/// their length, or for ranking. The projection and the labels of the latter are read where the file is
+/// (`reading/file.rs`).
 fn pooling(keys: &ArchKeys<'_>) -> Result<Option<TextHead>, GgufProblem> {
     let pooling = match keys.optional_count(POOLING)? {
         None => return Ok(None),
         Some(1) => Pooling::Mean,
         Some(2) => Pooling::Cls,
         Some(3) => Pooling::Last,
+        Some(RANK) => {
+            keys.read_elsewhere(RANK_LABELS);
+            return Ok(Some(TextHead { pooling: Pooling::Last, normalise: false }));
+        }
         Some(other) => {
             let why = format!("{other} is not supported; 0 (none), 1 (mean), 2 (first) and 3 (last) are");
             return Err(keys.invalid(POOLING, why));
@@ -386,8 +395,7 @@ fn plain_rotation(family: &Family, keys: &ArchKeys<'_>, hyper: &Hyper) -> Result
 
 impl Architecture for Decoder {
     fn sizes(&self) -> ArchSizes {
-        let Hyper { width, context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
-        ArchSizes { width, context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
+        ArchSizes::from(&self.hyper)
     }
 
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError> {

@@ -1,14 +1,11 @@
 //! DistilBERT: BERT without token types, under other names.
 
-use super::encoder_family::{EncoderFamily, HeadActivation, Rename};
-
-const fn rename(from: &'static str, to: &'static str) -> Rename {
-    Rename { from, to }
-}
+use super::encoder_family::{EncoderBlocks, EncoderFamily, FirstPosition, HeadActivation, rename};
 
 pub(super) const DISTILBERT: EncoderFamily = EncoderFamily {
     model_type: "distilbert",
-    classes: "DistilBertModel, DistilBertForMaskedLM, DistilBertForSequenceClassification",
+    classes: "DistilBertModel, DistilBertForMaskedLM, DistilBertForSequenceClassification, \
+        DistilBertForTokenClassification",
     prefix: "distilbert.",
     renames: &[
         rename("transformer.layer.", "encoder.layer."),
@@ -26,5 +23,7 @@ pub(super) const DISTILBERT: EncoderFamily = EncoderFamily {
     head_out: "classifier",
     head_activation: HeadActivation::Relu,
     token_types: false,
-    positions_after_padding: false,
+    first_position: FirstPosition::Zero,
+    distances: false,
+    blocks: EncoderBlocks::Biased,
 };

@@ -1,10 +1,15 @@
 //! What the families of encoders differ in beside their sizes: the names of classes and tensors, how
 //! positions are counted, and the head of their classifiers. All of them compute what `bert.rs` lowers.
 
-use super::{distilbert, electra, modernbert, roberta};
+use super::{distilbert, electra, modernbert, mpnet, nomic, roberta};
 
 /// The end of the name of a class with a head that gives a logit for each label.
 const CLASSIFIER: &str = "ForSequenceClassification";
+/// The end of the name of a class that gives each token a logit for each label.
+const TOKEN_CLASSIFIER: &str = "ForTokenClassification";
+
+/// The projection of every row to labels, in classes whose tokens have labels: the same name in all families.
+pub(super) const TOKEN_HEAD: &str = "classifier";
 
 /// The activation between the two projections of a classifier's head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,11 +21,36 @@ pub(crate) enum HeadActivation {
     None,
 }
 
+/// The row of the table of positions that the first token of a text has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FirstPosition {
+    /// The first one.
+    Zero,
+    /// The one after the row of the id of padding.
+    AfterPadding,
+    /// This one, whatever the id of padding is.
+    Fixed(usize),
+}
+
+/// What the blocks of a family compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EncoderBlocks {
+    /// Projections have biases, the feed-forward part is a GELU, and positions have a table.
+    Biased,
+    /// Queries and keys are rotated and there is no table, projections have no biases, and the feed-forward
+    /// part is a SiLU times a second projection.
+    Rotary,
+}
+
 /// A part of a tensor's name and what it is called in BERT.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rename {
-    pub(super) from: &'static str,
-    pub(super) to: &'static str,
+    from: &'static str,
+    to: &'static str,
+}
+
+pub(super) const fn rename(from: &'static str, to: &'static str) -> Rename {
+    Rename { from, to }
 }
 
 /// A family of encoders.
@@ -44,14 +74,17 @@ pub(crate) struct EncoderFamily {
     pub(crate) head_activation: HeadActivation,
     /// Whether rows have the embedding of a token type.
     pub(crate) token_types: bool,
-    /// Whether the first position is the one after that of padding.
-    pub(crate) positions_after_padding: bool,
+    pub(crate) first_position: FirstPosition,
+    /// Whether scores get a learned value for each head and bucket of distances (`mpnet.rs`).
+    pub(crate) distances: bool,
+    pub(crate) blocks: EncoderBlocks,
 }
 
 /// BERT itself. Its pooler is the first projection of a classifier's head.
 pub(crate) const BERT: EncoderFamily = EncoderFamily {
     model_type: "bert",
-    classes: "BertModel, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification",
+    classes: "BertModel, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, \
+        BertForTokenClassification",
     prefix: "bert.",
     renames: &[],
     unused: &["pooler.", "cls."],
@@ -59,7 +92,9 @@ pub(crate) const BERT: EncoderFamily = EncoderFamily {
     head_out: "classifier",
     head_activation: HeadActivation::Tanh,
     token_types: true,
-    positions_after_padding: false,
+    first_position: FirstPosition::Zero,
+    distances: false,
+    blocks: EncoderBlocks::Biased,
 };
 
 /// Every family of encoders.
@@ -70,6 +105,8 @@ const FAMILIES: &[&EncoderFamily] = &[
     &roberta::CAMEMBERT,
     &distilbert::DISTILBERT,
     &electra::ELECTRA,
+    &mpnet::MPNET,
+    &nomic::NOMIC,
 ];
 
 /// The family of that `model_type`.
@@ -84,14 +121,14 @@ pub(crate) fn supported() -> String {
 }
 
 impl EncoderFamily {
-    /// Whether a class of the library is one of this family that can be served.
-    pub(crate) fn has_class(&self, class: &str) -> bool {
-        self.classes.split(", ").any(|own| own == class)
-    }
-
     /// Whether a class gives scores instead of vectors.
     pub(crate) fn is_classifier(class: &str) -> bool {
         class.ends_with(CLASSIFIER)
+    }
+
+    /// Whether a class gives tokens scores.
+    pub(crate) fn is_token_classifier(class: &str) -> bool {
+        class.ends_with(TOKEN_CLASSIFIER)
     }
 
     /// The name of a part of the last projection, for messages.
@@ -159,14 +196,16 @@ mod tests {
     }
 
     #[test]
-    fn every_family_has_one_classifier_among_its_classes() {
+    fn every_family_with_biases_has_one_classifier_among_its_classes() {
         for family in FAMILIES {
             let classifiers = family.classes.split(", ").filter(|class| EncoderFamily::is_classifier(class));
-            assert_eq!(classifiers.count(), 1, "{}", family.model_type);
-            assert!(family.has_class(family.classes.split(", ").next().unwrap()));
+            let wanted = usize::from(family.blocks == EncoderBlocks::Biased);
+            assert_eq!(classifiers.count(), wanted, "{}", family.model_type);
+            let of_tokens =
+                family.classes.split(", ").filter(|class| EncoderFamily::is_token_classifier(class));
+            assert_eq!(of_tokens.count(), wanted, "{}", family.model_type);
             assert_eq!(of_model_type(family.model_type).map(|found| found.prefix), Some(family.prefix));
         }
-        assert!(of_model_type("mpnet").is_none());
-        assert!(!BERT.has_class("BertForTokenClassification"));
+        assert!(of_model_type("deberta").is_none());
     }
 }

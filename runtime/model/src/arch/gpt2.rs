@@ -133,8 +133,7 @@ impl BiasedWeights<'_, '_> {
 
 impl Architecture for Gpt2 {
     fn sizes(&self) -> ArchSizes {
-        let Hyper { width, context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
-        ArchSizes { width, context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
+        ArchSizes::from(&self.hyper)
     }
 
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError> {

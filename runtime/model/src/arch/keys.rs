@@ -88,6 +88,11 @@ impl<'a> ArchKeys<'a> {
         name
     }
 
+    /// Notes that other code reads a key.
+    pub(super) fn read_elsewhere(&self, key: &str) {
+        self.name(key);
+    }
+
     /// A problem with the value of a key.
     pub(super) fn invalid(&self, key: &str, why: String) -> GgufProblem {
         GgufProblem::BadValue { key: self.name(key), why }

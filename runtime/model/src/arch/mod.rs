@@ -13,6 +13,8 @@ mod granite;
 mod keys;
 mod llama;
 pub(crate) mod modernbert;
+pub(crate) mod mpnet;
+mod nomic;
 mod olmo2;
 mod phi3;
 mod qwen2;
@@ -30,7 +32,7 @@ pub(crate) use rope::{Scaling, yarn_magnitude};
 use std::fmt;
 use tensors::TensorFinder;
 pub use tensors::TensorProblem;
-use trustformers_plan::{Plan, PlanError, Pooling, Weights};
+use trustformers_plan::{Hyper, Plan, PlanError, Pooling, Weights};
 
 /// A model of some architecture whose sizes and tensors have been checked.
 pub(crate) trait Architecture: fmt::Debug + Send + Sync {
@@ -72,10 +74,17 @@ pub(crate) struct ArchSizes {
     pub(crate) head_dim: usize,
 }
 
+impl From<&Hyper> for ArchSizes {
+    fn from(hyper: &Hyper) -> Self {
+        let Hyper { width, context, vocab, layers, kv_heads, head_dim, .. } = *hyper;
+        Self { width, context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
+    }
+}
+
 type Resolve = fn(&ArchKeys<'_>, &mut TensorFinder<'_>) -> Result<Box<dyn Architecture>, GgufProblem>;
 
-/// Every architecture of GGUF files but BERT (`bert_file.rs`), by the name in `general.architecture`, which
-/// is also the prefix of its keys.
+/// Every architecture of GGUF files but the encoders (`bert_file.rs`), by the name in
+/// `general.architecture`, which is also the prefix of its keys.
 const ARCHITECTURES: &[(&str, Resolve)] = &[
     ("gemma2", |keys, tensors| decoder::resolve(&gemma::GEMMA2, keys, tensors)),
     ("gemma3", |keys, tensors| decoder::resolve(&gemma::GEMMA3, keys, tensors)),
@@ -93,7 +102,7 @@ const ARCHITECTURES: &[(&str, Resolve)] = &[
 /// The names of all architectures of GGUF files, for messages.
 pub(crate) fn supported() -> String {
     let decoders = ARCHITECTURES.iter().map(|(name, _)| *name);
-    std::iter::once(bert_file::NAME).chain(decoders).collect::<Vec<_>>().join(", ")
+    bert_file::names().chain(decoders).collect::<Vec<_>>().join(", ")
 }
 
 /// Checks a file's keys and tensors against the architecture of that name; `None` when there is none. Adds

@@ -2,7 +2,7 @@
 //! are rotated; most layers attend within a window, the others to the whole text, with another base of the
 //! rotation. Norms come before attention and feed-forward, which is a GELU times a gate.
 
-use super::bert::{EncoderTensors, Head, HeadOut, needed};
+use super::bert::{EncoderTensors, Head, HeadOut, label_bias, needed, projection_to_labels};
 use super::tensors::{TensorFinder, TensorProblem};
 use super::{ArchSizes, Architecture};
 use crate::checkpoint::{LayerAttention, ModernBertConfig, StoredTensors};
@@ -15,6 +15,9 @@ use trustformers_plan::{
 
 /// The word in `model_type` of `config.json`.
 pub(crate) const MODEL_TYPE: &str = "modernbert";
+
+/// The projection to labels.
+const LABELS: &str = "classifier.weight";
 
 /// The prefix of tensor names where the encoder is a part of a larger class.
 const PREFIX: &str = "model.";
@@ -37,6 +40,8 @@ struct ModernBert {
     layers: Vec<ModernLayer>,
     final_norm: WeightId,
     head_dense: Option<ModernHead>,
+    /// From a row to the labels of its token, where tokens have labels.
+    token_head: Option<WeightId>,
     /// The bias of all norms, which have none.
     zeros: WeightId,
 }
@@ -72,7 +77,7 @@ impl ModernBertShape<'_> {
             let plain = name.strip_prefix(PREFIX).unwrap_or(name);
             let of_head = plain.starts_with("head.") || plain.starts_with("classifier.");
             // No embedding depends on a head, and no score on the one that guesses words.
-            if plain.starts_with("decoder.") || of_head && !self.head.scores {
+            if plain.starts_with("decoder.") || of_head && !self.has_head() {
                 continue;
             }
             let wrong = |why: String| TensorProblem { name: name.clone(), why };
@@ -83,20 +88,29 @@ impl ModernBertShape<'_> {
             let weight = Weight::new(plain.to_owned(), dtype, matrix, Arc::clone(&stored.source), range)
                 .map_err(|error| wrong(error.to_string()))?;
             match plain {
-                "classifier.weight" => out_weight = Some(weight),
+                LABELS if self.head.scores => out_weight = Some(weight),
                 "classifier.bias" => out_bias = Some(weight),
                 _ => {
                     weights.push(weight).map_err(|error| wrong(error.to_string()))?;
                 }
             }
         }
+        let bias = "classifier.bias";
+        let label_bias = self
+            .head
+            .by_token
+            .then(|| label_bias(out_bias.take(), bias, weights.find(LABELS).map(|id| weights.get(id))));
         let head_out = if self.head.scores {
-            let weight = needed(out_weight, "classifier.weight")?;
-            Some(HeadOut { weight, bias: needed(out_bias, "classifier.bias")? })
+            Some(HeadOut { weight: needed(out_weight, LABELS)?, bias: needed(out_bias, bias)? })
         } else {
             None
         };
-        Ok(EncoderTensors { weights, head_out })
+        Ok(EncoderTensors { weights, head_out, label_bias: label_bias.transpose()? })
+    }
+
+    /// Whether a projection with an activation and a norm comes before the labels.
+    fn has_head(&self) -> bool {
+        self.head.scores || self.head.by_token
     }
 
     /// Finds every tensor of the encoder, whose configuration was checked.
@@ -121,18 +135,29 @@ impl ModernBertShape<'_> {
             layers.push(layer(index, config, &mut tensors)?);
         }
         let final_norm = tensors.vector("final_norm.weight", width)?;
-        let head_dense = if head.scores {
+        let head_dense = if self.has_head() {
             let dense = tensors.matrix("head.dense.weight", width, width)?;
             Some(ModernHead { dense, norm: tensors.vector("head.norm.weight", width)? })
         } else {
             None
         };
+        let token_head =
+            head.by_token.then(|| projection_to_labels(&mut tensors, LABELS, width)).transpose()?;
         tensors.all_used(MODEL_TYPE)?;
         let zeros = tensors.made(Weight::from_f32("zeros", (1, width), &vec![0.0; width]))?;
         let eps = config.norm_eps;
-        let made =
-            ModernBert { hyper, eps, head, words, embedding_norm, layers, final_norm, head_dense, zeros };
-        Ok(Box::new(made))
+        Ok(Box::new(ModernBert {
+            hyper,
+            eps,
+            head,
+            words,
+            embedding_norm,
+            layers,
+            final_norm,
+            head_dense,
+            token_head,
+            zeros,
+        }))
     }
 }
 
@@ -173,8 +198,7 @@ fn layer(
 
 impl Architecture for ModernBert {
     fn sizes(&self) -> ArchSizes {
-        let Hyper { width, context, vocab, layers, kv_heads, head_dim, .. } = self.hyper;
-        ArchSizes { width, context_tokens: context, vocabulary: vocab, layers, kv_heads, head_dim }
+        ArchSizes::from(&self.hyper)
     }
 
     fn plan(&self, weights: &Weights, request: &PlanRequest) -> Result<Plan, PlanError> {
@@ -198,12 +222,23 @@ impl Architecture for ModernBert {
             stream = plan.add(fed, sum);
         }
         stream = self.norm(&mut plan, stream, self.final_norm);
+        let Head { mut pooling, normalise, by_token, .. } = self.head;
         if let Some(ModernHead { dense, norm }) = self.head_dense {
+            // A head of texts reads one row of each; the first ones were gathered before.
+            if !by_token && pooling != Pooling::Cls {
+                stream = plan.pool_rows(stream, pooling);
+                pooling = Pooling::Cls;
+            }
             let projected = plan.matmul(stream, dense);
             let activated = plan.gelu(projected);
             stream = self.norm(&mut plan, activated, norm);
         }
-        plan.pool(stream, self.head.pooling, self.head.normalise);
+        if let Some(labels) = self.token_head {
+            let rows = plan.gather_rows(stream);
+            plan.label_logits(rows, labels);
+        } else {
+            plan.pool(stream, pooling, normalise);
+        }
         plan.finish(&request.fused)
     }
 }
@@ -233,7 +268,7 @@ impl ModernBert {
         let key = plan.matmul(normed, layer.key);
         let key = plan.rope(key, rotation);
         let value = plan.matmul(normed, layer.value);
-        let scores = EncoderScores { scale: 1.0 / (head_dim as f32).sqrt(), window, causal: false };
+        let scores = EncoderScores { window, ..(1.0 / (head_dim as f32).sqrt()).into() };
         let mixed = plan.encoder_attention(query, key, value, scores);
         plan.matmul(mixed, layer.attention_output)
     }

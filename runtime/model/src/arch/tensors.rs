@@ -115,6 +115,16 @@ impl<'a> TensorFinder<'a> {
         }
     }
 
+    /// All values of a matrix that must be there, row after row. The architecture computes with them.
+    pub(super) fn values(&mut self, name: &str, rows: usize, cols: usize) -> Result<Vec<f32>, TensorProblem> {
+        let id = self.matrix(name, rows, cols)?;
+        let mut values = vec![0.0; rows * cols];
+        for (row, values) in values.chunks_mut(cols).enumerate() {
+            self.weights.get(id).dequantise_row(row, values);
+        }
+        Ok(values)
+    }
+
     /// A vector whose stored values are too small by one, as those of Gemma's norms in a checkpoint.
     pub(super) fn vector_plus_one(&mut self, name: &str, len: usize) -> Result<WeightId, TensorProblem> {
         let id = self.vector(name, len)?;

@@ -56,6 +56,12 @@ impl HeadConfig {
         Ok(Scoring { task: Task::Classify, activation, labels })
     }
 
+    /// What `count` logits of a token mean: its labels exclude each other.
+    pub(crate) fn scoring_of_tokens(&self, count: usize) -> Result<Scoring, CheckpointProblem> {
+        let labels = self.labels(count)?;
+        Ok(Scoring { task: Task::Classify, activation: ScoreActivation::Softmax, labels })
+    }
+
     /// The activation of a cross-encoder: what its file says, and else the sigmoid, as in the library.
     fn cross_encoder(&self) -> Result<ScoreActivation, CheckpointProblem> {
         let named = self.sentence_transformers.activation_fn.as_ref();

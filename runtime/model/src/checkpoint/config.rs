@@ -1,11 +1,10 @@
 //! `config.json` of a BERT, or of another encoder of its kind.
 
 use super::CheckpointProblem;
-use crate::arch::encoder_family::EncoderFamily;
+use super::encoder_checks::{check_base, check_class, check_eps, check_heads, check_sizes};
+use crate::arch::encoder_family::{EncoderBlocks, EncoderFamily, FirstPosition};
+use crate::arch::mpnet;
 use serde::Deserialize;
-
-/// Largest size that is believed: every number that a plan carries fits 32 bits.
-const MOST: usize = u32::MAX as usize / 2;
 
 /// What a BERT's `config.json` says; DistilBERT spells some keys otherwise. Keys without meaning for
 /// inference (dropout, initialisation) are left out.
@@ -37,6 +36,10 @@ pub(crate) struct BertConfig {
     hidden_act: String,
     #[serde(default = "absolute")]
     position_embedding_type: String,
+    /// The base of the rotation, of families that have one.
+    rotary_emb_base: Option<f32>,
+    /// Rows of the table of what scores get for distances, of families that have one.
+    relative_attention_num_buckets: Option<usize>,
     #[serde(default)]
     is_decoder: bool,
     #[serde(default)]
@@ -63,15 +66,23 @@ impl BertConfig {
     /// Refuses what a plan of this crate would not compute.
     pub(crate) fn check(&self, family: &EncoderFamily) -> Result<(), CheckpointProblem> {
         let unsupported = CheckpointProblem::unsupported;
-        if let Some(class) = self.architectures.first().filter(|class| !family.has_class(class)) {
-            return Err(unsupported("architectures", format!("{class:?}"), family.classes));
-        }
-        if self.hidden_act != "gelu" {
-            return Err(unsupported("hidden_act", format!("{:?}", self.hidden_act), "\"gelu\""));
+        check_class(&self.architectures, family.classes)?;
+        let only = match family.blocks {
+            EncoderBlocks::Biased => "\"gelu\"",
+            EncoderBlocks::Rotary => "\"silu\"",
+        };
+        let activation = format!("{:?}", self.hidden_act);
+        if activation != only {
+            return Err(unsupported("hidden_act", activation, only));
         }
         if self.position_embedding_type != "absolute" {
             let found = format!("{:?}", self.position_embedding_type);
             return Err(unsupported("position_embedding_type", found, "\"absolute\""));
+        }
+        if let Some(buckets) = self.relative_attention_num_buckets.filter(|_| family.distances)
+            && buckets != mpnet::BUCKETS
+        {
+            return Err(unsupported("relative_attention_num_buckets", buckets.to_string(), "32"));
         }
         if self.is_decoder {
             return Err(unsupported("is_decoder", "true".to_owned(), "false"));
@@ -79,19 +90,31 @@ impl BertConfig {
         if self.add_cross_attention {
             return Err(unsupported("add_cross_attention", "true".to_owned(), "false"));
         }
-        self.check_sizes()?;
-        let first = self.first_position(family);
-        if first >= self.max_position_embeddings {
-            let why =
-                format!("{first} leaves no row of the {} positions for a text", self.max_position_embeddings);
-            return Err(CheckpointProblem::Malformed { key: "pad_token_id", why });
+        self.check_sizes(family)?;
+        let (first, rows) = (self.first_position(family), self.max_position_embeddings);
+        if first < rows {
+            return Ok(());
         }
-        Ok(())
+        let (key, why) = match family.first_position {
+            FirstPosition::AfterPadding => {
+                ("pad_token_id", format!("{first} leaves no row of the {rows} positions for a text"))
+            }
+            FirstPosition::Zero | FirstPosition::Fixed(_) => {
+                let why = format!("a text begins at row {first} of the positions, and there are {rows}");
+                ("max_position_embeddings", why)
+            }
+        };
+        Err(CheckpointProblem::Malformed { key, why })
     }
 
     /// Whether the checkpoint is for scores instead of vectors.
     pub(crate) fn is_classifier(&self) -> bool {
         self.architectures.first().is_some_and(|class| EncoderFamily::is_classifier(class))
+    }
+
+    /// Whether the checkpoint is for scores of tokens.
+    pub(crate) fn is_token_classifier(&self) -> bool {
+        self.architectures.first().is_some_and(|class| EncoderFamily::is_token_classifier(class))
     }
 
     /// Values of an embedding.
@@ -101,7 +124,11 @@ impl BertConfig {
 
     /// The row of the table of positions for the first token of a text.
     pub(crate) fn first_position(&self, family: &EncoderFamily) -> usize {
-        if family.positions_after_padding { self.pad_token_id.unwrap_or(1).saturating_add(1) } else { 0 }
+        match family.first_position {
+            FirstPosition::Zero => 0,
+            FirstPosition::AfterPadding => self.pad_token_id.unwrap_or(1).saturating_add(1),
+            FirstPosition::Fixed(row) => row,
+        }
     }
 
     /// Rows of the table of positions for a text's tokens.
@@ -109,32 +136,30 @@ impl BertConfig {
         self.max_position_embeddings.saturating_sub(self.first_position(family))
     }
 
-    fn check_sizes(&self) -> Result<(), CheckpointProblem> {
-        let sizes = [
+    /// The base of the rotation, of families that have one.
+    pub(crate) fn rope_base(&self) -> Option<f32> {
+        self.rotary_emb_base
+    }
+
+    fn check_sizes(&self, family: &EncoderFamily) -> Result<(), CheckpointProblem> {
+        // Families without token types have any number there.
+        let types = if family.token_types { self.type_vocab_size } else { 1 };
+        check_sizes(&[
             ("hidden_size", self.hidden_size),
             ("num_hidden_layers", self.num_hidden_layers),
             ("num_attention_heads", self.num_attention_heads),
             ("intermediate_size", self.intermediate_size),
             ("max_position_embeddings", self.max_position_embeddings),
             ("vocab_size", self.vocab_size),
-            ("type_vocab_size", self.type_vocab_size),
+            ("type_vocab_size", types),
             ("embedding_size", self.embedding_width()),
-        ];
-        if let Some((key, size)) = sizes.into_iter().find(|(_, size)| !(1..=MOST).contains(size)) {
-            return Err(CheckpointProblem::Malformed {
-                key,
-                why: format!("{size} is not between 1 and {MOST}"),
-            });
+        ])?;
+        let rotated = family.blocks == EncoderBlocks::Rotary;
+        check_heads(self.num_attention_heads, self.hidden_size, rotated)?;
+        if rotated {
+            // A base that is missing gives no frequencies either.
+            check_base("rotary_emb_base", self.rotary_emb_base.unwrap_or_default())?;
         }
-        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            let (key, heads, width) = ("num_attention_heads", self.num_attention_heads, self.hidden_size);
-            let why = format!("{heads} does not divide the {width} of hidden_size");
-            return Err(CheckpointProblem::Malformed { key, why });
-        }
-        if !(self.layer_norm_eps >= 0.0 && self.layer_norm_eps.is_finite()) {
-            let why = format!("{} is not a number from 0 on", self.layer_norm_eps);
-            return Err(CheckpointProblem::Malformed { key: "layer_norm_eps", why });
-        }
-        Ok(())
+        check_eps("layer_norm_eps", self.layer_norm_eps)
     }
 }

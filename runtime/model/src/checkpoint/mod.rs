@@ -7,9 +7,11 @@
 mod classifier;
 mod config;
 pub(crate) mod decoder;
+mod encoder_checks;
 mod error;
 mod json;
 mod modernbert;
+mod nomic;
 pub(crate) mod quantised;
 mod sentence;
 pub(crate) mod tensor_names;
@@ -20,6 +22,7 @@ pub(crate) use classifier::{HeadConfig, Scoring};
 pub(crate) use config::BertConfig;
 pub(crate) use decoder::DecoderConfig;
 pub(crate) use modernbert::{LayerAttention, ModernBertConfig};
+pub(crate) use nomic::nomic_config;
 pub(crate) use sentence::Sentence;
 
 use crate::error::LoadError;

@@ -1,16 +1,18 @@
 //! `config.json` of a ModernBERT. Every key is read, without effect on answers, or refused by name.
 
 use super::CheckpointProblem;
+use super::encoder_checks::{
+    OnlyValue, check_base, check_class, check_eps, check_heads, check_only, check_sizes, check_unread,
+};
 use crate::arch::encoder_family::EncoderFamily;
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
-
-/// Largest size that is believed: every number that a plan carries fits 32 bits.
-const MOST: usize = u32::MAX as usize / 2;
+use trustformers_plan::Pooling;
 
 /// The classes that can be served. The head that guesses words gives no embedding.
-const CLASSES: &str = "ModernBertModel, ModernBertForMaskedLM, ModernBertForSequenceClassification";
+const CLASSES: &str = "ModernBertModel, ModernBertForMaskedLM, ModernBertForSequenceClassification, \
+    ModernBertForTokenClassification";
 
 /// Layers that see the whole text, in `layer_types`.
 const FULL: &str = "full_attention";
@@ -61,11 +63,16 @@ const HARMLESS: [&str; 40] = [
     "use_cache",
 ];
 
-/// Keys that must be false where they are set: what they switch on is not computed.
-const MUST_BE_FALSE: [&str; 5] =
-    ["norm_bias", "attention_bias", "mlp_bias", "is_decoder", "add_cross_attention"];
+/// Keys with the only value that is computed.
+const ONLY: [OnlyValue; 5] = [
+    ("norm_bias", "false"),
+    ("attention_bias", "false"),
+    ("mlp_bias", "false"),
+    ("is_decoder", "false"),
+    ("add_cross_attention", "false"),
+];
 /// The same for a key that only matters to a classifier.
-const CLASSIFIER_BIAS: &str = "classifier_bias";
+const CLASSIFIER_BIAS: OnlyValue = ("classifier_bias", "false");
 
 /// What the configuration says.
 #[derive(Debug, Clone, Deserialize)]
@@ -162,27 +169,52 @@ impl ModernBertConfig {
     pub(crate) fn check(&self) -> Result<(), CheckpointProblem> {
         let unsupported = CheckpointProblem::unsupported;
         self.check_others()?;
-        if let Some(class) = self.architectures.first().filter(|class| !is_served(class)) {
-            return Err(unsupported("architectures", format!("{class:?}"), CLASSES));
-        }
+        check_class(&self.architectures, CLASSES)?;
         let scores = self.is_classifier();
+        let has_head = self.has_head();
         let words = [
             ("hidden_activation", &self.hidden_activation, "gelu", "\"gelu\"", true),
-            ("classifier_activation", &self.classifier_activation, "gelu", "\"gelu\"", scores),
-            ("classifier_pooling", &self.classifier_pooling, "cls", "\"cls\"", scores),
+            ("classifier_activation", &self.classifier_activation, "gelu", "\"gelu\"", has_head),
         ];
         for (key, found, only, supported, matters) in words {
             if matters && found != only {
                 return Err(unsupported(key, format!("{found:?}"), supported));
             }
         }
+        if scores && self.pooling_of_head().is_none() {
+            let found = format!("{:?}", self.classifier_pooling);
+            return Err(unsupported("classifier_pooling", found, "\"cls\", \"mean\""));
+        }
         self.check_sizes()?;
         self.check_layers()
+    }
+
+    fn pooling_of_head(&self) -> Option<Pooling> {
+        match self.classifier_pooling.as_str() {
+            "cls" => Some(Pooling::Cls),
+            "mean" => Some(Pooling::Mean),
+            _ => None,
+        }
+    }
+
+    /// How the rows of a text become the one that a classifier's head reads.
+    pub(crate) fn classifier_pooling(&self) -> Pooling {
+        // A checked classifier has one of the two words.
+        self.pooling_of_head().unwrap_or(Pooling::Cls)
     }
 
     /// Whether the checkpoint is for scores instead of vectors.
     pub(crate) fn is_classifier(&self) -> bool {
         self.architectures.first().is_some_and(|class| EncoderFamily::is_classifier(class))
+    }
+
+    /// Whether the checkpoint is for scores of tokens.
+    pub(crate) fn is_token_classifier(&self) -> bool {
+        self.architectures.first().is_some_and(|class| EncoderFamily::is_token_classifier(class))
+    }
+
+    fn has_head(&self) -> bool {
+        self.is_classifier() || self.is_token_classifier()
     }
 
     /// How a layer attends.
@@ -201,24 +233,12 @@ impl ModernBertConfig {
 
     /// Refuses keys that are not read and may change an answer.
     fn check_others(&self) -> Result<(), CheckpointProblem> {
-        let classifier_bias = self.is_classifier().then_some(CLASSIFIER_BIAS);
-        let flags = MUST_BE_FALSE.into_iter().chain(classifier_bias);
-        for key in flags {
-            if let Some(found) = self.others.get(key).filter(|found| **found != Value::Bool(false)) {
-                return Err(CheckpointProblem::unsupported(key, found.to_string(), "false"));
-            }
-        }
-        let is_known = |key: &&String| {
-            let key = key.as_str();
-            key == CLASSIFIER_BIAS || MUST_BE_FALSE.contains(&key) || HARMLESS.contains(&key)
-        };
-        match self.others.keys().find(|key| !is_known(key)) {
-            None => Ok(()),
-            Some(key) => Err(CheckpointProblem::UnreadConfigKey {
-                key: key.clone(),
-                model_type: "modernbert".to_owned(),
-            }),
-        }
+        let classifier_bias = self.has_head().then_some(CLASSIFIER_BIAS);
+        check_only(&self.others, ONLY.into_iter().chain(classifier_bias))?;
+        check_unread(&self.others, "modernbert", |key| {
+            let is_checked = ONLY.iter().chain([&CLASSIFIER_BIAS]).any(|(own, _)| *own == key);
+            is_checked || HARMLESS.contains(&key)
+        })
     }
 
     /// The bases of the rotation in layers that see the whole text, and in the others.
@@ -231,7 +251,7 @@ impl ModernBertConfig {
     }
 
     fn check_sizes(&self) -> Result<(), CheckpointProblem> {
-        let sizes = [
+        check_sizes(&[
             ("hidden_size", self.hidden_size),
             ("num_hidden_layers", self.num_hidden_layers),
             ("num_attention_heads", self.num_attention_heads),
@@ -240,25 +260,9 @@ impl ModernBertConfig {
             ("vocab_size", self.vocab_size),
             ("global_attn_every_n_layers", self.global_attn_every_n_layers),
             ("local_attention", self.local_attention),
-        ];
-        if let Some((key, size)) = sizes.into_iter().find(|(_, size)| !(1..=MOST).contains(size)) {
-            let why = format!("{size} is not between 1 and {MOST}");
-            return Err(CheckpointProblem::Malformed { key, why });
-        }
-        // A rotation pairs the elements of a head.
-        if !self.hidden_size.is_multiple_of(self.num_attention_heads)
-            || !(self.hidden_size / self.num_attention_heads).is_multiple_of(2)
-        {
-            let (key, heads, width) = ("num_attention_heads", self.num_attention_heads, self.hidden_size);
-            let why =
-                format!("{heads} does not divide the {width} of hidden_size into heads of an even size");
-            return Err(CheckpointProblem::Malformed { key, why });
-        }
-        if !(self.norm_eps >= 0.0 && self.norm_eps.is_finite()) {
-            let why = format!("{} is not a number from 0 on", self.norm_eps);
-            return Err(CheckpointProblem::Malformed { key: "norm_eps", why });
-        }
-        Ok(())
+        ])?;
+        check_heads(self.num_attention_heads, self.hidden_size, true)?;
+        check_eps("norm_eps", self.norm_eps)
     }
 
     fn check_layers(&self) -> Result<(), CheckpointProblem> {
@@ -276,18 +280,8 @@ impl ModernBertConfig {
                 return Err(CheckpointProblem::unsupported("rope_type", format!("{found:?}"), "\"default\""));
             }
         }
-        match self.rope_bases().into_iter().find(|base| !(*base > 0.0 && base.is_finite())) {
-            None => Ok(()),
-            Some(base) => {
-                let why = format!("{base} is not a number above 0");
-                Err(CheckpointProblem::Malformed { key: "rope_theta", why })
-            }
-        }
+        self.rope_bases().into_iter().try_for_each(|base| check_base("rope_theta", base))
     }
-}
-
-fn is_served(class: &str) -> bool {
-    CLASSES.split(", ").any(|own| own == class)
 }
 
 #[cfg(test)]
@@ -343,7 +337,7 @@ mod tests {
         let cases = [
             (json!({"rope_scaling": {"factor": 2}}), "key rope_scaling is not part of modernbert"),
             (json!({"head_dim": 16}), "key head_dim is not part of modernbert"),
-            (json!({"architectures": ["ModernBertForTokenClassification"]}), "key architectures is"),
+            (json!({"architectures": ["ModernBertForQuestionAnswering"]}), "key architectures is"),
             (json!({"hidden_activation": "relu"}), "key hidden_activation is \"relu\""),
             (json!({"norm_bias": true}), "key norm_bias is true"),
             (json!({"attention_bias": true}), "key attention_bias is true"),
@@ -356,7 +350,7 @@ mod tests {
             (json!({"rope_parameters": {FULL: {"rope_type": "yarn"}}}), "key rope_type is \"yarn\""),
             (json!({"rope_parameters": {FULL: {"factor": 2.0}}}), "unknown field `factor`"),
             (json!({"global_rope_theta": 0.0}), "key rope_theta: 0 is not a number above 0"),
-            (classifier("classifier_pooling", "mean".into()), "key classifier_pooling is \"mean\""),
+            (classifier("classifier_pooling", "max".into()), "key classifier_pooling is \"max\""),
             (classifier("classifier_bias", true.into()), "key classifier_bias is true"),
             (classifier("classifier_activation", "relu".into()), "key classifier_activation is \"relu\""),
         ];
@@ -364,7 +358,10 @@ mod tests {
             let error = config(changes).unwrap_err();
             assert!(error.starts_with(wanted), "{error}");
         }
+        let pooling = |word: &str| config(classifier("classifier_pooling", word.into())).unwrap();
+        assert_eq!(pooling("mean").classifier_pooling(), Pooling::Mean);
+        assert_eq!(pooling("cls").classifier_pooling(), Pooling::Cls);
         // An embedder has no head.
-        config(json!({"classifier_pooling": "mean", "classifier_bias": true})).unwrap();
+        config(json!({"classifier_pooling": "max", "classifier_bias": true})).unwrap();
     }
 }

@@ -179,6 +179,20 @@ impl Sentence {
     }
 }
 
+impl Sentence {
+    /// What there is of these files beside a model that labels tokens. It reads texts as they are: labels
+    /// have places in them.
+    pub(crate) fn of_token_classifier(files: &CheckpointFiles) -> Result<Self, LoadError> {
+        let sentence = Self { pooling: Pooling::Mean, ..Self::of_classifier(files)? };
+        if sentence.lowercase {
+            let supported = "false, of models that label tokens";
+            let problem = CheckpointProblem::unsupported("do_lower_case", "true", supported);
+            return Err(files.wrong(SENTENCE, problem));
+        }
+        Ok(sentence)
+    }
+}
+
 impl SentenceConfig {
     fn max_tokens(&self, files: &CheckpointFiles) -> Result<Option<usize>, LoadError> {
         match self.max_seq_length {

@@ -168,6 +168,11 @@ impl<'a> Array<'a> {
 }
 
 impl Array<'_> {
+    /// The elements as bytes, or `None` when they are something else.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        matches!(self.element, ValueType::U8 | ValueType::I8).then_some(self.bytes)
+    }
+
     /// The elements as single-precision numbers, or `None` when they are something else.
     pub fn floats(&self) -> Option<Vec<f32>> {
         let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);

@@ -24,6 +24,8 @@ pub enum GgufValue {
     Integers(Vec<i32>),
     /// A list of numbers.
     Floats(Vec<f32>),
+    /// A list of bytes.
+    Bytes(Vec<u8>),
 }
 
 /// Collects key-value pairs and tensors and gives the bytes of a version 3 file.
@@ -64,6 +66,10 @@ impl GgufWriter {
                 put_type(ValueType::Array);
                 put_type(ValueType::F32);
             }
+            GgufValue::Bytes(_) => {
+                put_type(ValueType::Array);
+                put_type(ValueType::U8);
+            }
         }
         match value {
             GgufValue::U32(number) => out.extend(number.to_le_bytes()),
@@ -81,6 +87,10 @@ impl GgufWriter {
             GgufValue::Floats(numbers) => {
                 out.extend((numbers.len() as u64).to_le_bytes());
                 out.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+            }
+            GgufValue::Bytes(bytes) => {
+                out.extend((bytes.len() as u64).to_le_bytes());
+                out.extend(bytes);
             }
         }
         self.pair_count += 1;

@@ -1,5 +1,6 @@
 //! Small BERT checkpoints with random weights, as folders like those that sentence-transformers writes.
 
+use super::folder::{self, Files, NORMALIZE, POOLING, json_file};
 use super::store::store;
 use super::{BIAS_SCALE, SCALE, element, fnv1a};
 use crate::gguf::{GgufValue, GgufWriter};
@@ -69,14 +70,7 @@ impl SeededEncoder {
     /// # Panics
     /// As [`Self::files`].
     pub fn write(&self, folder: &Path) -> std::io::Result<()> {
-        for (name, content) in self.files() {
-            let path = folder.join(name);
-            if let Some(parent) = path.parent() {
-                std::fs::create_dir_all(parent)?;
-            }
-            std::fs::write(path, content)?;
-        }
-        Ok(())
+        folder::write(&self.files(), folder)
     }
 
     /// Every file's bytes by its path below the folder.
@@ -84,29 +78,28 @@ impl SeededEncoder {
     /// # Panics
     /// When [`Self::dtype`] is not one of a checkpoint.
     pub fn files(&self) -> BTreeMap<&'static str, Vec<u8>> {
-        let text = |value: Value| value.to_string().into_bytes();
-        let mut files = BTreeMap::from([
-            ("config.json", text(self.config())),
+        let mut files = Files::from([
+            ("config.json", json_file(&self.config())),
             ("model.safetensors", self.weights()),
             ("tokenizer.json", self.tokenizer()),
         ]);
         if let Some(tokens) = self.max_tokens {
             let config = json!({"max_seq_length": tokens, "do_lower_case": false});
-            files.insert("sentence_bert_config.json", text(config));
+            files.insert("sentence_bert_config.json", json_file(&config));
         }
         if let Some(pooling) = self.pooling {
-            files.insert("modules.json", text(self.modules()));
-            files.insert(
-                "1_Pooling/config.json",
-                text(json!({
-                    "word_embedding_dimension": self.width(),
-                    "pooling_mode_cls_token": pooling == Pooling::Cls,
-                    "pooling_mode_mean_tokens": pooling == Pooling::Mean,
-                    "pooling_mode_max_tokens": pooling == Pooling::Max,
-                    "pooling_mode_mean_sqrt_len_tokens": false,
-                    "pooling_mode_lasttoken": pooling == Pooling::Last,
-                })),
-            );
+            let modules: &[folder::SentenceModule] =
+                if self.normalised { &[POOLING, NORMALIZE] } else { &[POOLING] };
+            files.insert("modules.json", json_file(&folder::modules(modules)));
+            let pooling = json!({
+                "word_embedding_dimension": self.width(),
+                "pooling_mode_cls_token": pooling == Pooling::Cls,
+                "pooling_mode_mean_tokens": pooling == Pooling::Mean,
+                "pooling_mode_max_tokens": pooling == Pooling::Max,
+                "pooling_mode_mean_sqrt_len_tokens": false,
+                "pooling_mode_lasttoken": pooling == Pooling::Last,
+            });
+            files.insert("1_Pooling/config.json", json_file(&pooling));
         }
         files
     }
@@ -130,18 +123,6 @@ impl SeededEncoder {
             "hidden_act": "gelu",
             "position_embedding_type": "absolute",
         })
-    }
-
-    fn modules(&self) -> Value {
-        let module = |index: usize, path: &str, kind: &str| {
-            let kind = format!("sentence_transformers.models.{kind}");
-            json!({"idx": index, "name": index.to_string(), "path": path, "type": kind})
-        };
-        let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
-        if self.normalised {
-            modules.push(module(2, "2_Normalize", "Normalize"));
-        }
-        Value::Array(modules)
     }
 
     /// The bytes of `tokenizer.json`.
@@ -195,27 +176,38 @@ impl SeededEncoder {
     /// # Panics
     /// As [`Self::gguf`].
     pub fn gguf_with(&self, matrices: DType, keys: &[(&str, GgufValue)]) -> Vec<u8> {
+        let plain = Self { dtype: DType::F32, ..*self };
+        let format = GgufFormat { architecture: "bert", name: gguf_name, matrices };
+        self.gguf_of(&format, &plain.tensors(), keys)
+    }
+
+    /// The same of an architecture with these tensors, which are F32.
+    pub(super) fn gguf_of(
+        &self,
+        format: &GgufFormat,
+        tensors: &Tensors,
+        keys: &[(&str, GgufValue)],
+    ) -> Vec<u8> {
         let mut file = GgufWriter::new();
         let given = |name: &str| keys.iter().any(|(key, _)| *key == name);
-        for (key, value) in self.pairs().iter().filter(|(key, _)| !given(key)) {
+        for (key, value) in self.pairs(format.architecture).iter().filter(|(key, _)| !given(key)) {
             file.pair(key, value);
         }
         for (key, value) in keys {
             file.pair(key, value);
         }
-        let plain = Self { dtype: DType::F32, ..*self };
-        for (name, shape, bytes) in plain.tensors().list {
-            let Some((own, is_packed)) = gguf_name(&name) else { continue };
+        for (name, shape, bytes) in &tensors.list {
+            let Some((own, is_packed)) = (format.name)(name) else { continue };
             let dims: Vec<usize> = shape.iter().rev().copied().collect();
             let values = bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value));
-            let dtype = if is_packed { matrices } else { DType::F32 };
+            let dtype = if is_packed { format.matrices } else { DType::F32 };
             file.tensor(&own, &dims, dtype, &store(&values.collect::<Vec<_>>(), dtype));
         }
         file.finish()
     }
 
     /// The keys of the GGUF file.
-    fn pairs(&self) -> Vec<(String, GgufValue)> {
+    pub(super) fn pairs(&self, architecture: &str) -> Vec<(String, GgufValue)> {
         // Sizes of a test model fit 32 bits by a wide margin.
         let number = |n: usize| GgufValue::U32(n as u32);
         let text = |t: &str| GgufValue::String(t.to_owned());
@@ -252,8 +244,8 @@ impl SeededEncoder {
             ("padding_token_id", GgufValue::U32(0)),
             ("mask_token_id", GgufValue::U32(4)),
         ];
-        let general = [("general.architecture".to_owned(), text("bert"))].into_iter();
-        let own = own.map(|(key, value)| (format!("bert.{key}"), value));
+        let general = [("general.architecture".to_owned(), text(architecture))].into_iter();
+        let own = own.map(|(key, value)| (format!("{architecture}.{key}"), value));
         general
             .chain(own)
             .chain(tokenizer.map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)))
@@ -287,8 +279,17 @@ impl SeededEncoder {
     }
 }
 
-/// The name of a tensor in a GGUF file, and whether converters pack it; `None` of those that they leave out.
-fn gguf_name(name: &str) -> Option<(String, bool)> {
+/// How the tensors of an encoder stand in a GGUF file.
+pub(super) struct GgufFormat {
+    pub(super) architecture: &'static str,
+    /// The name of a tensor there, and whether converters pack it; `None` of those that they leave out.
+    pub(super) name: fn(&str) -> Option<(String, bool)>,
+    /// The type of those that are packed.
+    pub(super) matrices: DType,
+}
+
+/// [`GgufFormat::name`] of BERT.
+pub(super) fn gguf_name(name: &str) -> Option<(String, bool)> {
     let stem = |from: &str, to: &str| name.strip_prefix(from).map(|kind| format!("{to}{kind}"));
     if let Some(rest) = name.strip_prefix("encoder.layer.") {
         let (layer, rest) = rest.split_once('.')?;

@@ -3,10 +3,13 @@
 //! The recipe of the values is that of [`super`], under the names of the tensors in the file; so
 //! `e2e/reference/heads.py` makes the same checkpoints in another language.
 
-use super::encoder::{SeededEncoder, Tensors, vocabulary};
+use super::encoder::{SeededEncoder, Tensors, gguf_name, vocabulary};
+use super::folder::{self, json_file};
+use crate::gguf::{GgufValue, GgufWriter};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
+use trustformers_plan::DType;
 
 /// A family of encoders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -21,6 +24,10 @@ pub enum SeededEncoderFamily {
     Electra,
     /// `modernbert`, with windows of three positions on either side in every second layer.
     ModernBert,
+    /// `mpnet`; texts begin at position 2.
+    MpNet,
+    /// `nomic_bert`, which has no class with a head.
+    Nomic,
 }
 
 /// What one layer's tensors are called, below the layer.
@@ -60,9 +67,26 @@ const DISTILBERT_NAMES: LayerNames = LayerNames {
     output_norm: "output_layer_norm",
 };
 
+const MPNET_NAMES: LayerNames = LayerNames {
+    query: "attention.attn.q",
+    key: "attention.attn.k",
+    value: "attention.attn.v",
+    attention_output: "attention.attn.o",
+    attention_norm: "attention.LayerNorm",
+    ..BERT_NAMES
+};
+
 impl SeededEncoderFamily {
     /// Every family.
-    pub const ALL: [Self; 5] = [Self::Bert, Self::Roberta, Self::DistilBert, Self::Electra, Self::ModernBert];
+    pub const ALL: [Self; 7] = [
+        Self::Bert,
+        Self::Roberta,
+        Self::DistilBert,
+        Self::Electra,
+        Self::ModernBert,
+        Self::MpNet,
+        Self::Nomic,
+    ];
 
     /// Its word in `model_type`.
     #[must_use]
@@ -73,6 +97,8 @@ impl SeededEncoderFamily {
             Self::DistilBert => "distilbert",
             Self::Electra => "electra",
             Self::ModernBert => "modernbert",
+            Self::MpNet => "mpnet",
+            Self::Nomic => "nomic_bert",
         }
     }
 
@@ -83,23 +109,27 @@ impl SeededEncoderFamily {
             Self::DistilBert => "DistilBert",
             Self::Electra => "Electra",
             Self::ModernBert => "ModernBert",
+            Self::MpNet => "MPNet",
+            Self::Nomic => "NomicBert",
         }
     }
 
-    /// Names of BERT's layers; ModernBERT has other tensors, see `modern_weights`.
+    /// Names of BERT's layers; ModernBERT and Nomic BERT have other tensors, see `modern_weights` and
+    /// `nomic_tensors`.
     const fn layer_names(self) -> &'static LayerNames {
         match self {
             Self::DistilBert => &DISTILBERT_NAMES,
-            Self::Bert | Self::Roberta | Self::Electra | Self::ModernBert => &BERT_NAMES,
+            Self::MpNet => &MPNET_NAMES,
+            Self::Bert | Self::Roberta | Self::Electra | Self::ModernBert | Self::Nomic => &BERT_NAMES,
         }
     }
 
     /// Names of the two projections of a head.
     const fn head_names(self) -> [&'static str; 2] {
         match self {
-            Self::Bert => ["bert.pooler.dense", "classifier"],
+            Self::Bert | Self::Nomic => ["bert.pooler.dense", "classifier"],
             Self::DistilBert => ["pre_classifier", "classifier"],
-            Self::Roberta | Self::Electra => ["classifier.dense", "classifier.out_proj"],
+            Self::Roberta | Self::Electra | Self::MpNet => ["classifier.dense", "classifier.out_proj"],
             Self::ModernBert => ["head.dense", "classifier"],
         }
     }
@@ -107,9 +137,9 @@ impl SeededEncoderFamily {
     /// Rows of the table of token types.
     const fn types(self) -> usize {
         match self {
-            Self::Bert | Self::Electra => 2,
+            Self::Bert | Self::Electra | Self::Nomic => 2,
             Self::Roberta => 1,
-            Self::DistilBert | Self::ModernBert => 0,
+            Self::DistilBert | Self::ModernBert | Self::MpNet => 0,
         }
     }
 }
@@ -123,7 +153,8 @@ pub struct SeededCheckpoint {
     pub shape: SeededEncoder,
     /// Logits of its head; 0: none, the checkpoint embeds.
     pub labels: usize,
-    /// Further keys of `config.json`, such as `problem_type`, as one JSON object.
+    /// Further keys of `config.json`, such as `problem_type`, as one JSON object. A class in `architectures`
+    /// decides whether texts or tokens have the logits.
     pub keys: Value,
 }
 
@@ -153,14 +184,7 @@ impl SeededCheckpoint {
     /// # Panics
     /// As [`SeededEncoder::files`].
     pub fn write(&self, folder: &Path) -> std::io::Result<()> {
-        for (name, content) in self.files() {
-            let path = folder.join(name);
-            if let Some(parent) = path.parent() {
-                std::fs::create_dir_all(parent)?;
-            }
-            std::fs::write(path, content)?;
-        }
-        Ok(())
+        folder::write(&self.files(), folder)
     }
 
     /// Every file's bytes by its path below the folder.
@@ -169,7 +193,7 @@ impl SeededCheckpoint {
     /// As [`SeededEncoder::files`].
     pub fn files(&self) -> BTreeMap<&'static str, Vec<u8>> {
         let mut files = self.shape.files();
-        files.insert("config.json", self.config().to_string().into_bytes());
+        files.insert("config.json", json_file(&self.config()));
         files.insert("model.safetensors", self.weights());
         if self.labels > 0 {
             files.retain(|name, _| !name.starts_with("1_Pooling") && *name != "modules.json");
@@ -177,9 +201,71 @@ impl SeededCheckpoint {
         files
     }
 
+    /// The bytes of a GGUF file of the same model in F32, as llama.cpp's converter writes it, with these keys
+    /// added, or with these values for keys that it has. The head of a BERT has its pooler, which that
+    /// converter leaves out.
+    ///
+    /// # Panics
+    /// Of families other than BERT and RoBERTa.
+    pub fn gguf_with(&self, keys: &[(&str, GgufValue)]) -> Vec<u8> {
+        let families = [SeededEncoderFamily::Bert, SeededEncoderFamily::Roberta];
+        assert!(families.contains(&self.family), "no converter writes {}", self.family.model_type());
+        let plain = SeededEncoder { dtype: DType::F32, ..self.shape };
+        let mut pairs = plain.pairs("bert");
+        let labels = (0..self.labels).map(|id| format!("LABEL_{id}")).collect();
+        let own = [
+            ("bert.pooling_type", GgufValue::U32(4)),
+            ("bert.classifier.output_labels", GgufValue::Strings(labels)),
+        ];
+        let own = own.iter().filter(|_| self.labels > 0);
+        for (key, value) in own.chain(keys) {
+            pairs.retain(|(name, _)| name != key);
+            pairs.push(((*key).to_owned(), value.clone()));
+        }
+        let mut file = GgufWriter::new();
+        for (key, value) in &pairs {
+            file.pair(key, value);
+        }
+        let bytes_before = (self.position_rows() - self.shape.positions) * self.embedding_width() * 4;
+        for (name, mut shape, mut bytes) in (Self { shape: plain, ..self.clone() }).tensors().list {
+            let Some(own) = self.gguf_name(&name) else { continue };
+            if own == "position_embd.weight" {
+                // Converters leave out the rows before the first text's.
+                bytes.drain(..bytes_before);
+                shape[0] = self.shape.positions;
+            }
+            let dims: Vec<usize> = shape.iter().rev().copied().collect();
+            file.tensor(&own, &dims, DType::F32, &bytes);
+        }
+        file.finish()
+    }
+
+    /// The name of a tensor in a GGUF file; `None` of those that converters leave out.
+    fn gguf_name(&self, name: &str) -> Option<String> {
+        let [dense, out] = self.family.head_names();
+        for (stored, own) in [(dense, "cls"), (out, "cls.output")] {
+            if let Some(kind) = name.strip_prefix(stored).and_then(|rest| rest.strip_prefix('.')) {
+                return Some(format!("{own}.{kind}"));
+            }
+        }
+        let prefix = format!("{}.", self.family.model_type());
+        gguf_name(name.strip_prefix(&prefix).unwrap_or(name)).map(|(own, _)| own)
+    }
+
+    /// Whether the keys say that its head gives each token logits.
+    fn labels_tokens(&self) -> bool {
+        let class = self.keys["architectures"][0].as_str();
+        self.labels > 0 && class.is_some_and(|class| class.ends_with("ForTokenClassification"))
+    }
+
     /// Rows of the table of positions, with those before the first text's.
     fn position_rows(&self) -> usize {
-        self.shape.positions + usize::from(self.family == SeededEncoderFamily::Roberta)
+        let before = match self.family {
+            SeededEncoderFamily::Roberta => 1,
+            SeededEncoderFamily::MpNet => 2,
+            _ => 0,
+        };
+        self.shape.positions + before
     }
 
     fn embedding_width(&self) -> usize {
@@ -194,6 +280,7 @@ impl SeededCheckpoint {
                 "dim": self.shape.width(), "n_layers": layers, "n_heads": heads, "hidden_dim": feed_forward,
                 "activation": "gelu", "sinusoidal_pos_embds": false,
             }),
+            SeededEncoderFamily::Nomic => self.nomic_config(),
             SeededEncoderFamily::ModernBert => json!({
                 "hidden_size": self.shape.width(), "num_hidden_layers": layers, "num_attention_heads": heads,
                 "intermediate_size": feed_forward, "hidden_activation": "gelu", "norm_eps": 1e-5,
@@ -249,9 +336,15 @@ impl SeededCheckpoint {
     }
 
     fn weights(&self) -> Vec<u8> {
-        if self.family == SeededEncoderFamily::ModernBert {
-            return self.modern_weights();
+        match self.family {
+            SeededEncoderFamily::ModernBert => self.modern_weights(),
+            SeededEncoderFamily::Nomic => self.nomic_tensors().file(),
+            _ => self.tensors().file(),
         }
+    }
+
+    /// The tensors of all families but ModernBERT and Nomic BERT.
+    fn tensors(&self) -> Tensors {
         let (width, inner, embedding) = (self.shape.width(), self.shape.feed_forward, self.embedding_width());
         let names = self.family.layer_names();
         // Without a head the class is the encoder itself, and names have no prefix.
@@ -267,6 +360,9 @@ impl SeededCheckpoint {
         if embedding != width {
             tensors.dense(&name("embeddings_project"), width, embedding);
         }
+        if self.family == SeededEncoderFamily::MpNet {
+            tensors.matrix(&name("encoder.relative_attention_bias.weight"), 32, self.shape.heads);
+        }
         for layer in 0..self.shape.layers {
             let name = |part: &str| name(&format!("{}.{layer}.{part}", names.layers));
             tensors.dense(&name(names.query), width, width);
@@ -278,12 +374,14 @@ impl SeededCheckpoint {
             tensors.dense(&name(names.down), width, inner);
             tensors.norm(&name(names.output_norm), width);
         }
-        if self.labels > 0 {
+        if self.labels_tokens() {
+            tensors.dense("classifier", self.labels, width);
+        } else if self.labels > 0 {
             let [dense, out] = self.family.head_names();
             tensors.dense(dense, width, width);
             tensors.dense(out, self.labels, width);
         }
-        tensors.file()
+        tensors
     }
 }
 
@@ -291,7 +389,7 @@ impl SeededCheckpoint {
 mod tests {
     use super::*;
     use crate::{Model, PlanRequest, ScoreActivation};
-    use trustformers_plan::{FusedOps, Limits};
+    use trustformers_plan::{FusedOps, Limits, RowSpace};
     use trustformers_proto::Task;
 
     fn load(checkpoint: &SeededCheckpoint) -> Result<Model, String> {
@@ -301,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn every_family_loads_as_embedder_classifier_and_reranker() {
+    fn every_family_loads_as_embedder_and_those_with_heads_as_classifier_and_reranker() {
         for family in SeededEncoderFamily::ALL {
             let load = |labels: usize, keys: Value| {
                 let shape = SeededEncoder::default();
@@ -313,6 +411,9 @@ mod tests {
                 (Task::Embed, family.model_type())
             );
             assert_eq!(embedder.logits(&[0.0; 64]), None);
+            if family == SeededEncoderFamily::Nomic {
+                continue;
+            }
             let classifier = load(3, json!({"problem_type": "multi_label_classification"}));
             let facts = classifier.facts().classification.clone().unwrap();
             assert_eq!((classifier.task(), facts.activation), (Task::Classify, ScoreActivation::Sigmoid));
@@ -348,6 +449,48 @@ mod tests {
             let words = model.facts().vocabulary as u64 * 64;
             assert_eq!(model.facts().parameters, words + 2 * layer + 3 * 64 + head);
         }
+    }
+
+    #[test]
+    fn every_family_with_heads_labels_tokens() {
+        let with_heads =
+            SeededEncoderFamily::ALL.into_iter().filter(|family| *family != SeededEncoderFamily::Nomic);
+        for family in with_heads {
+            let class = format!("{}ForTokenClassification", family.class());
+            let keys = json!({"architectures": [class], "id2label": {"0": "O", "1": "B-A", "2": "I-A"}});
+            let checkpoint = SeededCheckpoint { family, labels: 3, keys, ..SeededCheckpoint::default() };
+            let model = load(&checkpoint).unwrap();
+            let facts = model.facts().classification.clone().unwrap();
+            assert_eq!((model.task(), facts.activation), (Task::Classify, ScoreActivation::Softmax));
+            assert_eq!((facts.width, facts.by_token, facts.labels.len()), (3, true, 3), "{family:?}");
+            assert_eq!(model.logits(&[0.0; 3]).unwrap().len(), 3);
+            let limits = Limits { rows: 8, sequences: 2, logits_rows: 8 };
+            let request = PlanRequest { context_tokens: 12, limits, fused: FusedOps::NONE };
+            let plan = model.plan(&request).unwrap();
+            assert_eq!((plan.answer().rows, plan.answer().cols), (RowSpace::Logits, 3), "{family:?}");
+            assert!(!plan.dump().contains("pool "), "{}", plan.dump());
+        }
+        let few = json!({"architectures": ["BertForTokenClassification"], "id2label": {"0": "O"}});
+        let error = load(&SeededCheckpoint { keys: few, ..SeededCheckpoint::default() }).unwrap_err();
+        assert!(error.contains("key id2label: 1 labels for a head with 2 logits"), "{error}");
+    }
+
+    #[test]
+    fn the_head_of_modernbert_may_read_the_mean_of_all_rows() {
+        let family = SeededEncoderFamily::ModernBert;
+        let keys = json!({"classifier_pooling": "mean"});
+        let model =
+            load(&SeededCheckpoint { family, labels: 3, keys, ..SeededCheckpoint::default() }).unwrap();
+        let limits = Limits { rows: 8, sequences: 2, logits_rows: 0 };
+        let request = PlanRequest { context_tokens: 12, limits, fused: FusedOps::NONE };
+        let dump = model.plan(&request).unwrap().dump();
+        let at = |words: &str| {
+            dump.lines().position(|line| line.contains(words)).unwrap_or_else(|| panic!("{dump}"))
+        };
+        assert!(at(" * final_norm.weight ") < at("pool        mean "), "{dump}");
+        assert!(at("pool        mean ") < at("[head.dense.weight]"), "{dump}");
+        assert!(at("[head.dense.weight]") < at("pool        cls "), "{dump}");
+        assert_eq!(dump.lines().filter(|line| line.contains(" rope ")).count(), 4, "all rows ask: {dump}");
     }
 
     #[test]

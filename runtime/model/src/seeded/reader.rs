@@ -5,8 +5,11 @@
 //! the same models in another language.
 
 use super::encoder::Tensors;
+use super::folder::{self, Files, NORMALIZE, POOLING, json_file};
 use super::store::store;
 use super::{CONTROL_TOKENS, SeededFamily, SeededModel, decoders};
+use crate::gguf::{GgufValue, GgufWriter};
+use crate::reading::{AFTER, BEFORE, INSTRUCTION};
 use crate::tokenizer::byte_chars;
 use decoders::Content;
 use serde_json::{Map, Value, json};
@@ -51,42 +54,56 @@ impl SeededReader {
     /// # Errors
     /// When a file or folder cannot be written.
     pub fn write(&self, folder: &Path) -> std::io::Result<()> {
-        for (name, content) in self.files() {
-            let path = folder.join(name);
-            if let Some(parent) = path.parent() {
-                std::fs::create_dir_all(parent)?;
-            }
-            std::fs::write(path, content)?;
-        }
-        Ok(())
+        folder::write(&self.files(), folder)
     }
 
     /// Every file's bytes by its path below the folder.
     pub fn files(&self) -> BTreeMap<&'static str, Vec<u8>> {
-        let text = |value: Value| value.to_string().into_bytes();
-        let mut files = BTreeMap::from([
-            ("config.json", text(self.config())),
+        let mut files = Files::from([
+            ("config.json", json_file(&self.config())),
             ("model.safetensors", self.weights()),
-            ("tokenizer.json", text(self.tokenizer())),
+            ("tokenizer.json", json_file(&self.tokenizer())),
         ]);
         if self.reading == SeededReading::Embed {
-            let module = |index: usize, path: &str, kind: &str| {
-                let kind = format!("sentence_transformers.models.{kind}");
-                json!({"idx": index, "name": index.to_string(), "path": path, "type": kind})
-            };
-            let modules = [
-                module(0, "", "Transformer"),
-                module(1, "1_Pooling", "Pooling"),
-                module(2, "2_N", "Normalize"),
-            ];
-            files.insert("modules.json", text(json!(modules)));
+            files.insert("modules.json", json_file(&folder::modules(&[POOLING, NORMALIZE])));
             let pooling = json!({"pooling_mode_lasttoken": true, "include_prompt": true});
-            files.insert("1_Pooling/config.json", text(pooling));
+            files.insert("1_Pooling/config.json", json_file(&pooling));
             let prompts = json!({"query": "Instruct: find it\nQuery:", "document": ""});
             let prompts = json!({"prompts": prompts, "default_prompt_name": null});
-            files.insert("config_sentence_transformers.json", text(prompts));
+            files.insert("config_sentence_transformers.json", json_file(&prompts));
         }
         files
+    }
+
+    /// The bytes of a GGUF file of a model that ranks by its words, as llama.cpp's converter writes it: the
+    /// rows of "yes" and "no" for a head, their names, and the prompt as a template. Keys are added, or have
+    /// these values.
+    pub fn ranking_gguf(&self, keys: &[(&str, GgufValue)]) -> Vec<u8> {
+        let model = self.model();
+        let mut pairs = model.pairs();
+        let labels = ["yes", "no"].map(str::to_owned).to_vec();
+        let body = format!("<Instruct>: {INSTRUCTION}\n<Query>: {{query}}\n<Document>: {{document}}");
+        let own = [
+            ("qwen3.pooling_type", GgufValue::U32(4)),
+            ("qwen3.classifier.output_labels", GgufValue::Strings(labels)),
+            ("tokenizer.chat_template.rerank", GgufValue::String(format!("{BEFORE}{body}{AFTER}"))),
+        ];
+        for (key, value) in own.iter().chain(keys) {
+            pairs.retain(|(name, _)| name != key);
+            pairs.push(((*key).to_owned(), value.clone()));
+        }
+        let mut file = GgufWriter::new();
+        for (key, value) in &pairs {
+            file.pair(key, value);
+        }
+        decoders::tensors(&model).iter().for_each(|recipe| model.tensor(&mut file, recipe));
+        let (width, rows) = (model.width(), model.vocabulary());
+        let words = model.matrix_values("token_embd.weight", rows, width);
+        // The ids of "yes" and "no" in the folder's tokenizer: the last two that merges make.
+        let first = CONTROL_TOKENS.len() + 256 + 1;
+        let head = store(&words[first * width..(first + 2) * width], DType::F32);
+        file.tensor("cls.output.weight", &[width, 2], DType::F32, &head);
+        file.finish()
     }
 
     fn model(&self) -> SeededModel {

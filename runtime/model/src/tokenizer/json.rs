@@ -145,11 +145,22 @@ impl Tokenizer {
         max_tokens: usize,
         room: usize,
     ) -> Result<Encoding, TokenizerProblem> {
+        self.encode_beginning_with(|piece| self.library.encode_fast(piece, false), text, max_tokens, room)
+    }
+
+    /// The same by one of the library's functions.
+    pub(super) fn encode_beginning_with(
+        &self,
+        encode: impl Fn(&str) -> tokenizers::Result<Encoding>,
+        text: &str,
+        max_tokens: usize,
+        room: usize,
+    ) -> Result<Encoding, TokenizerProblem> {
         let failed = |error: tokenizers::Error| TokenizerProblem::Library(error.to_string());
         let mut bytes = max_tokens.saturating_mul(BYTES_PER_TOKEN).max(FIRST_PIECE_BYTES);
         loop {
             let piece = self.beginning(text, bytes);
-            let encoding = self.library.encode_fast(piece, false).map_err(failed)?;
+            let encoding = encode(piece).map_err(failed)?;
             if encoding.len() > room || piece.len() == text.len() {
                 return Ok(encoding);
             }
@@ -189,7 +200,7 @@ impl Tokenizer {
 }
 
 /// Cuts a text to `room` tokens. Whether it was longer.
-fn cut_to(encoding: &mut Encoding, room: usize) -> bool {
+pub(super) fn cut_to(encoding: &mut Encoding, room: usize) -> bool {
     let cut = encoding.len() > room;
     encoding.truncate(room, 0, TruncationDirection::Right);
     // The library keeps the rest of the text, and would put special tokens around each piece of it.

@@ -7,11 +7,13 @@ use serde_json::json;
 use tokenizers::processors::PostProcessorWrapper;
 
 const PREFIX: &str = "tokenizer.ggml.";
-const BEGIN: &str = "tokenizer.ggml.bos_token_id";
+/// The token before a text.
+pub(super) const BEGIN: &str = "tokenizer.ggml.bos_token_id";
 const ADD_BEGIN: &str = "tokenizer.ggml.add_bos_token";
 const END_LIST: &str = "tokenizer.ggml.eos_token_ids";
 
-const END: &str = "tokenizer.ggml.eos_token_id";
+/// The token after a text.
+pub(super) const END: &str = "tokenizer.ggml.eos_token_id";
 /// The token for words that no pieces make.
 pub(super) const UNKNOWN: &str = "tokenizer.ggml.unknown_token_id";
 /// The token before a text, of WordPiece.
@@ -21,6 +23,12 @@ pub(super) const END_OF_PART: [&str; 3] =
     ["tokenizer.ggml.seperator_token_id", "tokenizer.ggml.separator_token_id", "tokenizer.ggml.sep_token_id"];
 /// Whether texts are lower-cased, of WordPiece.
 pub(super) const LOWERCASE: &str = "tokenizer.ggml.normalizer.lowercase";
+/// Whether a text of pieces of SentencePiece has one more space before it.
+pub(super) const SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
+/// Whether such a text has no spaces at its ends, and one between words.
+pub(super) const EXTRA_SPACES: &str = "tokenizer.ggml.remove_extra_whitespaces";
+/// The table that SentencePiece normalises characters with.
+pub(super) const CHARSMAP: &str = "tokenizer.ggml.precompiled_charsmap";
 const ADD_END_OF_PART: &str = "tokenizer.ggml.add_sep_token";
 const ADD_END: &str = "tokenizer.ggml.add_eos_token";
 
@@ -37,8 +45,8 @@ const SWITCHES: [(&str, &str); 6] = [
         "true puts an end token after every prompt, which ends the answer before it begins; set the key to false",
     ),
     (ADD_END_OF_PART, "true is not supported; only false is"),
-    ("tokenizer.ggml.add_space_prefix", "true is not supported; only false is"),
-    ("tokenizer.ggml.remove_extra_whitespaces", "true is not supported; only false is"),
+    (SPACE_PREFIX, "true is not supported; only false is"),
+    (EXTRA_SPACES, "true is not supported; only false is"),
     ("tokenizer.ggml.escape_whitespaces", "true is not supported; only false is"),
     ("tokenizer.ggml.treat_whitespace_as_suffix", "true is not supported; only false is"),
 ];
@@ -93,6 +101,12 @@ impl SpecialRules {
     pub(super) fn word_piece() -> Self {
         let honoured = &[ADD_END, ADD_END_OF_PART, LOWERCASE];
         Self { end: None, honoured, begins: true, kind: "WordPiece" }
+    }
+
+    /// Special tokens stand around every text, as the pieces of SentencePiece have them.
+    pub(super) fn unigram() -> Self {
+        let honoured = &[ADD_END, ADD_END_OF_PART, SPACE_PREFIX, EXTRA_SPACES, CHARSMAP];
+        Self { end: None, honoured, begins: true, kind: "Unigram" }
     }
 
     /// Refuses switches that are not honoured, and keys that are not read.

@@ -99,7 +99,7 @@ fn byte_of(token: &str) -> Option<u8> {
     (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok()).flatten()
 }
 
-fn scores(gguf: &Gguf, file: &[u8], count: usize) -> Result<Vec<f32>, TokenizerProblem> {
+pub(super) fn scores(gguf: &Gguf, file: &[u8], count: usize) -> Result<Vec<f32>, TokenizerProblem> {
     let array = gguf.metadata.array(SCORES, file)?;
     let mut scores = array.floats().ok_or_else(|| entry(SCORES, "it is not a list of numbers".to_owned()))?;
     if scores.len() < count {

@@ -28,21 +28,19 @@ impl Step<'_> {
         }
     }
 
-    pub(super) fn layer_norm(&mut self, input: Buf, norm: &LayerNorm, out: Buf) {
+    /// The normed rows of a buffer.
+    pub(super) fn layer_norm(&self, input: Buf, norm: &LayerNorm) -> Vec<Vec<f32>> {
         let (weight, bias, eps) = (self.vector(norm.weight), self.vector(norm.bias), norm.eps);
-        for r in 0..self.rows(out) {
+        let normed = |r| {
             let row = self.row(input, r);
             let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / row.len() as f64;
             let variance = row.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / row.len() as f64;
             let factor = 1.0 / (variance + f64::from(eps)).sqrt();
             let scaled = weight.iter().zip(&bias).map(|(w, b)| (f64::from(*w), f64::from(*b)));
-            let values: Vec<f32> = row
-                .iter()
-                .zip(scaled)
-                .map(|(v, (w, b))| ((f64::from(*v) - mean) * factor * w + b) as f32)
-                .collect();
-            self.store(out, r, &values);
-        }
+            let values = row.iter().zip(scaled);
+            values.map(|(v, (w, b))| ((f64::from(*v) - mean) * factor * w + b) as f32).collect()
+        };
+        (0..self.rows(input)).map(normed).collect()
     }
 
     pub(super) fn gelu(&mut self, input: Buf, form: GeluForm, out: Buf) {
@@ -59,6 +57,15 @@ impl Step<'_> {
     pub(super) fn encoder_attention(&mut self, operands: &EncoderAttention, out: Buf) {
         let EncoderAttention { query, keys, values, shape, scores: rule } = *operands;
         let AttentionShape { heads, kv_heads, head_dim } = shape;
+        let distances = rule.distances.map(|table| self.vector(table));
+        // What is added to the score of head `h` for a key at a position.
+        let added = |h: usize, query_at: usize, key_at: usize| match &distances {
+            Some(table) => {
+                let own = table.len() / heads;
+                f64::from(table[h * own + own / 2 + key_at - query_at])
+            }
+            None => 0.0,
+        };
         for s in 0..self.input.sequences() {
             let rows = self.input.rows_of(s);
             let (keys, values): (Vec<_>, Vec<_>) =
@@ -66,14 +73,16 @@ impl Step<'_> {
             let asking = self.input.rows_within(query.rows, s);
             for r in asking.clone() {
                 // The first row of a sequence has position 0, also where only first rows were kept.
-                let attended = rule.attended(r - asking.start, keys.len());
-                let (keys, values) = (&keys[attended.clone()], &values[attended]);
+                let position = r - asking.start;
+                let attended = rule.attended(position, keys.len());
+                let (keys, values) = (&keys[attended.clone()], &values[attended.clone()]);
                 let mut mixed = vec![0.0; query.cols];
                 for h in 0..heads {
                     let kv = h / (heads / kv_heads) * head_dim..(h / (heads / kv_heads) + 1) * head_dim;
                     let q = &self.row(query, r)[h * head_dim..(h + 1) * head_dim];
-                    let scores: Vec<f64> =
-                        keys.iter().map(|k| f64::from(dot(q, &k[kv.clone()]) * rule.scale)).collect();
+                    let product = |k: &Vec<f32>| f64::from(dot(q, &k[kv.clone()]) * rule.scale);
+                    let score = |(k, at): (&Vec<f32>, usize)| product(k) + added(h, position, at);
+                    let scores: Vec<f64> = keys.iter().zip(attended.clone()).map(score).collect();
                     let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     let shares: Vec<f64> = scores.iter().map(|v| (v - largest).exp()).collect();
                     let total: f64 = shares.iter().sum();
@@ -159,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_window_reaches_as_far_on_either_side() {
-        let rule = EncoderScores { scale: 1.0, window: Some(2), causal: false };
+        let rule = EncoderScores { window: Some(2), ..1.0.into() };
         let attended: Vec<_> = (0..6).map(|position| rule.attended(position, 6)).collect();
         assert_eq!(attended, [0..3, 0..4, 0..5, 1..6, 2..6, 3..6]);
         assert_eq!(EncoderScores { window: Some(usize::MAX), ..rule }.attended(3, 6), 0..6);

@@ -8,8 +8,8 @@ use super::{
     experts::FirstMatrices,
 };
 use crate::{
-    Activation, Adapter, AttentionShape, Buf, Op, RopeLayout, RopeSpec, RowSpace, Scores, Segment, StepInput,
-    WeightId, Weights, rope::RopeTable,
+    Activation, Adapter, AttentionShape, Buf, Norm, Op, RopeLayout, RopeSpec, RowSpace, Scores, Segment,
+    StepInput, WeightId, Weights, rope::RopeTable,
 };
 
 /// What a projection does to its products.
@@ -45,18 +45,18 @@ impl Step<'_> {
             Op::EmbedPositions { table, out } => self.embed(table, &self.input.positions, out),
             Op::AddRow { input, weight, out } => self.add_row(input, weight, out),
             Op::RmsNorm { input, weight, eps, out } => {
-                for (r, row) in self.rms_norm(input, weight, eps).into_iter().enumerate() {
-                    self.store(out, r, &row);
-                }
+                let rows = self.rms_norm(input, weight, eps);
+                self.store_rows(out, &rows);
             }
             Op::LayerNorm { input, weight, bias, eps, out } => {
-                self.layer_norm(input, &LayerNorm { weight, bias, eps }, out);
+                let rows = self.layer_norm(input, &LayerNorm { weight, bias, eps });
+                self.store_rows(out, &rows);
             }
-            Op::MatMul { input, norm, ref segments, activation, residual, out } => {
-                let rows = match norm {
-                    Some(norm) => self.rms_norm(input, norm.weight, norm.eps),
-                    None => self.all_rows(input),
-                };
+            Op::MatMul { input, norm, normed, ref segments, activation, residual, out } => {
+                let rows = norm.map_or_else(|| self.all_rows(input), |norm| self.normed(input, norm));
+                if let Some(normed) = normed {
+                    self.store_rows(normed, &rows);
+                }
                 self.matmul(&rows, segments, &Epilogue { activation, residual }, out);
                 self.adapt(&rows, segments, out);
             }
@@ -68,9 +68,7 @@ impl Step<'_> {
                 self.rope(query, &spec);
                 self.rope(keys, &spec);
                 self.kv_write(layer, keys, values);
-                for (r, row) in before.into_iter().enumerate() {
-                    self.store(keys, r, &row);
-                }
+                self.store_rows(keys, &before);
             }
             Op::Attention { layer, query, shape, scores, out } => {
                 self.attention(layer, query, &CachedHeads { shape, scores }, out);
@@ -140,6 +138,12 @@ impl Step<'_> {
         self.memory.arena[start..start + buf.cols].copy_from_slice(values);
     }
 
+    fn store_rows(&mut self, buf: Buf, rows: &[Vec<f32>]) {
+        for (r, row) in rows.iter().enumerate() {
+            self.store(buf, r, row);
+        }
+    }
+
     fn zip(&mut self, a: Buf, b: Buf, out: Buf, f: impl Fn(f32, f32) -> f32) {
         for r in 0..self.rows(out) {
             let values: Vec<f32> =
@@ -153,6 +157,15 @@ impl Step<'_> {
         for (r, &row) in picked.iter().enumerate() {
             self.weights.get(table).dequantise_row(row as usize, &mut values);
             self.store(out, r, &values);
+        }
+    }
+
+    /// The rows that a projection with a norm multiplies.
+    fn normed(&self, input: Buf, norm: Norm) -> Vec<Vec<f32>> {
+        let Norm { weight, bias, eps } = norm;
+        match bias {
+            Some(bias) => self.layer_norm(input, &LayerNorm { weight, bias, eps }),
+            None => self.rms_norm(input, weight, eps),
         }
     }
 

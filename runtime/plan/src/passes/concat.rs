@@ -47,8 +47,9 @@ fn merge(draft: &mut Draft, group: &[usize], weights: &Weights) {
         first_col += cols(segment);
     }
     let segments = members.iter().map(|(_, segment, _)| *segment).collect();
+    let (activation, residual) = (Activation::None, None);
     draft.ops[group[0]] =
-        Op::MatMul { input, norm: None, segments, activation: Activation::None, residual: None, out: whole };
+        Op::MatMul { input, norm: None, normed: None, segments, activation, residual, out: whole };
     for &at in group[1..].iter().rev() {
         draft.ops.remove(at);
     }

@@ -9,8 +9,9 @@
 //!   become one.
 //! * *concat* (horizontal): projections of one input become one op with several segments. The input is read
 //!   (and on a CPU quantised) once, and threads synchronise once.
-//! * *norm* (producer and consumer): a norm that only one projection reads is computed while that projection
-//!   reads its input.
+//! * *norm* (producer and consumer): a norm is computed by the first projection that reads it, while it reads
+//!   its input (and on a CPU quantises it, row by row). Where other ops read the normed rows too, the
+//!   projection writes them for these.
 //! * *rope* (several at once): the rotation of queries, the rotation of keys and the write to the cache
 //!   become one op.
 //!
@@ -45,9 +46,7 @@ pub(crate) fn run(draft: &mut Draft, fused: &FusedOps, weights: &Weights) {
     if fused.concat_matmul {
         concat::concat_matmuls(draft, weights, fused);
     }
-    if fused.norm_matmul {
-        norm::fold_norm(draft, weights);
-    }
+    norm::fold_norms(draft, weights, fused);
     if fused.rope_kv_write {
         rope::fold_rope_kv_write(draft);
     }
@@ -66,9 +65,7 @@ impl Uses {
             for value in op.inputs() {
                 *readers.entry(value).or_default() += 1;
             }
-            if let Some(out) = op.output() {
-                made_at.insert(out, index);
-            }
+            made_at.extend(op.outputs().into_iter().map(|out| (out, index)));
         }
         Self { readers, made_at }
     }
@@ -83,12 +80,12 @@ impl Uses {
 /// bias.
 fn plain_matmul(op: &Op<Value>) -> Option<(Value, Segment, Value)> {
     match op {
-        Op::MatMul { input, norm: None, segments, activation: Activation::None, residual: None, out } => {
-            match segments[..] {
-                [segment] => Some((*input, segment, *out)),
-                _ => None,
-            }
-        }
+        Op::MatMul {
+            input, norm: None, segments, activation: Activation::None, residual: None, out, ..
+        } => match segments[..] {
+            [segment] => Some((*input, segment, *out)),
+            _ => None,
+        },
         _ => None,
     }
 }
@@ -331,6 +328,45 @@ mod tests {
             b.silu_mul(p, x)
         });
         assert_eq!(rotated[0], "rms_norm @ * v eps 1e-5");
+    }
+
+    #[test]
+    fn a_layer_norm_is_fused_only_where_it_is_claimed() {
+        let write = |b: &mut PlanBuilder<'_>, x, w: Ids| {
+            let n = b.layer_norm(x, w.v, w.v, 1e-5);
+            b.matmul(n, w.a)
+        };
+        let layer_norm = FusedOps { layer_norm_matmul: true, ..NONE };
+        assert_eq!(ops(layer_norm, write), ["matmul [a] . layer_norm(@ * v eps 1e-5 + v)"]);
+        let other = FusedOps { layer_norm_matmul: false, ..FusedOps::ALL };
+        assert_eq!(ops(other, write), ["layer_norm @ * v eps 1e-5 + v", "matmul [a] . @"]);
+    }
+
+    #[test]
+    fn a_projection_writes_normed_rows_for_those_who_read_them_later() {
+        let norm = FusedOps { norm_matmul: true, norm_output: true, ..NONE };
+        let write = |b: &mut PlanBuilder<'_>, x, w: Ids| {
+            let n = b.rms_norm(x, w.v, 1e-5);
+            let (p, q) = (b.matmul(n, w.a), b.matmul(n, w.b));
+            b.silu_mul(p, q)
+        };
+        let kept = ["matmul [a] . rms_norm(@ * v eps 1e-5) = @", "matmul [b] . @", "silu_mul @ * @"];
+        assert_eq!(ops(norm, write), kept);
+        // Whoever reads the rows earlier, or as the projection's own residual, needs them before it has run.
+        let unfused = "rms_norm @ * v eps 1e-5";
+        let earlier = ops(FusedOps::ALL, |b, x, w| {
+            let n = b.rms_norm(x, w.v, 1e-5);
+            let gated = b.gelu(n);
+            let p = b.matmul(n, w.a);
+            b.silu_mul(p, gated)
+        });
+        assert_eq!(earlier[0], unfused);
+        let residual = ops(FusedOps::ALL, |b, x, w| {
+            let n = b.rms_norm(x, w.v, 1e-5);
+            let p = b.matmul(n, w.a);
+            b.add(p, n)
+        });
+        assert_eq!(residual, [unfused, "matmul [a] . @ + @"]);
     }
 
     #[test]

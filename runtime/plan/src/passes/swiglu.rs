@@ -31,6 +31,7 @@ pub(super) fn fold_silu_mul(draft: &mut Draft, weights: &Weights) {
         draft.ops[first] = Op::MatMul {
             input,
             norm: None,
+            normed: None,
             segments: vec![gate, up],
             activation: Activation::SiluMul,
             residual: None,

@@ -2,6 +2,10 @@
 //!
 //! The vocabulary is never sorted. Candidates are the tokens above a floor, which is lowered only while there
 //! are too few: the best forty of 150,000 tokens are found in one pass that compares and hardly ever stores.
+//!
+//! Which token is drawn depends on no order in which candidates are kept here: weights are added as whole
+//! numbers, and the draw goes through the ids from the lowest on. So a device may look at candidates in any
+//! order, many at a time, and a new version of the sort chooses the same tokens.
 
 use super::scan;
 use std::cmp::Ordering;
@@ -13,6 +17,25 @@ const REACHES: [f32; 4] = [4.0, 8.0, 16.0, 36.0];
 
 /// So many candidates are few enough to be sorted.
 const FEW: usize = 64;
+
+/// Weights are added as whole numbers of this many parts of one. A weight is at most 1, so that those of four
+/// million tokens fit 64 bits.
+const WEIGHT_UNITS: f64 = (1_u64 << 42) as f64;
+
+/// A weight, or a part of one, as a whole number of units.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "it is from 0 to 1; the rest is cut off"
+)]
+fn units(weight: f64) -> u64 {
+    (weight * WEIGHT_UNITS) as u64
+}
+
+/// The weight of so many units.
+fn share_of(units: u64) -> f64 {
+    units as f64 / WEIGHT_UNITS
+}
 
 /// The filters of a sequence: which tokens may be drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -58,6 +81,12 @@ pub(super) struct CandidateToken {
     id: u32,
 }
 
+impl CandidateToken {
+    fn units(&self) -> u64 {
+        units(f64::from(self.weight))
+    }
+}
+
 fn in_order(a: &CandidateToken, b: &CandidateToken) -> Ordering {
     a.order.total_cmp(&b.order).then(a.id.cmp(&b.id))
 }
@@ -92,10 +121,11 @@ impl CandidateTokens {
             self.list.retain(|candidate| candidate.weight >= best * filters.min_p);
             mass = self.mass();
         }
-        let mut left = uniform * mass;
+        self.list.sort_unstable_by_key(|candidate| candidate.id);
+        let (left, mut sum) = (uniform * mass, 0);
         for candidate in &self.list {
-            left -= f64::from(candidate.weight);
-            if left < 0.0 {
+            sum += candidate.units();
+            if share_of(sum) > left {
                 return candidate.id;
             }
         }
@@ -103,7 +133,7 @@ impl CandidateTokens {
     }
 
     fn mass(&self) -> f64 {
-        self.list.iter().map(|candidate| f64::from(candidate.weight)).sum()
+        share_of(self.list.iter().map(CandidateToken::units).sum())
     }
 
     /// Gathers at least the tokens that the first filter keeps, applies top-k, and gives the mass that later
@@ -166,10 +196,9 @@ impl CandidateTokens {
     fn keep_typical(&mut self, share: f32, mass: f64, row: LogitsRow<'_>) -> f64 {
         // The surprise relative to the best token; the rest of it is the same for all.
         let surprise = |candidate: &CandidateToken| (candidate.order + row.max) * row.scale;
-        let expected: f64 =
-            self.list.iter().map(|c| f64::from(c.weight) * f64::from(surprise(c))).sum::<f64>() / mass;
+        let total = self.list.iter().map(|c| units(f64::from(c.weight) * f64::from(surprise(c)))).sum();
         #[expect(clippy::cast_possible_truncation, reason = "f32 is precise enough for an order")]
-        let expected = expected as f32;
+        let expected = (share_of(total) / mass) as f32;
         for candidate in &mut self.list {
             candidate.order = (surprise(candidate) - expected).abs();
         }
@@ -180,12 +209,12 @@ impl CandidateTokens {
     /// weight. It halves the undecided range until that is small enough to be sorted, so a flat row of a
     /// large vocabulary costs two passes and not a sort.
     fn keep_mass(&mut self, wanted: f64) -> f64 {
-        let (mut low, mut high, mut sum) = (0, self.list.len(), 0.0);
+        let (mut low, mut high, mut sum) = (0, self.list.len(), 0);
         while high - low > FEW {
             let half = (high - low) / 2;
             self.list[low..high].select_nth_unstable_by(half, in_order);
-            let lower: f64 = self.list[low..low + half].iter().map(|c| f64::from(c.weight)).sum();
-            if sum + lower >= wanted {
+            let lower: u64 = self.list[low..low + half].iter().map(CandidateToken::units).sum();
+            if share_of(sum + lower) >= wanted {
                 high = low + half;
             } else {
                 sum += lower;
@@ -194,13 +223,13 @@ impl CandidateTokens {
         }
         self.list[low..high].sort_unstable_by(in_order);
         for index in low..high {
-            sum += f64::from(self.list[index].weight);
-            if sum >= wanted {
+            sum += self.list[index].units();
+            if share_of(sum) >= wanted {
                 high = index + 1;
                 break;
             }
         }
         self.list.truncate(high);
-        sum
+        share_of(sum)
     }
 }

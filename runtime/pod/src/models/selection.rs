@@ -91,6 +91,13 @@ impl ModelServer {
         }
     }
 
+    /// The version that answers whatever model and revision are asked for: the only one of the only model.
+    pub(super) fn only_version(&self) -> Option<Arc<ManagedModel>> {
+        let models = self.table.snapshot();
+        let [only] = models.models() else { return None };
+        only.second.is_none().then(|| Arc::clone(&only.current))
+    }
+
     /// The version that is asked for, with its engine. It answers the whole request, whatever is swapped
     /// meanwhile. The request is in flight until the guard is dropped.
     pub(super) fn acquire(&self, asked: &Asked<'_>) -> Result<AcquiredModel, ApiError> {

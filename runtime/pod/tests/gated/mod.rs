@@ -128,6 +128,8 @@ pub(crate) struct Setup {
     pub(crate) model_control: ModelControl,
     pub(crate) sight: Sight,
     pub(crate) faults: Faults,
+    /// Requests that may wait for the one that runs; none: the default, for a batch of the default size.
+    pub(crate) max_queue: Option<usize>,
 }
 
 impl Default for Setup {
@@ -136,7 +138,7 @@ impl Default for Setup {
         let model_control = ModelControl::Allowed(LoadDefaults::default());
         let bytes = SeededModel::default().gguf();
         let (sight, faults) = (Sight::default(), Faults::default());
-        Self { bytes, sha256: None, drain, model_control, sight, faults }
+        Self { bytes, sha256: None, drain, model_control, sight, faults, max_queue: None }
     }
 }
 
@@ -145,6 +147,9 @@ pub(crate) async fn start(setup: Setup) -> Server {
     std::fs::write(folder.path().join("m.gguf"), setup.bytes).unwrap();
     let mut spec = ModelSpec::new("m", Source::from_path(folder.path()));
     spec.sha256 = setup.sha256;
+    if let Some(max_queue) = setup.max_queue {
+        (spec.engine.max_batch_size, spec.engine.max_queue) = (1, max_queue);
+    }
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let settings = Settings {
         models: vec![spec],

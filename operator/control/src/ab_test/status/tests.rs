@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use k8s_openapi::jiff::SignedDuration;
 use serde_json::{Value, json};
-use trustformers_crds::{Metric, MetricStatus};
+use trustformers_crds::{Metric, MetricStatus, OwnerRange};
 
 use super::super::sample::VariantSums;
 use super::super::validate::tests::{spec, stored};
@@ -15,9 +15,15 @@ fn test(more: &str) -> ValidatedTest {
     validate(&stored(&spec(more))).unwrap()
 }
 
-fn facts(revisions: [&str; 2]) -> TestFacts {
+fn facts<const VARIANTS: usize>(revisions: [&str; VARIANTS]) -> TestFacts {
     let revisions = revisions.map(str::to_owned).to_vec();
-    TestFacts { conflict: None, waiting: None, revisions, replicas: vec![1, 1], checkpoint_error: None }
+    TestFacts {
+        conflict: None,
+        waiting: None,
+        revisions,
+        replicas: vec![1; VARIANTS],
+        checkpoint_error: None,
+    }
 }
 
 fn at(second: i64) -> Timestamp {
@@ -252,6 +258,131 @@ fn a_promotion_is_undone_by_report() {
     assert_eq!((undone.phase, undone.weights.as_deref()), (Some(ABTestPhase::Concluded), Some("90/10")));
     let notes = events(&whole, &undone);
     assert!(notes.iter().any(|note| note.reason == "PromotionUndone" && !note.warning), "{notes:?}");
+}
+
+/// The variant of each bucket of users.
+fn variant_of_buckets(owners: &[OwnerRange]) -> Vec<String> {
+    let mut variants = Vec::new();
+    for OwnerRange { end, variant } in owners {
+        variants.resize(*end as usize, variant.clone());
+    }
+    assert_eq!(variants.len(), 10_000);
+    variants
+}
+
+/// A test with so many percent for each of three variants.
+fn of_three(weights: [u32; 3], more: &str) -> ValidatedTest {
+    let [control, treatment, third] = weights;
+    let others = format!("weight: {treatment}}}, {{name: third, modelRef: {{name: c}}, weight: {third}}}]");
+    let text = spec(more).replace("weight: 90", &format!("weight: {control}"));
+    validate(&stored(&text.replace("weight: 10}]", &others))).unwrap()
+}
+
+const SERVING: [&str; 3] = ["r1", "r2", "r3"];
+const PROMOTES: &str = ", onConclusion: Promote";
+
+/// The test has a winner, which gets half of what the others have, and a minute later all, if `percent` says
+/// so. Each status is read by another operator.
+fn promoted_to(test: &ValidatedTest, status: &ABTestStatus, winner: &str, percent: u32) -> ABTestStatus {
+    let won = ABTestStatus {
+        phase: Some(ABTestPhase::Promoting),
+        winner: Some(winner.to_owned()),
+        promoted: 50,
+        promoted_since: Some(Time(at(10_000))),
+        ..status.clone()
+    };
+    let read = |status: &ABTestStatus| -> ABTestStatus {
+        serde_json::from_value(serde_json::to_value(status).unwrap()).unwrap()
+    };
+    let half = stepped(test, &read(&won), &facts(SERVING), 10_000);
+    assert_eq!((half.promoted, half.owners_before.clone()), (50, status.owners.clone()));
+    if percent == 50 {
+        return read(&half);
+    }
+    let whole = stepped(test, &half, &facts(SERVING), 10_060);
+    assert!(whole.owners.iter().all(|owner| owner.variant == winner), "{:?}", whole.owners);
+    read(&whole)
+}
+
+#[test]
+fn an_undo_gives_every_user_the_variant_of_before() {
+    let ramp = ", ramp: [{percent: 10, hold: 1h}, {percent: 50, hold: 1h}]";
+    for more in ["", ramp] {
+        let promotes = format!("{more}{PROMOTES}");
+        // The ramp ends before the weights are edited two times.
+        let mut status = ABTestStatus::default();
+        let times = [(0, [60, 20, 20]), (3600, [60, 20, 20]), (7200, [60, 20, 20])];
+        for (second, weights) in times.into_iter().chain([(8000, [20, 40, 40]), (9000, [50, 35, 15])]) {
+            status = stepped(&of_three(weights, &promotes), &status, &facts(SERVING), second);
+        }
+        assert_eq!(status.weights.as_deref(), Some("50/35/15"));
+        assert!(status.owners_before.is_empty());
+        let before = variant_of_buckets(&status.owners);
+        for (winner, percent) in [("treatment", 50), ("treatment", 100), ("third", 100), ("control", 100)] {
+            let promoted = promoted_to(&of_three([50, 35, 15], &promotes), &status, winner, percent);
+            let report = of_three([50, 35, 15], more);
+            let undone = stepped(&report, &promoted, &facts(SERVING), 20_000);
+            assert_eq!(reason(&undone, "Sampling"), pair("False", "PromotionUndone"));
+            assert_eq!(variant_of_buckets(&undone.owners), before, "{winner} had {percent} % more");
+            assert_eq!((undone.weights.as_deref(), undone.owners_before.len()), (Some("50/35/15"), 0));
+            assert_eq!(stepped(&report, &undone, &facts(SERVING), 20_030), undone, "nothing to write");
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_edited_beside_a_promotion_move_the_fewest_users_from_those_before() {
+    let serving = facts(SERVING);
+    let begins = stepped(&of_three([60, 20, 20], PROMOTES), &ABTestStatus::default(), &serving, 0);
+    let edited = stepped(&of_three([20, 40, 40], PROMOTES), &begins, &serving, 60);
+    let status = stepped(&of_three([50, 35, 15], PROMOTES), &edited, &serving, 120);
+    let before = variant_of_buckets(&status.owners);
+    let moved = |after: &ABTestStatus| {
+        let after = variant_of_buckets(&after.owners);
+        before.iter().zip(&after).filter(|(before, after)| before != after).count()
+    };
+    // Before the undo, and with it.
+    let promoted = promoted_to(&of_three([50, 35, 15], PROMOTES), &status, "treatment", 100);
+    let edited = stepped(&of_three([45, 35, 20], PROMOTES), &promoted, &serving, 20_000);
+    assert_eq!(edited.weights.as_deref(), Some("0/100/0"));
+    for status in [&promoted, &edited] {
+        let undone = stepped(&of_three([45, 35, 20], ""), status, &serving, 20_060);
+        assert_eq!((undone.weights.as_deref(), moved(&undone)), (Some("45/35/20"), 500));
+    }
+    // The weights are those that the promotion made. The owners come back nevertheless, as another epoch.
+    let half = promoted_to(&of_three([50, 34, 16], PROMOTES), &status, "treatment", 50);
+    assert_eq!(half.weights.as_deref(), Some("25/67/8"));
+    let undone = stepped(&of_three([25, 67, 8], ""), &half, &serving, 20_000);
+    assert_eq!((undone.weights.as_deref(), moved(&undone)), (Some("25/67/8"), 3200));
+    assert_eq!(undone.epochs.last().unwrap().epoch, half.epochs.last().unwrap().epoch + 1);
+}
+
+#[test]
+fn samples_that_begin_anew_have_the_owners_from_before_a_promotion_or_a_guardrail() {
+    let serving = facts(SERVING);
+    let begins = stepped(&of_three([60, 20, 20], PROMOTES), &ABTestStatus::default(), &serving, 0);
+    let edited = stepped(&of_three([20, 40, 40], PROMOTES), &begins, &serving, 60);
+    let test = of_three([50, 35, 15], PROMOTES);
+    let status = stepped(&test, &edited, &serving, 120);
+    let promoted = promoted_to(&test, &status, "third", 100);
+    // A guardrail ends the promotion, or the test.
+    let stopped = |status: &ABTestStatus| {
+        let stopped =
+            ABTestStatus { phase: Some(ABTestPhase::Stopped), winner: None, promoted: 0, ..status.clone() };
+        let stopped = stepped(&test, &stopped, &serving, 20_000);
+        assert!(stopped.owners.iter().all(|owner| owner.variant == "control"));
+        stopped
+    };
+    let anew = spec(PROMOTES).replace("errorRate", "tokensPerSecond");
+    let others = "weight: 35}, {name: third, modelRef: {name: c}, weight: 15}]";
+    let anew = anew.replace("weight: 90", "weight: 50").replace("weight: 10}]", others);
+    let anew = validate(&stored(&anew)).unwrap();
+    for ended in [promoted.clone(), stopped(&promoted), stopped(&status)] {
+        let again = stepped(&anew, &ended, &serving, 30_000);
+        assert_eq!((again.phase, again.promoted), (Some(ABTestPhase::Running), 0));
+        assert_eq!(variant_of_buckets(&again.owners), variant_of_buckets(&status.owners));
+        assert!(again.owners_before.is_empty());
+    }
 }
 
 #[test]

@@ -22,6 +22,8 @@ struct EncoderCase {
     dim: usize,
     window: Option<usize>,
     causal: bool,
+    /// For each head the values of all distances.
+    distances: Option<Vec<f32>>,
     qkv: Vec<f32>,
 }
 
@@ -48,7 +50,8 @@ impl EncoderCase {
                 first,
                 head_dim: dim,
                 heads,
-                scores: EncoderScores { scale: 0.5, window: self.window, causal: self.causal },
+                scores: EncoderScores { window: self.window, causal: self.causal, ..0.5.into() },
+                distances: self.distances.as_deref(),
                 query: (qkv.as_mut_ptr().add(first * stride), stride),
                 keys: (qkv.as_mut_ptr().add(heads * dim), stride),
                 values: (qkv.as_mut_ptr().add((heads + 1) * dim), stride),
@@ -68,8 +71,15 @@ impl EncoderCase {
         let mut out = Vec::new();
         for row in 0..self.len {
             for head in 0..heads {
-                let score =
+                let product =
                     |p| (0..dim).map(|d| at(row, head * dim + d) * at(p, heads * dim + d)).sum::<f64>() / 2.0;
+                let score = |p: usize| {
+                    let added = self.distances.as_ref().map_or(0.0, |table| {
+                        let own = table.len() / heads;
+                        f64::from(table[head * own + own / 2 + p - row])
+                    });
+                    product(p) + added
+                };
                 let far = |p: usize| {
                     self.window.is_some_and(|window| row.abs_diff(p) > window) || self.causal && p > row
                 };
@@ -94,9 +104,12 @@ proptest! {
     #[test]
     fn attention_follows_its_definition(
         seed in any::<u64>(), len in 1usize..80, heads in 1usize..4, dim in 1usize..70,
-        window in prop::option::of(0usize..40), causal: bool, from in any::<prop::sample::Index>(),
+        window in prop::option::of(0usize..40), causal: bool, by_distance: bool,
+        from in any::<prop::sample::Index>(), longer in 0usize..5,
     ) {
-        let case = EncoderCase { len, heads, dim, window, causal, qkv: floats(seed, len * (heads + 2) * dim, 2.0) };
+        let qkv = floats(seed, len * (heads + 2) * dim, 2.0);
+        let distances = by_distance.then(|| floats(seed ^ 3, heads * (2 * (len + longer) - 1), 2.0));
+        let case = EncoderCase { len, heads, dim, window, causal, distances, qkv };
         let expected = case.expected();
         let from = from.index(len);
         for tier in tiers() {

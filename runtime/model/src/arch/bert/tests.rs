@@ -94,8 +94,8 @@ fn set(folder: &Path, file: &str, key: &str, value: serde_json::Value) {
 #[test]
 fn unsupported_behaviour_is_refused_by_its_key() {
     let cases: [(&str, serde_json::Value, &str); 11] = [
-        ("model_type", "mpnet".into(), "config.json: architecture \"mpnet\" is not supported"),
-        ("architectures", serde_json::json!(["BertForTokenClassification"]), "key architectures is"),
+        ("model_type", "deberta".into(), "config.json: architecture \"deberta\" is not supported"),
+        ("architectures", serde_json::json!(["BertForQuestionAnswering"]), "key architectures is"),
         (
             "hidden_act",
             "relu".into(),
