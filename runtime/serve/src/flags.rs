@@ -142,15 +142,17 @@ pub(crate) enum Command {
     Embed(EmbedFlags),
     /// Gives texts the scores of a model's labels: a line for each text on stdout, or with --json one object.
     ///
-    /// The model is a checkpoint with a head for sequence classification: a folder with model.safetensors,
-    /// config.json (which names the labels) and tokenizer.json.
+    /// The model is a checkpoint whose head labels texts, or the tokens of a text: a folder with
+    /// model.safetensors, config.json (which names the labels) and tokenizer.json. Or it is a GGUF file of a
+    /// BERT or RoBERTa with such a head for texts.
     ///
     /// Exit status: as of embed.
     Classify(ClassifyFlags),
     /// Orders documents by how well they answer a query: a line for each, best first, or with --json one
     /// object.
     ///
-    /// The model is a cross-encoder: a checkpoint whose head for sequence classification has one logit.
+    /// The model is a cross-encoder: a checkpoint, or a GGUF file of a BERT or RoBERTa, whose head for texts
+    /// has one logit. Or it is a Qwen3-Reranker.
     ///
     /// Exit status: as of embed.
     Rerank(RerankFlags),
